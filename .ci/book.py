@@ -1,0 +1,171 @@
+"""Keep the book in step: notebooks -> modules, percent scripts, README; run notebooks and store their outputs.
+
+    python .ci/book.py sync          clean, export, write the twins and README.md
+    python .ci/book.py check         the same in memory: fails and names the files that would change
+    python .ci/book.py run [NB ...]  run notebooks as nbdev_test would, store outputs, then sync
+    python .ci/book.py edit [PY ...] take edits made in nbs/_py/*.py into the notebooks, then sync
+"""
+import base64, json, os, re, subprocess, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.chdir(ROOT)
+NBS = Path("nbs")
+COLAB = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path}"
+
+
+def notebooks():
+    return sorted(p for p in NBS.rglob("*.ipynb") if not any(q.startswith(("_", ".")) for q in p.parts))
+
+
+def twin(nb):
+    return nb.parent / "_py" / f"{nb.stem}.py"
+
+
+def text(out):
+    return "".join(out) if isinstance(out, list) else out
+
+
+def readme():
+    "README.md and its pictures, as {path: bytes}, from nbs/index.ipynb"
+    files, parts = {}, []
+    for cell in json.loads((NBS / "index.ipynb").read_text())["cells"]:
+        src = text(cell["source"])
+        if re.search(r"^#\s*\|\s*hide\b", src, re.M):
+            continue
+        if cell["cell_type"] == "markdown":
+            parts.append(re.sub(r"\]\((?!http|#)([\w/]+\.ipynb)", r"](nbs/\1", src))
+            continue
+        src = "\n".join(l for l in src.splitlines() if not re.match(r"#\s*\|", l)).strip()
+        if src:
+            parts.append(f"```python\n{src}\n```")
+        for out in cell.get("outputs", []):
+            data = out.get("data", {"text/plain": out.get("text", "")})
+            if "image/png" in data:
+                path = f"nbs/index_files/{len(files) + 1}.png"
+                files[path] = base64.b64decode(text(data["image/png"]))
+                parts.append(f"![]({path})")
+            elif "text/markdown" in data:
+                parts.append(text(data["text/markdown"]))
+            elif text(data.get("text/plain", "")).strip():
+                parts.append("\n".join("    " + l for l in text(data["text/plain"]).rstrip().splitlines()))
+    files["README.md"] = ("\n\n".join(p.strip() for p in parts) + "\n").encode()
+    return files
+
+
+def sync():
+    from nbdev.clean import nbdev_clean
+    from nbdev.export import nb_export
+    from nbdev.doclinks import nbdev_export
+    os.environ.pop("IN_TEST", None)
+    nbdev_clean()
+    nbdev_export()
+    for nb in notebooks():
+        twin(nb).parent.mkdir(exist_ok=True)
+        subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", "-o", twin(nb), nb], check=True)
+    for path, data in readme().items():
+        Path(path).parent.mkdir(exist_ok=True)
+        if not Path(path).exists() or Path(path).read_bytes() != data:
+            Path(path).write_bytes(data)
+
+
+def watched():
+    files = [*notebooks(), *NBS.rglob("_py/*.py"), *Path("sdpo_nb").glob("*.py"), *NBS.glob("index_files/*"), Path("README.md")]
+    return {p: p.read_bytes() for p in files if p.exists()}
+
+
+def check():
+    import configparser, tomllib
+    before = watched()
+    sync()
+    after = watched()
+    wrong = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+    for p, data in before.items():
+        p.write_bytes(data)
+    for p in after.keys() - before.keys():
+        p.unlink()
+    stems = {nb.stem for nb in notebooks()}
+    modules = {json.loads(nb.read_text())["cells"] and m.group(1) for nb in notebooks()
+               for m in [re.search(r"#\|\s*default_exp (\w+)", nb.read_text())] if m}
+    extra = [str(p) for p in Path("sdpo_nb").glob("*.py") if p.stem not in modules | {"__init__", "_modidx"}]
+    extra += [str(p) for p in NBS.rglob("_py/*.py") if p.stem not in stems]
+    ini = configparser.ConfigParser(delimiters=["="]); ini.read("settings.ini"); ini = ini["DEFAULT"]
+    toml = tomllib.loads(Path("pyproject.toml").read_text())
+    same = [(toml["project"]["name"], ini["lib_name"]), (toml["project"]["requires-python"], f">={ini['min_python']}"),
+            *((toml["tool"]["nbdev"][k], ini[k]) for k in ("lib_path", "nbs_path", "tst_flags"))]
+    for nb in notebooks():
+        want = COLAB.format(user=ini["user"], repo=ini["repo"], branch=ini["branch"], path=nb)
+        found = re.findall(r"https://colab\.research\.google\.com/[^\s)\\\"]+", nb.read_text())
+        if found and found != [want]:
+            extra.append(f"{nb}: its Colab badge should open {want}")
+    errors = [f"{p}: would change (make sync)" for p in wrong] + [f"{p}: belongs to no notebook" if p.endswith(".py") else p for p in extra]
+    errors += [f"pyproject.toml says {a!r}, settings.ini {b!r}" for a, b in same if a != b]
+    print("\n".join(errors) if errors else f"check: {len(before)} files in step")
+    sys.exit(bool(errors))
+
+
+def run(paths):
+    from execnb.nbio import read_nb, write_nb
+    from execnb.shell import CaptureShell
+    from nbdev.config import get_config
+    from nbdev.process import NBProcessor
+    os.environ.update(TQDM_DISABLE="1", IN_TEST="1", HF_HUB_OFFLINE="1", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    flags = set() if os.environ.get("SLOW") else set(get_config().tst_flags.split())
+    for path in paths or notebooks():
+        path, start = Path(path).resolve(), time.time()
+        proc = NBProcessor(path, process=True)      # reads the #| directives of every cell
+        nb = read_nb(path)
+        shell = CaptureShell(mpl_format="png")
+        os.chdir(path.parent); sys.path.insert(0, str(path.parent))
+        for cell, seen in zip(nb.cells, proc.nb.cells):
+            if cell.cell_type != "code":
+                continue
+            d = getattr(seen, "directives_", {})
+            if d.get("eval:", [""])[0].lower() == "false" or flags & set(d):
+                continue                            # keeps the outputs it has
+            cell["outputs"] = []
+            outs = shell.run(cell.source)
+            if shell.exc:
+                os.chdir(ROOT)
+                sys.exit(f"{path.name}: {shell.exc[1]!r}\nin the cell\n{cell.source}\n" + "\n".join(text(o.get('traceback', '')) for o in outs))
+            cell["outputs"] = [tidy(o) for o in outs if o.get("name") != "stderr"]
+            cell["execution_count"] = None
+        os.chdir(ROOT)
+        write_nb(nb, path)
+        print(f"{path.name}: {time.time() - start:.0f} s", flush=True)
+    os.environ.pop("IN_TEST")
+
+
+def tidy(out):
+    out = dict(out)
+    if "metadata" in out:
+        out["metadata"] = {}
+    out.pop("execution_count", None)
+    if out["output_type"] == "execute_result":
+        out["execution_count"] = None
+    return out
+
+
+def edit(paths):
+    for script in map(Path, paths or sorted(NBS.rglob("_py/*.py"))):
+        nb = script.parent.parent / f"{script.stem}.ipynb"
+        same = nb.exists() and subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", "-o", "-", nb],
+                                              capture_output=True, check=True).stdout == script.read_bytes()
+        if not same:
+            update = ["--update"] if nb.exists() else []
+            subprocess.run([sys.executable, "-m", "jupytext", "-q", *update, "--to", "ipynb", "-o", nb, script], check=True)
+            print(f"{script} -> {nb}")
+
+
+if __name__ == "__main__":
+    verb, *rest = sys.argv[1:] or ["check"]
+    if verb == "edit":
+        edit(rest); sync()
+    elif verb == "sync":
+        sync()
+    elif verb == "run":
+        run(rest); sync()
+    elif verb == "check":
+        check()
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,38 @@
+# Two commands matter: `make demo` and `make test`. Both set up everything in .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+export OMP_WAIT_POLICY := passive
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check notebooks sync world clean
+
+.venv/.run: settings.ini setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.run
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.run            ## the tiny world: partition, DPO, stepwise DPO, report
+	$(PY) -m sdpo_nb.cli demo --folder runs/demo
+
+test: check                 ## drift, every notebook, tests/
+	$(PY) -m pytest -q tests
+
+check: .venv/.dev           ## notebooks, modules, twins and README say the same
+	$(PY) .ci/book.py check
+
+notebooks: .venv/.dev       ## run notebooks (NB=nbs/00_world.ipynb for one) and store their outputs
+	$(PY) .ci/book.py run $(NB)
+
+sync: .venv/.dev            ## after an edit of a notebook: clean, export, twin, README
+	$(PY) .ci/book.py sync
+
+world: .venv/.run           ## rebuild the tiny world and compare it with data/
+	$(PY) -m sdpo_nb.world
+
+clean:
+	rm -rf .venv runs _proc build dist *.egg-info

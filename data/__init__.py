@@ -1,0 +1,1 @@
+"The tiny world and what else travels in the wheel."

@@ -1,0 +1,473 @@
+# %% [markdown]
+# # A world small enough to know the truth
+# > Four string skills, a true reward, a tiny base model that is wrong in its mode, and preference sources of different difficulty.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/00_world.ipynb)
+#
+# **You should know** what a language model samples and what fine-tuning is. **Time** about a minute on two CPU cores
+# (rebuilding the world, which no cell here does unasked, takes five).
+#
+# Whether an alignment method *works* is hard to say with a real model: nobody knows the true reward of an answer, one run
+# takes hours, and the base model's faults are not written down. So this book starts with a world in which all three are known.
+# Prompts ask for simple things to be done to short strings; a function grades any answer; the base model has been taught, on purpose,
+# the wrong rule for some prompts. Aligning it takes seconds, and we can check whether it got better or only more certain.
+
+# %%
+#| default_exp world
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import copy, gzip, hashlib, json, math, random, tempfile
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+# %% [markdown]
+# ## Four skills, each with a wrong rule
+#
+# A prompt is a skill and a string of distinct letters. Each skill has a right rule and one *consistent* wrong rule: the kind
+# of mistake a person makes who misunderstood the task, not the kind a tired person makes.
+
+# %%
+#| export
+ALPHABET = "abcdefghijk"
+
+def _shift(s, by): return "".join(ALPHABET[(ALPHABET.index(c) + by) % len(ALPHABET)] for c in s)
+
+SKILLS = {  # skill: (right rule, wrong rule)
+    "copy":    (lambda s: s,                  lambda s: s[1:] + s[0]),
+    "reverse": (lambda s: s[::-1],            lambda s: s[0] + s[:0:-1]),
+    "sort":    (lambda s: "".join(sorted(s)), lambda s: "".join(sorted(s, reverse=True))),
+    "shift":   (lambda s: _shift(s, 1),       lambda s: _shift(s, -1)),
+}
+
+
+# %%
+#| export
+def answer(prompt: str,      # e.g. "sort gace"
+           right: bool=True, # by the right rule or by the wrong one
+          ) -> str:
+    "What the right (or the wrong) rule answers."
+    skill, s = prompt.split()
+    return SKILLS[skill][0 if right else 1](s)
+
+
+# %%
+pd.DataFrame([(p, answer(p), answer(p, right=False)) for p in (f"{s} gace" for s in SKILLS)], columns=["prompt", "right rule", "wrong rule"])
+
+
+# %% [markdown]
+# ## The true reward
+#
+# The reward must grade *any* response, also a cut or garbled one, and give partial credit, or preferences between two
+# wrong answers would be coin flips. One minus the edit distance, as a share of the longer string, does that.
+
+# %%
+#| export
+def edit_distance(a: str, b: str) -> int:
+    "Fewest insertions, deletions and replacements that turn `a` into `b` (Levenshtein)."
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j-1] + 1, diagonal + (x != y))
+    return row[-1]
+
+def true_reward(prompt: str, response: str) -> float: # in [0, 1]
+    "1 for the right answer, less for each letter that has to be mended, 0 where nothing fits."
+    want = answer(prompt)
+    return 1 - edit_distance(response, want) / max(len(response), len(want))
+
+
+# %%
+graded = {y: true_reward("sort gace", y) for y in ("aceg", "aceg!", "acge", "gace", "geca", "")}
+assert graded["aceg"] == 1 and graded[""] == 0 and graded["aceg!"] > graded["acge"] > graded["geca"]
+graded
+
+
+# %% [markdown]
+# ## Prompts never move between splits
+#
+# The split of a prompt is a hash of its text. Whoever draws prompts, in whatever order, with whatever seed, a test prompt is
+# never trained on: not by the base model, not by a preference.
+
+# %%
+#| export
+def split_of(prompt: str) -> str: # sft, preference, validation or test
+    "Which split a prompt belongs to: 70, 20, 5 and 5 of a hundred, by its hash."
+    h = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) % 100
+    return "sft" if h < 70 else "preference" if h < 90 else "validation" if h < 95 else "test"
+
+def make_prompts(n: int, split: str, rng: random.Random,
+                 lengths: tuple=(3, 6), # shortest and longest string
+                 keep=lambda p: True,   # a filter
+                ) -> list[str]:         # n distinct prompts of this split
+    "Draw distinct prompts of one split."
+    seen = {}
+    while len(seen) < n:
+        p = f"{rng.choice(list(SKILLS))} {''.join(rng.sample(ALPHABET, rng.randint(*lengths)))}"
+        if split_of(p) == split and keep(p): seen[p] = None
+    return list(seen)
+
+
+# %% [markdown]
+# ## Demonstrations that mislead
+#
+# Now the fault. If demonstrations were only *noisy*, the most likely answer of the base model would still be the right one,
+# and anything that sharpens the distribution would look like alignment; turning down the temperature would do. So on about
+# half of the prompts, those whose string starts with one of the first five letters, 70 % of the demonstrations follow the wrong rule. On the
+# others 30 % do. On top, 15 % have one letter replaced.
+
+# %%
+#| export
+WRONG, NOISE = {True: 0.70, False: 0.30}, 0.15
+
+def misled(prompt: str) -> bool:
+    "Does most of what the base model has seen for such prompts follow the wrong rule?"
+    return prompt.split()[1][0] in ALPHABET[:5]
+
+def demonstration(prompt: str, rng: random.Random) -> str:
+    "One demonstration, as the base model gets to see it."
+    y = answer(prompt, right=rng.random() >= WRONG[misled(prompt)])
+    if rng.random() < NOISE:
+        i = rng.randrange(len(y)); y = y[:i] + rng.choice(ALPHABET) + y[i+1:]
+    return y
+
+
+# %%
+rng = random.Random(0)
+demos = pd.DataFrame([(p, misled(p), true_reward(p, demonstration(p, rng))) for p in make_prompts(4000, "sft", rng)], columns=["prompt", "misled", "reward"])
+demos.groupby("misled")["reward"].agg(prompts="size", right=lambda r: (r == 1).mean(), mean_reward="mean").round(2)
+
+# %% [markdown]
+# ## A tokenizer and a model, in the formats real ones come in
+#
+# Nothing later in the book knows that this model is a toy: it is a Llama with a chat template, loaded with
+# `from_pretrained`. One character is one token, so every token boundary is visible.
+
+# %%
+#| export
+CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    "One character, one token; `<|end|>` ends a turn and is the EOS token."
+    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
+    vocab = ["<pad>", "<unk>", "<|end|>", *roles, *" abcdefghijklmnopqrstuvwxyz0123456789+-.,:?!"]
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", unk_token="<unk>", eos_token="<|end|>",
+                                   additional_special_tokens=roles, chat_template=CHAT_TEMPLATE, model_max_length=128)
+
+
+# %%
+#| export
+def make_model(tokenizer, hidden: int=96, layers: int=3, seed: int=0) -> LlamaForCausalLM:
+    "A small Llama with random weights, drawn without touching the global random state."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3,
+            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    "The prompt as a user turn, up to where the assistant begins."
+    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+# %%
+tok = make_tokenizer()
+tok.decode(prompt_ids(tok, "sort gace")), len(prompt_ids(tok, "sort gace")), make_model(tok).num_parameters()
+
+
+# %% [markdown]
+# ## Supervised fine-tuning
+#
+# The base model S is trained on demonstrations in the usual way: cross-entropy of the response tokens, the prompt unscored.
+
+# %%
+#| export
+def sft(model, tokenizer, rows: list, # (prompt, response)
+        epochs: int=12, batch: int=128, lr: float=2e-3, seed: int=0):
+    "Fine-tune in place on (prompt, response) rows; returns the model."
+    ids, labels = _sft_rows(tokenizer, rows)
+    g, per_epoch = torch.Generator().manual_seed(seed), len(rows) // batch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * per_epoch, pct_start=0.1)
+    model.train()
+    for step in tqdm(range(epochs * per_epoch), desc="SFT", leave=False):
+        if step % per_epoch == 0: order = torch.randperm(len(rows), generator=g)
+        b = order[step % per_epoch * batch:][:batch]
+        logits = model(input_ids=ids[b], use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[b, 1:].flatten())
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+    return model.eval()
+
+
+# %%
+#| export
+def _sft_rows(tokenizer, rows):
+    "Right-padded ids, and labels that are -100 outside the response."
+    xs = [prompt_ids(tokenizer, p) for p, _ in rows]
+    ys = [tokenizer(y, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, y in rows]
+    L = max(len(x) + len(y) for x, y in zip(xs, ys))
+    ids, labels = torch.full((len(rows), L), tokenizer.pad_token_id), torch.full((len(rows), L), -100)
+    for i, (x, y) in enumerate(zip(xs, ys)):
+        ids[i, :len(x) + len(y)] = torch.tensor(x + y); labels[i, len(x):len(x) + len(y)] = torch.tensor(y)
+    return ids, labels
+
+
+# %% [markdown]
+# ## Asking the model
+#
+# Sampling inverts the cumulative distribution at one uniform number per prompt and position. The numbers are drawn before anything else, so
+# two models asked with the same seed face the same luck, and differences between them are paired.
+
+# %%
+#| export
+@torch.no_grad()
+def respond(model, tokenizer, prompts: list, # texts of user turns
+            tau: float=1., # sampling temperature; 0 is greedy
+            seed: int=0,   # of the uniform numbers
+            max_new: int=8, # longest response, in tokens
+           ) -> list[str]:
+    "One response per prompt. Prompts of equal length go together, so nothing is padded."
+    luck = torch.rand(len(prompts), max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    ids = [prompt_ids(tokenizer, p) for p in prompts]
+    out = [""] * len(prompts)
+    for n in sorted({len(x) for x in ids}):
+        rows = [i for i, x in enumerate(ids) if len(x) == n]
+        new = _continue(model, torch.tensor([ids[i] for i in rows], device=model.device), luck[rows], tau)
+        for i, y in zip(rows, new.tolist()):
+            out[i] = tokenizer.decode(y[:y.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in y else y)
+    return out
+
+def _continue(model, x, luck, tau):
+    cache, new = None, []
+    for t in range(luck.shape[1]):
+        step = model(input_ids=x, past_key_values=cache, use_cache=True)
+        cache, logits = step.past_key_values, step.logits[:, -1].double()
+        if tau == 0: x = logits.argmax(-1, keepdim=True)
+        else: x = torch.searchsorted((logits / tau).softmax(-1).cumsum(-1), luck[:, t:t+1].contiguous()).clamp(max=logits.shape[-1] - 1)
+        new.append(x)
+    return torch.cat(new, 1)
+
+
+# %% [markdown]
+# ## Preferences from the model itself
+#
+# A pair is two responses of S to one prompt. Which one is *chosen* is a coin whose bias is Bradley-Terry on the true reward,
+#
+# $$P(y \succ y' \mid x) = \sigma\big(k\,(r(x,y) - r(x,y'))\big), \qquad k = 6, \tag{1}$$
+#
+# so labels are noisy in a way the world knows. The scale $k$ belongs beside every $\beta$ of this book: DPO's optimum is
+# $S\,e^{k r/\beta}$, hence a $\beta$ means nothing without its $k$.
+
+# %%
+#| export
+K = 6.0 # scale of Bradley-Terry in the tiny world
+
+def make_pairs(model, tokenizer, prompts: list, seed: int, k: float=K) -> list[dict]: # conversational rows with a `flipped` mark
+    "Two samples of the model per prompt, labelled by Bradley-Terry on the true reward; equal samples are dropped."
+    a, b = (respond(model, tokenizer, prompts, seed=2 * seed + i) for i in (0, 1))
+    rng, rows = random.Random(seed), []
+    for p, y, z in zip(prompts, a, b):
+        gap, u = true_reward(p, y) - true_reward(p, z), rng.random()
+        if y == z: continue
+        first = u < 1 / (1 + math.exp(-k * gap))
+        chosen, rejected = (y, z) if first else (z, y)
+        rows.append(dict(prompt=[dict(role="user", content=p)], chosen=[dict(role="assistant", content=chosen)],
+                         rejected=[dict(role="assistant", content=rejected)], flipped=gap != 0 and first != (gap > 0)))
+    return rows
+
+
+# %% [markdown]
+# Three sources differ in one thing: how many of their prompts are of the misled kind. Where S is right in its mode, it agrees with most labels
+# before any training (easy); where it is wrong in its mode, it disagrees (hard).
+
+# %%
+#| export
+SOURCES = {"primer": 0.15, "digest": 0.50, "riddle": 0.85} # share of misled prompts
+
+def source_prompts(n: int, share: float, rng: random.Random, taken=()) -> list[str]:
+    "n preference prompts of which `share` are misled, none of them `taken`."
+    kinds = [make_prompts(m, "preference", rng, keep=lambda p, hard=hard: misled(p) == hard and p not in taken)
+             for hard, m in ((True, round(share * n)), (False, n - round(share * n)))]
+    return rng.sample(kinds[0] + kinds[1], n)
+
+
+# %% [markdown]
+# ## Freezing the world
+#
+# Texts come from Python's `random` and travel. Weights do not: the same training ends in other bits on another kind of CPU. So S is frozen in
+# `data/`, and pairs are sampled from the frozen S in float64, where rounding is too small to turn a sample.
+
+# %%
+#| export
+SIZES = dict(sft=16000, source=800, validation=300, test=600)
+
+def world_texts(seed: int=0) -> dict: # sft rows, prompts of each source, validation and test prompts
+    "Every text of the world that does not come from a model."
+    rng = random.Random(seed)
+    demos = [(p, demonstration(p, rng)) for p in make_prompts(SIZES["sft"], "sft", rng)]
+    sources = {}
+    for name, share in SOURCES.items(): sources[name] = source_prompts(SIZES["source"], share, rng, {p for ps in sources.values() for p in ps})
+    return dict(sft=demos, sources=sources, **{s: make_prompts(SIZES[s], s, rng) for s in ("validation", "test")})
+
+def world_pairs(model, tokenizer, texts: dict, seed: int=0) -> dict[str, list]:
+    "The preference sources of the world, sampled from `model` in float64."
+    precise = copy.deepcopy(model).double()
+    return {name: make_pairs(precise, tokenizer, prompts, seed=seed + i) for i, (name, prompts) in enumerate(texts["sources"].items())}
+
+
+# %%
+#| export
+def content_hash(data) -> str:
+    "sha256 of the canonical JSON, 16 hex digits."
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+def _file_hash(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+def train_base(texts: dict, tokenizer, seed: int=0):
+    "S, trained with one thread, so that the result does not depend on how many there are."
+    threads = torch.get_num_threads(); torch.set_num_threads(1)
+    model = sft(make_model(tokenizer, seed=seed), tokenizer, texts["sft"], seed=seed)
+    torch.set_num_threads(threads)
+    return model
+
+
+# %%
+#| export
+def freeze_world(folder: Path):
+    "Build the world from nothing and write it to a folder, with a manifest."
+    from importlib.metadata import version
+    folder, texts, tok = Path(folder), world_texts(), make_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = train_base(texts, tok)
+    model.save_pretrained(folder / "S"); tok.save_pretrained(folder / "S")
+    pairs = world_pairs(AutoModelForCausalLM.from_pretrained(folder / "S"), tok, texts)
+    for name, rows in pairs.items(): (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "prompts.json").write_text(json.dumps({s: texts[s] for s in ("validation", "test")}) + "\n")
+    (folder / "manifest.json").write_text(json.dumps(dict(texts=content_hash(texts), pairs={n: content_hash(r) for n, r in pairs.items()},
+        model=_file_hash(folder / "S" / "model.safetensors"), greedy=skill_table(model, tok, texts["test"], 0)["exact"].round(4).to_dict(),
+        cpu=torch.backends.cpu.get_cpu_capability(), threads=1, k=K, versions={p: version(p) for p in ("torch", "transformers", "tokenizers")}), indent=1) + "\n")
+
+
+# %%
+#| export
+@dataclass
+class World:
+    "The frozen world."
+    base: str       # folder of S and its tokenizer
+    sources: dict   # name -> file of pairs
+    validation: list; test: list # prompts
+    manifest: dict
+
+def load_world() -> World:
+    "The world that travels with the package."
+    folder = Path(str(files("sdpo_nb.data"))) / "world"
+    prompts, manifest = (json.loads((folder / f"{n}.json").read_text()) for n in ("prompts", "manifest"))
+    return World(str(folder / "S"), {n: str(folder / f"{n}.jsonl") for n in SOURCES}, prompts["validation"], prompts["test"], manifest)
+
+def load_base(world: World):
+    "S and its tokenizer."
+    return AutoModelForCausalLM.from_pretrained(world.base).eval(), AutoTokenizer.from_pretrained(world.base)
+
+
+# %% [markdown]
+# ## How good is a model here?
+
+# %%
+#| export
+def mean_interval(values, z: float=1.96) -> tuple[float, float, float]:
+    "Mean of independent values and its 95 % interval, from the normal approximation."
+    v = torch.as_tensor(values, dtype=torch.float64)
+    half = z * v.std().item() / math.sqrt(len(v)) if len(v) > 1 else math.nan
+    return v.mean().item(), v.mean().item() - half, v.mean().item() + half
+
+def true_rewards(model, tokenizer, prompts: list, tau: float=1., seed: int=0) -> list[float]:
+    "True reward of one response per prompt."
+    return [true_reward(p, y) for p, y in zip(prompts, respond(model, tokenizer, prompts, tau, seed))]
+
+def skill_table(model, tokenizer, prompts: list, tau: float=1.):
+    "Share of exact answers and mean true reward, by skill."
+    import pandas as pd
+    r = pd.DataFrame(dict(skill=[p.split()[0] for p in prompts], reward=true_rewards(model, tokenizer, prompts, tau)))
+    return r.groupby("skill")["reward"].agg(exact=lambda x: (x == 1).mean(), reward="mean")
+
+
+# %% [markdown]
+# ## A world one can list
+#
+# For statements about exact optima even this world is too large. So here is one with two prompts and fourteen responses, all strings of one to
+# three letters from `ab`, in which every sum over responses can be written out. `features` describe a response and are
+# the same for both prompts: a policy that only sees features must move both prompts together, a policy that is a table need not.
+
+# %%
+#| export
+@dataclass
+class EnumerableWorld:
+    "Two prompts, every response."
+    prompts: list; responses: list
+    reward: Tensor   # (2, n) true reward, in [0, 1]
+    log_base: Tensor # (2, n) log S(y|x), nats
+    features: Tensor # (n, 4) starts with a, ends with a, length, is sorted
+
+def enumerable_world(seed: int=0) -> EnumerableWorld:
+    "The enumerable world, in float64; the base model S is drawn from a seed."
+    prompts = ["reverse ab", "sort ba"]
+    ys = [y for n in (1, 2, 3) for y in ("".join("ab"[i >> k & 1] for k in reversed(range(n))) for i in range(2 ** n))]
+    reward = torch.tensor([[true_reward(p, y) for y in ys] for p in prompts], dtype=torch.float64)
+    log_base = torch.randn(2, len(ys), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+    features = torch.tensor([[y[0] == "a", y[-1] == "a", len(y), list(y) == sorted(y)] for y in ys], dtype=torch.float64)
+    return EnumerableWorld(prompts, ys, reward, log_base, features)
+
+
+# %%
+ew = enumerable_world()
+pd.DataFrame(torch.cat([ew.reward, ew.log_base.exp()]).round(decimals=2).tolist(), columns=ew.responses,
+             index=pd.MultiIndex.from_product([["true reward", "S(y|x)"], ew.prompts]))
+
+
+# %%
+#| export
+def check_world() -> list[str]:
+    "Rebuild the world and compare it with the frozen one; returns what was checked, raises AssertionError on a difference."
+    w, texts, tok = load_world(), world_texts(), make_tokenizer()
+    m, said = w.manifest, []
+    assert content_hash(texts) == m["texts"], "texts differ"; said.append(f"texts: same hash {m['texts']}")
+    pairs = world_pairs(load_base(w)[0], tok, texts)
+    for n, rows in pairs.items(): assert content_hash(rows) == m["pairs"][n], f"pairs of {n} differ"
+    said.append(f"pairs, from the frozen S: same hashes {m['pairs']}")
+    model = train_base(texts, tok)
+    with tempfile.TemporaryDirectory() as tmp: model.save_pretrained(tmp); got = _file_hash(Path(tmp) / "model.safetensors")
+    if got == m["model"]: return said + [f"model: same hash {got}"]
+    assert torch.backends.cpu.get_cpu_capability() != m["cpu"], f"model: hash {got}, not {m['model']}, on the same kind of CPU"
+    now = skill_table(model, tok, texts["test"], 0)["exact"]
+    for s, want in m["greedy"].items(): assert abs(now[s] - want) <= 0.03, f"model: {s} {now[s]:.3f}, frozen {want:.3f}"
+    return said + [f"model: other hash on {torch.backends.cpu.get_cpu_capability()} (frozen on {m['cpu']}); every skill within 3 points"]
+
+
+# %%
+#| export
+if __name__ == "__main__" and __spec__:
+    import sys
+    if "--freeze" in sys.argv: freeze_world(Path("data/world"))
+    print("\n".join(check_world()))

@@ -1,0 +1,3 @@
+# %% [markdown]
+# # sdpo_nb
+# > Stepwise DPO as a book that computes.
