@@ -39,10 +39,10 @@ def measure_source(source: Source,        # tokenised pairs
     right = reward_accuracy(g, reference.gamma(rows) if reference else 0.)
     nw, nl = (torch.tensor([len(r[f"{s}_ids"]) for r in rows]).float() for s in ("chosen", "rejected"))
     accuracy = right.mean().item(); low, high = wilson(accuracy, len(rows))
-    shorter = reward_accuracy(nl, nw)
+    per_token = reward_accuracy(chosen / nw - rejected / nl)
     return dict(source=source.name, n=len(rows), accuracy=accuracy, low=low, high=high, ties=int((right == 0.5).sum()),
-                accuracy_per_token=reward_accuracy(chosen / nw - rejected / nl).mean().item(),
-                decided_by_length=(right == shorter).float().mean().item(),
+                accuracy_per_token=per_token.mean().item(),
+                decided_by_length=(reward_accuracy(g) != per_token).float().mean().item(),
                 truncated=float(np.mean([r["truncated"] for r in rows])), mean_gamma=g.mean().item())
 
 # %% ../nbs/05_partition.ipynb #fb4b4ef1

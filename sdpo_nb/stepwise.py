@@ -32,7 +32,7 @@ from .trainer import TrainConfig, check_settings, make_accelerator, setting, tra
 class StepwiseConfig(TrainConfig):
     "Settings of a run: those of a stage, and what the stages are."
     order: str = setting("easy_to_hard", "which chunk comes first", choices=ORDERS)
-    chunks: int = setting(None, "number of stages T; by default one per source. In Python also a list of lists of source names, or a function (t, model) -> pairs, None to end")
+    chunks: object = setting(None, "number of stages T; by default one per source. In Python also a list of lists of source names, or a function (t, model) -> pairs, None to end")
     init_target: str = setting("previous", "weights a stage starts from: M_{t-1}, or the SFT base S", choices=("previous", "S"))
     reference: str = setting("moving", "moving (M_{t-1}), fixed (S), or the folder of a model")
     restart: str = setting("stage", "a new optimizer and schedule each stage, or one for the whole run", choices=("stage", "never"))

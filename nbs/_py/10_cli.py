@@ -31,7 +31,7 @@ def _add_settings(parser):
     for f in fields(StepwiseConfig):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%") + f" (default {f.default})"
         if f.type is bool: parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else: parser.add_argument(name, type=f.type, default=None, choices=f.metadata["choices"], help=text)
+        else: parser.add_argument(name, type=f.type if f.type in (int, float, str) else int, default=None, choices=f.metadata["choices"], help=text)
 
 def _settings(args) -> dict:
     "Settings from --config, then from the command line, which wins."
@@ -90,26 +90,45 @@ def _report(args):
 
 # %%
 #| export
-DEMO = dict(lr=1e-3, epochs=3, batch_size=32, micro_batch=32, precision="fp32", max_length=64)
+DEMO = dict(lr=1e-4, epochs=3, micro_batch=32, precision="fp32", max_length=64)
 
-def demo(folder="runs/demo", betas=(0.5, 1.0, 2.0), settings=DEMO):
-    "Run the demo; returns a table of true rewards on test prompts."
-    import numpy as np, pandas as pd, torch
-    from sdpo_nb.stepwise import StepwiseConfig, load_model, sdpo
-    from sdpo_nb.world import K, load_base, load_world, mean_interval, true_rewards
-    torch.set_num_threads(1)                # fastest for a model this small
+def demo(folder="runs/demo",       # one run folder per method goes in here
+         betas=(0.1, 0.3, 0.9),    # for DPO; the best on validation prompts is kept
+        ):                         # (the stepwise run, a table of true rewards on test prompts)
+    "The tiny world from partition to true reward. beta is chosen for DPO, before stepwise DPO is run."
+    import torch
+    from sdpo_nb.stepwise import StepwiseConfig, sdpo
+    from sdpo_nb.world import load_base, load_world
+    torch.set_num_threads(1)               # fastest for a model this small
     w = load_world(); S, tok = load_base(w)
-    def run(name, **kw): return sdpo(w.base, w.sources, StepwiseConfig(**settings | kw), Path(folder) / name)
-    def on_validation(model, tau=1.): return np.mean(true_rewards(model, tok, w.validation, tau))
-    tau = max((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), key=lambda t: on_validation(S, t))
-    dpo = {b: run(f"dpo-beta-{b}", beta=b, chunks=1) for b in betas}
-    beta = max(betas, key=lambda b: on_validation(dpo[b].model))
-    stepwise = run("sdpo", beta=beta); T = len(stepwise.stages)
-    rows = {f"S": (S, 1.0), f"S at its best temperature {tau}": (S, tau), f"DPO, beta {beta}": (dpo[beta].model, 1.0),
-            f"DPO, beta/T = {beta/T:.2g}": (run("dpo-beta-over-T", beta=beta/T, chunks=1).model, 1.0), f"sDPO, beta {beta}, T = {T}": (stepwise.model, 1.0)}
-    def cell(m, t): return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(true_rewards(m, tok, w.test, t, seed=1)))
-    table = pd.DataFrame([(n, cell(m, t), cell(m, 0.0)) for n, (m, t) in rows.items()], columns=["model", "true reward, sampled", "true reward, greedy"]).set_index("model")
-    return stepwise, table
+    def run(name, **kw): return sdpo(w.base, w.sources, StepwiseConfig(**DEMO | kw), Path(folder) / name)
+    dpo = {b: run(f"dpo-{b}", beta=b, chunks=1) for b in betas}
+    tau, beta = _best_tau(S, tok, w), max(betas, key=lambda b: _mean_reward(dpo[b].model, tok, w.validation))
+    stepwise = run(f"sdpo-{beta}", beta=beta); T = len(stepwise.stages)
+    small = dpo.get(round(beta / T, 6)) or run(f"dpo-{beta / T:.3g}", beta=beta / T, chunks=1)
+    models = {"S": S, f"DPO({beta})": dpo[beta].model, f"DPO(beta/T = {beta/T:.2g})": small.model, f"sDPO({beta}), T = {T}": stepwise.model,
+              f"sDPO(T beta = {beta*T:.2g}), T = {T}": run(f"sdpo-{beta*T:.3g}", beta=beta * T).model}
+    return stepwise, _reward_table(models, tok, w.test, tau)
+
+
+# %%
+#| export
+def _mean_reward(model, tok, prompts, tau=1.):
+    from sdpo_nb.world import mean_interval, true_rewards
+    return mean_interval(true_rewards(model, tok, prompts, tau))[0]
+
+def _best_tau(S, tok, w):
+    "The sampling temperature at which S does best on validation prompts."
+    return max((1.0, 0.8, 0.6, 0.4, 0.2, 0.0), key=lambda t: _mean_reward(S, tok, w.validation, t))
+
+def _reward_table(models, tok, prompts, tau):
+    "True reward on test prompts, sampled and greedy, with 95 % intervals; the second row is S at its best temperature."
+    import pandas as pd
+    from sdpo_nb.world import mean_interval, true_rewards
+    def cell(m, t): return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(true_rewards(m, tok, prompts, t, seed=1)))
+    rows = [(n, cell(m, 1.0), cell(m, 0.0)) for n, m in models.items()]
+    rows.insert(1, (f"S at its best temperature, {tau}", cell(models["S"], tau), rows[0][2]))
+    return pd.DataFrame(rows, columns=["model", "true reward, sampled", "true reward, greedy"]).set_index("model")
 
 def _demo(args):
     from sdpo_nb.stepwise import as_markdown
@@ -140,10 +159,17 @@ def _parser():
 
 # %%
 #| export
+def _quiet():
+    "Keep the progress bars of long work; leave out those of every file that is read or written."
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+
 def main():
     "The command `sdpo`. Bad input is one line and exit status 2."
     args = _parser().parse_args()
-    try: dict(run=_run, partition=_partition, report=_report, demo=_demo)[args.command](args)
+    try:
+        _quiet()
+        dict(run=_run, partition=_partition, report=_report, demo=_demo)[args.command](args)
     except (ValueError, OSError) as e:
         if os.environ.get("SDPO_TRACEBACK"): raise
         print(f"sdpo: {str(e).splitlines()[0]}", file=sys.stderr); sys.exit(2)
