@@ -53,7 +53,8 @@ def readme():
     return files
 
 
-def sync():
+def sync(only=()):
+    "Clean, export, twins, README; `only` limits the twins that are written to those notebooks."
     from nbdev.clean import nbdev_clean
     from nbdev.export import nb_export
     from nbdev.doclinks import nbdev_export
@@ -61,6 +62,8 @@ def sync():
     nbdev_clean()
     nbdev_export()
     for nb in notebooks():
+        if only and nb.stem not in {Path(p).stem for p in only}:
+            continue
         twin(nb).parent.mkdir(exist_ok=True)
         subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", "-o", twin(nb), nb], check=True)
     for path, data in readme().items():
@@ -127,7 +130,7 @@ def run(paths):
             outs = shell.run(cell.source)
             if shell.exc:
                 os.chdir(ROOT)
-                sys.exit(f"{path.name}: {shell.exc[1]!r}\nin the cell\n{cell.source}\n" + "\n".join(text(o.get('traceback', '')) for o in outs))
+                sys.exit(f"{path.name}: {shell.exc!r}\nin the cell\n{cell.source}\n" + "\n".join(text(o.get('traceback', '')) for o in outs))
             cell["outputs"] = [tidy(o) for o in outs if o.get("name") != "stderr"]
             cell["execution_count"] = None
         os.chdir(ROOT)
@@ -160,11 +163,11 @@ def edit(paths):
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["check"]
     if verb == "edit":
-        edit(rest); sync()
+        edit(rest); sync(rest)
     elif verb == "sync":
         sync()
     elif verb == "run":
-        run(rest); sync()
+        run(rest); sync(rest)
     elif verb == "check":
         check()
     else:
