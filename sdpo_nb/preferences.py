@@ -6,195 +6,276 @@
 __all__ = ['normalise', 'turn_end', 'encode', 'load_pairs', 'Source', 'counts_table', 'tokenize_pairs']
 
 # %% ../nbs/01_preferences.ipynb #a95ddeea
-import gzip, hashlib, json, os
+import gzip, hashlib, json
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import jinja2
 import pandas as pd
-from datasets import Dataset, load_dataset, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 
 # %% ../nbs/01_preferences.ipynb #805704c1
-def _is_chat(x): return isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in x)
+def _shape(x) -> str:
+    "What a field holds, in the words of the error messages."
+    if x is None: return "nothing"
+    if isinstance(x, str): return "a string"
+    if not isinstance(x, (list, tuple)): return "something else"
+    if not x: return "no messages"
+    ok = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in x)
+    return "messages" if ok else "something else"
 
-def _messages(x): return [{"role": m["role"], "content": m["content"]} for m in x]
+_SCHEMA = dict(prompt=("a string", "messages", "nothing"), chosen=("a string", "messages"), rejected=("a string", "messages"),
+               system=("a string", "nothing"), messages=("messages", "no messages", "nothing"))
 
-def _shared(a, b):
+# %% ../nbs/01_preferences.ipynb #9305897f
+def _check(row: dict,  # one raw row
+           where: str, # file and row, for the message
+          ):
+    "Raise ValueError, naming file, row and field, unless every field holds what it may."
+    if not isinstance(row, dict): raise ValueError(f"{where}: expected an object with fields, got {_short(row)}")
+    for field, allowed in _SCHEMA.items():
+        value = row.get(field)
+        if _shape(value) in allowed: continue
+        got = _short(value) if value is not None else f"nothing; the row has {sorted(row)}, and columns={{'your name': '{field}'}} renames"
+        raise ValueError(f"{where}, field '{field}': expected {' or '.join(allowed)}, got {got}"
+                         + " (messages are a list of {'role': string, 'content': string})" * isinstance(value, (list, dict)))
+    if _shape(row["chosen"]) != _shape(row["rejected"]):
+        raise ValueError(f"{where}, field 'rejected': expected {_shape(row['chosen'])} as in 'chosen', got {_short(row['rejected'])}")
+
+def _short(x): return f"{type(x).__name__} {x if len(str(x)) <= 60 else str(x)[:60] + '...'!r}"
+
+# %% ../nbs/01_preferences.ipynb #e28f395f
+def _shared(a, b) -> int:
     "Length of the longest common prefix of two sequences."
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]: n += 1
     return n
 
-# %% ../nbs/01_preferences.ipynb #9305897f
-def _check(row: dict, # one raw row
-           where: str, # file and row, for the message
-          ):
-    "Raise ValueError, naming file, row and field, unless the row is a preference in a known spelling."
-    for field in ("chosen", "rejected"):
-        if row.get(field) is None: raise ValueError(f"{where}, field '{field}': missing; a pair needs 'chosen' and 'rejected'")
-        if not isinstance(row[field], str) and not _is_chat(row[field]):
-            raise ValueError(f"{where}, field '{field}': expected a string or a list of {{'role', 'content'}} messages, got {_short(row[field])}")
-    if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
-        raise ValueError(f"{where}, field 'rejected': 'chosen' is {_short(row['chosen'])} but 'rejected' is {_short(row['rejected'])}; both must be strings or both messages")
-    prompt = row.get("prompt")
-    if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):
-        raise ValueError(f"{where}, field 'prompt': expected a string or messages, got {_short(prompt)}")
-    for field, ok in (("system", lambda x: isinstance(x, str)), ("messages", lambda x: x == [] or _is_chat(x))):
-        if row.get(field) is not None and not ok(row[field]):
-            raise ValueError(f"{where}, field '{field}': expected {'a string' if field == 'system' else 'messages'}, got {_short(row[field])}")
+def _split(chosen, rejected): # two strings or two lists of messages
+    "Implicit prompt: the common beginning, which leaves each side at least one element."
+    n = max(0, min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    if n and chosen[n-1] == " ": n -= 1 # a blank belongs to the word after it
+    return chosen[:n], chosen[n:], rejected[n:]
 
-def _short(x): return f"{type(x).__name__} {str(x)[:40]!r}"
-
-# %% ../nbs/01_preferences.ipynb #ca9771f6
+# %% ../nbs/01_preferences.ipynb #1d4abdd9
 def normalise(row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
               where: str="row",  # file and row number, for error messages
               chat: bool=False,  # read string fields as turns of a chat
              ) -> dict:          # {"chat": bool, "prompt", "chosen", "rejected"}: three strings, or messages and two closing messages
     "One preference, whatever its spelling. Raises ValueError naming file, row and field."
     _check(row, where)
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if not isinstance(chosen, str): return _normalise_messages(prompt, chosen, rejected, row, where)
-    if prompt is None: prompt, chosen, rejected = _split_text(chosen, rejected)
-    if not (chat or row.get("system") or row.get("messages") or _is_chat(prompt)):
-        return dict(chat=False, prompt=prompt, chosen=chosen, rejected=rejected)
-    turns = _messages(prompt) if _is_chat(prompt) else [{"role": "user", "content": prompt}]
-    return dict(chat=True, prompt=_context(row, turns), chosen={"role": "assistant", "content": chosen},
-                rejected={"role": "assistant", "content": rejected})
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if isinstance(sides[0], str):
+        if prompt is None and not row.get("messages"): prompt, *sides = _split(*sides)
+        if isinstance(prompt, str) and not chat and row.get("system") is None and row.get("messages") is None:
+            return dict(chat=False, prompt=prompt, chosen=sides[0], rejected=sides[1])
+        sides = [[{"role": "assistant", "content": s}] for s in sides]
+    turns, *sides = _split_turns(prompt, *map(_messages, sides))
+    for field, side in zip(("chosen", "rejected"), sides):
+        if [m["role"] for m in side] != ["assistant"]:
+            raise ValueError(f"{where}, field '{field}': expected one assistant turn after the prompt, got roles {[m['role'] for m in side]}")
+    return dict(chat=True, prompt=_context(row, turns, where), chosen=sides[0][0], rejected=sides[1][0])
 
-# %% ../nbs/01_preferences.ipynb #e28f395f
-def _context(row, turns):
+def _messages(x): return [{"role": m["role"], "content": m["content"]} for m in x]
+
+# %% ../nbs/01_preferences.ipynb #c3fe2094
+def _split_turns(prompt, chosen, rejected):
+    "A list prompt stands before the two sides; a string prompt, or none, is inside them if they share turns."
+    if isinstance(prompt, (list, tuple)): return _messages(prompt), chosen, rejected
+    head, chosen, rejected = _split(chosen, rejected)
+    if isinstance(prompt, str) and not any(m["role"] == "user" for m in head): head = head + [{"role": "user", "content": prompt}]
+    return head, chosen, rejected
+
+# %% ../nbs/01_preferences.ipynb #92170ff4
+def _context(row, turns, where):
+    "System message, earlier turns, then the prompt's own."
+    before = _messages(row.get("messages") or [])
+    if before and before[-1]["role"] == "user":
+        if turns and before[-1]["content"].strip() not in turns[-1]["content"]:
+            raise ValueError(f"{where}, field 'messages': ends with a user turn that 'prompt' does not repeat; end it with the assistant turn before the prompt")
+        turns = []
+    elif not turns: raise ValueError(f"{where}, field 'prompt': expected a string or messages, got nothing, and the two sides share no turn")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + _messages(row.get("messages") or []) + turns
+    return system + [m for m in before + turns if m not in system]
 
-def _split_text(chosen, rejected):
-    "Implicit prompt in plain text: the common beginning, cut back to a blank."
-    n = _shared(chosen, rejected)
-    if 0 < n < max(len(chosen), len(rejected)) and chosen[n-1] == " ": n -= 1
-    return chosen[:n], chosen[n:], rejected[n:]
-
-# %% ../nbs/01_preferences.ipynb #f0507159
-def _normalise_messages(prompt, chosen, rejected, row, where):
-    "Messages: a list prompt stands before them; a string prompt, or none, is already inside them."
-    chosen, rejected = _messages(chosen), _messages(rejected)
-    if _is_chat(prompt): head = _messages(prompt)
-    else:
-        n = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        head, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-        if not head and isinstance(prompt, str): head = [{"role": "user", "content": prompt}]
-    for field, turns in (("chosen", chosen), ("rejected", rejected)):
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise ValueError(f"{where}, field '{field}': expected one closing assistant message after the shared turns, got roles {[m['role'] for m in turns]}")
-    if not head: raise ValueError(f"{where}, field 'prompt': missing, and 'chosen' and 'rejected' share no first turn")
-    return dict(chat=True, prompt=_context(row, head), chosen=chosen[0], rejected=rejected[0])
-
-# %% ../nbs/01_preferences.ipynb #1d4abdd9
+# %% ../nbs/01_preferences.ipynb #b6988bb1
 def turn_end(tokenizer, # a tokenizer with a chat template
             ) -> tuple[list[int], int]: # (ids that must be appended, number of ids to cut) after a rendered assistant turn
     "How a rendered assistant turn has to be mended so that it ends with the turn's end token."
-    mark = "sdpomark"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], tokenize=False)
-    tail = tokenizer(text[text.rindex(mark) + len(mark):], add_special_tokens=False).input_ids
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    ends = [i for i, t in enumerate(tail) if t in special]
-    return ([], len(tail) - ends[0] - 1) if ends else ([tokenizer.eos_token_id], len(tail))
+    a, b = (_render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": c}]) for c in ("a", "b b"))
+    tail = a[len(a) - _shared(a[::-1], b[::-1]):]
+    ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()} | set(tokenizer.all_special_ids)
+    first = next((i for i, t in enumerate(tail) if t in ends - {tokenizer.unk_token_id}), None)
+    return ([tokenizer.eos_token_id], len(tail)) if first is None else ([], len(tail) - first - 1)
 
-# %% ../nbs/01_preferences.ipynb #c3fe2094
-def _full_ids(pair, tokenizer, end):
-    if not pair["chat"]:
-        ids = [tokenizer(pair["prompt"]).input_ids]
-        for side in ("chosen", "rejected"):
-            full = tokenizer(pair["prompt"] + pair[side]).input_ids
-            ids.append(full if full[-1:] == [tokenizer.eos_token_id] else full + [tokenizer.eos_token_id])
-        return ids
-    def render(messages, **kw): return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
-    add, cut = end
-    full = [render(pair["prompt"] + [pair[side]]) for side in ("chosen", "rejected")]
-    return [render(pair["prompt"], add_generation_prompt=True)] + [f[:len(f) - cut] + add for f in full]
+def _render(tokenizer, messages, **kw):
+    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
 
-# %% ../nbs/01_preferences.ipynb #92170ff4
+# %% ../nbs/01_preferences.ipynb #d9a02a88
+def _text_ids(pair, tokenizer):
+    "Ids of the prompt and of both full rows."
+    def ids(text): return list(tokenizer(text).input_ids)
+    def bare(ids): return bare(ids[:-1]) if ids[-1:] == [tokenizer.eos_token_id] else ids
+    prompt = ids(pair["prompt"])
+    if not pair["prompt"].endswith(tokenizer.eos_token): prompt = bare(prompt) # some tokenizers append EOS to everything
+    return prompt, [bare(ids(pair["prompt"] + pair[s])) + [tokenizer.eos_token_id] for s in ("chosen", "rejected")]
+
+def _chat_ids(pair, tokenizer, end):
+    add, cut = end or turn_end(tokenizer)
+    full = [_render(tokenizer, pair["prompt"] + [pair[s]]) for s in ("chosen", "rejected")]
+    return _render(tokenizer, pair["prompt"], add_generation_prompt=True), [f[:len(f) - cut] + add for f in full]
+
+# %% ../nbs/01_preferences.ipynb #4786e4a1
 def encode(pair: dict,             # what `normalise` returns
            tokenizer,              # a transformers tokenizer
            max_length: int=1024,   # longest prompt + response, in tokens
            max_prompt_length: int=512, # longest prompt; its end is kept
-           end: tuple=None,        # `turn_end(tokenizer)`, needed for chats
+           end: tuple=None,        # `turn_end(tokenizer)`, asked for where it is not given
           ) -> dict:               # prompt_ids, chosen_ids, rejected_ids and what was done to them
     "Token ids of one pair. The prompt is the longest common prefix of the prompt's ids and both full rows."
-    prompt, *full = _full_ids(pair, tokenizer, end)
-    n = min(_shared(prompt, f) for f in full)
-    kept = prompt[:n][-max_prompt_length:] if max_prompt_length else []
-    chosen, rejected = (f[n:][:max(0, max_length - len(kept))] for f in full)
-    text = [pair[s] if isinstance(pair[s], str) else pair[s]["content"] for s in ("chosen", "rejected")]
-    drop = ("empty" if not (chosen and rejected and all(t.strip() for t in text)) else "equal" if chosen == rejected else "")
-    key = hashlib.sha256(json.dumps([kept, chosen, rejected]).encode()).hexdigest()[:16]
-    return dict(key=key, prompt_ids=kept, chosen_ids=chosen, rejected_ids=rejected, drop=drop, chat=pair["chat"],
+    prompt, full = _chat_ids(pair, tokenizer, end) if pair["chat"] else _text_ids(pair, tokenizer)
+    n = min(_shared(prompt, f) for f in full) # (1)
+    kept = prompt[max(0, n - max_prompt_length):n]
+    sides = [f[n:][:max(0, max_length - len(kept))] for f in full]
+    return dict(key=hashlib.sha256(json.dumps([kept, *sides]).encode()).hexdigest()[:16],
+                prompt_ids=kept, chosen_ids=sides[0], rejected_ids=sides[1], drop=_why_dropped(pair, tokenizer, kept, sides), chat=pair["chat"],
                 truncated=len(kept) + max(len(f) - n for f in full) > max_length,
                 prompt_truncated=n > max_prompt_length, boundary_moved=n < len(prompt))
 
-# %% ../nbs/01_preferences.ipynb #9498605b
-def load_pairs(source,              # file (.jsonl, .json, .jsonl.gz, .parquet), folder, hub id, list of rows, or Dataset
-               split: str="train",  # hub ids and folders with splits
-               revision: str=None,  # hub ids: a commit, so that the data cannot change under you
-               columns: dict=None,  # renames, e.g. {"question": "prompt"}
-              ) -> Dataset:         # raw rows, memory-mapped, with the columns prompt, chosen, rejected, system, messages that exist
-    "Preference rows as `datasets` reads them. A local path never reaches the hub."
-    data = _read(source, split, revision)
-    absent = [c for c in (columns or {}) if c not in data.column_names]
-    if absent: raise ValueError(f"{_name(source)}: columns= names {absent}, but the data have {data.column_names}")
-    clash = [new for new in (columns or {}).values() if new in data.column_names and new not in columns]
-    data = data.remove_columns(clash).rename_columns(columns or {})
-    for field in ("chosen", "rejected"):
-        if field not in data.column_names:
-            raise ValueError(f"{_name(source)}: no column '{field}' among {data.column_names}; name it with columns={{'your name': '{field}'}}")
-    return data.select_columns([c for c in ("prompt", "chosen", "rejected", "system", "messages") if c in data.column_names])
+# %% ../nbs/01_preferences.ipynb #53a29fde
+def _why_dropped(pair, tokenizer, prompt, sides) -> str: # empty where the pair is usable
+    "The reason for which a valid pair carries no signal."
+    texts = [pair[s]["content"] if pair["chat"] else pair[s] for s in ("chosen", "rejected")]
+    if not all(sides) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
+    if sides[0] == sides[1]: return "equal"
+    return "" if prompt else "no_prompt"
 
-def _name(source): return str(source) if isinstance(source, (str, Path)) else f"<{type(source).__name__} in memory>"
+# %% ../nbs/01_preferences.ipynb #d2d1685a
+def _rename(names, columns): # old name -> new name, for the columns that stay
+    return {c: columns.get(c, c) for c in names if c in columns or c not in columns.values()}
 
-# %% ../nbs/01_preferences.ipynb #3d5bd5f0
-def _read(source, split, revision):
-    if isinstance(source, Dataset): return source
-    if isinstance(source, (list, tuple)): return _from_rows(list(source))
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / "dataset_info.json").exists(): return load_from_disk(str(path))
-    if path.is_dir() and (path / "dataset_dict.json").exists(): return load_from_disk(str(path))[split]
-    if path.is_dir(): return load_dataset(str(path), split=split)
-    if path.is_file(): return _read_file(path)
-    if path.suffix in _READERS or path.suffix == ".gz" or path.is_absolute() or str(source).startswith("."):
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    try: return load_dataset(str(source), split=split, revision=revision)
-    except Exception as e: raise ValueError(f"{source}: neither a local path nor a hub data set that could be read ({str(e).splitlines()[0]})") from e
+# %% ../nbs/01_preferences.ipynb #be74fb1d
+def _checked(rows, columns: dict): # rows: (where, row)
+    "The rows, renamed, checked and reduced to the fields of a preference."
+    shapes, seen = {}, set()
+    for where, row in rows:
+        if isinstance(row, dict):
+            seen |= set(row)
+            row = {new: row[old] for old, new in _rename(row, columns).items()}
+        _check(row, where)
+        for field in ("prompt", "chosen", "rejected"):
+            before = shapes.setdefault(field, _shape(row.get(field)))
+            if _shape(row.get(field)) != before:
+                raise ValueError(f"{where}, field '{field}': expected {before} as in the rows before, got {_short(row.get(field))}")
+        yield {f: _messages(row[f]) if isinstance(row.get(f), (list, tuple)) else row.get(f) for f in _SCHEMA}
+    if seen and (absent := set(columns) - seen): raise ValueError(f"{where.split(', row')[0]}: columns= names {sorted(absent)}, but the rows have {sorted(seen)}")
 
+# %% ../nbs/01_preferences.ipynb #0ba0165e
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
-# %% ../nbs/01_preferences.ipynb #7951f514
-def _read_file(path):
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in _READERS: raise ValueError(f"{path}: cannot read '{suffix}' files; use one of {sorted(_READERS)} (also with .gz)")
-    try: return load_dataset(_READERS[suffix], data_files=str(path), split="train")
+def _suffix(path): return Path(path.stem if path.suffix == ".gz" else path).suffix
+
+def _file_rows(path: Path):
+    "(where, row) of every row of a file."
+    kind = _READERS[_suffix(path)]
+    if kind == "json": yield from _json_rows(path)
+    else: yield from ((f"{path}, row {i}", row) for i, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True)))
+
+# %% ../nbs/01_preferences.ipynb #c93f8c7f
+def _json_rows(path):
+    "One object a line, or, in a .json file, one list of objects."
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+        whole = _suffix(path) == ".json" and f.read(1) == "["
+        f.seek(0)
+        if whole: yield from ((f"{path}, row {i}", row) for i, row in enumerate(json.load(f)))
+        else:
+            for i, (n, line) in enumerate((n, line) for n, line in enumerate(f, 1) if line.strip()):
+                where = f"{path}, row {i} (line {n})"
+                try: row = json.loads(line)
+                except json.JSONDecodeError as e: raise ValueError(f"{where}: not JSON ({e})") from None
+                yield where, row
+
+# %% ../nbs/01_preferences.ipynb #afd68ab2
+_VERSION = 1 # of what is cached: raise it when the same file or row would give something else
+
+def _read_file(path: Path, columns: dict) -> Dataset:
+    "The checked rows of one file, memory-mapped."
+    if _suffix(path) not in _READERS: raise ValueError(f"{path}: cannot read '{path.suffix}' files; use one of {sorted(_READERS)}, also with .gz")
+    try:
+        first = next(_checked(_file_rows(path), columns), None)
+        if first is None: raise ValueError(f"{path}: no rows")
+        with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return Dataset.from_generator(_generate, features=_features(first), gen_kwargs=dict(path=str(path), columns=columns, digest=f"{_VERSION}-{digest}"))
     except Exception as e:
-        if suffix == ".jsonl": _find_bad_line(path)
-        raise ValueError(f"{path}: {str(e.__cause__ or e).splitlines()[0]}") from e
+        e = e.__cause__ or e # datasets wraps what the generator raises
+        raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {(str(e) or repr(e)).splitlines()[0]}") from e
 
-def _find_bad_line(path):
-    "Raise for the first line that is no JSON object or whose fields are no preference."
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-        for i, line in enumerate(f):
-            try: row = json.loads(line)
-            except ValueError as e: raise ValueError(f"{path}, row {i}: not JSON ({e})") from None
-            if not isinstance(row, dict): raise ValueError(f"{path}, row {i}: expected a JSON object, got {_short(row)}")
-            _check(row, f"{path}, row {i}")
+def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
 
-def _from_rows(rows):
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict): raise ValueError(f"row {i}: expected a dict, got {_short(row)}")
-        if "chosen" in row and "rejected" in row: _check(row, f"<list in memory>, row {i}")
-    return Dataset.from_list(rows)
+def _features(row):
+    text = datasets.Value("string")
+    return datasets.Features({f: datasets.List({"role": text, "content": text}) if f == "messages" or isinstance(x, list) else text for f, x in row.items()})
 
-# %% ../nbs/01_preferences.ipynb #b6988bb1
+# %% ../nbs/01_preferences.ipynb #cf285e35
+def _read_folder(path, split, columns):
+    try: files = {str(s): fs for s, fs in load_dataset_builder(str(path)).config.data_files.items()}
+    except Exception as e: raise ValueError(f"{path}: no files in this folder that datasets can read ({str(e).splitlines()[0]})") from e
+    parts = [_read_file(Path(f), columns) for f in _pick(files, split, path)]
+    for f, part in zip(files[split], parts):
+        if part.features != parts[0].features: raise ValueError(f"{f}: its fields hold other things than those of {files[split][0]}; load the two as two sources")
+    return concatenate_datasets(parts)
+
+def _pick(splits, split, where):
+    if split not in splits: raise ValueError(f"{where}: no split '{split}', only {sorted(splits)}")
+    return splits[split]
+
+# %% ../nbs/01_preferences.ipynb #c7b06254
+def _from_dataset(data, split, columns, where):
+    if isinstance(data, DatasetDict): data = _pick(data, split, where)
+    names = _rename(data.column_names, columns)
+    if absent := set(columns) - set(names): raise ValueError(f"{where}: columns= names {sorted(absent)}, but the data have {data.column_names}")
+    data = data.with_format(None).select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
+    if len(data): _check(data[0], f"{where}, row 0")
+    data = data.select_columns([c for c in _SCHEMA if c in data.column_names])
+    for _ in _checked(((f"{where}, row {i}", row) for i, row in enumerate(data)), {}): pass
+    return data
+
+# %% ../nbs/01_preferences.ipynb #9d9d59d1
+def _from_hub(name, split, revision):
+    path = Path(name).expanduser()
+    if _suffix(path) in _READERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    try: return load_dataset(name, split=split, revision=revision)
+    except Exception as e: raise ValueError(f"{name}: neither a local path nor a hub data set that could be read ({str(e).splitlines()[0]})") from e
+
+# %% ../nbs/01_preferences.ipynb #410af910
+def load_pairs(source,              # file (.jsonl, .json, .parquet, .arrow, .csv; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
+               split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
+               revision: str=None,  # hub ids: a commit, so that the data cannot change under you
+               columns: dict=None,  # renames, e.g. {"question": "prompt"}
+              ) -> Dataset:         # raw rows, memory-mapped, with the columns prompt, chosen, rejected, system, messages
+    "Preference rows, checked. Raises ValueError naming file, row and field, and FileNotFoundError."
+    columns = columns or {}
+    if isinstance(source, (Dataset, DatasetDict)): return _from_dataset(source, split, columns, f"<{type(source).__name__}>")
+    if isinstance(source, (list, tuple)):
+        rows = list(_checked(((f"<list>, row {i}", row) for i, row in enumerate(source)), columns))
+        if not rows: raise ValueError("<list>: no rows")
+        return Dataset.from_list(rows, features=_features(rows[0]))
+    path = Path(source).expanduser()
+    if path.is_file(): return _read_file(path, columns)
+    if any((path / f"dataset_{kind}.json").exists() for kind in ("info", "dict")): return _from_dataset(load_from_disk(str(path)), split, columns, str(path))
+    if path.is_dir(): return _read_folder(path, split, columns)
+    return _from_dataset(_from_hub(str(source), split, revision), split, columns, str(source))
+
+# %% ../nbs/01_preferences.ipynb #378e0506
 @dataclass
 class Source:
     "A named preference dataset, tokenised."
     name: str      # what the partition and the report call it
-    pairs: Dataset # key, prompt_ids, chosen_ids, rejected_ids, ... one usable pair a row; memory-mapped
+    pairs: Dataset # key, prompt_ids, chosen_ids, rejected_ids, truncated: one usable pair a row; memory-mapped
     counts: dict   # rows read, dropped by reason, truncated, ...
 
     def __len__(self): return len(self.pairs)
@@ -203,7 +284,7 @@ def counts_table(sources) -> pd.DataFrame:
     "What was read, dropped and cut, one source a row."
     return pd.DataFrame([s.counts for s in sources], index=pd.Index([s.name for s in sources], name="source"))
 
-# %% ../nbs/01_preferences.ipynb #e735085d
+# %% ../nbs/01_preferences.ipynb #af2372c3
 def tokenize_pairs(data,                 # what `load_pairs` returns
                    tokenizer,            # a transformers tokenizer
                    name: str="pairs",    # of the source
@@ -213,37 +294,44 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
                    num_proc: int=None,   # processes
                   ) -> Source:           # usable pairs, with counts of the others
     "Tokenise once. Raises ValueError for a row that breaks the schema or a source without a usable pair."
-    _need_end(data, tokenizer, name, chat)
+    if not len(data): raise ValueError(f"source '{name}': no rows")
+    if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
+    if min(max_length, max_prompt_length) < 1: raise ValueError(f"max_length={max_length} and max_prompt_length={max_prompt_length} must be at least 1")
     end = turn_end(tokenizer) if tokenizer.chat_template else None
-    def one(row, i): return encode(normalise(row, f"source '{name}', row {i}", chat), tokenizer, max_length, max_prompt_length, end)
-    print_key = _fingerprint(data, tokenizer, name, max_length, max_prompt_length, chat)
+    def one(row, i):
+        where = f"source '{name}', row {i}"
+        pair = normalise(dict(row), where, chat)
+        try: return encode(pair, tokenizer, max_length, max_prompt_length, end)
+        except (ValueError, jinja2.TemplateError) as e: raise ValueError(f"{where}: {e}") from e
+    digest = _digest(data, tokenizer, max_length, max_prompt_length, chat)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "sdpo_nb"; cache.mkdir(parents=True, exist_ok=True)
     out = data.map(one, with_indices=True, remove_columns=data.column_names, features=_FEATURES, num_proc=num_proc, desc=f"tokenising {name}",
-                   cache_file_name=str(cache / f"{print_key}.arrow"), new_fingerprint=print_key)
+                   cache_file_name=str(cache / f"{digest}.arrow"), load_from_cache_file=True, new_fingerprint=digest)
     return _usable(name, out)
 
+# %% ../nbs/01_preferences.ipynb #0197b5d9
 _FEATURES = datasets.Features({"key": datasets.Value("string"),
     **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
     **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
 
-# %% ../nbs/01_preferences.ipynb #c315e31f
-def _need_end(data, tokenizer, name, chat):
-    if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
-    first = normalise(data[0], f"source '{name}', row 0", chat) if len(data) else None
-    if first is None: raise ValueError(f"source '{name}': no rows")
-    if first["chat"] and not tokenizer.chat_template:
-        raise ValueError(f"source '{name}' is conversational but the tokenizer has no chat template; set tokenizer.chat_template or use text fields")
+def _digest(data, tokenizer, *settings) -> str:
+    "sha256 over everything that decides the ids, 24 hex digits."
+    h = hashlib.sha256()
+    for table in data.with_format("arrow").iter(1000):
+        with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema) as w: w.write_table(table.combine_chunks())
+        h.update(sink.getvalue())
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else [type(tokenizer).__name__, tokenizer.get_vocab()]
+    if tokenizer.is_fast: backend = {k: v for k, v in backend.items() if k not in ("padding", "truncation")} # state of the last call
+    h.update(json.dumps([_VERSION, backend, tokenizer.chat_template, tokenizer.special_tokens_map, *settings], sort_keys=True, default=str).encode())
+    return h.hexdigest()[:24]
 
-def _fingerprint(data, tokenizer, *settings):
-    backend = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    what = [data._fingerprint, backend, tokenizer.chat_template, tokenizer.eos_token, *settings]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
-
+# %% ../nbs/01_preferences.ipynb #8a0fb900
 def _usable(name, out):
-    t = out.data.table.select(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
-    keep = t["drop"] == ""
-    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows ({t['drop'].value_counts().to_dict()})")
-    counts = dict(rows=len(t), usable=int(keep.sum()), empty=int((t["drop"] == "empty").sum()), equal=int((t["drop"] == "equal").sum()),
-                  chat=int(t["chat"][keep].sum()), **{k: int(t[k][keep].sum()) for k in ("truncated", "prompt_truncated", "boundary_moved")})
-    pairs = out.remove_columns(["drop", "chat", "prompt_truncated", "boundary_moved"])
-    return Source(name, pairs if keep.all() else pairs.select([i for i, k in enumerate(keep) if k]), counts)
+    "The pairs that carry signal, and the counts."
+    t = out.select_columns(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
+    keep, dropped = t["drop"] == "", t["drop"].value_counts()
+    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows, dropped {dropped.to_dict()}")
+    counts = dict(rows=len(t), usable=keep.sum(), **{why: dropped.get(why, 0) for why in ("empty", "equal", "no_prompt")},
+                  **{k: t.loc[keep, k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")})
+    pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
+    return Source(name, pairs if keep.all() else pairs.select(keep.to_numpy().nonzero()[0]), {k: int(v) for k, v in counts.items()})

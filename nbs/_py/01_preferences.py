@@ -8,7 +8,11 @@
 #
 # A preference is a sentence with three parts: *for this prompt, this response is better than that one*.
 # Everything later is arithmetic on the log-probabilities of those two responses, so this chapter
-# decides which tokens are counted. Most of what goes wrong in preference training goes wrong here, silently.
+# decides which tokens are counted. Most of what goes wrong in preference training goes wrong here, silently:
+# an end token counted twice or never, a prompt asked twice, a file read in another spelling than it was written in.
+#
+# The way is short: a *row* of a file becomes a *pair* of texts, the pair becomes three lists of token ids, and many pairs become a
+# `Source`. Each arrow is one function whose result you can print.
 
 # %%
 #| default_exp preferences
@@ -20,59 +24,113 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import gzip, hashlib, json, os
+import gzip, hashlib, json
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import jinja2
 import pandas as pd
-from datasets import Dataset, load_dataset, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 
 # %%
 import tempfile
+import matplotlib.pyplot as plt
+import seaborn as sns
+from tokenizers import Tokenizer, decoders, models, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sdpo_nb.world import load_world
 
 
 # %% [markdown]
-# ## One row, five spellings
+# ## One pair, many spellings
 #
-# Preference data come in a handful of spellings. The functions of this section turn each of them into one of two shapes:
-# three strings, or a list of messages and two closing messages.
+# A field holds a string, or a list of messages, or nothing. Which of these each field may hold is the whole schema.
+# `[]` is its own case: no earlier `messages` is fine, a prompt without a message is not. The words are those a reader of an error
+# message will see.
 
 # %%
 #| export
-def _is_chat(x): return isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in x)
+def _shape(x) -> str:
+    "What a field holds, in the words of the error messages."
+    if x is None: return "nothing"
+    if isinstance(x, str): return "a string"
+    if not isinstance(x, (list, tuple)): return "something else"
+    if not x: return "no messages"
+    ok = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in x)
+    return "messages" if ok else "something else"
 
-def _messages(x): return [{"role": m["role"], "content": m["content"]} for m in x]
+_SCHEMA = dict(prompt=("a string", "messages", "nothing"), chosen=("a string", "messages"), rejected=("a string", "messages"),
+               system=("a string", "nothing"), messages=("messages", "no messages", "nothing"))
 
-def _shared(a, b):
+
+# %% [markdown]
+# A row that does not fit is an error, never a skipped row: skipping would hide that a column was misnamed or a file half written.
+# The message says where, what, and what would be right.
+
+# %%
+#| export
+def _check(row: dict,  # one raw row
+           where: str, # file and row, for the message
+          ):
+    "Raise ValueError, naming file, row and field, unless every field holds what it may."
+    if not isinstance(row, dict): raise ValueError(f"{where}: expected an object with fields, got {_short(row)}")
+    for field, allowed in _SCHEMA.items():
+        value = row.get(field)
+        if _shape(value) in allowed: continue
+        got = _short(value) if value is not None else f"nothing; the row has {sorted(row)}, and columns={{'your name': '{field}'}} renames"
+        raise ValueError(f"{where}, field '{field}': expected {' or '.join(allowed)}, got {got}"
+                         + " (messages are a list of {'role': string, 'content': string})" * isinstance(value, (list, dict)))
+    if _shape(row["chosen"]) != _shape(row["rejected"]):
+        raise ValueError(f"{where}, field 'rejected': expected {_shape(row['chosen'])} as in 'chosen', got {_short(row['rejected'])}")
+
+def _short(x): return f"{type(x).__name__} {x if len(str(x)) <= 60 else str(x)[:60] + '...'!r}"
+
+
+# %% [markdown]
+# Four wrong rows and what is said about them. A number is not turned into its digits: whoever wrote `4` in one row and `"4"` in
+# another may have meant a score.
+
+# %%
+def complaint(f, *args, **kw):
+    try: f(*args, **kw)
+    except ValueError as e: return str(e)
+    raise AssertionError("nothing was wrong")
+
+bad = [dict(prompt="sort gace", chosen="aceg"), dict(prompt="add 1 2", chosen="3", rejected=4), dict(prompt=[], chosen="a", rejected="b"),
+       dict(chosen=[{"role": "assistant", "content": None}], rejected="b")]
+pd.DataFrame({"the message": [complaint(_check, row, f"pairs.jsonl, row {i}") for i, row in enumerate(bad)]}).style.hide().set_uuid("bad")
+
+
+# %% [markdown]
+# Where the prompt is not written out, it is what the two sides share at their beginning. The same function will find where
+# two rows of token ids part.
+
+# %%
+#| export
+def _shared(a, b) -> int:
     "Length of the longest common prefix of two sequences."
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]: n += 1
     return n
 
+def _split(chosen, rejected): # two strings or two lists of messages
+    "Implicit prompt: the common beginning, which leaves each side at least one element."
+    n = max(0, min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
+    if n and chosen[n-1] == " ": n -= 1 # a blank belongs to the word after it
+    return chosen[:n], chosen[n:], rejected[n:]
+
 
 # %%
-#| export
-def _check(row: dict, # one raw row
-           where: str, # file and row, for the message
-          ):
-    "Raise ValueError, naming file, row and field, unless the row is a preference in a known spelling."
-    for field in ("chosen", "rejected"):
-        if row.get(field) is None: raise ValueError(f"{where}, field '{field}': missing; a pair needs 'chosen' and 'rejected'")
-        if not isinstance(row[field], str) and not _is_chat(row[field]):
-            raise ValueError(f"{where}, field '{field}': expected a string or a list of {{'role', 'content'}} messages, got {_short(row[field])}")
-    if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
-        raise ValueError(f"{where}, field 'rejected': 'chosen' is {_short(row['chosen'])} but 'rejected' is {_short(row['rejected'])}; both must be strings or both messages")
-    prompt = row.get("prompt")
-    if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):
-        raise ValueError(f"{where}, field 'prompt': expected a string or messages, got {_short(prompt)}")
-    for field, ok in (("system", lambda x: isinstance(x, str)), ("messages", lambda x: x == [] or _is_chat(x))):
-        if row.get(field) is not None and not ok(row[field]):
-            raise ValueError(f"{where}, field '{field}': expected {'a string' if field == 'system' else 'messages'}, got {_short(row[field])}")
+prompt, chosen, rejected = _split("Q: 2+3? A: it is 5", "Q: 2+3? A: it is 6")
+assert _split("yes", "yes, sir") == ("ye", "s", "s, sir") # neither side is left empty
+prompt, chosen, rejected
 
-def _short(x): return f"{type(x).__name__} {str(x)[:40]!r}"
 
+# %% [markdown]
+# Plain strings stay plain text, as in TRL, unless something says they are turns: a `system` or `messages` column, or `chat=True`.
+# Either way two shapes are left, three strings or a conversation with two closing turns.
 
 # %%
 #| export
@@ -82,85 +140,179 @@ def normalise(row: dict,         # a raw row: prompt (may be missing), chosen, r
              ) -> dict:          # {"chat": bool, "prompt", "chosen", "rejected"}: three strings, or messages and two closing messages
     "One preference, whatever its spelling. Raises ValueError naming file, row and field."
     _check(row, where)
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if not isinstance(chosen, str): return _normalise_messages(prompt, chosen, rejected, row, where)
-    if prompt is None: prompt, chosen, rejected = _split_text(chosen, rejected)
-    if not (chat or row.get("system") or row.get("messages") or _is_chat(prompt)):
-        return dict(chat=False, prompt=prompt, chosen=chosen, rejected=rejected)
-    turns = _messages(prompt) if _is_chat(prompt) else [{"role": "user", "content": prompt}]
-    return dict(chat=True, prompt=_context(row, turns), chosen={"role": "assistant", "content": chosen},
-                rejected={"role": "assistant", "content": rejected})
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if isinstance(sides[0], str):
+        if prompt is None and not row.get("messages"): prompt, *sides = _split(*sides)
+        if isinstance(prompt, str) and not chat and row.get("system") is None and row.get("messages") is None:
+            return dict(chat=False, prompt=prompt, chosen=sides[0], rejected=sides[1])
+        sides = [[{"role": "assistant", "content": s}] for s in sides]
+    turns, *sides = _split_turns(prompt, *map(_messages, sides))
+    for field, side in zip(("chosen", "rejected"), sides):
+        if [m["role"] for m in side] != ["assistant"]:
+            raise ValueError(f"{where}, field '{field}': expected one assistant turn after the prompt, got roles {[m['role'] for m in side]}")
+    return dict(chat=True, prompt=_context(row, turns, where), chosen=sides[0][0], rejected=sides[1][0])
 
+def _messages(x): return [{"role": m["role"], "content": m["content"]} for m in x]
+
+
+# %% [markdown]
+# Hub sets often pair a string `prompt` with whole conversations in `chosen` and `rejected`. The prompt is then inside them already,
+# and must not be asked twice.
 
 # %%
 #| export
-def _context(row, turns):
+def _split_turns(prompt, chosen, rejected):
+    "A list prompt stands before the two sides; a string prompt, or none, is inside them if they share turns."
+    if isinstance(prompt, (list, tuple)): return _messages(prompt), chosen, rejected
+    head, chosen, rejected = _split(chosen, rejected)
+    if isinstance(prompt, str) and not any(m["role"] == "user" for m in head): head = head + [{"role": "user", "content": prompt}]
+    return head, chosen, rejected
+
+
+# %% [markdown]
+# `messages` comes in two readings: the turns *before* the prompt, or the *whole* conversation of which `prompt` is a flat copy
+# (Anthropic's HH). Its last role tells them apart: after a user's turn no second user's turn can follow.
+
+# %%
+#| export
+def _context(row, turns, where):
+    "System message, earlier turns, then the prompt's own."
+    before = _messages(row.get("messages") or [])
+    if before and before[-1]["role"] == "user":
+        if turns and before[-1]["content"].strip() not in turns[-1]["content"]:
+            raise ValueError(f"{where}, field 'messages': ends with a user turn that 'prompt' does not repeat; end it with the assistant turn before the prompt")
+        turns = []
+    elif not turns: raise ValueError(f"{where}, field 'prompt': expected a string or messages, got nothing, and the two sides share no turn")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + _messages(row.get("messages") or []) + turns
+    return system + [m for m in before + turns if m not in system]
 
-def _split_text(chosen, rejected):
-    "Implicit prompt in plain text: the common beginning, cut back to a blank."
-    n = _shared(chosen, rejected)
-    if 0 < n < max(len(chosen), len(rejected)) and chosen[n-1] == " ": n -= 1
-    return chosen[:n], chosen[n:], rejected[n:]
+
+# %% [markdown]
+# Seven spellings of one pair. The first stays text; the other six must come out as the same conversation, apart from the turns
+# that only some of them carry.
+
+# %%
+def user(x): return {"role": "user", "content": x}
+def assistant(x): return {"role": "assistant", "content": x}
+
+ask, good, bad = "sort gace", "aceg", "geca"
+spellings = {
+    "text":              dict(prompt=ask, chosen=good, rejected=bad),
+    "conversational":    dict(prompt=[user(ask)], chosen=[assistant(good)], rejected=[assistant(bad)]),
+    "implicit prompt":   dict(chosen=[user(ask), assistant(good)], rejected=[user(ask), assistant(bad)]),
+    "string + conversations": dict(prompt=ask, chosen=[user(ask), assistant(good)], rejected=[user(ask), assistant(bad)]),
+    "system":            dict(prompt=ask, chosen=good, rejected=bad, system="be brief"),
+    "messages before":   dict(prompt=ask, chosen=good, rejected=bad, messages=[user("hi"), assistant("hello")]),
+    "messages, whole":   dict(prompt=f"Human: {ask} Assistant:", chosen=good, rejected=bad, messages=[user(ask)]),
+}
 
 
 # %%
-#| export
-def _normalise_messages(prompt, chosen, rejected, row, where):
-    "Messages: a list prompt stands before them; a string prompt, or none, is already inside them."
-    chosen, rejected = _messages(chosen), _messages(rejected)
-    if _is_chat(prompt): head = _messages(prompt)
-    else:
-        n = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        head, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-        if not head and isinstance(prompt, str): head = [{"role": "user", "content": prompt}]
-    for field, turns in (("chosen", chosen), ("rejected", rejected)):
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise ValueError(f"{where}, field '{field}': expected one closing assistant message after the shared turns, got roles {[m['role'] for m in turns]}")
-    if not head: raise ValueError(f"{where}, field 'prompt': missing, and 'chosen' and 'rejected' share no first turn")
-    return dict(chat=True, prompt=_context(row, head), chosen=chosen[0], rejected=rejected[0])
+def flat(x): return x if isinstance(x, str) else " / ".join(f"{m['role']}: {m['content']}" for m in (x if isinstance(x, list) else [x]))
+
+pairs = {name: normalise(row) for name, row in spellings.items()}
+for p in list(pairs.values())[1:]:
+    assert p["chat"] and p["prompt"][-1] == user(ask) and (p["chosen"], p["rejected"]) == (assistant(good), assistant(bad))
+pd.DataFrame({name: {k: flat(p[k]) for k in ("prompt", "chosen", "rejected")} for name, p in pairs.items()}).T
 
 
 # %% [markdown]
 # ## Where a turn ends
 #
-# A chat template closes the assistant's turn with a special token, and some write more after it (ChatML: a line feed).
-# The model is asked for the first, never for the second, so the second is not scored.
+# Now tokens. The toy tokenizer below is BPE trained on three sentences, enough to behave like a real one: frequent neighbours
+# merge, and special tokens stand for roles and ends.
+
+# %%
+def toy_tokenizer(lines, template=None, size=58, **kw):
+    "A BPE tokenizer without pre-tokenisation: anything may merge with its neighbour, as in SentencePiece."
+    t = Tokenizer(models.BPE()); t.decoder = decoders.Fuse()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+    t.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False,
+                                                     initial_alphabet=list("abcdefghijklmnopqrstuvwxyz .:/?=0123456789\n")))
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", additional_special_tokens=special[2:], chat_template=template, **kw)
+
+LINES = ["see http://a.org", "the page is http://b.org", "is it http://a.org or http://b.org?"] * 4
+
+
+# %% [markdown]
+# A template closes the assistant's turn with an end token, and some write more after it: ChatML a line feed. In generation
+# the model is stopped at the end token and never asked for the rest, so the rest must not be scored.
 
 # %%
 #| export
 def turn_end(tokenizer, # a tokenizer with a chat template
             ) -> tuple[list[int], int]: # (ids that must be appended, number of ids to cut) after a rendered assistant turn
     "How a rendered assistant turn has to be mended so that it ends with the turn's end token."
-    mark = "sdpomark"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], tokenize=False)
-    tail = tokenizer(text[text.rindex(mark) + len(mark):], add_special_tokens=False).input_ids
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    ends = [i for i, t in enumerate(tail) if t in special]
-    return ([], len(tail) - ends[0] - 1) if ends else ([tokenizer.eos_token_id], len(tail))
+    a, b = (_render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": c}]) for c in ("a", "b b"))
+    tail = a[len(a) - _shared(a[::-1], b[::-1]):]
+    ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()} | set(tokenizer.all_special_ids)
+    first = next((i for i, t in enumerate(tail) if t in ends - {tokenizer.unk_token_id}), None)
+    return ([tokenizer.eos_token_id], len(tail)) if first is None else ([], len(tail) - first - 1)
 
+def _render(tokenizer, messages, **kw):
+    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
+
+
+# %% [markdown]
+# What follows the response is found like an implicit prompt, from the other end: two renderings that differ only in the
+# response share the tail. Llama 3 ends turns with a token that is not its EOS; a template without any end token gets EOS.
+
+# %%
+chatml = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+templates = {"ChatML": chatml, "Llama-3-like": chatml.replace("<|im_end|>\n", "<|eot_id|>"), "no end token": chatml.replace("<|im_end|>", "")}
+rows = {}
+for name, template in templates.items():
+    t = toy_tokenizer(LINES, template)
+    add, cut = turn_end(t)
+    full = t.apply_chat_template([user("is it?"), assistant("yes")], tokenize=True, return_dict=False)
+    rows[name] = dict(template_writes=repr(t.decode(full[-2:])), cut=cut, append=t.decode(add), scored_end=t.decode((full[:len(full) - cut] + add)[-1:]))
+assert [r["scored_end"] for r in rows.values()] == ["<|im_end|>", "<|eot_id|>", "</s>"]
+pd.DataFrame(rows).T
 
 # %% [markdown]
 # ## Where the prompt ends
 #
-# Tokenising the prompt alone and the response alone gives other tokens than tokenising the two together. So both full rows are
-# tokenised, and the boundary is the longest prefix that the prompt and both rows share.
+# Tokenise the prompt alone and the response alone, glue them together, and you train on ids the model never meets: here `:`
+# followed by `//`, where every text it has read has `://`.
+
+# %%
+tok = toy_tokenizer(LINES)
+link = dict(chat=False, prompt="is it http:", chosen="//a.org", rejected=" or not?")
+glued = tok.tokenize(link["prompt"]) + tok.tokenize(link["chosen"])
+joint = tok.tokenize(link["prompt"] + link["chosen"])
+assert glued != joint
+pd.DataFrame([glued, joint], index=["glued", "tokenised together"]).fillna("")
+
+
+# %% [markdown]
+# So the whole row is tokenised, prompt and response together, once for each side. Plain text gets exactly one EOS, whether the
+# tokenizer, the data or nobody wrote one.
 
 # %%
 #| export
-def _full_ids(pair, tokenizer, end):
-    if not pair["chat"]:
-        ids = [tokenizer(pair["prompt"]).input_ids]
-        for side in ("chosen", "rejected"):
-            full = tokenizer(pair["prompt"] + pair[side]).input_ids
-            ids.append(full if full[-1:] == [tokenizer.eos_token_id] else full + [tokenizer.eos_token_id])
-        return ids
-    def render(messages, **kw): return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
-    add, cut = end
-    full = [render(pair["prompt"] + [pair[side]]) for side in ("chosen", "rejected")]
-    return [render(pair["prompt"], add_generation_prompt=True)] + [f[:len(f) - cut] + add for f in full]
+def _text_ids(pair, tokenizer):
+    "Ids of the prompt and of both full rows."
+    def ids(text): return list(tokenizer(text).input_ids)
+    def bare(ids): return bare(ids[:-1]) if ids[-1:] == [tokenizer.eos_token_id] else ids
+    prompt = ids(pair["prompt"])
+    if not pair["prompt"].endswith(tokenizer.eos_token): prompt = bare(prompt) # some tokenizers append EOS to everything
+    return prompt, [bare(ids(pair["prompt"] + pair[s])) + [tokenizer.eos_token_id] for s in ("chosen", "rejected")]
 
+def _chat_ids(pair, tokenizer, end):
+    add, cut = end or turn_end(tokenizer)
+    full = [_render(tokenizer, pair["prompt"] + [pair[s]]) for s in ("chosen", "rejected")]
+    return _render(tokenizer, pair["prompt"], add_generation_prompt=True), [f[:len(f) - cut] + add for f in full]
+
+
+# %% [markdown]
+# Write $x$ for the ids of the prompt and $z_w, z_l$ for those of the two full rows. The boundary is the longest prefix all three share,
+#
+# $$n = \min\big(\mathrm{lcp}(x, z_w),\ \mathrm{lcp}(x, z_l)\big). \tag{1}$$
+#
+# What merged across the prompt's end counts as response, on both sides: the two are always read after the same prompt. The `key` of a pair is a
+# hash of its ids and boundary; reference tables will be kept under it.
 
 # %%
 #| export
@@ -168,93 +320,294 @@ def encode(pair: dict,             # what `normalise` returns
            tokenizer,              # a transformers tokenizer
            max_length: int=1024,   # longest prompt + response, in tokens
            max_prompt_length: int=512, # longest prompt; its end is kept
-           end: tuple=None,        # `turn_end(tokenizer)`, needed for chats
+           end: tuple=None,        # `turn_end(tokenizer)`, asked for where it is not given
           ) -> dict:               # prompt_ids, chosen_ids, rejected_ids and what was done to them
     "Token ids of one pair. The prompt is the longest common prefix of the prompt's ids and both full rows."
-    prompt, *full = _full_ids(pair, tokenizer, end)
-    n = min(_shared(prompt, f) for f in full)
-    kept = prompt[:n][-max_prompt_length:] if max_prompt_length else []
-    chosen, rejected = (f[n:][:max(0, max_length - len(kept))] for f in full)
-    text = [pair[s] if isinstance(pair[s], str) else pair[s]["content"] for s in ("chosen", "rejected")]
-    drop = ("empty" if not (chosen and rejected and all(t.strip() for t in text)) else "equal" if chosen == rejected else "")
-    key = hashlib.sha256(json.dumps([kept, chosen, rejected]).encode()).hexdigest()[:16]
-    return dict(key=key, prompt_ids=kept, chosen_ids=chosen, rejected_ids=rejected, drop=drop, chat=pair["chat"],
+    prompt, full = _chat_ids(pair, tokenizer, end) if pair["chat"] else _text_ids(pair, tokenizer)
+    n = min(_shared(prompt, f) for f in full) # (1)
+    kept = prompt[max(0, n - max_prompt_length):n]
+    sides = [f[n:][:max(0, max_length - len(kept))] for f in full]
+    return dict(key=hashlib.sha256(json.dumps([kept, *sides]).encode()).hexdigest()[:16],
+                prompt_ids=kept, chosen_ids=sides[0], rejected_ids=sides[1], drop=_why_dropped(pair, tokenizer, kept, sides), chat=pair["chat"],
                 truncated=len(kept) + max(len(f) - n for f in full) > max_length,
                 prompt_truncated=n > max_prompt_length, boundary_moved=n < len(prompt))
 
 
 # %% [markdown]
+# Three kinds of valid rows teach nothing: a response without text (its EOS alone is no answer), two equal responses, and a prompt
+# of no token at all, after which nothing predicts the response's first token.
+
+# %%
+#| export
+def _why_dropped(pair, tokenizer, prompt, sides) -> str: # empty where the pair is usable
+    "The reason for which a valid pair carries no signal."
+    texts = [pair[s]["content"] if pair["chat"] else pair[s] for s in ("chosen", "rejected")]
+    if not all(sides) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
+    if sides[0] == sides[1]: return "equal"
+    return "" if prompt else "no_prompt"
+
+
+# %%
+e = encode(link, tok)
+assert e["boundary_moved"] and not e["drop"]
+for side in ("chosen", "rejected"):
+    assert tok.decode(e["prompt_ids"] + e[f"{side}_ids"]) == link["prompt"] + link[side] + "</s>"
+pd.Series({k: tok.decode(e[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")}, name="stored as").to_frame()
+
+
+# %% [markdown]
+# No character is lost or written twice: prompt and response together still spell the whole row. The picture shows which tokens went where.
+
+# %%
+def draw(ax, y, ids, boundary, colour):
+    "The tokens of one row as boxes over their characters; those before the boundary are grey."
+    left = 0
+    for x, token in enumerate(tok.convert_ids_to_tokens(ids)):
+        ax.barh(y, len(token), left=left, height=0.7, color="lightgrey" if x < boundary else colour, edgecolor="white", linewidth=3)
+        ax.text(left + len(token) / 2, y, token.replace(" ", "␣"), ha="center", va="center", family="monospace")
+        left += len(token)
+
+n, colours = len(e["prompt_ids"]), sns.color_palette("colorblind")
+fig, ax = plt.subplots(figsize=(8, 2.2))
+draw(ax, "prompt alone", tok(link["prompt"]).input_ids, n, "whitesmoke")
+for side, colour in (("chosen", colours[2]), ("rejected", colours[1])): draw(ax, f"with {side}", e["prompt_ids"] + e[f"{side}_ids"], n, colour)
+ax.axvline(len(tok.decode(e["prompt_ids"])), color="black", ls="--"); ax.axvline(len(link["prompt"]), color="grey", ls=":")
+ax.invert_yaxis(); ax.set(xlabel="position (characters)"); sns.despine(ax=ax, left=True)
+
+# %% [markdown]
+# Grey is the shared prompt, colour is scored. The text of the prompt ends at the dotted line, inside a token of the chosen row; so the
+# boundary stands at the dashed line, the last place where all three rows agree.
+
+# %% [markdown]
+# ## Two cuts
+#
+# A prompt that is too long loses its beginning: the question stands at its end. A response that is too long loses its tail, and
+# with it the EOS; better no end than an end the text did not have.
+
+# %%
+long = dict(chat=False, prompt="see http://a.org ", chosen="is it http://b.org", rejected="is it 42")
+cuts = {}
+for max_length, max_prompt in ((64, 64), (64, 4), (12, 4), (8, 4), (4, 4)):
+    e = encode(long, tok, max_length, max_prompt)
+    assert len(e["prompt_ids"]) <= max_prompt and all(len(e["prompt_ids"]) + len(e[s]) <= max_length for s in ("chosen_ids", "rejected_ids"))
+    cuts[max_length, max_prompt] = {k: tok.decode(e[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")} | {k: e[k] for k in ("truncated", "drop")}
+assert [c["drop"] for c in cuts.values()] == ["", "", "", "equal", "empty"]
+pd.DataFrame(cuts.values(), index=pd.MultiIndex.from_tuples(cuts, names=["max_length", "max_prompt_length"]))
+
+
+# %% [markdown]
+# A cut can remove the signal: in the fourth row both sides begin alike, in the last nothing is left of them. Such pairs are
+# dropped, and counted by reason.
+#
 # ## Anything `datasets` reads
+#
+# A field must keep one shape through a whole file. Type drift between rows is how two exports get glued together unnoticed, so
+# the row at which it happens is an error.
+#
+# Columns with other names are renamed first. A rename wins over a column that has the new name already: who asks for `question` as the prompt
+# does not want the `prompt` beside it.
 
 # %%
 #| export
-def load_pairs(source,              # file (.jsonl, .json, .jsonl.gz, .parquet), folder, hub id, list of rows, or Dataset
-               split: str="train",  # hub ids and folders with splits
-               revision: str=None,  # hub ids: a commit, so that the data cannot change under you
-               columns: dict=None,  # renames, e.g. {"question": "prompt"}
-              ) -> Dataset:         # raw rows, memory-mapped, with the columns prompt, chosen, rejected, system, messages that exist
-    "Preference rows as `datasets` reads them. A local path never reaches the hub."
-    data = _read(source, split, revision)
-    absent = [c for c in (columns or {}) if c not in data.column_names]
-    if absent: raise ValueError(f"{_name(source)}: columns= names {absent}, but the data have {data.column_names}")
-    clash = [new for new in (columns or {}).values() if new in data.column_names and new not in columns]
-    data = data.remove_columns(clash).rename_columns(columns or {})
-    for field in ("chosen", "rejected"):
-        if field not in data.column_names:
-            raise ValueError(f"{_name(source)}: no column '{field}' among {data.column_names}; name it with columns={{'your name': '{field}'}}")
-    return data.select_columns([c for c in ("prompt", "chosen", "rejected", "system", "messages") if c in data.column_names])
+def _rename(names, columns): # old name -> new name, for the columns that stay
+    return {c: columns.get(c, c) for c in names if c in columns or c not in columns.values()}
 
-def _name(source): return str(source) if isinstance(source, (str, Path)) else f"<{type(source).__name__} in memory>"
 
+# %% [markdown]
+# Rows pass through one generator, so a file of any size is read in constant memory. Only the five fields of a preference go on; scores, ids and
+# whatever else a row carries stay behind.
 
 # %%
 #| export
-def _read(source, split, revision):
-    if isinstance(source, Dataset): return source
-    if isinstance(source, (list, tuple)): return _from_rows(list(source))
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / "dataset_info.json").exists(): return load_from_disk(str(path))
-    if path.is_dir() and (path / "dataset_dict.json").exists(): return load_from_disk(str(path))[split]
-    if path.is_dir(): return load_dataset(str(path), split=split)
-    if path.is_file(): return _read_file(path)
-    if path.suffix in _READERS or path.suffix == ".gz" or path.is_absolute() or str(source).startswith("."):
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    try: return load_dataset(str(source), split=split, revision=revision)
-    except Exception as e: raise ValueError(f"{source}: neither a local path nor a hub data set that could be read ({str(e).splitlines()[0]})") from e
+def _checked(rows, columns: dict): # rows: (where, row)
+    "The rows, renamed, checked and reduced to the fields of a preference."
+    shapes, seen = {}, set()
+    for where, row in rows:
+        if isinstance(row, dict):
+            seen |= set(row)
+            row = {new: row[old] for old, new in _rename(row, columns).items()}
+        _check(row, where)
+        for field in ("prompt", "chosen", "rejected"):
+            before = shapes.setdefault(field, _shape(row.get(field)))
+            if _shape(row.get(field)) != before:
+                raise ValueError(f"{where}, field '{field}': expected {before} as in the rows before, got {_short(row.get(field))}")
+        yield {f: _messages(row[f]) if isinstance(row.get(f), (list, tuple)) else row.get(f) for f in _SCHEMA}
+    if seen and (absent := set(columns) - seen): raise ValueError(f"{where.split(', row')[0]}: columns= names {sorted(absent)}, but the rows have {sorted(seen)}")
 
+
+# %% [markdown]
+# JSON is read line by line rather than by Arrow, which would turn a column of answers like `2024-01-01` into timestamps
+# and could not say in which line a mistake is. Everything else is streamed by `datasets`.
+
+# %%
+#| export
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
+def _suffix(path): return Path(path.stem if path.suffix == ".gz" else path).suffix
+
+def _file_rows(path: Path):
+    "(where, row) of every row of a file."
+    kind = _READERS[_suffix(path)]
+    if kind == "json": yield from _json_rows(path)
+    else: yield from ((f"{path}, row {i}", row) for i, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True)))
+
+
+# %% [markdown]
+# Rows count from 0, as in `data[0]`, lines from 1, as in an editor, and blank lines are no rows. So both numbers are given.
 
 # %%
 #| export
-def _read_file(path):
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in _READERS: raise ValueError(f"{path}: cannot read '{suffix}' files; use one of {sorted(_READERS)} (also with .gz)")
-    try: return load_dataset(_READERS[suffix], data_files=str(path), split="train")
+def _json_rows(path):
+    "One object a line, or, in a .json file, one list of objects."
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+        whole = _suffix(path) == ".json" and f.read(1) == "["
+        f.seek(0)
+        if whole: yield from ((f"{path}, row {i}", row) for i, row in enumerate(json.load(f)))
+        else:
+            for i, (n, line) in enumerate((n, line) for n, line in enumerate(f, 1) if line.strip()):
+                where = f"{path}, row {i} (line {n})"
+                try: row = json.loads(line)
+                except json.JSONDecodeError as e: raise ValueError(f"{where}: not JSON ({e})") from None
+                yield where, row
+
+
+# %% [markdown]
+# A file becomes an Arrow table on disk once, under the hash of its *content*. An edited file can never be served stale, even
+# where its size and date are the old ones; a read that is interrupted leaves nothing under that name.
+
+# %%
+#| export
+_VERSION = 1 # of what is cached: raise it when the same file or row would give something else
+
+def _read_file(path: Path, columns: dict) -> Dataset:
+    "The checked rows of one file, memory-mapped."
+    if _suffix(path) not in _READERS: raise ValueError(f"{path}: cannot read '{path.suffix}' files; use one of {sorted(_READERS)}, also with .gz")
+    try:
+        first = next(_checked(_file_rows(path), columns), None)
+        if first is None: raise ValueError(f"{path}: no rows")
+        with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return Dataset.from_generator(_generate, features=_features(first), gen_kwargs=dict(path=str(path), columns=columns, digest=f"{_VERSION}-{digest}"))
     except Exception as e:
-        if suffix == ".jsonl": _find_bad_line(path)
-        raise ValueError(f"{path}: {str(e.__cause__ or e).splitlines()[0]}") from e
+        e = e.__cause__ or e # datasets wraps what the generator raises
+        raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {(str(e) or repr(e)).splitlines()[0]}") from e
 
-def _find_bad_line(path):
-    "Raise for the first line that is no JSON object or whose fields are no preference."
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-        for i, line in enumerate(f):
-            try: row = json.loads(line)
-            except ValueError as e: raise ValueError(f"{path}, row {i}: not JSON ({e})") from None
-            if not isinstance(row, dict): raise ValueError(f"{path}, row {i}: expected a JSON object, got {_short(row)}")
-            _check(row, f"{path}, row {i}")
+def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
 
-def _from_rows(rows):
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict): raise ValueError(f"row {i}: expected a dict, got {_short(row)}")
-        if "chosen" in row and "rejected" in row: _check(row, f"<list in memory>, row {i}")
-    return Dataset.from_list(rows)
+def _features(row):
+    text = datasets.Value("string")
+    return datasets.Features({f: datasets.List({"role": text, "content": text}) if f == "messages" or isinstance(x, list) else text for f, x in row.items()})
+
+
+# %% [markdown]
+# A folder is read file by file, so that a message can name the file; which file belongs to which split is left to `datasets`.
+# Splits that do not exist are one line, not a traceback.
+
+# %%
+#| export
+def _read_folder(path, split, columns):
+    try: files = {str(s): fs for s, fs in load_dataset_builder(str(path)).config.data_files.items()}
+    except Exception as e: raise ValueError(f"{path}: no files in this folder that datasets can read ({str(e).splitlines()[0]})") from e
+    parts = [_read_file(Path(f), columns) for f in _pick(files, split, path)]
+    for f, part in zip(files[split], parts):
+        if part.features != parts[0].features: raise ValueError(f"{f}: its fields hold other things than those of {files[split][0]}; load the two as two sources")
+    return concatenate_datasets(parts)
+
+def _pick(splits, split, where):
+    if split not in splits: raise ValueError(f"{where}: no split '{split}', only {sorted(splits)}")
+    return splits[split]
+
+
+# %% [markdown]
+# Rows that are a `Dataset` already (from the hub, from `save_to_disk`, from memory) stay where they are; they are renamed and checked.
+# Arrow gives a column one type, so the first row shows a misnamed or wrong column; the others are checked for gaps.
+
+# %%
+#| export
+def _from_dataset(data, split, columns, where):
+    if isinstance(data, DatasetDict): data = _pick(data, split, where)
+    names = _rename(data.column_names, columns)
+    if absent := set(columns) - set(names): raise ValueError(f"{where}: columns= names {sorted(absent)}, but the data have {data.column_names}")
+    data = data.with_format(None).select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
+    if len(data): _check(data[0], f"{where}, row 0")
+    data = data.select_columns([c for c in _SCHEMA if c in data.column_names])
+    for _ in _checked(((f"{where}, row {i}", row) for i, row in enumerate(data)), {}): pass
+    return data
+
+
+# %% [markdown]
+# A path that does not exist must not turn into a question to the hub: offline that costs half a minute of retries, online it can find
+# somebody else's data. What ends like a file, starts like a path or has two slashes is a path.
+
+# %%
+#| export
+def _from_hub(name, split, revision):
+    path = Path(name).expanduser()
+    if _suffix(path) in _READERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    try: return load_dataset(name, split=split, revision=revision)
+    except Exception as e: raise ValueError(f"{name}: neither a local path nor a hub data set that could be read ({str(e).splitlines()[0]})") from e
+
+
+# %% [markdown]
+# Together they are the function one calls. It returns rows that are checked but not yet interpreted: whether strings are turns of a chat is decided
+# when they are tokenised.
+
+# %%
+#| export
+def load_pairs(source,              # file (.jsonl, .json, .parquet, .arrow, .csv; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
+               split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
+               revision: str=None,  # hub ids: a commit, so that the data cannot change under you
+               columns: dict=None,  # renames, e.g. {"question": "prompt"}
+              ) -> Dataset:         # raw rows, memory-mapped, with the columns prompt, chosen, rejected, system, messages
+    "Preference rows, checked. Raises ValueError naming file, row and field, and FileNotFoundError."
+    columns = columns or {}
+    if isinstance(source, (Dataset, DatasetDict)): return _from_dataset(source, split, columns, f"<{type(source).__name__}>")
+    if isinstance(source, (list, tuple)):
+        rows = list(_checked(((f"<list>, row {i}", row) for i, row in enumerate(source)), columns))
+        if not rows: raise ValueError("<list>: no rows")
+        return Dataset.from_list(rows, features=_features(rows[0]))
+    path = Path(source).expanduser()
+    if path.is_file(): return _read_file(path, columns)
+    if any((path / f"dataset_{kind}.json").exists() for kind in ("info", "dict")): return _from_dataset(load_from_disk(str(path)), split, columns, str(path))
+    if path.is_dir(): return _read_folder(path, split, columns)
+    return _from_dataset(_from_hub(str(source), split, revision), split, columns, str(source))
+
+
+# %% [markdown]
+# The layout of a popular hub set: a system message, and `question` where the others say `prompt`. Read from a file and from memory, the rows
+# are the same.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+datasets.config.HF_DATASETS_CACHE = folder / "cache" # this notebook leaves nothing in yours
+orca = [dict(system="be brief", question="sort gace", chosen="aceg", rejected="geca"), dict(system="", question="copy ab", chosen="ab", rejected="ba")]
+(folder / "orca.jsonl").write_text("".join(json.dumps(r) + "\n" for r in orca))
+
+data = load_pairs(folder / "orca.jsonl", columns={"question": "prompt"})
+assert data.to_list() == load_pairs(orca, columns={"question": "prompt"}).to_list()
+pd.DataFrame([{k: flat(v) for k, v in normalise(row).items() if k != "chat"} for row in data])
+
+
+# %% [markdown]
+# The second row has an empty system message: it is a conversation like its neighbours, without a system turn. Now three files
+# that are wrong.
+
+# %%
+def says(*lines, **kw):
+    (folder / "pairs.jsonl").write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    return complaint(load_pairs, folder / "pairs.jsonl", **kw).replace(f"{folder}/", "")
+
+fine = dict(prompt="a", chosen="b", rejected="c")
+messages = [says(fine, "", dict(fine, chosen=[assistant("b")], rejected=[assistant("c")])), says(fine, '{"prompt": "a", '), says(fine, columns={"question": "prompt"})]
+assert "row 1 (line 3), field 'chosen'" in messages[0]
+pd.DataFrame({"the message": messages}).style.hide().set_uuid("files")
 
 
 # %% [markdown]
 # ## Tokenised once
 #
-# Tokenising is a `map` of `datasets`: memory-mapped, and cached under a name that is the hash of everything that can change the result.
+# What later chapters get is a `Source`: usable pairs as ids, and the counts of everything else. Rows are lists of their own
+# length; padding is added in the batch and known by length, never by its id, which for many models is that of EOS.
 
 # %%
 #| export
@@ -262,7 +615,7 @@ def _from_rows(rows):
 class Source:
     "A named preference dataset, tokenised."
     name: str      # what the partition and the report call it
-    pairs: Dataset # key, prompt_ids, chosen_ids, rejected_ids, ... one usable pair a row; memory-mapped
+    pairs: Dataset # key, prompt_ids, chosen_ids, rejected_ids, truncated: one usable pair a row; memory-mapped
     counts: dict   # rows read, dropped by reason, truncated, ...
 
     def __len__(self): return len(self.pairs)
@@ -271,6 +624,10 @@ def counts_table(sources) -> pd.DataFrame:
     "What was read, dropped and cut, one source a row."
     return pd.DataFrame([s.counts for s in sources], index=pd.Index([s.name for s in sources], name="source"))
 
+
+# %% [markdown]
+# Tokenising is a `map` of `datasets`, whose result is written to a temporary file and renamed. Its name is the hash of the rows' content, the
+# tokenizer, the template and the two lengths, so nothing that changes the ids can be overlooked.
 
 # %%
 #| export
@@ -283,39 +640,138 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
                    num_proc: int=None,   # processes
                   ) -> Source:           # usable pairs, with counts of the others
     "Tokenise once. Raises ValueError for a row that breaks the schema or a source without a usable pair."
-    _need_end(data, tokenizer, name, chat)
+    if not len(data): raise ValueError(f"source '{name}': no rows")
+    if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
+    if min(max_length, max_prompt_length) < 1: raise ValueError(f"max_length={max_length} and max_prompt_length={max_prompt_length} must be at least 1")
     end = turn_end(tokenizer) if tokenizer.chat_template else None
-    def one(row, i): return encode(normalise(row, f"source '{name}', row {i}", chat), tokenizer, max_length, max_prompt_length, end)
-    print_key = _fingerprint(data, tokenizer, name, max_length, max_prompt_length, chat)
+    def one(row, i):
+        where = f"source '{name}', row {i}"
+        pair = normalise(dict(row), where, chat)
+        try: return encode(pair, tokenizer, max_length, max_prompt_length, end)
+        except (ValueError, jinja2.TemplateError) as e: raise ValueError(f"{where}: {e}") from e
+    digest = _digest(data, tokenizer, max_length, max_prompt_length, chat)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "sdpo_nb"; cache.mkdir(parents=True, exist_ok=True)
     out = data.map(one, with_indices=True, remove_columns=data.column_names, features=_FEATURES, num_proc=num_proc, desc=f"tokenising {name}",
-                   cache_file_name=str(cache / f"{print_key}.arrow"), new_fingerprint=print_key)
+                   cache_file_name=str(cache / f"{digest}.arrow"), load_from_cache_file=True, new_fingerprint=digest)
     return _usable(name, out)
 
+
+# %% [markdown]
+# What decides the ids, in one number. Padding and truncation are left out: they are what the last caller of the tokenizer happened to ask for, not part
+# of it.
+
+# %%
+#| export
 _FEATURES = datasets.Features({"key": datasets.Value("string"),
     **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
     **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
 
+def _digest(data, tokenizer, *settings) -> str:
+    "sha256 over everything that decides the ids, 24 hex digits."
+    h = hashlib.sha256()
+    for table in data.with_format("arrow").iter(1000):
+        with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema) as w: w.write_table(table.combine_chunks())
+        h.update(sink.getvalue())
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else [type(tokenizer).__name__, tokenizer.get_vocab()]
+    if tokenizer.is_fast: backend = {k: v for k, v in backend.items() if k not in ("padding", "truncation")} # state of the last call
+    h.update(json.dumps([_VERSION, backend, tokenizer.chat_template, tokenizer.special_tokens_map, *settings], sort_keys=True, default=str).encode())
+    return h.hexdigest()[:24]
+
+
+# %% [markdown]
+# Dropped rows stay in the cached table, so the counts are as cheap the second time as the pairs. A source of which nothing is left is an
+# error: training on it would do nothing, quietly.
 
 # %%
 #| export
-def _need_end(data, tokenizer, name, chat):
-    if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
-    first = normalise(data[0], f"source '{name}', row 0", chat) if len(data) else None
-    if first is None: raise ValueError(f"source '{name}': no rows")
-    if first["chat"] and not tokenizer.chat_template:
-        raise ValueError(f"source '{name}' is conversational but the tokenizer has no chat template; set tokenizer.chat_template or use text fields")
-
-def _fingerprint(data, tokenizer, *settings):
-    backend = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    what = [data._fingerprint, backend, tokenizer.chat_template, tokenizer.eos_token, *settings]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
-
 def _usable(name, out):
-    t = out.data.table.select(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
-    keep = t["drop"] == ""
-    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows ({t['drop'].value_counts().to_dict()})")
-    counts = dict(rows=len(t), usable=int(keep.sum()), empty=int((t["drop"] == "empty").sum()), equal=int((t["drop"] == "equal").sum()),
-                  chat=int(t["chat"][keep].sum()), **{k: int(t[k][keep].sum()) for k in ("truncated", "prompt_truncated", "boundary_moved")})
-    pairs = out.remove_columns(["drop", "chat", "prompt_truncated", "boundary_moved"])
-    return Source(name, pairs if keep.all() else pairs.select([i for i, k in enumerate(keep) if k]), counts)
+    "The pairs that carry signal, and the counts."
+    t = out.select_columns(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
+    keep, dropped = t["drop"] == "", t["drop"].value_counts()
+    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows, dropped {dropped.to_dict()}")
+    counts = dict(rows=len(t), usable=keep.sum(), **{why: dropped.get(why, 0) for why in ("empty", "equal", "no_prompt")},
+                  **{k: t.loc[keep, k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")})
+    pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
+    return Source(name, pairs if keep.all() else pairs.select(keep.to_numpy().nonzero()[0]), {k: int(v) for k, v in counts.items()})
+
+
+# %% [markdown]
+# | count | what it says |
+# |---|---|
+# | `rows` | read; always `usable + empty + equal + no_prompt` |
+# | `empty` | a response has no text, or none is left after the cut |
+# | `equal` | both responses have the same ids, perhaps only after the cut |
+# | `no_prompt` | no token stands before the responses |
+# | `chat` | usable pairs rendered by the chat template; neither 0 nor all of them is worth a look |
+# | `truncated`, `prompt_truncated` | usable pairs that lost a response's tail, or the prompt's beginning |
+# | `boundary_moved` | usable pairs with $n$ of (1) shorter than the prompt |
+#
+# The world's three sources, and one made of trouble:
+
+# %%
+world = load_world()
+base = AutoTokenizer.from_pretrained(world.base)
+sources = [tokenize_pairs(load_pairs(file), base, name) for name, file in world.sources.items()]
+trouble = [dict(prompt="copy ab", chosen=c, rejected=r) for c, r in (("ab", "ba"), ("ab", "ab"), ("", "ba"), ("<|end|>", "ba"), ("abcdefghij", "ba"))] + [dict(prompt="", chosen="ab", rejected="ba")]
+counts = counts_table(sources + [tokenize_pairs(load_pairs(trouble), base, "trouble", max_length=16)])
+assert (counts["rows"] == counts[["usable", "empty", "equal", "no_prompt"]].sum(axis=1)).all()
+assert counts.loc["trouble"].to_dict() == dict(rows=6, usable=2, empty=2, equal=1, no_prompt=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0)
+counts
+
+
+# %% [markdown]
+# Even the world has an `empty` row: once, S ended its answer before it began. In `trouble` there are two, one of them with nothing but an end token.
+#
+# *Once* is a promise too. The tokenizer below counts how often its template is rendered.
+
+# %%
+def renders(rows, **kw):
+    "How many conversations are rendered while these rows are tokenised."
+    asked, t = [], AutoTokenizer.from_pretrained(world.base)
+    render = t.apply_chat_template
+    t.apply_chat_template = lambda *a, **k: asked.append(1) or render(*a, **k)
+    tokenize_pairs(load_pairs(rows), t, **kw)
+    return len(asked)
+
+few = load_pairs(world.sources["riddle"]).to_list()[:10]
+edited = few[:9] + [dict(few[9], chosen=[assistant("abc")])]
+seen = pd.Series({"first call": renders(few), "the same again": renders(few), "other name": renders(few, name="again"), "shorter": renders(few, max_length=20), "one row edited": renders(edited)}, name="renderings")
+assert seen.tolist() == [32, 2, 2, 32, 32]
+seen.to_frame()
+
+# %% [markdown]
+# Thirty renderings are three for each of ten rows; two find the turn's end and are always needed. What is kept is small, and
+# this is all that the chapters to come will see of a preference:
+
+# %%
+pair = sources[0].pairs[0]
+pd.DataFrame({k: [len(pair[k]), base.decode(pair[k])] for k in ("prompt_ids", "chosen_ids", "rejected_ids")}, index=["tokens", "text"]).T
+
+# %% [markdown]
+# ## The same ids as TRL, but for five things
+#
+# `tests/test_preferences.py` compares these ids with those of TRL 1.16, on text and on conversations. They are equal, except on purpose:
+#
+# - ChatML's line feed after the end token is scored there and not here.
+# - Where the tokenizer appends EOS by itself, there are two there and one here.
+# - A prompt that is too long loses its beginning here; there the response alone pays, and the pair goes if the prompt fills `max_length`.
+# - Empty, equal and promptless pairs are dropped and counted here; there they are trained on.
+# - `system` and `messages` columns are read here; there they are ignored.
+
+# %% [markdown]
+# ## What you now have
+#
+# - `load_pairs`: rows in any common spelling, from any common place, or an error that names file, row and field.
+# - `tokenize_pairs`: a `Source` of ids in which both responses follow the same prompt and end where a model is asked to end.
+# - `counts_table`: what was dropped, cut or moved, for every source, so that nothing is lost in silence.
+#
+# ## Questions to test yourself
+#
+# 1. Why may the boundary move to the left of the prompt's end, and why must it be the same for both sides?
+# 2. What would be scored if ChatML's line feed were kept? Does it change which response is preferred?
+# 3. A row whose responses differ only after token 1024 is dropped. Which other remedy is there, and what does it cost?
+#
+# ## Try this
+#
+# - Load a preference set of your own with `load_pairs` and look at `counts_table`: is any count a surprise?
+# - Give `toy_tokenizer` more merges (`size=80`): how far does the boundary of `link` move, and what does `encode` say about the pair then?

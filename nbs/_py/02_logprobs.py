@@ -3,26 +3,108 @@
 # > The log-probability of a response: shift, gather, mask, sum, in fp32; and a pass that writes one row per pair to a table.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb)
+#
+# **You should know** what logits and a softmax are, and what a pair is (chapter 01). **Time** under a minute on two CPU cores.
+#
+# Every quantity of preference training is made of one: how likely a model finds a given response. It takes four lines, and there are at least
+# four ways to get it wrong without an error message. This chapter writes the plain version that everybody can read. Faster ones, later, must equal it.
 
 # %%
 #| default_exp logprobs
 
 # %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
 #| export
-import contextlib, hashlib, json, os
+import contextlib, hashlib, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+# %%
+import itertools, tempfile
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+import transformers
+from torch.testing import assert_close
+from transformers import AutoConfig, LlamaConfig
+
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.world import load_base, load_world, prompt_ids, respond
+
+torch.manual_seed(0); torch.set_num_threads(1)
+
+# %% [markdown]
+# ## One response, by hand
+#
+# A causal language model gives, at every position, a distribution over the *next* token. A response $y$ to a prompt $x$ gets the product of
+# the probabilities of its tokens; in logarithms a sum,
+#
+# $$\log \pi(y \mid x) = \sum_{t=1}^{|y|} \log \pi(y_t \mid x, y_{<t}). \tag{1}$$
+#
+# Logarithms, because the product of some hundred probabilities is zero in floating point.
+
+# %%
+world = load_world()
+S, tok = load_base(world)
+S.requires_grad_(False)
+pairs = list(tokenize_pairs(load_pairs(world.sources["riddle"]), tok, "riddle").pairs)
+pair = pairs[0]
+{k: tok.decode(pair[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")}
+
+
+# %% [markdown]
+# The logits at position $i$ speak about token $i+1$. So the first response token is read off at the *last prompt position*, and the last
+# position of the row is never read.
+
+# %%
+def one_row(model, x, y): # prompt ids, response ids -> (|y|,) log-probabilities of the response tokens
+    logits = model(input_ids=torch.tensor([x + y])).logits[0]
+    return torch.stack([logits[len(x) + t - 1].log_softmax(-1)[token] for t, token in enumerate(y)])
+
+def show_row(x, y):
+    logp, row = one_row(S, x, y), [tok.decode(i) for i in x + y]
+    return pd.DataFrame({"position": range(len(x) - 1, len(row) - 1), "reads": row[len(x) - 1:-1], "speaks about": row[len(x):],
+                         "p": logp.exp(), "log p (nats)": logp, "cumulative sum": logp.cumsum(0)}).set_index("position").round(3)
+
+show_row(pair["prompt_ids"], pair["chosen_ids"])
+
+# %% [markdown]
+# S hesitates once, at the first letter: whether to follow the right rule or the wrong one. The last number of the last column is (1). Is it true? A
+# probability can be counted: let S answer the same prompt many times.
+
+# %%
+x, y = pair["prompt_ids"], pair["chosen_ids"]
+n, text = 2000, tok.decode(y[:-1])
+p = one_row(S, x, y).sum().exp().item()
+counted = respond(S, tok, [tok.decode(x[1:-2])] * n).count(text) / n
+assert abs(counted - p) < 4 * (p * (1 - p) / n) ** 0.5          # four standard errors
+{"exp of (1)": round(p, 3), "share of 2000 samples": round(counted, 3)}
+
+# %% [markdown]
+# The commonest mistake is to forget the shift. Nothing fails; the model is then asked how likely each token is to follow *itself*.
+
+# %%
+logits = S(input_ids=torch.tensor([x + y])).logits[0].log_softmax(-1)
+forgotten = sum(logits[len(x) + t][token] for t, token in enumerate(y)).item()
+assert forgotten < 10 * one_row(S, x, y).sum()
+{"shifted": round(one_row(S, x, y).sum().item(), 2), "shift forgotten": round(forgotten, 2)}
 
 
 # %% [markdown]
 # ## A batch
+#
+# Rows of a batch have one length, so short ones are padded on the right. A token then belongs to the prompt, the response or the padding;
+# only a mask can say which.
 
 # %%
 #| export
@@ -30,33 +112,74 @@ def collate(pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
             device="cpu",
            ) -> tuple[Tensor, Tensor, Tensor]: # (2n, L) ids, (2n, L) attention mask, (2n, L) response mask; chosen rows first
     "Right-padded rows, all chosen then all rejected. Padding is known by length, never by token id."
-    rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
-    L = max(len(x) + len(y) for x, y in rows)
-    ids, seen, scored = torch.zeros(len(rows), L, dtype=torch.long), torch.zeros(len(rows), L, dtype=torch.long), torch.zeros(len(rows), L, dtype=torch.bool)
+    rows = [(list(p["prompt_ids"]), list(p[side])) for side in ("chosen_ids", "rejected_ids") for p in pairs]
+    shape = len(rows), max(len(x) + len(y) for x, y in rows)
+    ids, seen, scored = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     for i, (x, y) in enumerate(rows):
         n = len(x) + len(y)
-        ids[i, :n] = torch.tensor(list(x) + list(y)); seen[i, :n] = 1; scored[i, len(x):n] = True
+        ids[i, :n] = torch.tensor(x + y); seen[i, :n] = 1; scored[i, len(x):n] = True
     return ids.to(device), seen.to(device), scored.to(device)
 
 
 # %%
-#| export
-def response_logprobs(model,       # a causal LM; gradients flow
-                      pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
-                     ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
-    "Summed log-probabilities of both responses of each pair: the padded version that everybody can read."
-    ids, seen, scored = collate(pairs, model.device)
-    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
-    at = scored[:, 1:]                                # position i predicts token i + 1
-    logp = token_logprobs(logits[:, :-1][at], ids[:, 1:][at])
-    total = torch.zeros(len(ids), device=logp.device).index_add(0, at.nonzero()[:, 0], logp)
-    return tuple(total.chunk(2))
+mixed = sorted(pairs, key=lambda p: len(p["prompt_ids"]))
+mixed = [mixed[0], pair, mixed[-1]]                             # unequal lengths
+ids, seen, scored = collate(mixed)
+pd.DataFrame(["".join("." if not m else "R" if r else "p" for m, r in zip(*row)) for row in zip(seen, scored)],
+             index=[f"{s} {i}" for s in ("chosen", "rejected") for i in range(3)], columns=["p prompt, R response, . padding"])
 
+
+# %% [markdown]
+# Four steps: **shift** logits against ids, **gather** the log-probability of the token that came, **mask** what is no response, **sum**. Only
+# masked positions go through the softmax, and they go through it in fp32.
+
+# %%
+#| export
 def token_logprobs(logits: Tensor, # (m, V) in any dtype
                    ids: Tensor,    # (m,) the tokens that came next
                   ) -> Tensor:     # (m,) fp32, nats
+    "Log-probability of each token, in fp32."
     return logits.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
 
+def response_logprobs(model,       # a causal LM; gradients flow
+                      pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
+                     ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    "Summed log-probabilities of both responses of each pair: the padded version that everybody can read. Source: equation (1)."
+    ids, seen, scored = collate(pairs, model.device)
+    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+    ids, scored = ids[:, 1:], scored[:, 1:]
+    logp = token_logprobs(logits[:, :-1][scored], ids[scored])
+    rows = torch.zeros(ids.shape, device=logp.device).masked_scatter(scored, logp)
+    return tuple(rows.sum(1).chunk(2))
+
+
+# %% [markdown]
+# It must equal the loop over single, unpadded rows. All later versions meet this same check.
+
+# %%
+def by_rows(model, pairs): # the loop: no batch, no padding, no mask
+    return tuple(torch.stack([one_row(model, p["prompt_ids"], p[s]).sum() for p in pairs]) for s in ("chosen_ids", "rejected_ids"))
+
+assert_close(response_logprobs(S, mixed), by_rows(S, mixed))
+pd.DataFrame(dict(zip(("log p(chosen)", "log p(rejected)"), response_logprobs(S, mixed)))).round(3)
+
+# %% [markdown]
+# *By length, never by token id*: many tokenizers use the end token for padding. Who masks every token that equals the pad id masks
+# the real end token too, and the model is no longer asked whether the response stops.
+
+# %%
+cut = [p | {s: p[s][:-1] for s in ("chosen_ids", "rejected_ids")} for p in mixed] # what "ids != pad" leaves when pad = eos
+pd.DataFrame({"by length": response_logprobs(S, mixed)[1], "by id, pad = eos": response_logprobs(S, cut)[1]}).rename_axis("rejected").round(4)
+
+
+# %% [markdown]
+# ## The log-ratio
+#
+# How much more likely is the chosen response than the rejected one? The paper writes
+#
+# $$\gamma_\pi(x, y_w, y_l) = \log \pi(y_w \mid x) - \log \pi(y_l \mid x). \tag{2}$$
+#
+# The prompt's own probability would cancel in it, so leaving the prompt unscored loses nothing.
 
 # %%
 #| export
@@ -67,131 +190,405 @@ def gamma(chosen: Tensor,   # (n,) log pi(y_w|x), nats
     return chosen - rejected
 
 
-# %% [markdown]
-# ## A model, loaded for this
-
 # %%
-#| export
-def load_model(model: str, # hub id or folder
-               device: str=None,
-              ):           # causal LM with fp32 weights and no dropout
-    "Load in fp32 whatever the folder's dtype. Raises ValueError for a folder that is not a model."
-    _check_model(model)
-    m = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return freeze_dropout(m).to(device or best_device())
-
-def load_tokenizer(model: str): # hub id or folder
-    _check_model(model)
-    return AutoTokenizer.from_pretrained(model)
-
-def best_device(): return "cuda" if torch.cuda.is_available() else "cpu"
-
-def _check_model(model):
-    p = Path(model).expanduser()
-    if p.is_dir() and not (p / "config.json").exists(): raise ValueError(f"{model}: a folder without config.json is not a model")
-    if not p.is_dir() and (p.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1):
-        raise ValueError(f"{model}: no such model folder")
-
-
-# %%
-#| export
-def freeze_dropout(model):
-    "Set every dropout probability of the model to zero, in the config and in the modules; returns the model."
-    def is_dropout(name): return "dropout" in name or name.endswith("pdrop") or name == "layerdrop"
-    for owner in [model.config, *model.modules()]:
-        for name, value in list(vars(owner).items()):
-            if is_dropout(name) and isinstance(value, float): setattr(owner, name, 0.0)
-    for m in model.modules():
-        if isinstance(m, torch.nn.Dropout): m.p = 0.0
-    return model
-
-
-# %%
-#| export
-def weights_hash(model) -> str:
-    "sha256 over sorted parameter names, dtypes, shapes and bytes, 16 hex digits."
-    h = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
-        h.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return h.hexdigest()[:16]
+g = gamma(*response_logprobs(S, pairs))
+assert_close(gamma(*response_logprobs(S, [p | dict(chosen_ids=p["rejected_ids"], rejected_ids=p["chosen_ids"]) for p in pairs])), -g)
+{"pairs": len(g), "mean gamma (nats)": round(g.mean().item(), 2), "gamma > 0": round((g > 0).float().mean().item(), 3)}
 
 
 # %% [markdown]
-# ## Precision
+# On the source `riddle` S prefers the chosen response about every second time: this will be the hardest source. Chapter 05 orders sources by
+# that share.
+#
+# ## Sum against mean
+#
+# Some methods divide (1) by the number of tokens. That is not the same number on another scale: it can turn a preference round. Here S finds a short, cut answer far more
+# likely than a long, garbled one, as it should, and the mean says the opposite.
+
+# %%
+def make_pair(prompt, chosen, rejected):
+    ids = {s: tok(t, add_special_tokens=False).input_ids + [tok.eos_token_id] for s, t in (("chosen_ids", chosen), ("rejected_ids", rejected))}
+    return dict(key=f"{prompt}|{chosen}|{rejected}", prompt_ids=prompt_ids(tok, prompt), **ids)
+
+short = make_pair("shift deajc", "ef", "cdbk d")                # right: efbkd
+lengths = torch.tensor([len(short["chosen_ids"]), len(short["rejected_ids"])])
+sums = torch.cat(response_logprobs(S, [short]))
+both = pd.DataFrame({"tokens": lengths, "sum": sums, "mean": sums / lengths}, index=["chosen: ef", "rejected: cdbk d"])
+both.loc["gamma"] = both.iloc[0] - both.iloc[1]
+assert both.loc["gamma", "sum"] > 0 > both.loc["gamma", "mean"]
+both.round(2)
+
+# %% [markdown]
+# Real pairs do this all the time, because real responses differ in length. Eight of them, asked of SmolLM2-135M-Instruct (the cell is skipped in
+# tests, its output is kept):
+
+# %%
+#| slow
+smol = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser()
+data = Path(os.environ.get("SDPO_DATA", "../../shared/data")) / "preferences" / "orca_dpo_pairs.jsonl.gz"
+assert smol.exists() and data.exists(), "set SDPO_MODEL to the folder of a model and SDPO_DATA to that of the preference data"
+
+real, real_tok = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32).requires_grad_(False), AutoTokenizer.from_pretrained(smol)
+eight = list(tokenize_pairs(load_pairs(data).select(range(8)), real_tok, "orca", max_length=768).pairs)
+c, r = torch.cat([torch.stack(response_logprobs(real, [p])) for p in eight], 1)
+nc, nr = (torch.tensor([len(p[s]) for p in eight]) for s in ("chosen_ids", "rejected_ids"))
+pd.DataFrame({"tokens chosen": nc, "tokens rejected": nr, "gamma, sum": c - r, "gamma, mean": c / nc - r / nr}).round(2)
+
+# %% [markdown]
+# By the sum the model prefers all eight chosen responses, mostly because they are shorter; by the mean, one. DPO is derived for the probability of a whole
+# response (chapter 03), so the sum is the method. The mean is another one and wants another $\beta$: its differences are smaller by the length of a response.
+#
+# ## Why fp32: sums
+#
+# bf16 keeps eight significant bits. Between 128 and 256 its numbers are one apart. Take token log-probabilities of S *already
+# rounded to bf16*, so that all sums below add the same numbers, and look at 400 of them, as in a response of half a page.
+
+# %%
+ids, seen, scored = collate(pairs)
+values = token_logprobs(S(input_ids=ids, attention_mask=seen).logits[:, :-1][scored[:, 1:]], ids[:, 1:][scored[:, 1:]]).bfloat16()
+
+def running_sum(x): # (orders, tokens), one after another, in the dtype of x
+    total, out = torch.zeros_like(x[:, 0]), []
+    for column in x.T: total = total + column; out.append(total)
+    return torch.stack(out, 1)
+
+v = values[None, :400]
+exact, fp32, bf16 = (running_sum(v.to(t))[0, -1] for t in (torch.float64, torch.float32, torch.bfloat16))
+total = pd.Series({"exact": exact.item(), "fp32": fp32.item(), "fp32, kept in bf16": fp32.bfloat16().item(), "bf16": bf16.item()}, name="sum of 400 (nats)")
+total.to_frame().assign(error=total - total["exact"]).round(5)
+
+# %% [markdown]
+# Added one after another in bf16, small terms are rounded away against a large total. How does it grow? Thirty random orders of the same values:
+
+# %%
+orders = torch.stack([values[torch.randperm(len(values))[:2048]] for _ in range(30)])
+exact, fp32, bf16 = (running_sum(orders.to(t)).double() for t in (torch.float64, torch.float32, torch.bfloat16))
+error = {"bf16": bf16 - exact, "fp32, kept in bf16": fp32.bfloat16().double() - exact, "fp32": fp32 - exact}
+at = torch.tensor([2 ** k - 1 for k in range(3, 12)])
+drawn = pd.concat([pd.DataFrame(e[:, at].abs(), columns=(at + 1).tolist()).melt(var_name="tokens", value_name="nats").assign(sum=name) for name, e in error.items()])
+means = drawn.groupby(["sum", "tokens"])["nats"].mean().unstack(0)
+
+# %%
+fig, ax = plt.subplots(figsize=(6, 3.4))
+sns.lineplot(means, ax=ax, markers=True, dashes=False)
+ax.axhline(1, color="0.6", lw=0.8); ax.text(8, 1.3, "a difference training makes", color="0.4", fontsize=8)
+ax.set(xscale="log", yscale="log", xlabel="tokens in the response", ylabel="mean |error| of the sum (nats)"); ax.set_xscale("log", base=2)
+sns.despine()
+
+# %%
+means.loc[[64, 512, 2048]]
+
+
+# %% [markdown]
+# What to see: the bf16 sum stands still once its spacing exceeds the terms, and is wrong by whole nats at the length of an ordinary answer; even a
+# correct sum loses up to half a spacing when it is *stored* in bf16. A stage of DPO moves $\gamma$ by a few nats. In fp32 the question disappears.
+#
+# ## Why fp32: the batch
+#
+# A fp32 sum does not help when the forward pass is bf16: matrix products round differently for
+# different shapes, so a pair gets another log-probability beside other pairs. `autocast` runs a forward pass in a precision while weights stay fp32.
 
 # %%
 #| export
-def pick_precision(precision: str="auto", # auto, bf16, fp16 or fp32
-                   device: str="cpu",
-                  ) -> str:
-    "bf16 where the hardware really has it, else fp16 on CUDA, else fp32."
-    if precision not in ("auto", "bf16", "fp16", "fp32"): raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
-    if precision != "auto": return precision
-    if str(device).startswith("cuda"): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    real = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if real else "fp32"
-
-def autocast(device, precision):
+def autocast(device, precision): # fp32, bf16 or fp16
     "The context in which forward passes of this precision run; fp32 is no context at all."
     if precision == "fp32": return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
+# %%
+@torch.no_grad()
+def batch_shape(model, pairs): # the same pairs, alone and together, in two precisions
+    rows, exact = {}, None
+    for precision in ("fp32", "bf16"):
+        with autocast(model.device, precision):
+            alone = torch.stack([torch.cat(response_logprobs(model, [p])) for p in pairs], 1)
+            together = torch.stack(response_logprobs(model, pairs))
+        exact = alone if exact is None else exact
+        rows[precision] = {"log p: alone - together": alone - together, "gamma: alone - together": gamma(*alone) - gamma(*together), "log p: off fp32": alone - exact}
+    return pd.DataFrame({p: {k: d.abs().max().item() for k, d in row.items()} for p, row in rows.items()}).T
+
+
 # %% [markdown]
-# ## One pass, one table
+# S is too small to show it. A random Llama of 6 layers and random pairs of 60 to 160 tokens are large enough:
+
+# %%
+def random_pair(n, vocab=2000): # n response tokens
+    prompt, *sides = (torch.randint(0, vocab, (k,)).tolist() for k in (20 + n // 3, n, 160 - n))
+    return dict(key=str(n), prompt_ids=prompt, chosen_ids=sides[0], rejected_ids=sides[1])
+
+config = LlamaConfig(vocab_size=2000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, initializer_range=0.05)
+wide = transformers.LlamaForCausalLM(config).eval()
+shown = batch_shape(wide, [random_pair(n) for n in range(60, 100, 5)])
+assert shown.loc["fp32"].max() < 2e-3 < shown.loc["bf16", "log p: off fp32"]
+shown.style.format("{:.1g}")
+
+# %% [markdown]
+# And the real model with its eight real pairs:
+
+# %%
+#| slow
+batch_shape(real, eight).style.format("{:.1g}")
+
+
+# %% [markdown]
+# So a log-probability computed in bf16 is known to a few tenths of a nat, and two passes that must agree (reference and policy
+# before the first step) agree only as well as that. Hence two rules: sums are always fp32, and a table remembers the precision it was computed in.
+#
+# ## Dropout off, in all its forms
+#
+# Log-probabilities are a property of the weights, so nothing may be random: not even in train mode, which gradient checkpointing needs.
+# Dropout hides in four places: the config (under many names, also nested), float attributes of modules, `nn.Dropout` modules, and whole layers left out.
+
+# %%
+#| export
+def _configs(config):
+    "A config and the configs inside it."
+    if not isinstance(config, PretrainedConfig): return []
+    return [config] + [c for inner in vars(config).values() for c in _configs(inner)]
+
+def _is_dropout(owner, name):
+    return bool(re.search("dropout|pdrop|layerdrop|drop_prob|drop_path", name)) or name == "p" and isinstance(owner, torch.nn.modules.dropout._DropoutNd)
+
+def dropouts(model) -> list[tuple]: # (config or module, name of its attribute)
+    "Every dropout probability of a model, wherever it is kept."
+    owners = _configs(getattr(model, "config", None)) + list(model.modules())
+    return [(o, name) for o in owners for name, value in vars(o).items() if type(value) in (int, float) and _is_dropout(o, name)]
+
+def freeze_dropout(model):
+    "Set every dropout probability of the model to zero, in the config and in the modules; returns the model."
+    for owner, name in dropouts(model): setattr(owner, name, type(getattr(owner, name))(0))
+    return model
+
+
+# %% [markdown]
+# The lesson runs on eight architectures, tiny and random, each with every dropout of its config at 0.1. Two questions: do two
+# forwards in train mode agree to the last bit? Does the padded batch still equal single rows?
+
+# %%
+usual = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+bloom = dict(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+kinds = {"llama": usual, "gpt2": dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4), "opt": usual | dict(ffn_dim=64, word_embed_proj_dim=32), "bloom": bloom,
+         "gpt_neox": usual, "mistral": usual | dict(num_key_value_heads=2), "qwen2": usual | dict(num_key_value_heads=2), "falcon": usual}
+
+def random_model(kind, dropout=0.1):
+    config = AutoConfig.for_model(kind, **kinds[kind], pad_token_id=0, bos_token_id=1, eos_token_id=0)
+    for c in _configs(config):
+        for name, value in vars(c).items():
+            if isinstance(value, float) and _is_dropout(c, name): setattr(c, name, dropout)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+# %%
+uneven = [dict(prompt_ids=[5, 6, 7], chosen_ids=[8, 9, 0], rejected_ids=[10, 11, 12, 13, 0]), dict(prompt_ids=[5], chosen_ids=[14, 0], rejected_ids=[0])]
+
+@torch.no_grad()
+def ask(kind):
+    model = random_model(kind).train()
+    def same(): return torch.equal(*(torch.cat(response_logprobs(model, uneven)) for _ in range(2)))
+    names, before, after = {n for _, n in dropouts(model)}, same(), freeze_dropout(model) and same()
+    error = (torch.cat(response_logprobs(model, uneven)) - torch.cat(by_rows(model, uneven))).abs().max().item()
+    return {"found": ", ".join(sorted(names)), "same before": before, "same after": after, "padded - single (nats)": error}
+
+
+# %%
+asked = pd.DataFrame({kind: ask(kind) for kind in kinds}).T
+assert not asked["same before"].any() and asked["same after"].all() and asked["padded - single (nats)"].max() < 1e-4
+asked.style.format({"padded - single (nats)": "{:.0e}"}).set_properties(**{"text-align": "left"})
+
+
+# %% [markdown]
+# `p` belongs to `nn.Dropout`; zeroing that alone would have missed OPT and every model with fused attention. For an architecture that is not in the table the guard is
+# elsewhere: the first loss of a stage is compared with the one the table implies (chapter 06).
+#
+# ## A model, loaded for this
+#
+# A folder saved in bf16 comes back in bf16 when nobody objects, and weights in bf16 hardly move at learning rate 5e-7 while the loss looks
+# well. So trained weights are fp32, always.
+
+# %%
+#| export
+def load_model(model: str, # hub id or folder
+               device: str=None, # default: `best_device()`
+              ):           # causal LM with fp32 weights and no dropout, in eval mode
+    "Load in fp32 whatever the folder's dtype. Raises ValueError for a folder that is not a model."
+    m = AutoModelForCausalLM.from_pretrained(_find_model(model), dtype=torch.float32)
+    return freeze_dropout(m).to(device or best_device())
+
+def load_tokenizer(model: str): # hub id or folder
+    "The tokenizer that lies with a model."
+    return AutoTokenizer.from_pretrained(_find_model(model))
+
+def best_device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
+
+def _find_model(model):
+    "A folder that is a model, or what can only be a hub id: a local path never reaches the hub."
+    p = Path(model).expanduser()
+    if p.is_dir() and not (p / "config.json").exists(): raise ValueError(f"{model}: a folder without config.json is not a model")
+    if not p.is_dir() and (p.exists() or p.is_absolute() or str(model).startswith((".", "~")) or len(p.parts) > 2):
+        raise ValueError(f"{model}: no such model folder; give a folder with config.json, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
+    return str(p) if p.is_dir() else str(model)
+
+
+# %%
+tmp = tempfile.TemporaryDirectory()
+home = Path(tmp.name)
+transformers.AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.bfloat16).save_pretrained(home / "half")
+usual_way, ours = transformers.AutoModelForCausalLM.from_pretrained(home / "half"), load_model(home / "half", "cpu")
+assert ours.dtype == torch.float32
+pd.DataFrame({"weights": [str(m.dtype) for m in (usual_way, ours)], "0.5 + 5e-7, in these weights": [f"{torch.tensor(0.5, dtype=m.dtype) + 5e-7:.7f}" for m in (usual_way, ours)]},
+             index=["from_pretrained", "load_model"])
+
+
+# %% [markdown]
+# Which model was it? A name or a path can lie; the bytes of the weights cannot. Tied weights count once, and one bit changes the hash.
+
+# %%
+#| export
+def weights_hash(model) -> str: # 16 hex digits
+    "sha256 over sorted parameter names, dtypes, shapes and bytes."
+    h = hashlib.sha256()
+    for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
+        h.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        h.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()[:16]
+
+
+# %%
+S.save_pretrained(home / "S")
+moved = load_model(home / "S", "cpu")
+hashes = [weights_hash(S), weights_hash(moved)]
+with torch.no_grad(): moved.model.norm.weight[0] *= 1 + 2 ** -23   # the last bit of one weight
+hashes.append(weights_hash(moved))
+assert hashes[0] == hashes[1] != hashes[2]
+pd.Series(hashes, index=["S", "saved and loaded", "one bit changed"], name="weights_hash").to_frame()
+
+
+# %% [markdown]
+# ## Which precision
+#
+# bf16 saves time and memory only where the hardware has it; emulated, it is slower than fp32 and no more exact. So ask the hardware, not the library: on some
+# GPUs "supported" includes emulation.
+
+# %%
+#| export
+def pick_precision(precision: str="auto", # auto, bf16, fp16 or fp32
+                   device: str="cpu",
+                  ) -> str:               # bf16, fp16 or fp32
+    "bf16 where the hardware really has it, else fp16 on CUDA, else fp32. Raises ValueError for an unknown name."
+    if precision not in ("auto", "bf16", "fp16", "fp32"): raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
+    if precision != "auto": return precision
+    if torch.device(device).type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+# %%
+assert pick_precision("fp32", "cuda") == "fp32" and pick_precision("auto", "cpu") in ("bf16", "fp32")
+S.dtype, [p.dtype for p in response_logprobs(S, mixed)]
+
+
+# %% [markdown]
+# ## The reference is data, not a model
+#
+# DPO compares the model in training with a frozen reference. The usual way keeps both in memory. But only two numbers per pair are ever asked
+# of the reference, so ask once, beforehand, and write them down. Then no second model is needed, and "which model was the reference?" is answered by the table.
 
 # %%
 #| export
 @dataclass
 class LogprobTable:
     "Log-probabilities of one model for many pairs, and how they were computed."
-    kind: dict         # weights, precision, attention, device, logprobs
+    kind: dict         # weights, precision, device, attention, logprobs
     rows: pd.DataFrame # index: pair key; columns chosen, rejected (nats, fp32)
 
-    def lookup(self, pairs) -> tuple[Tensor, Tensor]: # (n,), (n,)
-        got = self.rows.loc[[p["key"] for p in pairs]]
-        return torch.tensor(got["chosen"].to_numpy()), torch.tensor(got["rejected"].to_numpy())
+    def lookup(self, pairs) -> tuple[Tensor, Tensor]: # (n,), (n,) fp32
+        keys = [p["key"] for p in pairs]
+        absent = [k for k in keys if k not in self.rows.index]
+        if absent: raise ValueError(f"{len(absent)} of {len(keys)} pairs are not in the table of log-probabilities, the first is {absent[0]}; score them with score_pairs")
+        return tuple(torch.tensor(self.rows.loc[keys, side].to_numpy("float32", copy=True)) for side in ("chosen", "rejected"))
 
     def gamma(self, pairs) -> Tensor: # (n,) nats
         return gamma(*self.lookup(pairs))
 
 
+# %% [markdown]
+# Rows are found by the pair's key, a hash of its token ids (chapter 01): another tokenizer, boundary or length limit makes other
+# keys. The rest of what must agree is the table's *kind*.
+
 # %%
 #| export
-def table_kind(model, precision, logprobs) -> dict:
+def table_kind(model, precision: str, logprobs) -> dict:
     "What must agree for two tables to be the same."
     return dict(weights=weights_hash(model), precision=precision, device=model.device.type,
-                attention=model.config._attn_implementation, logprobs=logprobs.__name__)
+                attention=getattr(model.config, "_attn_implementation", None), logprobs=logprobs.__name__)
+
+
+# %%
+table_kind(S, "fp32", response_logprobs)
+
+
+# %% [markdown]
+# On disk a table is a folder: `kind.json` and pieces of a few hundred rows. A whole file is written under a temporary name, then renamed, so a
+# piece that has its name is complete.
+
+# %%
+#| export
+def write_json(path, data):
+    "Write a whole file under a temporary name, then rename it."
+    path = Path(path); tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(data, indent=1) + "\n"); os.replace(tmp, path)
+
+def _write_piece(folder, rows):
+    numbers = [int(p.stem.split("-")[1]) for p in Path(folder).glob("part-*.parquet")]
+    path = Path(folder) / f"part-{max(numbers, default=-1) + 1:05}.parquet"
+    rows.to_parquet(path.with_suffix(".tmp")); os.replace(path.with_suffix(".tmp"), path)
 
 
 # %%
 #| export
-@torch.no_grad()
-def score_pairs(model,            # any causal LM
-                pairs,            # tokenised pairs, with keys
-                folder=None,      # where the table is kept, in pieces; a killed pass goes on from there
-                precision="fp32", # fp32, bf16, fp16
-                logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected)
-                batch_size=8,     # pairs a forward
-                piece=512,        # pairs a file
-                desc="scoring",
-               ) -> LogprobTable:
-    "One pass of a model over pairs. A folder that holds a table of another kind is computed again, saying so."
-    kind = table_kind(model, precision, logprobs)
-    done = _open_table(folder, kind)
-    keys = pairs["key"] if hasattr(pairs, "column_names") else [p["key"] for p in pairs]
-    todo = sorted({k: i for i, k in enumerate(keys) if k not in done.index}.values())
-    was_training = model.training; model.eval()
-    bar = tqdm(total=len(todo), desc=desc, unit="pair", leave=False)
-    for start in range(0, len(todo), piece):
-        part = [pairs[i] for i in todo[start:start+piece]]
-        rows = _score_piece(model, part, precision, logprobs, batch_size, bar)
-        done = pd.concat([done, rows])
-        if folder: _write_piece(folder, rows)
-    model.train(was_training)
-    return LogprobTable(kind, done)
+def _no_rows(): return pd.DataFrame({"chosen": [], "rejected": []}, index=pd.Index([], dtype=str), dtype="float32")
 
+def _read_pieces(folder):
+    parts = [_no_rows()]
+    for p in sorted(Path(folder).glob("part-*.parquet")):
+        try: parts.append(pd.read_parquet(p))
+        except Exception as e: raise ValueError(f"{p}: cannot be read ({e}); delete this file and run again") from e
+    rows = pd.concat(parts)
+    return rows[~rows.index.duplicated()]
+
+def _read_kind(folder): # {} where none can be read
+    try: return json.loads((Path(folder) / "kind.json").read_text())
+    except (FileNotFoundError, ValueError): return {}
+
+def read_table(folder) -> LogprobTable:
+    "A table as it lies on disk. Raises ValueError where there is none."
+    kind = _read_kind(folder)
+    if not kind: raise ValueError(f"{folder}: no table of log-probabilities here (kind.json is missing or broken)")
+    return LogprobTable(kind, _read_pieces(folder))
+
+
+# %% [markdown]
+# Before a pass the folder is opened. What a kill left half-written goes. Pieces of another kind, or of a kind nobody knows, go too, and this is said.
+
+# %%
+#| export
+def _open_table(folder, kind):
+    "The rows of this kind that are already there."
+    if folder is None: return _no_rows()
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    for p in folder.glob("*.tmp"): p.unlink()
+    old, pieces = _read_kind(folder), list(folder.glob("part-*.parquet"))
+    if old != kind:
+        differs = ", ".join(f"{k} {old.get(k, 'unknown')} -> {v}" for k, v in kind.items() if old.get(k) != v)
+        if pieces: print(f"{folder}: table of another kind ({differs}); computed again")
+        for p in pieces: p.unlink()
+        write_json(folder / "kind.json", kind)
+    return _read_pieces(folder)
+
+
+# %% [markdown]
+# The pass itself. Within a piece long pairs come first: pairs of like length share a batch, so little is padded, and a batch that does not fit
+# into memory fails at once instead of at the end.
 
 # %%
 #| export
@@ -200,31 +597,117 @@ def _score_piece(model, part, precision, logprobs, batch_size, bar):
     part = sorted(part, key=lambda p: -len(p["prompt_ids"]) - max(len(p["chosen_ids"]), len(p["rejected_ids"])))
     for i in range(0, len(part), batch_size):
         batch = part[i:i+batch_size]
-        with autocast(model.device, precision): c, r = logprobs(model, batch)
-        out |= {p["key"]: v for p, v in zip(batch, zip(c.tolist(), r.tolist()))}
+        with autocast(model.device, precision): both = torch.stack(logprobs(model, batch), 1)
+        bad = [p["key"] for p, ok in zip(batch, both.isfinite().all(1).tolist()) if not ok]
+        if bad: raise ValueError(f"log-probability of pair {bad[0]} is not finite in {precision}; look at this pair and at the weights")
+        out |= dict(zip([p["key"] for p in batch], both.tolist()))
         bar.update(len(batch))
     return pd.DataFrame.from_dict(out, orient="index", columns=["chosen", "rejected"], dtype="float32")
-
-def _write_piece(folder, rows):
-    path = Path(folder) / f"part-{len(list(Path(folder).glob('part-*.parquet'))):05}.parquet"
-    rows.to_parquet(path.with_suffix(".tmp")); os.replace(path.with_suffix(".tmp"), path)
 
 
 # %%
 #| export
-def _open_table(folder, kind):
-    empty = pd.DataFrame({"chosen": [], "rejected": []}, dtype="float32")
-    if folder is None: return empty
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    meta = folder / "kind.json"
-    if meta.exists() and (old := json.loads(meta.read_text())) != kind:
-        print(f"{folder}: table of another kind ({', '.join(f'{k} {old.get(k)} -> {v}' for k, v in kind.items() if old.get(k) != v)}); computed again")
-        for p in folder.glob("part-*"): p.unlink()
-    if not meta.exists() or json.loads(meta.read_text()) != kind: write_json(meta, kind)
-    parts = [pd.read_parquet(p) for p in sorted(folder.glob("part-*.parquet"))]
-    return pd.concat(parts) if parts else empty
+@torch.no_grad()
+def score_pairs(model,            # any causal LM
+                pairs,            # tokenised pairs, with keys: a list or a Dataset; a key that occurs twice is scored once
+                folder=None,      # where the table is kept, in pieces; a killed pass goes on from there
+                precision="fp32", # fp32, bf16, fp16
+                logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected); a named function
+                batch_size=8,     # pairs a forward
+                piece=512,        # pairs a file
+                desc="scoring",
+               ) -> LogprobTable: # these pairs, and whatever else the folder holds
+    "One pass of a model over pairs. A folder that holds a table of another kind is computed again, saying so."
+    precision = pick_precision(precision, model.device)
+    kind = table_kind(model, precision, logprobs)
+    done = _open_table(folder, kind)
+    keys = pairs["key"] if hasattr(pairs, "column_names") else [p["key"] for p in pairs]
+    todo = sorted({k: i for i, k in enumerate(keys) if k not in done.index}.values())
+    was_training = model.training; model.eval()
+    with tqdm(total=len(todo), desc=desc, unit="pair", leave=False) as bar:
+        for start in range(0, len(todo), piece):
+            rows = _score_piece(model, [pairs[i] for i in todo[start:start+piece]], precision, logprobs, batch_size, bar)
+            done = pd.concat([done, rows])
+            if folder: _write_piece(folder, rows)
+    model.train(was_training)
+    return LogprobTable(kind, done)
 
-def write_json(path, data):
-    "Write a whole file under a temporary name, then rename it."
-    path = Path(path); tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(data, indent=1) + "\n"); os.replace(tmp, path)
+
+# %%
+table = score_pairs(S, pairs)
+assert_close(table.lookup(mixed), by_rows(S, mixed))
+table.rows.head(3).round(3)
+
+# %% [markdown]
+# How much smaller is the table than the model it replaces?
+
+# %%
+size = {"model, fp32": sum(p.numel() for p in S.parameters()) * 4, "table, fp32": table.rows.to_numpy().nbytes}
+pd.Series(size, name="bytes").to_frame().assign(pairs=["", len(table.rows)])
+
+
+# %% [markdown]
+# ## Killed and continued
+#
+# A pass over a real data set takes an hour, and hours get interrupted. Here the model is watched: `watch` counts the pairs it is asked
+# about, and pulls the plug after a given number.
+
+# %%
+@contextlib.contextmanager
+def watch(model, stop=float("inf")):
+    asked = []
+    def hook(module, args, kwargs):
+        if sum(asked) >= stop: raise KeyboardInterrupt
+        asked.append(len(kwargs["input_ids"]) // 2)
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try: yield asked
+    finally: handle.remove()
+
+some = pairs[:100]
+with contextlib.suppress(KeyboardInterrupt), watch(S, stop=56) as first: score_pairs(S, some, home / "table", piece=16)
+(home / "table" / "part-00003.tmp").write_bytes(b"half a piece")
+{"pairs asked": sum(first), "rows on disk": len(read_table(home / "table").rows)}
+
+# %% [markdown]
+# Three whole pieces survive; the half piece is lost. The next call asks for the missing pairs only, and the table is the same, bit for bit, as one from an uninterrupted pass.
+
+# %%
+with watch(S) as second: continued = score_pairs(S, some, home / "table", piece=16)
+with watch(S) as third: score_pairs(S, some + some[:10], home / "table", piece=16)
+assert continued.rows.equals(score_pairs(S, some, piece=16).rows) and not list((home / "table").glob("*.tmp"))
+{"asked the second time": sum(second), "asked the third time, ten pairs twice": sum(third)}
+
+# %% [markdown]
+# A table of another kind is never mixed in. The same folder, now in bf16:
+
+# %%
+with contextlib.chdir(home), watch(S) as again: half = score_pairs(S, some, "table", precision="bf16")
+{"asked": sum(again), "largest difference (nats)": round((half.rows.loc[continued.rows.index] - continued.rows).abs().max().max(), 3)}
+
+# %% [markdown]
+# A pair that was never scored is an error that names it:
+
+# %%
+try: half.lookup(pairs[98:103])
+except ValueError as e: print(e)
+tmp.cleanup()
+
+# %% [markdown]
+# ## What you now have
+#
+# - `response_logprobs`: the log-probability of both responses of a pair, in fp32, equal to a loop over single rows on eight architectures.
+# - `gamma`, their difference, the one number that the loss, the partition and the report are made of.
+# - `score_pairs` and `read_table`: the reference as a table that knows which weights it came from and goes on after a kill.
+#
+# ## Questions to test yourself
+#
+# 1. Which position's logits score the first response token? Which position is never read?
+# 2. Why does the probability of the prompt not appear in $\gamma$, and what would change in (1) if it did?
+# 3. A colleague's log-probabilities are all multiples of two. What happened?
+# 4. Two tables have the same weights, precision and device, but one pair differs by 0.2 nats. Name two harmless reasons.
+#
+# ## Try this
+#
+# - Pad on the left in `collate` and run the architecture table again. Which models notice? Pass `position_ids` and see who is cured.
+# - Replace the sum by the mean in `response_logprobs`. Which checks of this chapter fire?
+# - Remove `layerdrop` from the pattern in `_is_dropout`. Which row of the table changes, and how often must you run it to see?

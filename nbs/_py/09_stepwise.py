@@ -1,77 +1,130 @@
 # %% [markdown]
 # # Stepwise DPO
-# > Stage after stage: the model of one stage is the reference of the next. A run is a folder.
+# > Stage after stage: the model that one stage leaves behind is the reference of the next. A run is a folder.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/09_stepwise.ipynb)
+#
+# **You should know** what [one stage](06_trainer.ipynb) is and how [sources are ordered](05_partition.ipynb). **Time** about a minute on two CPU cores.
+#
+# DPO holds the policy near a reference, and uses all its data against that one reference. Stepwise DPO (sDPO, Kim et al., arXiv 2403.19270) cuts the data
+# into chunks $D_1, \dots, D_T$, easy ones first, and lets the reference climb: with $M_0 = S$, stage $t$ trains
+#
+# $$M_t = \arg\min_\theta\; -\mathbb{E}_{D_t} \log\sigma\big(\beta\,(\gamma_\theta - \gamma_{M_{t-1}})\big), \qquad \theta \text{ starting at } M_{t-1}. \tag{1}$$
+#
+# Everything hard is done by earlier chapters. This one answers what a loop over stages gets wrong in practice: *which* model is the reference, what happens
+# after a crash, and what one may conclude afterwards.
 
 # %%
 #| default_exp stepwise
 
 # %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
 #| export
-import difflib, hashlib, json, math, os, shutil
-from dataclasses import dataclass, fields, asdict
+import base64, difflib, hashlib, json, math, os, re, shutil
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from sdpo_nb.figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, pick_precision, response_logprobs, score_pairs, weights_hash, write_json
+from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, pick_precision, read_table, response_logprobs, score_pairs, weights_hash, write_json
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
-from sdpo_nb.partition import ORDERS, Partition, partition
+from sdpo_nb.partition import ORDERS, partition
 from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
+from sdpo_nb.trainer import TrainConfig, make_accelerator, setting, train_stage
 from sdpo_nb.world import mean_interval
-from sdpo_nb.trainer import TrainConfig, check_settings, make_accelerator, setting, train_stage
+
+# %%
+import tempfile
+from sdpo_nb.world import load_world
+torch.set_num_threads(1);
 
 
 # %% [markdown]
 # ## Settings
+#
+# A run has the settings of a stage and a few of its own. The ones below are the switches that the paper's experiments turn: the order, where the
+# target starts, which model is the reference, and whether optimizer and schedule start anew.
 
 # %%
 #| export
 @dataclass
 class StepwiseConfig(TrainConfig):
     "Settings of a run: those of a stage, and what the stages are."
-    order: str = setting("easy_to_hard", "which chunk comes first", choices=ORDERS)
-    chunks: object = setting(None, "number of stages T; by default one per source. In Python also a list of lists of source names, or a function (t, model) -> pairs, None to end")
-    init_target: str = setting("previous", "weights a stage starts from: M_{t-1}, or the SFT base S", choices=("previous", "S"))
+    order: str = setting("easy_to_hard", "which source comes first", choices=ORDERS)
+    chunks: object = setting(None, "number of stages T; none: one per source. In Python also lists of source names, or a function (t, model) -> pairs that returns None to end")
+    init_target: str = setting("previous", "where a stage starts: at M_{t-1} or at the SFT base S", choices=("previous", "S"))
     reference: str = setting("moving", "moving (M_{t-1}), fixed (S), or the folder of a model")
-    restart: str = setting("stage", "a new optimizer and schedule each stage, or one for the whole run", choices=("stage", "never"))
+    restart: str = setting("stage", "optimizer and schedule: new in every stage, or never", choices=("stage", "never"))
     max_length: int = setting(1024, "longest prompt + response in tokens; the response's tail is cut", 2)
     max_prompt_length: int = setting(512, "longest prompt in tokens; its end is kept", 1)
-    probe: int = setting(512, "pairs per chunk on which every model is measured for the report", 1)
+    probe: int = setting(512, "pairs of each chunk on which every model is measured for the report", 1)
 
-FREE = {"save_every", "probe"} # settings that change no weight
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.chunks is None or callable(self.chunks) or isinstance(self.chunks, list) or isinstance(self.chunks, int) and self.chunks >= 1):
+            raise ValueError(f"chunks: must be a whole number from 1, a list of source names or a function, got {self.chunks!r}")
+        if self.reference not in ("moving", "fixed") and not Path(self.reference).is_dir():
+            raise ValueError(f"reference: must be moving, fixed or the folder of a model; there is no folder {self.reference!r}")
+        if callable(self.chunks) and self.restart == "never": raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
 
+
+# %%
+#| export
 def defaults_table() -> pd.DataFrame:
-    "Every setting, its default and what it means."
-    return pd.DataFrame([(f.name, f.default, f.metadata["help"]) for f in fields(StepwiseConfig)], columns=["setting", "default", "meaning"]).set_index("setting")
+    "Every setting, its default and its meaning."
+    return pd.DataFrame([(f.name, str(f.default), f.metadata["help"]) for f in fields(StepwiseConfig)], columns=["setting", "default", "meaning"]).set_index("setting")
 
+
+# %%
+pd.set_option("display.max_colwidth", 90)
+defaults_table()
+
+
+# %% [markdown]
+# The defaults are the paper's recipe for models of billions of parameters and tens of thousands of pairs. With a few hundred pairs, $5\cdot10^{-7}$ for ten steps changes nothing:
+# small runs need a larger rate. A misspelt setting is an error that guesses what was meant.
 
 # %%
 #| export
 def make_config(settings: dict, # names and values, from a file or a command line
                ) -> StepwiseConfig:
-    "A StepwiseConfig; raises ValueError naming an unknown setting and the one that was probably meant."
+    "A StepwiseConfig; raises ValueError for an unknown setting, naming its nearest neighbour."
     known = [f.name for f in fields(StepwiseConfig)]
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"unknown setting '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; settings are {', '.join(known)}"))
+            raise ValueError(f"unknown setting '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"settings are {', '.join(known)}"))
     return StepwiseConfig(**settings)
 
 
 # %% [markdown]
 # ## A run is a folder
+#
+# ```
+# run/config.yaml     settings, hashes of S and of the pairs, versions
+#     partition.json  measures of each source, chunks
+#     base/logprobs/  what M_0 says about every pair
+#     stage-1/        metrics.jsonl, checkpoint/, model/, logprobs/, stage.json
+#     stage-2/ ...
+#     report.md, figures/
+# ```
+#
+# Every model has *one* table of log-probabilities. The table of $M_{t-1}$ is the reference of stage $t$; so "which model is the reference?" is answered by a path and a hash of weights.
 
 # %%
 #| export
+def _numbered(folder, name): return sorted(Path(folder).glob(f"stage-*/{name}"), key=lambda p: int(p.parent.name.split("-")[1]))
+
 @dataclass
 class Run:
     "A run folder, read."
@@ -80,120 +133,67 @@ class Run:
     @property
     def config(self) -> dict: return yaml.safe_load((self.folder / "config.yaml").read_text())
     @property
-    def stages(self) -> list: return [json.loads(p.read_text()) for p in _numbered(self.folder, "stage.json")]
-    @property
-    def metrics(self) -> pd.DataFrame:
-        return pd.concat([pd.read_json(p, lines=True).assign(stage=t) for t, p in enumerate(_numbered(self.folder, "metrics.jsonl"), 1)], ignore_index=True)
+    def stages(self) -> list[dict]: return [json.loads(p.read_text()) for p in _numbered(self.folder, "stage.json")]
     @property
     def model(self): return load_model(str(self.model_folder()))
     @property
     def tokenizer(self): return load_tokenizer(str(self.model_folder()))
+    @property
+    def metrics(self) -> pd.DataFrame: # one optimizer step a row
+        return pd.concat([pd.read_json(p, lines=True).assign(stage=t) for t, p in enumerate(_numbered(self.folder, "metrics.jsonl"), 1)], ignore_index=True)
 
-    def model_folder(self, t: int=-1) -> Path: # of M_t; -1: the last
-        return _numbered(self.folder, "model")[t if t < 0 else t - 1]
-    def partition(self) -> pd.DataFrame: return pd.DataFrame(json.loads((self.folder / "partition.json").read_text())["measures"])
+    def model_folder(self, t: int=0) -> Path: # of M_t, from 1; 0: the last
+        "Where a model lies, as `from_pretrained` reads it."
+        return _numbered(self.folder, "model")[t - 1]
+    def partition(self) -> pd.DataFrame: return pd.DataFrame(json.loads((self.folder / "partition.json").read_text())["measures"]).set_index("source")
     def table(self) -> pd.DataFrame: return stage_table(self)
     def report(self): return write_report(self)
 
-def _numbered(folder, name): return sorted(Path(folder).glob(f"stage-*/{name}"), key=lambda p: int(p.parent.name.split("-")[1]))
+
+# %% [markdown]
+# A folder belongs to one run. Called again with the same settings it goes on; with others it refuses, naming the setting. Only settings that cannot change a weight may differ.
+
+# %%
+#| export
+FREE = {"save_every", "probe"}
+
+def _open_folder(folder, config, identity):
+    "Write config.yaml, or compare with the one that is there; raises ValueError naming the first difference."
+    settings = {k: v if isinstance(v, (int, float, str, list, type(None))) else getattr(v, "__qualname__", str(v)) for k, v in asdict(config).items()}
+    path, flat = folder / "config.yaml", lambda c: {k: v for k, v in (c | c["settings"]).items() if k not in FREE | {"settings", "versions", "model"}}
+    new = identity | dict(settings=settings, versions={p: version(p) for p in ("torch", "transformers", "datasets", "accelerate")})
+    if path.exists():
+        old = flat(yaml.safe_load(path.read_text()))
+        for k, v in flat(new).items():
+            if old.get(k) != v: raise ValueError(f"{folder}: this run was started with {k} = {old.get(k)}, not {v}; use that or another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(yaml.safe_dump(new, sort_keys=False)); os.replace(path.with_suffix(".tmp"), path)
 
 
 # %% [markdown]
-# ## Where things start
+# ## Models are folders, too
+#
+# The most reported mistake with DPO in stages is a reference that silently is another model: a trainer that reloads "the" model by its name gets S instead
+# of $M_1$. Here a model that comes in as an object is first saved into the run, and from then on every model is a path. A folder appears under its name only when it is complete.
 
 # %%
 #| export
-def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or dict(source=..., split=, revision=, columns=, chat=)
-                 tokenizer, config: StepwiseConfig,
-                ) -> list[Source]:
-    "Tokenise every source; raises ValueError naming the source that cannot be used."
-    if not sources: raise ValueError("sources: at least one is needed, as {'name': 'file, folder or hub id'}")
-    out = []
-    for name, what in sources.items():
-        if isinstance(what, Source): out.append(what); continue
-        spec = dict(what) if isinstance(what, dict) else dict(source=what)
-        chat = spec.pop("chat", False)
-        out.append(tokenize_pairs(load_pairs(**spec), tokenizer, name, config.max_length, config.max_prompt_length, chat))
-    return out
-
-
-# %%
-#| export
-def _open_folder(folder, config, identity):
-    "Write config.yaml, or compare with the one that is there; raises ValueError naming what differs."
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {k: v if isinstance(v, (int, float, str, list, type(None))) else getattr(v, "__qualname__", str(v)) for k, v in asdict(config).items()}
-    new, path = dict(identity, settings=settings), folder / "config.yaml"
-    if path.exists():
-        old = yaml.safe_load(path.read_text())
-        for k in new["settings"]:
-            if k not in FREE and old["settings"].get(k) != new["settings"][k]:
-                raise ValueError(f"{folder}: this run was started with {k}={old['settings'].get(k)!r}, not {new['settings'][k]!r}; use another folder")
-        for k in identity:
-            if k != "versions" and old.get(k) != new[k]: raise ValueError(f"{folder}: this run was started with another {k} ({old.get(k)} there, {new[k]} here); use another folder")
-        return
-    tmp = path.with_suffix(".tmp"); tmp.write_text(yaml.safe_dump(new, sort_keys=False)); os.replace(tmp, path)
-
-def _versions(): return {p: version(p) for p in ("torch", "transformers", "datasets", "accelerate")}
-
-
-# %%
-#| export
-def _base(model, tokenizer, folder):
-    "The folder of S, its tokenizer; a loaded model is saved into the run first, so that every model is a folder."
-    if isinstance(model, (str, Path)):
-        tokenizer = tokenizer or load_tokenizer(str(model))
-        return str(model), tokenizer
-    if tokenizer is None: raise ValueError("a loaded model needs its tokenizer: sdpo(model=..., tokenizer=...)")
-    path = folder / "base" / "model"
-    if not path.exists(): save_model(model, tokenizer, path)
-    return str(path), tokenizer
-
 def save_model(model, tokenizer, path):
-    "save_pretrained under a temporary name, then renamed."
+    "`save_pretrained` under a temporary name, then renamed."
     tmp = Path(path).with_name(Path(path).name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
+    for p in (tmp, path): shutil.rmtree(p, ignore_errors=True)
     model.save_pretrained(tmp); tokenizer.save_pretrained(tmp); os.replace(tmp, path)
 
+def _base(model, tokenizer, folder):
+    "The path of S, and its tokenizer."
+    if isinstance(model, (str, Path)): return str(model), tokenizer or load_tokenizer(str(model))
+    if tokenizer is None: raise ValueError("model: a loaded model needs its tokenizer, sdpo(model=..., tokenizer=...)")
+    path = folder / "base" / "model"
+    if not path.exists(): path.parent.mkdir(parents=True, exist_ok=True); save_model(model, tokenizer, path)
+    return str(path), tokenizer
 
-# %% [markdown]
-# ## The loop
-
-# %%
-#| export
-def sdpo(model,              # hub id, folder, or a loaded causal LM (then with `tokenizer`)
-         sources: dict,      # name -> path, hub id, rows, ...; see `load_sources`
-         config: StepwiseConfig=None,
-         folder="runs/sdpo", # a folder that holds the same run continues
-         tokenizer=None,
-         logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected)
-        ) -> Run:
-    "Stepwise DPO: partition, then one DPO stage per chunk, the reference moving up. Source: arXiv 2403.19270, section 3."
-    ctx, plan, policy = _prepare(model, sources, config, folder, tokenizer, logprobs)
-    t = len(_numbered(ctx.folder, "stage.json"))
-    if t: _free(policy); policy = load_model(ctx.model_folder(t), ctx.device)
-    while (chunk := plan.next(t + 1, policy)) is not None:
-        t += 1
-        policy = _stage(t, chunk, plan, policy, ctx)
-    run = Run(ctx.folder); run.report()
-    return run
-
-def partition_only(model, sources: dict, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=response_logprobs) -> Run:
-    "The first part of `sdpo`: pass of M_0 and partition; `sdpo` with the same arguments goes on from here."
-    ctx, *_ = _prepare(model, sources, config, folder, tokenizer, logprobs)
-    return Run(ctx.folder)
-
-def _prepare(model, sources, config, folder, tokenizer, logprobs):
-    config, folder = config or StepwiseConfig(), Path(folder)
-    base, tokenizer = _base(model, tokenizer, folder)
-    device = make_accelerator().device
-    loaded = load_sources(sources, tokenizer, config)
-    policy, precision = load_model(base, device), pick_precision(config.precision, device)
-    pairs_hash = hashlib.sha256("".join(k for s in loaded for k in s.pairs["key"]).encode()).hexdigest()[:16]
-    _open_folder(folder, config, dict(model=str(model) if isinstance(model, (str, Path)) else type(model).__name__, weights=weights_hash(policy),
-                                      pairs=pairs_hash, sources=[s.name for s in loaded], versions=_versions()))
-    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs)
-    return ctx, _plan(loaded, policy, ctx), policy
+def _free(model): model.to("meta") # gives the memory back, whoever still holds the object
 
 
 # %%
@@ -204,13 +204,36 @@ class _Context:
     config: StepwiseConfig; folder: Path; base: str; tokenizer: object; device: object; precision: str; logprobs: object
 
     def at(self, t): return self.folder / (f"stage-{t}" if t else "base")
-    def model_folder(self, t): return str(self.at(t) / "model") if t else self.base
-    def score(self, t, model, pairs, desc): # the table of M_t, with at least these pairs
-        return score_pairs(model, pairs, self.at(t) / "logprobs", self.precision, self.logprobs, desc=desc)
+    def load(self, t): return load_model(str(self.at(t) / "model") if t else self.base, self.device)
+    def table(self, t): return read_table(self.at(t) / "logprobs")
+    def score(self, t, model, pairs, what): # the table of M_t, once it holds these pairs
+        return score_pairs(model, pairs, self.at(t) / "logprobs", self.precision, self.logprobs, desc=f"M_{t} on {what}")
 
 
 # %% [markdown]
-# ## The chunks
+# ## Sources
+#
+# A source may come as a path, a hub id, rows in memory, or a dict with the arguments of `load_pairs` when columns need other names.
+
+# %%
+#| export
+def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or dict(source=, split=, revision=, columns=, chat=)
+                 tokenizer, config: StepwiseConfig) -> list[Source]:
+    "Tokenise every source; raises ValueError naming the one that cannot be used."
+    if not sources: raise ValueError("sources: at least one is needed, as {'name': 'file, folder or hub id'}")
+    out = []
+    for name, what in sources.items():
+        spec = dict(what) if isinstance(what, dict) else dict(source=what)
+        chat = spec.pop("chat", False)
+        out.append(what if isinstance(what, Source) else tokenize_pairs(load_pairs(**spec), tokenizer, name, config.max_length, config.max_prompt_length, chat))
+    return out
+
+
+# %% [markdown]
+# ## Chunks
+#
+# Usually the partition decides: one chunk per source, or the ordered rows in T equal parts. For experiments the chunks may also be given, as lists of source names,
+# or made on the way by a function that sees $M_{t-1}$, so that data can be generated between stages. What a function returns is kept, or a continued run would train on other pairs.
 
 # %%
 #| export
@@ -219,129 +242,149 @@ class Chunk:
     "D_t: what one stage trains on."
     name: str; pairs: Dataset
 
-@dataclass
-class _Plan:
-    "Chunk after chunk; `T` is None where a function decides."
-    chunks: list; T: int|None; make: object=None; ctx: object=None
+    def probe(self, n: int) -> Dataset:
+        "At most n pairs, the same for every model."
+        if len(self.pairs) <= n: return self.pairs
+        return self.pairs.select(sorted(torch.randperm(len(self.pairs), generator=torch.Generator().manual_seed(0))[:n].tolist()))
 
-    def next(self, t, model):
-        if self.make is None: return self.chunks[t-1] if t <= self.T else None
-        while len(self.chunks) < t and (made := _made_chunk(self.make, len(self.chunks) + 1, model, self.ctx)): self.chunks.append(made)
-        return self.chunks[t-1] if t <= len(self.chunks) else None
-    def probes(self): return [probe(c.pairs, self.ctx.config) for c in self.chunks]
-
-def probe(pairs, config) -> Dataset:
-    "At most `config.probe` pairs of a chunk, the same ones for every model."
-    if len(pairs) <= config.probe: return pairs
-    return pairs.select(sorted(torch.randperm(len(pairs), generator=torch.Generator().manual_seed(config.seed))[:config.probe].tolist()))
+def _partitioned(loaded, policy, ctx):
+    "Chunks by the partition under M_0; its pass over the pairs is kept, and is stage 1's reference table."
+    c, order = ctx.config, ctx.config.order
+    if isinstance(c.chunks, list): loaded, order = [_merged(names, loaded) for names in c.chunks], "as_given"
+    for s in loaded: table = ctx.score(0, policy, s.pairs, s.name)
+    part = partition(loaded, table, order, c.chunks if isinstance(c.chunks, int) else None, c.seed)
+    write_json(ctx.folder / "partition.json", dict(order=order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks,
+                                                   counts=counts_table(loaded).reset_index().to_dict("records")))
+    return [Chunk(name, part.chunk(t)) for t, name in enumerate(part.names)]
 
 
 # %%
 #| export
-def _plan(loaded, policy, ctx):
-    "Partition the sources under M_0 and write partition.json; the pass of M_0 is kept as stage 1's reference table."
-    chunks, c = ctx.config.chunks, ctx.config
-    if callable(chunks): return _Plan([], None, chunks, ctx)
-    groups = {s.name: s for s in loaded}
-    if isinstance(chunks, (list, tuple)): loaded = [_merge(names, groups) for names in chunks]
-    by_source = loaded if isinstance(chunks, (list, tuple)) else list(groups.values())
-    base = LogprobTable({}, pd.DataFrame())
-    for s in by_source: base = ctx.score(0, policy, s.pairs, f"M_0 on {s.name}")
-    order = "as_given" if isinstance(chunks, (list, tuple)) else c.order
-    part = partition(by_source, base, order, None if isinstance(chunks, (list, tuple)) else chunks, c.seed)
-    write_json(ctx.folder / "partition.json", dict(order=order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks,
-                                                   counts=counts_table(by_source).reset_index().to_dict("records")))
-    return _Plan([Chunk(n, part.chunk(t)) for t, n in enumerate(part.names)], len(part.names), ctx=ctx)
-
-def _merge(names, groups):
-    from datasets import concatenate_datasets
-    names = [names] if isinstance(names, str) else list(names)
+def _merged(names, loaded):
+    "One source out of several named ones."
+    by_name, names = {s.name: s for s in loaded}, [names] if isinstance(names, str) else names
     for n in names:
-        if n not in groups: raise ValueError(f"chunks: no source '{n}' among {', '.join(groups)}")
-    return Source("+".join(names), concatenate_datasets([groups[n].pairs for n in names]), {})
+        if n not in by_name: raise ValueError(f"chunks: there is no source '{n}'; sources are {', '.join(by_name)}")
+    return Source("+".join(names), concatenate_datasets([by_name[n].pairs for n in names]), {})
 
-def _made_chunk(make, t, model, ctx):
-    "What the user's function returns for stage t, tokenised, and kept so that a continued run sees the same pairs."
+def _made(t, policy, ctx):
+    "The chunk that the user's function makes for stage t, or None; kept in the stage's folder."
     path = ctx.at(t) / "chunk"
     if not path.exists():
-        got = make(t, model)
+        got = ctx.config.chunks(t, policy)
         if got is None: return None
-        source = got if isinstance(got, Source) else tokenize_pairs(load_pairs(got), ctx.tokenizer, f"chunk {t}", ctx.config.max_length, ctx.config.max_prompt_length)
-        source.pairs.save_to_disk(str(path) + ".tmp"); os.replace(str(path) + ".tmp", path)
+        if not isinstance(got, Source): got = tokenize_pairs(load_pairs(got), ctx.tokenizer, f"chunk {t}", ctx.config.max_length, ctx.config.max_prompt_length)
+        got.pairs.save_to_disk(f"{path}.tmp"); os.replace(f"{path}.tmp", path)
     return Chunk(f"chunk {t}", load_from_disk(str(path)))
 
 
 # %% [markdown]
-# ## One stage of the loop
+# ## One stage
+#
+# The order of these lines is the point. The reference table is computed with the model that *is* the reference at this moment, before the target is reset or trained. There
+# is never a second model in memory: a foreign reference is loaded in the policy's place and given back.
 
 # %%
 #| export
-def _free(model): model.to("meta") # give the memory back, whoever still holds the object
-
-def _reference(t, chunk, plan, policy, ctx):
-    "The table of stage t's reference, computed before the target is reset: (table, name, policy)."
-    ref = ctx.config.reference
-    if ref == "fixed": return ctx.score(0, policy, [], "S") if t == 1 else _stored(ctx.at(0) / "logprobs"), "S", policy
-    if ref == "moving": return ctx.score(t-1, policy, chunk.pairs, f"M_{t-1} on {chunk.name}"), f"M_{t-1}", policy
-    _free(policy)
-    other = load_model(ref, ctx.device)
-    need = [chunk.pairs[i] for i in range(len(chunk.pairs))] + ([*plan.probes()[t]] if t < len(plan.chunks) else [])
-    table = score_pairs(other, need, ctx.at(t) / "reference", ctx.precision, ctx.logprobs, desc=f"{ref} on {chunk.name}")
+def _reference(t, chunks, policy, ctx):
+    "Stage t's reference: (table, its name, policy)."
+    ref, pairs, name = ctx.config.reference, chunks[t-1].pairs, chunks[t-1].name
+    if ref == "moving": return ctx.score(t-1, policy, pairs, name), f"M_{t-1}", policy
+    if ref == "fixed" and t == 1: return ctx.score(0, policy, pairs, name), "S", policy
+    if ref == "fixed" and callable(ctx.config.chunks): ref = ctx.base    # S has not seen these pairs yet
+    if ref == "fixed": return ctx.table(0), "S", policy
+    _free(policy); other = load_model(ref, ctx.device)
+    need = concatenate_datasets([pairs, *(c.probe(ctx.config.probe) for c in chunks[t:t+1])])
+    table = score_pairs(other, need, ctx.at(t) / "reference", ctx.precision, ctx.logprobs, desc=f"reference on {name}")
     _free(other)
-    return table, ref, load_model(ctx.model_folder(t-1), ctx.device)
-
-def _stored(folder):
-    "A table as it lies on disk."
-    return LogprobTable(json.loads((folder / "kind.json").read_text()), pd.concat([pd.read_parquet(p) for p in sorted(folder.glob("part-*.parquet"))]))
+    return table, "S" if ref == ctx.base else ref, ctx.load(t-1)
 
 
 # %%
 #| export
-def _stage(t, chunk, plan, policy, ctx):
-    "Stage t: reference table, target, training, measurement, model; returns M_t."
-    c, folder = ctx.config, ctx.at(t)
-    folder.mkdir(exist_ok=True)
-    table, ref_name, policy = _reference(t, chunk, plan, policy, ctx)
-    start = _stored(ctx.at(0) / "logprobs") if c.init_target == "S" else table if c.reference == "moving" or t == 1 and c.reference == "fixed" else None
-    if c.init_target == "S" and t > 1: _free(policy); policy = load_model(ctx.base, ctx.device)
+def _stage(t, chunks, policy, ctx):
+    "Train M_t, measure it, save it; returns it."
+    c, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
+    table, reference, policy = _reference(t, chunks, policy, ctx)
+    if c.init_target == "S" and t > 1: _free(policy); policy = ctx.load(0)
     came_in = weights_hash(policy)
-    previous, schedule = _going_on(t, plan, ctx)
-    summary = train_stage(policy, chunk.pairs, table, c, folder, t, start, ctx.logprobs, previous, schedule)
-    for pairs in plan.probes(): ctx.score(t, policy, pairs, f"M_{t} on the probes")
-    write_json(ctx.folder / "probes.json", {c.name: list(p["key"]) for c, p in zip(plan.chunks, plan.probes())})
+    summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.logprobs, **_going_on(t, chunks, ctx))
+    for d in chunks: ctx.score(t, policy, d.probe(c.probe), d.name)
     save_model(policy, ctx.tokenizer, folder / "model")
+    write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
+                                           end=weights_hash(policy), probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
     if c.restart == "stage": shutil.rmtree(folder / "checkpoint")
-    write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=ref_name, reference_kind=table.kind,
-        start=came_in, end=weights_hash(policy), **summary, **_measures(t, chunk, plan, table, ctx)))
     return policy
 
-def _going_on(t, plan, ctx):
-    "Optimizer and schedule of one run over all stages, where asked for."
-    if ctx.config.restart == "stage": return None, None
-    if plan.T is None: raise ValueError("restart='never' needs to know all chunks beforehand, so it does not go with a function as chunks")
-    steps = [ctx.config.epochs * math.ceil(len(c.pairs) / ctx.config.batch_size) for c in plan.chunks]
-    return (ctx.at(t-1) if t > 1 else None), (sum(steps[:t-1]), sum(steps))
+def _going_on(t, chunks, ctx):
+    "With restart = never: the folder whose optimizer goes on, and where this stage stands in the one schedule."
+    if ctx.config.restart == "stage": return {}
+    steps = [ctx.config.epochs * math.ceil(len(c.pairs) / ctx.config.batch_size) for c in chunks]
+    return dict(previous=ctx.at(t-1) if t > 1 else None, schedule=(sum(steps[:t-1]), sum(steps)))
+
+
+# %% [markdown]
+# After the stage, numbers that a table of losses would not show, all on the probe of $D_t$: $\gamma$ before and after with a *paired* interval, the
+# [certificate](03_loss.ipynb) from an evaluation pass of $M_t$ (not from the running loss), and the share of pairs that it does not speak of, those that fell below their reference.
+
+# %%
+#| export
+def _measures(t, chunks, table, ctx):
+    "What the report says about stage t."
+    c, rows = ctx.config, list(chunks[t-1].probe(ctx.config.probe))
+    ref, before, after = table.gamma(rows), _gamma(ctx.table(t-1), rows), ctx.table(t).gamma(rows)
+    loss = dpo_loss(after, ref, c.beta).mean().item()
+    out = dict(gamma_ref=table.gamma(chunks[t-1].pairs).mean().item(), gamma=after.mean().item(), probe=len(rows), loss=loss, certificate=certificate(loss, ref.mean().item(), c.beta),
+               below_reference=(after < ref).float().mean().item(), accuracy=reward_accuracy(after).mean().item())
+    if before is not None: out |= dict(gamma_change=mean_interval(after - before), accuracy_before=reward_accuracy(before).mean().item())
+    ahead = _gamma(table, list(chunks[t].probe(c.probe))) if t < len(chunks) else None
+    return out | dict(gamma_ref_next=None if ahead is None else ahead.mean().item())
+
+def _gamma(table, rows): return table.gamma(rows) if all(r["key"] in table.rows.index for r in rows) else None
+
+
+# %% [markdown]
+# ## The loop
+
+# %%
+#| export
+def sdpo(model,              # hub id, folder, or a loaded causal LM (then with its tokenizer)
+         sources: dict,      # name -> path, hub id, rows, ...; see `load_sources`
+         config: StepwiseConfig=None,
+         folder="runs/sdpo", # the run's; the same call on the same folder goes on where it stopped
+         tokenizer=None,
+         logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected); a faster one may be put in
+        ) -> Run:
+    "Stepwise DPO (arXiv 2403.19270, section 3): one DPO stage per chunk, the reference moving up."
+    ctx, chunks, policy = _prepare(model, sources, config, folder, tokenizer, logprobs)
+    made, t = callable(ctx.config.chunks), len(_numbered(ctx.folder, "stage.json"))
+    if t: _free(policy); policy = ctx.load(t)
+    if made: chunks = [_made(i, None, ctx) for i in range(1, t + 1)]
+    while True:
+        if made and (new := _made(t + 1, policy, ctx)): chunks.append(new)
+        if t == len(chunks): break
+        t += 1; policy = _stage(t, chunks, policy, ctx)
+    if not t: raise ValueError("chunks: the function returned no pairs for stage 1")
+    run = Run(ctx.folder); run.report()
+    return run
 
 
 # %%
 #| export
-def _measures(t, chunk, plan, table, ctx):
-    "What the report says about stage t, from the tables: on the probe of D_t unless it says otherwise."
-    rows = list(probe(chunk.pairs, ctx.config))
-    ref, after = table.gamma(rows), _stored(ctx.at(t) / "logprobs").gamma(rows)
-    before = _known(ctx.at(t-1) / "logprobs", rows)
-    loss = dpo_loss(after, ref, ctx.config.beta).mean().item()
-    out = dict(gamma_ref=table.gamma(list(chunk.pairs)).mean().item(), gamma_ref_next=None, n_probe=len(rows), gamma=after.mean().item(),
-               loss=loss, certificate=certificate(loss, ref.mean().item(), ctx.config.beta), below_reference=(after < ref).float().mean().item(),
-               accuracy_after=reward_accuracy(after).mean().item(), accuracy_vs_reference=reward_accuracy(after, ref).mean().item())
-    if t < len(plan.chunks) and (nxt := _known(table, list(plan.probes()[t]))) is not None: out["gamma_ref_next"] = nxt.mean().item()
-    if before is not None:
-        out |= dict(accuracy_before=reward_accuracy(before).mean().item(), gamma_change=mean_interval(after - before))
-    return out
+def sdpo_partition(model, sources: dict, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=response_logprobs) -> Run:
+    "The beginning of `sdpo`: the pass of M_0 and the partition. `sdpo` with the same arguments goes on from here."
+    return Run(_prepare(model, sources, config, folder, tokenizer, logprobs)[0].folder)
 
-def _known(table, rows):
-    table = table if isinstance(table, LogprobTable) else _stored(table)
-    return table.gamma(rows) if all(r["key"] in table.rows.index for r in rows) else None
+def _prepare(model, sources, config, folder, tokenizer, logprobs):
+    config, folder = config or StepwiseConfig(), Path(folder)
+    base, tokenizer = _base(model, tokenizer, folder)
+    loaded = load_sources(sources, tokenizer, config) if not callable(config.chunks) else []
+    device = make_accelerator().device
+    policy = load_model(base, device)
+    _open_folder(folder, config, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded],
+                                      pairs=hashlib.sha256("".join(k for s in loaded for k in s.pairs["key"]).encode()).hexdigest()[:16]))
+    ctx = _Context(config, folder, base, tokenizer, device, pick_precision(config.precision, device), logprobs)
+    return ctx, [] if callable(config.chunks) else _partitioned(loaded, policy, ctx), policy
 
 
 # %% [markdown]
@@ -350,51 +393,148 @@ def _known(table, rows):
 # %%
 #| export
 def stage_table(run: Run) -> pd.DataFrame:
-    "One stage a row."
-    rows = []
-    for s in run.stages:
-        mean, low, high = s.get("gamma_change") or (float("nan"),) * 3
-        rows.append({"stage": s["stage"], "chunk": s["chunk"], "pairs": s["pairs"], "steps": s["steps"], "reference": s["reference"],
-            "first loss": s["first_loss"], "expected": s["expected_first_loss"], "loss of M_t": s["loss"],
-            "gamma_ref on D_t": s["gamma_ref"], "gamma_ref on D_t+1": s["gamma_ref_next"], "gamma of M_t on D_t": s["gamma"],
-            "change of gamma": f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", "certified gamma": s["certificate"],
-            "below reference": s["below_reference"], "accuracy before": s.get("accuracy_before"), "accuracy after": s["accuracy_after"]})
-    return pd.DataFrame(rows).set_index("stage")
+    "One stage a column; gammas in nats, means over the probe of the stage's chunk."
+    rows = {"chunk": "chunk", "pairs": "pairs", "steps": "steps", "reference": "reference", "first loss": "first_loss", "first loss implied by the tables": "implied_first_loss",
+            "gamma_ref on D_t": "gamma_ref", "gamma_ref on D_t+1": "gamma_ref_next", "gamma of M_t on D_t": "gamma", "change of gamma, 95 %": "gamma_change",
+            "loss of M_t on D_t": "loss", "gamma certified by it": "certificate", "pairs below reference": "below_reference",
+            "accuracy of M_t-1 on D_t": "accuracy_before", "accuracy of M_t on D_t": "accuracy"}
+    def show(v): return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*v) if isinstance(v, list) else "" if v is None else round(v, 3) if isinstance(v, float) else v
+    return pd.DataFrame({f"stage {s['stage']}": {label: show(s.get(k)) for label, k in rows.items()} for s in run.stages}, dtype=object)
 
-
-# %%
-#| export
 def gamma_table(run: Run) -> pd.DataFrame: # model, chunk, gamma: one probe pair a row
-    "gamma of every model on the probe of every chunk it was measured on."
-    out = []
-    for name, keys in json.loads((run.folder / "probes.json").read_text()).items():
-        for m, folder in [("M_0", run.folder / "base")] + [(f"M_{i}", p.parent) for i, p in enumerate(_numbered(run.folder, "stage.json"), 1)]:
-            t = _stored(folder / "logprobs").rows
-            if set(keys) <= set(t.index): out.append(pd.DataFrame(dict(model=m, chunk=name, gamma=(t.loc[keys, "chosen"] - t.loc[keys, "rejected"]).to_numpy())))
-    return pd.concat(out, ignore_index=True)
+    "gamma of every model on the probe of every chunk that it was measured on."
+    folders = [run.folder / "base"] + [p.parent for p in _numbered(run.folder, "stage.json")]
+    tables = {f"M_{t}": read_table(f / "logprobs").rows for t, f in enumerate(folders)}
+    return pd.concat([pd.DataFrame(dict(model=m, chunk=chunk, gamma=(r.loc[keys, "chosen"] - r.loc[keys, "rejected"]).to_numpy()))
+                      for chunk, keys in run.stages[-1]["probes"].items() for m, r in tables.items() if set(keys) <= set(r.index)], ignore_index=True)
 
 
 # %%
 #| export
-def write_report(run: Run) -> Path:
-    "report.md and its figures."
-    figures = run.folder / "figures"; figures.mkdir(exist_ok=True)
-    drawn = dict(loss=plot_loss(run.metrics), drift=plot_drift(run.metrics), gamma=plot_gamma(gamma_table(run)))
-    if (run.folder / "partition.json").exists(): drawn = dict(partition=plot_partition(run.partition())) | drawn
-    for name, fig in drawn.items():
-        fig.savefig(figures / f"{name}.png", dpi=110, bbox_inches="tight"); plt.close(fig)
-    c = run.config
-    text = [f"# Stepwise DPO: {len(run.stages)} stage{'s' * (len(run.stages) > 1)}", f"model {c['model']} ({c['weights']}), pairs {c['pairs']}, " + ", ".join(f"{k} {v}" for k, v in c["versions"].items())]
-    if "partition" in drawn: text += ["## Partition", as_markdown(run.partition().set_index("source")), "![](figures/partition.png)"]
-    text += ["## Stages", as_markdown(run.table().T), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")),
-             "## Settings", as_markdown(pd.DataFrame(c["settings"].items(), columns=["setting", "value"]).set_index("setting"))]
-    path = run.folder / "report.md"
-    path.write_text("\n\n".join(text) + "\n")
-    return path
+@dataclass
+class Report:
+    "report.md of a run; a notebook shows it with its figures."
+    path: Path
+    def _repr_markdown_(self):
+        def embed(m): return f"![](data:image/png;base64,{base64.b64encode((self.path.parent / m[1]).read_bytes()).decode()})"
+        return re.sub(r"!\[\]\((figures/\w+\.png)\)", embed, self.path.read_text())
 
-def as_markdown(frame: pd.DataFrame, digits=3) -> str:
+def as_markdown(frame: pd.DataFrame) -> str:
     "A data frame as a markdown table."
-    def show(v): return f"{v:.{digits}f}" if isinstance(v, float) else "" if v is None else str(v)
-    head = [frame.index.name or ""] + [str(c) for c in frame.columns]
-    rows = [[str(i)] + [show(v) for v in r] for i, r in zip(frame.index, frame.to_numpy(dtype=object))]
-    return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
+    def show(v): return f"{v:.3f}" if isinstance(v, float) else str(v)
+    rows = [[frame.index.name or "", *frame.columns], ["---"] * (len(frame.columns) + 1), *([i, *r] for i, r in zip(frame.index, frame.to_numpy(dtype=object)))]
+    return "\n".join("| " + " | ".join(map(show, r)) + " |" for r in rows)
+
+
+# %%
+#| export
+def write_report(run: Run) -> Report:
+    "report.md: partition, stages, figures, settings."
+    drawn = dict(loss=plot_loss(run.metrics), gamma=plot_gamma(gamma_table(run)), drift=plot_drift(run.metrics))
+    c, parted = run.config, (run.folder / "partition.json").exists()
+    if parted: drawn["partition"] = plot_partition(run.partition().reset_index())
+    (run.folder / "figures").mkdir(exist_ok=True)
+    for name, fig in drawn.items(): fig.savefig(run.folder / "figures" / f"{name}.png", dpi=110, bbox_inches="tight"); plt.close(fig)
+    text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}"]
+    if parted: text += ["## Partition under S", as_markdown(run.partition()), "![](figures/partition.png)"]
+    text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")), "## Settings",
+             as_markdown(pd.DataFrame((c["settings"] | c["versions"]).items(), columns=["setting", "value"]).set_index("setting"))]
+    (run.folder / "report.md").write_text("\n\n".join(text) + "\n")
+    return Report(run.folder / "report.md")
+
+
+# %% [markdown]
+# ## A run
+#
+# Three sources of the tiny world ($k = 6$, so $\beta = 0.3$ is not the $\beta$ of a real model), three stages.
+
+# %%
+w, tmp = load_world(), Path(tempfile.mkdtemp())
+quick = dict(beta=0.3, lr=1e-4, epochs=2, micro_batch=32, precision="fp32", max_length=64)
+run = sdpo(w.base, w.sources, StepwiseConfig(**quick), tmp / "three")
+run.partition().round(3)
+
+# %%
+run.table()
+
+# %% [markdown]
+# Read it from the top. Each stage's reference is the model before it, and each first loss is $\ln 2 = 0.693$, which it can only be if that is true. `gamma_ref` climbs from
+# stage to stage, already on chunks that no stage has seen: the bar of a moving reference rises by itself.
+
+# %%
+assert [s["reference_kind"]["weights"] for s in run.stages] == [run.config["weights"]] + [s["end"] for s in run.stages[:-1]]
+assert all(abs(s["first_loss"] - math.log(2)) < 1e-4 for s in run.stages)
+assert all(s["gamma"] >= s["certificate"] and s["gamma_change"][1] > 0 for s in run.stages)
+plot_gamma(gamma_table(run));
+
+# %% [markdown]
+# ## One stage is plain DPO
+#
+# With $T = 1$ there is nothing left but chapter 06, and no second code path: the same bits come out.
+
+# %%
+one = sdpo(w.base, w.sources, StepwiseConfig(**quick, chunks=1, order="as_given"), tmp / "one")
+alone = load_model(w.base)
+every = concatenate_datasets([s.pairs for s in load_sources(w.sources, load_tokenizer(w.base), StepwiseConfig(**quick))])
+train_stage(alone, every, read_table(tmp / "one/base/logprobs"), TrainConfig(**{k: v for k, v in quick.items() if k != "max_length"}), tmp / "alone")
+assert weights_hash(alone) == one.stages[0]["end"]
+one.stages[0]["end"]
+
+# %% [markdown]
+# ## Where the target starts
+#
+# The paper's Figure 3: in stage 2, a target that starts at S against the reference $M_1$ has a far higher loss. The tables say how high before a step is made,
+# $\mathbb{E}\,\mathrm{softplus}(\beta(\gamma_{M_1} - \gamma_S))$, and training must begin exactly there.
+
+# %%
+from_S = sdpo(w.base, w.sources, StepwiseConfig(**quick, init_target="S"), tmp / "from-S")
+starts = pd.DataFrame({name: {f"stage {s['stage']}": s["first_loss"] for s in r.stages} for name, r in {"from M_t-1": run, "from S": from_S}.items()})
+implied = [s["implied_first_loss"] for s in from_S.stages]
+torch.testing.assert_close(starts["from S"].tolist(), implied, atol=1e-4, rtol=0)
+assert starts.loc["stage 2", "from S"] > math.log(2) + 0.05
+starts.round(3)
+
+
+# %% [markdown]
+# ## Killed and continued
+#
+# Nothing is lost when a run dies; tests do this with a real SIGKILL. Here the second stage is interrupted by an exception and the same call is made again. And
+# with another `beta`, the folder refuses.
+
+# %%
+def dies_at(call):
+    def logprobs(model, pairs):
+        logprobs.calls += model.training
+        if logprobs.calls == call: raise KeyboardInterrupt
+        return response_logprobs(model, pairs)
+    logprobs.calls, logprobs.__name__ = 0, "response_logprobs"
+    return logprobs
+
+settings = StepwiseConfig(**quick, save_every=7)
+try: sdpo(w.base, w.sources, settings, tmp / "killed", logprobs=dies_at(50))
+except KeyboardInterrupt: finished = len(Run(tmp / "killed").stages)
+again = sdpo(w.base, w.sources, settings, tmp / "killed")
+assert finished == 1 and again.stages[-1]["end"] == run.stages[-1]["end"]
+try: sdpo(w.base, w.sources, StepwiseConfig(**quick | dict(beta=0.2)), tmp / "killed")
+except ValueError as e: refusal = str(e).split(": ", 1)[1]
+dict(stages_finished_when_killed=finished, end=again.stages[-1]["end"], same_as_uninterrupted=again.stages[-1]["end"] == run.stages[-1]["end"], other_beta=refusal)
+
+# %% [markdown]
+# ## What this does not show
+#
+# Nothing here says that stages *help*. If every stage reached its optimum on the same prompts, $T$ stages at $\beta$ would be one stage at $\beta/T$
+# ([chapter 03](03_loss.ipynb)), and the [demo](index.ipynb) puts DPO at $\beta/T$ beside every stepwise run for that reason.
+
+# %%
+#| hide
+shutil.rmtree(tmp)
+
+# %% [markdown]
+# **What you now have.** `sdpo(...)`: stages, a moving reference that is a table with a hash, a folder that survives a kill, a report that says which model was measured
+# against which. `StepwiseConfig` with every switch that an experiment on the paper needs.
+#
+# **Questions to test yourself.** Why is the reference table computed before the target is reset? With `reference="fixed"` and `init_target="previous"`, why is stage 2's
+# first loss *below* $\ln 2$? Which settings may change between two calls on one folder, and why those?
+#
+# **Try this.** Run `order="hard_to_easy"` and compare `gamma_ref on D_t+1`. Give `chunks` a function that samples fresh pairs from $M_{t-1}$
+# (`make_pairs` of [chapter 00](00_world.ipynb) does the labelling). Give `reference` the folder of a model from another run.

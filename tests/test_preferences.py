@@ -1,0 +1,449 @@
+"Guards of chapter 01: bad input, every format, boundaries, cuts, the cache, and equality with TRL."
+import gzip, json, os, random
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import sdpo_nb.preferences as P
+from sdpo_nb.preferences import counts_table, encode, load_pairs, normalise, tokenize_pairs, turn_end
+from sdpo_nb.world import load_world
+
+REAL = Path(os.environ.get("SDPO_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "preferences"
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA3 = CHATML.replace("<|im_end|>\n", "<|eot_id|>")
+NO_END = CHATML.replace("<|im_end|>", "")
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+LINES = ["see http://a.org", "the page is http://b.org", "is it http://a.org or http://b.org?"] * 4
+TEXT = dict(prompt="see ", chosen="http://a.org", rejected="http://b.org")
+
+
+def user(x): return {"role": "user", "content": x}
+def assistant(x): return {"role": "assistant", "content": x}
+
+
+def toy(template=None, bos=False, eos=False, byte_level=False, **kw):
+    "BPE whose tokens merge freely (SentencePiece-like), or byte-level (GPT-2-like); may add BOS and EOS itself."
+    t = Tokenizer(models.BPE())
+    if byte_level: t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else: t.decoder = decoders.Fuse()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else list("abcdefghijklmnopqrstuvwxyz .:/?=0123456789\n")
+    t.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=len(alphabet) + 15, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet))
+    if bos or eos:
+        t.post_processor = processors.TemplateProcessing(single="<s> " * bos + "$A" + " </s>" * eos, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, **dict(dict(bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:], chat_template=template), **kw))
+
+
+@pytest.fixture(scope="module")
+def tiny(): return AutoTokenizer.from_pretrained(load_world().base)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path, rows):
+    text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "wt", encoding="utf-8") as f: f.write(text)
+    return path
+
+
+# ---- bad input: the message names file, row and field
+
+BAD = {
+    "missing chosen": (dict(prompt="a", rejected="c"), "chosen"),
+    "null chosen": (dict(TEXT, chosen=None), "chosen"),
+    "null rejected": (dict(TEXT, rejected=None), "rejected"),
+    "number": (dict(TEXT, rejected=4), "rejected"),
+    "boolean": (dict(TEXT, chosen=True), "chosen"),
+    "object": (dict(TEXT, chosen={"text": "b"}), "chosen"),
+    "list of strings": (dict(TEXT, chosen=["b"]), "chosen"),
+    "empty list prompt": (dict(TEXT, prompt=[]), "prompt"),
+    "numeric prompt": (dict(TEXT, prompt=1), "prompt"),
+    "system list": (dict(TEXT, system=["x"]), "system"),
+    "messages string": (dict(TEXT, messages="hi"), "messages"),
+    "message without content": (dict(TEXT, messages=[{"role": "user"}]), "messages"),
+    "null content": (dict(TEXT, messages=[{"role": "user", "content": None}]), "messages"),
+    "type drift": (dict(TEXT, chosen=[assistant("b")], rejected=[assistant("c")]), "chosen"),
+    "one side is messages": (dict(TEXT, rejected=[assistant("c")]), "rejected"),
+    "prompt drift": (dict(chosen="b", rejected="c"), "prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
+def test_bad_row_in_a_file(tmp_path, name, suffix):
+    row, field = BAD[name]
+    path = tmp_path / f"pairs{suffix}"
+    if suffix == ".json": path.write_text(json.dumps([TEXT, TEXT, row]))
+    else: write(path, [TEXT, "", TEXT, row])
+    with pytest.raises(ValueError) as e: load_pairs(path)
+    where = "row 2" + " (line 4)" * (suffix != ".json") # blank lines are no rows
+    assert str(e.value).startswith(f"{path}, {where}, field '{field}'"), e.value
+    assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", set(BAD) - {"type drift"})
+def test_bad_row_in_memory(name):
+    with pytest.raises(ValueError, match=f"<list>, row 1, field '{BAD[name][1]}'"): load_pairs([TEXT, BAD[name][0]])
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "a", ', "not json", "[1, 2]", '"a"'])
+def test_bad_line(tmp_path, line):
+    with pytest.raises(ValueError, match=r"p.jsonl, row 1 \(line 2\): "): load_pairs(write(tmp_path / "p.jsonl", [TEXT, line]))
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    (tmp_path / "broken.jsonl.gz").write_bytes(b"no gzip")
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty.jsonl").write_text("")
+    for name in ("latin.jsonl", "broken.jsonl.gz", "broken.parquet", "notes.txt", "empty.jsonl"):
+        with pytest.raises(ValueError) as e: load_pairs(tmp_path / name)
+        assert str(e.value).startswith(str(tmp_path / name)) and len(str(e.value).splitlines()) == 1
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder: no files"): load_pairs(tmp_path / "folder")
+    with pytest.raises(ValueError, match="no rows"): load_pairs([])
+
+
+@pytest.mark.parametrize("name", ["nowhere/pairs.jsonl", "/nowhere", "./nowhere", "~/nowhere-at-all", "a/b/c", "pairs.parquet", "x.jsonl.gz"])
+def test_missing_path_never_reaches_the_hub(name, monkeypatch):
+    monkeypatch.setattr(P, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match=name): load_pairs(name)
+
+
+def test_hub_id_with_split_and_revision(monkeypatch):
+    asked = []
+    def hub(*a, **k): asked.append((a, k)); return Dataset.from_list([TEXT])
+    monkeypatch.setattr(P, "load_dataset", hub)
+    assert load_pairs("someone/pairs-v1.2", split="train[:5]", revision="abc")[0]["chosen"] == TEXT["chosen"]
+    assert asked == [(("someone/pairs-v1.2",), dict(split="train[:5]", revision="abc"))]
+
+
+def test_unreachable_hub_id_is_one_line():
+    with pytest.raises(ValueError, match="nobody/nothing: neither a local path nor a hub data set") as e: load_pairs("nobody/nothing")
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_bad_dataset_names_where(tmp_path):
+    Dataset.from_list([TEXT, dict(TEXT, chosen=None)]).to_parquet(tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="p.parquet, row 1, field 'chosen'"): load_pairs(tmp_path / "p.parquet")
+    Dataset.from_list([TEXT, dict(TEXT, chosen=None)]).save_to_disk(tmp_path / "disk")
+    with pytest.raises(ValueError, match="disk, row 1, field 'chosen'"): load_pairs(tmp_path / "disk")
+    with pytest.raises(ValueError, match="source 'x', row 1, field 'chosen'"): tokenize_pairs(Dataset.from_list([TEXT, dict(TEXT, chosen=None)]), toy(), "x")
+
+
+@pytest.mark.parametrize("row, field", [
+    (dict(chosen=[user("a")], rejected=[user("b")]), "chosen"),                                        # no assistant
+    (dict(prompt=[user("a")], chosen=[assistant("b"), user("c")], rejected=[assistant("d")]), "chosen"), # more than one turn
+    (dict(chosen=[assistant("a")], rejected=[assistant("b")]), "prompt"),                              # no prompt anywhere
+    (dict(chosen="a", rejected="b", messages=[user("x"), assistant("y")]), "prompt"),
+    (dict(TEXT, messages=[user("another question")]), "messages"),                                     # two user turns in a row
+])
+def test_bad_conversation(row, field):
+    with pytest.raises(ValueError, match=f"f.jsonl, row 7, field '{field}'"): normalise(row, "f.jsonl, row 7")
+
+
+def test_template_that_refuses_names_source_and_row():
+    template = "{{ raise_exception('no system here') if messages[0].role == 'system' else '' }}" + CHATML
+    rows = load_pairs([dict(TEXT, system=""), dict(TEXT, system="x")])
+    with pytest.raises(ValueError, match="source 's', row 1: no system here"): tokenize_pairs(rows, toy(template), "s")
+
+
+def test_tokenizer_that_cannot_serve():
+    with pytest.raises(ValueError, match="no chat template"): tokenize_pairs(load_pairs([TEXT]), toy(), chat=True)
+    with pytest.raises(ValueError, match="no EOS"): tokenize_pairs(load_pairs([TEXT]), toy(eos_token=None))
+    with pytest.raises(ValueError, match="max_length"): tokenize_pairs(load_pairs([TEXT]), toy(), max_length=0)
+
+
+# ---- formats
+
+def test_text_stays_text_unless_told():
+    assert normalise(TEXT) == dict(chat=False, **TEXT)
+    want = dict(chat=True, prompt=[user("see ")], chosen=assistant("http://a.org"), rejected=assistant("http://b.org"))
+    assert normalise(TEXT, chat=True) == want
+    assert normalise(dict(TEXT, system="")) == want and normalise(dict(TEXT, messages=[])) == want
+    assert normalise(dict(TEXT, system="s"))["prompt"] == [dict(role="system", content="s"), user("see ")]
+
+
+def test_implicit_text_prompt():
+    assert normalise(dict(chosen="Q A: yes", rejected="Q A: no")) == dict(chat=False, prompt="Q A:", chosen=" yes", rejected=" no")
+    assert normalise(dict(chosen="yes", rejected="no"))["prompt"] == ""
+    assert normalise(dict(chosen="", rejected="no"))["rejected"] == "no"
+    assert normalise(dict(chosen="same", rejected="same"))["chosen"] == "e" # equal, dropped later
+
+
+def test_whole_conversations():
+    turns = [user("a"), assistant("b"), user("c")]
+    row = dict(chosen=turns + [assistant("x")], rejected=turns + [assistant("y")])
+    assert normalise(row)["prompt"] == turns and normalise(dict(row, prompt="a"))["prompt"] == turns
+    assert normalise(dict(prompt="a", chosen=[assistant("x")], rejected=[assistant("y")]))["prompt"] == [user("a")]
+    system = [dict(role="system", content="s")]
+    row = dict(prompt="a", chosen=system + [assistant("x")], rejected=system + [assistant("y")])
+    assert normalise(row)["prompt"] == system + [user("a")]
+    assert normalise(dict(row, system="s"))["prompt"] == system + [user("a")] # not twice
+
+
+def test_messages_before_or_whole():
+    before = [user("a"), assistant("b")]
+    assert normalise(dict(TEXT, messages=before))["prompt"] == before + [user("see ")]
+    assert normalise(dict(TEXT, prompt="Human: a Assistant: b Human: c", messages=before + [user("c")]))["prompt"] == before + [user("c")]
+    assert normalise(dict(chosen="xy", rejected="xz", messages=before + [user("c")]))["chosen"] == assistant("xy") # no implicit prompt here
+
+
+def test_arrow_structs_with_extra_keys_and_gaps():
+    rows = [dict(prompt=[user("a") | {"name": "joe"}], chosen=[assistant("b")], rejected=[assistant("c")], messages=None),
+            dict(prompt=[user("a")], chosen=[assistant("b") | {"tool": None}], rejected=[assistant("c")], messages=[user("x"), assistant("y")])]
+    for data in (load_pairs(rows), load_pairs(Dataset.from_list(rows))):
+        a, b = (normalise(r) for r in data)
+        assert a["prompt"] == [user("a")] and b["prompt"] == [user("x"), assistant("y"), user("a")] and b["chosen"] == assistant("b")
+
+
+def test_every_container_gives_the_same_rows(tmp_path):
+    rows = [dict(TEXT, system="s", id=1), dict(TEXT, chosen="2024-01-01", system=None, id="2")]
+    want = [{k: r[k] for k in ("prompt", "chosen", "rejected", "system")} for r in rows]
+    plain = Dataset.from_list(want)
+    write(tmp_path / "a.jsonl", rows); write(tmp_path / "a.jsonl.gz", rows)
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    plain.to_parquet(tmp_path / "a.parquet"); plain.to_csv(tmp_path / "a.csv")
+    plain.save_to_disk(tmp_path / "disk"); DatasetDict(train=plain, test=plain).save_to_disk(tmp_path / "both")
+    (tmp_path / "folder").mkdir(); plain.to_parquet(tmp_path / "folder" / "train.parquet")
+    sources = [rows, plain, plain.with_format("torch"), DatasetDict(train=plain), *(tmp_path / n for n in ("a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv", "disk", "both", "folder"))]
+    for source in sources:
+        assert [{k: r[k] for k in want[0]} for r in load_pairs(source)] == want, source
+
+
+def test_dates_stay_strings(tmp_path):
+    write(tmp_path / "d.jsonl", [dict(prompt="when", chosen="2024-01-01", rejected="2024-01-02")] * 3)
+    assert load_pairs(str(tmp_path / "d.jsonl"))[0]["chosen"] == "2024-01-01"
+
+
+def test_folder_of_files(tmp_path):
+    folder = tmp_path / "folder"; folder.mkdir()
+    write(folder / "train-0.jsonl", [TEXT]); write(folder / "train-1.jsonl", [dict(TEXT, system="s")]); write(folder / "test.jsonl", [TEXT] * 3)
+    (folder / "notes.md").write_text("about")
+    assert load_pairs(folder)["system"][:] == [None, "s"] and len(load_pairs(folder, split="test")) == 3
+    for source in (folder, DatasetDict(train=load_pairs([TEXT]))):
+        with pytest.raises(ValueError, match="no split 'dev', only"): load_pairs(source, split="dev")
+    write(folder / "train-1.jsonl", [dict(TEXT, prompt=[user("a")])])
+    with pytest.raises(ValueError, match="train-1.jsonl: its fields hold other things than those of .*train-0.jsonl"): load_pairs(folder)
+    write(folder / "train-1.jsonl", [TEXT, dict(TEXT, chosen=1)])
+    with pytest.raises(ValueError, match=r"train-1.jsonl, row 1 \(line 2\), field 'chosen'"): load_pairs(folder)
+
+
+def test_columns(tmp_path):
+    row = dict(question="q", prompt="other", good="g", rejected="r")
+    path, names = write(tmp_path / "q.jsonl", [row]), {"question": "prompt", "good": "chosen"}
+    for source in (path, [row], Dataset.from_list([row])):
+        assert {k: v for k, v in load_pairs(source, columns=names)[0].items() if v} == dict(prompt="q", chosen="g", rejected="r")
+        with pytest.raises(ValueError, match="'chosen': .*the row has"): load_pairs(source, columns={"question": "prompt"})
+        with pytest.raises(ValueError, match=r"columns= names \['nope'\]"): load_pairs(source, columns=names | {"nope": "system"})
+    swapped = load_pairs([TEXT], columns={"chosen": "rejected", "rejected": "chosen"})[0]
+    assert swapped["chosen"] == TEXT["rejected"] and swapped["rejected"] == TEXT["chosen"]
+
+
+# ---- boundary, EOS, turn end
+
+@pytest.mark.parametrize("kw", [{}, dict(bos=True), dict(eos=True), dict(bos=True, eos=True), dict(byte_level=True)])
+def test_text_has_one_bos_one_eos_and_a_shared_prompt(kw):
+    t = toy(**kw)
+    for chosen in ("http://a.org", "http://a.org</s>"):
+        e = encode(normalise(dict(prompt="is it ", chosen=chosen, rejected="no")), t)
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = e["prompt_ids"] + e[side]
+            assert ids.count(1) == 1 and ids[-1] == 1 and ids.count(0) == bool(kw.get("bos"))
+            assert t.decode(ids, skip_special_tokens=True) == "is it " + ("no" if side == "rejected_ids" else "http://a.org")
+
+
+def test_merge_across_the_boundary_is_counted():
+    t = toy()
+    e = encode(dict(chat=False, prompt="is it http:", chosen="//a.org", rejected=" or not"), t)
+    assert e["boundary_moved"] and t.decode(e["prompt_ids"]) == "is it"
+    assert not encode(dict(chat=False, prompt="is it ", chosen="no", rejected="so"), toy(eos=True))["boundary_moved"]
+    assert tokenize_pairs(load_pairs([dict(prompt="is it http:", chosen="//a.org", rejected=" or not")]), t).counts["boundary_moved"] == 1
+
+
+def test_blank_that_a_tokenizer_adds_in_front():
+    "Llama-2 style: 'b' alone is '▁b'; inside the row it is not."
+    vocab = {w: i for i, w in enumerate(["<unk>", "</s>", "▁", "a", "b", "c", ":", "▁a", "▁b", "▁c"])}
+    t = Tokenizer(models.BPE(vocab, [("▁", "a"), ("▁", "b"), ("▁", "c")], unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    t = PreTrainedTokenizerFast(tokenizer_object=t, eos_token="</s>", unk_token="<unk>")
+    e = encode(dict(chat=False, prompt="a:", chosen="b", rejected="c"), t)
+    assert t.convert_ids_to_tokens(e["prompt_ids"] + e["chosen_ids"]) == ["▁a", ":", "b", "</s>"]
+
+
+def test_turn_end():
+    for template, end in ((CHATML, ([], 1)), (LLAMA3, ([], 0)), (NO_END, ([1], 1)), (CHATML.replace("<|im_end|>\n", " </s>\n\n"), ([], 2))):
+        assert turn_end(toy(template)) == end
+    for template, last in ((CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (NO_END, "</s>")):
+        t = toy(template, byte_level=True)
+        e = encode(normalise(TEXT, chat=True), t)
+        assert all(t.decode(e[s][-1:]) == last for s in ("chosen_ids", "rejected_ids"))
+        assert t.decode(e["prompt_ids"]).endswith("assistant\n") and not e["boundary_moved"]
+
+
+def test_turn_end_with_unknown_characters():
+    t = Tokenizer(models.WordLevel({"<unk>": 0, "<e>": 1, "<u>": 2}, unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    t = PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", eos_token="<e>", additional_special_tokens=["<u>"],
+                                chat_template="{% for m in messages %}<u> {{ m.content }} <e> {% endfor %}")
+    assert turn_end(t) == ([], 0)
+
+
+# ---- cuts and drops
+
+def test_cuts():
+    t, pair = toy(), dict(chat=False, prompt="abcdefgh", chosen="klmnop", rejected="uvw")
+    full = encode(pair, t)
+    assert (len(full["prompt_ids"]), len(full["chosen_ids"]), full["truncated"], full["prompt_truncated"]) == (8, 7, False, False)
+    assert not encode(pair, t, 15, 8)["truncated"] and encode(pair, t, 14, 8)["truncated"]
+    e = encode(pair, t, 9, 3)
+    assert t.decode(e["prompt_ids"]) == "fgh" and t.decode(e["chosen_ids"]) == "klmnop" and t.decode(e["rejected_ids"]) == "uvw</s>"
+    assert e["truncated"] and e["prompt_truncated"] and e["key"] != full["key"]
+
+
+def test_drops_are_counted():
+    def row(c, r, p="ab"): return dict(prompt=p, chosen=c, rejected=r)
+    rows = [row("x", "y"), row("", "y"), row(" \n", "y"), row("</s>", "y"), row("x", "x"), row("xyzxyzxyz1", "xyzxyzxyz2"), row("x", "y", ""), row("xyzxyzxyz", "y")]
+    s = tokenize_pairs(load_pairs(rows), toy(), "s", max_length=8)
+    assert s.counts == dict(rows=8, usable=2, empty=3, equal=2, no_prompt=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0)
+    assert len(s) == 2 and s.pairs["truncated"][:] == [False, True]
+    assert s.pairs.column_names == ["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"]
+    assert counts_table([s]).loc["s", "empty"] == 3 and json.dumps(s.counts)
+    with pytest.raises(ValueError, match="source 's': no usable pair among 1 rows.*empty"): tokenize_pairs(load_pairs(rows[1:2]), toy(), "s")
+    assert tokenize_pairs(load_pairs([row("x", "y", "")]), toy(bos=True)).counts["usable"] == 1 # BOS is a prompt
+
+
+def test_pad_is_eos_changes_nothing():
+    a, b = (tokenize_pairs(load_pairs([TEXT]), toy(**kw)).pairs.to_list() for kw in ({}, dict(pad_token="</s>")))
+    assert a == b and a[0]["chosen_ids"][-1] == 1
+
+
+# ---- the cache
+
+@pytest.fixture
+def counted(monkeypatch):
+    calls, real = [], P.encode
+    monkeypatch.setattr(P, "encode", lambda *a, **k: calls.append(1) or real(*a, **k))
+    return calls
+
+
+def test_tokenised_once(counted, tmp_path):
+    path = write(tmp_path / "p.jsonl", [TEXT] * 3)
+    tokenize_pairs(load_pairs(path), toy()); tokenize_pairs(load_pairs(path), toy(), "other name"); tokenize_pairs(load_pairs([TEXT] * 3), toy())
+    assert len(counted) == 3 # whatever the rows were read from
+    for kw in (dict(max_length=9), dict(max_prompt_length=3)): tokenize_pairs(load_pairs(path), toy(), **kw)
+    tokenize_pairs(load_pairs(path), toy(bos=True)); tokenize_pairs(load_pairs(path), toy(CHATML)); tokenize_pairs(load_pairs(path), toy(CHATML), chat=True)
+    assert len(counted) == 18
+    t = toy(pad_token="</s>"); tokenize_pairs(load_pairs(path), t); t(["a", "ab"], padding=True, truncation=True, max_length=5); tokenize_pairs(load_pairs(path), t)
+    assert len(counted) == 21 # padding and truncation of an earlier call are no settings
+
+
+def test_edited_file_is_never_stale(tmp_path):
+    path = write(tmp_path / "p.jsonl", [TEXT]); stat = path.stat()
+    first = tokenize_pairs(load_pairs(path), toy()).pairs[0]["key"]
+    write(path, [dict(TEXT, chosen="http://c.org")]); os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size and path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert tokenize_pairs(load_pairs(path), toy()).pairs[0]["key"] != first
+
+
+def test_interruption_leaves_nothing_broken(tmp_path, monkeypatch):
+    real, calls = P.encode, []
+    def failing(*a, **k):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(*a, **k)
+    monkeypatch.setattr(P, "encode", failing)
+    data = load_pairs([dict(TEXT, chosen=f"http://{i}.org") for i in range(5)])
+    with pytest.raises(KeyboardInterrupt): tokenize_pairs(data, toy())
+    assert not list((tmp_path / "cache" / "sdpo_nb").glob("*.arrow"))
+    assert len(tokenize_pairs(data, toy())) == 5
+
+
+def test_processes():
+    rows = [dict(TEXT, chosen=f"http://{i}.org") for i in range(7)]
+    one, two = (tokenize_pairs(load_pairs(rows), toy(), num_proc=n).pairs.to_list() for n in (None, 2))
+    assert one == two
+    with pytest.raises(ValueError, match="source 's', row 5, field 'rejected'"):
+        tokenize_pairs(Dataset.from_list(rows[:5] + [dict(TEXT, rejected=None)]), toy(), "s", num_proc=2)
+
+
+# ---- equality with TRL
+
+def trl_ids(rows, tokenizer):
+    "What TRL's DPOTrainer makes of the rows: its own method, without a trainer around it."
+    from types import SimpleNamespace
+    from trl import DPOConfig, DPOTrainer
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "train").select_columns(
+        ["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
+
+
+def our_ids(rows, tokenizer): return tokenize_pairs(load_pairs(rows), tokenizer).pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
+
+
+def conversations(n=20, rng=random.Random(0)):
+    def words(): return " ".join(rng.choice(["see", "http://a.org", "the page", "is it", "or", "http:", "42?"]) for _ in range(rng.randint(1, 6)))
+    return [dict(prompt=[user(words()), assistant(words()), user(words())][2 * (i % 2):], chosen=[assistant(words() + "x")], rejected=[assistant(words() + "y")]) for i in range(n)]
+
+
+@pytest.mark.parametrize("kw", [{}, dict(bos=True), dict(eos=True), dict(byte_level=True)])
+def test_text_rows_equal_trl(kw):
+    rows = [dict(prompt=r["prompt"][0]["content"], chosen=r["chosen"][0]["content"], rejected=r["rejected"][0]["content"]) for r in conversations()]
+    rows.append(dict(prompt="is it http:", chosen="//a.org", rejected="//b.org")) # merges across the boundary
+    if kw.get("eos"): # TRL writes EOS and the tokenizer another one; here there is one
+        assert [r["chosen_ids"] + [1] for r in our_ids(rows, toy(**kw))] == [r["chosen_ids"] for r in trl_ids(rows, toy(**kw))]
+    else: assert our_ids(rows, toy(**kw)) == trl_ids(rows, toy(**kw))
+
+
+def test_implicit_text_prompt_equals_trl():
+    rows = [dict(chosen=f"see {a} http://a.org", rejected=f"see {a} or http://b.org") for a in ("it", "the page", "is it")] + [dict(chosen="see it", rejected="see its")]
+    assert our_ids(rows, toy()) == trl_ids(rows, toy())
+
+
+@pytest.mark.parametrize("byte_level", [False, True])
+@pytest.mark.parametrize("template, tail", [(LLAMA3, 0), (CHATML, 1)])
+def test_conversations_equal_trl(template, tail, byte_level):
+    "Equal but for one difference: TRL scores what the template writes after the end token (ChatML's line feed), we do not."
+    rows, t = conversations(), toy(template, byte_level=byte_level)
+    trl = trl_ids(rows, t)
+    if tail: assert all(t.decode(r[s][-1:]) == "\n" for r in trl for s in ("chosen_ids", "rejected_ids"))
+    assert our_ids(rows, t) == [{k: v[:len(v) - tail * (k != "prompt_ids")] for k, v in r.items()} for r in trl]
+    implicit = [dict(chosen=r["prompt"] + r["chosen"], rejected=r["prompt"] + r["rejected"]) for r in rows]
+    assert our_ids(implicit, t) == our_ids(rows, t)
+
+
+def test_what_trl_keeps_and_we_drop():
+    rows = [TEXT, dict(TEXT, chosen="no", rejected="no"), dict(TEXT, chosen="", rejected="no"), dict(TEXT, prompt="", chosen="so", rejected="no")]
+    assert len(trl_ids(rows, toy())) == 4 and len(our_ids(rows, toy())) == 1
+
+
+def test_the_world_equals_trl(tiny):
+    rows = load_pairs(load_world().sources["riddle"]).select(range(50)).select_columns(["prompt", "chosen", "rejected"]).to_list()
+    assert our_ids(rows, tiny) == trl_ids(rows, tiny)
+
+
+# ---- real files
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL} (set SDPO_DATA)")
+@pytest.mark.parametrize("name, rows, chat", [("orca_dpo_pairs", 361, True), ("ultrafeedback_binarized", 1193, False), ("hh_harmless", 1150, True), ("instruction_politeness", 1094, False)])
+def test_real_files(name, rows, chat):
+    data, t = load_pairs(REAL / f"{name}.jsonl.gz"), toy(CHATML, byte_level=True)
+    assert len(data) == rows
+    some = data.select(range(0, rows, 40))
+    s = tokenize_pairs(some, t, name, max_length=100_000, max_prompt_length=100_000)
+    assert s.counts["usable"] == len(some) and s.counts["chat"] == chat * len(some) and s.counts["truncated"] == 0
+    for raw, pair in zip(some, s.pairs):
+        text = t.decode(pair["prompt_ids"] + pair["chosen_ids"])
+        assert text.endswith(raw["chosen"] + ("<|im_end|>" if chat else "</s>"))
+        assert text.count("<|im_start|>") == chat * (2 + (raw["system"] is not None) + len((raw["messages"] or [0])[1:]))
+        if name == "hh_harmless": assert "Human:" not in t.decode(pair["prompt_ids"]) # the turns, not the flat copy
+    cut = tokenize_pairs(some, t, name, max_length=300, max_prompt_length=200)
+    assert all(len(p["prompt_ids"]) <= 200 and len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) <= 300 for p in cut.pairs)
+    assert cut.counts["truncated"] > 0 or name == "instruction_politeness"

@@ -1,0 +1,291 @@
+"What the paper's experiments turn on: the order of the chunks, which model is the reference, what a stage starts from, and how chunks are given."
+import json, math, shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sdpo_nb.stepwise as stepwise
+from sdpo_nb.logprobs import load_model, response_logprobs, score_pairs, weights_hash
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.stepwise import StepwiseConfig, partition_only, sdpo
+from sdpo_nb.trainer import train_stage
+from sdpo_nb.world import load_base, load_world
+from tiny import SETTINGS, gammas, metrics, perturbed, rows
+
+BASE, LN2 = load_world().base, math.log(2)
+SOURCES = {"digest": rows("digest", 16), "riddle": rows("riddle", 8), "primer": rows("primer", 24)}   # neither order given is an order of difficulty
+TWO = {"primer": rows("primer", 24), "digest": rows("digest", 24)}
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch): monkeypatch.setattr(stepwise, "write_report", lambda run: None)   # most of the time of a small run
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    "The keys of the pairs that every stage was trained on, in order."
+    seen, real = [], stepwise.train_stage
+    def spy(model, pairs, *args, **kw):
+        seen.append([p["key"] for p in pairs])
+        return real(model, pairs, *args, **kw)
+    monkeypatch.setattr(stepwise, "train_stage", spy)
+    return seen
+
+
+def run(folder, sources=TWO, **settings): return sdpo(BASE, sources, StepwiseConfig(**SETTINGS | settings), folder)
+
+
+def tokenised(data, name="x"): return tokenize_pairs(load_pairs(data), AutoTokenizer.from_pretrained(BASE), name, 64, 32).pairs
+
+
+def keys(data): return tokenised(data)["key"][:]
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    "Share of pairs that S gets right, by source, from nothing but log-probabilities."
+    S, out = load_model(BASE), {}
+    for name, data in SOURCES.items():
+        with torch.no_grad(): chosen, rejected = response_logprobs(S, list(tokenised(data)))
+        out[name] = (chosen > rejected).float().mean().item()
+    assert len(set(out.values())) == 3
+    return out
+
+
+# ---- order
+
+@pytest.mark.parametrize("order", ["easy_to_hard", "hard_to_easy", "as_given"])
+def test_order(tmp_path, trained, accuracy, order):
+    got = run(tmp_path / "run", SOURCES, order=order)
+    want = dict(as_given=list(SOURCES), easy_to_hard=sorted(SOURCES, key=lambda n: -accuracy[n]), hard_to_easy=sorted(SOURCES, key=accuracy.get))[order]
+    assert [s["chunk"] for s in got.stages] == want == json.loads((tmp_path / "run" / "partition.json").read_text())["names"]
+    assert trained == [keys(SOURCES[n]) for n in want]
+    for m in got.partition().to_dict("records"): assert abs(m["accuracy"] - accuracy[m["source"]]) < 1e-6
+    for t, n in enumerate(want, 1): assert sum(m["pairs"] for m in metrics(tmp_path / "run" / f"stage-{t}")) == len(SOURCES[n])
+
+
+def test_orders_differ():
+    "Or the tests above would not tell them apart."
+    S = load_model(BASE)
+    right = {n: (score_pairs(S, tokenised(d)).gamma(list(tokenised(d))) > 0).float().mean().item() for n, d in SOURCES.items()}
+    easy = sorted(SOURCES, key=lambda n: -right[n])
+    assert list(SOURCES) not in (easy, easy[::-1])
+
+
+def test_random_order_has_the_sizes_of_the_ordered_one(tmp_path, trained, accuracy):
+    run(tmp_path / "a", SOURCES, order="random")
+    everything = [k for d in SOURCES.values() for k in keys(d)]
+    assert [len(c) for c in trained] == [len(SOURCES[n]) for n in sorted(SOURCES, key=lambda n: -accuracy[n])]
+    assert sorted(k for c in trained for k in c) == sorted(everything)
+    for chunk in trained: assert sum(bool(set(chunk) & set(keys(d))) for d in SOURCES.values()) > 1, "a random chunk holds a single source"
+    def drawn(folder, seed):
+        partition_only(BASE, SOURCES, StepwiseConfig(**SETTINGS, order="random", seed=seed), folder)
+        return json.loads((folder / "partition.json").read_text())["chunks"]
+    assert drawn(tmp_path / "b", 0) == drawn(tmp_path / "c", 0) != drawn(tmp_path / "d", 1)
+
+
+def test_shuffle_off_keeps_the_order_of_the_chunk(tmp_path, monkeypatch):
+    seen = []
+    def spy(model, pairs):
+        if model.training: seen.extend(p["key"] for p in pairs)
+        return response_logprobs(model, pairs)
+    one = {"primer": TWO["primer"]}
+    sdpo(BASE, one, StepwiseConfig(**SETTINGS | dict(batch_size=1, micro_batch=1), shuffle=False), tmp_path / "a", logprobs=spy)
+    assert seen == keys(TWO["primer"])
+    seen.clear()
+    sdpo(BASE, one, StepwiseConfig(**SETTINGS | dict(batch_size=1, micro_batch=1), epochs=2), tmp_path / "b", logprobs=spy)
+    first, second = seen[:24], seen[24:]
+    assert sorted(first) == sorted(second) == sorted(keys(TWO["primer"])) and first != second and keys(TWO["primer"]) not in (first, second)
+
+
+# ---- reference and start
+
+WHOLE = dict(batch_size=24, micro_batch=8, epochs=3) # the first batch is the whole chunk, so the first loss is a mean over it
+
+
+@pytest.fixture(scope="module")
+def S_hash(): return weights_hash(load_model(BASE))
+
+
+def implied(theta, ref, of, beta=0.1):
+    "E softplus(-beta (gamma_theta - gamma_ref)) over a chunk, from two tables on disk."
+    a, b = (torch.tensor(gammas(folder).loc[of].to_numpy()) for folder in (theta, ref))
+    return torch.log1p(torch.exp(-beta * (a - b))).mean().item()
+
+
+def chunk_of(got, t): return keys(TWO[got.stages[t-1]["chunk"]])
+
+
+def test_moving_reference(tmp_path, S_hash):
+    got = run(tmp_path / "run", **WHOLE); one, two = got.stages
+    assert one["start"] == one["reference_kind"]["weights"] == S_hash
+    assert two["start"] == two["reference_kind"]["weights"] == one["end"] != S_hash and two["end"] not in (one["end"], S_hash)
+    assert (one["reference"], two["reference"]) == ("M_0", "M_1")
+    for s in got.stages: assert abs(s["first_loss"] - LN2) < 1e-5
+    for t in (1, 2): assert weights_hash(load_model(str(got.model_folder(t)))) == got.stages[t-1]["end"]
+    assert metrics(tmp_path / "run" / "stage-2")[-1]["loss"] < LN2
+
+
+def test_each_stage_starts_from_the_base(tmp_path, S_hash):
+    "init_target='S': the reference moves up, the target does not; the first loss tells."
+    got = run(tmp_path / "run", init_target="S", beta=0.5, **WHOLE); one, two = got.stages; folder = tmp_path / "run"
+    assert two["start"] == S_hash and two["reference_kind"]["weights"] == one["end"] != S_hash
+    want = implied(folder / "base" / "logprobs", folder / "stage-1" / "logprobs", chunk_of(got, 2), 0.5)
+    assert abs(two["first_loss"] - want) < 1e-4 and abs(want - LN2) > 1e-2 and abs(one["first_loss"] - LN2) < 1e-5
+    assert abs(metrics(folder / "stage-2")[0]["loss"] - want) < 1e-4
+
+
+def test_fixed_reference(tmp_path, S_hash):
+    got = run(tmp_path / "run", reference="fixed", beta=0.5, **WHOLE); one, two = got.stages; folder = tmp_path / "run"
+    assert two["reference_kind"]["weights"] == S_hash and two["start"] == one["end"] != S_hash
+    want = implied(folder / "stage-1" / "logprobs", folder / "base" / "logprobs", chunk_of(got, 2), 0.5)
+    assert abs(two["first_loss"] - want) < 1e-4 and abs(want - LN2) > 1e-2
+    moving = run(tmp_path / "moving", beta=0.5, **WHOLE).stages
+    assert moving[0]["end"] == one["end"] and moving[1]["end"] != two["end"], "stage 1 is the same, stage 2 is not"
+
+
+def test_fixed_reference_and_base_start_is_dpo_on_the_last_chunk(tmp_path, S_hash):
+    "Nothing is left of stage 1: stage 2 equals DPO on its chunk alone, but for the stage's number in the data order."
+    got = run(tmp_path / "run", reference="fixed", init_target="S", shuffle=False, **WHOLE)
+    name = got.stages[1]["chunk"]
+    alone = run(tmp_path / "alone", {name: TWO[name]}, shuffle=False, **WHOLE)
+    assert got.stages[1]["end"] == alone.stages[0]["end"] and got.stages[1]["start"] == S_hash
+
+
+def test_a_folder_as_reference(tmp_path, S_hash):
+    S, tok = load_base(load_world())
+    other = perturbed(S); other.save_pretrained(tmp_path / "other"); tok.save_pretrained(tmp_path / "other")
+    theirs = weights_hash(other)
+    got = run(tmp_path / "run", reference=str(tmp_path / "other"), beta=0.5, **WHOLE)
+    assert [s["reference_kind"]["weights"] for s in got.stages] == [theirs, theirs] and theirs != S_hash
+    assert got.stages[0]["start"] == S_hash and got.stages[1]["start"] == got.stages[0]["end"]
+    for t, theta in ((1, "base"), (2, "stage-1")):
+        pairs = list(tokenised(TWO[got.stages[t-1]["chunk"]]))
+        ref = score_pairs(load_model(str(tmp_path / "other")), pairs).gamma(pairs).double()
+        mine = torch.tensor(gammas(tmp_path / "run" / theta / "logprobs").loc[[p["key"] for p in pairs]].to_numpy()).double()
+        want = torch.log1p(torch.exp(-0.5 * (mine - ref))).mean().item()
+        assert abs(got.stages[t-1]["first_loss"] - want) < 1e-4 and abs(want - LN2) > 1e-3
+
+
+# ---- one optimizer or several
+
+def test_restart(tmp_path):
+    once, each = (run(tmp_path / r, restart=r, epochs=2, batch_size=4, warmup=0.25) for r in ("never", "stage"))
+    lr = {r.folder.name: [[m["lr"] for m in metrics(r.folder / f"stage-{t}")] for t in (1, 2)] for r in (once, each)}
+    assert [len(x) for x in lr["never"]] == [12, 12]
+    assert lr["stage"][0] == lr["stage"][1] and max(lr["stage"][0]) == SETTINGS["lr"]
+    whole = lr["never"][0] + lr["never"][1]
+    top = whole.index(max(whole))
+    assert 4 <= top <= 7 and whole[:top+1] == sorted(whole[:top+1]) and whole[top:] == sorted(whole[top:], reverse=True) and len(set(whole[top+1:])) == 23 - top
+    assert min(whole) > 0 and lr["never"][1][0] < lr["never"][0][-1]
+    assert once.stages[1]["start"] == once.stages[0]["end"] and once.stages[1]["end"] != each.stages[1]["end"]
+    saved = torch.load(once.folder / "stage-2" / "checkpoint" / "state.pt", weights_only=True)["optimizer"]["state"]
+    assert {int(s["step"]) for s in saved.values()} == {24}, "stage 2 went on with the optimizer of stage 1"
+
+
+# ---- how chunks are given
+
+@pytest.mark.parametrize("T", [1, 3, 5])
+def test_a_number_of_chunks(tmp_path, trained, T):
+    got = run(tmp_path / "run", chunks=T)
+    assert len(got.stages) == len(trained) == T and sum(map(len, trained)) == 48 and max(map(len, trained)) - min(map(len, trained)) <= 1
+    easy_first = [k for s in got.partition()["source"] for k in keys(TWO[s])]
+    assert [k for c in trained for k in c] == easy_first
+
+
+def test_one_source_in_chunks_goes_by_margin(tmp_path, trained):
+    "A single source is cut by gamma under S, the easiest pairs first."
+    run(tmp_path / "run", {"primer": TWO["primer"]}, chunks=3)
+    g = gammas(tmp_path / "run" / "base" / "logprobs")
+    order = [k for c in trained for k in c]
+    assert list(g.loc[order]) == sorted(g.loc[order], reverse=True) and [len(c) for c in trained] == [8, 8, 8]
+
+
+def test_lists_of_source_names(tmp_path, trained):
+    got = run(tmp_path / "run", SOURCES, chunks=[["primer"], ["riddle", "digest"]])
+    assert trained == [keys(SOURCES["primer"]), keys(SOURCES["riddle"]) + keys(SOURCES["digest"])] and len(got.stages) == 2
+    with pytest.raises(ValueError, match="primr"): run(tmp_path / "wrong", SOURCES, chunks=[["primr"]])
+
+
+def test_a_function_makes_the_chunks(tmp_path, trained, S_hash):
+    asked, data = [], [rows("primer", 12), rows("digest", 8)]
+    def chunks(t, model):
+        asked.append((t, weights_hash(model)))
+        return data[t-1] if t <= 2 else None
+    got = run(tmp_path / "run", chunks=chunks)
+    assert trained == [keys(d) for d in data] and len(got.stages) == 2
+    assert asked == [(1, S_hash), (2, got.stages[0]["end"]), (3, got.stages[1]["end"])]
+    assert got.stages[1]["reference_kind"]["weights"] == got.stages[0]["end"] and abs(got.stages[1]["first_loss"] - LN2) < 1e-5
+
+
+def test_a_function_and_one_schedule_do_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match="restart"): run(tmp_path / "run", chunks=lambda t, model: None if t > 1 else rows("primer", 8), restart="never")
+
+
+# ---- what goes in
+
+def test_a_loaded_model(tmp_path, S_hash):
+    S, tok = load_base(load_world())
+    config = StepwiseConfig(**SETTINGS)
+    got = sdpo(S, TWO, config, tmp_path / "loaded", tokenizer=tok)
+    assert [s["end"] for s in got.stages] == [s["end"] for s in run(tmp_path / "folder").stages]
+    assert got.stages[0]["start"] == S_hash
+    assert S.device.type == "cpu" and weights_hash(S) == S_hash, "the caller's model is left alone"
+    with pytest.raises(ValueError, match="tokenizer"): sdpo(S, TWO, config, tmp_path / "none")
+    assert not (tmp_path / "none" / "config.yaml").exists()
+
+
+def test_rows_files_and_tokenised_sources_are_the_same(tmp_path):
+    from datasets import Dataset
+    from tiny import write_jsonl
+    ways = dict(rows=TWO, files={n: str(write_jsonl(tmp_path / f"{n}.jsonl", d)) for n, d in TWO.items()},
+                dataset={n: Dataset.from_list(d) for n, d in TWO.items()},
+                renamed={n: dict(source=[dict(question=r["prompt"], chosen=r["chosen"], rejected=r["rejected"]) for r in d], columns={"question": "prompt"}) for n, d in TWO.items()})
+    assert len({run(tmp_path / n, sources).stages[1]["end"] for n, sources in ways.items()}) == 1
+
+
+def test_no_sources(tmp_path):
+    with pytest.raises(ValueError, match="sources"): run(tmp_path / "run", {})
+
+
+# ---- T = 1
+
+def test_one_stage_is_plain_dpo(tmp_path):
+    "sDPO with T = 1 equals a direct call of the stage trainer, to the bit; the result is an ordinary model."
+    one, settings = {"primer": TWO["primer"]}, SETTINGS | dict(epochs=2, beta=0.3)
+    got = run(tmp_path / "run", one, chunks=1, **{k: settings[k] for k in ("epochs", "beta")})
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32); pairs = tokenised(TWO["primer"])
+    table = score_pairs(load_model(BASE), pairs)
+    train_stage(model, pairs, table, StepwiseConfig(**settings, chunks=1), tmp_path / "direct")
+    assert weights_hash(model) == got.stages[0]["end"] != got.stages[0]["start"]
+    assert metrics(tmp_path / "direct") == metrics(tmp_path / "run" / "stage-1")
+    plain = AutoModelForCausalLM.from_pretrained(got.model_folder(), dtype="auto")
+    assert weights_hash(plain) == got.stages[0]["end"] and plain.dtype == torch.float32
+    tok = AutoTokenizer.from_pretrained(got.model_folder())
+    chat = tok.apply_chat_template([dict(role="user", content="sort gace")], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert plain.generate(**chat, max_new_tokens=4, do_sample=False).shape[1] > chat["input_ids"].shape[1]
+    assert weights_hash(got.model) == got.stages[0]["end"]
+
+
+def test_a_bf16_folder_is_trained_in_fp32(tmp_path):
+    "transformers loads a bf16 folder in bf16, where small updates vanish: here the weights are fp32 and all of them move."
+    S, tok = load_base(load_world())
+    S.to(torch.bfloat16).save_pretrained(tmp_path / "half"); tok.save_pretrained(tmp_path / "half")
+    got = sdpo(str(tmp_path / "half"), {"primer": TWO["primer"]}, StepwiseConfig(**SETTINGS | dict(lr=5e-7)), tmp_path / "run")
+    before, after = load_model(str(tmp_path / "half")), got.model
+    moved = [(a != b).float().mean().item() for a, b in zip(before.parameters(), after.parameters())]
+    assert {p.dtype for p in after.parameters()} == {torch.float32} and min(moved) > 0.5
+
+
+# ---- the report
+
+def test_report(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    got = run(tmp_path / "run")
+    text = (tmp_path / "run" / "report.md").read_text()
+    for word in ("M_0", "M_1", "primer", "digest", "| beta | 0.1", "![](figures/loss.png)"): assert word in text
+    for name in ("loss", "gamma", "drift", "partition"): assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 5000
+    table = got.table()
+    assert list(table.index) == [1, 2] and list(table["chunk"]) == [s["chunk"] for s in got.stages]
+    assert set(got.metrics["stage"]) == {1, 2} and len(got.metrics) == 6
