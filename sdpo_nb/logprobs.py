@@ -38,6 +38,7 @@ def token_logprobs(logits: Tensor, # (m, V) in any dtype
     "Log-probability of each token, in fp32."
     return logits.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
 
+# %% ../nbs/02_logprobs.ipynb #697c16d8
 def response_logprobs(model,       # a causal LM; gradients flow
                       pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
                      ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
@@ -81,6 +82,15 @@ def freeze_dropout(model):
     for owner, name in dropouts(model): setattr(owner, name, type(getattr(owner, name))(0))
     return model
 
+# %% ../nbs/02_logprobs.ipynb #a827ad54
+def _find_model(model):
+    "A folder that is a model, or what can only be a hub id: a local path never reaches the hub."
+    p = Path(model).expanduser()
+    if p.is_dir() and not (p / "config.json").exists(): raise ValueError(f"{model}: a folder without config.json is not a model")
+    if not p.is_dir() and (p.exists() or p.is_absolute() or str(model).startswith((".", "~")) or len(p.parts) > 2):
+        raise ValueError(f"{model}: no such model folder; give a folder with config.json, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
+    return str(p) if p.is_dir() else str(model)
+
 # %% ../nbs/02_logprobs.ipynb #52d0d221
 def load_model(model: str, # hub id or folder
                device: str=None, # default: `best_device()`
@@ -93,15 +103,9 @@ def load_tokenizer(model: str): # hub id or folder
     "The tokenizer that lies with a model."
     return AutoTokenizer.from_pretrained(_find_model(model))
 
-def best_device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
-
-def _find_model(model):
-    "A folder that is a model, or what can only be a hub id: a local path never reaches the hub."
-    p = Path(model).expanduser()
-    if p.is_dir() and not (p / "config.json").exists(): raise ValueError(f"{model}: a folder without config.json is not a model")
-    if not p.is_dir() and (p.exists() or p.is_absolute() or str(model).startswith((".", "~")) or len(p.parts) > 2):
-        raise ValueError(f"{model}: no such model folder; give a folder with config.json, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
-    return str(p) if p.is_dir() else str(model)
+def best_device() -> str: # cuda or cpu
+    "Where a model goes when nobody says where."
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../nbs/02_logprobs.ipynb #865074a5
 def weights_hash(model) -> str: # 16 hex digits
@@ -167,8 +171,9 @@ def _read_pieces(folder):
     return rows[~rows.index.duplicated()]
 
 def _read_kind(folder): # {} where none can be read
-    try: return json.loads((Path(folder) / "kind.json").read_text())
+    try: kind = json.loads((Path(folder) / "kind.json").read_text())
     except (FileNotFoundError, ValueError): return {}
+    return kind if isinstance(kind, dict) else {}
 
 def read_table(folder) -> LogprobTable:
     "A table as it lies on disk. Raises ValueError where there is none."
@@ -184,7 +189,7 @@ def _open_table(folder, kind):
     for p in folder.glob("*.tmp"): p.unlink()
     old, pieces = _read_kind(folder), list(folder.glob("part-*.parquet"))
     if old != kind:
-        differs = ", ".join(f"{k} {old.get(k, 'unknown')} -> {v}" for k, v in kind.items() if old.get(k) != v)
+        differs = ", ".join(f"{k} {old.get(k, 'unknown')} -> {kind.get(k)}" for k in kind | old if old.get(k) != kind.get(k))
         if pieces: print(f"{folder}: table of another kind ({differs}); computed again")
         for p in pieces: p.unlink()
         write_json(folder / "kind.json", kind)

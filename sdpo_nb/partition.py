@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ORDERS', 'wilson', 'measure_source', 'Partition', 'partition']
 
-# %% ../nbs/05_partition.ipynb #f6630ae1
+# %% ../nbs/05_partition.ipynb #2603340d
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 
@@ -18,36 +19,59 @@ from .logprobs import LogprobTable
 from .loss import reward_accuracy
 from .preferences import Source
 
-# %% ../nbs/05_partition.ipynb #2603340d
+# %% ../nbs/05_partition.ipynb #b8853c9c
 def wilson(p: float, # a share in [0, 1]; ties may have counted one half
-           n: int,   # of how many
+           n: int,   # of how many, at least 1
            z: float=1.96, # normal quantile; 1.96 gives 95 %
           ) -> tuple[float, float]: # lower and upper end
-    "Wilson's score interval of a share."
+    "Wilson's score interval of a share. Source: equation (3)."
     mid, half = p + z*z / (2*n), z * math.sqrt(p * (1 - p) / n + z*z / (4*n*n))
-    return (mid - half) / (1 + z*z/n), (mid + half) / (1 + z*z/n)
+    return max(0., (mid - half) / (1 + z*z/n)), min(1., (mid + half) / (1 + z*z/n))
 
-# %% ../nbs/05_partition.ipynb #037f6a6a
+# %% ../nbs/05_partition.ipynb #68f6f8bc
+def _scan(pairs: Dataset) -> list: # (n,) tokens of chosen, (n,) tokens of rejected, (n,) truncated
+    "Lengths and flags of tokenised pairs, block by block."
+    blocks = pairs.select_columns(["chosen_ids", "rejected_ids", "truncated"]).with_format("arrow").iter(10_000)
+    columns = zip(*([pc.list_value_length(b["chosen_ids"]), pc.list_value_length(b["rejected_ids"]), b["truncated"]] for b in blocks))
+    return [torch.from_numpy(np.concatenate([np.asarray(part, "float64") for part in c])) for c in columns]
+
+def _nats(table: LogprobTable|None, pairs: Dataset) -> tuple: # (n,), (n,) fp64; zeros without a table
+    "Log-probabilities of chosen and rejected, in fp64, so that equal numbers stay ties."
+    if table is None: return 0., 0.
+    return tuple(x.double() for x in table.lookup(pairs.select_columns(["key"])))
+
+# %% ../nbs/05_partition.ipynb #ead3a9c3
 def measure_source(source: Source,        # tokenised pairs
                    table: LogprobTable,   # of M_0
-                   reference: LogprobTable=None, # reads the reward against this model instead of reference-free
+                   reference: LogprobTable=None, # reads (1) against this model; None: (2)
                   ) -> dict:              # one row of the partition table
     "Reward accuracy of one source under M_0, with what a careful reader wants beside it."
-    rows = [source.pairs[i] for i in range(len(source))]
-    chosen, rejected = table.lookup(rows)
-    g = chosen - rejected
-    right = reward_accuracy(g, reference.gamma(rows) if reference else 0.)
-    nw, nl = (torch.tensor([len(r[f"{s}_ids"]) for r in rows]).float() for s in ("chosen", "rejected"))
-    accuracy = right.mean().item(); low, high = wilson(accuracy, len(rows))
-    per_token = reward_accuracy(chosen / nw - rejected / nl)
-    return dict(source=source.name, n=len(rows), accuracy=accuracy, low=low, high=high, ties=int((right == 0.5).sum()),
-                accuracy_per_token=per_token.mean().item(),
-                decided_by_length=(reward_accuracy(g) != per_token).float().mean().item(),
-                truncated=float(np.mean([r["truncated"] for r in rows])), mean_gamma=g.mean().item())
+    if not len(source): raise ValueError(f"source '{source.name}': no pairs to measure")
+    (chosen, rejected), (ref_chosen, ref_rejected) = _nats(table, source.pairs), _nats(reference, source.pairs)
+    n_chosen, n_rejected, truncated = _scan(source.pairs)
+    right = reward_accuracy(chosen - rejected, ref_chosen - ref_rejected).double()
+    per_token = reward_accuracy((chosen - ref_chosen) / n_chosen, (rejected - ref_rejected) / n_rejected).double()
+    low, high = wilson(right.mean().item(), len(source))
+    return dict(source=source.name, n=len(source), accuracy=right.mean().item(), low=low, high=high, ties=int((right == 0.5).sum()),
+                accuracy_per_token=per_token.mean().item(), decided_by_length=(right != per_token).double().mean().item(),
+                truncated=truncated.mean().item(), mean_gamma=(chosen - rejected).mean().item())
 
-# %% ../nbs/05_partition.ipynb #fb4b4ef1
+# %% ../nbs/05_partition.ipynb #9e097094
 ORDERS = ("easy_to_hard", "hard_to_easy", "as_given", "random")
 
+def _source_order(accuracy: list, order: str) -> list: # positions of the sources, first to last
+    "A stable sort, so that ties keep the order given, in both directions."
+    sign = {"easy_to_hard": -1, "hard_to_easy": 1}.get(order, 0)
+    return sorted(range(len(accuracy)), key=lambda i: sign * accuracy[i])
+
+# %% ../nbs/05_partition.ipynb #b14e871e
+def _pair_order(pairs, table, reference, order): # row numbers of a single source, first to last
+    "Example-level order by the margin; equal margins keep the order given."
+    (chosen, rejected), (ref_chosen, ref_rejected) = _nats(table, pairs), _nats(reference, pairs)
+    margin = (chosen - rejected - (ref_chosen - ref_rejected)).tolist()
+    return np.array(_source_order(margin, order))
+
+# %% ../nbs/05_partition.ipynb #503e794b
 @dataclass
 class Partition:
     "Which pairs each stage trains on."
@@ -56,41 +80,38 @@ class Partition:
     names: list            # T names
     pairs: Dataset         # all pairs of all sources, in the order given
 
-    def chunk(self, t: int) -> Dataset: return self.pairs.select(self.chunks[t])
+    def chunk(self, t: int) -> Dataset: # t counts from 0
+        "The pairs of stage t + 1."
+        return self.pairs.select(self.chunks[t])
 
-# %% ../nbs/05_partition.ipynb #cb71f773
+# %% ../nbs/05_partition.ipynb #bdf9b029
 def partition(sources: list,        # `Source`s in the order given
               table: LogprobTable,  # of M_0
               order: str="easy_to_hard", # one of ORDERS
               chunks: int=None,     # T; None: one per source
               seed: int=0,          # of the random order
-              reference: LogprobTable=None, # other reading of the reward
+              reference: LogprobTable=None, # reads (1) against this model; None: (2)
              ) -> Partition:
-    "Chunks of the paper: sources by descending reward accuracy under M_0; ties keep the order given."
+    "Chunks of the paper: sources by descending reward accuracy under M_0. Raises ValueError for an unknown order or an impossible T."
     if order not in ORDERS: raise ValueError(f"order: {order!r} is none of {', '.join(ORDERS)}")
-    pairs = concatenate_datasets([s.pairs for s in sources])
-    T = chunks or len(sources)
-    if not 1 <= T <= len(pairs): raise ValueError(f"chunks: {T} chunks cannot be cut from {len(pairs)} pairs")
+    if not sources: raise ValueError("sources: at least one is needed")
+    pairs, T = concatenate_datasets([s.pairs for s in sources]), len(sources) if chunks is None else chunks
+    if not isinstance(T, int) or not 1 <= T <= len(pairs): raise ValueError(f"chunks: {len(pairs)} pairs cannot be cut into {T!r} chunks; give a whole number from 1 to {len(pairs)}")
     measures = pd.DataFrame([measure_source(s, table, reference) for s in sources])
     ranks = _source_order(measures["accuracy"].tolist(), "easy_to_hard" if order == "random" else order)
-    starts = np.cumsum([0] + [len(s) for s in sources])
-    rows = [np.arange(starts[i], starts[i+1]) for i in ranks]
-    if len(sources) == 1 and T > 1: rows = [_pair_order(pairs, table, order)]
-    if T != len(sources): rows = np.array_split(np.concatenate(rows), T)
-    names = [sources[i].name for i in ranks] if T == len(sources) else [f"part {t+1}" for t in range(T)]
-    if order == "random":
-        shuffled = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).numpy()
-        rows, names = np.split(shuffled, np.cumsum([len(r) for r in rows])[:-1]), [f"random {t+1}" for t in range(T)]
+    rows, names = _ordered_rows(sources, ranks, pairs, table, reference, order, T), [sources[i].name for i in ranks]
+    if T != len(sources): rows, names = np.array_split(np.concatenate(rows), T), [f"part {t+1}" for t in range(T)]
+    if order == "random": rows, names = _shuffled(rows, seed), [f"random {t+1}" for t in range(T)]
     return Partition(measures.iloc[ranks].reset_index(drop=True), [r.tolist() for r in rows], names, pairs)
 
-# %% ../nbs/05_partition.ipynb #7ff78608
-def _source_order(accuracy, order):
-    idx = list(range(len(accuracy)))
-    if order == "easy_to_hard": idx.sort(key=lambda i: -accuracy[i])
-    if order == "hard_to_easy": idx.sort(key=lambda i: accuracy[i])
-    return idx
+# %% ../nbs/05_partition.ipynb #c20a76b3
+def _ordered_rows(sources, ranks, pairs, table, reference, order, T):
+    "Row numbers, source after source; a single source that is to be cut is ordered pair by pair."
+    if len(sources) == 1 and T > 1: return [_pair_order(pairs, table, reference, order)]
+    starts = np.cumsum([0] + [len(s) for s in sources])
+    return [np.arange(starts[i], starts[i+1]) for i in ranks]
 
-def _pair_order(pairs, table, order):
-    g = table.gamma([pairs[i] for i in range(len(pairs))]).numpy()
-    if order in ("as_given", "random"): return np.arange(len(g))
-    return np.argsort(-g if order == "easy_to_hard" else g, kind="stable")
+def _shuffled(rows, seed):
+    "All rows in a random order, in chunks of the same sizes. The global random state is not touched."
+    order = torch.randperm(sum(map(len, rows)), generator=torch.Generator().manual_seed(seed)).numpy()
+    return np.split(order, np.cumsum([len(r) for r in rows])[:-1])

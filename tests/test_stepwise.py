@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.stepwise import StepwiseConfig, partition_only, sdpo
+from sdpo_nb.stepwise import StepwiseConfig, sdpo_partition, sdpo
 from sdpo_nb.trainer import train_stage
 from sdpo_nb.world import load_base, load_world
 from tiny import SETTINGS, gammas, metrics, perturbed, rows
@@ -61,7 +61,7 @@ def test_order(tmp_path, trained, accuracy, order):
     want = dict(as_given=list(SOURCES), easy_to_hard=sorted(SOURCES, key=lambda n: -accuracy[n]), hard_to_easy=sorted(SOURCES, key=accuracy.get))[order]
     assert [s["chunk"] for s in got.stages] == want == json.loads((tmp_path / "run" / "partition.json").read_text())["names"]
     assert trained == [keys(SOURCES[n]) for n in want]
-    for m in got.partition().to_dict("records"): assert abs(m["accuracy"] - accuracy[m["source"]]) < 1e-6
+    assert got.partition()["accuracy"].to_dict() == pytest.approx(accuracy, abs=1e-6)
     for t, n in enumerate(want, 1): assert sum(m["pairs"] for m in metrics(tmp_path / "run" / f"stage-{t}")) == len(SOURCES[n])
 
 
@@ -80,7 +80,7 @@ def test_random_order_has_the_sizes_of_the_ordered_one(tmp_path, trained, accura
     assert sorted(k for c in trained for k in c) == sorted(everything)
     for chunk in trained: assert sum(bool(set(chunk) & set(keys(d))) for d in SOURCES.values()) > 1, "a random chunk holds a single source"
     def drawn(folder, seed):
-        partition_only(BASE, SOURCES, StepwiseConfig(**SETTINGS, order="random", seed=seed), folder)
+        sdpo_partition(BASE, SOURCES, StepwiseConfig(**SETTINGS, order="random", seed=seed), folder)
         return json.loads((folder / "partition.json").read_text())["chunks"]
     assert drawn(tmp_path / "b", 0) == drawn(tmp_path / "c", 0) != drawn(tmp_path / "d", 1)
 
@@ -190,7 +190,7 @@ def test_restart(tmp_path):
 def test_a_number_of_chunks(tmp_path, trained, T):
     got = run(tmp_path / "run", chunks=T)
     assert len(got.stages) == len(trained) == T and sum(map(len, trained)) == 48 and max(map(len, trained)) - min(map(len, trained)) <= 1
-    easy_first = [k for s in got.partition()["source"] for k in keys(TWO[s])]
+    easy_first = [k for s in got.partition().index for k in keys(TWO[s])]
     assert [k for c in trained for k in c] == easy_first
 
 
@@ -217,6 +217,43 @@ def test_a_function_makes_the_chunks(tmp_path, trained, S_hash):
     assert trained == [keys(d) for d in data] and len(got.stages) == 2
     assert asked == [(1, S_hash), (2, got.stages[0]["end"]), (3, got.stages[1]["end"])]
     assert got.stages[1]["reference_kind"]["weights"] == got.stages[0]["end"] and abs(got.stages[1]["first_loss"] - LN2) < 1e-5
+
+
+def test_a_function_and_a_fixed_reference(tmp_path, S_hash):
+    "S has not seen the pairs that the function makes for stage 2, and is asked about them then."
+    data = [rows("primer", 12), rows("digest", 24)]
+    got = run(tmp_path / "run", chunks=lambda t, model: data[t-1] if t <= 2 else None, reference="fixed", beta=0.5, **WHOLE)
+    assert [s["reference_kind"]["weights"] for s in got.stages] == [S_hash, S_hash] and got.stages[1]["start"] == got.stages[0]["end"]
+    pairs = list(tokenised(data[1])); gamma = {t: score_pairs(load_model(m), pairs).gamma(pairs) for t, m in ((0, BASE), (1, str(got.model_folder(1))))}
+    want = torch.log1p(torch.exp(-0.5 * (gamma[1] - gamma[0]))).mean().item()
+    assert abs(got.stages[1]["first_loss"] - want) < 1e-4 and abs(want - LN2) > 1e-3
+
+
+def test_a_function_and_a_folder_as_reference(tmp_path):
+    S, tok = load_base(load_world())
+    other = perturbed(S); other.save_pretrained(tmp_path / "other"); tok.save_pretrained(tmp_path / "other")
+    got = run(tmp_path / "run", chunks=lambda t, model: rows("primer", 8, 8 * t) if t <= 2 else None, reference=str(tmp_path / "other"))
+    assert [s["reference_kind"]["weights"] for s in got.stages] == [weights_hash(other)] * 2
+
+
+def test_a_function_is_not_asked_twice_for_a_chunk(tmp_path):
+    "A run that goes on keeps the pairs the function returned the first time, whatever it would return now."
+    class Stop(Exception): pass
+    def chunks(t, model):
+        if t == 3: raise Stop
+        return rows("primer", 8, 8 * t)
+    with pytest.raises(Stop): run(tmp_path / "run", chunks=chunks)
+    first = [s["end"] for s in stepwise.Run(tmp_path / "run").stages]
+    asked = []
+    def chunks(t, model):
+        asked.append(t)
+        return None if t > 3 else rows("digest", 8)
+    got = run(tmp_path / "run", chunks=chunks)
+    assert asked == [3, 4] and [s["end"] for s in got.stages][:2] == first and len(got.stages) == 3
+
+
+def test_a_function_without_pairs(tmp_path):
+    with pytest.raises(ValueError, match="chunks"): run(tmp_path / "run", chunks=lambda t, model: None)
 
 
 def test_a_function_and_one_schedule_do_not_go_together(tmp_path):
@@ -287,5 +324,5 @@ def test_report(tmp_path, monkeypatch):
     for word in ("M_0", "M_1", "primer", "digest", "| beta | 0.1", "![](figures/loss.png)"): assert word in text
     for name in ("loss", "gamma", "drift", "partition"): assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 5000
     table = got.table()
-    assert list(table.index) == [1, 2] and list(table["chunk"]) == [s["chunk"] for s in got.stages]
+    assert list(table.columns) == ["stage 1", "stage 2"] and list(table.loc["chunk"]) == [s["chunk"] for s in got.stages]
     assert set(got.metrics["stage"]) == {1, 2} and len(got.metrics) == 6

@@ -6,8 +6,9 @@
 #
 # **You should know** what logits and a softmax are, and what a pair is (chapter 01). **Time** under a minute on two CPU cores.
 #
-# Every quantity of preference training is made of one: how likely a model finds a given response. It takes four lines, and there are at least
-# four ways to get it wrong without an error message. This chapter writes the plain version that everybody can read. Faster ones, later, must equal it.
+# Every quantity of preference training is made of one: how likely a model finds a given response. Computing it takes a few lines. Getting it wrong
+# is as easy, and none of the mistakes raises an error: forget the shift, mask the wrong tokens, take the mean, sum in bf16, leave dropout on. This chapter
+# makes each of them once and writes the plain version that everybody can read. Faster ones, in later chapters, must equal it.
 
 # %%
 #| default_exp logprobs
@@ -51,7 +52,8 @@ torch.manual_seed(0); torch.set_num_threads(1)
 #
 # $$\log \pi(y \mid x) = \sum_{t=1}^{|y|} \log \pi(y_t \mid x, y_{<t}). \tag{1}$$
 #
-# Logarithms, because the product of some hundred probabilities is zero in floating point.
+# Logarithms, because the product of some hundred probabilities is zero in floating point; natural ones, so the unit is the nat. Our model is the base model S
+# of the tiny world, our pair the first one of its hardest source. One character is one token, so everything can be seen.
 
 # %%
 world = load_world()
@@ -103,8 +105,9 @@ assert forgotten < 10 * one_row(S, x, y).sum()
 # %% [markdown]
 # ## A batch
 #
-# Rows of a batch have one length, so short ones are padded on the right. A token then belongs to the prompt, the response or the padding;
-# only a mask can say which.
+# Rows of a batch have one length, so short ones are padded. On the right: then every real token keeps its position, and a causal model cannot look
+# ahead into the padding. A token now belongs to the prompt, the response or the padding, and only a mask can say which. Both responses
+# of all pairs go through the model together, so that they are computed alike.
 
 # %%
 #| export
@@ -131,7 +134,7 @@ pd.DataFrame(["".join("." if not m else "R" if r else "p" for m, r in zip(*row))
 
 # %% [markdown]
 # Four steps: **shift** logits against ids, **gather** the log-probability of the token that came, **mask** what is no response, **sum**. Only
-# masked positions go through the softmax, and they go through it in fp32.
+# response positions go through the softmax, and they go through it in fp32.
 
 # %%
 #| export
@@ -141,6 +144,14 @@ def token_logprobs(logits: Tensor, # (m, V) in any dtype
     "Log-probability of each token, in fp32."
     return logits.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
 
+
+# %% [markdown]
+# The logits are the model's own `.logits`, not a product of hidden states and the output matrix made here: some architectures scale or cap
+# them, and who skips that scores another model. The price is the largest tensor of the pass, rows by length by
+# vocabulary. Chapter 04 will avoid it, and be checked against this.
+
+# %%
+#| export
 def response_logprobs(model,       # a causal LM; gradients flow
                       pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
                      ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
@@ -163,23 +174,36 @@ def by_rows(model, pairs): # the loop: no batch, no padding, no mask
 assert_close(response_logprobs(S, mixed), by_rows(S, mixed))
 pd.DataFrame(dict(zip(("log p(chosen)", "log p(rejected)"), response_logprobs(S, mixed)))).round(3)
 
+
 # %% [markdown]
-# *By length, never by token id*: many tokenizers use the end token for padding. Who masks every token that equals the pad id masks
-# the real end token too, and the model is no longer asked whether the response stops.
+# *By length, never by token id*: many tokenizers pad with the end token. Who masks every token that equals the pad id masks the real end
+# token too, and the model is no longer asked whether the response stops there. Take the right answer and the same answer, cut:
 
 # %%
-cut = [p | {s: p[s][:-1] for s in ("chosen_ids", "rejected_ids")} for p in mixed] # what "ids != pad" leaves when pad = eos
-pd.DataFrame({"by length": response_logprobs(S, mixed)[1], "by id, pad = eos": response_logprobs(S, cut)[1]}).rename_axis("rejected").round(4)
+def make_pair(prompt, chosen, rejected):
+    ids = {s: tok(t, add_special_tokens=False).input_ids + [tok.eos_token_id] for s, t in (("chosen_ids", chosen), ("rejected_ids", rejected))}
+    return dict(key=f"{prompt}|{chosen}|{rejected}", prompt_ids=prompt_ids(tok, prompt), **ids)
+
+whole = make_pair("shift deajc", "efbkd", "efb")
+endless = whole | {s: whole[s][:-1] for s in ("chosen_ids", "rejected_ids")} # what `ids != pad` leaves when pad = eos
+shown = pd.DataFrame([torch.cat(response_logprobs(S, [p])).tolist() for p in (whole, endless)], columns=["efbkd", "efb"], index=["by length", "by id, pad = eos"])
+assert shown.loc["by length", "efbkd"] > shown.loc["by length", "efb"] and shown.iloc[1, 0] < shown.iloc[1, 1]
+shown.round(2)
 
 
 # %% [markdown]
+# Without its end token a response is only a beginning, and a beginning is never less likely than what it begins. Every cut response
+# would win.
+#
 # ## The log-ratio
 #
 # How much more likely is the chosen response than the rejected one? The paper writes
 #
 # $$\gamma_\pi(x, y_w, y_l) = \log \pi(y_w \mid x) - \log \pi(y_l \mid x). \tag{2}$$
 #
-# The prompt's own probability would cancel in it, so leaving the prompt unscored loses nothing.
+# The prompt's own probability would cancel in it, so leaving the prompt unscored loses nothing. What does not cancel is everything the two
+# responses do not share: their length, their style, the tokens that end them. And $\gamma$ changes its sign when the two change places, which a test at
+# $\gamma = 0$ would never see.
 
 # %%
 #| export
@@ -195,7 +219,6 @@ g = gamma(*response_logprobs(S, pairs))
 assert_close(gamma(*response_logprobs(S, [p | dict(chosen_ids=p["rejected_ids"], rejected_ids=p["chosen_ids"]) for p in pairs])), -g)
 {"pairs": len(g), "mean gamma (nats)": round(g.mean().item(), 2), "gamma > 0": round((g > 0).float().mean().item(), 3)}
 
-
 # %% [markdown]
 # On the source `riddle` S prefers the chosen response about every second time: this will be the hardest source. Chapter 05 orders sources by
 # that share.
@@ -206,14 +229,10 @@ assert_close(gamma(*response_logprobs(S, [p | dict(chosen_ids=p["rejected_ids"],
 # likely than a long, garbled one, as it should, and the mean says the opposite.
 
 # %%
-def make_pair(prompt, chosen, rejected):
-    ids = {s: tok(t, add_special_tokens=False).input_ids + [tok.eos_token_id] for s, t in (("chosen_ids", chosen), ("rejected_ids", rejected))}
-    return dict(key=f"{prompt}|{chosen}|{rejected}", prompt_ids=prompt_ids(tok, prompt), **ids)
-
 short = make_pair("shift deajc", "ef", "cdbk d")                # right: efbkd
 lengths = torch.tensor([len(short["chosen_ids"]), len(short["rejected_ids"])])
 sums = torch.cat(response_logprobs(S, [short]))
-both = pd.DataFrame({"tokens": lengths, "sum": sums, "mean": sums / lengths}, index=["chosen: ef", "rejected: cdbk d"])
+both = pd.DataFrame({"sum": sums, "mean": sums / lengths}, index=[f"{t}, {n} tokens" for t, n in zip(("chosen: ef", "rejected: cdbk d"), lengths)])
 both.loc["gamma"] = both.iloc[0] - both.iloc[1]
 assert both.loc["gamma", "sum"] > 0 > both.loc["gamma", "mean"]
 both.round(2)
@@ -232,11 +251,13 @@ real, real_tok = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)
 eight = list(tokenize_pairs(load_pairs(data).select(range(8)), real_tok, "orca", max_length=768).pairs)
 c, r = torch.cat([torch.stack(response_logprobs(real, [p])) for p in eight], 1)
 nc, nr = (torch.tensor([len(p[s]) for p in eight]) for s in ("chosen_ids", "rejected_ids"))
-pd.DataFrame({"tokens chosen": nc, "tokens rejected": nr, "gamma, sum": c - r, "gamma, mean": c / nc - r / nr}).round(2)
+pd.DataFrame({"tokens chosen": nc, "tokens rejected": nr, "gamma, sum": c - r, "gamma, mean": c / nc - r / nr}).style.format(precision=2)
 
 # %% [markdown]
-# By the sum the model prefers all eight chosen responses, mostly because they are shorter; by the mean, one. DPO is derived for the probability of a whole
-# response (chapter 03), so the sum is the method. The mean is another one and wants another $\beta$: its differences are smaller by the length of a response.
+# By the sum the model prefers all eight chosen responses, and in each pair the chosen one is the shorter; by the mean it prefers one of eight. Neither is a verdict about
+# quality: a long text is improbable because it is long. DPO is derived for the probability of a whole response (chapter 03), and it looks at the *change* of $\gamma$
+# against the reference, in which a length that both models see alike cancels. So the sum is the method. The mean is another one and wants
+# another $\beta$: its differences are smaller by the length of a response.
 #
 # ## Why fp32: sums
 #
@@ -258,7 +279,8 @@ total = pd.Series({"exact": exact.item(), "fp32": fp32.item(), "fp32, kept in bf
 total.to_frame().assign(error=total - total["exact"]).round(5)
 
 # %% [markdown]
-# Added one after another in bf16, small terms are rounded away against a large total. How does it grow? Thirty random orders of the same values:
+# Added one after another in bf16, small terms are rounded away against a large total; the sum comes out nearly seven nats too high. A sum made in fp32 and then *stored*
+# in bf16 is a whole number here. How does this grow with the length? Thirty random orders of the same values say it:
 
 # %%
 orders = torch.stack([values[torch.randperm(len(values))[:2048]] for _ in range(30)])
@@ -271,22 +293,23 @@ means = drawn.groupby(["sum", "tokens"])["nats"].mean().unstack(0)
 # %%
 fig, ax = plt.subplots(figsize=(6, 3.4))
 sns.lineplot(means, ax=ax, markers=True, dashes=False)
-ax.axhline(1, color="0.6", lw=0.8); ax.text(8, 1.3, "a difference training makes", color="0.4", fontsize=8)
+ax.axhline(g.mean(), color="0.6", lw=0.8); ax.text(8, 0.6, "mean gamma of S on these pairs", color="0.4", fontsize=8)
 ax.set(xscale="log", yscale="log", xlabel="tokens in the response", ylabel="mean |error| of the sum (nats)"); ax.set_xscale("log", base=2)
 sns.despine()
 
 # %%
-means.loc[[64, 512, 2048]]
+means.loc[[64, 512, 2048]].map("{:.3g}".format)
 
 
 # %% [markdown]
-# What to see: the bf16 sum stands still once its spacing exceeds the terms, and is wrong by whole nats at the length of an ordinary answer; even a
-# correct sum loses up to half a spacing when it is *stored* in bf16. A stage of DPO moves $\gamma$ by a few nats. In fp32 the question disappears.
+# What to see: the bf16 sum falls behind once the spacing of its numbers exceeds the terms, and at some hundred tokens it is wrong by more than the $\gamma$ it is
+# needed for. Storing a good sum in bf16 costs up to half a spacing. In fp32 the question disappears: the line lies decades below, and up to 32 tokens
+# there is no error at all, so a logarithmic axis cannot show it.
 #
 # ## Why fp32: the batch
 #
-# A fp32 sum does not help when the forward pass is bf16: matrix products round differently for
-# different shapes, so a pair gets another log-probability beside other pairs. `autocast` runs a forward pass in a precision while weights stay fp32.
+# An fp32 sum is only as good as its terms. In a bf16 forward pass, matrix products round differently for different shapes, so a pair gets another
+# log-probability when other pairs stand beside it. No weight has changed, and nothing is random. To see it, a forward pass in a chosen precision; weights stay fp32.
 
 # %%
 #| export
@@ -310,7 +333,7 @@ def batch_shape(model, pairs): # the same pairs, alone and together, in two prec
 
 
 # %% [markdown]
-# S is too small to show it. A random Llama of 6 layers and random pairs of 60 to 160 tokens are large enough:
+# S is too small to show it. A random Llama of six layers and random responses of 60 to 100 tokens are large enough. The largest difference over eight pairs, in nats:
 
 # %%
 def random_pair(n, vocab=2000): # n response tokens
@@ -324,7 +347,8 @@ assert shown.loc["fp32"].max() < 2e-3 < shown.loc["bf16", "log p: off fp32"]
 shown.style.format("{:.1g}")
 
 # %% [markdown]
-# And the real model with its eight real pairs:
+# In fp32 company changes the fourth decimal place at most. In bf16 it changes the second, and the number itself is further off. The real model with its eight real pairs,
+# which are longer:
 
 # %%
 #| slow
@@ -332,12 +356,14 @@ batch_shape(real, eight).style.format("{:.1g}")
 
 
 # %% [markdown]
-# So a log-probability computed in bf16 is known to a few tenths of a nat, and two passes that must agree (reference and policy
-# before the first step) agree only as well as that. Hence two rules: sums are always fp32, and a table remembers the precision it was computed in.
+# So a log-probability computed in bf16 moves by tenths of a nat with its neighbours and lies about a nat away from the fp32 one. Two passes that must agree (reference and policy
+# before the first step) agree only as well as that. Hence two rules:
+# softmax and sum are always fp32, and a table remembers the precision it was computed in.
 #
 # ## Dropout off, in all its forms
 #
 # Log-probabilities are a property of the weights, so nothing may be random: not even in train mode, which gradient checkpointing needs.
+# Many checkpoints come with dropout at zero, so code that forgets it works, until somebody loads one that does not.
 # Dropout hides in four places: the config (under many names, also nested), float attributes of modules, `nn.Dropout` modules, and whole layers left out.
 
 # %%
@@ -362,7 +388,8 @@ def freeze_dropout(model):
 
 
 # %% [markdown]
-# The lesson runs on eight architectures, tiny and random, each with every dropout of its config at 0.1. Two questions: do two
+# `dropouts` only looks, so one can see what was found before it is changed. Names are matched by a pattern: architectures agree on the word but not on what
+# they write around it. The lesson runs on eight architectures, tiny and random, each with every dropout of its config at 0.1. Two questions: do two
 # forwards in train mode agree to the last bit? Does the padded batch still equal single rows?
 
 # %%
@@ -398,11 +425,27 @@ asked.style.format({"padded - single (nats)": "{:.0e}"}).set_properties(**{"text
 
 
 # %% [markdown]
-# `p` belongs to `nn.Dropout`; zeroing that alone would have missed OPT and every model with fused attention. For an architecture that is not in the table the guard is
-# elsewhere: the first loss of a stage is compared with the one the table implies (chapter 06).
+# What to see: every model disagreed with itself before and none does afterwards, and padding costs at most the last digits of fp32, whether positions
+# are learned (GPT-2, OPT), rotated (Llama) or added to the attention (BLOOM). `p` belongs to `nn.Dropout`: rows without it would have been missed by who zeroes only those modules. For an architecture that is not in this table the guard stands
+# elsewhere: the first loss of a stage is compared with the one that the reference table implies (chapter 06).
 #
 # ## A model, loaded for this
 #
+# A mistyped path must not be taken for the name of a model on the hub: the answer would be a long wait and a message about the network. Two
+# words with a slash between can be both, so a folder that exists wins.
+
+# %%
+#| export
+def _find_model(model):
+    "A folder that is a model, or what can only be a hub id: a local path never reaches the hub."
+    p = Path(model).expanduser()
+    if p.is_dir() and not (p / "config.json").exists(): raise ValueError(f"{model}: a folder without config.json is not a model")
+    if not p.is_dir() and (p.exists() or p.is_absolute() or str(model).startswith((".", "~")) or len(p.parts) > 2):
+        raise ValueError(f"{model}: no such model folder; give a folder with config.json, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
+    return str(p) if p.is_dir() else str(model)
+
+
+# %% [markdown]
 # A folder saved in bf16 comes back in bf16 when nobody objects, and weights in bf16 hardly move at learning rate 5e-7 while the loss looks
 # well. So trained weights are fp32, always.
 
@@ -419,15 +462,9 @@ def load_tokenizer(model: str): # hub id or folder
     "The tokenizer that lies with a model."
     return AutoTokenizer.from_pretrained(_find_model(model))
 
-def best_device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
-
-def _find_model(model):
-    "A folder that is a model, or what can only be a hub id: a local path never reaches the hub."
-    p = Path(model).expanduser()
-    if p.is_dir() and not (p / "config.json").exists(): raise ValueError(f"{model}: a folder without config.json is not a model")
-    if not p.is_dir() and (p.exists() or p.is_absolute() or str(model).startswith((".", "~")) or len(p.parts) > 2):
-        raise ValueError(f"{model}: no such model folder; give a folder with config.json, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
-    return str(p) if p.is_dir() else str(model)
+def best_device() -> str: # cuda or cpu
+    "Where a model goes when nobody says where."
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # %%
@@ -441,7 +478,8 @@ pd.DataFrame({"weights": [str(m.dtype) for m in (usual_way, ours)], "0.5 + 5e-7,
 
 
 # %% [markdown]
-# Which model was it? A name or a path can lie; the bytes of the weights cannot. Tied weights count once, and one bit changes the hash.
+# Which model was it? A name or a path can lie, and a trainer that reloads its reference by name gets the wrong one after the first stage. The bytes of the
+# weights cannot lie. Tied weights count once, and one bit changes the hash.
 
 # %%
 #| export
@@ -468,7 +506,7 @@ pd.Series(hashes, index=["S", "saved and loaded", "one bit changed"], name="weig
 # ## Which precision
 #
 # bf16 saves time and memory only where the hardware has it; emulated, it is slower than fp32 and no more exact. So ask the hardware, not the library: on some
-# GPUs "supported" includes emulation.
+# GPUs "supported" includes emulation. Whatever the choice, the last two steps, softmax and sum, stay in fp32:
 
 # %%
 #| export
@@ -484,7 +522,9 @@ def pick_precision(precision: str="auto", # auto, bf16, fp16 or fp32
 
 # %%
 assert pick_precision("fp32", "cuda") == "fp32" and pick_precision("auto", "cpu") in ("bf16", "fp32")
-S.dtype, [p.dtype for p in response_logprobs(S, mixed)]
+with autocast("cpu", "bf16"): logits, logp = S(input_ids=ids).logits, response_logprobs(S, mixed)[0]
+assert logp.dtype == torch.float32
+pd.Series({"weights": S.dtype, "logits under bf16 autocast": logits.dtype, "log-probabilities under bf16 autocast": logp.dtype}, name="dtype").astype(str).to_frame()
 
 
 # %% [markdown]
@@ -513,7 +553,8 @@ class LogprobTable:
 
 # %% [markdown]
 # Rows are found by the pair's key, a hash of its token ids (chapter 01): another tokenizer, boundary or length limit makes other
-# keys. The rest of what must agree is the table's *kind*.
+# keys, and a pair without a row is an error. The rest of what must agree is the table's *kind*: which weights, computed how. The size of a batch is
+# not part of it, since in fp32 it does not matter; in bf16 one table is as good as another to the tenths of a nat seen above.
 
 # %%
 #| export
@@ -529,7 +570,8 @@ table_kind(S, "fp32", response_logprobs)
 
 # %% [markdown]
 # On disk a table is a folder: `kind.json` and pieces of a few hundred rows. A whole file is written under a temporary name, then renamed, so a
-# piece that has its name is complete.
+# piece that has its name is complete. The kind is written before the first piece, and pieces of an old kind are removed before the new kind is written: at whatever moment the
+# process dies, what lies there is what it says it is.
 
 # %%
 #| export
@@ -557,8 +599,9 @@ def _read_pieces(folder):
     return rows[~rows.index.duplicated()]
 
 def _read_kind(folder): # {} where none can be read
-    try: return json.loads((Path(folder) / "kind.json").read_text())
+    try: kind = json.loads((Path(folder) / "kind.json").read_text())
     except (FileNotFoundError, ValueError): return {}
+    return kind if isinstance(kind, dict) else {}
 
 def read_table(folder) -> LogprobTable:
     "A table as it lies on disk. Raises ValueError where there is none."
@@ -568,7 +611,7 @@ def read_table(folder) -> LogprobTable:
 
 
 # %% [markdown]
-# Before a pass the folder is opened. What a kill left half-written goes. Pieces of another kind, or of a kind nobody knows, go too, and this is said.
+# Before a pass the folder is opened. What a kill left half-written goes, silently, since it was never part of the table. Pieces of another kind, or of a kind nobody knows, go too, and this is said.
 
 # %%
 #| export
@@ -579,7 +622,7 @@ def _open_table(folder, kind):
     for p in folder.glob("*.tmp"): p.unlink()
     old, pieces = _read_kind(folder), list(folder.glob("part-*.parquet"))
     if old != kind:
-        differs = ", ".join(f"{k} {old.get(k, 'unknown')} -> {v}" for k, v in kind.items() if old.get(k) != v)
+        differs = ", ".join(f"{k} {old.get(k, 'unknown')} -> {kind.get(k)}" for k in kind | old if old.get(k) != kind.get(k))
         if pieces: print(f"{folder}: table of another kind ({differs}); computed again")
         for p in pieces: p.unlink()
         write_json(folder / "kind.json", kind)
@@ -639,18 +682,18 @@ assert_close(table.lookup(mixed), by_rows(S, mixed))
 table.rows.head(3).round(3)
 
 # %% [markdown]
-# How much smaller is the table than the model it replaces?
+# How much smaller is the table than the model it replaces? Eight bytes a pair, whatever the size of the model. The same table also tells how often
+# the model prefers the chosen response, so the pass that orders the sources (chapter 05) is the pass that makes the first reference.
 
 # %%
-size = {"model, fp32": sum(p.numel() for p in S.parameters()) * 4, "table, fp32": table.rows.to_numpy().nbytes}
-pd.Series(size, name="bytes").to_frame().assign(pairs=["", len(table.rows)])
+{"bytes of S": S.get_memory_footprint(), "bytes of the numbers in its table": table.rows.to_numpy().nbytes, "pairs": len(table.rows)}
 
 
 # %% [markdown]
 # ## Killed and continued
 #
-# A pass over a real data set takes an hour, and hours get interrupted. Here the model is watched: `watch` counts the pairs it is asked
-# about, and pulls the plug after a given number.
+# A pass over a large data set is long enough to be interrupted, and too long to begin again. Here the model is watched: `watch` counts the pairs it is
+# asked about, and pulls the plug after a given number. We leave half a piece behind, too, as a kill in mid-write would.
 
 # %%
 @contextlib.contextmanager
@@ -678,14 +721,14 @@ assert continued.rows.equals(score_pairs(S, some, piece=16).rows) and not list((
 {"asked the second time": sum(second), "asked the third time, ten pairs twice": sum(third)}
 
 # %% [markdown]
-# A table of another kind is never mixed in. The same folder, now in bf16:
+# Rows of two kinds are never mixed. The same folder, now asked for in bf16, is computed again and says why:
 
 # %%
 with contextlib.chdir(home), watch(S) as again: half = score_pairs(S, some, "table", precision="bf16")
-{"asked": sum(again), "largest difference (nats)": round((half.rows.loc[continued.rows.index] - continued.rows).abs().max().max(), 3)}
+{"asked": sum(again), "largest difference (nats)": round(float((half.rows.loc[continued.rows.index] - continued.rows).abs().max().max()), 3)}
 
 # %% [markdown]
-# A pair that was never scored is an error that names it:
+# A pair that was never scored is an error that names it. A default of zero would be a valid log-probability, that of certainty, and nobody would notice:
 
 # %%
 try: half.lookup(pairs[98:103])
@@ -710,4 +753,4 @@ tmp.cleanup()
 #
 # - Pad on the left in `collate` and run the architecture table again. Which models notice? Pass `position_ids` and see who is cured.
 # - Replace the sum by the mean in `response_logprobs`. Which checks of this chapter fire?
-# - Remove `layerdrop` from the pattern in `_is_dropout`. Which row of the table changes, and how often must you run it to see?
+# - Remove the part about `_DropoutNd` from `_is_dropout`. Which rows of the architecture table fail now, and which are left untouched?

@@ -3,9 +3,20 @@
 # > Partition bars, the loss over stages, the distribution of gamma, the drift of chosen and rejected: one function, one figure.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/07_figures.ipynb)
+#
+# **You should know** what a [partition](05_partition.ipynb) and a [stage](06_trainer.ipynb) are. **Time** under a minute on two CPU cores.
+#
+# A run leaves numbers. Four questions are asked of them every time: which source came first, did the loss go down, did the model come to prefer what was
+# chosen, and how did it get there? Each has one figure. They stand before the stepwise chapter because its report draws them, and in this book a module
+# imports only from lower numbers.
 
 # %%
 #| default_exp figures
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
 
 # %%
 #| export
@@ -15,22 +26,115 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
+# %%
+import tempfile
+from pathlib import Path
+import torch
+from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
+from sdpo_nb.partition import partition
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.trainer import TrainConfig, train_stage
+from sdpo_nb.world import load_world
+torch.set_num_threads(1);
+
+# %% [markdown]
+# ## Two stages to look at
+#
+# Real ones, if small: `primer`, then `digest`, as the partition orders them. The second stage's reference is the model after the first, so its table is
+# another pass of `score_pairs`.
+
+# %%
+world = load_world()
+tok, policy = load_tokenizer(world.base), load_model(world.base, "cpu")
+sources = [tokenize_pairs(load_pairs(world.sources[name]), tok, name) for name in ("digest", "primer")]
+config = TrainConfig(lr=1e-4, beta=0.3, batch_size=32, micro_batch=32, epochs=2, precision="fp32")
+base = score_pairs(policy, [*sources[0].pairs, *sources[1].pairs])
+plan = partition(sources, base)
+plan.measures[["source", "n", "accuracy", "low", "high", "accuracy_per_token"]].round(3)
+
+
+# %%
+def stage(t, reference): # the optimizer steps of stage t + 1, one a row
+    with tempfile.TemporaryDirectory() as folder:
+        train_stage(policy, plan.chunk(t), reference, config, folder, t + 1)
+        return pd.read_json(Path(folder) / "metrics.jsonl", lines=True).assign(stage=t + 1)
+
+tables, steps = {"M_0": base}, []
+for t in range(2):
+    steps.append(stage(t, tables[f"M_{t}"]))
+    tables[f"M_{t+1}"] = score_pairs(policy, plan.pairs)
+metrics = pd.concat(steps, ignore_index=True)
+metrics.groupby("stage")[["loss", "margin", "logratio_chosen", "logratio_rejected"]].agg(["first", "last"]).round(3)
+
+# %% [markdown]
+# ## Colours
+#
+# Two colours mean two sides everywhere: blue is chosen, orange is rejected. Green and red would say it louder, but not to the readers
+# who cannot tell them apart. Models are a scale from dark to light, and stage $t$ has the colour of the model it makes.
+
+# %%
+#| export
+CHOSEN, REJECTED, NEUTRAL = *sns.color_palette("colorblind")[:2], "0.75"
+
+def _model_colors(T: int): return sns.color_palette("viridis", T + 1) # M_0 ... M_T; stage t has the colour of M_t
+
+def _above(ax, **kw): ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize="small", **kw)
+
+
+# %%
+fig, ax = plt.subplots(figsize=(5, 0.6))
+for i, (name, color) in enumerate({"chosen": CHOSEN, "rejected": REJECTED} .items()): ax.barh(0, 0.9, left=i, color=color); ax.text(i + 0.45, 0, name, ha="center", va="center", color="white")
+for i, color in enumerate(_model_colors(2)): ax.barh(0, 0.9, left=2.3 + i, color=color); ax.text(2.75 + i, 0, f"$M_{i}$", ha="center", va="center", color="white")
+ax.axis("off");
+
+
+# %% [markdown]
+# ## Which source came first
+#
+# The partition: a bar is the reward accuracy under $M_0$, a whisker its 95 % interval, a diamond the same per token. Where bar and diamond part, length decides.
 
 # %%
 #| export
 def plot_partition(measures: pd.DataFrame, # one source a row: source, accuracy, low, high, accuracy_per_token
                   ) -> plt.Figure:
     "Reward accuracy of each source under M_0 with its 95 % interval, in the order of training."
-    fig, ax = plt.subplots(figsize=(6, 0.6 * len(measures) + 1.2))
-    y = range(len(measures))
+    fig, ax = plt.subplots(figsize=(6, 0.5 * len(measures) + 1.2))
+    y, names = range(len(measures)), [f"{t}. {s}" for t, s in enumerate(measures["source"], 1)]
     err = [measures["accuracy"] - measures["low"], measures["high"] - measures["accuracy"]]
-    ax.barh(y, measures["accuracy"], xerr=err, color=sns.color_palette()[0], alpha=0.8, capsize=3, label="sum over tokens")
-    ax.plot(measures["accuracy_per_token"], y, "D", color=sns.color_palette()[1], label="mean per token")
-    ax.axvline(0.5, color="grey", ls=":", label="chance")
-    ax.set(yticks=list(y), yticklabels=[f"{t+1}. {s}" for t, s in enumerate(measures["source"])], xlim=(0, 1),
-           xlabel="reward accuracy under $M_0$ (share of pairs)")
-    ax.invert_yaxis(); ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=3, frameon=False, fontsize="small")
+    ax.barh(y, measures["accuracy"], xerr=err, color=NEUTRAL, ecolor="black", capsize=3, label="sum over tokens")
+    ax.plot(measures["accuracy_per_token"], y, "D", ms=7, color="white", mec="black", label="mean per token")
+    ax.axvline(0.5, color="black", lw=1, ls=":", label="chance")
+    ax.set(yticks=list(y), yticklabels=names, xlim=(0, 1), xlabel="reward accuracy under $M_0$ (share of pairs)")
+    ax.invert_yaxis(); _above(ax, ncol=3); sns.despine(fig)
     return fig
+
+
+# %% [markdown]
+# What to see: `primer` goes first because S gets more of it right, and the intervals do not touch.
+
+# %%
+plot_partition(plan.measures);
+
+
+# %% [markdown]
+# ## Did the loss go down
+#
+# One optimizer step sees one batch, so its loss is noisy: thin lines are steps, thick ones a running median. A stage whose target starts as its own
+# reference starts at
+#
+# $$-\log\sigma(0) = \ln 2. \tag{1}$$
+
+# %%
+#| export
+def _stages(metrics): # (steps in order, window of the running averages, colours)
+    "Optimizer steps counted over the whole run."
+    m = metrics.sort_values("stage", kind="stable").reset_index(drop=True)
+    return m, max(1, len(m) // 30), dict(zip(m["stage"].unique(), _model_colors(m["stage"].nunique())[1:]))
+
+def _borders(ax, m):
+    "A line where a stage begins."
+    for start in m.groupby("stage").head(1).index[1:]: ax.axvline(start - 0.5, color="0.5", lw=0.8)
+    ax.set(xlabel="optimizer step", xlim=(-0.5, len(m) - 0.5)); sns.despine(ax.figure)
 
 
 # %%
@@ -38,42 +142,108 @@ def plot_partition(measures: pd.DataFrame, # one source a row: source, accuracy,
 def plot_loss(metrics: pd.DataFrame, # stage, loss; one optimizer step a row
              ) -> plt.Figure:
     "Loss of each optimizer step, stages side by side; ln 2 is where a stage starts when target = reference."
-    fig, ax = plt.subplots(figsize=(6.5, 3))
-    m = metrics.reset_index(drop=True)
-    window = max(1, len(m) // 30)
-    for i, (stage, rows) in enumerate(m.groupby("stage")):
-        ax.plot(rows.index, rows["loss"], color=sns.color_palette()[i % 10], alpha=0.3)
-        ax.plot(rows.index, rows["loss"].rolling(window, min_periods=1, center=True).median(), color=sns.color_palette()[i % 10], label=f"stage {stage}")
-    ax.axhline(math.log(2), color="grey", ls=":", label="ln 2")
-    ax.set(xlabel="optimizer step", ylabel="DPO loss (nats)"); ax.legend(frameon=False, ncol=4, fontsize="small")
+    m, window, colors = _stages(metrics)
+    fig, ax = plt.subplots(figsize=(6.5, 2.8))
+    for stage, rows in m.groupby("stage"):
+        ax.plot(rows.index, rows["loss"], color=colors[stage], lw=0.8, alpha=0.5)
+        ax.plot(rows.index, rows["loss"].rolling(window, min_periods=1, center=True).median(), color=colors[stage], lw=2.2, label=f"stage {stage}")
+    ax.axhline(math.log(2), color="black", lw=1, ls=":", label="ln 2")
+    ax.set(ylabel="DPO loss (nats)"); _borders(ax, m); _above(ax, ncol=6)
     return fig
 
+
+# %% [markdown]
+# What to see: both stages start at (1), the second *again*, since its reference has moved up; the losses of two stages are distances from two different references
+# and must not be compared.
+
+# %%
+assert (abs(metrics.groupby("stage")["loss"].first() - math.log(2)) < 1e-4).all()
+plot_loss(metrics);
+
+
+# %% [markdown]
+# ## Does it prefer what was chosen
+#
+# $\gamma$ needs no reference, so it *can* be compared across stages. One panel a chunk, one box a model: line for the median, dot for the mean (the paper's
+# $\gamma_{ref}$ is a mean), box for half of the pairs, whiskers for nearly all.
 
 # %%
 #| export
 def plot_gamma(gammas: pd.DataFrame, # model, chunk, gamma: one pair a row
               ) -> plt.Figure:
     "Distribution of gamma under every model of a run, one panel per chunk."
-    chunks = list(dict.fromkeys(gammas["chunk"]))
-    fig, axes = plt.subplots(1, len(chunks), figsize=(3.2 * len(chunks) + 0.5, 3), sharey=True, squeeze=False)
-    for ax, chunk in zip(axes[0], chunks):
-        sns.boxplot(gammas[gammas["chunk"] == chunk], x="model", y="gamma", hue="model", palette="viridis", showfliers=False, legend=False, ax=ax)
-        ax.axhline(0, color="grey", ls=":"); ax.set(title=chunk, xlabel="", ylabel=r"$\gamma$ (nats)")
-    fig.tight_layout()
+    chunks, models = list(dict.fromkeys(gammas["chunk"])), list(dict.fromkeys(gammas["model"]))
+    across = min(4, len(chunks)); down = math.ceil(len(chunks) / across)
+    fig, axes = plt.subplots(down, across, figsize=(2.9 * across + 0.6, 2.8 * down), sharey=True, squeeze=False)
+    mean = dict(marker="o", markerfacecolor="white", markeredgecolor="black", markersize=5)
+    for ax, chunk in zip(axes.flat, chunks):
+        sns.boxplot(gammas[gammas["chunk"] == chunk], x="model", y="gamma", hue="model", order=models, hue_order=models, palette=_model_colors(len(models) - 1), saturation=1,
+                    showfliers=False, showmeans=True, meanprops=mean, medianprops=dict(color="white"), legend=False, ax=ax)
+        ax.axhline(0, color="black", lw=1, ls=":"); ax.set(title=chunk, xlabel="", ylabel=r"$\gamma$ (nats)"); ax.set_xticks(range(len(models)), [f"${m}$" for m in models])
+    for ax in list(axes.flat)[len(chunks):]: ax.remove()
+    sns.despine(fig); fig.tight_layout()
     return fig
 
 
 # %%
+gammas = pd.concat([pd.DataFrame(dict(model=m, chunk=f"chunk {t+1}: {n}", gamma=table.gamma(plan.chunk(t)).numpy())) for t, n in enumerate(plan.names) for m, table in tables.items()])
+gammas.groupby(["chunk", "model"])["gamma"].agg(["mean", "median", lambda g: (g > 0).mean()]).set_axis(["mean (nats)", "median (nats)", "share above 0"], axis=1).unstack(0).round(2)
+
+# %% [markdown]
+# What to see: a model's box rises on the chunk it was trained on. On the *next* chunk it must be read with care: that box of $M_1$ is the reference that stage 2 starts from.
+
+# %%
+plot_gamma(gammas);
+
+
+# %% [markdown]
+# ## How it got there
+#
+# The loss knows only the gap between two log-ratios,
+#
+# $$\gamma_\theta - \gamma_{ref} = \log\frac{\pi_\theta(y_w|x)}{\pi_{ref}(y_w|x)} - \log\frac{\pi_\theta(y_l|x)}{\pi_{ref}(y_l|x)}, \tag{2}$$
+#
+# so it is content when the chosen response becomes *less* likely, as long as the rejected one loses more. The commonest question about DPO is "why is chosen falling?", and the
+# first answer is to plot the two apart.
+
+# %%
 #| export
-def plot_drift(metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejected
+def plot_drift(metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejected; one optimizer step a row
               ) -> plt.Figure:
     "log pi_theta / pi_ref of chosen and of rejected responses: DPO needs the gap, not a rise of the chosen."
-    fig, ax = plt.subplots(figsize=(6.5, 3))
-    m = metrics.reset_index(drop=True)
-    for side, color in (("chosen", sns.color_palette()[2]), ("rejected", sns.color_palette()[3])):
-        for i, (_, rows) in enumerate(m.groupby("stage")):
-            ax.plot(rows.index, rows[f"logratio_{side}"].rolling(max(1, len(m) // 30), min_periods=1).mean(), color=color, label=side if i == 0 else None)
-    for start in m.groupby("stage").head(1).index[1:]: ax.axvline(start, color="grey", lw=0.5)
-    ax.axhline(0, color="grey", ls=":")
-    ax.set(xlabel="optimizer step", ylabel=r"$\log\,\pi_\theta/\pi_{ref}$ (nats)"); ax.legend(frameon=False, fontsize="small")
+    m, window, _ = _stages(metrics)
+    fig, ax = plt.subplots(figsize=(6.5, 2.8))
+    for i, (_, rows) in enumerate(m.groupby("stage")):
+        chosen, rejected = (rows[f"logratio_{side}"].rolling(window, min_periods=1).mean() for side in ("chosen", "rejected"))
+        ax.fill_between(rows.index, chosen, rejected, color="0.92", lw=0, label="gap" if i == 0 else None)
+        for y, color, side in ((chosen, CHOSEN, "chosen"), (rejected, REJECTED, "rejected")): ax.plot(rows.index, y, color=color, lw=2, label=side if i == 0 else None)
+    ax.axhline(0, color="black", lw=1, ls=":")
+    ax.set(ylabel=r"$\log\,\pi_\theta/\pi_{ref}$ (nats)"); _borders(ax, m); _above(ax, ncol=3)
     return fig
+
+
+# %% [markdown]
+# What to see: the gap opens because the rejected side falls. The chosen side hardly rises; in both stages it starts from zero, as a new reference makes it.
+
+# %%
+assert (metrics["margin"] - config.beta * (metrics["logratio_chosen"] - metrics["logratio_rejected"])).abs().max() < 1e-4   # (2), times beta
+plot_drift(metrics);
+
+
+# %% [markdown]
+# Averages hide pairs. Of each chunk, before and after its stage: in how many pairs did the gap grow, and in how many of those did chosen fall?
+
+# %%
+def moved(t): # of chunk t + 1, in stage t + 1
+    before, after = (torch.stack(tables[f"M_{i}"].lookup(plan.chunk(t))) for i in (t, t + 1))
+    chosen, rejected = after - before
+    grew = chosen > rejected
+    return dict(chunk=plan.names[t], gap_grew=grew.float().mean().item(), of_these_chosen_fell=(chosen[grew] < 0).float().mean().item(), mean_change_chosen=chosen.mean().item(), mean_change_rejected=rejected.mean().item())
+
+fell = pd.DataFrame([moved(t) for t in range(2)]).set_index("chunk")
+fell.round(2)
+
+# %% [markdown]
+# XXX likelihood displacement
+#
+# **What you now have.** 

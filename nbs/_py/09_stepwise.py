@@ -249,8 +249,8 @@ class Chunk:
 
 def _partitioned(loaded, policy, ctx):
     "Chunks by the partition under M_0; its pass over the pairs is kept, and is stage 1's reference table."
-    c, order = ctx.config, ctx.config.order
-    if isinstance(c.chunks, list): loaded, order = [_merged(names, loaded) for names in c.chunks], "as_given"
+    c = ctx.config
+    order = "as_given" if isinstance(c.chunks, list) else c.order
     for s in loaded: table = ctx.score(0, policy, s.pairs, s.name)
     part = partition(loaded, table, order, c.chunks if isinstance(c.chunks, int) else None, c.seed)
     write_json(ctx.folder / "partition.json", dict(order=order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks,
@@ -260,12 +260,14 @@ def _partitioned(loaded, policy, ctx):
 
 # %%
 #| export
-def _merged(names, loaded):
-    "One source out of several named ones."
-    by_name, names = {s.name: s for s in loaded}, [names] if isinstance(names, str) else names
-    for n in names:
+def _check_chunks(chunks, loaded):
+    "Chunks that are possible with these sources, found out before anything is computed; lists of names become sources."
+    if isinstance(chunks, int) and chunks > sum(map(len, loaded)): raise ValueError(f"chunks: {chunks} chunks cannot be cut from {sum(map(len, loaded))} pairs")
+    if not isinstance(chunks, list): return loaded
+    by_name, groups = {s.name: s for s in loaded}, [[g] if isinstance(g, str) else g for g in chunks]
+    for n in sum(groups, []):
         if n not in by_name: raise ValueError(f"chunks: there is no source '{n}'; sources are {', '.join(by_name)}")
-    return Source("+".join(names), concatenate_datasets([by_name[n].pairs for n in names]), {})
+    return [Source("+".join(g), concatenate_datasets([by_name[n].pairs for n in g]), {}) for g in groups]
 
 def _made(t, policy, ctx):
     "The chunk that the user's function makes for stage t, or None; kept in the stage's folder."
@@ -378,7 +380,7 @@ def sdpo_partition(model, sources: dict, config: StepwiseConfig=None, folder="ru
 def _prepare(model, sources, config, folder, tokenizer, logprobs):
     config, folder = config or StepwiseConfig(), Path(folder)
     base, tokenizer = _base(model, tokenizer, folder)
-    loaded = load_sources(sources, tokenizer, config) if not callable(config.chunks) else []
+    loaded = _check_chunks(config.chunks, load_sources(sources, tokenizer, config)) if not callable(config.chunks) else []
     device = make_accelerator().device
     policy = load_model(base, device)
     _open_folder(folder, config, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded],

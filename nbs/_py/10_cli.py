@@ -1,180 +1,260 @@
 # %% [markdown]
 # # The command line
-# > `sdpo run`, `sdpo partition`, `sdpo report`, `sdpo demo`.
+# > `sdpo run`, `sdpo partition`, `sdpo report` and `sdpo demo`.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/10_cli.ipynb)
+#
+# **You should know** what [a run](09_stepwise.ipynb) is. **Time** under a minute on two CPU cores.
+#
+# A command line adds nothing to the package but a way in, so it should have no settings of its own. Here every option is generated from `StepwiseConfig`, and
+# every error is one line that says what to do.
 
 # %%
 #| default_exp cli
 
 # %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %% [markdown]
+# Threads that spin while they wait slow a tiny model down twenty-fold as soon as another process wants a core. The cure is an environment variable that
+# must be set before torch is imported, so it stands above everything. For the same reason, and so that `sdpo --help` answers at once, torch is imported inside the commands.
+
+# %%
 #| export
 import os
-os.environ.setdefault("OMP_WAIT_POLICY", "passive") # threads that spin cost a tiny model a factor of twenty; must precede torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse, sys, time
+from dataclasses import dataclass
 from pathlib import Path
+
+# %%
+import contextlib, io, json, shlex, tempfile
+from sdpo_nb.world import load_world
 
 
 # %% [markdown]
-# ## Arguments
-#
-# Every field of `StepwiseConfig` is an option: its help, its default and its choices are written once, there.
-# Torch is imported inside the commands, so that `sdpo --help` answers at once.
+# ## Settings become options
 
 # %%
 #| export
 def _add_settings(parser):
-    "An option per setting."
+    "One option per field of StepwiseConfig."
     from dataclasses import fields
     from sdpo_nb.stepwise import StepwiseConfig
     for f in fields(StepwiseConfig):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%") + f" (default {f.default})"
-        if f.type is bool: parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else: parser.add_argument(name, type=f.type if f.type in (int, float, str) else int, default=None, choices=f.metadata["choices"], help=text)
+        how = dict(default=None, help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
+        if f.type is bool: how["action"] = argparse.BooleanOptionalAction
+        else: how |= dict(type=f.type if f.type in (int, float, str) else int, choices=f.metadata["choices"])
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
-def _settings(args) -> dict:
-    "Settings from --config, then from the command line, which wins."
+def _config(args):
+    "StepwiseConfig from --config FILE and from options; options win."
     import yaml
     from dataclasses import fields
-    from sdpo_nb.stepwise import StepwiseConfig
-    given = yaml.safe_load(Path(args.config).read_text()) if args.config else {}
-    if not isinstance(given or {}, dict): raise ValueError(f"{args.config}: expected a mapping of settings")
-    return (given or {}) | {f.name: getattr(args, f.name) for f in fields(StepwiseConfig) if getattr(args, f.name) is not None}
+    from sdpo_nb.stepwise import StepwiseConfig, make_config
+    given = yaml.safe_load(Path(args.config).read_text()) or {} if args.config else {}
+    if not isinstance(given, dict): raise ValueError(f"{args.config}: expected lines of the form 'setting: value'")
+    return make_config(given | {f.name: v for f in fields(StepwiseConfig) if (v := getattr(args, f.name)) is not None})
 
+
+# %% [markdown]
+# A source is given as `name=data`; column renames apply to all of them.
 
 # %%
 #| export
-def _sources(words, columns, split, revision, chat) -> dict:
-    "orca=a.jsonl -> a source called orca."
-    out, renames = {}, {}
-    for c in columns or []:
-        if "=" not in c: raise ValueError(f"--columns: expected theirs=ours, got '{c}'")
-        renames.update([c.split("=", 1)])
+def _pairs_of(words, option) -> dict:
+    "['a=b', ...] -> {'a': 'b', ...}"
     for word in words:
-        name, _, source = word.partition("=")
-        if not source: raise ValueError(f"--sources: expected name=file, folder or hub id, got '{word}'")
-        out[name] = dict(source=source, columns=renames or None, split=split, revision=revision, chat=chat)
-    return out
+        if not all(word.partition("=")): raise ValueError(f"{option}: expected NAME=VALUE, got '{word}'")
+    return dict(word.split("=", 1) for word in words)
+
+def _sources(args) -> dict:
+    "What `sdpo` takes as sources."
+    how = dict(split=args.split, revision=args.revision, columns=_pairs_of(args.columns, "--columns") or None, chat=args.chat)
+    return {name: dict(source=data, **how) for name, data in _pairs_of(args.sources, "--sources").items()}
 
 
 # %%
-#| export
-def _run(args):
-    from sdpo_nb.stepwise import make_config, sdpo
-    config = make_config(_settings(args))
-    run = sdpo(args.model, _sources(args.sources, args.columns, args.split, args.revision, args.chat), config, args.folder)
-    _show(run)
+class Given: columns, split, revision, chat = ["question=prompt"], "train", None, True
+Given.sources = ["orca=a.jsonl", "uf=trl-lib/ultrafeedback_binarized"]
+_sources(Given)
 
+
+# %% [markdown]
+# ## The commands
+
+# %%
+#| export
 def _show(run):
+    "Print what a run folder holds."
     from sdpo_nb.stepwise import as_markdown
-    if (run.folder / "partition.json").exists(): print(as_markdown(run.partition().set_index("source")), "\n")
-    if run.stages: print(as_markdown(run.table().T), f"\n\nreport: {run.folder / 'report.md'}\nmodel:  {run.model_folder()}")
+    if (run.folder / "partition.json").exists(): print(f"Partition under S\n\n{as_markdown(run.partition())}\n")
+    if run.stages: print(f"Stages\n\n{as_markdown(run.table())}\n\nreport: {run.folder / 'report.md'}\nmodel:  {run.model_folder()}")
+
+def _run(args):
+    from sdpo_nb.stepwise import sdpo
+    _show(sdpo(args.model, _sources(args), _config(args), args.folder))
 
 def _partition(args):
-    from sdpo_nb.stepwise import make_config, partition_only
-    config = make_config(_settings(args))
-    _show(partition_only(args.model, _sources(args.sources, args.columns, args.split, args.revision, args.chat), config, args.folder))
+    from sdpo_nb.stepwise import sdpo_partition
+    _show(sdpo_partition(args.model, _sources(args), _config(args), args.folder))
 
 def _report(args):
     from sdpo_nb.stepwise import Run
-    if not (Path(args.folder) / "config.yaml").exists(): raise ValueError(f"{args.folder}: no run here (no config.yaml)")
-    run = Run(Path(args.folder)); run.report(); _show(run)
+    run = Run(Path(args.folder))
+    if not run.stages: raise ValueError(f"{args.folder}: no finished stage of a run in this folder")
+    run.report(); _show(run)
 
 
 # %% [markdown]
 # ## The demo
 #
-# The whole story in the tiny world, in under two minutes: the partition, DPO with its beta chosen on validation prompts,
-# DPO at beta / T, stepwise DPO, and the true reward of each beside the base model at its best temperature.
+# The whole book in a minute: partition the three sources of the tiny world, choose $\beta$ for DPO on validation prompts, and only *then* run stepwise DPO with it. Two
+# controls decide what the result means. *S at its best temperature* shows what sharpening alone would give. *DPO at* $\beta/T$ shows what a
+# weaker pull to the reference would give, and *sDPO at* $T\beta$ turns the same screw the other way.
 
 # %%
 #| export
-DEMO = dict(lr=1e-4, epochs=3, micro_batch=32, precision="fp32", max_length=64)
+@dataclass
+class Demo:
+    "What the demo found."
+    run: object     # the stepwise run, at the beta that was best for DPO
+    beta: float     # that beta; k = 6
+    choice: object  # mean true reward of DPO on validation prompts, by beta
+    rewards: object # true reward on test prompts, with 95 % intervals
 
-def demo(folder="runs/demo",       # one run folder per method goes in here
-         betas=(0.1, 0.3, 0.9),    # for DPO; the best on validation prompts is kept
-        ):                         # (the stepwise run, a table of true rewards on test prompts)
-    "The tiny world from partition to true reward. beta is chosen for DPO, before stepwise DPO is run."
-    import torch
+SETTINGS = dict(lr=1e-4, epochs=3, micro_batch=32, precision="fp32", max_length=64)
+
+def demo(folder="runs/demo",    # of the runs, one inside it for each
+         betas=(0.1, 0.3, 0.9), # tried for DPO; neighbours differ by T, so beta / T and T beta are among them
+        ) -> Demo:
+    "The tiny world from partition to true reward."
+    import pandas as pd, torch
     from sdpo_nb.stepwise import StepwiseConfig, sdpo
     from sdpo_nb.world import load_base, load_world
-    torch.set_num_threads(1)               # fastest for a model this small
+    torch.set_num_threads(1)            # fastest for a model this small
     w = load_world(); S, tok = load_base(w)
-    def run(name, **kw): return sdpo(w.base, w.sources, StepwiseConfig(**DEMO | kw), Path(folder) / name)
-    dpo = {b: run(f"dpo-{b}", beta=b, chunks=1) for b in betas}
-    tau, beta = _best_tau(S, tok, w), max(betas, key=lambda b: _mean_reward(dpo[b].model, tok, w.validation))
-    stepwise = run(f"sdpo-{beta}", beta=beta); T = len(stepwise.stages)
-    small = dpo.get(round(beta / T, 6)) or run(f"dpo-{beta / T:.3g}", beta=beta / T, chunks=1)
-    models = {"S": S, f"DPO({beta})": dpo[beta].model, f"DPO(beta/T = {beta/T:.2g})": small.model, f"sDPO({beta}), T = {T}": stepwise.model,
-              f"sDPO(T beta = {beta*T:.2g}), T = {T}": run(f"sdpo-{beta*T:.3g}", beta=beta * T).model}
-    return stepwise, _reward_table(models, tok, w.test, tau)
-
-
-# %%
-#| export
-def _mean_reward(model, tok, prompts, tau=1.):
-    from sdpo_nb.world import mean_interval, true_rewards
-    return mean_interval(true_rewards(model, tok, prompts, tau))[0]
-
-def _best_tau(S, tok, w):
-    "The sampling temperature at which S does best on validation prompts."
-    return max((1.0, 0.8, 0.6, 0.4, 0.2, 0.0), key=lambda t: _mean_reward(S, tok, w.validation, t))
-
-def _reward_table(models, tok, prompts, tau):
-    "True reward on test prompts, sampled and greedy, with 95 % intervals; the second row is S at its best temperature."
-    import pandas as pd
-    from sdpo_nb.world import mean_interval, true_rewards
-    def cell(m, t): return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(true_rewards(m, tok, prompts, t, seed=1)))
-    rows = [(n, cell(m, 1.0), cell(m, 0.0)) for n, m in models.items()]
-    rows.insert(1, (f"S at its best temperature, {tau}", cell(models["S"], tau), rows[0][2]))
-    return pd.DataFrame(rows, columns=["model", "true reward, sampled", "true reward, greedy"]).set_index("model")
-
-def _demo(args):
-    from sdpo_nb.stepwise import as_markdown
-    start = time.time()
-    run, table = demo(args.folder)
-    _show(run); print("\n" + as_markdown(table), f"\n\n{time.time() - start:.0f} s")
+    def run(beta, chunks=None): return sdpo(w.base, w.sources, StepwiseConfig(beta=round(beta, 6), chunks=chunks, **SETTINGS), Path(folder) / f"T-{chunks or len(w.sources)}-beta-{beta:.3g}")
+    choice = pd.Series({b: _mean(run(b, 1).model, tok, w.validation) for b in betas}, name="DPO: mean true reward, validation").rename_axis("beta")
+    beta = float(choice.idxmax())
+    stepwise = run(beta); T = len(stepwise.stages)
+    models = {f"DPO({beta:.2g})": run(beta, 1), f"DPO(beta/T = {beta/T:.2g})": run(beta / T, 1), f"sDPO({beta:.2g})": stepwise, f"sDPO(T beta = {T*beta:.2g})": run(T * beta)}
+    tau = max((1.0, 0.8, 0.6, 0.4, 0.2, 0.0), key=lambda t: _mean(S, tok, w.validation, t))
+    return Demo(stepwise, beta, choice, _rewards(S, {n: r.model for n, r in models.items()}, tok, w.test, tau))
 
 
 # %% [markdown]
-# ## Entry point
+# All models answer the same prompts with the same luck, so differences are paired. Their intervals say how sure we are about *these* models on new prompts; they say nothing about other
+# training seeds or other worlds.
 
 # %%
 #| export
-def _parser():
-    p = argparse.ArgumentParser("sdpo", description="Stepwise DPO (arXiv 2403.19270).")
+def _mean(model, tok, prompts, tau=1.0):
+    from sdpo_nb.world import mean_interval, true_rewards
+    return mean_interval(true_rewards(model, tok, prompts, tau))[0]
+
+def _rewards(S, models, tok, prompts, tau):
+    "True reward on test prompts, sampled and greedy, and the paired difference to the first trained model."
+    import pandas as pd, torch
+    from sdpo_nb.world import mean_interval, true_rewards
+    ask = lambda m, t: torch.tensor(true_rewards(m, tok, prompts, t, seed=1), dtype=torch.float64)
+    sampled = {"S": ask(S, 1.0), f"S at its best temperature, {tau}": ask(S, tau), **{n: ask(m, 1.0) for n, m in models.items()}}
+    greedy = dict(zip(sampled, [g := ask(S, 0.0), g, *(ask(m, 0.0) for m in models.values())]))
+    first = next(iter(models))
+    show = lambda v, sign="": "{0:{s}.3f} [{1:{s}.3f}, {2:{s}.3f}]".format(*mean_interval(v), s=sign)
+    return pd.DataFrame({n: {"sampled": show(v), "greedy": show(greedy[n]), f"sampled, minus {first}": "" if n == first else show(v - sampled[first], "+")} for n, v in sampled.items()}).T.rename_axis("model")
+
+def _demo(args):
+    from sdpo_nb.stepwise import as_markdown
+    start, found = time.time(), demo(args.folder)
+    _show(found.run)
+    print(f"\nbeta = {found.beta:.2g} was chosen for DPO on validation prompts (k = 6), before stepwise DPO was run\n\n{as_markdown(found.choice.to_frame())}")
+    print(f"\nTrue reward on test prompts, with 95 % intervals\n\n{as_markdown(found.rewards)}\n\n{time.time() - start:.0f} s")
+
+
+# %% [markdown]
+# ## The way in
+
+# %%
+#| export
+def _parser(argv):
+    p = argparse.ArgumentParser("sdpo", description="Stepwise DPO (sDPO, arXiv 2403.19270): align a model on chunks of preference data, the reference moving up.")
     sub = p.add_subparsers(dest="command", required=True)
-    for name, text in (("run", "partition the sources, then one DPO stage per chunk"), ("partition", "only the pass of M_0 and the partition")):
+    for name, text in (("run", "partition the sources, then train one DPO stage per chunk"), ("partition", "only measure and partition; `run` with the same options goes on")):
         c = sub.add_parser(name, help=text, description=text)
-        c.add_argument("--model", required=True, help="hub id or folder"); c.add_argument("--folder", required=True, help="of the run; the same run continues")
-        c.add_argument("--sources", required=True, nargs="+", metavar="NAME=DATA", help="file, folder or hub id")
-        c.add_argument("--columns", nargs="+", metavar="THEIRS=OURS", help="column renames"); c.add_argument("--split", default="train"); c.add_argument("--revision")
-        c.add_argument("--chat", action="store_true", help="read string fields as turns of a chat"); c.add_argument("--config", help="YAML file of settings")
-        if len(sys.argv) > 1 and sys.argv[1] == name: _add_settings(c)
-    c = sub.add_parser("report", help="write report.md of a run again and print it"); c.add_argument("folder")
-    c = sub.add_parser("demo", help="the tiny world, in two minutes"); c.add_argument("--folder", default="runs/demo")
+        c.add_argument("--model", required=True, help="hub id or folder")
+        c.add_argument("--sources", required=True, nargs="+", metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
+        c.add_argument("--folder", required=True, help="of the run; the same call on it continues")
+        c.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="columns that have another name in the data")
+        c.add_argument("--chat", action="store_true", help="read string fields as turns of a chat")
+        c.add_argument("--split", default="train", help="of hub data"); c.add_argument("--revision", help="commit of hub data")
+        c.add_argument("--config", metavar="FILE", help="YAML file of settings; options win")
+        if argv[:1] == [name]: _add_settings(c)
+    sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
+    sub.add_parser("demo", help="the tiny world, from partition to true reward, in two minutes").add_argument("--folder", default="runs/demo")
     return p
 
 
 # %%
 #| export
-def _quiet():
-    "Keep the progress bars of long work; leave out those of every file that is read or written."
+def main(argv: list=None):
+    "The command `sdpo`. Bad input ends in one line and exit status 2; SDPO_TRACEBACK=1 shows where it came from."
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
     from transformers.utils import logging
-    logging.disable_progress_bar()
-
-def main():
-    "The command `sdpo`. Bad input is one line and exit status 2."
-    args = _parser().parse_args()
-    try:
-        _quiet()
-        dict(run=_run, partition=_partition, report=_report, demo=_demo)[args.command](args)
+    logging.disable_progress_bar()      # those of every file read; the bars of long work stay
+    try: dict(run=_run, partition=_partition, report=_report, demo=_demo)[args.command](args)
     except (ValueError, OSError) as e:
         if os.environ.get("SDPO_TRACEBACK"): raise
-        print(f"sdpo: {str(e).splitlines()[0]}", file=sys.stderr); sys.exit(2)
+        print(f"sdpo: {str(e).strip().splitlines()[0]}", file=sys.stderr); sys.exit(2)
 
 
 # %%
 #| export
 if __name__ == "__main__" and __spec__: main()
+
+
+# %% [markdown]
+# ## Trying it
+#
+# A notebook can call what the shell calls. First what goes wrong, since that is what people meet first.
+
+# %%
+def sdpo_says(line):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: main(shlex.split(line)); status = 0
+        except SystemExit as e: status = e.code
+    return status, (out if status == 0 else err).getvalue().strip()
+
+w, tmp = load_world(), tempfile.mkdtemp()
+Path(tmp, "settings.yaml").write_text("bta: 0.2\n")
+start = f"run --model {w.base} --sources riddle={w.sources['riddle']} --folder {tmp}/run"
+wrong = {"beta of zero": start + " --beta 0", "a misspelt setting": start + f" --config {tmp}/settings.yaml", "too many stages": start + " --chunks 1000 --max-length 64",
+         "no source name": start.replace("riddle=", ""), "no such model": start.replace(w.base, "./nowhere")}
+said = {what: sdpo_says(line) for what, line in wrong.items()}
+assert all(status == 2 and "\n" not in text for status, text in said.values())
+for what, (_, text) in said.items(): print(f"{what:20} {text.replace(str(Path(w.base).parent), 'data').replace(tmp, '.')}")
+
+# %% [markdown]
+# And what goes right: measure one source, without training anything.
+
+# %%
+status, text = sdpo_says(f"partition --model {w.base} --sources riddle={w.sources['riddle']} --folder {tmp}/run --max-length 64 --precision fp32")
+assert status == 0
+print(text)
+
+# %%
+#| hide
+import shutil; shutil.rmtree(tmp)
+
+# %% [markdown]
+# **What you now have.** Four commands, and no setting that the library does not have. The output of the demo is in [the index](index.ipynb).
+#
+# **Questions to test yourself.** Why does `--config` use the same checks as Python code? What would the table of the demo look like if alignment were only sharpening?
+#
+# **Try this.** `sdpo run --help`. Start `sdpo demo`, stop it half-way with Ctrl-C, and start it again.

@@ -1,3 +1,127 @@
 # %% [markdown]
 # # sdpo_nb
-# > Stepwise DPO as a book that computes.
+# > Stepwise DPO (sDPO): preference alignment in stages with a reference model that moves up. A book that computes; its cells are the package.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/index.ipynb)
+#
+# **sDPO** is *stepwise DPO* (Kim et al., ["sDPO: Don't Use Your Data All at Once"](https://arxiv.org/abs/2403.19270)): cut the preference data into chunks, easy ones first, train with DPO on one
+# after the other, and let the model that leaves one stage be the reference of the next. It is not *Self-Distillation Policy Optimization* or another method shortened to SDPO.
+#
+# Here its equations are derived and checked, cell by cell, in notebooks; the cells marked for export are the package `sdpo_nb`, which does the same to your model. Two commands,
+# with Python 3.11 to 3.13, pip, make and git:
+#
+# ```
+# make demo    # sets up, then a tiny world from partition to true reward: a minute or two
+# make test    # every notebook, every check
+# ```
+
+# %%
+#| hide
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %% [markdown]
+# ## Five minutes with sDPO
+#
+# The [tiny world](00_world.ipynb) has four string skills, a base model S that learned the wrong rule for half of the prompts, and a *true reward*, so that we can see whether alignment worked. This cell
+# is the whole demo: it chooses $\beta$ for plain DPO on validation prompts, then runs stepwise DPO with it.
+
+# %%
+import tempfile
+from IPython.display import Markdown
+from sdpo_nb.cli import demo
+from sdpo_nb.figures import plot_gamma, plot_partition
+from sdpo_nb.stepwise import as_markdown, gamma_table
+
+found = demo(tempfile.mkdtemp())
+
+# %% [markdown]
+# **Which data first?** Reward accuracy under S orders the sources. S agrees with most labels of `primer` and with half of those of `riddle`.
+
+# %%
+plot_partition(found.run.partition().reset_index());
+
+# %% [markdown]
+# **Which model is the reference?** It is in the table, and the first loss proves it: when a stage starts from its own reference, the loss is $\ln 2 = 0.693$, and it is nothing else otherwise.
+
+# %%
+Markdown(as_markdown(found.run.table()))
+
+# %% [markdown]
+# **What happens?** $\gamma$, the log-ratio of chosen to rejected, climbs from model to model, also on chunks that have not been trained on yet. So every stage starts from a higher bar.
+
+# %%
+plot_gamma(gamma_table(found.run));
+
+# %% [markdown]
+# **Did it help?** Here is the true reward on test prompts, with 95 % intervals over prompts.
+
+# %%
+Markdown(as_markdown(found.rewards))
+
+# %% [markdown]
+# Both methods are far above S, at any temperature: this is alignment, not sharpening. But at the $\beta$ that is best for DPO, stepwise DPO is *worse* than DPO. It behaves like DPO with $\beta/T$, which is too
+# weak a pull here; and at $T\beta$ it does as well as DPO at $\beta$. That is what the [closed form](03_loss.ipynb) predicts for stages that see the same prompts, one world and one seed strong. The cell
+# below holds the page to what it says.
+
+# %%
+means = {model: float(cell.split()[0]) for model, cell in found.rewards["sampled"].items()}
+dpo, small, stepwise, large = [m for name, m in means.items() if "DPO" in name]
+assert dpo > max(m for name, m in means.items() if name.startswith("S")) + 0.1
+assert dpo > stepwise and abs(stepwise - small) < dpo - stepwise and abs(large - dpo) < 0.03
+
+# %% [markdown]
+# ## Your model, your pairs
+#
+# ```
+# pip install git+https://github.com/sdpo-nb/sdpo_nb
+# sdpo run --model HuggingFaceTB/SmolLM2-135M-Instruct --sources orca=Intel/orca_dpo_pairs uf=trl-lib/ultrafeedback_binarized \
+#          --columns question=prompt --folder runs/first
+# ```
+#
+# or, in Python,
+#
+# ```python
+# from sdpo_nb.stepwise import StepwiseConfig, sdpo
+#
+# run = sdpo(model="HuggingFaceTB/SmolLM2-135M-Instruct",
+#            sources={"orca": "orca.jsonl", "uf": "trl-lib/ultrafeedback_binarized"},
+#            config=StepwiseConfig(beta=0.1, lr=5e-6), folder="runs/first")
+# run.report()    # partition, stages, figures
+# run.model       # an ordinary transformers model
+# ```
+#
+# Sources are files (JSONL, Parquet, ...), folders or hub ids, in [any of the usual formats](01_preferences.ipynb). A run that is killed and started again ends in the same weights, bit for bit.
+
+# %% [markdown]
+# ## The chapters
+#
+# A number is a place in the reading order and a floor in the import order: modules import only from lower numbers. (04, packing, and 08, evaluation, are still to come.)
+#
+# | chapter | the idea |
+# |---|---|
+# | [00 world](00_world.ipynb) | a world small enough to know the truth |
+# | [01 preferences](01_preferences.ipynb) | what a preference is, and which tokens count |
+# | [02 logprobs](02_logprobs.ipynb) | what a model says about a response; the reference is a table |
+# | [03 loss](03_loss.ipynb) | the derivation, executed; what $\beta$ does; what $T$ stages add up to |
+# | [05 partition](05_partition.ipynb) | which data first |
+# | [06 trainer](06_trainer.ipynb) | one stage, grown from six lines |
+# | [07 figures](07_figures.ipynb) | the pictures of a run |
+# | [09 stepwise](09_stepwise.ipynb) | the loop over stages, and the folder that survives |
+# | [10 cli](10_cli.ipynb) | the command line and the demo |
+#
+# ## From the paper to cells
+#
+# | in arXiv 2403.19270 | here |
+# |---|---|
+# | Eq. 1, the loss in terms of $\gamma$ | [03, "The same loss in sDPO's words"](03_loss.ipynb) |
+# | the reference as a lower bound, in prose | [03, "The reference as a lower bound"](03_loss.ipynb): an inequality one can test, and its conditions |
+# | the algorithm: $M_{t-1}$ is reference and start of stage $t$ | [09, equation (1) and "One stage"](09_stepwise.ipynb) |
+# | easy to hard, by reward accuracy under $M_0$ | [05](05_partition.ipynb): the definition, its two readings, its bias by length |
+# | Table 1, DPO with different reference models | `reference="folder/of/a/model"` in [09](09_stepwise.ipynb) |
+# | Table 3, easy-to-hard against a random split | `order="random"`, with the same chunk sizes, in [05](05_partition.ipynb) |
+# | Figure 2, mean $\gamma_{ref}$ by reference | the stage table and `plot_gamma` above |
+# | Figure 3, stage 2 starting from S or from $M_1$ | [09, "Where the target starts"](09_stepwise.ipynb) |
+#
+# The paper's benchmark tables are not reproduced here. Its controls, and what is missing among them, are in the demo above: DPO at $\beta/T$, and S at its best temperature.
