@@ -10,7 +10,7 @@ __all__ = ['ALPHABET', 'SKILLS', 'WRONG', 'NOISE', 'CHAT_TEMPLATE', 'K', 'SOURCE
            'skill_table', 'EnumerableWorld', 'enumerable_world', 'check_world']
 
 # %% ../nbs/00_world.ipynb #ac4ebd23
-import copy, gzip, hashlib, json, math, random, tempfile
+import copy, hashlib, json, math, random, tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path

@@ -22,7 +22,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import copy, gzip, hashlib, json, math, random, tempfile
+import copy, hashlib, json, math, random, tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -38,6 +38,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+torch.set_num_threads(1)
+pd.set_option("display.width", 160, "display.max_columns", 20);
 
 # %% [markdown]
 # ## Four skills, each with a wrong rule
@@ -126,6 +128,11 @@ def make_prompts(n: int, split: str, rng: random.Random,
         if split_of(p) == split and keep(p): seen[p] = None
     return list(seen)
 
+
+# %%
+drawn = {s: set(make_prompts(300, s, random.Random(1))) for s in ("sft", "preference", "validation", "test")}
+assert not any(drawn[a] & drawn[b] for a in drawn for b in drawn if a != b)
+{s: sorted(ps)[:3] for s, ps in drawn.items()}
 
 # %% [markdown]
 # ## Demonstrations that mislead
@@ -232,6 +239,26 @@ def _sft_rows(tokenizer, rows):
     for i, (x, y) in enumerate(zip(xs, ys)):
         ids[i, :len(x) + len(y)] = torch.tensor(x + y); labels[i, len(x):len(x) + len(y)] = torch.tensor(y)
     return ids, labels
+
+
+# %%
+ids, labels = _sft_rows(tok, [("sort gace", "aceg"), ("copy ab", "ab")])
+assert (labels != -100).sum().item() == 4 + 1 + 2 + 1
+pd.DataFrame({"token": tok.convert_ids_to_tokens(ids[1]), "label": labels[1].tolist()}).T
+
+
+# %% [markdown]
+# A few seconds of training on few rows show that it learns; the real S, which travels in `data/`, saw 16 000 rows twelve times.
+
+# %%
+def sft_loss(model, rows):
+    ids, labels = _sft_rows(tok, rows)
+    with torch.no_grad(): return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+
+rows = [(p, demonstration(p, rng)) for p in make_prompts(512, "sft", rng)]
+m = make_model(tok); before = sft_loss(m, rows); sft(m, tok, rows, epochs=8)
+assert sft_loss(m, rows) < 0.8 * before
+dict(loss_before=round(before, 2), loss_after=round(sft_loss(m, rows), 2))
 
 
 # %% [markdown]
@@ -414,6 +441,62 @@ def skill_table(model, tokenizer, prompts: list, tau: float=1.):
 
 
 # %% [markdown]
+# This is S, on test prompts it has never seen. In every skill its most likely answer is right for about half of the prompts, and a sampled one less often.
+
+# %%
+w = load_world()
+S, tok = load_base(w)
+by_skill = pd.DataFrame({name: skill_table(S, tok, w.test, tau)["exact"] for name, tau in (("greedy", 0.0), ("sampled", 1.0))})
+by_skill["misled prompts"] = pd.Series([misled(p) for p in w.test]).groupby([p.split()[0] for p in w.test]).mean()
+assert by_skill["greedy"].between(0.40, 0.70).all() and (by_skill["sampled"] < by_skill["greedy"]).all()
+by_skill.round(2)
+
+# %% [markdown]
+# Where it is wrong, it is wrong in the way it was taught. Six test prompts, greedy:
+
+# %%
+some = w.test[:6]
+pd.DataFrame([(p, y, "right" if y == answer(p) else "wrong rule" if y == answer(p, right=False) else "neither", true_reward(p, y))
+              for p, y in zip(some, respond(S, tok, some, tau=0))], columns=["prompt", "S says", "that is", "true reward"]).round(2)
+
+# %% [markdown]
+# ## Sharpening is not enough
+#
+# The control that every later table carries: S at its best temperature. Without the wrong rules this line would climb to the top, and an aligned model could not be told from a cold one.
+
+# %%
+taus = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3]
+points = [(tau, kind, *mean_interval([r for r, p in zip(true_rewards(S, tok, w.test, tau), w.test) if keep(p)]))
+          for tau in taus for kind, keep in (("all", lambda p: True), ("misled", misled), ("others", lambda p: not misled(p)))]
+points = pd.DataFrame(points, columns=["tau", "prompts", "reward", "low", "high"])
+fig, ax = plt.subplots(figsize=(5.5, 3))
+for (kind, rows), color in zip(points.groupby("prompts"), sns.color_palette("colorblind")):
+    ax.plot(rows["tau"], rows["reward"], "o-", color=color, label=f"{kind} prompts"); ax.fill_between(rows["tau"], rows["low"], rows["high"], color=color, alpha=0.2)
+ax.set(xlabel=r"temperature $\tau$ (0 is greedy)", ylabel="true reward of S", ylim=(0, 1)); ax.legend(frameon=False, ncol=3, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1)); sns.despine()
+
+# %%
+best = points[points["prompts"] == "all"].set_index("tau")["reward"]
+assert best.max() < 0.75 and points[(points["prompts"] == "misled") & (points["tau"] == 0)]["reward"].item() < 0.5
+best.round(3)
+
+# %% [markdown]
+# ## What a preference looks like here
+#
+# The sources as they lie in `data/`. Labels are flipped, against the true reward, in a share that (1) explains; more often where both answers are alike.
+
+# %%
+sources = {n: [json.loads(l) for l in Path(f).read_text().splitlines()] for n, f in w.sources.items()}
+asked = {n: {r["prompt"][0]["content"] for r in rows} for n, rows in sources.items()}
+assert not set.intersection(*asked.values()) and all(split_of(p) == "preference" for ps in asked.values() for p in ps)
+pd.DataFrame({n: {"pairs": len(rows), "misled prompts": sum(misled(p) for p in asked[n]) / len(asked[n]), "labels flipped": sum(r["flipped"] for r in rows) / len(rows)}
+              for n, rows in sources.items()}).T.round(3)
+
+# %%
+pd.DataFrame([(n, r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"], r["flipped"]) for n, rows in sources.items() for r in rows[:2]],
+             columns=["source", "prompt", "chosen", "rejected", "flipped"])
+
+
+# %% [markdown]
 # ## A world one can list
 #
 # For statements about exact optima even this world is too large. So here is one with two prompts and fourteen responses, all strings of one to
@@ -445,6 +528,16 @@ ew = enumerable_world()
 pd.DataFrame(torch.cat([ew.reward, ew.log_base.exp()]).round(decimals=2).tolist(), columns=ew.responses,
              index=pd.MultiIndex.from_product([["true reward", "S(y|x)"], ew.prompts]))
 
+# %%
+torch.testing.assert_close(ew.log_base.exp().sum(-1), torch.ones(2, dtype=torch.float64))
+assert ew.reward[0, ew.responses.index("ba")] == 1 == ew.reward[1, ew.responses.index("ab")]
+
+
+# %% [markdown]
+# ## Is it still the same world?
+#
+# `make world` builds everything again and compares. Texts and pairs must agree to the letter anywhere; the retrained S to the bit on the same kind of CPU, and on
+# another to within three points in every skill. It says which of the two it has checked.
 
 # %%
 #| export
@@ -471,3 +564,25 @@ if __name__ == "__main__" and __spec__:
     import sys
     if "--freeze" in sys.argv: freeze_world(Path("data/world"))
     print("\n".join(check_world()))
+
+# %%
+#| slow
+check_world()
+
+# %% [markdown]
+# Without retraining, the first two checks take a few seconds, so they are made here.
+
+# %%
+texts = world_texts()
+assert content_hash(texts) == w.manifest["texts"]
+assert {n: content_hash(rows) for n, rows in world_pairs(S, tok, texts).items()} == w.manifest["pairs"] == {n: content_hash(rows) for n, rows in sources.items()}
+w.manifest
+
+# %% [markdown]
+# **What you now have.** A base model in Hugging Face format that is wrong in its mode, three preference sources, a true reward for any answer, and prompts that no training has
+# seen. A world of fourteen responses for exact statements. Hashes that say it is the same world on your machine.
+#
+# **Questions to test yourself.** Why would noisy demonstrations alone make every method look good? Why are two wrong answers still worth comparing? What would a preference
+# label mean if $k$ were 0, or 1000?
+#
+# **Try this.** Raise `NOISE` and lower `WRONG`, retrain S, and watch the temperature curve. Add a fifth skill. Ask S for a string longer than any it has seen.
