@@ -30,7 +30,8 @@ def _config(args):
     import yaml
     from dataclasses import fields
     from sdpo_nb.stepwise import StepwiseConfig, make_config
-    given = yaml.safe_load(Path(args.config).read_text()) or {} if args.config else {}
+    try: given = yaml.safe_load(Path(args.config).read_text()) or {} if args.config else {}
+    except yaml.YAMLError as e: raise ValueError(f"{args.config}: not YAML ({' '.join(str(e).split())})") from e
     if not isinstance(given, dict): raise ValueError(f"{args.config}: expected lines of the form 'setting: value'")
     return make_config(given | {f.name: v for f in fields(StepwiseConfig) if (v := getattr(args, f.name)) is not None})
 
@@ -39,6 +40,9 @@ def _pairs_of(words, option) -> dict:
     "['a=b', ...] -> {'a': 'b', ...}"
     for word in words:
         if not all(word.partition("=")): raise ValueError(f"{option}: expected NAME=VALUE, got '{word}'")
+    names = [word.split("=", 1)[0] for word in words]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"{option}: '{name}' is given twice")
     return dict(word.split("=", 1) for word in words)
 
 def _sources(args) -> dict:

@@ -164,8 +164,8 @@ def check_settings(config):
     "Raise ValueError, naming the setting and what would be right, for an impossible value."
     for f in fields(config):
         v, low, high, choices = getattr(config, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
-        kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(f.type)
-        ok = isinstance(v, bool) if f.type is bool else isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and (f.type is float or v == int(v))
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(f.type)
+        ok = isinstance(v, f.type) if f.type in (bool, str) else isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and (f.type is float or v == int(v))
         if kind and not ok: raise ValueError(f"{f.name}: must be {kind}, got {v!r}")
         if choices and v not in choices: raise ValueError(f"{f.name}: must be one of {', '.join(choices)}; got {v!r}")
         if low is not None and kind and (v < low or f.metadata["open_low"] and v == low):

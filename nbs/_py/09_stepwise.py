@@ -46,7 +46,8 @@ from sdpo_nb.world import mean_interval
 # %%
 import tempfile
 from sdpo_nb.world import load_world
-torch.set_num_threads(1);
+torch.set_num_threads(1)
+pd.set_option("display.width", 180, "display.max_columns", 20);
 
 
 # %% [markdown]
@@ -73,8 +74,8 @@ class StepwiseConfig(TrainConfig):
         super().__post_init__()
         if not (self.chunks is None or callable(self.chunks) or isinstance(self.chunks, list) or isinstance(self.chunks, int) and self.chunks >= 1):
             raise ValueError(f"chunks: must be a whole number from 1, a list of source names or a function, got {self.chunks!r}")
-        if self.reference not in ("moving", "fixed") and not Path(self.reference).is_dir():
-            raise ValueError(f"reference: must be moving, fixed or the folder of a model; there is no folder {self.reference!r}")
+        if self.reference not in ("moving", "fixed") and not (Path(self.reference) / "config.json").is_file():
+            raise ValueError(f"reference: must be moving, fixed or the folder of a model; there is no model in {self.reference!r}")
         if callable(self.chunks) and self.restart == "never": raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
 
 
@@ -99,12 +100,17 @@ defaults_table()
 def make_config(settings: dict, # names and values, from a file or a command line
                ) -> StepwiseConfig:
     "A StepwiseConfig; raises ValueError for an unknown setting, naming its nearest neighbour."
-    known = [f.name for f in fields(StepwiseConfig)]
-    for name in settings:
+    known = {f.name: f.type for f in fields(StepwiseConfig)}
+    for name, v in settings.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise ValueError(f"unknown setting '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"settings are {', '.join(known)}"))
-    return StepwiseConfig(**settings)
+    return StepwiseConfig(**{name: _number(v) if known[name] in (int, float) else v for name, v in settings.items()})
+
+def _number(v):
+    "YAML reads 1e-4 as text; people mean a number."
+    try: return float(v) if isinstance(v, str) else v
+    except ValueError: return v
 
 
 # %% [markdown]
@@ -308,6 +314,7 @@ def _stage(t, chunks, policy, ctx):
     "Train M_t, measure it, save it; returns it."
     c, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
     table, reference, policy = _reference(t, chunks, policy, ctx)
+    ctx.score(t-1, policy, chunk.probe(c.probe), chunk.name)
     if c.init_target == "S" and t > 1: _free(policy); policy = ctx.load(0)
     came_in = weights_hash(policy)
     summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.logprobs, **_going_on(t, chunks, ctx))
@@ -334,15 +341,12 @@ def _going_on(t, chunks, ctx):
 def _measures(t, chunks, table, ctx):
     "What the report says about stage t."
     c, rows = ctx.config, list(chunks[t-1].probe(ctx.config.probe))
-    ref, before, after = table.gamma(rows), _gamma(ctx.table(t-1), rows), ctx.table(t).gamma(rows)
+    ref, before, after = table.gamma(rows), ctx.table(t-1).gamma(rows), ctx.table(t).gamma(rows)
     loss = dpo_loss(after, ref, c.beta).mean().item()
-    out = dict(gamma_ref=table.gamma(chunks[t-1].pairs).mean().item(), gamma=after.mean().item(), probe=len(rows), loss=loss, certificate=certificate(loss, ref.mean().item(), c.beta),
-               below_reference=(after < ref).float().mean().item(), accuracy=reward_accuracy(after).mean().item())
-    if before is not None: out |= dict(gamma_change=mean_interval(after - before), accuracy_before=reward_accuracy(before).mean().item())
-    ahead = _gamma(table, list(chunks[t].probe(c.probe))) if t < len(chunks) else None
-    return out | dict(gamma_ref_next=None if ahead is None else ahead.mean().item())
-
-def _gamma(table, rows): return table.gamma(rows) if all(r["key"] in table.rows.index for r in rows) else None
+    ahead = table.gamma(chunks[t].probe(c.probe)).mean().item() if t < len(chunks) else None
+    return dict(gamma_ref=table.gamma(chunks[t-1].pairs).mean().item(), gamma_ref_next=ahead, gamma=after.mean().item(), probe=len(rows), gamma_change=mean_interval(after - before),
+                loss=loss, certificate=certificate(loss, ref.mean().item(), c.beta), below_reference=(after < ref).float().mean().item(),
+                accuracy_before=reward_accuracy(before).mean().item(), accuracy=reward_accuracy(after).mean().item())
 
 
 # %% [markdown]
