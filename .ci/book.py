@@ -98,7 +98,7 @@ def check():
             *((toml["tool"]["nbdev"][k], ini[k]) for k in ("lib_path", "nbs_path", "tst_flags"))]
     for nb in notebooks():
         want = COLAB.format(user=ini["user"], repo=ini["repo"], branch=ini["branch"], path=nb)
-        found = re.findall(r"https://colab\.research\.google\.com/[^\s)\\\"]+", nb.read_text())
+        found = re.findall(r"https://colab\.research\.google\.com/github/[^\s)\\\"]+", nb.read_text())
         if found and found != [want]:
             extra.append(f"{nb}: its Colab badge should open {want}")
     errors = [f"{p}: would change (make sync)" for p in wrong] + [f"{p}: belongs to no notebook" if p.endswith(".py") else p for p in extra]
