@@ -1,4 +1,6 @@
 """Orders, cuts and readings of the partition, on hand-made tables."""
+import json, math
+
 import pandas as pd
 import pytest
 import torch
@@ -89,3 +91,60 @@ def test_length():
 def test_impossible(wrong):
     sources, table = world(a=[1, 2], b=[3, 4])
     with pytest.raises(ValueError, match=next(iter(wrong))): partition(sources, table, **wrong)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000, 10**6])
+def test_wilson_stays_inside_mirrors_and_solves_its_equation(n):
+    for p in (0, 1e-9, 0.3, 0.5, 0.95, 1):
+        low, high = wilson(p, n)
+        assert 0 <= low <= p + 1e-12 and p - 1e-12 <= high <= 1
+        assert wilson(1 - p, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    for end in wilson(0.3, n): assert abs(0.3 - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / n))
+
+
+def test_equal_shares_of_unequal_sources_tie():
+    "3 of 6 and 2 of 4, 1 of 3 and 2 of 6: shares must be equal as floats, whatever n."
+    sources, table = world(b=[1, 1, 1, -1, -1, -1], c=[1, -1, -1], a=[1, 1, -1, -1], d=[1, 1, -1, -1, -1, -1])
+    assert partition(sources, table).names == ["b", "a", "c", "d"] and partition(sources[::-1], table).names == ["a", "b", "d", "c"]
+
+
+def test_equal_margins_keep_the_given_order_both_ways():
+    sources, table = world(a=[0, 3, -2, 3, 1, -2, 0])
+    flat = {o: sum(partition(sources, table, o, 3).chunks, []) for o in ORDERS}
+    assert flat["easy_to_hard"] == [1, 3, 4, 0, 6, 2, 5] and flat["hard_to_easy"] == [2, 5, 0, 6, 4, 1, 3] and flat["as_given"] == list(range(7))
+
+
+def test_the_reference_also_orders_the_pairs_of_one_source():
+    sources, table = world(a=[1, 2, 3])
+    reference = LogprobTable({}, table.rows.assign(chosen=[1, 7, 12]).astype("float32"))   # gamma - gamma_ref = 0, -5, -9
+    assert partition(sources, table, chunks=3).chunks == [[2], [1], [0]] and partition(sources, table, chunks=3, reference=reference).chunks == [[0], [1], [2]]
+
+
+def test_the_model_as_its_own_reference_ties_whatever_the_rounding():
+    s, rows = source("a", [-math.log(49)] * 3, chosen=3, rejected=7)
+    table = LogprobTable({}, rows.assign(rejected=-math.log(49) / 3).astype("float32"))
+    m = measure_source(s, table, table)
+    assert (m["accuracy"], m["accuracy_per_token"], m["ties"]) == (0.5, 0.5, 3) and m["mean_gamma"] == measure_source(s, table)["mean_gamma"] != 0
+
+
+def test_a_selection_keeps_its_own_lengths():
+    "Lengths are read through the indices of `select`, not from the table below it."
+    pairs = Dataset.from_dict(dict(key=list("abcd"), prompt_ids=[[1]] * 4, chosen_ids=[[2] * n for n in (1, 2, 3, 4)], rejected_ids=[[3] * n for n in (4, 3, 2, 1)],
+                                   truncated=[True, False, False, True]))
+    table = LogprobTable({}, pd.DataFrame(dict(chosen=-6.0, rejected=-12.0), index=list("abcd"), dtype="float32"))
+    m = measure_source(Source("s", pairs.select([3, 0]), {}), table)   # per token -1.5 > -12, and -6 < -3
+    assert (m["n"], m["truncated"], m["accuracy"], m["accuracy_per_token"], m["decided_by_length"]) == (2, 1, 1, 0.5, 0.5)
+
+
+def test_more_pairs_than_one_block_and_plain_python_numbers():
+    (s,), table = world(a=[1, -1, 1] * 8000)
+    m = measure_source(s, table)
+    assert (m["n"], m["accuracy"], m["decided_by_length"]) == (24000, 2 / 3, 0) and json.loads(json.dumps(m)) == m
+    assert all(type(i) is int for c in partition([s], table, "random", 4).chunks for i in c)
+
+
+def test_a_missing_pair_and_an_empty_source_are_named():
+    (s,), table = world(a=[1, 2])
+    with pytest.raises(ValueError, match="1 of 2 pairs are not in the table.*a-1"): measure_source(s, LogprobTable({}, table.rows.iloc[:1]))
+    with pytest.raises(ValueError, match="source 'a': no pairs"): measure_source(Source("a", s.pairs.select([]), {}), table)
+    with pytest.raises(ValueError, match="at least one"): partition([], table)

@@ -218,7 +218,9 @@ blind[["n", "accuracy", "ties", "accuracy_per_token", "decided_by_length", "mean
 
 
 # %% [markdown]
-# A perfectly easy and a perfectly hard source, by a model that knows nothing. Two columns warn: the accuracy per token is chance, and all pairs are decided by length.
+# A perfectly easy and a perfectly hard source, by a model that knows nothing. Two columns warn: the accuracy per token is chance, and *all* pairs are decided by length.
+# The value per token is no better judge, only another one; where the two part, an order may rest on style rather than on difficulty.
+#
 # In the tiny world right and wrong answers are equally long, hence the zeros above; real responses are not ([chapter 02](02_logprobs.ipynb) has eight that are not).
 #
 # ## What easy means here
@@ -253,7 +255,8 @@ flipped.set_index("source").loc[easy_first.index].round(3)
 #
 # ## From numbers to an order
 #
-# Descending accuracy; sources of equal accuracy keep the order they were given in. The other orders are there to be compared with.
+# Descending accuracy; sources of equal accuracy keep the order they were given in. The other orders are the controls that easy-to-hard has to be compared with. All are
+# decided once, under $M_0$, and not again when the model has changed.
 
 # %%
 #| export
@@ -468,5 +471,5 @@ passes
 # ## Try this
 #
 # - Give `tokenize_pairs` a `max_length` at which half of the responses are cut. Which columns move?
-# - Sort one source pair by pair and compare the share of flipped labels in its first and last part.
+# - Cut `riddle` pair by pair into ten parts. How does the share of flipped labels run from the first to the last?
 # - Partition under `early` instead of S. Does the order hold? Do the intervals still part?

@@ -345,10 +345,34 @@ activation_checkpointing(policy, False)
 assert difference(g_less, g_plain) < 1e-5 and less < 0.7 * plain
 pd.Series({"MB kept": plain / 2**20, "MB kept with checkpointing": less / 2**20}).round(1)
 
+# %% [markdown]
+# In a real process: the peak memory of one batch of four real pairs, at most 384 tokens each, with SmolLM2-135M in fp32; each number from a process of its own. (The cell
+# is skipped in tests, its output is kept.)
+
+# %%
+#| slow
+import os, subprocess, sys
+program = """
+import os, resource, sys, torch
+from pathlib import Path
+from sdpo_nb.trainer import *
+from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+folder = str(Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser())
+data = Path(os.environ.get("SDPO_DATA", "../../shared/data")) / "preferences/ultrafeedback_binarized.jsonl.gz"
+model, tok = load_model(folder, "cpu"), load_tokenizer(folder)
+batch = [tokenize_pairs(load_pairs(data), tok, "uf", 384, 256, chat=True).pairs[i] for i in range(4)]
+table = score_pairs(model, batch, batch_size=1)
+activation_checkpointing(trainable(model), sys.argv[1] == "on")
+batch_gradients(model, batch, table, TrainConfig(micro_batch=4), make_accelerator(), "fp32")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+peak = {c: float(subprocess.run([sys.executable, "-c", program, c], capture_output=True, text=True, check=True).stdout) for c in ("off", "on")}
+assert peak["on"] < peak["off"]
+pd.Series(peak, name="peak memory, GiB").rename_axis("checkpointing").round(1)
+
 
 # %% [markdown]
-# What this saves in a real process, as peak memory of SmolLM2-135M on four pairs, stands at the end of the chapter.
-#
 # ## The order of the data
 #
 # It comes from a generator seeded by (seed, stage, epoch). Drawing it from the global state would let a logging call, or an extra evaluation, change what is learned.

@@ -70,7 +70,7 @@ metrics.groupby("stage")[["loss", "margin", "logratio_chosen", "logratio_rejecte
 # %% [markdown]
 # ## Colours
 #
-# Two colours mean two sides everywhere: blue is chosen, orange is rejected. Green and red would say it louder, but not to the readers
+# In every figure of a run two colours mean two sides: blue is chosen, orange is rejected. Green and red would say it louder, but not to the readers
 # who cannot tell them apart. Models are a scale from dark to light, and stage $t$ has the colour of the model it makes.
 
 # %%
@@ -83,10 +83,7 @@ def _above(ax, **kw): ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon
 
 
 # %%
-fig, ax = plt.subplots(figsize=(5, 0.6))
-for i, (name, color) in enumerate({"chosen": CHOSEN, "rejected": REJECTED} .items()): ax.barh(0, 0.9, left=i, color=color); ax.text(i + 0.45, 0, name, ha="center", va="center", color="white")
-for i, color in enumerate(_model_colors(2)): ax.barh(0, 0.9, left=2.3 + i, color=color); ax.text(2.75 + i, 0, f"$M_{i}$", ha="center", va="center", color="white")
-ax.axis("off");
+sns.color_palette([CHOSEN, REJECTED, *_model_colors(2)]) # chosen, rejected, M_0, M_1, M_2
 
 
 # %% [markdown]
@@ -188,10 +185,13 @@ def plot_gamma(gammas: pd.DataFrame, # model, chunk, gamma: one pair a row
 
 # %%
 gammas = pd.concat([pd.DataFrame(dict(model=m, chunk=f"chunk {t+1}: {n}", gamma=table.gamma(plan.chunk(t)).numpy())) for t, n in enumerate(plan.names) for m, table in tables.items()])
-gammas.groupby(["chunk", "model"])["gamma"].agg(["mean", "median", lambda g: (g > 0).mean()]).set_axis(["mean (nats)", "median (nats)", "share above 0"], axis=1).unstack(0).round(2)
+means = gammas.groupby(["model", "chunk"])["gamma"].mean().unstack()
+assert means.apply(lambda column: column.is_monotonic_increasing).all()
+means.round(2)
 
 # %% [markdown]
-# What to see: a model's box rises on the chunk it was trained on. On the *next* chunk it must be read with care: that box of $M_1$ is the reference that stage 2 starts from.
+# What to see: every box stands higher than the one before it. In the right panel $M_1$ is above $M_0$ on pairs it has *not* seen: that is the reference moving up, and the mean of
+# this box is $\gamma_{ref}$ of stage 2. The box of $M_2$ says less there, for $M_2$ was trained on these pairs.
 
 # %%
 plot_gamma(gammas);
@@ -224,7 +224,8 @@ def plot_drift(metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejecte
 
 
 # %% [markdown]
-# What to see: the gap opens because the rejected side falls. The chosen side hardly rises; in both stages it starts from zero, as a new reference makes it.
+# What to see: both stages start at zero, as a new reference makes them, and then the gap opens *downwards*. In stage 1 the chosen side stays near where it was; in stage 2 it falls,
+# and the loss, which knows only (2), goes down all the same.
 
 # %%
 assert (metrics["margin"] - config.beta * (metrics["logratio_chosen"] - metrics["logratio_rejected"])).abs().max() < 1e-4   # (2), times beta
@@ -235,22 +236,37 @@ plot_drift(metrics);
 # Averages hide pairs. Of each chunk, before and after its stage: in how many pairs did the gap grow, and in how many of those did chosen fall?
 
 # %%
-def moved(t): # of chunk t + 1, in stage t + 1
+def moved(t): # the pairs of chunk t + 1, in stage t + 1
     before, after = (torch.stack(tables[f"M_{i}"].lookup(plan.chunk(t))) for i in (t, t + 1))
     chosen, rejected = after - before
     grew = chosen > rejected
-    return dict(chunk=plan.names[t], gap_grew=grew.float().mean().item(), of_these_chosen_fell=(chosen[grew] < 0).float().mean().item(), mean_change_chosen=chosen.mean().item(), mean_change_rejected=rejected.mean().item())
+    return {"gap grew (share)": grew.float().mean().item(), "of these, chosen fell (share)": (chosen[grew] < 0).float().mean().item(),
+            "mean change of chosen (nats)": chosen.mean().item(), "of rejected (nats)": rejected.mean().item()}
 
-fell = pd.DataFrame([moved(t) for t in range(2)]).set_index("chunk")
+fell = pd.DataFrame([moved(t) for t in range(2)], index=plan.names)
+assert (fell["gap grew (share)"] > 0.8).all() and fell.loc["digest", "mean change of chosen (nats)"] < 0
 fell.round(2)
 
 # %% [markdown]
-# The gap grew in about 87 % of the pairs. In a fifth of those in the first stage, and in two fifths in the second, the chosen response became *less* likely all the same. That is no accident
-# of this world: it has been studied under the name of likelihood displacement (arXiv 2410.08847). The averaged curve hardly shows it.
+# In a fifth of these pairs in the first stage, and in two fifths in the second, the chosen response became *less* likely although the gap grew. This has been studied as
+# *likelihood displacement* (arXiv 2410.08847): it comes with pairs whose two responses look alike to the model, so that pushing one down drags the other along. The probability goes to
+# a third response that no label speaks about. Whether that one is better or worse, none of these figures can tell.
 #
-# **What you now have.** Four functions, each of which takes a table and gives one figure. `report.md` of every run contains them.
+# ## What you now have
 #
-# **Questions to test yourself.** Stage 2 ends at a lower loss than stage 1: may one say that it learned more? Why does the drift start at zero twice, and $\gamma$ not? Which of the
-# four figures would show that a run had the wrong reference?
+# - Four functions, each from one data frame to one figure; the report of every run calls them.
+# - One meaning for each colour: two sides, and a scale of models.
+# - An answer to "why is chosen falling?", and the figure that shows whether it is.
 #
-# **Try this.** Train the second stage with `beta=3` and look at the drift. Swap the two chunks and compare the boxes of $M_2$.
+# ## Questions to test yourself
+#
+# 1. Stage 2 ends at a lower loss than stage 1: may one say that it learned more? Which figure would you look at instead?
+# 2. Why does the drift start at zero twice, and $\gamma$ not?
+# 3. In `plot_loss` the second stage starts far above $\ln 2$. What does that say about its target and its reference?
+# 4. Bar and diamond of `plot_partition` lie on either side of 0.5. What decided?
+#
+# ## Try this
+#
+# - Train the second stage with `beta=3` and look at the drift.
+# - Swap the two chunks and compare the boxes of $M_2$.
+# - Draw `plot_gamma` of `riddle`, which neither stage has seen.

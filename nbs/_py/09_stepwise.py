@@ -72,7 +72,7 @@ class StepwiseConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.chunks is None or callable(self.chunks) or isinstance(self.chunks, list) or isinstance(self.chunks, int) and self.chunks >= 1):
+        if not (self.chunks is None or callable(self.chunks) or isinstance(self.chunks, list) or type(self.chunks) is int and self.chunks >= 1):
             raise ValueError(f"chunks: must be a whole number from 1, a list of source names or a function, got {self.chunks!r}")
         if self.reference not in ("moving", "fixed") and not (Path(self.reference) / "config.json").is_file():
             raise ValueError(f"reference: must be moving, fixed or the folder of a model; there is no model in {self.reference!r}")

@@ -214,7 +214,7 @@ def main(argv: list=None):
     try: dict(run=_run, partition=_partition, report=_report, demo=_demo)[args.command](args)
     except (ValueError, OSError) as e:
         if os.environ.get("SDPO_TRACEBACK"): raise
-        print(f"sdpo: {str(e).strip().splitlines()[0]}", file=sys.stderr); sys.exit(2)
+        print(f"sdpo: {(str(e).strip() or type(e).__name__).splitlines()[0]}", file=sys.stderr); sys.exit(2)
 
 
 # %%
