@@ -52,7 +52,7 @@ torch.manual_seed(0); torch.set_num_threads(1)
 #
 # $$\log \pi(y \mid x) = \sum_{t=1}^{|y|} \log \pi(y_t \mid x, y_{<t}). \tag{1}$$
 #
-# Logarithms, because the product of some hundred probabilities is zero in floating point; natural ones, so the unit is the nat. Our model is the base model S
+# Logarithms, because the product of several hundred probabilities is zero in floating point; natural ones, so the unit is the nat. Our model is the base model S
 # of the tiny world, our pair the first one of its hardest source. One character is one token, so everything can be seen.
 
 # %%
@@ -88,7 +88,8 @@ show_row(pair["prompt_ids"], pair["chosen_ids"])
 x, y = pair["prompt_ids"], pair["chosen_ids"]
 n, text = 2000, tok.decode(y[:-1])
 p = one_row(S, x, y).sum().exp().item()
-counted = respond(S, tok, [tok.decode(x[1:-2])] * n).count(text) / n
+question = tok.decode(x[1:-2])                                  # without the tokens of the chat template
+counted = respond(S, tok, [question] * n).count(text) / n
 assert abs(counted - p) < 4 * (p * (1 - p) / n) ** 0.5          # four standard errors
 {"exp of (1)": round(p, 3), "share of 2000 samples": round(counted, 3)}
 
@@ -114,7 +115,8 @@ assert forgotten < 10 * one_row(S, x, y).sum()
 def collate(pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
             device="cpu",
            ) -> tuple[Tensor, Tensor, Tensor]: # (2n, L) ids, (2n, L) attention mask, (2n, L) response mask; chosen rows first
-    "Right-padded rows, all chosen then all rejected. Padding is known by length, never by token id."
+    "Right-padded rows, all chosen then all rejected. Padding is known by length, never by token id. Raises ValueError for a pair without a prompt."
+    if not all(len(p["prompt_ids"]) for p in pairs): raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
     rows = [(list(p["prompt_ids"]), list(p[side])) for side in ("chosen_ids", "rejected_ids") for p in pairs]
     shape = len(rows), max(len(x) + len(y) for x, y in rows)
     ids, seen, scored = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
@@ -133,7 +135,24 @@ pd.DataFrame(["".join("." if not m else "R" if r else "p" for m, r in zip(*row))
 
 
 # %% [markdown]
-# Four steps: **shift** logits against ids, **gather** the log-probability of the token that came, **mask** what is no response, **sum**. Only
+# What a batch costs is what it holds, padding included. Everything that has to fit into memory is counted so.
+
+# %%
+#| export
+def _longest(p): return len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))
+
+def padded_tokens(pairs: list) -> int:
+    "Cells of the padded batch of these pairs: rows times the longest row."
+    return 2 * len(pairs) * max(map(_longest, pairs))
+
+
+# %%
+assert padded_tokens(mixed) == ids.numel()
+{"cells": padded_tokens(mixed), "tokens": int(seen.sum())}
+
+
+# %% [markdown]
+# Four steps: **shift** logits against ids, **gather** the log-probability of the token that came, **mask** what is not response, **sum**. Only
 # response positions go through the softmax, and they go through it in fp32.
 
 # %%
@@ -147,8 +166,8 @@ def token_logprobs(logits: Tensor, # (m, V) in any dtype
 
 # %% [markdown]
 # The logits are the model's own `.logits`, not a product of hidden states and the output matrix made here: some architectures scale or cap
-# them, and who skips that scores another model. The price is the largest tensor of the pass, rows by length by
-# vocabulary. Chapter 04 will avoid it, and be checked against this.
+# them, and whoever skips that scores another model. The price is the largest tensor of the pass, rows by length by
+# vocabulary. [Chapter 04](04_packing.ipynb) avoids it, and is checked against this.
 
 # %%
 #| export
@@ -162,6 +181,8 @@ def response_logprobs(model,       # a causal LM; gradients flow
     logp = token_logprobs(logits[:, :-1][scored], ids[scored])
     rows = torch.zeros(ids.shape, device=logp.device).masked_scatter(scored, logp)
     return tuple(rows.sum(1).chunk(2))
+
+response_logprobs.tokens = padded_tokens
 
 
 # %% [markdown]
@@ -225,7 +246,7 @@ assert_close(gamma(*response_logprobs(S, [p | dict(chosen_ids=p["rejected_ids"],
 #
 # ## Sum against mean
 #
-# Some methods divide (1) by the number of tokens. That is not the same number on another scale: it can turn a preference round. Here S finds a short, cut answer far more
+# Some methods divide (1) by the number of tokens. That is not the same number on another scale: it can reverse a preference. Here S finds a short, cut answer far more
 # likely than a long, garbled one, as it should, and the mean says the opposite.
 
 # %%
@@ -243,12 +264,12 @@ both.round(2)
 
 # %%
 #| slow
-smol = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser()
+smol = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser() # local copies, else the hub
 data = Path(os.environ.get("SDPO_DATA", "../../shared/data")) / "preferences" / "orca_dpo_pairs.jsonl.gz"
-assert smol.exists() and data.exists(), "set SDPO_MODEL to the folder of a model and SDPO_DATA to that of the preference data"
+smol, data = smol if smol.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct", data if data.exists() else "Intel/orca_dpo_pairs"
 
 real, real_tok = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32).requires_grad_(False), AutoTokenizer.from_pretrained(smol)
-eight = list(tokenize_pairs(load_pairs(data).select(range(8)), real_tok, "orca", max_length=768).pairs)
+eight = list(tokenize_pairs(load_pairs(data, columns={"question": "prompt"}).select(range(8)), real_tok, "orca", max_length=768).pairs)
 c, r = torch.cat([torch.stack(response_logprobs(real, [p])) for p in eight], 1)
 nc, nr = (torch.tensor([len(p[s]) for p in eight]) for s in ("chosen_ids", "rejected_ids"))
 pd.DataFrame({"tokens chosen": nc, "tokens rejected": nr, "gamma, sum": c - r, "gamma, mean": c / nc - r / nr}).style.format(precision=2)
@@ -292,18 +313,19 @@ means = drawn.groupby(["sum", "tokens"])["nats"].mean().unstack(0)
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 3.4))
-sns.lineplot(means, ax=ax, markers=True, dashes=False)
-ax.axhline(g.mean(), color="0.6", lw=0.8); ax.text(8, 0.6, "mean gamma of S on these pairs", color="0.4", fontsize=8)
+sns.lineplot(means, ax=ax, markers=True, dashes=False, legend=False)
+for name, line in means.items(): ax.annotate(name, (2048, line[2048]), xytext=(8, 0), textcoords="offset points", va="center")
 ax.set(xscale="log", yscale="log", xlabel="tokens in the response", ylabel="mean |error| of the sum (nats)"); ax.set_xscale("log", base=2)
 sns.despine()
+assert means.loc[512, "bf16"] > 5 and means["fp32"].max() < 1e-3
 
 # %%
 means.loc[[64, 512, 2048]].map("{:.3g}".format)
 
 
 # %% [markdown]
-# What to see: the bf16 sum falls behind once the spacing of its numbers exceeds the terms, and at some hundred tokens it is wrong by more than the $\gamma$ it is
-# needed for. Storing a good sum in bf16 costs up to half a spacing. In fp32 the question disappears: the line lies decades below, and up to 32 tokens
+# What to see: the bf16 sum falls behind once the spacing of its numbers exceeds the terms. At 512 tokens it is wrong by some fifteen nats; at $\beta = 0.1$ that moves an implicit
+# reward by 1.5. Storing a good sum in bf16 costs up to half a spacing. In fp32 the question disappears: the line lies decades below, and up to 32 tokens
 # there is no error at all, so a logarithmic axis cannot show it.
 #
 # ## Why fp32: the batch
@@ -333,7 +355,7 @@ def batch_shape(model, pairs): # the same pairs, alone and together, in two prec
 
 
 # %% [markdown]
-# S is too small to show it. A random Llama of six layers and random responses of 60 to 100 tokens are large enough. The largest difference over eight pairs, in nats:
+# A random Llama of six layers and random responses of 60 to 100 tokens show it. The largest difference over eight pairs, in nats:
 
 # %%
 def random_pair(n, vocab=2000): # n response tokens
@@ -343,7 +365,7 @@ def random_pair(n, vocab=2000): # n response tokens
 config = LlamaConfig(vocab_size=2000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, initializer_range=0.05)
 wide = transformers.LlamaForCausalLM(config).eval()
 shown = batch_shape(wide, [random_pair(n) for n in range(60, 100, 5)])
-assert shown.loc["fp32"].max() < 2e-3 < shown.loc["bf16", "log p: off fp32"]
+assert shown.loc["fp32"].max() < 2e-3 and shown.loc["bf16"].iloc[:2].min() > 10 * shown.loc["fp32"].iloc[:2].max()
 shown.style.format("{:.1g}")
 
 # %% [markdown]
@@ -426,7 +448,7 @@ asked.style.format({"padded - single (nats)": "{:.0e}"}).set_properties(**{"text
 
 # %% [markdown]
 # What to see: every model disagreed with itself before and none does afterwards, and padding costs at most the last digits of fp32, whether positions
-# are learned (GPT-2, OPT), rotated (Llama) or added to the attention (BLOOM). `p` belongs to `nn.Dropout`: rows without it would have been missed by who zeroes only those modules. For an architecture that is not in this table the guard stands
+# are learned (GPT-2, OPT), rotated (Llama) or added to the attention (BLOOM). `p` belongs to `nn.Dropout`: rows without it would have been missed by anyone who zeroes only those modules. For an architecture that is not in this table the guard stands
 # elsewhere: the first loss of a stage is compared with the one that the reference table implies (chapter 06).
 #
 # ## A model, loaded for this
@@ -447,7 +469,7 @@ def _find_model(model):
 
 # %% [markdown]
 # A folder saved in bf16 comes back in bf16 when nobody objects, and weights in bf16 hardly move at learning rate 5e-7 while the loss looks
-# well. So trained weights are fp32, always.
+# fine. So trained weights are fp32, always.
 
 # %%
 #| export
@@ -521,7 +543,6 @@ def pick_precision(precision: str="auto", # auto, bf16, fp16 or fp32
 
 
 # %%
-assert pick_precision("fp32", "cuda") == "fp32" and pick_precision("auto", "cpu") in ("bf16", "fp32")
 with autocast("cpu", "bf16"): logits, logp = S(input_ids=ids).logits, response_logprobs(S, mixed)[0]
 assert logp.dtype == torch.float32
 pd.Series({"weights": S.dtype, "logits under bf16 autocast": logits.dtype, "log-probabilities under bf16 autocast": logp.dtype}, name="dtype").astype(str).to_frame()
@@ -538,7 +559,7 @@ pd.Series({"weights": S.dtype, "logits under bf16 autocast": logits.dtype, "log-
 @dataclass
 class LogprobTable:
     "Log-probabilities of one model for many pairs, and how they were computed."
-    kind: dict         # weights, precision, device, attention, logprobs
+    kind: dict         # weights, config, precision, device, attention, logprobs
     rows: pd.DataFrame # index: pair key; columns chosen, rejected (nats, fp32)
 
     def lookup(self, pairs) -> tuple[Tensor, Tensor]: # (n,), (n,) fp32
@@ -553,19 +574,16 @@ class LogprobTable:
 
 # %% [markdown]
 # Rows are found by the pair's key, a hash of its token ids (chapter 01): another tokenizer, boundary or length limit makes other
-# keys, and a pair without a row is an error. The rest of what must agree is the table's *kind*: which weights, computed how. The size of a batch is
+# keys, and a pair without a row is an error. The rest of what must agree is the table's *kind*: which weights under which config (a window is no weight), computed how. The size of a batch is
 # not part of it, since in fp32 it does not matter; in bf16 one table is as good as another to the tenths of a nat seen above.
 
 # %%
 #| export
 def table_kind(model, precision: str, logprobs) -> dict:
     "What must agree for two tables to be the same."
-    return dict(weights=weights_hash(model), precision=precision, device=model.device.type,
-                attention=getattr(model.config, "_attn_implementation", None), logprobs=logprobs.__name__)
-
-
-# %%
-table_kind(S, "fp32", response_logprobs)
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "dtype", "transformers_version")}
+    return dict(weights=weights_hash(model), config=hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16], precision=precision,
+                device=model.device.type, attention=getattr(logprobs, "attention", getattr(model.config, "_attn_implementation", None)), logprobs=logprobs.__name__)
 
 
 # %% [markdown]
@@ -581,8 +599,8 @@ def write_json(path, data):
     tmp.write_text(json.dumps(data, indent=1) + "\n"); os.replace(tmp, path)
 
 def _write_piece(folder, rows):
-    numbers = [int(p.stem.split("-")[1]) for p in Path(folder).glob("part-*.parquet")]
-    path = Path(folder) / f"part-{max(numbers, default=-1) + 1:05}.parquet"
+    numbers = [int(p.stem.split("-")[1]) for p in Path(folder).glob("logprobs-*.parquet")]
+    path = Path(folder) / f"logprobs-{max(numbers, default=-1) + 1:05}.parquet"
     rows.to_parquet(path.with_suffix(".tmp")); os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -592,7 +610,7 @@ def _no_rows(): return pd.DataFrame({"chosen": [], "rejected": []}, index=pd.Ind
 
 def _read_pieces(folder):
     parts = [_no_rows()]
-    for p in sorted(Path(folder).glob("part-*.parquet")):
+    for p in sorted(Path(folder).glob("logprobs-*.parquet")):
         try: parts.append(pd.read_parquet(p))
         except Exception as e: raise ValueError(f"{p}: cannot be read ({e}); delete this file and run again") from e
     rows = pd.concat(parts)
@@ -619,8 +637,8 @@ def _open_table(folder, kind):
     "The rows of this kind that are already there."
     if folder is None: return _no_rows()
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    for p in folder.glob("*.tmp"): p.unlink()
-    old, pieces = _read_kind(folder), list(folder.glob("part-*.parquet"))
+    for p in folder.glob("logprobs-*.tmp"): p.unlink()
+    old, pieces = _read_kind(folder), list(folder.glob("logprobs-*.parquet"))
     if old != kind:
         differs = ", ".join(f"{k} {old.get(k, 'unknown')} -> {kind.get(k)}" for k in kind | old if old.get(k) != kind.get(k))
         if pieces: print(f"{folder}: table of another kind ({differs}); computed again")
@@ -630,16 +648,38 @@ def _open_table(folder, kind):
 
 
 # %% [markdown]
-# The pass itself. Within a piece long pairs come first: pairs of like length share a batch, so little is padded, and a batch that does not fit
-# into memory fails at once instead of at the end.
+# Pairs are put into batches up to a *budget of tokens*, so that memory is bounded whatever the lengths. A number of pairs would bound nothing. Long pairs come first: pairs of like
+# length share a batch, so little is padded. The function that computes the log-probabilities says how it counts (`tokens`).
 
 # %%
 #| export
-def _score_piece(model, part, precision, logprobs, batch_size, bar):
+def micro_batches(pairs: list,          # tokenised pairs
+                  budget: int,          # tokens in a forward pass; a pair that is longer goes alone
+                  tokens=padded_tokens, # what a list of pairs costs
+                 ) -> list[list]:
+    "Cut pairs into batches that fit a budget, long pairs first."
+    out = []
+    for p in sorted(pairs, key=_longest, reverse=True):
+        if out and tokens(out[-1] + [p]) <= budget: out[-1].append(p)
+        else: out.append([p])
+    return out
+
+
+# %%
+parts = micro_batches(pairs, 400)
+as_they_come = [pairs[i:i+len(parts[0])] for i in range(0, len(pairs), len(parts[0]))]
+assert max(map(padded_tokens, parts)) <= 400 and sorted(p["key"] for b in parts for p in b) == sorted(p["key"] for p in pairs)
+{"batches": len(parts), "cells, by length": sum(map(padded_tokens, parts)), "cells, as they come": sum(map(padded_tokens, as_they_come))}
+
+
+# %% [markdown]
+# The pass itself. A batch that does not fit into memory fails at the beginning of its piece.
+
+# %%
+#| export
+def _score_piece(model, part, precision, logprobs, budget, bar):
     out = {}
-    part = sorted(part, key=lambda p: -len(p["prompt_ids"]) - max(len(p["chosen_ids"]), len(p["rejected_ids"])))
-    for i in range(0, len(part), batch_size):
-        batch = part[i:i+batch_size]
+    for batch in micro_batches(part, budget, getattr(logprobs, "tokens", padded_tokens)):
         with autocast(model.device, precision): both = torch.stack(logprobs(model, batch), 1)
         bad = [p["key"] for p, ok in zip(batch, both.isfinite().all(1).tolist()) if not ok]
         if bad: raise ValueError(f"log-probability of pair {bad[0]} is not finite in {precision}; look at this pair and at the weights")
@@ -656,7 +696,7 @@ def score_pairs(model,            # any causal LM
                 folder=None,      # where the table is kept, in pieces; a killed pass goes on from there
                 precision="fp32", # fp32, bf16, fp16
                 logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected); a named function
-                batch_size=8,     # pairs a forward
+                token_budget=8192, # tokens in a forward pass
                 piece=512,        # pairs a file
                 desc="scoring",
                ) -> LogprobTable: # these pairs, and whatever else the folder holds
@@ -665,14 +705,17 @@ def score_pairs(model,            # any causal LM
     kind = table_kind(model, precision, logprobs)
     done = _open_table(folder, kind)
     keys = pairs["key"] if hasattr(pairs, "column_names") else [p["key"] for p in pairs]
-    todo = sorted({k: i for i, k in enumerate(keys) if k not in done.index}.values())
+    first = {}
+    for i, k in enumerate(keys): first.setdefault(k, i)
+    todo = [i for k, i in first.items() if k not in done.index]
     was_training = model.training; model.eval()
-    with tqdm(total=len(todo), desc=desc, unit="pair", leave=False) as bar:
-        for start in range(0, len(todo), piece):
-            rows = _score_piece(model, [pairs[i] for i in todo[start:start+piece]], precision, logprobs, batch_size, bar)
-            done = pd.concat([done, rows])
-            if folder: _write_piece(folder, rows)
-    model.train(was_training)
+    try:
+        with tqdm(total=len(todo), desc=desc, unit="pair", leave=False) as bar:
+            for start in range(0, len(todo), piece):
+                rows = _score_piece(model, [pairs[i] for i in todo[start:start+piece]], precision, logprobs, token_budget, bar)
+                done = pd.concat([done, rows])
+                if folder: _write_piece(folder, rows)
+    finally: model.train(was_training)
     return LogprobTable(kind, done)
 
 
@@ -707,18 +750,18 @@ def watch(model, stop=float("inf")):
     finally: handle.remove()
 
 some = pairs[:100]
-with contextlib.suppress(KeyboardInterrupt), watch(S, stop=56) as first: score_pairs(S, some, home / "table", piece=16)
-(home / "table" / "part-00003.tmp").write_bytes(b"half a piece")
+with contextlib.suppress(KeyboardInterrupt), watch(S, stop=56) as first: score_pairs(S, some, home / "table", piece=16, token_budget=400)
+(home / "table" / "logprobs-00003.tmp").write_bytes(b"half a piece")
 {"pairs asked": sum(first), "rows on disk": len(read_table(home / "table").rows)}
 
 # %% [markdown]
 # Three whole pieces survive; the half piece is lost. The next call asks for the missing pairs only, and the table is the same, bit for bit, as one from an uninterrupted pass.
 
 # %%
-with watch(S) as second: continued = score_pairs(S, some, home / "table", piece=16)
-with watch(S) as third: score_pairs(S, some + some[:10], home / "table", piece=16)
-assert continued.rows.equals(score_pairs(S, some, piece=16).rows) and not list((home / "table").glob("*.tmp"))
-{"asked the second time": sum(second), "asked the third time, ten pairs twice": sum(third)}
+with watch(S) as second: continued = score_pairs(S, some, home / "table", piece=16, token_budget=400)
+with watch(S) as third: whole = score_pairs(S, some + some[:10], piece=16, token_budget=400)
+assert sum(third) == 100 and continued.rows.equals(whole.rows) and not list((home / "table").glob("*.tmp"))
+{"asked the second time": sum(second), "asked for all of them, ten pairs twice": sum(third)}
 
 # %% [markdown]
 # Rows of two kinds are never mixed. The same folder, now asked for in bf16, is computed again and says why:
@@ -733,6 +776,10 @@ with contextlib.chdir(home), watch(S) as again: half = score_pairs(S, some, "tab
 # %%
 try: half.lookup(pairs[98:103])
 except ValueError as e: print(e)
+else: raise AssertionError("pairs without a row were looked up")
+
+# %%
+#| hide
 tmp.cleanup()
 
 # %% [markdown]

@@ -1,0 +1,182 @@
+"""How fast is chapter 04? `make bench` writes data/results/packing.json, which the chapter and the README show.
+
+Everything is measured side by side: in one process, step by step in turn, the same pairs, model, optimizer and batch of 8 pairs. A step is forward, backward, clipping and
+AdamW. TRL's rows use its own collator, training step and a precomputed reference. All sides first run two steps; the best micro-batch of the padded path and the best row
+of TRL then go on, with packing, to the measured steps, and so does micro-batch 8 of each. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
+
+    python tests/bench_packing.py all                      everything
+    python tests/bench_packing.py time SOURCE PRECISION    one table of times
+    python tests/bench_packing.py memory SIDE SOURCE       peak memory, in GiB, of one step in this process
+"""
+import json, os, platform, resource, subprocess, sys, tempfile, time
+os.environ.setdefault("OMP_WAIT_POLICY", "passive"); os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdpo_nb.logprobs import autocast, load_model, load_tokenizer, micro_batches, pick_precision, response_logprobs, score_pairs
+from sdpo_nb.loss import dpo_loss
+from sdpo_nb.packing import choose_logprobs, packed_logprobs, recompute_alike
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+
+MODEL = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser()
+DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")).resolve() / "preferences"
+RESULTS = Path(__file__).parents[1] / "data/results/packing.json"
+SOURCES = {"hh_harmless": 384, "ultrafeedback_binarized": 256} # longest prompt; rows are cut at 512
+BATCH, STEPS, BETA = 8, 12, 0.1
+
+
+def load(source, steps=STEPS):
+    model, tok = load_model(str(MODEL), "cpu"), load_tokenizer(str(MODEL))
+    pairs = tokenize_pairs(load_pairs(DATA / f"{source}.jsonl.gz").select(range(BATCH * steps + 16)), tok, source, 512, SOURCES[source], chat=True).pairs
+    pairs = [pairs[i] for i in range(BATCH * steps)]
+    assert len(pairs) == BATCH * steps
+    return model, tok, pairs, [pairs[i:i+BATCH] for i in range(0, len(pairs), BATCH)]
+
+
+def optimizer_of(model): return torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+
+
+class Ours:
+    "Packed or padded, micro-batches by a budget of tokens or by a number of pairs."
+    def __init__(self, model, table, precision, logprobs, cut, checkpointing=False):
+        self.model, self.table, self.precision, self.logprobs, self.cut, self.checkpointing = model, table, precision, logprobs, cut, checkpointing
+    def gradients(self, batch):
+        self.model.train()
+        if self.checkpointing: self.model.gradient_checkpointing_enable(dict(use_reentrant=False, context_fn=lambda: recompute_alike(self.model)))
+        else: self.model.gradient_checkpointing_disable()
+        for part in self.cut(batch):
+            with autocast("cpu", self.precision): chosen, rejected = self.logprobs(self.model, part)
+            (dpo_loss(chosen - rejected, self.table.gamma(part), BETA).sum() / len(batch)).backward()
+    def reference(self, batch):
+        self.model.eval()
+        with torch.no_grad(), autocast("cpu", self.precision):
+            for part in self.cut(batch): self.logprobs(self.model, part)
+
+
+class TRL:
+    "DPOTrainer, with a precomputed reference."
+    def __init__(self, trainer, table, size, checkpointing):
+        self.trainer, self.model, self.table, self.size, self.checkpointing = trainer, trainer.model, table, size, checkpointing
+    def inputs(self, batch):
+        for i in range(0, len(batch), self.size):
+            part = batch[i:i+self.size]
+            c, r = self.table.lookup(part)
+            yield self.trainer.data_collator([{k: list(p[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")} | dict(ref_chosen_logps=a.item(), ref_rejected_logps=b.item())
+                                              for p, a, b in zip(part, c, r)])
+    def gradients(self, batch):
+        if self.checkpointing: self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        else: self.model.gradient_checkpointing_disable()
+        self.trainer.current_gradient_accumulation_steps = len(batch) // self.size
+        for inputs in self.inputs(batch): self.trainer.training_step(self.model, inputs, None)
+    def reference(self, batch):
+        for inputs in self.inputs(batch): self.trainer.compute_ref_log_probs(self.model, inputs)
+
+
+def trl_trainer(model, tok, precision):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    args = DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, max_length=512, bf16=precision == "bf16", fp16=False, use_cpu=True, report_to="none", disable_tqdm=True,
+                     per_device_train_batch_size=1, precompute_ref_log_probs=True, save_strategy="no")
+    rows = [dict(prompt=[dict(role="user", content="Hi")], chosen=[dict(role="assistant", content="Hello.")], rejected=[dict(role="assistant", content="No.")])]
+    return DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tok)
+
+
+def by_pairs(size): return lambda batch: micro_batches(batch, size, len)
+def by_tokens(budget, tokens): return lambda batch: micro_batches(batch, budget, tokens)
+
+
+def step(side, optimizer, batch):
+    side.gradients(batch)
+    torch.nn.utils.clip_grad_norm_(side.model.parameters(), 1.0)
+    optimizer.step(); optimizer.zero_grad()
+
+
+def timed(f, *args):
+    start = time.perf_counter(); f(*args)
+    return time.perf_counter() - start
+
+
+def flops(f, *args):
+    with FlopCounterMode(display=False) as counter: f(*args)
+    return counter.get_total_flops() / BATCH
+
+
+def matmul_peak(): # FLOP/s of the best of a few square products
+    a, b = torch.randn(2, 2048, 2048)
+    return max(2 * 2048**3 / timed(torch.mm, a, b) for _ in range(8))
+
+
+def interval(ratios, draws=2000): # of the median, by bootstrap over steps
+    g = np.random.default_rng(0)
+    return [float(np.median(ratios))] + np.quantile([np.median(g.choice(ratios, len(ratios))) for _ in range(draws)], [0.025, 0.975]).tolist()
+
+
+def measure(source, precision):
+    torch.manual_seed(0)
+    model, tok, pairs, batches = load(source)
+    assert choose_logprobs(model, batches[0]) is packed_logprobs
+    table = score_pairs(model, pairs, precision=precision, logprobs=packed_logprobs, token_budget=2048)
+    theirs = trl_trainer(load_model(str(MODEL), "cpu"), tok, precision)
+    optimizers = {id(m): optimizer_of(m) for m in (model, theirs.model)}
+    sides = {"packed": Ours(model, table, precision, packed_logprobs, by_tokens(2048, packed_logprobs.tokens))}
+    sides |= {f"padded, {n}": Ours(model, table, precision, response_logprobs, by_pairs(n)) for n in (1, 2, 4, 8)}
+    sides |= {f"TRL, {n}{', checkpointing' if c else ''}": TRL(theirs, table, n, c) for c in (False, True) for n in (1, 2, 4, 8)}
+    run = lambda name, batch: timed(step, sides[name], optimizers[id(sides[name].model)], batch)
+    first = {name: [run(name, b) for b in batches[:2]] for name in sides}                # two steps of every side
+    screen = {name: sum(t) for name, t in first.items()}
+    print(source, precision, {k: round(v / 2, 1) for k, v in screen.items()}, flush=True)
+    best = lambda start: min((n for n in sides if n.startswith(start)), key=screen.get)
+    chosen = list(dict.fromkeys(["packed", best("padded"), "padded, 8", best("TRL"), "TRL, 8, checkpointing"]))
+    seconds, reference, peak = {n: [] for n in chosen}, {n: [] for n in chosen}, []
+    for batch in batches:
+        peak.append(matmul_peak())
+        for name in chosen: seconds[name].append(run(name, batch))
+        for name in chosen: reference[name].append(timed(sides[name].reference, batch))
+        print(source, precision, {n: round(t[-1], 1) for n, t in seconds.items()}, f"{peak[-1] / 1e9:.0f} GFLOP/s", flush=True)
+    for name in chosen: [s.zero_grad() for s in optimizers.values()]
+    work = {n: np.mean([flops(sides[n].gradients, b) for b in batches[:3]]) for n in chosen}
+    for s in optimizers.values(): s.zero_grad()
+    rows = {n: dict(step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,
+                    slower=interval(np.divide(seconds[n], seconds["packed"])), reference_slower=interval(np.divide(reference[n], reference["packed"])),
+                    of_peak=float(np.median([flops(sides[n].gradients, b) * BATCH / t / p for b, t, p in zip(batches[:3], seconds[n], peak)]))) for n in chosen}
+    return dict(screen={n: t[1] for n, t in first.items()}, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
+                pairs=len(pairs), tokens_per_pair=float(np.mean([packed_logprobs.tokens([p]) for p in pairs])))
+
+
+def memory(side, source):
+    "Peak memory of one step, the first of this process."
+    kind, size, *c = side.split(", ")
+    model, tok, pairs, batches = load(source, 2)
+    precision, table = "fp32", score_pairs(model, pairs, logprobs=packed_logprobs, token_budget=1024)
+    if kind == "TRL": s = TRL(trl_trainer(model, tok, precision), table, int(size), bool(c))
+    else: s = Ours(model, table, precision, {"packed": packed_logprobs, "padded": response_logprobs}[kind], by_pairs(int(size)), bool(c))
+    longest = sorted(pairs, key=lambda p: -packed_logprobs.tokens([p]))[:BATCH]
+    step(s, optimizer_of(model), longest)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def all_of_it():
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    def keep(**kw): found.update(kw); RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    keep(command="make bench", seed=0, cpu=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), model=MODEL.name, python=platform.python_version(),
+         versions={p: version(p) for p in ("torch", "transformers", "trl", "accelerate")})
+    precisions = dict.fromkeys(["fp32", pick_precision("auto", "cpu")])
+    for source in SOURCES:
+        for p in precisions:
+            out = subprocess.run([sys.executable, __file__, "time", source, p], check=True, stdout=subprocess.PIPE, text=True).stdout
+            keep(**{f"{source} {p}": json.loads(out.splitlines()[-1])})
+    sides = [f"{kind}, {n}{c}" for n in (2, 8) for kind, c in (("packed", ""), ("padded", ""), ("TRL", ""), ("packed", ", checkpointing"), ("TRL", ", checkpointing"))]
+    peak = {s: float(subprocess.run([sys.executable, __file__, "memory", s, "hh_harmless"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]) for s in sides}
+    keep(memory_gib=peak)
+
+
+if __name__ == "__main__":
+    verb, *rest = sys.argv[1:] or ["all"]
+    if verb == "all": all_of_it()
+    elif verb == "time": print(json.dumps(measure(*rest)))
+    elif verb == "memory": print(memory(*rest))
+    else: sys.exit(__doc__)
