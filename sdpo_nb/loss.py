@@ -42,14 +42,20 @@ def reward(logp: Tensor,     # (n,) log pi_theta(y|x), nats
     return beta * (logp - logp_ref)
 
 # %% ../nbs/03_loss.ipynb #9d324b4d
+def _gain(gamma_theta, gamma_ref):
+    "gamma_theta - gamma_ref, pair by pair; unequal shapes would broadcast to every pair against every other."
+    if isinstance(gamma_ref, Tensor) and gamma_ref.shape != gamma_theta.shape:
+        raise ValueError(f"gamma_theta has shape {tuple(gamma_theta.shape)}, gamma_ref {tuple(gamma_ref.shape)}; they must be equal, one number per pair")
+    return gamma_theta - gamma_ref
+
 def dpo_loss(gamma_theta: Tensor, # (n,) log-ratio of the policy, nats
              gamma_ref: Tensor,   # (n,) log-ratio of the reference, nats
              beta: float,         # strength of the pull to the reference, > 0, per nat
-             label_smoothing: float=0., # probability that a label is flipped, in [0, 0.5)
+             label_smoothing: float=0., # assumed share of flipped labels, in [0, 0.5): target 1 - label_smoothing
             ) -> Tensor:          # (n,) loss of each pair
-    "-log sigmoid(beta (gamma_theta - gamma_ref)): Eq. 1 of the sDPO paper, Eq. 7 of the DPO paper, per pair."
-    delta = beta * (gamma_theta - gamma_ref)
-    return (1 - label_smoothing) * F.softplus(-delta) + label_smoothing * F.softplus(delta)
+    "-log sigmoid(beta (gamma_theta - gamma_ref)): Eq. 1 of the sDPO paper, Eq. 7 of the DPO paper, per pair. Raises ValueError for unequal shapes."
+    z = beta * _gain(gamma_theta, gamma_ref)
+    return (1 - label_smoothing) * F.softplus(-z) + label_smoothing * F.softplus(z)
 
 # %% ../nbs/03_loss.ipynb #28b0194f
 def population_loss(log_pi: Tensor,  # (m, n) all responses of m prompts under the policy, nats
@@ -66,9 +72,9 @@ def population_loss(log_pi: Tensor,  # (m, n) all responses of m prompts under t
 def reward_accuracy(gamma_theta: Tensor,  # (n,) log-ratio of the policy, nats
                     gamma_ref: Tensor|float=0., # (n,) of the reference; 0 reads the policy reference-free
                    ) -> Tensor:           # (n,) 1 right, 0 wrong, 0.5 tie; the mean is the reward accuracy
-    "Does the implicit reward rank the chosen response first? Ties count one half."
-    delta = gamma_theta - gamma_ref
-    return (delta > 0).float() + 0.5 * (delta == 0).float()
+    "Does the implicit reward rank the chosen response first? Ties count one half, NaN stays NaN."
+    delta = _gain(gamma_theta, gamma_ref)
+    return (0.5 + 0.5 * delta.sign()).float().where(~delta.isnan(), math.nan)
 
 # %% ../nbs/03_loss.ipynb #333b170b
 def certificate(loss: float,           # mean plain sigmoid DPO loss of M_t over a set of pairs
