@@ -24,7 +24,8 @@ def wilson(p: float, # a share in [0, 1]; ties may have counted one half
            n: int,   # of how many, at least 1
            z: float=1.96, # normal quantile; 1.96 gives 95 %
           ) -> tuple[float, float]: # lower and upper end
-    "Wilson's score interval of a share. Source: equation (3)."
+    "Wilson's score interval of a share of independent pairs. Source: equation (3). Raises ValueError where there is no share."
+    if not (n > 0 and 0 <= p <= 1): raise ValueError(f"wilson: p = {p}, n = {n}; it takes a share in [0, 1] of at least one pair")
     mid, half = p + z*z / (2*n), z * math.sqrt(p * (1 - p) / n + z*z / (4*n*n))
     return max(0., (mid - half) / (1 + z*z/n)), min(1., (mid + half) / (1 + z*z/n))
 
@@ -75,7 +76,7 @@ def _pair_order(pairs, table, reference, order): # row numbers of a single sourc
 @dataclass
 class Partition:
     "Which pairs each stage trains on."
-    measures: pd.DataFrame # one source a row, in the order of training
+    measures: pd.DataFrame # one source a row, in the order of training; easy to hard where that is random
     chunks: list           # T lists of row numbers of `pairs`
     names: list            # T names
     pairs: Dataset         # all pairs of all sources, in the order given
@@ -96,7 +97,7 @@ def partition(sources: list,        # `Source`s in the order given
     if order not in ORDERS: raise ValueError(f"order: {order!r} is none of {', '.join(ORDERS)}")
     if not sources: raise ValueError("sources: at least one is needed")
     pairs, T = concatenate_datasets([s.pairs for s in sources]), len(sources) if chunks is None else chunks
-    if not isinstance(T, int) or not 1 <= T <= len(pairs): raise ValueError(f"chunks: {len(pairs)} pairs cannot be cut into {T!r} chunks; give a whole number from 1 to {len(pairs)}")
+    if not isinstance(T, int) or not 1 <= T <= len(pairs): raise ValueError(f"chunks: {T!r} is not a whole number from 1 to {len(pairs)}, the number of pairs")
     measures = pd.DataFrame([measure_source(s, table, reference) for s in sources])
     ranks = _source_order(measures["accuracy"].tolist(), "easy_to_hard" if order == "random" else order)
     rows, names = _ordered_rows(sources, ranks, pairs, table, reference, order, T), [sources[i].name for i in ranks]

@@ -27,6 +27,11 @@ def world(**gammas):
 def test_wilson_known_values(p, n, want): assert wilson(p, n) == pytest.approx(want, abs=1e-4)
 
 
+@pytest.mark.parametrize("p, n", [(0.5, 0), (math.nan, 5), (1.5, 5), (-0.1, 5)])
+def test_no_share_no_interval(p, n):
+    with pytest.raises(ValueError, match=f"p = {p}, n = {n}"): wilson(p, n)
+
+
 def test_equal_accuracy_keeps_the_given_order_both_ways():
     sources, table = world(a=[1, -1], b=[1, 1], c=[2, -2], d=[-1, -1])
     assert partition(sources, table).names == ["b", "a", "c", "d"]
@@ -57,6 +62,12 @@ def test_every_pair_is_in_one_chunk(order, T):
     sizes = [len(c) for c in p.chunks]
     assert sorted(sum(p.chunks, [])) == list(range(20)) and len(p.names) == len(p.chunks) == (T or 3) and min(sizes) > 0
     assert T in (None, 3) or max(sizes) - min(sizes) <= 1
+
+
+def test_measures_stand_in_the_order_of_training_and_easy_to_hard_for_random():
+    sources, table = world(b=[1, -1], a=[1, 1], c=[-1, -1])
+    for order, want in dict(easy_to_hard="abc", hard_to_easy="cba", as_given="bac", random="abc").items():
+        assert "".join(partition(sources, table, order).measures["source"]) == want
 
 
 def test_other_T_cuts_the_ordered_rows():

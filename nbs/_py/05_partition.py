@@ -4,7 +4,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/05_partition.ipynb)
 #
-# **You should know** what $\gamma$ is ([chapter 02](02_logprobs.ipynb)) and what an implicit reward is ([chapter 03](03_loss.ipynb)). **Time** under a minute on two CPU cores.
+# **You should know** what $\gamma$ is ([chapter 02](02_logprobs.ipynb)) and what an implicit reward is ([chapter 03](03_loss.ipynb)).
+# **Time** under a minute on two CPU cores.
 #
 # Stepwise DPO does not use its data all at once. It trains on one chunk, makes the result the new reference, and goes on to the next. So the data
 # need an order. The paper's is *easy to hard*, where easy is what the base model already gets right. This chapter measures that, with its uncertainty
@@ -69,8 +70,8 @@ table.rows.head(3).round(3)
 
 
 # %% [markdown]
-# Five pairs of `riddle`, judged by (2), and by (1) with the reference that stage 1 has. Ties count one half, so the second verdict would give every source in the
-# world the accuracy 0.5.
+# Five pairs of `riddle`, judged by (2), and by (1) with the reference that stage 1 has. Ties count one half, so the second verdict would give every source in
+# the world the accuracy 0.5.
 
 # %%
 def text(ids): return tok.decode([i for i in ids if i not in tok.all_special_ids])
@@ -87,7 +88,8 @@ shown
 # Is S wrong, or is the label? Here one can ask: the world knows the true reward.
 
 # %%
-shown.assign(**{f"reward of {s}": [round(true_reward(p, y), 2) for p, y in zip(shown["prompt"], shown[s])] for s in ("chosen", "rejected")})[["prompt", "by_2", "reward of chosen", "reward of rejected"]]
+rewards = {f"reward of {s}": [round(true_reward(p, y), 2) for p, y in zip(shown["prompt"], shown[s])] for s in ("chosen", "rejected")}
+shown[["prompt", "by_2"]].assign(**rewards)
 
 
 # %% [markdown]
@@ -100,7 +102,8 @@ shown.assign(**{f"reward of {s}": [round(true_reward(p, y), 2) for p, y in zip(s
 #
 # $$\frac{p + z^2/2n \;\pm\; z\sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}. \tag{3}$$
 #
-# Unlike the textbook's $p \pm z\sqrt{p(1-p)/n}$ it stays inside [0, 1] and does not shrink to a point when all pairs are right.
+# Unlike the textbook's $p \pm z\sqrt{p(1-p)/n}$ it stays inside [0, 1] and does not shrink to a point when all pairs are right. Both take the pairs for
+# independent. Several pairs of one prompt are not, and then either tends to be too narrow.
 
 # %%
 #| export
@@ -108,34 +111,31 @@ def wilson(p: float, # a share in [0, 1]; ties may have counted one half
            n: int,   # of how many, at least 1
            z: float=1.96, # normal quantile; 1.96 gives 95 %
           ) -> tuple[float, float]: # lower and upper end
-    "Wilson's score interval of a share. Source: equation (3)."
+    "Wilson's score interval of a share of independent pairs. Source: equation (3). Raises ValueError where there is no share."
+    if not (n > 0 and 0 <= p <= 1): raise ValueError(f"wilson: p = {p}, n = {n}; it takes a share in [0, 1] of at least one pair")
     mid, half = p + z*z / (2*n), z * math.sqrt(p * (1 - p) / n + z*z / (4*n*n))
     return max(0., (mid - half) / (1 + z*z/n)), min(1., (mid + half) / (1 + z*z/n))
-
-
-# %%
-def textbook(p, n): return p - 1.96 * math.sqrt(p * (1 - p) / n), p + 1.96 * math.sqrt(p * (1 - p) / n)
-
-assert wilson(0, 10)[0] == 0 and wilson(1, 10)[1] == 1
-pd.DataFrame({f"{right} of 10 right": [str(tuple(round(float(x), 2) for x in f(right / 10, 10))) for f in (wilson, textbook)] for right in (0, 5, 9, 10)}, index=["(3)", "textbook"])
 
 
 # %% [markdown]
 # 95 % is a promise: of many simulated sources with true accuracy $p$, so many intervals must contain $p$. In the last row two pairs of five are ties.
 
 # %%
+def textbook(p, n): return p - 1.96 * math.sqrt(p * (1 - p) / n), p + 1.96 * math.sqrt(p * (1 - p) / n)
+
 def coverage(interval, p, n, ties=0.): # share of 5000 simulated sources whose interval holds p
     counts = np.random.default_rng(0).multinomial(n, [p - ties / 2, ties, 1 - p - ties / 2], 5000)
     return np.mean([low <= p <= high for right, tie, _ in counts for low, high in [interval((right + tie / 2) / n, n)]])
 
 cases = {"p 0.70, n 500": (0.7, 500), "p 0.95, n 40": (0.95, 40), "p 0.99, n 40": (0.99, 40), "p 0.70, n 500, ties 0.4": (0.7, 500, 0.4)}
 covered = pd.DataFrame({name: {"(3)": coverage(wilson, *c), "textbook": coverage(textbook, *c)} for name, c in cases.items()}).T
+assert wilson(1, 10)[0] < wilson(1, 10)[1] == 1 and textbook(1, 10) == (1, 1) and textbook(0.9, 10)[1] > 1   # (3)
 assert covered["(3)"].min() > 0.92 and covered.loc["p 0.99, n 40", "textbook"] < 0.5
 covered.round(3)
 
 
 # %% [markdown]
-# A tie is worth one half and varies less than a coin, so with ties the interval is wider than it need be: wrong on the safe side.
+# A tie is worth one half and varies less than a coin, so with ties the interval is wider than it need be: it errs on the safe side.
 #
 # ## One source, measured
 #
@@ -156,8 +156,8 @@ def _nats(table: LogprobTable|None, pairs: Dataset) -> tuple: # (n,), (n,) fp64;
 
 
 # %% [markdown]
-# Beside the accuracy stands what a careful reader asks next: how many ties, the same per token, in how many pairs the two disagree (*decided by length*), how many responses were cut, and
-# the mean of $\gamma$.
+# Beside the accuracy stands what a careful reader asks next: how many ties, the same per token, in how many pairs the two disagree (*decided by length*), how
+# many pairs had a response cut, and the mean of $\gamma$.
 
 # %%
 #| export
@@ -201,56 +201,80 @@ ax.set(xlim=(0, 1), xlabel="reward accuracy under S, equation (2) (share of pair
 #
 # $$\gamma = c\,(|y_l| - |y_w|), \tag{4}$$
 #
-# and it "prefers" the shorter response of every pair. So here are two sources with the same texts; in `terse` the chosen response is the shorter one, in `wordy` the
-# longer.
+# and it "prefers" the shorter response of every pair. So here are two sources with the same texts, a short and a long answer to some other prompt: each as wrong
+# as the other. In `terse` the short one is chosen, in `wordy` the long one.
 
 # %%
 def knows_nothing(pairs, c=4.): # (4): the table of a model to which all tokens are alike
     return LogprobTable({}, pd.DataFrame({s: [-c * len(y) for y in pairs[f"{s}_ids"]] for s in ("chosen", "rejected")}, index=pairs["key"], dtype="float32"))
 
-def made_source(name, sides): # (chosen, rejected) of a right answer
-    return tokenize_pairs(load_pairs([dict(prompt=p, chosen=c, rejected=r) for p in world.validation[:40] for c, r in [sides(answer(p))]]), tok, name, chat=True)
+short, long = ([answer(p) for p in world.validation if len(answer(p)) in n] for n in ((3, 4), (5, 6)))
+rng = random.Random(0)
+wrong = [(p, rng.choice(short), rng.choice(long)) for p in world.validation]
+wrong = [row for row in wrong if answer(row[0]) not in row]
 
-made = [made_source("terse", lambda y: (y, y + "a")), made_source("wordy", lambda y: (y + "a", y))]
+def made_source(name, chosen, rejected): # columns of `wrong`
+    return tokenize_pairs(load_pairs([dict(prompt=row[0], chosen=row[chosen], rejected=row[rejected]) for row in wrong]), tok, name, chat=True)
+
+made = [made_source("terse", 1, 2), made_source("wordy", 2, 1)]
+
+# %%
 blind = pd.DataFrame([measure_source(s, knows_nothing(s.pairs)) for s in made]).set_index("source")
+assert abs(np.mean([true_reward(p, y) - true_reward(p, longer) for p, y, longer in wrong])) < 0.02   # each as wrong as the other
 assert blind["accuracy"].tolist() == [1, 0] and blind["accuracy_per_token"].tolist() == [0.5, 0.5]
 blind[["n", "accuracy", "ties", "accuracy_per_token", "decided_by_length", "mean_gamma"]]
-
 
 # %% [markdown]
 # A perfectly easy and a perfectly hard source, by a model that knows nothing. Two columns warn: the accuracy per token is chance, and *all* pairs are decided by length.
 # The value per token is no better judge, only another one; where the two part, an order may rest on style rather than on difficulty.
 #
-# In the tiny world right and wrong answers are equally long, hence the zeros above; real responses are not ([chapter 02](02_logprobs.ipynb) has eight that are not).
-#
+# In the sources of the tiny world both responses are nearly always equally long, hence the zeros above; real ones are not ([chapter 02](02_logprobs.ipynb) has
+# eight). The exceptions:
+
+# %%
+unequal = {s.name: sum(len(w) != len(l) for w, l in zip(s.pairs["chosen_ids"], s.pairs["rejected_ids"])) for s in sources}
+assert sum(unequal.values()) < 0.02 * len(everything)
+unequal
+
+
+# %% [markdown]
 # ## What easy means here
 #
 # The world's sources were built with one difference, the share of prompts on which S was taught mostly the wrong rule. Easy-to-hard should find it without being told.
 
 # %%
-def kinds(source): return np.array([misled(text(ids)) for ids in source.pairs["prompt_ids"]])
+def share(flags): return dict(n=len(flags), share=float(np.mean(flags))) | dict(zip(("low", "high"), wilson(float(np.mean(flags)), len(flags))))
 
-by_kind = pd.DataFrame({s.name: {k: reward_accuracy(table.gamma(s.pairs))[kinds(s) == k].mean().item() for k in (True, False)} for s in sources}).T
-by_kind.columns = ["accuracy, misled prompts", "accuracy, others"]
-easy_first = measured.join(by_kind).assign(share_misled=SOURCES).sort_values("accuracy", ascending=False)
+rows = []
+for s in sources:
+    right, kind = reward_accuracy(table.gamma(s.pairs)).numpy(), np.array([misled(text(ids)) for ids in s.pairs["prompt_ids"]])
+    rows += [dict(source=s.name, prompts=which) | share(right[k]) for which, k in {"all": kind | ~kind, "misled": kind, "others": ~kind}.items()]
+by_kind = pd.DataFrame(rows).set_index(["prompts", "source"])
+easy_first = by_kind.loc["all"].assign(share_misled=SOURCES).sort_values("share", ascending=False)
 assert easy_first["share_misled"].is_monotonic_increasing
-easy_first[["share_misled", "accuracy", *by_kind]].round(2)
+assert all(by_kind.loc[k, "low"].max() < by_kind.loc[k, "high"].min() for k in ("misled", "others"))
+said = by_kind.apply(lambda r: f"{r['share']:.2f} [{r['low']:.2f}, {r['high']:.2f}] of {r['n']:.0f}", axis=1).unstack("prompts")
+easy_first[["share_misled"]].join(said)
 
 
 # %% [markdown]
-# Within one kind of prompt the sources hardly differ (`primer` has few misled prompts, so its first number is a rough one); what differs is the mixture. The other explanation,
-# that hard sources have worse labels, can be ruled out too, because the true reward says which labels contradict it.
+# Accuracy, 95 % interval and pairs. Among the others the sources do not differ; among the misled, `primer` stands out by what 79 pairs can barely tell. What differs
+# is the mixture. The other explanation, that hard sources have worse labels, can be looked at too, because the true reward says which labels contradict it.
 
 # %%
 def flips(pairs): # does the label contradict the true reward?
-    return np.array([true_reward(x, y_w) < true_reward(x, y_l) for p in pairs for x, y_w, y_l in [[text(p[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")]]])
+    texts = [[text(p[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")] for p in pairs]
+    return np.array([true_reward(x, y_w) < true_reward(x, y_l) for x, y_w, y_l in texts])
 
-flipped = pd.DataFrame([(s.name, f.mean(), *wilson(f.mean(), len(f))) for s in sources for f in [flips(s.pairs)]], columns=["source", "share flipped", "low", "high"])
+def share_flipped(named): # {name: pairs}
+    return pd.DataFrame([dict(name=n) | share(flips(pairs)) for n, pairs in named.items()]).set_index("name").rename(columns={"share": "share flipped"})
+
+flipped = share_flipped({s.name: s.pairs for s in sources})
 assert flipped["low"].max() < flipped["high"].min()
-flipped.set_index("source").loc[easy_first.index].round(3)
+flipped.loc[easy_first.index].round(3)
 
 # %% [markdown]
-# About the same everywhere. With real data nobody can tell these two apart: a low reward accuracy is *hard for S* or *wrongly labelled*, and easy-to-hard puts
+# All three intervals overlap. With real data nobody can tell these two apart: a low reward accuracy is *hard for S* or *wrongly labelled*, and easy-to-hard puts
 # both last.
 #
 # ## From numbers to an order
@@ -295,7 +319,7 @@ def _pair_order(pairs, table, reference, order): # row numbers of a single sourc
 @dataclass
 class Partition:
     "Which pairs each stage trains on."
-    measures: pd.DataFrame # one source a row, in the order of training
+    measures: pd.DataFrame # one source a row, in the order of training; easy to hard where that is random
     chunks: list           # T lists of row numbers of `pairs`
     names: list            # T names
     pairs: Dataset         # all pairs of all sources, in the order given
@@ -306,8 +330,8 @@ class Partition:
 
 
 # %% [markdown]
-# One source is one chunk, unless another number of chunks is asked for: then the ordered rows are cut into T equal parts. `random` shuffles all pairs but keeps the
-# chunk *sizes* of the ordered run, or a comparison would mix two changes.
+# One source is one chunk, unless another number of chunks is asked for: then the ordered rows are cut into T equal parts. `random` shuffles all pairs but keeps
+# the chunk *sizes* of the ordered run, or a comparison would mix two changes.
 
 # %%
 #| export
@@ -322,7 +346,7 @@ def partition(sources: list,        # `Source`s in the order given
     if order not in ORDERS: raise ValueError(f"order: {order!r} is none of {', '.join(ORDERS)}")
     if not sources: raise ValueError("sources: at least one is needed")
     pairs, T = concatenate_datasets([s.pairs for s in sources]), len(sources) if chunks is None else chunks
-    if not isinstance(T, int) or not 1 <= T <= len(pairs): raise ValueError(f"chunks: {len(pairs)} pairs cannot be cut into {T!r} chunks; give a whole number from 1 to {len(pairs)}")
+    if not isinstance(T, int) or not 1 <= T <= len(pairs): raise ValueError(f"chunks: {T!r} is not a whole number from 1 to {len(pairs)}, the number of pairs")
     measures = pd.DataFrame([measure_source(s, table, reference) for s in sources])
     ranks = _source_order(measures["accuracy"].tolist(), "easy_to_hard" if order == "random" else order)
     rows, names = _ordered_rows(sources, ranks, pairs, table, reference, order, T), [sources[i].name for i in ranks]
@@ -352,16 +376,6 @@ assert list(map(len, plans["random"].chunks)) == list(map(len, plans["easy_to_ha
 pd.DataFrame({o: [f"{n} ({len(c)})" for n, c in zip(p.names, p.chunks)] for o, p in plans.items()}, index=[f"stage {t}" for t in (1, 2, 3)]).T
 
 # %% [markdown]
-# What is in a random chunk? Pairs of all sources, in the proportions of the whole:
-
-# %%
-sizes = np.array([len(s) for s in sources])
-origin = np.repeat([s.name for s in sources], sizes)
-mixed = pd.DataFrame([pd.Series(origin[c]).value_counts(normalize=True) for c in plans["random"].chunks], index=plans["random"].names)
-assert (mixed - sizes.mean() / sizes.sum()).abs().max().max() < 0.1
-mixed.round(2)
-
-# %% [markdown]
 # ## One source, pair by pair
 #
 # Many people have one preference set. `chunks=3` sorts its pairs by $\gamma$ under S and cuts thirds: what S is surest of comes first.
@@ -379,25 +393,28 @@ ax.set(xlabel=r"$\gamma$ under S (nats)", ylabel="pairs of digest"); sns.despine
 # wrong labels. Are they?
 
 # %%
-parts = pd.DataFrame([(n, len(c), table.gamma(alone.chunk(t)).mean().item(), flips(alone.chunk(t)).mean()) for t, (n, c) in enumerate(zip(alone.names, alone.chunks))],
-                     columns=["part", "pairs", "mean gamma (nats)", "share flipped"]).set_index("part")
-assert parts["mean gamma (nats)"].is_monotonic_decreasing and parts["share flipped"].is_monotonic_increasing
+gammas = [table.gamma(alone.chunk(t)) for t in range(3)]
+assert (gammas[2] < 0).all() and gammas[1].min() < 0 < gammas[1].max() and (gammas[0] > 0).all()
+parts = share_flipped({n: alone.chunk(t) for t, n in enumerate(alone.names)})
+(low1, low2, low3), (high1, high2, high3) = parts["low"], parts["high"]
+assert high1 < low3 and low2 < high1 and low3 < high2
 parts.round(3)
 
-
 # %% [markdown]
-# More often than elsewhere: four times as often as in `part 1`. Within one source, then, the pairs that look hardest are the likeliest to be mislabelled, though six of seven
-# are not; between the sources above it was not so. Example-level and dataset-level orders ask different questions.
+# More often than in `part 1`, whose interval ends below that of `part 3`; the interval of `part 2` overlaps both. Within this source, then, the pairs that look
+# hardest are the likeliest to be mislabelled, though six of seven are not; between the sources above no such thing was seen. Example-level and dataset-level
+# orders ask different questions.
 #
 # ## Other numbers of chunks
 #
 # The ordered rows are cut into T parts wherever the cuts fall, also across two sources.
 
 # %%
+origin = np.repeat([s.name for s in sources], [len(s) for s in sources])
 def contents(chunk): return " + ".join(f"{n} {name}" for name, n in pd.Series(origin[chunk]).value_counts(sort=False).items())
 
-cuts = {f"T = {T}": [contents(c) for c in partition(sources, table, chunks=T).chunks] for T in (1, 2, 3, 4)}
-pd.DataFrame.from_dict(cuts, orient="index", columns=[f"stage {t}" for t in range(1, 5)]).fillna("")
+cuts = {f"T = {T}": [contents(c) for c in partition(sources, table, chunks=T).chunks] + [""] * (4 - T) for T in (1, 2, 3, 4)}
+pd.DataFrame.from_dict(cuts, orient="index", columns=[f"stage {t}" for t in range(1, 5)])
 
 # %% [markdown]
 # Whatever the order, the number and the sources: every pair is in exactly one chunk, and no chunk is empty.
@@ -415,26 +432,34 @@ checked
 # %% [markdown]
 # ## Another reference
 #
-# Now (1) with a reference that is not S. A natural one is the model *before* supervised fine-tuning: the accuracy then asks what fine-tuning taught. The world has no such
-# model, so one that has read 2000 demonstrations stands in. The model that knows nothing is the other extreme.
+# Now (1) with a reference that is not S. A natural one is the model *before* supervised fine-tuning: the accuracy then asks what fine-tuning taught. The world has
+# no such model, so one that has read 2000 demonstrations stands in.
 
 # %%
 rng = random.Random(0)
 early = sft(make_model(tok), tok, [(p, demonstration(p, rng)) for p in make_prompts(2000, "sft", rng)], epochs=1)
-references = {"none: (2)": None, "an early model": score_pairs(early, everything), "knows nothing": knows_nothing(everything), "S itself": table}
-readings = {name: partition(sources, table, reference=r) for name, r in references.items()}
-assert all(p.names == list(SOURCES) for name, p in readings.items() if name != "S itself")
-pd.DataFrame({name: p.measures.set_index("source")["accuracy"] for name, p in readings.items()}).loc[list(SOURCES)].T.assign(order=[" > ".join(p.names) for p in readings.values()]).rename_axis("reference").round(3)
+readings = {"none: (2)": partition(sources, table), "an early model": partition(sources, table, reference=score_pairs(early, everything))}
+assert all(p.names == list(SOURCES) for p in readings.values())
+accuracies = pd.DataFrame({name: p.measures.set_index("source")["accuracy"] for name, p in readings.items()}).T
+accuracies.rename_axis("reference").round(3)
 
 # %% [markdown]
-# Here all readings agree but the last, in which all pairs tie and the given order stays. They need not: against a model that knows nothing, (1) is
-# $\gamma + c\,(|y_w| - |y_l|) > 0$, that is, (2) with length taken out. On `terse` and `wordy` it makes all the difference:
+# Here the two readings agree on the order. They need not. Against a model that knows nothing, (1) is $\gamma + c\,(|y_w| - |y_l|) > 0$, that is, (2) with length
+# priced at $c$ nats a token. So ask S about `terse` and `wordy`, at several prices; one of them is what S itself pays per token there.
 
 # %%
-corrected = pd.DataFrame([measure_source(s, t, t) | dict(reference_free=measure_source(s, t)["accuracy"]) for s in made for t in [knows_nothing(s.pairs)]]).set_index("source")
-assert corrected["accuracy"].tolist() == [0.5, 0.5]
-corrected[["reference_free", "accuracy", "ties"]]
+asked_S = {s.name: score_pairs(S, s.pairs) for s in made}
+own = -asked_S["terse"].rows.to_numpy().sum() / sum(len(y) for k in ("chosen_ids", "rejected_ids") for y in made[0].pairs[k])
+priced = pd.DataFrame([dict(source=s.name, c=round(c, 1)) | measure_source(s, asked_S[s.name], knows_nothing(s.pairs, c)) for s in made for c in (0., 2., own, 8.)])
+accuracy = priced.pivot(index="source", columns="c", values="accuracy")
+assert priced.loc[priced["c"] == round(own, 1), "low"].max() < 0.5 < priced.loc[priced["c"] == round(own, 1), "high"].min()
+assert accuracy.loc["terse", 0] > 0.8 > 0.5 > accuracy.loc["terse", 8]
+accuracy.rename_axis(columns="c (nats)").round(2)
 
+
+# %% [markdown]
+# With length free ($c = 0$, which is (2)) S finds one of two equally wrong sources easy and the other hard. At its own price both are a coin, and at a higher one
+# the order turns round. No $c$ is the right one; that the accuracy hangs on it is the finding.
 
 # %% [markdown]
 # ## The pass is kept
