@@ -1,11 +1,16 @@
 """One stage: every precision, from every kind of folder, interrupted anywhere."""
+import math
+from dataclasses import asdict
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.trainer import TrainConfig, learning_rate, train_stage
+from sdpo_nb.trainer import TrainConfig, all_batches, check_first_loss, learning_rate, train_stage
 from sdpo_nb.world import load_world
 
 
@@ -117,3 +122,104 @@ def test_a_table_of_another_model_under_this_name_is_refused(pairs, tmp_path):
 def test_one_pair(pairs, tmp_path):
     *_, m = stage(tmp_path, pairs.select([0]))
     assert len(m) == 1 and m["pairs"][0] == 1
+
+
+def test_an_empty_chunk_is_refused(pairs, tmp_path):
+    with pytest.raises(ValueError, match="pairs"): stage(tmp_path, pairs.select([]))
+
+
+# ---- settings
+
+@pytest.mark.parametrize("given, plain", [(dict(batch_size=4.0), 4), (dict(seed=0.0), 0), (dict(epochs=np.int64(2)), 2), (dict(lr=np.float64(1e-5)), 1e-5), (dict(beta=1), 1.0)])
+def test_numbers_become_the_type_of_their_field(given, plain):
+    config, (name,) = TrainConfig(**given), given
+    assert getattr(config, name) == plain and type(getattr(config, name)) is type(plain)
+    assert yaml.safe_load(yaml.safe_dump(asdict(config))) == asdict(config) and all_batches(9, config, 1) == all_batches(9, TrainConfig(**{name: plain}), 1)
+
+
+@pytest.mark.parametrize("given", [dict(batch_size=True), dict(batch_size=np.float64(2.5)), dict(lr=float("nan")), dict(beta="1"), dict(shuffle=1), dict(seed=float("inf"))])
+def test_what_does_not_fit_is_refused(given):
+    with pytest.raises(ValueError, match=f"^{next(iter(given))}: must be"): TrainConfig(**given)
+
+
+# ---- the first loss
+
+@pytest.mark.parametrize("precision, n, off, fine", [("bf16", 1, 0.19, True), ("bf16", 1, 0.21, False), ("bf16", 4, 0.09, True), ("bf16", 64, 0.049, True), ("bf16", 64, 0.051, False), ("fp32", 1, 0.01, False)])
+def test_how_near_the_first_loss_must_be(precision, n, off, fine):
+    "`off` in units of beta."
+    zero, config = torch.zeros(n), TrainConfig(beta=0.1)
+    def check(): return check_first_loss(math.log(2) + off * config.beta, zero, zero, config, precision)
+    if fine: check()
+    else:
+        with pytest.raises(ValueError, match="first loss"): check()
+
+
+# ---- gradients that are not finite
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_reaches_no_weight(pairs, tmp_path, precision):
+    model = load_model(load_world().base, "cpu")
+    with pytest.raises(ValueError, match="not finite.*no weight was changed"): stage(tmp_path, pairs, model=model, precision=precision, logprobs=overflows_at(3, 4))
+    assert all(p.isfinite().all() for p in model.parameters()) and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_skipping_for_ever_is_an_error(pairs, tmp_path):
+    with pytest.raises(ValueError, match="20 steps in a row"): stage(tmp_path, pairs.select(range(25)), precision="fp16", batch_size=1, logprobs=overflows_at(*range(1, 99)))
+
+
+def test_gradients_left_by_a_refused_call_are_not_added(pairs, tmp_path):
+    model = load_model(load_world().base, "cpu")
+    table = score_pairs(model, pairs)
+    with pytest.raises(ValueError, match="first loss"): stage(tmp_path / "a", pairs, model=model, table=LogprobTable(table.kind, table.rows + [5.0, -5.0]))
+    assert weights_hash(stage(tmp_path / "b", pairs, model=model)[0]) == weights_hash(stage(tmp_path / "c", pairs)[0])
+
+
+def test_accumulation_steps_of_the_environment_do_not_divide(pairs, tmp_path, monkeypatch):
+    want = stage(tmp_path / "a", pairs.select(range(8)))[2]["grad_norm"][0]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert stage(tmp_path / "b", pairs.select(range(8)))[2]["grad_norm"][0] == want
+
+
+# ---- a folder belongs to one stage
+
+@pytest.mark.parametrize("named, other", [("lr = 0.0001, not 0.0002", dict(lr=2e-4)), ("beta", dict(beta=0.4)), ("precision = fp32, not bf16", dict(precision="bf16")), ("pairs", dict(n=15))])
+def test_a_folder_of_another_stage_is_refused(pairs, tmp_path, named, other):
+    stage(tmp_path, pairs.select(range(16)))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    model, other = load_model(load_world().base, "cpu"), dict(other)
+    with pytest.raises(ValueError, match=named): stage(tmp_path, pairs.select(range(other.pop("n", 16))), model=model, **other)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and weights_hash(model) == weights_hash(load_model(load_world().base, "cpu"))
+
+
+def test_a_folder_with_another_reference_is_refused(pairs, tmp_path):
+    some, model = pairs.select(range(8)), load_model(load_world().base, "cpu")
+    table = score_pairs(model, some)
+    stage(tmp_path, some)
+    with pytest.raises(ValueError, match="reference"): stage(tmp_path, some, table=LogprobTable(table.kind | dict(weights="another"), table.rows))
+
+
+@pytest.mark.parametrize("other", [dict(save_every=1), dict(gradient_checkpointing=True)])
+def test_a_finished_folder_is_found_finished(pairs, tmp_path, other):
+    some = pairs.select(range(16))
+    first, *_ = stage(tmp_path, some)
+    again, summary, m = stage(tmp_path, some, **other)
+    assert weights_hash(first) == weights_hash(again) and summary["steps"] == len(m) == 2
+
+
+def test_a_log_that_lost_lines_is_refused(pairs, tmp_path):
+    some = pairs.select(range(16))
+    stage(tmp_path, some)
+    (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(ValueError, match="lines were lost"): stage(tmp_path, some)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"{}\n"
+
+
+def test_the_scaler_goes_on_with_the_optimizer(pairs, tmp_path):
+    "The first stage halves its scale once; the second one begins there."
+    some = pairs.select(range(16))
+    model, *_ = stage(tmp_path / "1", some, precision="fp16", logprobs=overflows_at(1))
+    table = score_pairs(model, some, precision="fp16")
+    train_stage(model, some, table, TrainConfig(beta=0.5, lr=1e-4, batch_size=8, precision="fp16"), tmp_path / "2", 2, previous=tmp_path / "1")
+    scale = [torch.load(tmp_path / t / "checkpoint" / "state.pt", weights_only=True)["scaler"]["scale"] for t in "12"]
+    assert scale[0] == scale[1] == 2 ** 15
