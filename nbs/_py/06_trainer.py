@@ -570,7 +570,7 @@ def train_stage(model,               # causal LM, trained in place
                 previous=None,       # folder of the stage whose optimizer goes on; None: a new one
                 schedule: tuple=None, # (steps before this stage, steps in all); None: this stage alone
                ) -> dict:            # steps, first loss, the loss it had to be, precision
-    "Train one stage of DPO against a table of reference log-probabilities. Raises ValueError for a folder of another stage, a wrong first loss or an infinite gradient."
+    "Train one stage of DPO against a table of reference log-probabilities. Raises ValueError for a folder of another stage, a wrong first loss or a gradient that is not finite."
     if not len(pairs): raise ValueError("pairs: none; a stage needs at least one")
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     precision, batches = pick_precision(config.precision, model.device), all_batches(len(pairs), config, stage)
