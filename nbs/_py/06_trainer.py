@@ -725,7 +725,7 @@ fig, ax = plt.subplots(figsize=(6, 2.8))
 sns.heatmap(counts.div(metrics["pairs"], axis=0).T, vmax=0.4, cmap="viridis", cbar_kws=dict(label="share of the batch", extend="max"), ax=ax)
 for step in metrics.index[metrics["epoch"].diff() == 1]: ax.axvline(step, color="white", lw=1.2)
 steps, edges = range(0, len(metrics) + 1, 8), range(0, 11, 2)
-ax.set_xticks(steps, steps); ax.set_yticks(edges, [i / 10 for i in edges], rotation=0); ax.invert_yaxis()
+ax.set_xticks(steps, steps, rotation=0); ax.set_yticks(edges, [i / 10 for i in edges], rotation=0); ax.invert_yaxis()
 ax.set(xlabel="optimizer step", ylabel=r"$\lambda = \sigma(-\beta\Delta)$");
 
 # %%
