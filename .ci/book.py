@@ -1,7 +1,7 @@
 """Keep the book in step: notebooks -> modules, percent scripts, README; run notebooks and store their outputs.
 
     python .ci/book.py sync          clean, export, write the twins and README.md
-    python .ci/book.py check         the same in memory: fails and names the files that would change
+    python .ci/book.py check         the same, then puts every file back: fails and names those that would change
     python .ci/book.py run [NB ...]  run notebooks as nbdev_test would, store outputs, then sync
     python .ci/book.py edit [PY ...] take edits made in nbs/_py/*.py into the notebooks, then sync
 """
@@ -56,7 +56,6 @@ def readme():
 def sync(only=()):
     "Clean, export, twins, README; `only` limits the twins that are written to those notebooks."
     from nbdev.clean import nbdev_clean
-    from nbdev.export import nb_export
     from nbdev.doclinks import nbdev_export
     os.environ.pop("IN_TEST", None)
     nbdev_clean()
@@ -80,13 +79,15 @@ def watched():
 def check():
     import configparser, tomllib
     before = watched()
-    sync()
-    after = watched()
+    try:
+        sync()
+        after = watched()
+    finally:
+        for p in watched().keys() - before.keys():
+            p.unlink()
+        for p, data in before.items():
+            p.write_bytes(data)
     wrong = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
-    for p, data in before.items():
-        p.write_bytes(data)
-    for p in after.keys() - before.keys():
-        p.unlink()
     stems = {nb.stem for nb in notebooks()}
     modules = {json.loads(nb.read_text())["cells"] and m.group(1) for nb in notebooks()
                for m in [re.search(r"#\|\s*default_exp (\w+)", nb.read_text())] if m}
