@@ -35,9 +35,9 @@ def plot_partition(measures: pd.DataFrame, # one source a row: source, accuracy,
 
 # %% ../nbs/07_figures.ipynb #a1aed657
 def _stages(metrics): # (steps in order, window of the running averages, colours)
-    "Optimizer steps counted over the whole run."
+    "Optimizer steps counted over the whole run; the window is a quarter of a stage."
     m = metrics.sort_values("stage", kind="stable").reset_index(drop=True)
-    return m, max(1, len(m) // 30), dict(zip(m["stage"].unique(), _model_colors(m["stage"].nunique())[1:]))
+    return m, max(5, len(m) // (4 * m["stage"].nunique())), dict(zip(m["stage"].unique(), _model_colors(m["stage"].nunique())[1:]))
 
 def _borders(ax, m):
     "A line where a stage begins."
@@ -58,20 +58,25 @@ def plot_loss(metrics: pd.DataFrame, # stage, loss; one optimizer step a row
     return fig
 
 # %% ../nbs/07_figures.ipynb #c4bc0e5e
-def plot_gamma(gammas: pd.DataFrame, # model, chunk, gamma: one pair a row
+def plot_gamma(gammas: pd.DataFrame, # model, chunk, gamma: one pair a row; chunks in the order of training, from M_0 on
               ) -> plt.Figure:
-    "Distribution of gamma under every model of a run, one panel per chunk."
+    "Distribution of gamma under every model of a run, one panel per chunk; hollow where the model was not yet trained on it."
     chunks, models = list(dict.fromkeys(gammas["chunk"])), list(dict.fromkeys(gammas["model"]))
     across = min(4, len(chunks)); down = math.ceil(len(chunks) / across)
     fig, axes = plt.subplots(down, across, figsize=(2.9 * across + 0.6, 2.8 * down), sharey=True, squeeze=False)
-    mean = dict(marker="o", markerfacecolor="white", markeredgecolor="black", markersize=5)
-    for ax, chunk in zip(axes.flat, chunks):
-        sns.boxplot(gammas[gammas["chunk"] == chunk], x="model", y="gamma", hue="model", order=models, hue_order=models, palette=_model_colors(len(models) - 1), saturation=1,
-                    showfliers=False, showmeans=True, meanprops=mean, medianprops=dict(color="white"), legend=False, ax=ax)
+    for t, (ax, chunk) in enumerate(zip(axes.flat, chunks), 1):
+        for some, look in ((models[:t], dict(fill=False)), (models[t:], dict(medianprops=dict(color="white")))):
+            _boxes(gammas[(gammas["chunk"] == chunk) & gammas["model"].isin(some)], models, ax, look)
         ax.axhline(0, color="black", lw=1, ls=":"); ax.set(title=chunk, xlabel="", ylabel=r"$\gamma$ (nats)"); ax.set_xticks(range(len(models)), [f"${m}$" for m in models])
     for ax in list(axes.flat)[len(chunks):]: ax.remove()
-    sns.despine(fig); fig.tight_layout()
+    fig.supxlabel("filled: trained on this chunk; hollow: not yet", fontsize="medium"); sns.despine(fig); fig.tight_layout()
     return fig
+
+def _boxes(gammas, models, ax, look):
+    "Boxes of some of the models, each in its place and colour."
+    mean = dict(marker="o", markerfacecolor="white", markeredgecolor="black", markersize=5)
+    if len(gammas): sns.boxplot(gammas, x="model", y="gamma", hue="model", order=models, hue_order=models, palette=_model_colors(len(models) - 1), saturation=1,
+                                showfliers=False, showmeans=True, meanprops=mean, legend=False, ax=ax, **look)
 
 # %% ../nbs/07_figures.ipynb #8f7dda14
 def plot_drift(metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejected; one optimizer step a row

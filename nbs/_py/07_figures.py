@@ -65,7 +65,7 @@ for t in range(2):
     steps.append(stage(t, tables[f"M_{t}"]))
     tables[f"M_{t+1}"] = score_pairs(policy, plan.pairs)
 metrics = pd.concat(steps, ignore_index=True)
-metrics.groupby("stage")[["loss", "margin", "logratio_chosen", "logratio_rejected"]].agg(["first", "last"]).round(3)
+metrics.groupby(["stage", "epoch"])[["loss", "margin", "logratio_chosen", "logratio_rejected"]].mean().round(3)
 
 # %% [markdown]
 # ## Colours
@@ -108,10 +108,13 @@ def plot_partition(measures: pd.DataFrame, # one source a row: source, accuracy,
 
 
 # %% [markdown]
-# What to see: `primer` goes first because S gets more of it right, and the intervals do not touch.
+# What to see: `primer` goes first because S gets more of it right, and the intervals do not touch. In the tiny world both responses of a pair are nearly always equally long, so
+# the diamonds say nothing new. The third row is made up, to show what they are for: where what was chosen is longer, S can prefer it per token and not in sum.
 
 # %%
-plot_partition(plan.measures);
+wordy = dict(source="wordy (made up)", accuracy=0.36, low=0.32, high=0.40, accuracy_per_token=0.63)
+assert plan.measures["low"][0] > plan.measures["high"][1] and (plan.measures["decided_by_length"] < 0.01).all()
+plot_partition(pd.concat([plan.measures, pd.DataFrame([wordy])], ignore_index=True));
 
 
 # %% [markdown]
@@ -125,9 +128,9 @@ plot_partition(plan.measures);
 # %%
 #| export
 def _stages(metrics): # (steps in order, window of the running averages, colours)
-    "Optimizer steps counted over the whole run."
+    "Optimizer steps counted over the whole run; the window is a quarter of a stage."
     m = metrics.sort_values("stage", kind="stable").reset_index(drop=True)
-    return m, max(1, len(m) // 30), dict(zip(m["stage"].unique(), _model_colors(m["stage"].nunique())[1:]))
+    return m, max(5, len(m) // (4 * m["stage"].nunique())), dict(zip(m["stage"].unique(), _model_colors(m["stage"].nunique())[1:]))
 
 def _borders(ax, m):
     "A line where a stage begins."
@@ -163,24 +166,29 @@ plot_loss(metrics);
 # ## Does it prefer what was chosen
 #
 # $\gamma$ needs no reference, so it *can* be compared across stages. One panel a chunk, one box a model: line for the median, dot for the mean (the paper's
-# $\gamma_{ref}$ is a mean), box for half of the pairs, whiskers for nearly all.
+# $\gamma_{ref}$ is a mean), box for half of the pairs, whiskers for nearly all. A box is hollow while its model has not been trained on this chunk.
 
 # %%
 #| export
-def plot_gamma(gammas: pd.DataFrame, # model, chunk, gamma: one pair a row
+def plot_gamma(gammas: pd.DataFrame, # model, chunk, gamma: one pair a row; chunks in the order of training, from M_0 on
               ) -> plt.Figure:
-    "Distribution of gamma under every model of a run, one panel per chunk."
+    "Distribution of gamma under every model of a run, one panel per chunk; hollow where the model was not yet trained on it."
     chunks, models = list(dict.fromkeys(gammas["chunk"])), list(dict.fromkeys(gammas["model"]))
     across = min(4, len(chunks)); down = math.ceil(len(chunks) / across)
     fig, axes = plt.subplots(down, across, figsize=(2.9 * across + 0.6, 2.8 * down), sharey=True, squeeze=False)
-    mean = dict(marker="o", markerfacecolor="white", markeredgecolor="black", markersize=5)
-    for ax, chunk in zip(axes.flat, chunks):
-        sns.boxplot(gammas[gammas["chunk"] == chunk], x="model", y="gamma", hue="model", order=models, hue_order=models, palette=_model_colors(len(models) - 1), saturation=1,
-                    showfliers=False, showmeans=True, meanprops=mean, medianprops=dict(color="white"), legend=False, ax=ax)
+    for t, (ax, chunk) in enumerate(zip(axes.flat, chunks), 1):
+        for some, look in ((models[:t], dict(fill=False)), (models[t:], dict(medianprops=dict(color="white")))):
+            _boxes(gammas[(gammas["chunk"] == chunk) & gammas["model"].isin(some)], models, ax, look)
         ax.axhline(0, color="black", lw=1, ls=":"); ax.set(title=chunk, xlabel="", ylabel=r"$\gamma$ (nats)"); ax.set_xticks(range(len(models)), [f"${m}$" for m in models])
     for ax in list(axes.flat)[len(chunks):]: ax.remove()
-    sns.despine(fig); fig.tight_layout()
+    fig.supxlabel("filled: trained on this chunk; hollow: not yet", fontsize="medium"); sns.despine(fig); fig.tight_layout()
     return fig
+
+def _boxes(gammas, models, ax, look):
+    "Boxes of some of the models, each in its place and colour."
+    mean = dict(marker="o", markerfacecolor="white", markeredgecolor="black", markersize=5)
+    if len(gammas): sns.boxplot(gammas, x="model", y="gamma", hue="model", order=models, hue_order=models, palette=_model_colors(len(models) - 1), saturation=1,
+                                showfliers=False, showmeans=True, meanprops=mean, legend=False, ax=ax, **look)
 
 
 # %%
@@ -190,8 +198,8 @@ assert means.apply(lambda column: column.is_monotonic_increasing).all()
 means.round(2)
 
 # %% [markdown]
-# What to see: every box stands higher than the one before it. In the right panel $M_1$ is above $M_0$ on pairs it has *not* seen: that is the reference moving up, and the mean of
-# this box is $\gamma_{ref}$ of stage 2. The box of $M_2$ says less there, for $M_2$ was trained on these pairs.
+# What to see: every mean is higher than the one before it. In the right panel the hollow box of $M_1$ is above that of $M_0$: on pairs it has *not* seen, the reference moved up, and the mean of
+# this box is $\gamma_{ref}$ of stage 2. The filled box of $M_2$ says less, for $M_2$ was trained on these pairs.
 
 # %%
 plot_gamma(gammas);
@@ -228,6 +236,8 @@ def plot_drift(metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejecte
 # and the loss, which knows only (2), goes down all the same.
 
 # %%
+late = metrics[metrics["epoch"] == 1].groupby("stage")["logratio_chosen"].mean()
+assert abs(late[1]) < 0.2 and late[2] < -0.2
 assert (metrics["margin"] - config.beta * (metrics["logratio_chosen"] - metrics["logratio_rejected"])).abs().max() < 1e-4   # (2), times beta
 plot_drift(metrics);
 
