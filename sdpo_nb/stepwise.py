@@ -7,8 +7,8 @@ __all__ = ['FREE', 'StepwiseConfig', 'defaults_table', 'make_config', 'Run', 'sa
            'sdpo_partition', 'stage_table', 'gamma_table', 'Report', 'as_markdown', 'write_report']
 
 # %% ../nbs/09_stepwise.ipynb #315febd9
-import base64, difflib, hashlib, json, math, os, re, shutil
-from dataclasses import asdict, dataclass, fields
+import base64, copy, difflib, hashlib, json, math, os, re, shutil
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .preferences import Source, counts_table, load_pairs, tokenize_pairs
 from .trainer import TrainConfig, make_accelerator, setting, train_stage
 from .world import mean_interval
 
-# %% ../nbs/09_stepwise.ipynb #6d9cfc02
+# %% ../nbs/09_stepwise.ipynb #900d655f
 @dataclass
 class StepwiseConfig(TrainConfig):
     "Settings of a run: those of a stage, and what the stages are."
@@ -41,11 +41,22 @@ class StepwiseConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.chunks is None or callable(self.chunks) or isinstance(self.chunks, list) or type(self.chunks) is int and self.chunks >= 1):
+        if isinstance(self.chunks, (list, tuple)): self.chunks = _groups(self.chunks)
+        elif not (self.chunks is None or callable(self.chunks) or type(self.chunks) is int and self.chunks >= 1):
             raise ValueError(f"chunks: must be a whole number from 1, a list of source names or a function, got {self.chunks!r}")
+        if isinstance(self.chunks, list) or callable(self.chunks):
+            if self.order not in ("easy_to_hard", "as_given"): raise ValueError(f"order: chunks that are given have their own order, so it cannot be {self.order}")
+            self.order = "as_given"
         if self.reference not in ("moving", "fixed") and not (Path(self.reference) / "config.json").is_file():
             raise ValueError(f"reference: must be moving, fixed or the folder of a model; there is no model in {self.reference!r}")
         if callable(self.chunks) and self.restart == "never": raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
+
+def _groups(chunks):
+    "Lists of source names, one per chunk; a name alone is a chunk of one."
+    groups = [[g] if isinstance(g, str) else list(g) if isinstance(g, (list, tuple)) else [] for g in chunks]
+    if not groups or not all(g and all(isinstance(n, str) for n in g) for g in groups):
+        raise ValueError(f"chunks: a list must hold source names, or lists of them, and none may be empty; got {chunks!r}")
+    return groups
 
 # %% ../nbs/09_stepwise.ipynb #0e4342ab
 def defaults_table() -> pd.DataFrame:
@@ -76,6 +87,7 @@ class Run:
     "A run folder, read."
     folder: Path
 
+    def __post_init__(self): self.folder = Path(self.folder)
     @property
     def config(self) -> dict: return yaml.safe_load((self.folder / "config.yaml").read_text())
     @property
@@ -85,27 +97,36 @@ class Run:
     @property
     def tokenizer(self): return load_tokenizer(str(self.model_folder()))
     @property
-    def metrics(self) -> pd.DataFrame: # one optimizer step a row
-        return pd.concat([pd.read_json(p, lines=True).assign(stage=t) for t, p in enumerate(_numbered(self.folder, "metrics.jsonl"), 1)], ignore_index=True)
+    def metrics(self) -> pd.DataFrame: # one optimizer step of a finished stage a row
+        return pd.concat([pd.read_json(p.with_name("metrics.jsonl"), lines=True).assign(stage=t) for t, p in enumerate(_numbered(self.folder, "stage.json"), 1)], ignore_index=True)
 
-    def model_folder(self, t: int=0) -> Path: # of M_t, from 1; 0: the last
+    def model_folder(self, t: int=None) -> Path: # of M_t; 0: S, perhaps a hub id; none: of the last finished stage
         "Where a model lies, as `from_pretrained` reads it."
-        return _numbered(self.folder, "model")[t - 1]
+        if t == 0: return Path(self.config["model"])
+        return self.folder / f"stage-{len(self.stages) if t is None else t}" / "model"
     def partition(self) -> pd.DataFrame: return pd.DataFrame(json.loads((self.folder / "partition.json").read_text())["measures"]).set_index("source")
     def table(self) -> pd.DataFrame: return stage_table(self)
     def report(self): return write_report(self)
 
 # %% ../nbs/09_stepwise.ipynb #d74e6373
-FREE = {"save_every", "probe"}
+FREE = {"save_every"}
 
-def _open_folder(folder, config, identity):
+def _recorded(v):
+    "A setting as config.yaml can hold it: of a function, the name."
+    return v if isinstance(v, (int, float, str, list, type(None))) else getattr(v, "__qualname__", type(v).__name__)
+
+def _compared(config):
+    "What must agree between two calls on one folder."
+    return {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "device", "model"}}
+
+def _open_folder(folder, config, precision, identity):
     "Write config.yaml, or compare with the one that is there; raises ValueError naming the first difference."
-    settings = {k: v if isinstance(v, (int, float, str, list, type(None))) else getattr(v, "__qualname__", str(v)) for k, v in asdict(config).items()}
-    path, flat = folder / "config.yaml", lambda c: {k: v for k, v in (c | c["settings"]).items() if k not in FREE | {"settings", "versions", "model"}}
+    settings = {f.name: _recorded(getattr(config, f.name)) for f in fields(config)} | dict(precision=precision)
     new = identity | dict(settings=settings, versions={p: version(p) for p in ("torch", "transformers", "datasets", "accelerate")})
+    path = folder / "config.yaml"
     if path.exists():
-        old = flat(yaml.safe_load(path.read_text()))
-        for k, v in flat(new).items():
+        old = _compared(yaml.safe_load(path.read_text()))
+        for k, v in _compared(new).items():
             if old.get(k) != v: raise ValueError(f"{folder}: this run was started with {k} = {old.get(k)}, not {v}; use that or another folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,11 +143,23 @@ def _base(model, tokenizer, folder):
     "The path of S, and its tokenizer."
     if isinstance(model, (str, Path)): return str(model), tokenizer or load_tokenizer(str(model))
     if tokenizer is None: raise ValueError("model: a loaded model needs its tokenizer, sdpo(model=..., tokenizer=...)")
-    path = folder / "base" / "model"
-    if not path.exists(): path.parent.mkdir(parents=True, exist_ok=True); save_model(model, tokenizer, path)
+    path, started = folder / "base" / "model", (folder / "config.yaml").exists()
+    if started and (mine := weights_hash(copy.deepcopy(model).float())) != (theirs := Run(folder).config["weights"]):
+        raise ValueError(f"{folder}: this run was started with a model of weights {theirs}, the loaded one has {mine}; use that or another folder")
+    if not (started and path.exists()): path.parent.mkdir(parents=True, exist_ok=True); save_model(model, tokenizer, path)
     return str(path), tokenizer
 
 def _free(model): model.to("meta") # gives the memory back, whoever still holds the object
+
+# %% ../nbs/09_stepwise.ipynb #5a1e4590
+def _foreign(reference, tokenizer):
+    "Weights of a reference that is a folder, else None; raises ValueError where a token has another id."
+    if reference in ("moving", "fixed"): return None
+    try: theirs = load_tokenizer(reference).get_vocab()
+    except Exception as e: raise ValueError(f"reference: no tokenizer in {reference} can be read, so its tokens cannot be compared with the model's") from e
+    other = [token for token, i in tokenizer.get_vocab().items() if theirs.get(token) != i]
+    if other: raise ValueError(f"reference: {reference} has another vocabulary, {len(other)} tokens of the model have another id or none, e.g. {min(other)!r}")
+    return weights_hash(load_model(reference, "cpu"))
 
 # %% ../nbs/09_stepwise.ipynb #6abdc439
 @dataclass
@@ -141,13 +174,16 @@ class _Context:
         return score_pairs(model, pairs, self.at(t) / "logprobs", self.precision, self.logprobs, desc=f"M_{t} on {what}")
 
 # %% ../nbs/09_stepwise.ipynb #af4f0aa9
+_SPEC = {"source", "split", "revision", "columns", "chat"}
+
 def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or dict(source=, split=, revision=, columns=, chat=)
                  tokenizer, config: StepwiseConfig) -> list[Source]:
     "Tokenise every source; raises ValueError naming the one that cannot be used."
-    if not sources: raise ValueError("sources: at least one is needed, as {'name': 'file, folder or hub id'}")
+    if not sources or not isinstance(sources, dict): raise ValueError("sources: expected {'name': 'file, folder or hub id'}, with at least one name")
     out = []
     for name, what in sources.items():
         spec = dict(what) if isinstance(what, dict) else dict(source=what)
+        if not {"source"} <= set(spec) <= _SPEC: raise ValueError(f"source '{name}': a dict needs 'source' and may have {', '.join(sorted(_SPEC - {'source'}))}; got {', '.join(map(str, spec))}")
         chat = spec.pop("chat", False)
         out.append(what if isinstance(what, Source) else tokenize_pairs(load_pairs(**spec), tokenizer, name, config.max_length, config.max_prompt_length, chat))
     return out
@@ -165,23 +201,23 @@ class Chunk:
 
 def _partitioned(loaded, policy, ctx):
     "Chunks by the partition under M_0; its pass over the pairs is kept, and is stage 1's reference table."
-    c = ctx.config
-    order = "as_given" if isinstance(c.chunks, list) else c.order
+    c, path = ctx.config, ctx.folder / "partition.json"
     for s in loaded: table = ctx.score(0, policy, s.pairs, s.name)
-    part = partition(loaded, table, order, c.chunks if isinstance(c.chunks, int) else None, c.seed)
-    write_json(ctx.folder / "partition.json", dict(order=order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks,
-                                                   counts=counts_table(loaded).reset_index().to_dict("records")))
-    return [Chunk(name, part.chunk(t)) for t, name in enumerate(part.names)]
+    if not path.exists():
+        part = partition(loaded, table, c.order, c.chunks if isinstance(c.chunks, int) else None, c.seed)
+        write_json(path, dict(order=c.order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks, counts=counts_table(loaded).reset_index().to_dict("records")))
+    decided, pairs = json.loads(path.read_text()), concatenate_datasets([s.pairs for s in loaded])
+    return [Chunk(name, pairs.select(rows)) for name, rows in zip(decided["names"], decided["chunks"])]
 
 # %% ../nbs/09_stepwise.ipynb #051eccea
 def _check_chunks(chunks, loaded):
     "Chunks that are possible with these sources, found out before anything is computed; lists of names become sources."
     if isinstance(chunks, int) and chunks > sum(map(len, loaded)): raise ValueError(f"chunks: {chunks} chunks cannot be cut from {sum(map(len, loaded))} pairs")
     if not isinstance(chunks, list): return loaded
-    by_name, groups = {s.name: s for s in loaded}, [[g] if isinstance(g, str) else g for g in chunks]
-    for n in sum(groups, []):
+    by_name = {s.name: s for s in loaded}
+    for n in sum(chunks, []):
         if n not in by_name: raise ValueError(f"chunks: there is no source '{n}'; sources are {', '.join(by_name)}")
-    return [Source("+".join(g), concatenate_datasets([by_name[n].pairs for n in g]), {}) for g in groups]
+    return [Source("+".join(g), concatenate_datasets([by_name[n].pairs for n in g]), {}) for g in chunks]
 
 def _made(t, policy, ctx):
     "The chunk that the user's function makes for stage t, or None; kept in the stage's folder."
@@ -220,7 +256,6 @@ def _stage(t, chunks, policy, ctx):
     save_model(policy, ctx.tokenizer, folder / "model")
     write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
                                            end=weights_hash(policy), probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
-    if c.restart == "stage": shutil.rmtree(folder / "checkpoint")
     return policy
 
 def _going_on(t, chunks, ctx):
@@ -242,7 +277,7 @@ def _measures(t, chunks, table, ctx):
 
 # %% ../nbs/09_stepwise.ipynb #70ded99d
 def sdpo(model,              # hub id, folder, or a loaded causal LM (then with its tokenizer)
-         sources: dict,      # name -> path, hub id, rows, ...; see `load_sources`
+         sources: dict=None, # name -> path, hub id, rows, ...; see `load_sources`; none where `chunks` is a function
          config: StepwiseConfig=None,
          folder="runs/sdpo", # the run's; the same call on the same folder goes on where it stopped
          tokenizer=None,
@@ -254,6 +289,7 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
     if t: _free(policy); policy = ctx.load(t)
     if made: chunks = [_made(i, None, ctx) for i in range(1, t + 1)]
     while True:
+        _drop_checkpoints(ctx)
         if made and (new := _made(t + 1, policy, ctx)): chunks.append(new)
         if t == len(chunks): break
         t += 1; policy = _stage(t, chunks, policy, ctx)
@@ -261,28 +297,35 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
     run = Run(ctx.folder); run.report()
     return run
 
+def _drop_checkpoints(ctx):
+    "Those of finished stages, unless the next stage takes over the optimizer."
+    if ctx.config.restart == "stage":
+        for p in _numbered(ctx.folder, "stage.json"): shutil.rmtree(p.parent / "checkpoint", ignore_errors=True)
+
 # %% ../nbs/09_stepwise.ipynb #5ac7f244
-def sdpo_partition(model, sources: dict, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=response_logprobs) -> Run:
+def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=response_logprobs) -> Run:
     "The beginning of `sdpo`: the pass of M_0 and the partition. `sdpo` with the same arguments goes on from here."
     return Run(_prepare(model, sources, config, folder, tokenizer, logprobs)[0].folder)
 
 def _prepare(model, sources, config, folder, tokenizer, logprobs):
     config, folder = config or StepwiseConfig(), Path(folder)
+    made = callable(config.chunks)
+    if made and sources: raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
     base, tokenizer = _base(model, tokenizer, folder)
-    loaded = _check_chunks(config.chunks, load_sources(sources, tokenizer, config)) if not callable(config.chunks) else []
-    device = make_accelerator().device
-    policy = load_model(base, device)
-    _open_folder(folder, config, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded],
-                                      pairs=hashlib.sha256("".join(k for s in loaded for k in s.pairs["key"]).encode()).hexdigest()[:16]))
-    ctx = _Context(config, folder, base, tokenizer, device, pick_precision(config.precision, device), logprobs)
-    return ctx, [] if callable(config.chunks) else _partitioned(loaded, policy, ctx), policy
+    loaded = [] if made else _check_chunks(config.chunks, load_sources(sources, tokenizer, config))
+    theirs, device = _foreign(config.reference, tokenizer), make_accelerator().device
+    policy, precision = load_model(base, device), pick_precision(config.precision, device)
+    _open_folder(folder, config, precision, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded], reference_weights=theirs, device=device.type,
+                                                 pairs=hashlib.sha256("".join(k for s in loaded for k in s.pairs["key"]).encode()).hexdigest()[:16]))
+    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs)
+    return ctx, [] if made else _partitioned(loaded, policy, ctx), policy
 
 # %% ../nbs/09_stepwise.ipynb #9b297b35
 def stage_table(run: Run) -> pd.DataFrame:
-    "One stage a column; gammas in nats, means over the probe of the stage's chunk."
-    rows = {"chunk": "chunk", "pairs": "pairs", "steps": "steps", "reference": "reference", "first loss": "first_loss", "first loss implied by the tables": "implied_first_loss",
+    "One stage a column; gammas in nats. `gamma_ref on D_t` is a mean over the whole chunk, the rest are means over the chunks' probes."
+    rows = {"chunk": "chunk", "pairs": "pairs", "steps": "steps", "reference": "reference", "first loss": "first_loss",
             "gamma_ref on D_t": "gamma_ref", "gamma_ref on D_t+1": "gamma_ref_next", "gamma of M_t on D_t": "gamma", "change of gamma, 95 %": "gamma_change",
-            "loss of M_t on D_t": "loss", "gamma certified by it": "certificate", "pairs below reference": "below_reference",
+            "gamma certified by the loss": "certificate", "pairs below reference": "below_reference",
             "accuracy of M_t-1 on D_t": "accuracy_before", "accuracy of M_t on D_t": "accuracy"}
     def show(v): return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*v) if isinstance(v, list) else "" if v is None else round(v, 3) if isinstance(v, float) else v
     return pd.DataFrame({f"stage {s['stage']}": {label: show(s.get(k)) for label, k in rows.items()} for s in run.stages}, dtype=object)
@@ -317,9 +360,9 @@ def write_report(run: Run) -> Report:
     if parted: drawn["partition"] = plot_partition(run.partition().reset_index())
     (run.folder / "figures").mkdir(exist_ok=True)
     for name, fig in drawn.items(): fig.savefig(run.folder / "figures" / f"{name}.png", dpi=110, bbox_inches="tight"); plt.close(fig)
-    text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}"]
+    text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}; on {c['device']}"]
     if parted: text += ["## Partition under S", as_markdown(run.partition()), "![](figures/partition.png)"]
     text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")), "## Settings",
-             as_markdown(pd.DataFrame((c["settings"] | c["versions"]).items(), columns=["setting", "value"]).set_index("setting"))]
+             as_markdown(pd.DataFrame([(k, str(v)) for k, v in (c["settings"] | c["versions"]).items()], columns=["setting", "value"]).set_index("setting"))]
     (run.folder / "report.md").write_text("\n\n".join(text) + "\n")
     return Report(run.folder / "report.md")

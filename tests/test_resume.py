@@ -125,7 +125,7 @@ def test_settings_that_change_no_weight_may_differ(alone, monkeypatch):
     assert run(alone.folder, save_every=7).stages == alone.stages
 
 
-@pytest.mark.parametrize("name, value", [("beta", 0.2), ("lr", 2e-3), ("seed", 1), ("order", "random"), ("reference", "fixed"), ("init_target", "S"), ("max_length", 32)])
+@pytest.mark.parametrize("name, value", [("beta", 0.2), ("lr", 2e-3), ("seed", 1), ("order", "random"), ("reference", "fixed"), ("init_target", "S"), ("max_length", 32), ("probe", 7)])
 def test_a_setting_that_differs_is_named(alone, name, value):
     with pytest.raises(ValueError) as e: run(alone.folder, **{name: value})
     assert name in str(e.value) and str(alone.folder) in str(e.value) and str(value) in str(e.value)
@@ -139,6 +139,14 @@ def test_other_pairs_or_another_model_are_named(alone, tmp_path):
     perturbed(load_model(load_world().base)).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="model|weights") as e: sdpo(str(tmp_path / "other"), SOURCES, StepwiseConfig(**CONFIG), alone.folder)
     assert str(alone.folder) in str(e.value)
+
+
+def test_a_checkpoint_that_outlived_its_stage_is_removed(alone, tmp_path):
+    "Killed after stage.json was written and before the checkpoint, three times the size of the model, was gone."
+    shutil.copytree(alone.folder, tmp_path / "run")
+    (tmp_path / "run" / "stage-1" / "checkpoint").mkdir()
+    same_run(run(tmp_path / "run"), alone)
+    assert not list((tmp_path / "run").rglob("checkpoint"))
 
 
 def test_save_every_changes_nothing(alone, tmp_path):

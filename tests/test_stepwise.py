@@ -1,14 +1,14 @@
 "What the paper's experiments turn on: the order of the chunks, which model is the reference, what a stage starts from, and how chunks are given."
-import json, math, shutil
+import functools, json, math, shutil
 
 import pytest
-import torch
+import torch, yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.stepwise import StepwiseConfig, sdpo_partition, sdpo
+from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo_partition, sdpo
 from sdpo_nb.trainer import train_stage
 from sdpo_nb.world import load_base, load_world
 from tiny import SETTINGS, gammas, metrics, perturbed, rows
@@ -33,7 +33,7 @@ def trained(monkeypatch):
     return seen
 
 
-def run(folder, sources=TWO, **settings): return sdpo(BASE, sources, StepwiseConfig(**SETTINGS | settings), folder)
+def run(folder, sources=TWO, **settings): return sdpo(BASE, None if callable(settings.get("chunks")) else sources, StepwiseConfig(**SETTINGS | settings), folder)
 
 
 def tokenised(data, name="x"): return tokenize_pairs(load_pairs(data), AutoTokenizer.from_pretrained(BASE), name, 64, 32).pairs
@@ -168,6 +168,31 @@ def test_a_folder_as_reference(tmp_path, S_hash):
         assert abs(got.stages[t-1]["first_loss"] - want) < 1e-4 and abs(want - LN2) > 1e-3
 
 
+@pytest.fixture
+def other(tmp_path):
+    "The folder of another model with the same tokenizer."
+    S, tok = load_base(load_world())
+    perturbed(S).save_pretrained(tmp_path / "other"); tok.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_a_reference_with_another_vocabulary(tmp_path, other):
+    "Our ids would be other texts to it, and its log-probabilities finite nonsense."
+    path = other / "tokenizer.json"; data = json.loads(path.read_text()); vocab = data["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="reference.*vocabulary.*'a'"): run(tmp_path / "run", reference=str(other))
+    for p in other.glob("tokenizer*"): p.unlink()
+    with pytest.raises(ValueError, match="reference.*(tokenizer|vocabulary)"): run(tmp_path / "run", reference=str(other))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_another_reference_at_the_same_path(tmp_path, other):
+    sdpo_partition(BASE, TWO, StepwiseConfig(**SETTINGS, reference=str(other)), tmp_path / "run")
+    perturbed(load_model(str(other)), seed=1).save_pretrained(other)
+    with pytest.raises(ValueError, match="reference_weights"): run(tmp_path / "run", reference=str(other))
+
+
 # ---- one optimizer or several
 
 def test_restart(tmp_path):
@@ -206,6 +231,58 @@ def test_lists_of_source_names(tmp_path, trained):
     got = run(tmp_path / "run", SOURCES, chunks=[["primer"], ["riddle", "digest"]])
     assert trained == [keys(SOURCES["primer"]), keys(SOURCES["riddle"]) + keys(SOURCES["digest"])] and len(got.stages) == 2
     with pytest.raises(ValueError, match="primr"): run(tmp_path / "wrong", SOURCES, chunks=[["primr"]])
+
+
+@pytest.mark.parametrize("chunks", [[], (), [[]], [1], [("a", 2)], ["a", None], [{"a": 1}], "two", True, 0, 1.5])
+def test_impossible_chunks(chunks):
+    with pytest.raises(ValueError, match="chunks"): StepwiseConfig(chunks=chunks)
+
+
+def test_tuples_are_lists_and_names_are_groups():
+    assert StepwiseConfig(chunks=("a", ("b", "c"))).chunks == StepwiseConfig(chunks=[["a"], ["b", "c"]]).chunks == [["a"], ["b", "c"]]
+
+
+def test_given_chunks_are_in_the_order_given(tmp_path):
+    "config.yaml and the report do not say easy_to_hard of an order that nobody measured."
+    run(tmp_path / "run", SOURCES, chunks=[["riddle"], ["primer"]])
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["settings"]["order"] == "as_given" == json.loads((tmp_path / "run" / "partition.json").read_text())["order"]
+    with pytest.raises(ValueError, match="order"): StepwiseConfig(chunks=[["riddle"]], order="random")
+
+
+def test_the_partition_that_was_written_is_the_one_that_is_trained(tmp_path, trained):
+    "Another machine may measure accuracies that tie differently; the chunks of a run do not move."
+    config, path = StepwiseConfig(**SETTINGS), tmp_path / "run" / "partition.json"
+    sdpo_partition(BASE, TWO, config, tmp_path / "run")
+    data = json.loads(path.read_text()); path.write_text(json.dumps(data | dict(chunks=data["chunks"][::-1], names=data["names"][::-1])))
+    written = path.read_text()
+    got = sdpo(BASE, TWO, config, tmp_path / "run")
+    assert [s["chunk"] for s in got.stages] == data["names"][::-1] and trained == [keys(TWO[n]) for n in data["names"][::-1]] and path.read_text() == written
+
+
+def test_precision_is_recorded_as_what_it_meant(tmp_path, monkeypatch):
+    meant = "fp32"
+    monkeypatch.setattr(stepwise, "pick_precision", lambda precision, device: meant)
+    sdpo_partition(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="auto")), tmp_path / "run")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["settings"]["precision"] == "fp32"
+    meant = "bf16"
+    with pytest.raises(ValueError, match="precision = fp32, not bf16"): sdpo_partition(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="auto")), tmp_path / "run")
+
+
+class Maker:
+    "A function with something large inside, such as a judge."
+    def __deepcopy__(self, memo): raise AssertionError("the settings were copied")
+    def __call__(self, t, model): return rows("primer", 8, 8 * t) if t <= 2 else None
+
+
+@pytest.mark.parametrize("make", [Maker, lambda: functools.partial(lambda n, t, model: rows("primer", n, n * t) if t <= 2 else None, 8)], ids=["object", "partial"])
+def test_a_function_of_any_kind_goes_on(tmp_path, make):
+    "Its address is not in config.yaml, or every second call would be refused."
+    ends = [[s["end"] for s in run(tmp_path / "run", chunks=make()).stages] for _ in range(2)]
+    assert ends[0] == ends[1] and "0x" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_function_and_sources_do_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match="sources"): sdpo(BASE, TWO, StepwiseConfig(**SETTINGS, chunks=lambda t, model: None), tmp_path / "run")
 
 
 def test_a_function_makes_the_chunks(tmp_path, trained, S_hash):
@@ -273,6 +350,32 @@ def test_a_loaded_model(tmp_path, S_hash):
     assert not (tmp_path / "none" / "config.yaml").exists()
 
 
+def test_another_loaded_model_is_refused(tmp_path, S_hash):
+    S, tok = load_base(load_world()); config = StepwiseConfig(**SETTINGS)
+    sdpo_partition(S, TWO, config, tmp_path / "run", tokenizer=tok)
+    with pytest.raises(ValueError, match="weights") as e: sdpo(perturbed(load_model(BASE)), TWO, config, tmp_path / "run", tokenizer=tok)
+    assert str(tmp_path / "run") in str(e.value)
+    assert sdpo(S.to(torch.float32), TWO, config, tmp_path / "run", tokenizer=tok).stages[0]["start"] == S_hash
+
+
+def test_a_refused_call_does_not_leave_its_model_to_the_next(tmp_path, S_hash):
+    S, tok = load_base(load_world()); config = StepwiseConfig(**SETTINGS)
+    with pytest.raises(ValueError, match="no rows"): sdpo(perturbed(load_model(BASE)), {"a": []}, config, tmp_path / "run", tokenizer=tok)
+    assert sdpo(S, TWO, config, tmp_path / "run", tokenizer=tok).stages[0]["start"] == S_hash
+
+
+def test_a_loaded_bf16_model_may_go_on(tmp_path):
+    S, tok = load_base(load_world()); S.to(torch.bfloat16)
+    for _ in range(2): sdpo_partition(S, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run", tokenizer=tok)
+    assert S.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sources, said", [(["a.jsonl"], "sources"), ("a.jsonl", "sources"), (None, "sources"), ({"a": dict(source=TWO["primer"], colums={})}, "'a'.*columns.*colums"),
+                                           ({"a": dict(columns={})}, "'a'.*source")])
+def test_sources_of_the_wrong_shape(tmp_path, sources, said):
+    with pytest.raises(ValueError, match=said): run(tmp_path / "run", sources)
+
+
 def test_rows_files_and_tokenised_sources_are_the_same(tmp_path):
     from datasets import Dataset
     from tiny import write_jsonl
@@ -319,10 +422,19 @@ def test_a_bf16_folder_is_trained_in_fp32(tmp_path):
 
 def test_report(tmp_path, monkeypatch):
     monkeypatch.undo()
-    got = run(tmp_path / "run")
+    got = run(tmp_path / "run", lr=5e-7)
     text = (tmp_path / "run" / "report.md").read_text()
-    for word in ("M_0", "M_1", "primer", "digest", "| beta | 0.1", "![](figures/loss.png)"): assert word in text
+    for word in ("M_0", "M_1", "primer", "digest", "| beta | 0.1", "| lr | 5e-07", "![](figures/loss.png)"): assert word in text
     for name in ("loss", "gamma", "drift", "partition"): assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 5000
     table = got.table()
     assert list(table.columns) == ["stage 1", "stage 2"] and list(table.loc["chunk"]) == [s["chunk"] for s in got.stages]
     assert set(got.metrics["stage"]) == {1, 2} and len(got.metrics) == 6
+
+
+def test_a_run_is_read_while_a_stage_is_unfinished(tmp_path):
+    got = run(tmp_path / "run", epochs=2)
+    assert list(Run(str(got.folder)).metrics.columns) == list(got.metrics.columns) and Run(str(got.folder)).model_folder() == got.folder / "stage-2" / "model"
+    (got.folder / "stage-2" / "stage.json").unlink()
+    with open(got.folder / "stage-2" / "metrics.jsonl", "ab") as f: f.write(b'{"step": 6, "epo')
+    assert set(got.metrics["stage"]) == {1} and got.model_folder() == got.folder / "stage-1" / "model"
+    assert str(got.model_folder(0)) == BASE
