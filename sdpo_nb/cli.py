@@ -78,12 +78,13 @@ class Demo:
     run: object     # the stepwise run, at the beta that was best for DPO
     beta: float     # that beta; k = 6
     choice: object  # mean true reward of DPO on validation prompts, by beta
-    rewards: object # true reward on test prompts, with 95 % intervals
+    rewards: dict   # sampled, greedy -> data frame of true rewards, one test prompt a row, one model a column
+    def table(self): return _table(self.rewards)
 
 SETTINGS = dict(lr=1e-4, epochs=3, micro_batch=32, precision="fp32", max_length=64)
 
 def demo(folder="runs/demo",    # of the runs, one inside it for each
-         betas=(0.1, 0.3, 0.9), # tried for DPO; neighbours differ by T, so beta / T and T beta are among them
+         betas=(0.1, 0.3, 0.9), # tried for DPO; neighbours differ by a factor of T, so that DPO at beta / T is mostly one of them
         ) -> Demo:
     "The tiny world from partition to true reward."
     import pandas as pd, torch
@@ -104,23 +105,31 @@ def _mean(model, tok, prompts, tau=1.0):
     from sdpo_nb.world import mean_interval, true_rewards
     return mean_interval(true_rewards(model, tok, prompts, tau))[0]
 
-def _rewards(S, models, tok, prompts, tau):
-    "True reward on test prompts, sampled and greedy, and the paired difference to the first trained model."
-    import pandas as pd, torch
-    from sdpo_nb.world import mean_interval, true_rewards
-    ask = lambda m, t: torch.tensor(true_rewards(m, tok, prompts, t, seed=1), dtype=torch.float64)
-    sampled = {"S": ask(S, 1.0), f"S at its best temperature, {tau}": ask(S, tau), **{n: ask(m, 1.0) for n, m in models.items()}}
-    greedy = dict(zip(sampled, [g := ask(S, 0.0), g, *(ask(m, 0.0) for m in models.values())]))
-    first = next(iter(models))
-    show = lambda v, sign="": "{0:{s}.3f} [{1:{s}.3f}, {2:{s}.3f}]".format(*mean_interval(v), s=sign)
-    return pd.DataFrame({n: {"sampled": show(v), "greedy": show(greedy[n]), f"sampled, minus {first}": "" if n == first else show(v - sampled[first], "+")} for n, v in sampled.items()}).T.rename_axis("model")
+def _rewards(S, models, tok, prompts, tau) -> dict:
+    "True reward on test prompts, sampled and greedy."
+    import pandas as pd
+    from sdpo_nb.world import true_rewards
+    def ask(model, t): return true_rewards(model, tok, prompts, t, seed=1)
+    best, greedy = f"S at its best temperature, {tau}", ask(S, 0.0)
+    return dict(sampled=pd.DataFrame({"S": ask(S, 1.0), best: ask(S, tau)} | {n: ask(m, 1.0) for n, m in models.items()}),
+                greedy=pd.DataFrame({"S": greedy, best: greedy} | {n: ask(m, 0.0) for n, m in models.items()}))
+
+def _table(rewards):
+    "Means with 95 % intervals, and the paired difference to the first trained model."
+    import pandas as pd
+    from sdpo_nb.world import mean_interval
+    def show(v, sign=""): return "{0:{s}.3f} [{1:{s}.3f}, {2:{s}.3f}]".format(*mean_interval(v.to_numpy()), s=sign)
+    sampled, greedy = rewards["sampled"], rewards["greedy"]
+    first = sampled.columns[2]
+    return pd.DataFrame({n: {"sampled": show(sampled[n]), "greedy": show(greedy[n]), f"sampled, minus {first}": "" if n == first else show(sampled[n] - sampled[first], "+")}
+                         for n in sampled}).T.rename_axis("model")
 
 def _demo(args):
     from sdpo_nb.stepwise import as_markdown
     start, found = time.time(), demo(args.folder)
     _show(found.run)
     print(f"\nbeta = {found.beta:.2g} was chosen for DPO on validation prompts (k = 6), before stepwise DPO was run\n\n{as_markdown(found.choice.to_frame())}")
-    print(f"\nTrue reward on test prompts, with 95 % intervals\n\n{as_markdown(found.rewards)}\n\n{time.time() - start:.0f} s")
+    print(f"\nTrue reward on test prompts, with 95 % intervals\n\n{as_markdown(found.table())}\n\n{time.time() - start:.0f} s")
 
 # %% ../nbs/10_cli.ipynb #129bd482
 def _parser(argv):
@@ -137,20 +146,22 @@ def _parser(argv):
         c.add_argument("--config", metavar="FILE", help="YAML file of settings; options win")
         if argv[:1] == [name]: _add_settings(c)
     sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
-    sub.add_parser("demo", help="the tiny world, from partition to true reward, in two minutes").add_argument("--folder", default="runs/demo")
+    sub.add_parser("demo", help="the tiny world, from partition to true reward, in a minute or two").add_argument("--folder", default="runs/demo")
     return p
 
 # %% ../nbs/10_cli.ipynb #e6ee6c7f
 def main(argv: list=None):
-    "The command `sdpo`. Bad input ends in one line and exit status 2; SDPO_TRACEBACK=1 shows where it came from."
+    "The command `sdpo`. Bad input ends in one line and exit status 2, Ctrl-C in one line and 130; SDPO_TRACEBACK=1 shows where it came from."
     argv = sys.argv[1:] if argv is None else argv
     args = _parser(argv).parse_args(argv)
     from transformers.utils import logging
     logging.disable_progress_bar()      # those of every file read; the bars of long work stay
     try: dict(run=_run, partition=_partition, report=_report, demo=_demo)[args.command](args)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, KeyboardInterrupt) as e:
         if os.environ.get("SDPO_TRACEBACK"): raise
-        print(f"sdpo: {(str(e).strip() or type(e).__name__).splitlines()[0]}", file=sys.stderr); sys.exit(2)
+        stopped = isinstance(e, KeyboardInterrupt)
+        why = "stopped; the same command goes on" if stopped else (str(e).strip() or type(e).__name__).splitlines()[0]
+        print(f"sdpo: {why}", file=sys.stderr); sys.exit(130 if stopped else 2)
 
 # %% ../nbs/10_cli.ipynb #c80e68c4
 if __name__ == "__main__" and __spec__: main()

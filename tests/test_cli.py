@@ -172,6 +172,14 @@ def test_a_folder_with_another_setting(sdpo, bad, tmp_path):
     assert "beta" in said and str(tmp_path / "run") in said and "0.7" in said and "0.1" in said
 
 
+def test_ctrl_c_is_no_traceback(sdpo, tmp_path, monkeypatch):
+    def stop(*a, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr(stepwise, "train_stage", stop)
+    source = f"a={write_jsonl(tmp_path / 'a.jsonl', rows('primer', 8))}"
+    status, out, err = sdpo("run", "--model", BASE, "--sources", source, "--folder", tmp_path / "run", "--precision", "fp32")
+    assert status == 130 and err.splitlines()[-1] == "sdpo: stopped; the same command goes on" and "Traceback" not in err
+
+
 def test_report_without_a_run(sdpo, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         status, out, err = sdpo("report", folder)

@@ -29,10 +29,12 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 import tempfile
+import pandas as pd
 from IPython.display import Markdown
 from sdpo_nb.cli import demo
 from sdpo_nb.figures import plot_gamma, plot_partition
 from sdpo_nb.stepwise import as_markdown, gamma_table
+from sdpo_nb.world import mean_interval
 
 found = demo(tempfile.mkdtemp())
 
@@ -43,33 +45,48 @@ found = demo(tempfile.mkdtemp())
 plot_partition(found.run.partition().reset_index());
 
 # %% [markdown]
-# **Which model is the reference?** It is in the table, and the first loss proves it: when a stage starts from its own reference, the loss is $\ln 2 = 0.693$, and it is nothing else otherwise.
+# **Which model is the reference?** The one before: each table of reference log-probabilities carries a hash of the weights that it came from. The first loss agrees, since a model that is its own
+# reference starts at $\ln 2 = 0.693$.
 
 # %%
+stages = found.run.stages
+assert [s["reference_kind"]["weights"] for s in stages] == [found.run.config["weights"]] + [s["end"] for s in stages[:-1]]
 Markdown(as_markdown(found.run.table()))
 
 # %% [markdown]
-# **What happens?** $\gamma$, the log-ratio of chosen to rejected, climbs from model to model, also on chunks that have not been trained on yet. So every stage starts from a higher bar.
+# **What happens?** The mean of $\gamma$, the log-ratio of chosen to rejected, climbs from model to model on every chunk, also on those that have not been trained on yet (hollow boxes). So the bar of
+# a stage is higher than S would have set it.
 
 # %%
-plot_gamma(gamma_table(found.run));
+gammas = gamma_table(found.run)
+means = gammas.groupby(["chunk", "model"])["gamma"].mean().unstack()
+assert (means.diff(axis=1).iloc[:, 1:] > 0).all(axis=None)
+plot_gamma(gammas);
+
+# %% [markdown]
+# **Which $\beta$?** The one that is best for plain DPO on validation prompts, so that stepwise DPO has to beat a tuned opponent.
+
+# %%
+Markdown(as_markdown(found.choice.to_frame()))
 
 # %% [markdown]
 # **Did it help?** Here is the true reward on test prompts, with 95 % intervals over prompts.
 
 # %%
-Markdown(as_markdown(found.rewards))
+Markdown(as_markdown(found.table()))
 
 # %% [markdown]
-# Both methods are far above S, at any temperature: this is alignment, not sharpening. But at the $\beta$ that is best for DPO, stepwise DPO is *worse* than DPO. It behaves like DPO with $\beta/T$, which is too
-# weak a pull here; and at $T\beta$ it does as well as DPO at $\beta$. That is what the [closed form](03_loss.ipynb) predicts for stages that see the same prompts, one world and one seed strong. The cell
-# below holds the page to what it says.
+# Both methods are far above S, at any temperature: this is alignment, not sharpening. But at the $\beta$ that is best for DPO, stepwise DPO is *worse* than DPO. It comes out below even DPO at
+# $\beta/T$, a weaker pull; and at $T\beta$ it equals DPO at $\beta$. If all stages saw the same prompts, the [closed form](03_loss.ipynb) would make $T$ stages at $\beta$ one stage at $\beta/T$. These sources share no
+# prompt, but they share skills; chapter 03 shows that such stages add up only in part. This is one world and one seed. The cell below holds the page to what it says.
 
 # %%
-means = {model: float(cell.split()[0]) for model, cell in found.rewards["sampled"].items()}
-dpo, small, stepwise, large = [m for name, m in means.items() if "DPO" in name]
-assert dpo > max(m for name, m in means.items() if name.startswith("S")) + 0.1
-assert dpo > stepwise and abs(stepwise - small) < dpo - stepwise and abs(large - dpo) < 0.03
+reward = found.rewards["sampled"]
+S, sharp, dpo, small, stepwise, large = reward.columns
+assert reward[[dpo, small, stepwise, large]].mean().min() > reward[[S, sharp]].mean().max() + 0.05
+differences = {f"{a} minus {b}": mean_interval(reward[a] - reward[b]) for a, b in ((stepwise, dpo), (stepwise, small), (large, dpo))}
+assert [high < 0 for _, _, high in differences.values()] == [True, True, False] and abs(differences[f"{large} minus {dpo}"][0]) < 0.01
+Markdown(as_markdown(pd.DataFrame(differences, index=["mean", "low", "high"]).T))
 
 # %% [markdown]
 # ## Your model, your pairs
@@ -86,7 +103,8 @@ assert dpo > stepwise and abs(stepwise - small) < dpo - stepwise and abs(large -
 # from sdpo_nb.stepwise import StepwiseConfig, sdpo
 #
 # run = sdpo(model="HuggingFaceTB/SmolLM2-135M-Instruct",
-#            sources={"orca": "orca.jsonl", "uf": "trl-lib/ultrafeedback_binarized"},
+#            sources={"orca": dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}),
+#                     "uf": "trl-lib/ultrafeedback_binarized"},
 #            config=StepwiseConfig(beta=0.1, lr=5e-6), folder="runs/first")
 # run.report()    # partition, stages, figures
 # run.model       # an ordinary transformers model
