@@ -33,8 +33,9 @@ import pandas as pd
 from IPython.display import Markdown
 from sdpo_nb.cli import demo
 from sdpo_nb.figures import plot_gamma, plot_partition
+from sdpo_nb.preferences import load_pairs
 from sdpo_nb.stepwise import as_markdown, gamma_table
-from sdpo_nb.world import mean_interval
+from sdpo_nb.world import load_world, mean_interval
 
 found = demo(tempfile.mkdtemp())
 
@@ -81,6 +82,8 @@ Markdown(as_markdown(found.table()))
 # prompt, but they share skills; chapter 03 shows that such stages add up only in part. This is one world and one seed. The cell below holds the page to what it says.
 
 # %%
+prompts = [{str(row["prompt"]) for row in load_pairs(file)} for file in load_world().sources.values()]
+assert len(set.union(*prompts)) == sum(map(len, prompts))
 reward = found.rewards["sampled"]
 S, sharp, dpo, small, stepwise, large = reward.columns
 assert reward[[dpo, small, stepwise, large]].mean().min() > reward[[S, sharp]].mean().max() + 0.05
