@@ -26,12 +26,26 @@ def _shape(x) -> str:
     ok = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in x)
     return "messages" if ok else "something else"
 
+def _short(x): return f"{type(x).__name__} {x if len(str(x)) <= 60 else str(x)[:60] + '...'!r}"
+
 _SCHEMA = dict(prompt=("a string", "messages", "nothing"), chosen=("a string", "messages"), rejected=("a string", "messages"),
                system=("a string", "nothing"), messages=("messages", "no messages", "nothing"))
+
+# %% ../nbs/01_preferences.ipynb #f421fb1a
+def _is_chat(row, chat): return chat or row.get("system") is not None or row.get("messages") is not None
+
+def _check_prompt(row, where, chat):
+    "Raise ValueError where two strings lack a prompt and their common beginning cannot be meant."
+    if row.get("prompt") is not None or row.get("messages") or not isinstance(row["chosen"], str): return
+    other = next((c for c in ("question", "instruction", "query", "input") if c in row), None)
+    if other or _is_chat(row, chat):
+        raise ValueError(f"{where}, field 'prompt': expected a string or messages, got nothing; the row has "
+                         f"{sorted(c for c in row if row[c] is not None)}, and columns={{'{other or 'your name'}': 'prompt'}} renames")
 
 # %% ../nbs/01_preferences.ipynb #9305897f
 def _check(row: dict,  # one raw row
            where: str, # file and row, for the message
+           chat: bool=False, # are strings turns of a chat?
           ):
     "Raise ValueError, naming file, row and field, unless every field holds what it may."
     if not isinstance(row, dict): raise ValueError(f"{where}: expected an object with fields, got {_short(row)}")
@@ -43,8 +57,7 @@ def _check(row: dict,  # one raw row
                          + " (messages are a list of {'role': string, 'content': string})" * isinstance(value, (list, dict)))
     if _shape(row["chosen"]) != _shape(row["rejected"]):
         raise ValueError(f"{where}, field 'rejected': expected {_shape(row['chosen'])} as in 'chosen', got {_short(row['rejected'])}")
-
-def _short(x): return f"{type(x).__name__} {x if len(str(x)) <= 60 else str(x)[:60] + '...'!r}"
+    _check_prompt(row, where, chat)
 
 # %% ../nbs/01_preferences.ipynb #e28f395f
 def _shared(a, b) -> int:
@@ -59,33 +72,18 @@ def _split(chosen, rejected): # two strings or two lists of messages
     if n and chosen[n-1] == " ": n -= 1 # a blank belongs to the word after it
     return chosen[:n], chosen[n:], rejected[n:]
 
-# %% ../nbs/01_preferences.ipynb #1d4abdd9
-def normalise(row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
-              where: str="row",  # file and row number, for error messages
-              chat: bool=False,  # read string fields as turns of a chat
-             ) -> dict:          # {"chat": bool, "prompt", "chosen", "rejected"}: three strings, or messages and two closing messages
-    "One preference, whatever its spelling. Raises ValueError naming file, row and field."
-    _check(row, where)
-    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if isinstance(sides[0], str):
-        if prompt is None and not row.get("messages"): prompt, *sides = _split(*sides)
-        if isinstance(prompt, str) and not chat and row.get("system") is None and row.get("messages") is None:
-            return dict(chat=False, prompt=prompt, chosen=sides[0], rejected=sides[1])
-        sides = [[{"role": "assistant", "content": s}] for s in sides]
-    turns, *sides = _split_turns(prompt, *map(_messages, sides))
-    for field, side in zip(("chosen", "rejected"), sides):
-        if [m["role"] for m in side] != ["assistant"]:
-            raise ValueError(f"{where}, field '{field}': expected one assistant turn after the prompt, got roles {[m['role'] for m in side]}")
-    return dict(chat=True, prompt=_context(row, turns, where), chosen=sides[0][0], rejected=sides[1][0])
-
+# %% ../nbs/01_preferences.ipynb #c5a68cea
 def _messages(x): return [{"role": m["role"], "content": m["content"]} for m in x]
 
-# %% ../nbs/01_preferences.ipynb #c3fe2094
-def _split_turns(prompt, chosen, rejected):
+def _split_turns(prompt, chosen, rejected, where):
     "A list prompt stands before the two sides; a string prompt, or none, is inside them if they share turns."
     if isinstance(prompt, (list, tuple)): return _messages(prompt), chosen, rejected
     head, chosen, rejected = _split(chosen, rejected)
-    if isinstance(prompt, str) and not any(m["role"] == "user" for m in head): head = head + [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        asked = [m["content"].strip() for m in head if m["role"] == "user"]
+        if not asked: head = head + [{"role": "user", "content": prompt}]
+        elif not (all(a in prompt for a in asked) or any(prompt.strip() in a for a in asked)):
+            raise ValueError(f"{where}, field 'prompt': expected what the user says in the turns both sides share, or nothing, got {_short(prompt)}")
     return head, chosen, rejected
 
 # %% ../nbs/01_preferences.ipynb #92170ff4
@@ -100,7 +98,29 @@ def _context(row, turns, where):
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return system + [m for m in before + turns if m not in system]
 
+# %% ../nbs/01_preferences.ipynb #1d4abdd9
+def normalise(row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
+              where: str="row",  # file and row number, for error messages
+              chat: bool=False,  # read string fields as turns of a chat
+             ) -> dict:          # {"chat": bool, "prompt", "chosen", "rejected"}: three strings, or messages and two closing messages
+    "One preference, whatever its spelling. Raises ValueError naming file, row and field."
+    _check(row, where, chat)
+    prompt, sides, chat = row.get("prompt"), [row["chosen"], row["rejected"]], _is_chat(row, chat)
+    if isinstance(sides[0], str):
+        if prompt is None and not chat: prompt, *sides = _split(*sides)
+        if isinstance(prompt, str) and not chat: return dict(chat=False, prompt=prompt, chosen=sides[0], rejected=sides[1])
+        sides = [[{"role": "assistant", "content": s}] for s in sides]
+    turns, *sides = _split_turns(prompt, *map(_messages, sides), where)
+    for field, side in zip(("chosen", "rejected"), sides):
+        if [m["role"] for m in side] != ["assistant"]:
+            raise ValueError(f"{where}, field '{field}': expected one assistant turn after the prompt, got roles {[m['role'] for m in side]}")
+    return dict(chat=True, prompt=_context(row, turns, where), chosen=sides[0][0], rejected=sides[1][0])
+
 # %% ../nbs/01_preferences.ipynb #b6988bb1
+def _render(tokenizer, messages, **kw):
+    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
+
 def turn_end(tokenizer, # a tokenizer with a chat template
             ) -> tuple[list[int], int]: # (ids that must be appended, number of ids to cut) after a rendered assistant turn
     "How a rendered assistant turn has to be mended so that it ends with the turn's end token."
@@ -109,10 +129,6 @@ def turn_end(tokenizer, # a tokenizer with a chat template
     ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()} | set(tokenizer.all_special_ids)
     first = next((i for i, t in enumerate(tail) if t in ends - {tokenizer.unk_token_id}), None)
     return ([tokenizer.eos_token_id], len(tail)) if first is None else ([], len(tail) - first - 1)
-
-def _render(tokenizer, messages, **kw):
-    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
 
 # %% ../nbs/01_preferences.ipynb #d9a02a88
 def _text_ids(pair, tokenizer):
@@ -127,6 +143,14 @@ def _chat_ids(pair, tokenizer, end):
     add, cut = end or turn_end(tokenizer)
     full = [_render(tokenizer, pair["prompt"] + [pair[s]]) for s in ("chosen", "rejected")]
     return _render(tokenizer, pair["prompt"], add_generation_prompt=True), [f[:len(f) - cut] + add for f in full]
+
+# %% ../nbs/01_preferences.ipynb #53a29fde
+def _why_dropped(pair, tokenizer, prompt, sides) -> str: # empty where the pair is usable
+    "The reason for which a valid pair carries no signal."
+    texts = [pair[s]["content"] if pair["chat"] else pair[s] for s in ("chosen", "rejected")]
+    if not all(sides) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
+    if sides[0] == sides[1]: return "equal"
+    return "" if prompt else "no_prompt"
 
 # %% ../nbs/01_preferences.ipynb #4786e4a1
 def encode(pair: dict,             # what `normalise` returns
@@ -145,17 +169,15 @@ def encode(pair: dict,             # what `normalise` returns
                 truncated=len(kept) + max(len(f) - n for f in full) > max_length,
                 prompt_truncated=n > max_prompt_length, boundary_moved=n < len(prompt))
 
-# %% ../nbs/01_preferences.ipynb #53a29fde
-def _why_dropped(pair, tokenizer, prompt, sides) -> str: # empty where the pair is usable
-    "The reason for which a valid pair carries no signal."
-    texts = [pair[s]["content"] if pair["chat"] else pair[s] for s in ("chosen", "rejected")]
-    if not all(sides) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
-    if sides[0] == sides[1]: return "equal"
-    return "" if prompt else "no_prompt"
-
 # %% ../nbs/01_preferences.ipynb #d2d1685a
 def _rename(names, columns): # old name -> new name, for the columns that stay
-    return {c: columns.get(c, c) for c in names if c in columns or c not in columns.values()}
+    taken = {columns[c] for c in names if c in columns} # a rename wins over a column that has the new name already
+    return {c: columns.get(c, c) for c in names if c in columns or c not in taken}
+
+def _check_columns(columns, names, where):
+    "Raise ValueError where a rename finds neither its old nor its new name."
+    if absent := [c for c in columns if c not in names and columns[c] not in names]:
+        raise ValueError(f"{where}: columns= names {sorted(absent)}, but the rows have {sorted(names)}")
 
 # %% ../nbs/01_preferences.ipynb #be74fb1d
 def _checked(rows, columns: dict): # rows: (where, row)
@@ -171,18 +193,12 @@ def _checked(rows, columns: dict): # rows: (where, row)
             if _shape(row.get(field)) != before:
                 raise ValueError(f"{where}, field '{field}': expected {before} as in the rows before, got {_short(row.get(field))}")
         yield {f: _messages(row[f]) if isinstance(row.get(f), (list, tuple)) else row.get(f) for f in _SCHEMA}
-    if seen and (absent := set(columns) - seen): raise ValueError(f"{where.split(', row')[0]}: columns= names {sorted(absent)}, but the rows have {sorted(seen)}")
+    if seen: _check_columns(columns, seen, where.split(", row")[0])
 
 # %% ../nbs/01_preferences.ipynb #0ba0165e
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 def _suffix(path): return Path(path.stem if path.suffix == ".gz" else path).suffix
-
-def _file_rows(path: Path):
-    "(where, row) of every row of a file."
-    kind = _READERS[_suffix(path)]
-    if kind == "json": yield from _json_rows(path)
-    else: yield from ((f"{path}, row {i}", row) for i, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True)))
 
 # %% ../nbs/01_preferences.ipynb #c93f8c7f
 def _json_rows(path):
@@ -198,8 +214,21 @@ def _json_rows(path):
                 except json.JSONDecodeError as e: raise ValueError(f"{where}: not JSON ({e})") from None
                 yield where, row
 
+# %% ../nbs/01_preferences.ipynb #2c60341b
+def _file_rows(path: Path):
+    "(where, row) of every row of a file."
+    kind = _READERS[_suffix(path)]
+    if kind == "json": yield from _json_rows(path)
+    else: yield from ((f"{path}, row {i}", row) for i, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True)))
+
 # %% ../nbs/01_preferences.ipynb #afd68ab2
-_VERSION = 1 # of what is cached: raise it when the same file or row would give something else
+_VERSION = 2 # of what is cached: raise it when the same file or row would give something else
+
+def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
+
+def _features(row):
+    text = datasets.Value("string")
+    return datasets.Features({f: datasets.List({"role": text, "content": text}) if f == "messages" or isinstance(x, list) else text for f, x in row.items()})
 
 def _read_file(path: Path, columns: dict) -> Dataset:
     "The checked rows of one file, memory-mapped."
@@ -213,13 +242,11 @@ def _read_file(path: Path, columns: dict) -> Dataset:
         e = e.__cause__ or e # datasets wraps what the generator raises
         raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {(str(e) or repr(e)).splitlines()[0]}") from e
 
-def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
-
-def _features(row):
-    text = datasets.Value("string")
-    return datasets.Features({f: datasets.List({"role": text, "content": text}) if f == "messages" or isinstance(x, list) else text for f, x in row.items()})
-
 # %% ../nbs/01_preferences.ipynb #cf285e35
+def _pick(splits, split, where):
+    if split not in splits: raise ValueError(f"{where}: no split '{split}', only {sorted(splits)}")
+    return splits[split]
+
 def _read_folder(path, split, columns):
     try: files = {str(s): fs for s, fs in load_dataset_builder(str(path)).config.data_files.items()}
     except Exception as e: raise ValueError(f"{path}: no files in this folder that datasets can read ({str(e).splitlines()[0]})") from e
@@ -228,15 +255,11 @@ def _read_folder(path, split, columns):
         if part.features != parts[0].features: raise ValueError(f"{f}: its fields hold other things than those of {files[split][0]}; load the two as two sources")
     return concatenate_datasets(parts)
 
-def _pick(splits, split, where):
-    if split not in splits: raise ValueError(f"{where}: no split '{split}', only {sorted(splits)}")
-    return splits[split]
-
 # %% ../nbs/01_preferences.ipynb #c7b06254
 def _from_dataset(data, split, columns, where):
     if isinstance(data, DatasetDict): data = _pick(data, split, where)
     names = _rename(data.column_names, columns)
-    if absent := set(columns) - set(names): raise ValueError(f"{where}: columns= names {sorted(absent)}, but the data have {data.column_names}")
+    _check_columns(columns, data.column_names, where)
     data = data.with_format(None).select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
     if len(data): _check(data[0], f"{where}, row 0")
     data = data.select_columns([c for c in _SCHEMA if c in data.column_names])
@@ -255,7 +278,7 @@ def _from_hub(name, split, revision):
 def load_pairs(source,              # file (.jsonl, .json, .parquet, .arrow, .csv; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
                split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
                revision: str=None,  # hub ids: a commit, so that the data cannot change under you
-               columns: dict=None,  # renames, e.g. {"question": "prompt"}
+               columns: dict=None,  # renames, e.g. {"question": "prompt"}; a source that says "prompt" already is left as it is
               ) -> Dataset:         # raw rows, memory-mapped, with the columns prompt, chosen, rejected, system, messages
     "Preference rows, checked. Raises ValueError naming file, row and field, and FileNotFoundError."
     columns = columns or {}
@@ -284,6 +307,33 @@ def counts_table(sources) -> pd.DataFrame:
     "What was read, dropped and cut, one source a row."
     return pd.DataFrame([s.counts for s in sources], index=pd.Index([s.name for s in sources], name="source"))
 
+# %% ../nbs/01_preferences.ipynb #71788157
+_FEATURES = datasets.Features({"key": datasets.Value("string"),
+    **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
+    **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
+
+def _digest(data, tokenizer, *settings) -> str:
+    "sha256 over everything that decides the ids, 24 hex digits."
+    h = hashlib.sha256()
+    for table in data.with_format("arrow").iter(1000):
+        with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema) as w: w.write_table(table.combine_chunks())
+        h.update(sink.getvalue())
+    if tokenizer.is_fast: backend = {k: v for k, v in json.loads(tokenizer.backend_tokenizer.to_str()).items() if k not in ("padding", "truncation")}
+    else: backend = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer(" a B").input_ids]
+    h.update(json.dumps([_VERSION, backend, tokenizer.chat_template, tokenizer.special_tokens_map, *settings], sort_keys=True, default=str).encode())
+    return h.hexdigest()[:24]
+
+# %% ../nbs/01_preferences.ipynb #8a0fb900
+def _usable(name, out):
+    "The pairs that carry signal, and the counts."
+    t = out.select_columns(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
+    keep, dropped = t["drop"] == "", t["drop"].value_counts()
+    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows, dropped {dropped.to_dict()}")
+    counts = dict(rows=len(t), usable=keep.sum(), **{why: dropped.get(why, 0) for why in ("empty", "equal", "no_prompt")},
+                  **{k: t.loc[keep, k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")})
+    pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
+    return Source(name, pairs if keep.all() else pairs.select(keep.to_numpy().nonzero()[0]), {k: int(v) for k, v in counts.items()})
+
 # %% ../nbs/01_preferences.ipynb #af2372c3
 def tokenize_pairs(data,                 # what `load_pairs` returns
                    tokenizer,            # a transformers tokenizer
@@ -308,30 +358,3 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
     out = data.map(one, with_indices=True, remove_columns=data.column_names, features=_FEATURES, num_proc=num_proc, desc=f"tokenising {name}",
                    cache_file_name=str(cache / f"{digest}.arrow"), load_from_cache_file=True, new_fingerprint=digest)
     return _usable(name, out)
-
-# %% ../nbs/01_preferences.ipynb #0197b5d9
-_FEATURES = datasets.Features({"key": datasets.Value("string"),
-    **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
-    **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
-
-def _digest(data, tokenizer, *settings) -> str:
-    "sha256 over everything that decides the ids, 24 hex digits."
-    h = hashlib.sha256()
-    for table in data.with_format("arrow").iter(1000):
-        with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema) as w: w.write_table(table.combine_chunks())
-        h.update(sink.getvalue())
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else [type(tokenizer).__name__, tokenizer.get_vocab()]
-    if tokenizer.is_fast: backend = {k: v for k, v in backend.items() if k not in ("padding", "truncation")} # state of the last call
-    h.update(json.dumps([_VERSION, backend, tokenizer.chat_template, tokenizer.special_tokens_map, *settings], sort_keys=True, default=str).encode())
-    return h.hexdigest()[:24]
-
-# %% ../nbs/01_preferences.ipynb #8a0fb900
-def _usable(name, out):
-    "The pairs that carry signal, and the counts."
-    t = out.select_columns(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
-    keep, dropped = t["drop"] == "", t["drop"].value_counts()
-    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows, dropped {dropped.to_dict()}")
-    counts = dict(rows=len(t), usable=keep.sum(), **{why: dropped.get(why, 0) for why in ("empty", "equal", "no_prompt")},
-                  **{k: t.loc[keep, k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")})
-    pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
-    return Source(name, pairs if keep.all() else pairs.select(keep.to_numpy().nonzero()[0]), {k: int(v) for k, v in counts.items()})

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import sdpo_nb.preferences as P
 from sdpo_nb.preferences import counts_table, encode, load_pairs, normalise, tokenize_pairs, turn_end
@@ -161,6 +161,25 @@ def test_tokenizer_that_cannot_serve():
     with pytest.raises(ValueError, match="max_length"): tokenize_pairs(load_pairs([TEXT]), toy(), max_length=0)
 
 
+@pytest.mark.parametrize("name", ["question", "instruction", "query", "input"])
+@pytest.mark.parametrize("extra", [{}, dict(system="s"), dict(messages=[])])
+def test_prompt_under_another_name(tmp_path, name, extra):
+    row = {name: "2+2?", "chosen": "The capital is Paris.", "rejected": "The city of Lyon.", **extra}
+    for source in ([row], Dataset.from_list([row]), write(tmp_path / "p.jsonl", [row])):
+        with pytest.raises(ValueError, match=f"row 0.*, field 'prompt': .*'{name}'.*columns={{'{name}': 'prompt'}} renames"): load_pairs(source)
+        assert load_pairs(source, columns={name: "prompt"})[0]["prompt"] == "2+2?"
+    with pytest.raises(ValueError, match="field 'prompt'"): normalise(row)
+
+
+def test_turns_have_no_implicit_prompt():
+    row = dict(chosen="The capital is Paris.", rejected="The city of Lyon.")
+    assert normalise(row)["prompt"] == "The c"
+    for kw, more in ((dict(chat=True), {}), ({}, dict(system="s")), ({}, dict(system="")), ({}, dict(messages=[]))):
+        with pytest.raises(ValueError, match="f.jsonl, row 7, field 'prompt': .*columns={'your name': 'prompt'} renames"): normalise(row | more, "f.jsonl, row 7", **kw)
+    with pytest.raises(ValueError, match="<list>, row 0, field 'prompt': .*'frage'"): load_pairs([dict(row, system="s", frage="2+2?")])
+    with pytest.raises(ValueError, match="source 's', row 0, field 'prompt'"): tokenize_pairs(load_pairs([row]), toy(CHATML), "s", chat=True)
+
+
 # ---- formats
 
 def test_text_stays_text_unless_told():
@@ -183,6 +202,8 @@ def test_whole_conversations():
     row = dict(chosen=turns + [assistant("x")], rejected=turns + [assistant("y")])
     assert normalise(row)["prompt"] == turns and normalise(dict(row, prompt="a"))["prompt"] == turns
     assert normalise(dict(prompt="a", chosen=[assistant("x")], rejected=[assistant("y")]))["prompt"] == [user("a")]
+    for flat in ("c", "Human: a Assistant: b Human: c", "", " a\n"): assert normalise(dict(row, prompt=flat))["prompt"] == turns
+    with pytest.raises(ValueError, match="field 'prompt': .*turns both sides share.*hello"): normalise(dict(row, prompt="hello")) # would be lost
     system = [dict(role="system", content="s")]
     row = dict(prompt="a", chosen=system + [assistant("x")], rejected=system + [assistant("y")])
     assert normalise(row)["prompt"] == system + [user("a")]
@@ -243,6 +264,8 @@ def test_columns(tmp_path):
         assert {k: v for k, v in load_pairs(source, columns=names)[0].items() if v} == dict(prompt="q", chosen="g", rejected="r")
         with pytest.raises(ValueError, match="'chosen': .*the row has"): load_pairs(source, columns={"question": "prompt"})
         with pytest.raises(ValueError, match=r"columns= names \['nope'\]"): load_pairs(source, columns=names | {"nope": "system"})
+    for other in ([TEXT], Dataset.from_list([TEXT]), write(tmp_path / "p.jsonl", [TEXT])): # renamed already: nothing to do
+        assert load_pairs(other, columns={"question": "prompt"}).to_list() == load_pairs(other).to_list()
     swapped = load_pairs([TEXT], columns={"chosen": "rejected", "rejected": "chosen"})[0]
     assert swapped["chosen"] == TEXT["rejected"] and swapped["rejected"] == TEXT["chosen"]
 
@@ -351,6 +374,16 @@ def test_edited_file_is_never_stale(tmp_path):
     write(path, [dict(TEXT, chosen="http://c.org")]); os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size and path.stat().st_mtime_ns == stat.st_mtime_ns
     assert tokenize_pairs(load_pairs(path), toy()).pairs[0]["key"] != first
+
+
+def test_python_tokenizer_that_adds_bos():
+    "What such a tokenizer adds by itself is in no file that could be hashed."
+    class Bytes(ByT5Tokenizer):
+        def build_inputs_with_special_tokens(self, a, b=None): return [self.unk_token_id] * self.bos + a
+    plain, with_bos = Bytes(), Bytes()
+    plain.bos, with_bos.bos = False, True
+    a, b = (tokenize_pairs(load_pairs([TEXT]), t).pairs[0]["prompt_ids"] for t in (plain, with_bos))
+    assert b == [plain.unk_token_id] + a
 
 
 def test_interruption_leaves_nothing_broken(tmp_path, monkeypatch):

@@ -61,8 +61,27 @@ def _shape(x) -> str:
     ok = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in x)
     return "messages" if ok else "something else"
 
+def _short(x): return f"{type(x).__name__} {x if len(str(x)) <= 60 else str(x)[:60] + '...'!r}"
+
 _SCHEMA = dict(prompt=("a string", "messages", "nothing"), chosen=("a string", "messages"), rejected=("a string", "messages"),
                system=("a string", "nothing"), messages=("messages", "no messages", "nothing"))
+
+
+# %% [markdown]
+# A prompt may be left out, but nothing tells a prompt that is left out from one that stands in a column of another name. So two strings go without only
+# where no column has one of the usual names, and never as turns of a chat, since a user who says only what the two answers share asks nothing.
+
+# %%
+#| export
+def _is_chat(row, chat): return chat or row.get("system") is not None or row.get("messages") is not None
+
+def _check_prompt(row, where, chat):
+    "Raise ValueError where two strings lack a prompt and their common beginning cannot be meant."
+    if row.get("prompt") is not None or row.get("messages") or not isinstance(row["chosen"], str): return
+    other = next((c for c in ("question", "instruction", "query", "input") if c in row), None)
+    if other or _is_chat(row, chat):
+        raise ValueError(f"{where}, field 'prompt': expected a string or messages, got nothing; the row has "
+                         f"{sorted(c for c in row if row[c] is not None)}, and columns={{'{other or 'your name'}': 'prompt'}} renames")
 
 
 # %% [markdown]
@@ -73,6 +92,7 @@ _SCHEMA = dict(prompt=("a string", "messages", "nothing"), chosen=("a string", "
 #| export
 def _check(row: dict,  # one raw row
            where: str, # file and row, for the message
+           chat: bool=False, # are strings turns of a chat?
           ):
     "Raise ValueError, naming file, row and field, unless every field holds what it may."
     if not isinstance(row, dict): raise ValueError(f"{where}: expected an object with fields, got {_short(row)}")
@@ -84,12 +104,11 @@ def _check(row: dict,  # one raw row
                          + " (messages are a list of {'role': string, 'content': string})" * isinstance(value, (list, dict)))
     if _shape(row["chosen"]) != _shape(row["rejected"]):
         raise ValueError(f"{where}, field 'rejected': expected {_shape(row['chosen'])} as in 'chosen', got {_short(row['rejected'])}")
-
-def _short(x): return f"{type(x).__name__} {x if len(str(x)) <= 60 else str(x)[:60] + '...'!r}"
+    _check_prompt(row, where, chat)
 
 
 # %% [markdown]
-# Four wrong rows and what is said about them. A number is not turned into its digits: whoever wrote `4` in one row and `"4"` in
+# Five wrong rows and what is said about them. A number is not turned into its digits: whoever wrote `4` in one row and `"4"` in
 # another may have meant a score.
 
 # %%
@@ -98,14 +117,14 @@ def complaint(f, *args, **kw):
     except ValueError as e: return str(e)
     raise AssertionError("nothing was wrong")
 
-bad = [dict(prompt="sort gace", chosen="aceg"), dict(prompt="add 1 2", chosen="3", rejected=4), dict(prompt=[], chosen="a", rejected="b"),
-       dict(chosen=[{"role": "assistant", "content": None}], rejected="b")]
+bad = [dict(prompt="sort gace", chosen="aceg"), dict(prompt="add 1 2", chosen="3", rejected=4), dict(question="add 2 2", chosen="4", rejected="5"),
+       dict(prompt=[], chosen="a", rejected="b"), dict(chosen=[{"role": "assistant", "content": None}], rejected="b")]
 pd.DataFrame({"the message": [complaint(_check, row, f"pairs.jsonl, row {i}") for i, row in enumerate(bad)]}).style.hide().set_uuid("bad")
 
 
 # %% [markdown]
-# Where the prompt is not written out, it is what the two sides share at their beginning. The same function will find where
-# two rows of token ids part.
+# Where the prompt is not written out, it is what the two sides share at their beginning. As in TRL, text is cut wherever the sides differ, even inside
+# a word. The same function will find where two rows of token ids part.
 
 # %%
 #| export
@@ -129,43 +148,22 @@ prompt, chosen, rejected
 
 
 # %% [markdown]
-# Plain strings stay plain text, as in TRL, unless something says they are turns: a `system` or `messages` column, or `chat=True`.
-# Either way two shapes are left, three strings or a conversation with two closing turns.
+# Hub sets often pair a string `prompt` with whole conversations in `chosen` and `rejected`. The prompt is then inside them already,
+# and must not be asked twice; but a prompt that is *not* inside them must not be lost.
 
 # %%
 #| export
-def normalise(row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
-              where: str="row",  # file and row number, for error messages
-              chat: bool=False,  # read string fields as turns of a chat
-             ) -> dict:          # {"chat": bool, "prompt", "chosen", "rejected"}: three strings, or messages and two closing messages
-    "One preference, whatever its spelling. Raises ValueError naming file, row and field."
-    _check(row, where)
-    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    if isinstance(sides[0], str):
-        if prompt is None and not row.get("messages"): prompt, *sides = _split(*sides)
-        if isinstance(prompt, str) and not chat and row.get("system") is None and row.get("messages") is None:
-            return dict(chat=False, prompt=prompt, chosen=sides[0], rejected=sides[1])
-        sides = [[{"role": "assistant", "content": s}] for s in sides]
-    turns, *sides = _split_turns(prompt, *map(_messages, sides))
-    for field, side in zip(("chosen", "rejected"), sides):
-        if [m["role"] for m in side] != ["assistant"]:
-            raise ValueError(f"{where}, field '{field}': expected one assistant turn after the prompt, got roles {[m['role'] for m in side]}")
-    return dict(chat=True, prompt=_context(row, turns, where), chosen=sides[0][0], rejected=sides[1][0])
-
 def _messages(x): return [{"role": m["role"], "content": m["content"]} for m in x]
 
-
-# %% [markdown]
-# Hub sets often pair a string `prompt` with whole conversations in `chosen` and `rejected`. The prompt is then inside them already,
-# and must not be asked twice.
-
-# %%
-#| export
-def _split_turns(prompt, chosen, rejected):
+def _split_turns(prompt, chosen, rejected, where):
     "A list prompt stands before the two sides; a string prompt, or none, is inside them if they share turns."
     if isinstance(prompt, (list, tuple)): return _messages(prompt), chosen, rejected
     head, chosen, rejected = _split(chosen, rejected)
-    if isinstance(prompt, str) and not any(m["role"] == "user" for m in head): head = head + [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str):
+        asked = [m["content"].strip() for m in head if m["role"] == "user"]
+        if not asked: head = head + [{"role": "user", "content": prompt}]
+        elif not (all(a in prompt for a in asked) or any(prompt.strip() in a for a in asked)):
+            raise ValueError(f"{where}, field 'prompt': expected what the user says in the turns both sides share, or nothing, got {_short(prompt)}")
     return head, chosen, rejected
 
 
@@ -185,6 +183,30 @@ def _context(row, turns, where):
     elif not turns: raise ValueError(f"{where}, field 'prompt': expected a string or messages, got nothing, and the two sides share no turn")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return system + [m for m in before + turns if m not in system]
+
+
+# %% [markdown]
+# Plain strings stay plain text, as in TRL, unless something says they are turns: a `system` or `messages` column, or `chat=True`.
+# Either way two shapes are left, three strings or a conversation with two closing turns.
+
+# %%
+#| export
+def normalise(row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
+              where: str="row",  # file and row number, for error messages
+              chat: bool=False,  # read string fields as turns of a chat
+             ) -> dict:          # {"chat": bool, "prompt", "chosen", "rejected"}: three strings, or messages and two closing messages
+    "One preference, whatever its spelling. Raises ValueError naming file, row and field."
+    _check(row, where, chat)
+    prompt, sides, chat = row.get("prompt"), [row["chosen"], row["rejected"]], _is_chat(row, chat)
+    if isinstance(sides[0], str):
+        if prompt is None and not chat: prompt, *sides = _split(*sides)
+        if isinstance(prompt, str) and not chat: return dict(chat=False, prompt=prompt, chosen=sides[0], rejected=sides[1])
+        sides = [[{"role": "assistant", "content": s}] for s in sides]
+    turns, *sides = _split_turns(prompt, *map(_messages, sides), where)
+    for field, side in zip(("chosen", "rejected"), sides):
+        if [m["role"] for m in side] != ["assistant"]:
+            raise ValueError(f"{where}, field '{field}': expected one assistant turn after the prompt, got roles {[m['role'] for m in side]}")
+    return dict(chat=True, prompt=_context(row, turns, where), chosen=sides[0][0], rejected=sides[1][0])
 
 
 # %% [markdown]
@@ -240,6 +262,10 @@ LINES = ["see http://a.org", "the page is http://b.org", "is it http://a.org or 
 
 # %%
 #| export
+def _render(tokenizer, messages, **kw):
+    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
+
 def turn_end(tokenizer, # a tokenizer with a chat template
             ) -> tuple[list[int], int]: # (ids that must be appended, number of ids to cut) after a rendered assistant turn
     "How a rendered assistant turn has to be mended so that it ends with the turn's end token."
@@ -248,10 +274,6 @@ def turn_end(tokenizer, # a tokenizer with a chat template
     ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()} | set(tokenizer.all_special_ids)
     first = next((i for i, t in enumerate(tail) if t in ends - {tokenizer.unk_token_id}), None)
     return ([tokenizer.eos_token_id], len(tail)) if first is None else ([], len(tail) - first - 1)
-
-def _render(tokenizer, messages, **kw):
-    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
 
 
 # %% [markdown]
@@ -307,6 +329,20 @@ def _chat_ids(pair, tokenizer, end):
 
 
 # %% [markdown]
+# Three kinds of valid rows teach nothing: a response without text (its EOS alone is no answer), two equal responses, and a prompt
+# of no token at all, after which nothing predicts the response's first token.
+
+# %%
+#| export
+def _why_dropped(pair, tokenizer, prompt, sides) -> str: # empty where the pair is usable
+    "The reason for which a valid pair carries no signal."
+    texts = [pair[s]["content"] if pair["chat"] else pair[s] for s in ("chosen", "rejected")]
+    if not all(sides) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
+    if sides[0] == sides[1]: return "equal"
+    return "" if prompt else "no_prompt"
+
+
+# %% [markdown]
 # Write $x$ for the ids of the prompt and $z_w, z_l$ for those of the two full rows. The boundary is the longest prefix all three share,
 #
 # $$n = \min\big(\mathrm{lcp}(x, z_w),\ \mathrm{lcp}(x, z_l)\big). \tag{1}$$
@@ -333,26 +369,12 @@ def encode(pair: dict,             # what `normalise` returns
                 prompt_truncated=n > max_prompt_length, boundary_moved=n < len(prompt))
 
 
-# %% [markdown]
-# Three kinds of valid rows teach nothing: a response without text (its EOS alone is no answer), two equal responses, and a prompt
-# of no token at all, after which nothing predicts the response's first token.
-
-# %%
-#| export
-def _why_dropped(pair, tokenizer, prompt, sides) -> str: # empty where the pair is usable
-    "The reason for which a valid pair carries no signal."
-    texts = [pair[s]["content"] if pair["chat"] else pair[s] for s in ("chosen", "rejected")]
-    if not all(sides) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
-    if sides[0] == sides[1]: return "equal"
-    return "" if prompt else "no_prompt"
-
-
 # %%
 e = encode(link, tok)
-assert e["boundary_moved"] and not e["drop"]
+assert e["boundary_moved"] and not e["drop"] and tok.decode(e["prompt_ids"]) == "is it" # (1): neither less nor more
 for side in ("chosen", "rejected"):
     assert tok.decode(e["prompt_ids"] + e[f"{side}_ids"]) == link["prompt"] + link[side] + "</s>"
-pd.Series({k: tok.decode(e[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")}, name="stored as").to_frame()
+pd.Series({k: repr(tok.decode(e[f"{k}_ids"])) for k in ("prompt", "chosen", "rejected")}, name="stored as").to_frame()
 
 
 # %% [markdown]
@@ -371,8 +393,10 @@ n, colours = len(e["prompt_ids"]), sns.color_palette("colorblind")
 fig, ax = plt.subplots(figsize=(8, 2.2))
 draw(ax, "prompt alone", tok(link["prompt"]).input_ids, n, "whitesmoke")
 for side, colour in (("chosen", colours[2]), ("rejected", colours[1])): draw(ax, f"with {side}", e["prompt_ids"] + e[f"{side}_ids"], n, colour)
-ax.axvline(len(tok.decode(e["prompt_ids"])), color="black", ls="--"); ax.axvline(len(link["prompt"]), color="grey", ls=":")
-ax.invert_yaxis(); ax.set(xlabel="position (characters)"); sns.despine(ax=ax, left=True)
+ax.invert_yaxis()
+for text, at, ls in (("boundary (1)", len(tok.decode(e["prompt_ids"])), "--"), ("prompt text ends", len(link["prompt"]), ":")):
+    ax.axvline(at, color="black", ls=ls); ax.text(at, 1.02, text, ha="center", fontsize="small", transform=ax.get_xaxis_transform())
+ax.set(xlabel="position (characters)"); sns.despine(ax=ax, left=True)
 
 # %% [markdown]
 # Grey is the shared prompt, colour is scored. The text of the prompt ends at the dotted line, inside a token of the chosen row; so the
@@ -381,8 +405,8 @@ ax.invert_yaxis(); ax.set(xlabel="position (characters)"); sns.despine(ax=ax, le
 # %% [markdown]
 # ## Two cuts
 #
-# A prompt that is too long loses its beginning: the question stands at its end. A response that is too long loses its tail, and
-# with it the EOS; better no end than an end the text did not have.
+# A prompt that is too long loses its beginning: the question stands at its end. In a chat the cut takes BOS and the header of the first turn, so it should be rare.
+# A response that is too long loses its tail, and with it the EOS; better no end than an end the text did not have.
 
 # %%
 long = dict(chat=False, prompt="see http://a.org ", chosen="is it http://b.org", rejected="is it 42")
@@ -392,6 +416,9 @@ for max_length, max_prompt in ((64, 64), (64, 4), (12, 4), (8, 4), (4, 4)):
     assert len(e["prompt_ids"]) <= max_prompt and all(len(e["prompt_ids"]) + len(e[s]) <= max_length for s in ("chosen_ids", "rejected_ids"))
     cuts[max_length, max_prompt] = {k: tok.decode(e[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")} | {k: e[k] for k in ("truncated", "drop")}
 assert [c["drop"] for c in cuts.values()] == ["", "", "", "equal", "empty"]
+asked = dict(prompt=[user("is it?")], chosen=[assistant("yes")], rejected=[assistant("no")])
+whole, cut = (tok.decode(encode(normalise(asked), toy_tokenizer(LINES, chatml), max_prompt_length=n)["prompt_ids"]) for n in (64, 15))
+assert whole.startswith("<|im_start|>user") and whole.endswith(cut) and not cut.startswith("<|im_start|>user")
 pd.DataFrame(cuts.values(), index=pd.MultiIndex.from_tuples(cuts, names=["max_length", "max_prompt_length"]))
 
 
@@ -404,13 +431,18 @@ pd.DataFrame(cuts.values(), index=pd.MultiIndex.from_tuples(cuts, names=["max_le
 # A field must keep one shape through a whole file. Type drift between rows is how two exports get glued together unnoticed, so
 # the row at which it happens is an error.
 #
-# Columns with other names are renamed first. A rename wins over a column that has the new name already: who asks for `question` as the prompt
-# does not want the `prompt` beside it.
+# Columns with other names are renamed first. Where only the new name is there, nothing is to be done, so one renaming serves sources that spell it differently.
 
 # %%
 #| export
 def _rename(names, columns): # old name -> new name, for the columns that stay
-    return {c: columns.get(c, c) for c in names if c in columns or c not in columns.values()}
+    taken = {columns[c] for c in names if c in columns} # a rename wins over a column that has the new name already
+    return {c: columns.get(c, c) for c in names if c in columns or c not in taken}
+
+def _check_columns(columns, names, where):
+    "Raise ValueError where a rename finds neither its old nor its new name."
+    if absent := [c for c in columns if c not in names and columns[c] not in names]:
+        raise ValueError(f"{where}: columns= names {sorted(absent)}, but the rows have {sorted(names)}")
 
 
 # %% [markdown]
@@ -432,7 +464,7 @@ def _checked(rows, columns: dict): # rows: (where, row)
             if _shape(row.get(field)) != before:
                 raise ValueError(f"{where}, field '{field}': expected {before} as in the rows before, got {_short(row.get(field))}")
         yield {f: _messages(row[f]) if isinstance(row.get(f), (list, tuple)) else row.get(f) for f in _SCHEMA}
-    if seen and (absent := set(columns) - seen): raise ValueError(f"{where.split(', row')[0]}: columns= names {sorted(absent)}, but the rows have {sorted(seen)}")
+    if seen: _check_columns(columns, seen, where.split(", row")[0])
 
 
 # %% [markdown]
@@ -444,12 +476,6 @@ def _checked(rows, columns: dict): # rows: (where, row)
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 def _suffix(path): return Path(path.stem if path.suffix == ".gz" else path).suffix
-
-def _file_rows(path: Path):
-    "(where, row) of every row of a file."
-    kind = _READERS[_suffix(path)]
-    if kind == "json": yield from _json_rows(path)
-    else: yield from ((f"{path}, row {i}", row) for i, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True)))
 
 
 # %% [markdown]
@@ -471,13 +497,28 @@ def _json_rows(path):
                 yield where, row
 
 
+# %%
+#| export
+def _file_rows(path: Path):
+    "(where, row) of every row of a file."
+    kind = _READERS[_suffix(path)]
+    if kind == "json": yield from _json_rows(path)
+    else: yield from ((f"{path}, row {i}", row) for i, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True)))
+
+
 # %% [markdown]
 # A file becomes an Arrow table on disk once, under the hash of its *content*. An edited file can never be served stale, even
 # where its size and date are the old ones; a read that is interrupted leaves nothing under that name.
 
 # %%
 #| export
-_VERSION = 1 # of what is cached: raise it when the same file or row would give something else
+_VERSION = 2 # of what is cached: raise it when the same file or row would give something else
+
+def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
+
+def _features(row):
+    text = datasets.Value("string")
+    return datasets.Features({f: datasets.List({"role": text, "content": text}) if f == "messages" or isinstance(x, list) else text for f, x in row.items()})
 
 def _read_file(path: Path, columns: dict) -> Dataset:
     "The checked rows of one file, memory-mapped."
@@ -491,12 +532,6 @@ def _read_file(path: Path, columns: dict) -> Dataset:
         e = e.__cause__ or e # datasets wraps what the generator raises
         raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {(str(e) or repr(e)).splitlines()[0]}") from e
 
-def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
-
-def _features(row):
-    text = datasets.Value("string")
-    return datasets.Features({f: datasets.List({"role": text, "content": text}) if f == "messages" or isinstance(x, list) else text for f, x in row.items()})
-
 
 # %% [markdown]
 # A folder is read file by file, so that a message can name the file; which file belongs to which split is left to `datasets`.
@@ -504,6 +539,10 @@ def _features(row):
 
 # %%
 #| export
+def _pick(splits, split, where):
+    if split not in splits: raise ValueError(f"{where}: no split '{split}', only {sorted(splits)}")
+    return splits[split]
+
 def _read_folder(path, split, columns):
     try: files = {str(s): fs for s, fs in load_dataset_builder(str(path)).config.data_files.items()}
     except Exception as e: raise ValueError(f"{path}: no files in this folder that datasets can read ({str(e).splitlines()[0]})") from e
@@ -511,10 +550,6 @@ def _read_folder(path, split, columns):
     for f, part in zip(files[split], parts):
         if part.features != parts[0].features: raise ValueError(f"{f}: its fields hold other things than those of {files[split][0]}; load the two as two sources")
     return concatenate_datasets(parts)
-
-def _pick(splits, split, where):
-    if split not in splits: raise ValueError(f"{where}: no split '{split}', only {sorted(splits)}")
-    return splits[split]
 
 
 # %% [markdown]
@@ -526,7 +561,7 @@ def _pick(splits, split, where):
 def _from_dataset(data, split, columns, where):
     if isinstance(data, DatasetDict): data = _pick(data, split, where)
     names = _rename(data.column_names, columns)
-    if absent := set(columns) - set(names): raise ValueError(f"{where}: columns= names {sorted(absent)}, but the data have {data.column_names}")
+    _check_columns(columns, data.column_names, where)
     data = data.with_format(None).select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
     if len(data): _check(data[0], f"{where}, row 0")
     data = data.select_columns([c for c in _SCHEMA if c in data.column_names])
@@ -557,7 +592,7 @@ def _from_hub(name, split, revision):
 def load_pairs(source,              # file (.jsonl, .json, .parquet, .arrow, .csv; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
                split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
                revision: str=None,  # hub ids: a commit, so that the data cannot change under you
-               columns: dict=None,  # renames, e.g. {"question": "prompt"}
+               columns: dict=None,  # renames, e.g. {"question": "prompt"}; a source that says "prompt" already is left as it is
               ) -> Dataset:         # raw rows, memory-mapped, with the columns prompt, chosen, rejected, system, messages
     "Preference rows, checked. Raises ValueError naming file, row and field, and FileNotFoundError."
     columns = columns or {}
@@ -587,20 +622,11 @@ data = load_pairs(folder / "orca.jsonl", columns={"question": "prompt"})
 assert data.to_list() == load_pairs(orca, columns={"question": "prompt"}).to_list()
 pd.DataFrame([{k: flat(v) for k, v in normalise(row).items() if k != "chat"} for row in data])
 
-
 # %% [markdown]
-# The second row has an empty system message: it is a conversation like its neighbours, without a system turn. Now three files
-# that are wrong.
+# The second row has an empty system message: it is a conversation like its neighbours, without a system turn. And this is said where a field changes its shape.
 
 # %%
-def says(*lines, **kw):
-    (folder / "pairs.jsonl").write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
-    return complaint(load_pairs, folder / "pairs.jsonl", **kw).replace(f"{folder}/", "")
-
-fine = dict(prompt="a", chosen="b", rejected="c")
-messages = [says(fine, "", dict(fine, chosen=[assistant("b")], rejected=[assistant("c")])), says(fine, '{"prompt": "a", '), says(fine, columns={"question": "prompt"})]
-assert "row 1 (line 3), field 'chosen'" in messages[0]
-pd.DataFrame({"the message": messages}).style.hide().set_uuid("files")
+complaint(load_pairs, orca + [dict(prompt=[user(ask)], chosen=[assistant(good)], rejected=[assistant(bad)])], columns={"question": "prompt"})
 
 
 # %% [markdown]
@@ -626,8 +652,47 @@ def counts_table(sources) -> pd.DataFrame:
 
 
 # %% [markdown]
-# Tokenising is a `map` of `datasets`, whose result is written to a temporary file and renamed. Its name is the hash of the rows' content, the
-# tokenizer, the template and the two lengths, so nothing that changes the ids can be overlooked.
+# Ids are made once and kept under a hash of what decides them: the rows' content, the tokenizer, the template, the lengths. A probe shows what a tokenizer
+# written in Python adds by itself. Padding and truncation are left out: they are what the last caller happened to ask for. What escapes is a template
+# that writes the date: its ids keep the day on which they were made, and a run can go on after midnight.
+
+# %%
+#| export
+_FEATURES = datasets.Features({"key": datasets.Value("string"),
+    **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
+    **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
+
+def _digest(data, tokenizer, *settings) -> str:
+    "sha256 over everything that decides the ids, 24 hex digits."
+    h = hashlib.sha256()
+    for table in data.with_format("arrow").iter(1000):
+        with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema) as w: w.write_table(table.combine_chunks())
+        h.update(sink.getvalue())
+    if tokenizer.is_fast: backend = {k: v for k, v in json.loads(tokenizer.backend_tokenizer.to_str()).items() if k not in ("padding", "truncation")}
+    else: backend = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer(" a B").input_ids]
+    h.update(json.dumps([_VERSION, backend, tokenizer.chat_template, tokenizer.special_tokens_map, *settings], sort_keys=True, default=str).encode())
+    return h.hexdigest()[:24]
+
+
+# %% [markdown]
+# Dropped rows stay in the cached table, so the counts are as cheap the second time as the pairs. A source of which nothing is left is an
+# error: training on it would do nothing, quietly.
+
+# %%
+#| export
+def _usable(name, out):
+    "The pairs that carry signal, and the counts."
+    t = out.select_columns(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
+    keep, dropped = t["drop"] == "", t["drop"].value_counts()
+    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows, dropped {dropped.to_dict()}")
+    counts = dict(rows=len(t), usable=keep.sum(), **{why: dropped.get(why, 0) for why in ("empty", "equal", "no_prompt")},
+                  **{k: t.loc[keep, k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")})
+    pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
+    return Source(name, pairs if keep.all() else pairs.select(keep.to_numpy().nonzero()[0]), {k: int(v) for k, v in counts.items()})
+
+
+# %% [markdown]
+# Tokenising is a `map` of `datasets`: it may be stopped at any time, because the result is written to a temporary file and then renamed.
 
 # %%
 #| export
@@ -654,45 +719,6 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
     out = data.map(one, with_indices=True, remove_columns=data.column_names, features=_FEATURES, num_proc=num_proc, desc=f"tokenising {name}",
                    cache_file_name=str(cache / f"{digest}.arrow"), load_from_cache_file=True, new_fingerprint=digest)
     return _usable(name, out)
-
-
-# %% [markdown]
-# What decides the ids, in one number. Padding and truncation are left out: they are what the last caller of the tokenizer happened to ask for, not part
-# of it.
-
-# %%
-#| export
-_FEATURES = datasets.Features({"key": datasets.Value("string"),
-    **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
-    **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
-
-def _digest(data, tokenizer, *settings) -> str:
-    "sha256 over everything that decides the ids, 24 hex digits."
-    h = hashlib.sha256()
-    for table in data.with_format("arrow").iter(1000):
-        with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema) as w: w.write_table(table.combine_chunks())
-        h.update(sink.getvalue())
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else [type(tokenizer).__name__, tokenizer.get_vocab()]
-    if tokenizer.is_fast: backend = {k: v for k, v in backend.items() if k not in ("padding", "truncation")} # state of the last call
-    h.update(json.dumps([_VERSION, backend, tokenizer.chat_template, tokenizer.special_tokens_map, *settings], sort_keys=True, default=str).encode())
-    return h.hexdigest()[:24]
-
-
-# %% [markdown]
-# Dropped rows stay in the cached table, so the counts are as cheap the second time as the pairs. A source of which nothing is left is an
-# error: training on it would do nothing, quietly.
-
-# %%
-#| export
-def _usable(name, out):
-    "The pairs that carry signal, and the counts."
-    t = out.select_columns(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
-    keep, dropped = t["drop"] == "", t["drop"].value_counts()
-    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows, dropped {dropped.to_dict()}")
-    counts = dict(rows=len(t), usable=keep.sum(), **{why: dropped.get(why, 0) for why in ("empty", "equal", "no_prompt")},
-                  **{k: t.loc[keep, k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")})
-    pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
-    return Source(name, pairs if keep.all() else pairs.select(keep.to_numpy().nonzero()[0]), {k: int(v) for k, v in counts.items()})
 
 
 # %% [markdown]
