@@ -586,8 +586,8 @@ pd.DataFrame(torch.cat([ew.reward, ew.log_base.exp()]).round(decimals=2).tolist(
 # ## Is it still the same world?
 #
 # `make world` builds everything again and compares. Texts and pairs must agree to the letter anywhere. The retrained S agrees to the bit only where CPU, torch
-# and transformers are the same, and then its hash says so. Elsewhere training amplifies the rounding: about one in six greedy answers turns right or wrong, which on 150 prompts
-# is a standard error of 3.4 points. So there every skill must be within twelve points, and it says by how much they differ, and why.
+# and transformers are the same, and then its hash says so. Elsewhere training amplifies the rounding: about one in six greedy answers turns right or wrong, which on
+# 150 prompts is a standard error of 3.4 points. So there every skill must be within twelve points, and it says by how much they differ, and why.
 
 # %%
 #| export
