@@ -41,6 +41,7 @@ import seaborn as sns
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sdpo_nb.world import load_world
+pd.set_option("display.width", 160, "display.max_columns", 20);
 
 
 # %% [markdown]
