@@ -81,7 +81,7 @@ class Demo:
     rewards: dict   # sampled, greedy -> data frame of true rewards, one test prompt a row, one model a column
     def table(self): return _table(self.rewards)
 
-SETTINGS = dict(lr=1e-4, epochs=3, micro_batch=32, precision="fp32", max_length=64)
+SETTINGS = dict(lr=1e-4, epochs=3, precision="fp32", max_length=64)
 
 def demo(folder="runs/demo",    # of the runs, one inside it for each
          betas=(0.1, 0.3, 0.9), # tried for DPO; neighbours differ by a factor of T, so that DPO at beta / T is mostly one of them

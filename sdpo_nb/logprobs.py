@@ -207,12 +207,12 @@ def _open_table(folder, kind):
     return _read_pieces(folder)
 
 # %% ../nbs/02_logprobs.ipynb #fb74389a
-def micro_batches(pairs: list,          # tokenised pairs
-                  budget: int,          # tokens in a forward pass; a pair that is longer goes alone
-                  tokens=padded_tokens, # what a list of pairs costs
+def micro_batches(pairs: list,  # tokenised pairs
+                  budget: int,  # tokens in a forward pass; a pair that is longer goes alone
+                  logprobs=response_logprobs, # its `tokens`, where it has them, say what pairs cost; else padded cells count
                  ) -> list[list]:
     "Cut pairs into batches that fit a budget, long pairs first."
-    out = []
+    out, tokens = [], getattr(logprobs, "tokens", padded_tokens)
     for p in sorted(pairs, key=_longest, reverse=True):
         if out and tokens(out[-1] + [p]) <= budget: out[-1].append(p)
         else: out.append([p])
@@ -221,7 +221,7 @@ def micro_batches(pairs: list,          # tokenised pairs
 # %% ../nbs/02_logprobs.ipynb #94200140
 def _score_piece(model, part, precision, logprobs, budget, bar):
     out = {}
-    for batch in micro_batches(part, budget, getattr(logprobs, "tokens", padded_tokens)):
+    for batch in micro_batches(part, budget, logprobs):
         with autocast(model.device, precision): both = torch.stack(logprobs(model, batch), 1)
         bad = [p["key"] for p, ok in zip(batch, both.isfinite().all(1).tolist()) if not ok]
         if bad: raise ValueError(f"log-probability of pair {bad[0]} is not finite in {precision}; look at this pair and at the weights")
@@ -236,7 +236,7 @@ def score_pairs(model,            # any causal LM
                 folder=None,      # where the table is kept, in pieces; a killed pass goes on from there
                 precision="fp32", # fp32, bf16, fp16
                 logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected); a named function
-                token_budget=8192, # tokens in a forward pass
+                token_budget=4096, # tokens in a forward pass
                 piece=512,        # pairs a file
                 desc="scoring",
                ) -> LogprobTable: # these pairs, and whatever else the folder holds

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .logprobs import padded_tokens, response_logprobs, token_logprobs
+from .logprobs import response_logprobs, token_logprobs
 
 # %% ../nbs/04_packing.ipynb #92f59c74
 @dataclass

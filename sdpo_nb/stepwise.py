@@ -8,7 +8,7 @@ __all__ = ['FREE', 'StepwiseConfig', 'defaults_table', 'make_config', 'Run', 'sa
 
 # %% ../nbs/09_stepwise.ipynb #315febd9
 import base64, copy, difflib, hashlib, json, math, os, re, shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,8 +19,9 @@ import yaml
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from .figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from .logprobs import LogprobTable, load_model, load_tokenizer, pick_precision, read_table, response_logprobs, score_pairs, weights_hash, write_json
+from .logprobs import LogprobTable, load_model, load_tokenizer, pick_precision, read_table, score_pairs, weights_hash, write_json
 from .loss import certificate, dpo_loss, reward_accuracy
+from .packing import choose_logprobs
 from .partition import ORDERS, partition
 from .preferences import Source, counts_table, load_pairs, tokenize_pairs
 from .trainer import TrainConfig, make_accelerator, setting, train_stage
@@ -166,12 +167,21 @@ def _foreign(reference, tokenizer):
 class _Context:
     "What every stage needs to know."
     config: StepwiseConfig; folder: Path; base: str; tokenizer: object; device: object; precision: str; logprobs: object
+    chosen: dict = field(default_factory=dict)
 
     def at(self, t): return self.folder / (f"stage-{t}" if t else "base")
     def load(self, t): return load_model(str(self.at(t) / "model") if t else self.base, self.device)
     def table(self, t): return read_table(self.at(t) / "logprobs")
     def score(self, t, model, pairs, what): # the table of M_t, once it holds these pairs
-        return score_pairs(model, pairs, self.at(t) / "logprobs", self.precision, self.logprobs, desc=f"M_{t} on {what}")
+        return self.score_to(self.at(t) / "logprobs", model, pairs, f"M_{t} on {what}")
+    def how(self, model, pairs): # packed or padded: asked once for each kind of model
+        if self.logprobs: return self.logprobs
+        kind = type(model).__name__
+        if kind not in self.chosen: self.chosen[kind] = choose_logprobs(model, [pairs[i] for i in range(min(len(pairs), 64))], self.config.packing)
+        return self.chosen[kind]
+    def score_to(self, folder, model, pairs, desc): # no gradients are kept, so a packed row may be longer
+        how = self.how(model, pairs)
+        return score_pairs(model, pairs, folder, self.precision, how, self.config.token_budget * (4 if getattr(how, "attention", "") == "packed" else 1), desc=desc)
 
 # %% ../nbs/09_stepwise.ipynb #af4f0aa9
 _SPEC = {"source", "split", "revision", "columns", "chat"}
@@ -239,7 +249,7 @@ def _reference(t, chunks, policy, ctx):
     if ref == "fixed": return ctx.table(0), "S", policy
     _free(policy); other = load_model(ref, ctx.device)
     need = concatenate_datasets([pairs, *(c.probe(ctx.config.probe) for c in chunks[t:t+1])])
-    table = score_pairs(other, need, ctx.at(t) / "reference", ctx.precision, ctx.logprobs, desc=f"reference on {name}")
+    table = ctx.score_to(ctx.at(t) / "reference", other, need, f"reference on {name}")
     _free(other)
     return table, "S" if ref == ctx.base else ref, ctx.load(t-1)
 
@@ -251,7 +261,7 @@ def _stage(t, chunks, policy, ctx):
     ctx.score(t-1, policy, chunk.probe(c.probe), chunk.name)
     if c.init_target == "S" and t > 1: _free(policy); policy = ctx.load(0)
     came_in = weights_hash(policy)
-    summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.logprobs, **_going_on(t, chunks, ctx))
+    summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.how(policy, chunk.pairs), **_going_on(t, chunks, ctx))
     for d in chunks: ctx.score(t, policy, d.probe(c.probe), d.name)
     save_model(policy, ctx.tokenizer, folder / "model")
     write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
@@ -281,7 +291,7 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
          config: StepwiseConfig=None,
          folder="runs/sdpo", # the run's; the same call on the same folder goes on where it stopped
          tokenizer=None,
-         logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected); a faster one may be put in
+         logprobs=None, # (model, pairs) -> (chosen, rejected); None: packed where `config.packing` allows and the guard agrees
         ) -> Run:
     "Stepwise DPO (arXiv 2403.19270, section 3): one DPO stage per chunk, the reference moving up."
     ctx, chunks, policy = _prepare(model, sources, config, folder, tokenizer, logprobs)
@@ -303,7 +313,7 @@ def _drop_checkpoints(ctx):
         for p in _numbered(ctx.folder, "stage.json"): shutil.rmtree(p.parent / "checkpoint", ignore_errors=True)
 
 # %% ../nbs/09_stepwise.ipynb #5ac7f244
-def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=response_logprobs) -> Run:
+def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=None) -> Run:
     "The beginning of `sdpo`: the pass of M_0 and the partition. `sdpo` with the same arguments goes on from here."
     return Run(_prepare(model, sources, config, folder, tokenizer, logprobs)[0].folder)
 

@@ -1,7 +1,7 @@
 """How fast is chapter 04? `make bench` writes data/results/packing.json, which the chapter and the README show.
 
 Everything is measured side by side: in one process, step by step in turn, the same pairs, model, optimizer and batch of 8 pairs. A step is forward, backward, clipping and
-AdamW. TRL's rows use its own collator, training step and a precomputed reference. All sides first run two steps; the best micro-batch of the padded path and the best row
+AdamW. TRL's rows use its own collator, training step and a precomputed reference. All sides first run one step; the best micro-batch of the padded path and the best row
 of TRL then go on, with packing, to the measured steps, and so does micro-batch 8 of each. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
 
     python tests/bench_packing.py all                      everything
@@ -126,9 +126,9 @@ def measure(source, precision):
     sides |= {f"padded, {n}": Ours(model, table, precision, response_logprobs, by_pairs(n)) for n in (1, 2, 4, 8)}
     sides |= {f"TRL, {n}{', checkpointing' if c else ''}": TRL(theirs, table, n, c) for c in (False, True) for n in (1, 2, 4, 8)}
     run = lambda name, batch: timed(step, sides[name], optimizers[id(sides[name].model)], batch)
-    first = {name: [run(name, b) for b in batches[:2]] for name in sides}                # two steps of every side
-    screen = {name: sum(t) for name, t in first.items()}
-    print(source, precision, {k: round(v / 2, 1) for k, v in screen.items()}, flush=True)
+    for name in ("packed", "TRL, 1"): run(name, batches[0])                              # first steps are slow
+    screen = {name: run(name, batches[1]) for name in sides}
+    print(source, precision, {k: round(v, 1) for k, v in screen.items()}, flush=True)
     best = lambda start: min((n for n in sides if n.startswith(start)), key=screen.get)
     chosen = list(dict.fromkeys(["packed", best("padded"), "padded, 8", best("TRL"), "TRL, 8, checkpointing"]))
     seconds, reference, peak = {n: [] for n in chosen}, {n: [] for n in chosen}, []
@@ -143,7 +143,7 @@ def measure(source, precision):
     rows = {n: dict(step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,
                     slower=interval(np.divide(seconds[n], seconds["packed"])), reference_slower=interval(np.divide(reference[n], reference["packed"])),
                     of_peak=float(np.median([flops(sides[n].gradients, b) * BATCH / t / p for b, t, p in zip(batches[:3], seconds[n], peak)]))) for n in chosen}
-    return dict(screen={n: t[1] for n, t in first.items()}, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
+    return dict(screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
                 pairs=len(pairs), tokens_per_pair=float(np.mean([packed_logprobs.tokens([p]) for p in pairs])))
 
 

@@ -166,27 +166,26 @@ def test_pick_precision(monkeypatch):
 
 def test_table_equals_direct_computation(model, tmp_path):
     pairs = make_pairs()
-    table = score_pairs(model, pairs, tmp_path / "t", batch_size=5, piece=7)
+    table = score_pairs(model, pairs, tmp_path / "t", token_budget=200, piece=7)
     for t in (table, read_table(tmp_path / "t")):
         assert_close(t.lookup(pairs), tuple(by_cross_entropy(model, pairs, s).detach() for s in ("chosen_ids", "rejected_ids")), atol=1e-4, rtol=1e-5)
         assert t.gamma(pairs).dtype == torch.float32 and set(t.rows.dtypes) == {pd.Series(dtype="float32").dtype}
-    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["kind.json"] + [f"part-0000{i}.parquet" for i in range(4)]
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == ["kind.json"] + [f"logprobs-0000{i}.parquet" for i in range(4)]
 
 
 def test_killed_pass_continues(model, asked, tmp_path, monkeypatch):
     pairs, calls = make_pairs(), []
-    whole = score_pairs(model, pairs, batch_size=4, piece=8)
-    asked.clear()
-    def response_logprobs_(model, part):
+    def fours(model, part): # its budget counts pairs
         calls.append(len(part))
-        if len(calls) == 4: raise KeyboardInterrupt
+        if len(calls) == 10: raise KeyboardInterrupt # six calls are the whole pass
         return response_logprobs(model, part)
-    response_logprobs_.__name__ = "response_logprobs"
-    with pytest.raises(KeyboardInterrupt): score_pairs(model, pairs, tmp_path, logprobs=response_logprobs_, batch_size=4, piece=8)
+    fours.tokens = len
+    whole = score_pairs(model, pairs, logprobs=fours, token_budget=4, piece=8)
+    with pytest.raises(KeyboardInterrupt): score_pairs(model, pairs, tmp_path, logprobs=fours, token_budget=4, piece=8)
     assert len(read_table(tmp_path).rows) == 8
-    (tmp_path / "part-00001.tmp").write_bytes(b"PAR1 half")
+    (tmp_path / "logprobs-00001.tmp").write_bytes(b"PAR1 half")
     asked.clear()
-    table = score_pairs(model, pairs, tmp_path, batch_size=4, piece=8)
+    table = score_pairs(model, pairs, tmp_path, logprobs=fours, token_budget=4, piece=8)
     assert sum(asked) == 16 and not list(tmp_path.glob("*.tmp"))
     pd.testing.assert_frame_equal(table.rows, whole.rows, check_exact=True)
 
@@ -194,7 +193,7 @@ def test_killed_pass_continues(model, asked, tmp_path, monkeypatch):
 def test_lost_piece_is_scored_again_and_no_other_is_overwritten(model, asked, tmp_path):
     pairs = make_pairs()
     before = score_pairs(model, pairs, tmp_path, piece=8)
-    (tmp_path / "part-00000.parquet").unlink(); asked.clear()
+    (tmp_path / "logprobs-00000.parquet").unlink(); asked.clear()
     after = score_pairs(model, pairs, tmp_path, piece=8)
     assert sum(asked) == 8 and len(read_table(tmp_path).rows) == 24
     pd.testing.assert_frame_equal(after.rows.sort_index(), before.rows.sort_index(), check_exact=True)
@@ -211,7 +210,7 @@ def test_duplicates_are_scored_once(model, asked, tmp_path):
     table = score_pairs(model, pairs + pairs[:3], tmp_path)
     assert sum(asked) == 5 and table.rows.index.is_unique
     assert len(table.gamma(pairs + pairs[:3])) == 8
-    (tmp_path / "part-00001.parquet").write_bytes((tmp_path / "part-00000.parquet").read_bytes())
+    (tmp_path / "logprobs-00001.parquet").write_bytes((tmp_path / "logprobs-00000.parquet").read_bytes())
     assert read_table(tmp_path).rows.index.is_unique
 
 
@@ -257,15 +256,15 @@ def test_missing_pair_is_named(model):
 def test_unreadable_tables_are_named(model, tmp_path):
     with pytest.raises(ValueError, match="no table"): read_table(tmp_path / "nowhere")
     score_pairs(model, make_pairs(3), tmp_path)
-    (tmp_path / "part-00000.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match="part-00000.parquet: cannot be read"): read_table(tmp_path)
+    (tmp_path / "logprobs-00000.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="logprobs-00000.parquet: cannot be read"): read_table(tmp_path)
 
 
 def test_weights_that_are_not_numbers(tmp_path):
     broken, pairs = make(), make_pairs(3)
     broken.lm_head.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="not finite"): score_pairs(broken, pairs, tmp_path)
-    assert not list(tmp_path.glob("part-*"))
+    assert not list(tmp_path.glob("logprobs-*"))
 
 
 def test_mode_and_random_state_are_left_alone(model):

@@ -7,24 +7,26 @@ import torch
 
 import sdpo_nb, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, weights_hash
+from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, metrics, perturbed, rows
 
 SOURCES = {n: rows(n, 64) for n in ("primer", "digest")}
-CONFIG = dict(SETTINGS, batch_size=4, micro_batch=4, save_every=3)   # 16 steps a stage
+CONFIG = dict(SETTINGS, batch_size=4, save_every=3)   # 16 steps a stage
 
 # The child is slow, so that the kill always finds it at work; the function has the name of the one it wraps, which is part of a table's kind.
 CHILD = """
 import json, sys, time, torch
 torch.set_num_threads(1)
-from sdpo_nb.logprobs import response_logprobs as real
+from sdpo_nb.packing import packed_logprobs as real
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
-def response_logprobs(model, pairs):
+def packed_logprobs(model, pairs):
     time.sleep(0.08)
     return real(model, pairs)
+packed_logprobs.tokens, packed_logprobs.attention = real.tokens, real.attention
 a = json.load(open(sys.argv[1]))
-sdpo(a["model"], a["sources"], StepwiseConfig(**a["config"]), a["folder"], logprobs=response_logprobs)
+sdpo(a["model"], a["sources"], StepwiseConfig(**a["config"]), a["folder"], logprobs=packed_logprobs)
 """
 
 
@@ -95,8 +97,8 @@ def test_one_optimizer_over_all_stages_resumes_too(tmp_path):
     class Stop(Exception): pass
     def broken(model, pairs):
         if model.training and lines(tmp_path / "b" / "stage-2" / "metrics.jsonl") >= 5: raise Stop
-        return stepwise.response_logprobs(model, pairs)
-    broken.__name__ = "response_logprobs"
+        return packed_logprobs(model, pairs)
+    broken.__name__, broken.tokens, broken.attention = "packed_logprobs", packed_logprobs.tokens, packed_logprobs.attention
     whole = run(tmp_path / "a", restart="never")
     with pytest.raises(Stop): sdpo(load_world().base, SOURCES, StepwiseConfig(**CONFIG, restart="never"), tmp_path / "b", logprobs=broken)
     same_run(run(tmp_path / "b", restart="never"), whole)
@@ -111,7 +113,7 @@ def test_the_global_random_state_plays_no_part(alone, tmp_path):
 
 def test_a_finished_folder_trains_nothing(alone, monkeypatch):
     def seen(names): return {p: (p.read_bytes(), p.stat().st_mtime_ns if p.parent != alone.folder else None) for p in alone.folder.rglob("*") if p.name in names}
-    names = ("metrics.jsonl", "model.safetensors", "stage.json", "part-00000.parquet", "partition.json", "config.yaml")
+    names = ("metrics.jsonl", "model.safetensors", "stage.json", "logprobs-00000.parquet", "partition.json", "config.yaml")
     before = seen(names)
     assert len(before) == 2 * 4 + 1 + 2
     def never(*a, **kw): raise AssertionError("a finished run trained again")

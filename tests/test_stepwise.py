@@ -91,17 +91,17 @@ def test_shuffle_off_keeps_the_order_of_the_chunk(tmp_path, monkeypatch):
         if model.training: seen.extend(p["key"] for p in pairs)
         return response_logprobs(model, pairs)
     one = {"primer": TWO["primer"]}
-    sdpo(BASE, one, StepwiseConfig(**SETTINGS | dict(batch_size=1, micro_batch=1), shuffle=False), tmp_path / "a", logprobs=spy)
+    sdpo(BASE, one, StepwiseConfig(**SETTINGS | dict(batch_size=1), shuffle=False), tmp_path / "a", logprobs=spy)
     assert seen == keys(TWO["primer"])
     seen.clear()
-    sdpo(BASE, one, StepwiseConfig(**SETTINGS | dict(batch_size=1, micro_batch=1), epochs=2), tmp_path / "b", logprobs=spy)
+    sdpo(BASE, one, StepwiseConfig(**SETTINGS | dict(batch_size=1), epochs=2), tmp_path / "b", logprobs=spy)
     first, second = seen[:24], seen[24:]
     assert sorted(first) == sorted(second) == sorted(keys(TWO["primer"])) and first != second and keys(TWO["primer"]) not in (first, second)
 
 
 # ---- reference and start
 
-WHOLE = dict(batch_size=24, micro_batch=8, epochs=3) # the first batch is the whole chunk, so the first loss is a mean over it
+WHOLE = dict(batch_size=24, token_budget=250, epochs=3) # the first batch is the whole chunk, so the first loss is a mean over it
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
+from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.trainer import TrainConfig, all_batches, check_first_loss, learning_rate, train_stage
 from sdpo_nb.world import load_world
@@ -24,7 +25,7 @@ def pairs():
 def stage(folder, pairs, model=None, table=None, logprobs=response_logprobs, **kw):
     "Train; returns the model, the summary and the metrics."
     model = model or load_model(load_world().base, "cpu")
-    config = TrainConfig(**dict(beta=0.5, lr=1e-4, batch_size=8, micro_batch=4, precision="fp32") | kw)
+    config = TrainConfig(**dict(beta=0.5, lr=1e-4, batch_size=8, token_budget=200, precision="fp32") | kw)
     table = table or score_pairs(model, pairs, precision=config.precision)
     summary = train_stage(model, pairs, table, config, folder, logprobs=logprobs)
     return model, summary, pd.read_json(folder / "metrics.jsonl", lines=True)
@@ -86,7 +87,7 @@ def test_a_skipped_step_changes_no_weight(pairs, tmp_path):
     assert summary["skipped"] == 1 and weights_hash(model) == weights_hash(load_model(load_world().base, "cpu"))
 
 
-@pytest.mark.parametrize("other", [dict(micro_batch=1), dict(micro_batch=3), dict(micro_batch=8), dict(gradient_checkpointing=True)])
+@pytest.mark.parametrize("other", [dict(token_budget=1), dict(token_budget=150), dict(token_budget=4096), dict(gradient_checkpointing=True), dict(logprobs=packed_logprobs), dict(logprobs=packed_logprobs, gradient_checkpointing=True)])
 def test_same_weights_however_the_batch_is_computed(pairs, tmp_path, other):
     a, b = stage(tmp_path / "a", pairs)[0], stage(tmp_path / "b", pairs, **other)[0]
     start = load_model(load_world().base, "cpu")
@@ -100,7 +101,7 @@ def test_metrics_are_means_over_pairs(pairs, tmp_path):
     model = load_model(load_world().base, "cpu")
     table = score_pairs(model, pairs)
     other = LogprobTable(table.kind | dict(weights="another"), table.rows + torch.linspace(-3, 3, len(table.rows)).numpy()[:, None] * [1.0, -0.5])
-    *_, m = stage(tmp_path, pairs.select(range(5)), table=other, batch_size=5, micro_batch=2)
+    *_, m = stage(tmp_path, pairs.select(range(5)), table=other, batch_size=5, token_budget=100)
     rows = [(*table.lookup([p]), *other.lookup([p])) for p in pairs.select(range(5))]
     c, r, rc, rr = (torch.cat(x) for x in zip(*rows))
     margin = 0.5 * ((c - rc) - (r - rr))

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from sdpo_nb.logprobs import score_pairs
+from sdpo_nb.logprobs import response_logprobs, score_pairs
 from sdpo_nb.loss import dpo_loss, reward
+from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.trainer import TrainConfig, batch_gradients, make_accelerator, trainable
 from sdpo_nb.world import load_base, load_world
@@ -48,11 +49,11 @@ def trl_step(trainer, which=None):
     return loss.item(), {k: v[-1] for k, v in trainer._metrics["train"].items()}, {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
 
 
-def our_step(policy, reference, pairs, micro_batch=5):
+def our_step(policy, reference, pairs, token_budget=250, logprobs=response_logprobs):
     "The same through a reference table, accumulated over micro-batches."
     model = trainable(copy.deepcopy(policy))
     table = score_pairs(reference, pairs)
-    got = batch_gradients(model, pairs, table, TrainConfig(beta=BETA, precision="fp32", micro_batch=micro_batch), make_accelerator())
+    got = batch_gradients(model, pairs, table, TrainConfig(beta=BETA, precision="fp32", token_budget=token_budget), make_accelerator(), logprobs=logprobs)
     return got["loss"], got, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -63,14 +64,15 @@ def our_pairs(data, tok, max_length=64):
 def ids(pairs): return [tuple(tuple(p[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")) for p in pairs]
 
 
+@pytest.mark.parametrize("logprobs", [response_logprobs, packed_logprobs])
 @pytest.mark.parametrize("data", [MIXED, PLAIN], ids=["conversational", "plain"])
-def test_loss_rewards_and_gradients(world, tmp_path, data):
+def test_loss_rewards_and_gradients(world, tmp_path, data, logprobs):
     S, policy, tok = world
     pairs, trainer = our_pairs(data, tok), trl_trainer(policy, S, tok, data, tmp_path)
     assert ids(pairs) == ids(trainer.train_dataset)
     assert len({len(p["prompt_ids"]) for p in pairs}) > 2 and any(len(p["chosen_ids"]) != len(p["rejected_ids"]) for p in pairs)
     loss, theirs, their_grad = trl_step(trainer)
-    our_loss, ours, our_grad = our_step(policy, S, pairs)
+    our_loss, ours, our_grad = our_step(policy, S, pairs, logprobs=logprobs)
     assert abs(theirs["rewards/margins"]) > 0.01 and abs(loss - math.log(2)) > 1e-3, "at zero margin the comparison sees neither beta nor sign"
     for name, a, b in [("loss", our_loss, loss), *((k, ours[m], theirs[k]) for k, m in {"rewards/chosen": "reward_chosen",
                        "rewards/rejected": "reward_rejected", "rewards/margins": "margin", "rewards/accuracies": "reward_accuracy"}.items())]:
@@ -109,11 +111,11 @@ def test_ties_count_one_half_here_and_nothing_in_trl(world, tmp_path):
     S, _, tok = world
     loss, theirs, _ = trl_step(trl_trainer(S, S, tok, MIXED, tmp_path))
     pairs = our_pairs(MIXED, tok)
-    our_loss, ours, _ = our_step(S, S, pairs, micro_batch=len(pairs))
+    our_loss, ours, _ = our_step(S, S, pairs, token_budget=4096)
     assert abs(loss - math.log(2)) < 1e-6 and abs(our_loss - math.log(2)) < 1e-4
     model = trainable(copy.deepcopy(S))
-    same = score_pairs(model, pairs, batch_size=len(pairs))     # scored in the training batch's shape: exact ties
-    tied = batch_gradients(model, pairs, same, TrainConfig(beta=BETA, precision="fp32", micro_batch=len(pairs)), make_accelerator())
+    same = score_pairs(model, pairs)     # scored in the training batch's shape: exact ties
+    tied = batch_gradients(model, pairs, same, TrainConfig(beta=BETA, precision="fp32"), make_accelerator())
     assert theirs["rewards/accuracies"] == 0.0 and tied["reward_accuracy"] == 0.5 and tied["margin"] == 0.0
 
 

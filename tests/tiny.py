@@ -8,7 +8,7 @@ import torch
 from sdpo_nb.world import load_world
 
 torch.set_num_threads(1)
-SETTINGS = dict(lr=1e-3, batch_size=8, micro_batch=8, precision="fp32", max_length=64, max_prompt_length=32)
+SETTINGS = dict(lr=1e-3, batch_size=8, precision="fp32", max_length=64, max_prompt_length=32)
 
 
 def rows(source, n, start=0):
@@ -33,7 +33,7 @@ def perturbed(model, size=0.1, seed=0):
 
 def gammas(folder):
     "gamma of every pair in a table on disk, by key."
-    t = pd.concat([pd.read_parquet(p) for p in sorted(Path(folder).glob("part-*.parquet"))])
+    t = pd.concat([pd.read_parquet(p) for p in sorted(Path(folder).glob("logprobs-*.parquet"))])
     return t["chosen"] - t["rejected"]
 
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from sdpo_nb.logprobs import padded_tokens, response_logprobs, token_logprobs
+from sdpo_nb.logprobs import response_logprobs, token_logprobs
 
 # %%
 import json, math, os
@@ -490,7 +490,7 @@ assert all(choose_logprobs(random_model(kind), random_pairs) is packed_logprobs 
 # %%
 def summed(budget, logprobs):
     S.zero_grad()
-    parts = micro_batches(pairs[:64], budget, logprobs.tokens)
+    parts = micro_batches(pairs[:64], budget, logprobs)
     for part in parts: torch.stack(logprobs(S, part)).diff(dim=0).sum().backward()
     return parts, {n: p.grad.clone() for n, p in S.named_parameters()}
 

@@ -30,8 +30,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 
-from sdpo_nb.logprobs import LogprobTable, autocast, freeze_dropout, gamma, pick_precision, response_logprobs, score_pairs, weights_hash
+from sdpo_nb.logprobs import LogprobTable, autocast, freeze_dropout, gamma, micro_batches, pick_precision, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.loss import dpo_loss, reward, reward_accuracy
+from sdpo_nb.packing import choose_logprobs, packed_logprobs, recompute_alike
 
 # %%
 import copy, tempfile
@@ -116,17 +117,7 @@ pd.Series({"mean of means": difference(means, want), "sum / pairs": difference(b
 
 
 # %% [markdown]
-# Since the sum does not care about order, pairs of like length may share a micro-batch, which leaves less padding.
-
-# %%
-#| export
-def micro_batches(batch: list, # tokenised pairs of one optimizer batch
-                  size: int,   # pairs per forward pass
-                 ) -> list[list]:
-    "Cut an optimizer batch into micro-batches of pairs of like length."
-    by_length = sorted(batch, key=lambda p: -len(p["prompt_ids"]) - max(len(p["chosen_ids"]), len(p["rejected_ids"])))
-    return [by_length[i:i+size] for i in range(0, len(by_length), size)]
-
+# Since the sum does not care about order, pairs may be cut into micro-batches in any way. `micro_batches` of [chapter 02](02_logprobs.ipynb) fills each up to a budget of tokens.
 
 # %% [markdown]
 # ## Settings
@@ -145,7 +136,8 @@ class TrainConfig:
     beta: float = setting(0.1, "strength of the pull to the reference, per nat", 0, open_low=True)
     lr: float = setting(5e-7, "peak learning rate of AdamW", 0, open_low=True)
     batch_size: int = setting(32, "pairs per optimizer step", 1)
-    micro_batch: int = setting(4, "pairs per forward pass: memory and speed, not the gradient", 1)
+    token_budget: int = setting(4096, "tokens per forward pass: memory and speed, not the gradient", 1)
+    packing: str = setting("auto", "packed rows where they give the model's own numbers, or off: padded batches", choices=("auto", "off"))
     epochs: int = setting(1, "passes over a chunk per stage", 1)
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
     clip: float = setting(1.0, "largest gradient norm", 0, open_low=True)
@@ -300,7 +292,7 @@ def batch_gradients(model, batch: list,   # tokenised pairs of one optimizer bat
                    ) -> dict:             # every metric, as a mean over the batch; lambda_hist as counts
     "Add the gradient of the batch's mean loss to the parameters."
     total = {}
-    for part in micro_batches(batch, config.micro_batch):
+    for part in micro_batches(batch, config.token_budget, logprobs):
         with autocast(model.device, precision): chosen, rejected = logprobs(model, part)
         sums = measure(chosen, rejected, *(x.to(chosen.device) for x in table.lookup(part)), config)
         accelerator.backward(sums["loss"] / len(batch))
@@ -316,9 +308,9 @@ def with_accelerate(model, batch, precision, **kw):
     scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.
     return {n: p.grad / scale for n, p in model.named_parameters()}, metrics
 
-got = {(p, m): difference(with_accelerate(policy, batch, p, micro_batch=m)[0], by_hand(policy, batch, p)) for p in ("fp32", "bf16", "fp16") for m in (11, 4)}
+got = {(p, m): difference(with_accelerate(policy, batch, p, token_budget=m)[0], by_hand(policy, batch, p)) for p in ("fp32", "bf16", "fp16") for m in (4096, 200)}
 assert all(d < (1e-5 if p == "fp32" else 0.3 * rounding[p]) for (p, m), d in got.items())
-pd.Series(got, name="relative difference to the version by hand").map("{:.0e}".format).unstack().rename_axis("precision").rename_axis("pairs per forward", axis=1)
+pd.Series(got, name="relative difference to the version by hand").map("{:.0e}".format).unstack().rename_axis("precision").rename_axis("tokens per forward", axis=1)
 
 
 # %% [markdown]
@@ -341,14 +333,15 @@ def kept_bytes(model, batch):
 
 
 # %% [markdown]
-# transformers renamed the switch in version 5; older ones know it by the old name.
+# Layers must be recomputed with the attention of their forward pass ([chapter 04](04_packing.ipynb)). transformers renamed the switch in version 5; older ones know it by the old name.
 
 # %%
 #| export
 def activation_checkpointing(model, on: bool):
     "Switch gradient checkpointing, not reentrant, on or off; it acts in train mode only."
     new = hasattr(model, "activation_checkpointing_enable")
-    if on: (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)({"use_reentrant": False})
+    how = {"use_reentrant": False, "context_fn": lambda: recompute_alike(model)}
+    if on: (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(how)
     else: (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
 
 
@@ -378,9 +371,9 @@ folder = str(Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-in
 data = Path(os.environ.get("SDPO_DATA", "../../shared/data")) / "preferences/ultrafeedback_binarized.jsonl.gz"
 model, tok = load_model(folder, "cpu"), load_tokenizer(folder)
 batch = list(tokenize_pairs(load_pairs(data), tok, "uf", 384, 256, chat=True).pairs.select(range(4)))
-table = score_pairs(model, batch, batch_size=1)
+table = score_pairs(model, batch, token_budget=1024)
 activation_checkpointing(trainable(model), sys.argv[1] == "on")
-batch_gradients(model, batch, table, TrainConfig(micro_batch=4), make_accelerator(), "fp32")
+batch_gradients(model, batch, table, TrainConfig(token_budget=4096), make_accelerator(), "fp32")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 peak = {c: float(subprocess.run([sys.executable, "-c", program, c], capture_output=True, text=True, check=True).stdout) for c in ("off", "on")}
@@ -513,7 +506,7 @@ def save_checkpoint(folder, model, optimizer, scaler, state: dict):
 
 # %%
 #| export
-COMPUTED_ALIKE = {"save_every", "micro_batch", "gradient_checkpointing"}
+COMPUTED_ALIKE = {"save_every", "token_budget", "packing", "gradient_checkpointing"}
 
 def _identity(pairs, table, config, precision, stage, schedule) -> dict:
     "What the weights of a stage depend on; `precision` is the one that was picked."
@@ -566,7 +559,7 @@ def train_stage(model,               # causal LM, trained in place
                 folder,              # metrics.jsonl and checkpoint/; an interrupted stage goes on
                 stage: int=1,        # enters the seed of the data order
                 start: LogprobTable=None, # of the model as it comes in; None: `table` if it is this model's, else the first batch is scored
-                logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected)
+                logprobs=None,       # (model, pairs) -> (chosen, rejected); None: packed where `config.packing` allows and the guard agrees
                 previous=None,       # folder of the stage whose optimizer goes on; None: a new one
                 schedule: tuple=None, # (steps before this stage, steps in all); None: this stage alone
                ) -> dict:            # steps, first loss, the loss it had to be, precision
@@ -575,6 +568,7 @@ def train_stage(model,               # causal LM, trained in place
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     precision, batches = pick_precision(config.precision, model.device), all_batches(len(pairs), config, stage)
     done, total = schedule or (0, len(batches))
+    logprobs = logprobs or choose_logprobs(model, [pairs[i] for i in batches[0][1]], config.packing)
     identity = _identity(pairs, table, config, precision, stage, (done, total))
     accelerator = make_accelerator(precision)
     optimizer = _begin(model, config, accelerator, previous)
@@ -641,9 +635,9 @@ def _implied(loss, model, batch, table, start, config, precision, logprobs):
 
 # %%
 def run(model, table, folder=None, use=pairs, **kw):
-    kw = dict(beta=0.5, lr=1e-4, batch_size=16, micro_batch=16, precision="fp32") | kw
+    kw = dict(beta=0.5, lr=1e-4, batch_size=16, precision="fp32") | kw
     with tempfile.TemporaryDirectory() as tmp:
-        summary = train_stage(model, use, table, TrainConfig(**{k: v for k, v in kw.items() if k != "logprobs"}), folder or tmp, logprobs=kw.get("logprobs", response_logprobs))
+        summary = train_stage(model, use, table, TrainConfig(**{k: v for k, v in kw.items() if k != "logprobs"}), folder or tmp, logprobs=kw.get("logprobs"))
         return summary, pd.read_json(Path(folder or tmp) / "metrics.jsonl", lines=True)
 
 def constant_rate(step, total, config): return config.lr
@@ -697,7 +691,7 @@ def stop_at(call):
         nonlocal calls
         calls += 1
         if calls == call: raise KeyboardInterrupt
-        return response_logprobs(model, batch)
+        return packed_logprobs(model, batch)
     return logprobs
 
 with tempfile.TemporaryDirectory() as tmp:
@@ -719,7 +713,7 @@ dict(straight=weights_hash(straight), continued=weights_hash(continued), lines_w
 
 # %%
 more = tokenize_pairs(load_pairs(w.sources["digest"]), tok, "digest").pairs
-summary, metrics = run(load_model(w.base), score_pairs(load_model(w.base), more), use=more, batch_size=32, micro_batch=32, epochs=4)
+summary, metrics = run(load_model(w.base), score_pairs(load_model(w.base), more), use=more, batch_size=32, epochs=4)
 counts = pd.DataFrame(metrics["lambda_hist"].tolist())   # ten bins of lambda, one step a row
 fig, ax = plt.subplots(figsize=(6, 2.8))
 sns.heatmap(counts.div(metrics["pairs"], axis=0).T, vmax=0.4, cmap="viridis", cbar_kws=dict(label="share of the batch", extend="max"), ax=ax)

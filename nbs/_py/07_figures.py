@@ -48,7 +48,7 @@ pd.set_option("display.width", 180, "display.max_columns", 20);
 world = load_world()
 tok, policy = load_tokenizer(world.base), load_model(world.base, "cpu")
 sources = [tokenize_pairs(load_pairs(world.sources[name]), tok, name) for name in ("digest", "primer")]
-config = TrainConfig(lr=1e-4, beta=0.3, batch_size=32, micro_batch=32, epochs=2, precision="fp32")
+config = TrainConfig(lr=1e-4, beta=0.3, batch_size=32, epochs=2, precision="fp32")
 base = score_pairs(policy, [*sources[0].pairs, *sources[1].pairs])
 plan = partition(sources, base)
 plan.measures[["source", "n", "accuracy", "low", "high", "accuracy_per_token"]].round(3)

@@ -25,7 +25,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 # %%
 #| export
 import base64, copy, difflib, hashlib, json, math, os, re, shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,8 +36,9 @@ import yaml
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from sdpo_nb.figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, pick_precision, read_table, response_logprobs, score_pairs, weights_hash, write_json
+from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, pick_precision, read_table, score_pairs, weights_hash, write_json
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
+from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import ORDERS, partition
 from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
 from sdpo_nb.trainer import TrainConfig, make_accelerator, setting, train_stage
@@ -45,6 +46,7 @@ from sdpo_nb.world import mean_interval
 
 # %%
 import tempfile
+from sdpo_nb.packing import packed_logprobs
 import seaborn as sns
 import torch.nn.functional as F
 from sdpo_nb.trainer import epoch_order
@@ -60,13 +62,13 @@ pd.set_option("display.width", 180, "display.max_columns", 20);
 
 # %%
 w, tmp = load_world(), Path(tempfile.mkdtemp())
-quick = dict(beta=0.3, lr=1e-4, epochs=2, micro_batch=32, precision="fp32")
+quick = dict(beta=0.3, lr=1e-4, epochs=2, precision="fp32")
 policy, tok = load_model(w.base), load_tokenizer(w.base)
 chunks = {name: tokenize_pairs(load_pairs(w.sources[name]), tok, name).pairs for name in ("primer", "digest", "riddle")}
 
 ends, against = [weights_hash(policy)], []
 for t, pairs in enumerate(chunks.values(), 1):
-    reference = score_pairs(policy, pairs)
+    reference = score_pairs(policy, pairs, logprobs=packed_logprobs, token_budget=4 * 4096)
     train_stage(policy, pairs, reference, TrainConfig(**quick), tmp / f"naive-{t}", t)
     ends.append(weights_hash(policy)); against.append(reference.kind["weights"])
 
@@ -280,12 +282,21 @@ def _foreign(reference, tokenizer):
 class _Context:
     "What every stage needs to know."
     config: StepwiseConfig; folder: Path; base: str; tokenizer: object; device: object; precision: str; logprobs: object
+    chosen: dict = field(default_factory=dict)
 
     def at(self, t): return self.folder / (f"stage-{t}" if t else "base")
     def load(self, t): return load_model(str(self.at(t) / "model") if t else self.base, self.device)
     def table(self, t): return read_table(self.at(t) / "logprobs")
     def score(self, t, model, pairs, what): # the table of M_t, once it holds these pairs
-        return score_pairs(model, pairs, self.at(t) / "logprobs", self.precision, self.logprobs, desc=f"M_{t} on {what}")
+        return self.score_to(self.at(t) / "logprobs", model, pairs, f"M_{t} on {what}")
+    def how(self, model, pairs): # packed or padded: asked once for each kind of model
+        if self.logprobs: return self.logprobs
+        kind = type(model).__name__
+        if kind not in self.chosen: self.chosen[kind] = choose_logprobs(model, [pairs[i] for i in range(min(len(pairs), 64))], self.config.packing)
+        return self.chosen[kind]
+    def score_to(self, folder, model, pairs, desc): # no gradients are kept, so a packed row may be longer
+        how = self.how(model, pairs)
+        return score_pairs(model, pairs, folder, self.precision, how, self.config.token_budget * (4 if getattr(how, "attention", "") == "packed" else 1), desc=desc)
 
 
 # %% [markdown]
@@ -379,7 +390,7 @@ def _reference(t, chunks, policy, ctx):
     if ref == "fixed": return ctx.table(0), "S", policy
     _free(policy); other = load_model(ref, ctx.device)
     need = concatenate_datasets([pairs, *(c.probe(ctx.config.probe) for c in chunks[t:t+1])])
-    table = score_pairs(other, need, ctx.at(t) / "reference", ctx.precision, ctx.logprobs, desc=f"reference on {name}")
+    table = ctx.score_to(ctx.at(t) / "reference", other, need, f"reference on {name}")
     _free(other)
     return table, "S" if ref == ctx.base else ref, ctx.load(t-1)
 
@@ -393,7 +404,7 @@ def _stage(t, chunks, policy, ctx):
     ctx.score(t-1, policy, chunk.probe(c.probe), chunk.name)
     if c.init_target == "S" and t > 1: _free(policy); policy = ctx.load(0)
     came_in = weights_hash(policy)
-    summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.logprobs, **_going_on(t, chunks, ctx))
+    summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.how(policy, chunk.pairs), **_going_on(t, chunks, ctx))
     for d in chunks: ctx.score(t, policy, d.probe(c.probe), d.name)
     save_model(policy, ctx.tokenizer, folder / "model")
     write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
@@ -434,7 +445,7 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
          config: StepwiseConfig=None,
          folder="runs/sdpo", # the run's; the same call on the same folder goes on where it stopped
          tokenizer=None,
-         logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected); a faster one may be put in
+         logprobs=None, # (model, pairs) -> (chosen, rejected); None: packed where `config.packing` allows and the guard agrees
         ) -> Run:
     "Stepwise DPO (arXiv 2403.19270, section 3): one DPO stage per chunk, the reference moving up."
     ctx, chunks, policy = _prepare(model, sources, config, folder, tokenizer, logprobs)
@@ -458,7 +469,7 @@ def _drop_checkpoints(ctx):
 
 # %%
 #| export
-def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=response_logprobs) -> Run:
+def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=None) -> Run:
     "The beginning of `sdpo`: the pass of M_0 and the partition. `sdpo` with the same arguments goes on from here."
     return Run(_prepare(model, sources, config, folder, tokenizer, logprobs)[0].folder)
 
@@ -622,8 +633,8 @@ def dies_at(call):
     def logprobs(model, pairs):
         logprobs.calls += model.training
         if logprobs.calls == call: raise KeyboardInterrupt
-        return response_logprobs(model, pairs)
-    logprobs.calls, logprobs.__name__ = 0, "response_logprobs"
+        return packed_logprobs(model, pairs)
+    logprobs.calls, logprobs.__name__, logprobs.tokens, logprobs.attention = 0, "packed_logprobs", packed_logprobs.tokens, "packed"
     return logprobs
 
 settings = StepwiseConfig(**quick, save_every=7)

@@ -1,0 +1,187 @@
+"Packed rows give the numbers of the padded path, or the guard refuses."
+import copy, math
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import sdpo_nb.packing as packing
+from sdpo_nb.logprobs import freeze_dropout, load_tokenizer, micro_batches, response_logprobs, table_kind
+from sdpo_nb.packing import choose_logprobs, pack, packed_logprobs, packed_tokens, recompute_alike, visible, why_not_packed
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
+from sdpo_nb.world import load_base, load_world
+from tiny import SETTINGS, rows
+
+USUAL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=0)
+WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+
+
+def model_of(kind, **kw):
+    torch.manual_seed(0)
+    model = freeze_dropout(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **USUAL | kw))).eval()
+    for p in model.parameters():
+        if p.ndim > 1: torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def pair(*sizes, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {k: torch.randint(2, 96, (n,), generator=g).tolist() for k, n in zip(("prompt_ids", "chosen_ids", "rejected_ids"), sizes)}
+
+
+PAIRS = [pair(*s, seed=i) for i, s in enumerate([(9, 7, 12), (3, 15, 2), (1, 1, 6), (12, 5, 5), (300, 40, 9)])]
+
+
+def both(model, pairs, logprobs):
+    model.zero_grad()
+    c, r = logprobs(model, pairs)
+    (c.sum() - 2 * r.sum()).backward()
+    return torch.cat([c, r]).detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, pairs=PAIRS, logprobs=packed_logprobs):
+    (a, g), (b, h) = both(model, pairs, response_logprobs), both(model, pairs, logprobs)
+    assert_close(b, a, atol=2e-4, rtol=1e-5)
+    top = max(x.norm() for x in g.values())
+    for n in g: assert (g[n] - h[n]).norm() <= 1e-4 * top, n
+
+
+@pytest.mark.parametrize("kind, bites, without", [
+    ("mistral", dict(sliding_window=4), dict(sliding_window=None)),
+    ("qwen2", WINDOW, dict(use_sliding_window=False)),
+    ("qwen3", WINDOW | dict(head_dim=8), dict(use_sliding_window=False, head_dim=8)),
+    ("phi3", dict(sliding_window=4), dict(sliding_window=None)),
+    ("gemma2", dict(head_dim=8, sliding_window=4, attn_logit_softcapping=0.05, final_logit_softcapping=0.05), dict(head_dim=8, sliding_window=4, attn_logit_softcapping=None, final_logit_softcapping=0.05)),
+    ("granite", dict(logits_scaling=8.0), dict(logits_scaling=1.0)),
+    ("cohere", dict(logit_scale=8.0), dict(logit_scale=1.0))])
+def test_settings_that_bite(kind, bites, without):
+    model, plain = model_of(kind, **bites), model_of(kind, **without)
+    assert_close(sum(p.sum() for p in model.parameters()), sum(p.sum() for p in plain.parameters())) # the same weights
+    with torch.no_grad(): assert (response_logprobs(model, PAIRS)[0] - response_logprobs(plain, PAIRS)[0]).abs().max() > 1e-3, "the setting does not bite"
+    assert_same(model)
+    assert why_not_packed(model, PAIRS) is None
+
+
+def test_a_window_that_does_not_reach_the_attention_is_refused(monkeypatch):
+    "Also where the rows are too short to show it."
+    model, real = model_of("mistral", sliding_window=64), packing.packed_attention
+    monkeypatch.setitem(packing.AttentionInterface._global_mapping, "sdpo_packed", lambda *a, sliding_window=None, **kw: real(*a, **kw))
+    assert "window of 64 does not reach" in why_not_packed(model, PAIRS[:4])
+
+
+@pytest.mark.parametrize("kind, kw", [("bloom", dict(n_layer=2, n_head=4)), ("falcon", {}), ("gptj", dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4))])
+def test_models_without_the_interface_are_caught(kind, kw, capsys):
+    model = model_of(kind, **kw)
+    before = model.config._attn_implementation
+    assert choose_logprobs(model, PAIRS[:4]) is response_logprobs
+    said = capsys.readouterr().out
+    assert said.startswith("packing is off: ") and said.count("\n") == 1
+    assert model.config._attn_implementation == before and "forward" not in vars(model.get_decoder())
+
+
+def test_the_output_layer_is_looked_at():
+    model = model_of("llama")
+    class Adapted(torch.nn.Linear): pass
+    head = Adapted(32, 96, bias=False); head.weight = model.lm_head.weight
+    model.lm_head = head
+    assert "output layer" in why_not_packed(model, PAIRS)
+
+
+def test_layers_that_are_no_attention():
+    model = model_of("llama"); model.config.layer_types = ["full_attention", "linear_attention"]
+    assert "linear_attention" in why_not_packed(model, PAIRS)
+
+
+def test_wrong_numbers_are_caught(monkeypatch):
+    "Each half of the comparison by numbers, with an error put in."
+    model, real = model_of("llama"), packing.token_logprobs
+    monkeypatch.setattr(packing, "_of_row", lambda m, row, n, f=packing._of_row: tuple(x + 0.01 for x in f(m, row, n)))
+    assert "log-probabilities differ" in why_not_packed(model, PAIRS)
+    monkeypatch.undo()
+    monkeypatch.setattr(packing, "packed_logprobs", lambda m, pairs, f=packed_logprobs: tuple(x * 1.01 for x in f(m, pairs)))
+    assert "gradient differs" in why_not_packed(model, PAIRS)
+
+
+def test_no_weight_that_trains_and_no_state_left():
+    model = model_of("llama").requires_grad_(False)
+    assert why_not_packed(model, PAIRS) is None
+    model.requires_grad_(True)
+    assert why_not_packed(model, PAIRS) is None and all(p.grad is None for p in model.parameters())
+
+
+def test_off_and_kind():
+    model = model_of("llama")
+    assert choose_logprobs(model, PAIRS, "off") is response_logprobs and choose_logprobs(model, PAIRS) is packed_logprobs
+    assert table_kind(model, "fp32", packed_logprobs) != table_kind(model, "fp32", response_logprobs)
+
+
+@pytest.mark.parametrize("piece", [1, 4 * 96 * 7, 2**26])
+def test_pieces_of_the_output_layer(monkeypatch, piece):
+    monkeypatch.setattr(packing, "PIECE", piece)
+    assert_same(model_of("gemma2", head_dim=8, final_logit_softcapping=5.0))
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    "What autograd keeps does not grow with the vocabulary, beyond one hidden state a token."
+    def kept(vocab):
+        model, sizes = model_of("llama", vocab_size=vocab), []
+        def note(x): sizes.append(x.numel()); return x
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): packed_logprobs(model, PAIRS)
+        return max(s for s in sizes if s != vocab * 32)    # the weight itself is no copy
+    assert kept(20_000) == kept(500)
+
+
+def test_gradient_checkpointing():
+    model = model_of("mistral", sliding_window=4).train()
+    model.gradient_checkpointing_enable(dict(use_reentrant=False, context_fn=lambda: recompute_alike(model)))
+    assert_same(model)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision(precision):
+    model = model_of("llama")
+    with torch.no_grad():
+        exact = torch.cat(response_logprobs(model, PAIRS))
+        with torch.autocast("cpu", precision): padded, packed = (torch.cat(f(model, PAIRS)) for f in (response_logprobs, packed_logprobs))
+    assert packed.dtype == torch.float32 and (packed - exact).abs().mean() < 2 * (padded - exact).abs().mean() + 1e-3
+
+
+def test_a_row_of_one_pair_equals_the_row_of_many():
+    model = model_of("llama")
+    together = torch.stack(packed_logprobs(model, PAIRS), 1)
+    for p, want in zip(PAIRS, together): assert_close(torch.cat(packed_logprobs(model, [p])), want, atol=2e-4, rtol=1e-5)
+
+
+def test_visible_and_blocks():
+    row = pack(PAIRS)
+    assert sum(row.blocks) == packed_tokens(PAIRS) == len(row.ids) and row.blocks[-1] == 349 and len(row.blocks) == 2
+    sees = visible(row, slice(0, sum(row.blocks[:-1])))
+    assert sees.diag().all() and not sees.triu(1).any()
+    for i, j in [(20, 12), (30, 5)]: assert not sees[i, j]     # rejected sees chosen; another pair
+    assert visible(row, slice(0, 28), 3).sum(1).max() == 3
+
+
+def test_a_pair_without_a_prompt():
+    for f in (packed_logprobs, response_logprobs):
+        with pytest.raises(ValueError, match="without a prompt token"): f(model_of("llama"), [pair(0, 3, 4)])
+
+
+def test_budget():
+    parts = micro_batches(PAIRS, 60, packed_logprobs)
+    assert [packed_tokens(p) for p in parts if len(p) > 1] and all(packed_tokens(p) <= 60 or len(p) == 1 for p in parts)
+    assert sum(map(len, parts)) == len(PAIRS)
+
+
+def test_a_run_packed_and_padded(tmp_path):
+    "Two stages on the tiny world: the same losses step by step, and another folder for another way."
+    a, b = (sdpo(load_world().base, {n: rows(n, 24) for n in ("primer", "digest")}, StepwiseConfig(**SETTINGS, packing=p), tmp_path / p) for p in ("auto", "off"))
+    assert [s["reference_kind"]["logprobs"] for s in a.stages + b.stages] == ["packed_logprobs"] * 2 + ["response_logprobs"] * 2
+    assert a.metrics["loss"].nunique() > 4 and abs(a.metrics["loss"] - b.metrics["loss"]).max() < 1e-3
+
+
+def test_real_pairs_of_the_world_agree_with_their_tokenizer():
+    S, tok = load_base(load_world())
+    pairs = list(tokenize_pairs(load_pairs(load_world().sources["primer"]), tok, "primer").pairs)[:40]
+    assert_same(S, pairs)
