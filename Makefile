@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check notebooks sync world clean
+.PHONY: demo test check notebooks sync world bench clean
 
 .venv/.run: settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,9 @@ sync: .venv/.dev            ## after an edit of a notebook: clean, export, twin,
 
 world: .venv/.run           ## rebuild the tiny world and compare it with data/
 	$(PY) -m sdpo_nb.world
+
+bench: .venv/.dev           ## chapter 04 against padding and TRL, on a real model (SDPO_MODEL, SDPO_DATA); an hour or two
+	$(PY) tests/bench_packing.py all
 
 clean:
 	rm -rf .venv runs _proc build dist *.egg-info

@@ -39,7 +39,7 @@ class TrainConfig:
     epochs: int = setting(1, "passes over a chunk per stage", 1)
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
     clip: float = setting(1.0, "largest gradient norm", 0, open_low=True)
-    label_smoothing: float = setting(0.0, "assumed probability that a label is flipped", 0, 0.499)
+    label_smoothing: float = setting(0.0, "assumed share of flipped labels: the target is 1 minus it", 0, 0.499)
     precision: str = setting("auto", "precision of the forward pass; weights stay fp32", choices=("auto", "bf16", "fp16", "fp32"))
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     shuffle: bool = setting(True, "a new order of the chunk in every epoch; off keeps the partition's order")

@@ -2,11 +2,12 @@
 
 Everything is measured side by side: in one process, step by step in turn, the same pairs, model, optimizer and batch of 8 pairs. A step is forward, backward, clipping and
 AdamW. TRL's rows use its own collator, training step and a precomputed reference. All sides first run one step; the best micro-batch of the padded path and the best row
-of TRL then go on, with packing, to the measured steps, and so does micro-batch 8 of each. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
+of TRL then go on, with packing, to the 12 measured steps; micro-batch 8 of each, far slower, goes along for the first 4. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
 
-    python tests/bench_packing.py all                      everything
+    python tests/bench_packing.py all [SOURCE ...]         everything, or these sources
     python tests/bench_packing.py time SOURCE PRECISION    one table of times
     python tests/bench_packing.py memory SIDE SOURCE       peak memory, in GiB, of one step in this process
+    python tests/bench_packing.py show                     the results, as tables
 """
 import json, os, platform, resource, subprocess, sys, tempfile, time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive"); os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -85,8 +86,11 @@ def trl_trainer(model, tok, precision):
     return DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tok)
 
 
-def by_pairs(size): return lambda batch: micro_batches(batch, size, len)
-def by_tokens(budget, tokens): return lambda batch: micro_batches(batch, budget, tokens)
+def by_tokens(budget, logprobs): return lambda batch: micro_batches(batch, budget, logprobs)
+def by_pairs(size):
+    def counted(): pass
+    counted.tokens = len
+    return by_tokens(size, counted)
 
 
 def step(side, optimizer, batch):
@@ -122,7 +126,7 @@ def measure(source, precision):
     table = score_pairs(model, pairs, precision=precision, logprobs=packed_logprobs, token_budget=2048)
     theirs = trl_trainer(load_model(str(MODEL), "cpu"), tok, precision)
     optimizers = {id(m): optimizer_of(m) for m in (model, theirs.model)}
-    sides = {"packed": Ours(model, table, precision, packed_logprobs, by_tokens(2048, packed_logprobs.tokens))}
+    sides = {"packed": Ours(model, table, precision, packed_logprobs, by_tokens(2048, packed_logprobs))}
     sides |= {f"padded, {n}": Ours(model, table, precision, response_logprobs, by_pairs(n)) for n in (1, 2, 4, 8)}
     sides |= {f"TRL, {n}{', checkpointing' if c else ''}": TRL(theirs, table, n, c) for c in (False, True) for n in (1, 2, 4, 8)}
     run = lambda name, batch: timed(step, sides[name], optimizers[id(sides[name].model)], batch)
@@ -132,16 +136,18 @@ def measure(source, precision):
     best = lambda start: min((n for n in sides if n.startswith(start)), key=screen.get)
     chosen = list(dict.fromkeys(["packed", best("padded"), "padded, 8", best("TRL"), "TRL, 8, checkpointing"]))
     seconds, reference, peak = {n: [] for n in chosen}, {n: [] for n in chosen}, []
-    for batch in batches:
+    for i, batch in enumerate(batches):
         peak.append(matmul_peak())
-        for name in chosen: seconds[name].append(run(name, batch))
-        for name in chosen: reference[name].append(timed(sides[name].reference, batch))
+        now = [n for n in chosen if i < 4 or n in ("packed", best("padded"), best("TRL"))]
+        for name in now: seconds[name].append(run(name, batch))
+        for name in now: reference[name].append(timed(sides[name].reference, batch))
         print(source, precision, {n: round(t[-1], 1) for n, t in seconds.items()}, f"{peak[-1] / 1e9:.0f} GFLOP/s", flush=True)
-    for name in chosen: [s.zero_grad() for s in optimizers.values()]
+    for s in optimizers.values(): s.zero_grad()
     work = {n: np.mean([flops(sides[n].gradients, b) for b in batches[:3]]) for n in chosen}
     for s in optimizers.values(): s.zero_grad()
-    rows = {n: dict(step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,
-                    slower=interval(np.divide(seconds[n], seconds["packed"])), reference_slower=interval(np.divide(reference[n], reference["packed"])),
+    def over(times, n): return np.divide(times[n], times["packed"][:len(times[n])])
+    rows = {n: dict(steps=len(seconds[n]), step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,
+                    slower=interval(over(seconds, n)), reference_slower=interval(over(reference, n)),
                     of_peak=float(np.median([flops(sides[n].gradients, b) * BATCH / t / p for b, t, p in zip(batches[:3], seconds[n], peak)]))) for n in chosen}
     return dict(screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
                 pairs=len(pairs), tokens_per_pair=float(np.mean([packed_logprobs.tokens([p]) for p in pairs])))
@@ -159,13 +165,14 @@ def memory(side, source):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def all_of_it():
+def all_of_it(*sources):
+    RESULTS.parent.mkdir(exist_ok=True)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     def keep(**kw): found.update(kw); RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     keep(command="make bench", seed=0, cpu=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), model=MODEL.name, python=platform.python_version(),
          versions={p: version(p) for p in ("torch", "transformers", "trl", "accelerate")})
     precisions = dict.fromkeys(["fp32", pick_precision("auto", "cpu")])
-    for source in SOURCES:
+    for source in sources or SOURCES:
         for p in precisions:
             out = subprocess.run([sys.executable, __file__, "time", source, p], check=True, stdout=subprocess.PIPE, text=True).stdout
             keep(**{f"{source} {p}": json.loads(out.splitlines()[-1])})
@@ -174,9 +181,22 @@ def all_of_it():
     keep(memory_gib=peak)
 
 
+def show():
+    "The results, as tables."
+    import pandas as pd
+    ratio, found = "{:.2f} [{:.2f}, {:.2f}]".format, json.loads(RESULTS.read_text())
+    for name, v in found.items():
+        if not isinstance(v, dict) or "rows" not in v: continue
+        print(f"\n{name}: {v['pairs']} pairs of {v['tokens_per_pair']:.0f} packed tokens, matmul {v['matmul_gflops']:.0f} GFLOP/s")
+        print(pd.DataFrame({side: {"steps": r["steps"], "s/step": round(r["step"], 1), "slower than packed": ratio(*r["slower"]), "reference pass, slower": ratio(*r["reference_slower"]),
+                                   "GFLOP/pair": round(r["gflop_per_pair"]), "of matmul peak": f"{r['of_peak']:.0%}"} for side, r in v["rows"].items()}).T.to_string())
+    if "memory_gib" in found: print("\npeak memory, GiB\n" + pd.Series(found["memory_gib"]).round(1).to_string())
+
+
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["all"]
-    if verb == "all": all_of_it()
+    if verb == "all": all_of_it(*rest)
     elif verb == "time": print(json.dumps(measure(*rest)))
     elif verb == "memory": print(memory(*rest))
+    elif verb == "show": show()
     else: sys.exit(__doc__)

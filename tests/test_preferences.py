@@ -480,3 +480,8 @@ def test_real_files(name, rows, chat):
     cut = tokenize_pairs(some, t, name, max_length=300, max_prompt_length=200)
     assert all(len(p["prompt_ids"]) <= 200 and len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) <= 300 for p in cut.pairs)
     assert cut.counts["truncated"] > 0 or name == "instruction_politeness"
+
+
+def test_large_sources_are_tokenised_in_parallel(monkeypatch):
+    monkeypatch.setattr(P.os, "cpu_count", lambda: 4)
+    assert [P._processes(n) for n in (1, 9_999, 10_000, 35_000, 10**6)] == [None, None, 1, 3, 4]

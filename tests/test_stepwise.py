@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, response_logprobs, score_pairs, weights_hash
+from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo_partition, sdpo
 from sdpo_nb.trainer import train_stage
@@ -396,7 +397,7 @@ def test_one_stage_is_plain_dpo(tmp_path):
     one, settings = {"primer": TWO["primer"]}, SETTINGS | dict(epochs=2, beta=0.3)
     got = run(tmp_path / "run", one, chunks=1, **{k: settings[k] for k in ("epochs", "beta")})
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32); pairs = tokenised(TWO["primer"])
-    table = score_pairs(load_model(BASE), pairs)
+    table = score_pairs(load_model(BASE), pairs, logprobs=packed_logprobs)
     train_stage(model, pairs, table, StepwiseConfig(**settings, chunks=1), tmp_path / "direct")
     assert weights_hash(model) == got.stages[0]["end"] != got.stages[0]["start"]
     assert metrics(tmp_path / "direct") == metrics(tmp_path / "run" / "stage-1")

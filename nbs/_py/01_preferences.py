@@ -24,7 +24,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import gzip, hashlib, json
+import gzip, hashlib, json, os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -663,6 +663,8 @@ _FEATURES = datasets.Features({"key": datasets.Value("string"),
     **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
     **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
 
+def _processes(rows): return min(os.cpu_count() or 1, rows // 10_000) or None
+
 def _digest(data, tokenizer, *settings) -> str:
     "sha256 over everything that decides the ids, 24 hex digits."
     h = hashlib.sha256()
@@ -703,7 +705,7 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
                    max_length: int=1024, # longest prompt + response, in tokens; the response's tail is cut
                    max_prompt_length: int=512, # longest prompt; its end is kept
                    chat: bool=False,     # read string fields as turns of a chat
-                   num_proc: int=None,   # processes
+                   num_proc: int=None,   # processes; None: one for every 10,000 rows, at most one a core
                   ) -> Source:           # usable pairs, with counts of the others
     "Tokenise once. Raises ValueError for a row that breaks the schema or a source without a usable pair."
     if not len(data): raise ValueError(f"source '{name}': no rows")
@@ -717,7 +719,7 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
         except (ValueError, jinja2.TemplateError) as e: raise ValueError(f"{where}: {e}") from e
     digest = _digest(data, tokenizer, max_length, max_prompt_length, chat)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "sdpo_nb"; cache.mkdir(parents=True, exist_ok=True)
-    out = data.map(one, with_indices=True, remove_columns=data.column_names, features=_FEATURES, num_proc=num_proc, desc=f"tokenising {name}",
+    out = data.map(one, with_indices=True, remove_columns=data.column_names, features=_FEATURES, num_proc=num_proc or _processes(len(data)), desc=f"tokenising {name}",
                    cache_file_name=str(cache / f"{digest}.arrow"), load_from_cache_file=True, new_fingerprint=digest)
     return _usable(name, out)
 

@@ -118,7 +118,7 @@ Markdown(as_markdown(pd.DataFrame(differences, index=["mean", "low", "high"]).T)
 # %% [markdown]
 # ## The chapters
 #
-# A number is a place in the reading order and a floor in the import order: modules import only from lower numbers. (04, packing, and 08, evaluation, are still to come.)
+# A number is a place in the reading order and a floor in the import order: modules import only from lower numbers. (08, evaluation, is still to come.)
 #
 # | chapter | the idea |
 # |---|---|
@@ -126,6 +126,7 @@ Markdown(as_markdown(pd.DataFrame(differences, index=["mean", "low", "high"]).T)
 # | [01 preferences](01_preferences.ipynb) | what a preference is, and which tokens count |
 # | [02 logprobs](02_logprobs.ipynb) | what a model says about a response; the reference is a table |
 # | [03 loss](03_loss.ipynb) | the derivation, executed; what $\beta$ does; what $T$ stages add up to |
+# | [04 packing](04_packing.ipynb) | the same numbers from fewer tokens: shared prompts, no padding |
 # | [05 partition](05_partition.ipynb) | which data first |
 # | [06 trainer](06_trainer.ipynb) | one stage, grown from six lines |
 # | [07 figures](07_figures.ipynb) | the pictures of a run |
