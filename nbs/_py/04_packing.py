@@ -537,9 +537,11 @@ def real_values(logprobs, budget):
     return torch.tensor([values[p["key"]] for p in real_pairs]), {n: p.grad.clone() for n, p in real.named_parameters()}
 
 (a, g), (b, h) = real_values(response_logprobs, 1), real_values(packed_logprobs, 4096)
-found = pd.Series({"largest difference of a log-probability (nats)": (a - b).abs().max().item(), "largest relative difference of a gradient": max(((g[n] - h[n]).norm() / g[n].norm()).item() for n in g)})
 torch.set_num_threads(1)
-assert len(real_pairs) == 64 and found.iloc[0] < 1e-3 and found.iloc[1] < 1e-5
+whole = math.sqrt(sum((g[n] - h[n]).norm()**2 for n in g) / sum(x.norm()**2 for x in g.values()))
+found = pd.Series({"largest difference of a log-probability (nats)": (a - b).abs().max().item(), "whole gradient (relative)": whole,
+                   "worst single tensor (relative)": max(((g[n] - h[n]).norm() / g[n].norm()).item() for n in g)})
+assert len(real_pairs) == 64 and found.iloc[0] < 1e-3 and found.iloc[1] < 1e-5 and found.iloc[2] < 3e-5
 found.map("{:.1e}".format).to_frame("64 real pairs, fp32")
 
 # %% [markdown]
