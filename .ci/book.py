@@ -5,7 +5,7 @@
     python .ci/book.py run [NB ...]  run notebooks as nbdev_test would, store outputs, then sync
     python .ci/book.py edit [PY ...] take edits made in nbs/_py/*.py into the notebooks, then sync
 """
-import base64, json, os, re, subprocess, sys, time
+import base64, hashlib, json, os, re, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +147,11 @@ def tidy(out):
     out.pop("execution_count", None)
     if out["output_type"] == "execute_result":
         out["execution_count"] = None
+    html = text(out.get("data", {}).get("text/html", ""))
+    bare = re.sub(r"\bT_[0-9a-f]{5}", "T_", html)      # pandas draws a new table id every time; one made from the table stays
+    if bare != html:
+        own = "T_" + hashlib.sha256(bare.encode()).hexdigest()[:5]
+        out["data"] = out["data"] | {"text/html": re.sub(r"\bT_[0-9a-f]{5}", own, html).splitlines(True)}
     return out
 
 
