@@ -19,9 +19,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdpo_nb.logprobs import autocast, load_model, load_tokenizer, micro_batches, pick_precision, response_logprobs, score_pairs
-from sdpo_nb.loss import dpo_loss
-from sdpo_nb.packing import choose_logprobs, packed_logprobs, recompute_alike
+from sdpo_nb.packing import choose_logprobs, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.trainer import TrainConfig, activation_checkpointing, batch_gradients, make_accelerator
 
 MODEL = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser()
 DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")).resolve() / "preferences"
@@ -42,20 +42,17 @@ def optimizer_of(model): return torch.optim.AdamW(model.parameters(), lr=1e-6, w
 
 
 class Ours:
-    "Packed or padded, micro-batches by a budget of tokens or by a number of pairs."
-    def __init__(self, model, table, precision, logprobs, cut, checkpointing=False):
-        self.model, self.table, self.precision, self.logprobs, self.cut, self.checkpointing = model, table, precision, logprobs, cut, checkpointing
+    "Chapter 06's gradients, packed or padded; forward passes by a budget in what `logprobs.tokens` counts."
+    def __init__(self, model, table, accelerator, precision, logprobs, budget, checkpointing=False):
+        self.model, self.table, self.accelerator, self.precision, self.logprobs, self.checkpointing = model, table, accelerator, precision, logprobs, checkpointing
+        self.config = TrainConfig(beta=BETA, token_budget=budget)
     def gradients(self, batch):
-        self.model.train()
-        if self.checkpointing: self.model.gradient_checkpointing_enable(dict(use_reentrant=False, context_fn=lambda: recompute_alike(self.model)))
-        else: self.model.gradient_checkpointing_disable()
-        for part in self.cut(batch):
-            with autocast("cpu", self.precision): chosen, rejected = self.logprobs(self.model, part)
-            (dpo_loss(chosen - rejected, self.table.gamma(part), BETA).sum() / len(batch)).backward()
+        activation_checkpointing(self.model.train(), self.checkpointing)
+        batch_gradients(self.model, batch, self.table, self.config, self.accelerator, self.precision, self.logprobs)
     def reference(self, batch):
         self.model.eval()
         with torch.no_grad(), autocast("cpu", self.precision):
-            for part in self.cut(batch): self.logprobs(self.model, part)
+            for part in micro_batches(batch, self.config.token_budget, self.logprobs): self.logprobs(self.model, part)
 
 
 class TRL:
@@ -86,11 +83,10 @@ def trl_trainer(model, tok, precision):
     return DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tok)
 
 
-def by_tokens(budget, logprobs): return lambda batch: micro_batches(batch, budget, logprobs)
-def by_pairs(size):
-    def counted(): pass
+def by_pairs(logprobs): # the same function, its budget counted in pairs
+    def counted(model, pairs): return logprobs(model, pairs)
     counted.tokens = len
-    return by_tokens(size, counted)
+    return counted
 
 
 def step(side, optimizer, batch):
@@ -124,10 +120,11 @@ def measure(source, precision):
     model, tok, pairs, batches = load(source)
     assert choose_logprobs(model, batches[0]) is packed_logprobs
     table = score_pairs(model, pairs, precision=precision, logprobs=packed_logprobs, token_budget=2048)
+    accelerator = make_accelerator(precision)
     theirs = trl_trainer(load_model(str(MODEL), "cpu"), tok, precision)
     optimizers = {id(m): optimizer_of(m) for m in (model, theirs.model)}
-    sides = {"packed": Ours(model, table, precision, packed_logprobs, by_tokens(2048, packed_logprobs))}
-    sides |= {f"padded, {n}": Ours(model, table, precision, response_logprobs, by_pairs(n)) for n in (1, 2, 4, 8)}
+    sides = {"packed": Ours(model, table, accelerator, precision, packed_logprobs, 2048)}
+    sides |= {f"padded, {n}": Ours(model, table, accelerator, precision, by_pairs(response_logprobs), n) for n in (1, 2, 4, 8)}
     sides |= {f"TRL, {n}{', checkpointing' if c else ''}": TRL(theirs, table, n, c) for c in (False, True) for n in (1, 2, 4, 8)}
     run = lambda name, batch: timed(step, sides[name], optimizers[id(sides[name].model)], batch)
     for name in ("packed", "TRL, 1"): run(name, batches[0])                              # first steps are slow
@@ -159,7 +156,7 @@ def memory(side, source):
     model, tok, pairs, batches = load(source, 2)
     precision, table = "fp32", score_pairs(model, pairs, logprobs=packed_logprobs, token_budget=1024)
     if kind == "TRL": s = TRL(trl_trainer(model, tok, precision), table, int(size), bool(c))
-    else: s = Ours(model, table, precision, {"packed": packed_logprobs, "padded": response_logprobs}[kind], by_pairs(int(size)), bool(c))
+    else: s = Ours(model, table, make_accelerator(), precision, by_pairs({"packed": packed_logprobs, "padded": response_logprobs}[kind]), int(size), bool(c))
     longest = sorted(pairs, key=lambda p: -packed_logprobs.tokens([p]))[:BATCH]
     step(s, optimizer_of(model), longest)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

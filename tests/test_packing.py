@@ -1,16 +1,15 @@
 "Packed rows give the numbers of the padded path, or the guard refuses."
-import copy, math
-
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sdpo_nb.packing as packing
-from sdpo_nb.logprobs import freeze_dropout, load_tokenizer, micro_batches, response_logprobs, table_kind
-from sdpo_nb.packing import choose_logprobs, pack, packed_logprobs, packed_tokens, recompute_alike, visible, why_not_packed
+from sdpo_nb.logprobs import freeze_dropout, micro_batches, response_logprobs, table_kind
+from sdpo_nb.packing import choose_logprobs, pack, packed_logprobs, packed_tokens, visible, why_not_packed
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
+from sdpo_nb.trainer import activation_checkpointing
 from sdpo_nb.world import load_base, load_world
 from tiny import SETTINGS, rows
 
@@ -96,7 +95,7 @@ def test_layers_that_are_no_attention():
 
 def test_wrong_numbers_are_caught(monkeypatch):
     "Each half of the comparison by numbers, with an error put in."
-    model, real = model_of("llama"), packing.token_logprobs
+    model = model_of("llama")
     monkeypatch.setattr(packing, "_of_row", lambda m, row, n, f=packing._of_row: tuple(x + 0.01 for x in f(m, row, n)))
     assert "log-probabilities differ" in why_not_packed(model, PAIRS)
     monkeypatch.undo()
@@ -135,7 +134,7 @@ def test_no_logits_are_kept_for_the_backward_pass():
 
 def test_gradient_checkpointing():
     model = model_of("mistral", sliding_window=4).train()
-    model.gradient_checkpointing_enable(dict(use_reentrant=False, context_fn=lambda: recompute_alike(model)))
+    activation_checkpointing(model, True)
     assert_same(model)
 
 
