@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .logprobs import response_logprobs, token_logprobs
+from .logprobs import check_prompts, response_logprobs, token_logprobs
 
 # %% ../nbs/04_packing.ipynb #92f59c74
 @dataclass
@@ -33,7 +33,7 @@ def _flat(values, device): return torch.cat([torch.as_tensor(v) for v in values]
 def pack(pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
          device="cpu") -> Row:
     "One row of all pairs: prompt, chosen, rejected, next pair. Raises ValueError for a pair without a prompt."
-    if not all(len(p["prompt_ids"]) for p in pairs): raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
+    check_prompts(pairs)
     sizes = [[len(p[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")] for p in pairs]
     ids = _flat([list(p[k]) for p in pairs for k in ("prompt_ids", "chosen_ids", "rejected_ids")], device)
     position = _flat([torch.arange(n) + start for x, c, r in sizes for n, start in ((x, 0), (c, x), (r, x))], device)

@@ -7,7 +7,7 @@ __all__ = ['FREE', 'StepwiseConfig', 'defaults_table', 'make_config', 'Run', 'sa
            'sdpo_partition', 'stage_table', 'gamma_table', 'Report', 'as_markdown', 'write_report']
 
 # %% ../nbs/09_stepwise.ipynb #315febd9
-import base64, copy, difflib, hashlib, json, math, os, re, shutil
+import base64, difflib, json, math, os, re, shutil
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ import yaml
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from .figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from .logprobs import LogprobTable, load_model, load_tokenizer, pick_precision, read_table, score_pairs, weights_hash, write_json
+from .logprobs import load_model, load_tokenizer, pairs_hash, pick_precision, read_table, score_pairs, weights_hash, write_json
 from .loss import certificate, dpo_loss, reward_accuracy
 from .packing import choose_logprobs
 from .partition import ORDERS, partition
@@ -145,7 +145,7 @@ def _base(model, tokenizer, folder):
     if isinstance(model, (str, Path)): return str(model), tokenizer or load_tokenizer(str(model))
     if tokenizer is None: raise ValueError("model: a loaded model needs its tokenizer, sdpo(model=..., tokenizer=...)")
     path, started = folder / "base" / "model", (folder / "config.yaml").exists()
-    if started and (mine := weights_hash(copy.deepcopy(model).float())) != (theirs := Run(folder).config["weights"]):
+    if started and (mine := weights_hash(model, torch.float32)) != (theirs := Run(folder).config["weights"]):
         raise ValueError(f"{folder}: this run was started with a model of weights {theirs}, the loaded one has {mine}; use that or another folder")
     if not (started and path.exists()): path.parent.mkdir(parents=True, exist_ok=True); save_model(model, tokenizer, path)
     return str(path), tokenizer
@@ -326,7 +326,7 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs):
     theirs, device = _foreign(config.reference, tokenizer), make_accelerator().device
     policy, precision = load_model(base, device), pick_precision(config.precision, device)
     _open_folder(folder, config, precision, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded], reference_weights=theirs, device=device.type,
-                                                 pairs=hashlib.sha256("".join(k for s in loaded for k in s.pairs["key"]).encode()).hexdigest()[:16]))
+                                                 pairs=pairs_hash(*(s.pairs for s in loaded))))
     ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs)
     return ctx, [] if made else _partitioned(loaded, policy, ctx), policy
 

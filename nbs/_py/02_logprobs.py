@@ -112,11 +112,15 @@ assert forgotten < 10 * one_row(S, x, y).sum()
 
 # %%
 #| export
+def check_prompts(pairs: list):
+    "Raise ValueError for a pair without a prompt."
+    if not all(len(p["prompt_ids"]) for p in pairs): raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
+
 def collate(pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
             device="cpu",
            ) -> tuple[Tensor, Tensor, Tensor]: # (2n, L) ids, (2n, L) attention mask, (2n, L) response mask; chosen rows first
     "Right-padded rows, all chosen then all rejected. Padding is known by length, never by token id. Raises ValueError for a pair without a prompt."
-    if not all(len(p["prompt_ids"]) for p in pairs): raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
+    check_prompts(pairs)
     rows = [(list(p["prompt_ids"]), list(p[side])) for side in ("chosen_ids", "rejected_ids") for p in pairs]
     shape = len(rows), max(len(x) + len(y) for x, y in rows)
     ids, seen, scored = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
@@ -505,12 +509,14 @@ pd.DataFrame({"weights": [str(m.dtype) for m in (usual_way, ours)], "0.5 + 5e-7,
 
 # %%
 #| export
-def weights_hash(model) -> str: # 16 hex digits
+def weights_hash(model, dtype=None, # hash the weights as they would be in this dtype
+                ) -> str:           # 16 hex digits
     "sha256 over sorted parameter names, dtypes, shapes and bytes."
     h = hashlib.sha256()
     for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
+        p = p.detach().to(dtype or p.dtype)
         h.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        h.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        h.update(p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
 
 
@@ -556,6 +562,14 @@ pd.Series({"weights": S.dtype, "logits under bf16 autocast": logits.dtype, "log-
 
 # %%
 #| export
+def keys_of(pairs) -> list[str]: # of a list or a Dataset
+    "The keys of pairs, without reading their ids."
+    return list(pairs["key"]) if hasattr(pairs, "column_names") else [p["key"] for p in pairs]
+
+def pairs_hash(*sets) -> str: # 16 hex digits
+    "sha256 over the keys of pairs, in their order."
+    return hashlib.sha256("".join(k for pairs in sets for k in keys_of(pairs)).encode()).hexdigest()[:16]
+
 @dataclass
 class LogprobTable:
     "Log-probabilities of one model for many pairs, and how they were computed."
@@ -563,7 +577,7 @@ class LogprobTable:
     rows: pd.DataFrame # index: pair key; columns chosen, rejected (nats, fp32)
 
     def lookup(self, pairs) -> tuple[Tensor, Tensor]: # (n,), (n,) fp32
-        keys = [p["key"] for p in pairs]
+        keys = keys_of(pairs)
         absent = [k for k in keys if k not in self.rows.index]
         if absent: raise ValueError(f"{len(absent)} of {len(keys)} pairs are not in the table of log-probabilities, the first is {absent[0]}; score them with score_pairs")
         return tuple(torch.tensor(self.rows.loc[keys, side].to_numpy("float32", copy=True)) for side in ("chosen", "rejected"))
@@ -704,9 +718,8 @@ def score_pairs(model,            # any causal LM
     precision = pick_precision(precision, model.device)
     kind = table_kind(model, precision, logprobs)
     done = _open_table(folder, kind)
-    keys = pairs["key"] if hasattr(pairs, "column_names") else [p["key"] for p in pairs]
     first = {}
-    for i, k in enumerate(keys): first.setdefault(k, i)
+    for i, k in enumerate(keys_of(pairs)): first.setdefault(k, i)
     todo = [i for k, i in first.items() if k not in done.index]
     was_training = model.training; model.eval()
     try:

@@ -152,7 +152,7 @@ def _scan(pairs: Dataset) -> list: # (n,) tokens of chosen, (n,) tokens of rejec
 def _nats(table: LogprobTable|None, pairs: Dataset) -> tuple: # (n,), (n,) fp64; zeros without a table
     "Log-probabilities of chosen and rejected, in fp64, so that equal numbers stay ties."
     if table is None: return 0., 0.
-    return tuple(x.double() for x in table.lookup(pairs.select_columns(["key"])))
+    return tuple(x.double() for x in table.lookup(pairs))
 
 
 # %% [markdown]

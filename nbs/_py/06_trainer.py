@@ -30,9 +30,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 
-from sdpo_nb.logprobs import LogprobTable, autocast, freeze_dropout, gamma, micro_batches, pick_precision, response_logprobs, score_pairs, weights_hash
+from sdpo_nb.logprobs import LogprobTable, autocast, freeze_dropout, gamma, micro_batches, pairs_hash, pick_precision, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.loss import dpo_loss, reward, reward_accuracy
-from sdpo_nb.packing import choose_logprobs, packed_logprobs, recompute_alike
+from sdpo_nb.packing import choose_logprobs, recompute_alike
 
 # %%
 import copy, tempfile
@@ -40,6 +40,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from sdpo_nb.logprobs import load_model, load_tokenizer
+from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.world import load_world
 torch.set_num_threads(1);
@@ -511,8 +512,7 @@ COMPUTED_ALIKE = {"save_every", "token_budget", "packing", "gradient_checkpointi
 def _identity(pairs, table, config, precision, stage, schedule) -> dict:
     "What the weights of a stage depend on; `precision` is the one that was picked."
     settings = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if f.name not in COMPUTED_ALIKE}
-    keys = hashlib.sha256("".join(p["key"] for p in pairs).encode()).hexdigest()[:16]
-    return settings | dict(precision=precision, pairs=keys, reference=table.kind["weights"], stage=stage, schedule=list(schedule))
+    return settings | dict(precision=precision, pairs=pairs_hash(pairs), reference=table.kind["weights"], stage=stage, schedule=list(schedule))
 
 def load_checkpoint(folder, model, optimizer, scaler, identity: dict=None) -> dict|None:
     "Put the last checkpoint back; returns the position, or None where there is none. Raises ValueError, naming what differs, if it is of another identity."
