@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check notebooks sync world bench clean
+.PHONY: demo test check notebooks sync world bench experiments-small experiments clean
 
 .venv/.run: settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,12 @@ world: .venv/.run           ## rebuild the tiny world and compare it with data/
 
 bench: .venv/.dev           ## chapter 04 against padding and TRL, on a real model (SDPO_MODEL, SDPO_DATA); an hour or two
 	$(PY) tests/bench_packing.py all
+
+experiments-small: .venv/.run ## every method of the experiments once, on few pairs
+	$(PY) -m sdpo_nb.experiments small
+
+experiments: .venv/.run      ## the grids of the experiments: hours, goes on where it stopped
+	$(PY) -m sdpo_nb.experiments
 
 clean:
 	rm -rf .venv runs _proc build dist *.egg-info

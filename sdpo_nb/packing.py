@@ -11,6 +11,7 @@ import contextlib
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
@@ -47,15 +48,15 @@ def _read(sizes, device):
     out, start = [], 0
     for x, c, r in sizes:
         last = start + x - 1
-        out += [torch.arange(last, last + c), torch.tensor([last] * min(r, 1)), torch.arange(last + c + 1, last + c + r)]
+        out += [torch.arange(last, last + c), torch.tensor([last]), torch.arange(last + c + 1, last + c + r)]
         start += x + c + r
     return _flat(out, device)
 
-def _blocks(lengths, least=256):
-    "Neighbours that are short attend in one block: few calls for short pairs, and no waste for long ones."
+def _blocks(lengths, merge_up_to=256):
+    "Neighbours that are short attend in one block, which saves calls; a long pair is a block of its own."
     out = []
     for n in lengths:
-        if out and out[-1] + n <= least: out[-1] += n
+        if out and out[-1] + n <= merge_up_to: out[-1] += n
         else: out.append(n)
     return out
 
@@ -67,31 +68,31 @@ def visible(row: Row, tokens: slice, window: int=None) -> Tensor: # (n, n) bool;
     return sees & (position[:, None] - position < window) if window else sees
 
 # %% ../nbs/04_packing.ipynb #3d2bb488
-def _bias(row, tokens, window, groups, dtype):
-    "0 where seen, the lowest number elsewhere; (1, groups * n, n), made once for all layers."
+def _bias(row, tokens, window, dtype):
+    "0 where seen, the lowest number elsewhere; (n, n), made once for all layers and heads."
     n = tokens.stop - tokens.start
     key = tokens.start, window if window and window < n else None, dtype
     if key not in row.masks:
         hidden = ~visible(row, tokens, key[1])
-        row.masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min).repeat(groups, 1)[None]
+        row.masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
     return row.masks[key]
 
 def _attend(q, k, v, bias, scaling, softcap):
-    "(heads, n, d) queries, (key heads, n, d) keys and values -> (n, heads, d). Query heads that share a key head go through as one matrix."
-    heads, n, d = q.shape
-    q, k = q.reshape(len(k), -1, d), k.transpose(1, 2)
-    scores = softcap * torch.tanh(q @ k * (scaling / softcap)) + bias if softcap else torch.baddbmm(bias, q, k, alpha=scaling)
-    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).view(heads, n, -1).transpose(0, 1)
+    "(heads, n, d) queries, (key heads, n, d) keys and values -> (n, heads, d)."
+    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+    if not softcap: return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0].transpose(0, 1)
+    scores = softcap * torch.tanh(q @ k.transpose(1, 2) * (scaling / softcap)) + bias
+    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(0, 1)
 
 # %% ../nbs/04_packing.ipynb #d2084b90
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row: Row=None, sliding_window=None, softcap=None, **rest):
-    "Attention of a packed row, block by block; transformers calls it in every layer. Raises NotImplementedError for what it does not know."
-    unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None]
+    "Attention of a packed row, block by block; transformers calls it in every layer. Raises NotImplementedError for what it cannot do."
+    unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None] + ["dropout"] * bool(dropout)
     if row is None or unknown: raise NotImplementedError(f"its attention wants {', '.join(unknown)}" if unknown else "its layers do not pass the row to the attention")
     row.windows.add(sliding_window)
-    scaling, groups, start, out = scaling or query.shape[-1] ** -0.5, query.shape[1] // key.shape[1], 0, []
+    scaling, start, out = scaling or query.shape[-1] ** -0.5, 0, []
     for n, q, k, v in zip(row.blocks, *(x[0].split(row.blocks, 1) for x in (query, key, value))):
-        out.append(_attend(q, k, v, _bias(row, slice(start, start + n), sliding_window, groups, q.dtype), scaling, softcap))
+        out.append(_attend(q, k, v, _bias(row, slice(start, start + n), sliding_window, q.dtype), scaling, softcap))
         start += n
     return torch.cat(out)[None], None
 
@@ -111,7 +112,7 @@ def recompute_alike(model):
     return contextlib.nullcontext(), attention(model, model.config._attn_implementation)
 
 # %% ../nbs/04_packing.ipynb #c84f9b6e
-PIECE = 64 * 2**20 # bytes of fp32 logits that exist at a time
+PIECE = 64 * 2**20 # bytes of the fp32 logits of one piece; two or three such tensors exist at a time
 
 @contextlib.contextmanager
 def _answering(decoder, hidden):
@@ -154,7 +155,7 @@ def _of_row(model, row, n):
 
 # %% ../nbs/04_packing.ipynb #015032a3
 def _config_refuses(model):
-    "What in the config or the output layer speaks against packing, or None."
+    "What in the config or the output layer rules packing out, or None."
     head, c = model.get_output_embeddings(), model.config.get_text_config()
     odd = set(getattr(c, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if odd: return f"it has layers of {', '.join(sorted(odd))}"
@@ -189,7 +190,7 @@ def _numbers_refuse(model, probe):
 
 # %% ../nbs/04_packing.ipynb #d27cb1bf
 def why_not_packed(model, pairs: list) -> str|None:
-    "Why packed log-probabilities cannot be used for this model, or None; looks at the longest and the shortest of these pairs, in fp32."
+    "Why packed log-probabilities cannot be used for this model, or None; looks at the longest and the shortest of these pairs, without autocast."
     if refused := _config_refuses(model): return refused
     by_length = sorted(pairs, key=lambda p: packed_tokens([p]))
     device = model.device.type
@@ -201,6 +202,7 @@ def choose_logprobs(model, pairs: list, # some of those that will be scored
                     packing="auto",     # auto or off
                    ):                   # `packed_logprobs` or `response_logprobs`
     "Packing where it is known to give the model's own numbers, else padding, saying why."
+    if packing not in ("auto", "off"): raise ValueError(f"packing: {packing!r} is neither auto nor off")
     if packing == "off": return response_logprobs
     why = why_not_packed(model, pairs)
     if why: print(f"packing is off: {why}; padded batches are used")

@@ -2,14 +2,17 @@
 
 Everything is measured side by side: in one process, step by step in turn, the same pairs, model, optimizer and batch of 8 pairs. A step is forward, backward, clipping and
 AdamW. TRL's rows use its own collator, training step and a precomputed reference. All sides first run one step; the best micro-batch of the padded path and the best row
-of TRL then go on, with packing, to the 12 measured steps; micro-batch 8 of each, far slower, goes along for the first 4. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
+of TRL then go on, with packing, to the 12 measured steps; micro-batch 8 of each, far slower, goes along for the first few, as the table says. Reference passes are timed on the first batches only. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
 
-    python tests/bench_packing.py all [SOURCE ...]         everything, or these sources
+    python tests/bench_packing.py all [SOURCE ...]         everything, or these sources, but what is in the file already; timings want an otherwise idle machine
     python tests/bench_packing.py time SOURCE PRECISION    one table of times
     python tests/bench_packing.py memory SIDE SOURCE       peak memory, in GiB, of one step in this process
+    python tests/bench_packing.py vocabulary V             memory that log-probabilities add, in MiB, for a model of V tokens (random, hidden size 576)
+    python tests/bench_packing.py pairs N                  peak memory, in GiB, of loading and tokenising N pairs and scoring 16 of them
+    python tests/bench_packing.py whole SIDE               a run of two stages, 32 HH and 32 ultrafeedback pairs: seconds, peak memory, losses
     python tests/bench_packing.py show                     the results, as tables
 """
-import json, os, platform, resource, subprocess, sys, tempfile, time
+import json, os, platform, resource, shutil, subprocess, sys, tempfile, time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive"); os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from importlib.metadata import version
 from pathlib import Path
@@ -129,23 +132,22 @@ def measure(source, precision):
     run = lambda name, batch: timed(step, sides[name], optimizers[id(sides[name].model)], batch)
     for name in ("packed", "TRL, 1"): run(name, batches[0])                              # first steps are slow
     screen = {name: run(name, batches[1]) for name in sides}
-    print(source, precision, {k: round(v, 1) for k, v in screen.items()}, flush=True)
+    print(source, precision, {k: round(v, 1) for k, v in screen.items()}, file=sys.stderr, flush=True)
     best = lambda start: min((n for n in sides if n.startswith(start)), key=screen.get)
     chosen = list(dict.fromkeys(["packed", best("padded"), "padded, 8", best("TRL"), "TRL, 8, checkpointing"]))
     seconds, reference, peak = {n: [] for n in chosen}, {n: [] for n in chosen}, []
     for i, batch in enumerate(batches):
         peak.append(matmul_peak())
-        now = [n for n in chosen if i < 4 or n in ("packed", best("padded"), best("TRL"))]
+        now = [n for n in chosen if i < 2 or n in ("packed", best("padded"), best("TRL"))]
         for name in now: seconds[name].append(run(name, batch))
-        for name in now: reference[name].append(timed(sides[name].reference, batch))
-        print(source, precision, {n: round(t[-1], 1) for n, t in seconds.items()}, f"{peak[-1] / 1e9:.0f} GFLOP/s", flush=True)
-    for s in optimizers.values(): s.zero_grad()
-    work = {n: np.mean([flops(sides[n].gradients, b) for b in batches[:3]]) for n in chosen}
+        for name in now[:len(now) * (i < 4)]: reference[name].append(timed(sides[name].reference, batch))
+        print(source, precision, {n: round(t[-1], 1) for n, t in seconds.items()}, f"{peak[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
+    work = {n: np.mean([flops(sides[n].gradients, b) for b in batches[:1]]) for n in chosen}
     for s in optimizers.values(): s.zero_grad()
     def over(times, n): return np.divide(times[n], times["packed"][:len(times[n])])
     rows = {n: dict(steps=len(seconds[n]), step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,
                     slower=interval(over(seconds, n)), reference_slower=interval(over(reference, n)),
-                    of_peak=float(np.median([flops(sides[n].gradients, b) * BATCH / t / p for b, t, p in zip(batches[:3], seconds[n], peak)]))) for n in chosen}
+                    of_peak=work[n] * BATCH / seconds[n][0] / peak[0]) for n in chosen}
     return dict(screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
                 pairs=len(pairs), tokens_per_pair=float(np.mean([packed_logprobs.tokens([p]) for p in pairs])))
 
@@ -159,23 +161,106 @@ def memory(side, source):
     else: s = Ours(model, table, make_accelerator(), precision, by_pairs({"packed": packed_logprobs, "padded": response_logprobs}[kind]), int(size), bool(c))
     longest = sorted(pairs, key=lambda p: -packed_logprobs.tokens([p]))[:BATCH]
     step(s, optimizer_of(model), longest)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident()
+
+
+def resident(): # GiB, now
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+
+def peak_resident(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 # GiB
+
+
+def added(f): # MiB that f needs for a while, beyond what is resident before
+    Path("/proc/self/clear_refs").write_text("5")                       # the peak starts anew
+    before = resident(); f()
+    return (next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 2**20 - before) * 1024
+
+
+def vocabulary(size):
+    "What 4 pairs of 128 + 2 x 128 tokens add to weights and gradients, for a vocabulary of this size: log-probabilities alone (score), and with their gradient (step)."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=int(size), hidden_size=576, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True))
+    pairs = [dict(key=str(i), prompt_ids=[1] * 128, chosen_ids=[2] * 128, rejected_ids=[3] * 128) for i in range(4)]
+    def step(f): c, r = f(model, pairs); (c - r).sum().backward()
+    step(lambda m, pairs: packed_logprobs(m, pairs[:1]))                # gradients exist from here on
+    out = dict(one_weight_matrix=model.get_output_embeddings().weight.numel() / 2**18)
+    for name, f in (("packed", packed_logprobs), ("padded", response_logprobs)):
+        with torch.no_grad(): out[f"{name}, score"] = added(lambda: f(model, pairs))
+        out[f"{name}, step"] = added(lambda: step(f))
+    return out
+
+
+def many_pairs(n):
+    "Peak memory of a source of n pairs, tokenised whole and scored in part."
+    n, folder = int(n), Path(tempfile.mkdtemp())
+    with open(folder / "pairs.jsonl", "w") as f:
+        for i in range(n): f.write(json.dumps(dict(prompt=f"What comes after the number {i}?", chosen=f"The number {i + 1} comes after it.", rejected="No number does.")) + "\n")
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+    import datasets; datasets.config.HF_DATASETS_CACHE = folder
+    model, tok = load_model(str(MODEL), "cpu"), load_tokenizer(str(MODEL))
+    source = tokenize_pairs(load_pairs(folder / "pairs.jsonl"), tok, "many", 512, 256, chat=True)
+    score_pairs(model, source.pairs.select(range(n // 2, n // 2 + 16)), logprobs=packed_logprobs)
+    shutil.rmtree(folder)
+    return dict(pairs=len(source), gib=peak_resident())
+
+
+WHOLE = dict(lr=1e-5, beta=BETA, batch_size=BATCH)
+
+def whole(side):
+    "Two stages by `sdpo`, packed or padded, or by hand with TRL; everything from loading the model to the last file counts."
+    start, folder = time.perf_counter(), Path(tempfile.mkdtemp())
+    raw = {s: load_pairs(DATA / f"{s}.jsonl.gz").select(range(32)) for s in SOURCES}
+    if side in ("packed", "padded"):
+        from sdpo_nb.stepwise import StepwiseConfig, sdpo
+        config = StepwiseConfig(order="as_given", max_length=512, max_prompt_length=384, probe=8, precision="fp32", packing="auto" if side == "packed" else "off", **WHOLE)
+        run = sdpo(str(MODEL), {s: dict(source=rows, chat=True) for s, rows in raw.items()}, config, folder)
+        losses = run.metrics["loss"].tolist()
+    else: losses = by_hand(raw, folder, int(side.split(", ")[1]), "checkpointing" in side)
+    shutil.rmtree(folder)
+    return dict(seconds=time.perf_counter() - start, gib=peak_resident(), losses=losses)
+
+
+def by_hand(raw, folder, size, checkpointing):
+    "The same with TRL: a trainer for each stage, its reference precomputed from the model that comes in."
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    where, losses = str(MODEL), []
+    for t, rows in enumerate(raw.values()):
+        model, tok = load_model(where, "cpu"), load_tokenizer(where)
+        data = tokenize_pairs(rows, tok, str(t), 512, 384, chat=True)        # the pairs that the other sides use; TRL cuts them again
+        texts = Dataset.from_list([{k: tok.decode(p[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")} for p in data.pairs])
+        args = DPOConfig(output_dir=str(folder / str(t)), beta=BETA, learning_rate=WHOLE["lr"], max_length=512, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, num_train_epochs=1,
+                         per_device_train_batch_size=size, gradient_accumulation_steps=BATCH // size, gradient_checkpointing=checkpointing, precompute_ref_log_probs=True, weight_decay=0.0,
+                         precompute_ref_batch_size=size, lr_scheduler_type="linear", warmup_steps=1, logging_steps=1, save_strategy="no")
+        trainer = DPOTrainer(model=model, args=args, train_dataset=texts, processing_class=tok)
+        trainer.train()
+        where = str(folder / f"model-{t}"); trainer.save_model(where); tok.save_pretrained(where)
+        losses += [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return losses
+
+
+def fresh(*words): # a verb in a process of its own; what it prints last
+    out = subprocess.run([sys.executable, __file__, *map(str, words)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
 
 
 def all_of_it(*sources):
     RESULTS.parent.mkdir(exist_ok=True)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    def keep(**kw): found.update(kw); RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    keep(command="make bench", seed=0, cpu=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), model=MODEL.name, python=platform.python_version(),
-         versions={p: version(p) for p in ("torch", "transformers", "trl", "accelerate")})
+    def keep(name, make, *args): # what is there already is not measured again
+        if name in found: return
+        found[name] = make(*args); RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    keep("made", lambda: dict(command="make bench", seed=0, cpu=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), model=MODEL.name, python=platform.python_version(),
+                              versions={p: version(p) for p in ("torch", "transformers", "trl", "accelerate")}))
     precisions = dict.fromkeys(["fp32", pick_precision("auto", "cpu")])
     for source in sources or SOURCES:
-        for p in precisions:
-            out = subprocess.run([sys.executable, __file__, "time", source, p], check=True, stdout=subprocess.PIPE, text=True).stdout
-            keep(**{f"{source} {p}": json.loads(out.splitlines()[-1])})
+        for p in precisions: keep(f"{source} {p}", fresh, "time", source, p)
+    for side in ("packed", "padded", found["hh_harmless fp32"]["best_trl"]): keep(f"whole {side}", fresh, "whole", side)
     sides = [f"{kind}, {n}{c}" for n in (2, 8) for kind, c in (("packed", ""), ("padded", ""), ("TRL", ""), ("packed", ", checkpointing"), ("TRL", ", checkpointing"))]
-    peak = {s: float(subprocess.run([sys.executable, __file__, "memory", s, "hh_harmless"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]) for s in sides}
-    keep(memory_gib=peak)
+    keep("memory_gib", lambda: {s: fresh("memory", s, "hh_harmless") for s in sides})
+    keep("vocabulary_mib", lambda: {v: fresh("vocabulary", v) for v in (49_152, 262_144)})
+    keep("pairs_gib", lambda: {n: fresh("pairs", n)["gib"] for n in (1_000, 1_000_000)})
 
 
 def show():
@@ -188,12 +273,16 @@ def show():
         print(pd.DataFrame({side: {"steps": r["steps"], "s/step": round(r["step"], 1), "slower than packed": ratio(*r["slower"]), "reference pass, slower": ratio(*r["reference_slower"]),
                                    "GFLOP/pair": round(r["gflop_per_pair"]), "of matmul peak": f"{r['of_peak']:.0%}"} for side, r in v["rows"].items()}).T.to_string())
     if "memory_gib" in found: print("\npeak memory, GiB\n" + pd.Series(found["memory_gib"]).round(1).to_string())
+    for name in ("vocabulary_mib", "pairs_gib"):
+        if name in found: print(f"\n{name}\n{pd.DataFrame(found[name]).round(0) if name == 'vocabulary_mib' else pd.Series(found[name]).round(2)}")
+    whole = {name: dict(seconds=v["seconds"], gib=v["gib"], losses=" ".join(f"{x:.4f}" for x in v["losses"])) for name, v in found.items() if name.startswith("whole")}
+    if whole: print("\n" + pd.DataFrame(whole).T.to_string())
 
 
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["all"]
     if verb == "all": all_of_it(*rest)
     elif verb == "time": print(json.dumps(measure(*rest)))
-    elif verb == "memory": print(memory(*rest))
+    elif verb in (one := dict(memory=memory, vocabulary=vocabulary, pairs=many_pairs, whole=whole)): print(json.dumps(one[verb](*rest)))
     elif verb == "show": show()
     else: sys.exit(__doc__)

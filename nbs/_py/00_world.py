@@ -299,21 +299,24 @@ def _continue(model, x, luck, tau): # (n, t) prompts of one length, (n, max_new)
 # %%
 #| export
 @torch.no_grad()
-def respond(model, tokenizer, prompts: list, # texts of user turns
-            tau: float=1., # sampling temperature; 0 is greedy
-            seed: int=0,   # of the uniform numbers
-            max_new: int=8, # longest response, in tokens
-           ) -> list[str]:
+def respond_ids(model, tokenizer, prompts: list, # texts of user turns
+                tau: float=1.,  # sampling temperature; 0 is greedy
+                seed: int=0,    # of the uniform numbers
+                max_new: int=8, # longest response, in tokens
+               ) -> list[list[int]]: # the EOS token included, where it came in time
     "One response per prompt. Prompts of equal length go together, so nothing is padded."
     luck = torch.rand(len(prompts), max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    ids = [prompt_ids(tokenizer, p) for p in prompts]
-    out = [""] * len(prompts)
+    ids, eos = [prompt_ids(tokenizer, p) for p in prompts], tokenizer.eos_token_id
+    out = [None] * len(prompts)
     for n in sorted({len(x) for x in ids}):
         rows = [i for i, x in enumerate(ids) if len(x) == n]
         new = _continue(model, torch.tensor([ids[i] for i in rows], device=model.device), luck[rows], tau)
-        for i, y in zip(rows, new.tolist()):
-            out[i] = tokenizer.decode(y[:y.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in y else y)
+        for i, y in zip(rows, new.tolist()): out[i] = y[:y.index(eos) + 1] if eos in y else y
     return out
+
+def respond(model, tokenizer, prompts: list, tau: float=1., seed: int=0, max_new: int=8) -> list[str]:
+    "The same as text."
+    return [tokenizer.decode([t for t in y if t != tokenizer.eos_token_id]) for y in respond_ids(model, tokenizer, prompts, tau, seed, max_new)]
 
 
 # %% [markdown]
@@ -415,13 +418,13 @@ def train_base(texts: dict, tokenizer, seed: int=0):
 
 # %%
 #| export
-def freeze_world(folder: Path):
-    "Build the world from nothing and write it to a folder, with a manifest."
-    folder, texts, tok = Path(folder), world_texts(), make_tokenizer()
+def freeze_world(folder: Path, seed: int=0): # 0: the world of the book; others are worlds like it
+    "Build a world from nothing and write it to a folder, with a manifest."
+    folder, texts, tok = Path(folder), world_texts(seed), make_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
-    model = train_base(texts, tok)
+    model = train_base(texts, tok, seed)
     model.save_pretrained(folder / "S"); tok.save_pretrained(folder / "S")
-    pairs = world_pairs(AutoModelForCausalLM.from_pretrained(folder / "S"), tok, texts)
+    pairs = world_pairs(AutoModelForCausalLM.from_pretrained(folder / "S"), tok, texts, 100 * seed)
     for name, rows in pairs.items(): (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "prompts.json").write_text(json.dumps({s: texts[s] for s in ("validation", "test")}) + "\n")
     (folder / "manifest.json").write_text(json.dumps(dict(texts=content_hash(texts), pairs={n: content_hash(r) for n, r in pairs.items()},
@@ -439,9 +442,9 @@ class World:
     validation: list; test: list # prompts
     manifest: dict
 
-def load_world() -> World:
-    "The world that travels with the package."
-    folder = Path(str(files("sdpo_nb.data"))) / "world"
+def load_world(folder=None) -> World: # what `freeze_world` wrote; None: the world that travels with the package
+    "A frozen world."
+    folder = Path(folder or str(files("sdpo_nb.data").joinpath("world")))
     prompts, manifest = (json.loads((folder / f"{n}.json").read_text()) for n in ("prompts", "manifest"))
     return World(str(folder / "S"), {n: str(folder / f"{n}.jsonl") for n in SOURCES}, prompts["validation"], prompts["test"], manifest)
 

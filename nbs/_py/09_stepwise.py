@@ -35,6 +35,7 @@ import torch
 import yaml
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
+from sdpo_nb.evaluate import failure_signs
 from sdpo_nb.figures import plot_drift, plot_gamma, plot_loss, plot_partition
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash, pick_precision, read_table, score_pairs, weights_hash, write_json
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
@@ -200,6 +201,7 @@ class Run:
         return self.folder / f"stage-{len(self.stages) if t is None else t}" / "model"
     def partition(self) -> pd.DataFrame: return pd.DataFrame(json.loads((self.folder / "partition.json").read_text())["measures"]).set_index("source")
     def table(self) -> pd.DataFrame: return stage_table(self)
+    def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics, [s["chunk"] for s in self.stages])
     def report(self): return write_report(self)
 
 
@@ -537,7 +539,8 @@ def write_report(run: Run) -> Report:
     for name, fig in drawn.items(): fig.savefig(run.folder / "figures" / f"{name}.png", dpi=110, bbox_inches="tight"); plt.close(fig)
     text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}; on {c['device']}"]
     if parted: text += ["## Partition under S", as_markdown(run.partition()), "![](figures/partition.png)"]
-    text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")), "## Settings",
+    text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")),
+             "## Signs of failure", "\n".join(f"- {sign}" for sign in run.signs()) or "None of forgetting, instability, minimal improvement.", "## Settings",
              as_markdown(pd.DataFrame([(k, str(v)) for k, v in (c["settings"] | c["versions"]).items()], columns=["setting", "value"]).set_index("setting"))]
     (run.folder / "report.md").write_text("\n\n".join(text) + "\n")
     return Report(run.folder / "report.md")
@@ -581,6 +584,15 @@ bars.round(2)
 
 # %%
 plot_gamma(gamma_table(run));
+
+# %% [markdown]
+# The report also looks for the [three signs of failure](08_evaluate.ipynb): forgetting, instability, a stage that changed nothing. This run has none; with a learning rate too small for so few steps it has one per stage.
+
+# %%
+assert run.signs() == []
+timid = sdpo(w.base, w.sources, StepwiseConfig(**quick | dict(lr=1e-9, epochs=1)), tmp / "timid")
+assert [x.split(":")[0] for x in timid.signs()] == ["minimal improvement"] * 3
+timid.signs()
 
 # %% [markdown]
 # ## One stage is plain DPO

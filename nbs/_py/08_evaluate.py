@@ -1,0 +1,399 @@
+# %% [markdown]
+# # Did it work?
+# > Held-out pairs, true reward, distance from S, win rate and three signs of failure, compared on the same prompts and with intervals.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/08_evaluate.ipynb)
+#
+# **You should know** what [gamma](02_logprobs.ipynb) is and how [one stage](06_trainer.ipynb) is trained. **Time** about a minute on two CPU cores.
+#
+# A falling loss says that training went on. Whether the model became *better* is another question, and has no single answer: it may rank pairs rightly that it never saw; it may answer rightly; it may
+# answer rightly only after moving far from S. This chapter measures each, for two models on the same prompts, and says how sure a difference is.
+
+# %%
+#| default_exp evaluate
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from torch import Tensor
+
+from sdpo_nb.loss import reward_accuracy
+from sdpo_nb.world import K, answer, prompt_ids, respond, respond_ids, true_reward
+
+# %%
+import tempfile
+from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
+from sdpo_nb.packing import packed_logprobs
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.trainer import TrainConfig, train_stage
+from sdpo_nb.world import load_world
+torch.set_num_threads(1);
+
+# %% [markdown]
+# Two models to compare: S of the tiny world, and M, which is S after one stage of DPO. The last 100 pairs of every source are held out.
+
+# %%
+w = load_world()
+S, tok = load_model(w.base), load_tokenizer(w.base)
+sources = {name: tokenize_pairs(load_pairs(file), tok, name).pairs for name, file in w.sources.items()}
+train = [p for pairs in sources.values() for p in list(pairs)[:-100]]
+held = {name: list(pairs)[-100:] for name, pairs in sources.items()}
+
+M = load_model(w.base)
+table = score_pairs(M, train, logprobs=packed_logprobs, token_budget=16384)
+train_stage(M, train, table, TrainConfig(beta=0.3, lr=3e-4, precision="fp32"), tempfile.mkdtemp());
+
+# %% [markdown]
+# ## The same prompts for both
+#
+# Some prompts are hard for every model. Compare two models on *the same* prompts and this drops out: what counts is how much the differences scatter, not how much the scores do.
+# The bootstrap draws prompts again, with replacement, and records how much the mean varies. It asks for no normal distribution, and where the data have levels (several worlds, in each several training
+# runs, in each the same prompts) it draws on every level, so that 600 prompts of one lucky run do not count as 600 runs.
+
+# %%
+#| export
+def bootstrap(values,  # (n,) one number per prompt or pair; or (worlds, seeds, prompts): prompts are shared by the seeds of a world
+              draws: int=2000, seed: int=0) -> np.ndarray: # (draws,)
+    "Means of values drawn anew on every level. Raises ValueError where there is nothing to draw from, or a number is missing."
+    v = np.asarray(values, "float64")
+    if not v.size or not np.isfinite(v).all() or v.ndim not in (1, 3): raise ValueError(f"bootstrap: needs finite numbers, (n,) or (worlds, seeds, prompts); got shape {v.shape}, {np.sum(~np.isfinite(v))} not finite")
+    v, g = v.reshape((1,) * (3 - v.ndim) + v.shape), np.random.default_rng(seed)
+    W, R, P = v.shape
+    def draw():
+        worlds, seeds, prompts = g.integers(W, size=(W, 1, 1)), g.integers(R, size=(W, R, 1)), g.integers(P, size=(W, 1, P))
+        return v[worlds, seeds, prompts].mean()
+    return np.array([draw() for _ in range(draws)])
+
+def interval(values, draws: int=2000, seed: int=0) -> tuple[float, float, float]:
+    "Mean of values and its 95 % percentile interval; of one number, no interval (NaN)."
+    v = np.asarray(values, "float64")
+    return float(v.mean()), *(np.quantile(bootstrap(v, draws, seed), [0.025, 0.975]).tolist() if v.size > 1 else (math.nan, math.nan))
+
+# %% [markdown]
+# The true reward of both models on the same 200 test prompts, with the same random numbers behind the samples. Read the width of the intervals.
+
+# %%
+prompts = w.test[:200]
+a, b = (np.array([true_reward(p, y) for p, y in zip(prompts, respond(m, tok, prompts))]) for m in (S, M))
+unpaired = interval(b)[0] - interval(a)[0], *(b.mean() - a.mean() + s * 1.96 * math.sqrt((a.var() + b.var()) / len(a)) for s in (-1, 1))
+widths = pd.DataFrame({"S": interval(a), "M": interval(b), "M - S, as if on other prompts": unpaired, "M - S, paired": interval(b - a)}, index=["mean", "low", "high"]).T
+assert widths["low"].iloc[3] > 0 and np.ptp(interval(b - a)[1:]) < np.ptp(unpaired[1:])
+widths.round(3)
+
+# %% [markdown]
+# An interval is a promise about repetition: of a hundred such intervals about 95 should hold the truth. That can be tried, since we can make data whose mean we know. Beside the plain case stand five
+# worlds of four runs, whose means differ by more than the runs do.
+
+# %%
+def covers(make, truth, tries=200):
+    return np.mean([low <= truth <= high for _, low, high in (interval(make(np.random.default_rng(i)), 300, i) for i in range(tries))])
+
+def five_worlds(g): return g.normal(0, 0.1, (5, 1, 1)) + g.normal(0, 0.05, (5, 4, 1)) + g.normal(0, 0.3, (5, 1, 30)) + g.normal(0, 0.1, (5, 4, 30))
+
+coverage = pd.Series({"60 skewed numbers": covers(lambda g: g.exponential(size=60), 1), "five worlds, drawn on every level": covers(five_worlds, 0),
+                      "five worlds, taken for 600 numbers": covers(lambda g: five_worlds(g).ravel(), 0)}, name="holds the truth")
+assert coverage.iloc[0] > 0.9 and coverage.iloc[2] < 0.7 and 0.8 < coverage.iloc[1] < 1
+coverage.map("{:.1%}".format).to_frame()
+
+# %% [markdown]
+# Treating all numbers as independent is the error to avoid. Five worlds are few for a bootstrap even so: its intervals there are somewhat narrow. And a share whose pairs are all alike (all right, all wrong)
+# gets an interval of no width, as [chapter 05](05_partition.ipynb) warns.
+#
+# ## Held-out pairs
+#
+# The cheapest question needs no answers from the model, only its log-probabilities of pairs that it was not trained on: $\gamma$, the share of pairs with $\gamma>0$ (it finds the chosen response
+# more likely), and against S the margin $\beta(\gamma_M - \gamma_S)$, whose sign is the reward accuracy.
+
+# %%
+#| export
+def held_out(tables: dict, # name -> LogprobTable with these pairs; the first is the model that the others are compared with
+             pairs: list, beta: float) -> pd.DataFrame: # (mean, low, high) in each cell, one model a row
+    "What several models say about the same pairs, and what changed against the first of them, pair by pair."
+    first, rows = next(iter(tables.values())).gamma(pairs), {}
+    for name, t in tables.items():
+        g = t.gamma(pairs)
+        prefers, before = reward_accuracy(g), reward_accuracy(first)
+        rows[name] = {"gamma": interval(g), "prefers chosen": interval(prefers), "change of gamma": interval(g - first), "change of preference": interval(prefers - before),
+                      "margin": interval(beta * (g - first)), "reward accuracy": interval(reward_accuracy(g, first))}
+    return pd.DataFrame(rows, dtype=object).T
+
+def as_text(cell) -> str:
+    "mean [low, high]"
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*cell)
+
+# %%
+tables = {name: score_pairs(m, sum(held.values(), []), logprobs=packed_logprobs) for name, m in (("S", S), ("M", M))}
+by_source = pd.concat({source: held_out(tables, pairs, 0.3) for source, pairs in held.items()})
+assert all(v[1] > 0 for v in by_source.xs("M", level=1)["change of gamma"]) and all(v[0] > 0 for v in by_source.xs("M", level=1)["change of preference"])
+assert all(v == (0.5, 0.5, 0.5) for v in by_source.xs("S", level=1)["reward accuracy"])     # S against itself: ties, one half
+by_source.map(as_text)
+
+# %% [markdown]
+# The model agrees more with labels of pairs it has not seen. Note the two accuracies: *prefers chosen* asks the model alone, *reward accuracy* asks whether training moved it the right way, and a
+# model that is itself the reference has 0.5 by definition.
+#
+# ## Right answers
+#
+# In the tiny world every answer has a true reward. One row per prompt is kept, so that any two models can be paired later.
+
+# %%
+#| export
+def score_responses(model, tokenizer, prompts: list, tau: float=1., seed: int=0) -> pd.DataFrame:
+    "One row per prompt of the tiny world: skill, response, true reward, and whether it is exact."
+    responses = respond(model, tokenizer, prompts, tau, seed)
+    rewards = [true_reward(p, y) for p, y in zip(prompts, responses)]
+    return pd.DataFrame(dict(prompt=prompts, skill=[p.split()[0] for p in prompts], response=responses, reward=rewards, exact=[float(r == 1) for r in rewards]))
+
+# %%
+scores = {(name, how): score_responses(m, tok, prompts, tau) for name, m in (("S", S), ("M", M)) for how, tau in (("sampled", 1.), ("greedy", 0.))}
+skills = pd.DataFrame({key: s.groupby("skill")["exact"].apply(interval) for key, s in scores.items()})
+assert (scores["M", "sampled"]["exact"].mean() > scores["S", "sampled"]["exact"].mean()) and scores["S", "sampled"]["reward"].tolist() == a.tolist()
+skills.map(as_text)
+
+# %% [markdown]
+# Sampled and greedy answers tell different things. Where S's greedy answer is right, sharpening alone would help sampled answers; where it is wrong, it would hurt. Only the greedy columns show whether greedy
+# answers changed.
+#
+# ## How far from S?
+#
+# The objective that DPO stands for pays for reward with distance, $\mathrm{KL}(\pi\,\|\,S)$. Along a sampled response it is a sum over tokens, and at each token the whole vocabulary is there, so that
+# the inner expectation need not be sampled:
+#
+# $$\mathrm{KL}(\pi\,\|\,S) = \mathbb{E}_{y\sim\pi} \sum_t \sum_v \pi(v\,|\,x,y_{<t}) \log\frac{\pi(v\,|\,x,y_{<t})}{S(v\,|\,x,y_{<t})}. \tag{1}$$
+
+# %%
+#| export
+def _steps(model, prompts: list, responses: list, tau: float=1.) -> tuple[Tensor, Tensor, Tensor]: # (n, L, V) log-probabilities in float64, (n, L) next tokens, (n, L) which are there
+    "The distribution over the vocabulary at each token of a response, at temperature tau. Rows are padded to the right, which a causal model cannot see."
+    L, start = max(map(len, responses)), [len(x) - 1 for x in prompts]
+    rows = [torch.tensor([*x, *y, *[0] * (L - len(y) + max(start) + 1 - len(x))], device=model.device) for x, y in zip(prompts, responses)]
+    logits = model(input_ids=torch.stack(rows), use_cache=False).logits
+    at = torch.tensor(start, device=model.device)[:, None] + torch.arange(L, device=model.device)
+    ids = torch.stack(rows).gather(1, at + 1)
+    there = torch.arange(L, device=model.device) < torch.tensor([len(y) for y in responses], device=model.device)[:, None]
+    return logits[torch.arange(len(rows), device=model.device)[:, None], at].double().div(tau).log_softmax(-1), ids, there
+
+def _logp(model, prompts, responses): # (n,) nats, in float64
+    logp, ids, there = _steps(model, prompts, responses)
+    return (logp.gather(2, ids[..., None])[..., 0] * there).sum(1)
+
+@torch.no_grad()
+def response_kl(model, base, tokenizer, prompts: list,
+                tau: float=1., # temperature of the model, above 0; of base it is 1
+                seed: int=0, max_new: int=8, batch: int=200) -> Tensor: # (n,) nats per response
+    "KL(model || base) along one sampled response per prompt: equation (1). Unbiased for the KL of the first `max_new` tokens."
+    ids, ys, out = [prompt_ids(tokenizer, p) for p in prompts], respond_ids(model, tokenizer, prompts, tau, seed, max_new), []
+    for i in range(0, len(prompts), batch):
+        (p, _, there), (q, *_) = (_steps(m, ids[i:i+batch], ys[i:i+batch], t) for m, t in ((model, tau), (base, 1.)))
+        out.append(((p.exp() * (p - q)).sum(-1) * there).sum(1))
+    return torch.cat(out).cpu()
+
+# %% [markdown]
+# Responses of two tokens can all be listed, so (1) can be checked against the plain sum $\sum_y \pi(y)\log(\pi(y)/S(y))$. The same sampled responses also give the plain estimate, the
+# mean of $\log\pi(y) - \log S(y)$, which is right, too, and here scatters more.
+
+# %%
+@torch.no_grad()
+def listed_kl(prompt):
+    x, V = prompt_ids(tok, prompt), len(tok)
+    everything = [[i] if i == tok.eos_token_id else [i, j] for i in range(V) for j in range(V)]
+    ys = [y for i, y in enumerate(everything) if i == 0 or y != everything[i-1]]
+    logp = [torch.cat([_logp(m, [x] * len(part), part) for part in (ys[i:i+500] for i in range(0, len(ys), 500))]) for m in (M, S)]
+    assert abs(logp[0].exp().sum() - 1) < 1e-6
+    return (logp[0].exp() * (logp[0] - logp[1])).sum().item()
+
+one, n = prompts[0], 2000
+exact, along = listed_kl(one), response_kl(M, S, tok, [one] * n, max_new=2)
+with torch.no_grad():
+    ys, xs = respond_ids(M, tok, [one] * n, 1., 0, 2), [prompt_ids(tok, one)] * n
+    ratio = _logp(M, xs, ys) - _logp(S, xs, ys)
+kls = pd.DataFrame({"all responses listed": [exact, 0.], "(1)": [along.mean().item(), along.std().item()], "mean log-ratio": [ratio.mean().item(), ratio.std().item()]}, index=["KL (nats)", "scatter per response"]).T
+assert abs(along.mean() - exact) < 4 * along.std() / n**0.5 and along.std() < ratio.std()
+kls.round(4)
+
+# %% [markdown]
+# ## Reward at equal distance
+#
+# More reward for more distance is no merit by itself. What can be had for a distance is known here: the best policy of a given KL is $S\,e^{k r/\beta}/Z$ for some $\beta$ ([chapter 03](03_loss.ipynb)).
+# The responses of S to a short prompt can nearly be listed: draw many, add the right answer, compute the probability of each. What is missing in the list stays together as one lump, left as S has it and counted with reward 0. So every
+# point of the curve is a policy that exists, and the true curve can only be higher, by little where the lump is small.
+
+# %%
+#| export
+@torch.no_grad()
+def frontier(base, tokenizer, prompts: list, betas: list, samples: int=100) -> pd.DataFrame: # beta, reward, kl (nats), missing: what S has outside the list
+    "True reward and KL of S exp(k r / beta), as means over prompts of the tiny world; a lower bound of the best reward at each KL."
+    drawn, eos, out = [respond_ids(base, tokenizer, prompts, 1., s) for s in range(samples)], tokenizer.eos_token_id, []
+    for i, p in enumerate(prompts):
+        ys = [list(y) for y in {tuple(y[i]) for y in drawn} | {(*tokenizer(answer(p), add_special_tokens=False).input_ids, eos)}]
+        log_s = _logp(base, [prompt_ids(tokenizer, p)] * len(ys), ys).cpu()
+        missing = (1 - log_s.exp().sum()).clamp(min=1e-12)
+        log_s = torch.cat([log_s, missing.log()[None]])
+        r = torch.tensor([true_reward(p, tokenizer.decode([t for t in y if t != eos])) for y in ys] + [0.], dtype=torch.float64)
+        for beta in betas:
+            log_q = (log_s + K * r / beta).log_softmax(0)
+            out.append((beta, (log_q.exp() * r).sum().item(), (log_q.exp() * (log_q - log_s)).sum().item(), missing.item()))
+    return pd.DataFrame(out, columns=["beta", "reward", "kl", "missing"]).groupby("beta", as_index=False).mean()
+
+def excess(reward: float, kl: float, curve: pd.DataFrame) -> float:
+    "Reward minus what the curve has at this KL; above 0 only where the curve is too low (its lump), or by luck of sampling."
+    c = curve.sort_values("kl")
+    return reward - float(np.interp(kl, c["kl"], c["reward"]))
+
+# %%
+few, betas = prompts[:60], [math.inf, 100, 60, 40, 30, 20, 15, 10, 8, 6, 5, 4, 3, 2, 1]
+curve = frontier(S, tok, few, betas)
+assert curve["reward"].is_monotonic_decreasing and curve["kl"].is_monotonic_decreasing and curve["missing"].max() < 0.1 and curve["kl"].min() < 1e-9
+curve[::2].round(3)
+
+# %%
+#| export
+def plot_frontier(curve: pd.DataFrame,  # beta, reward, kl
+                  points: pd.DataFrame, # name, reward, kl
+                  ax=None) -> plt.Figure:
+    "True reward against KL: the best policies as a line, models as points."
+    ax = ax or plt.subplots(figsize=(5.5, 3.2))[1]
+    c = curve.sort_values("kl")
+    ax.plot(c["kl"], c["reward"], color="black", lw=1.5, label=r"best possible, $S\,e^{kr/\beta}$")
+    sns.scatterplot(points, x="kl", y="reward", hue="name", style="name", s=60, palette="colorblind", ax=ax)
+    ax.set(xlabel="KL from S (nats per response)", ylabel="true reward, sampled"); ax.legend(frameon=False, fontsize="small"); sns.despine(ax.figure)
+    return ax.figure
+
+# %%
+spent = response_kl(M, S, tok, few).mean().item()
+gained = score_responses(M, tok, few)["reward"].mean()
+assert excess(gained, spent, curve) < 0
+plot_frontier(curve, pd.DataFrame({"name": ["S", "M"], "kl": [0, spent], "reward": [score_responses(S, tok, few)["reward"].mean(), gained]}));
+
+# %% [markdown]
+# The line is what the true reward, known for every response, could buy; the point is what some twelve hundred noisy comparisons bought.
+#
+# ## Which answer is better?
+#
+# Where no true reward exists one asks a judge, and judges have a favourite position. So each pair of answers is shown twice, with places changed, and the mean of both verdicts counts. A judge who only looks at positions then
+# says 0.5, and how often the two verdicts contradict each other is reported, too.
+
+# %%
+#| export
+def win_rate(judge,         # (prompt, first, second) -> 1 the first is better, 0 the second, 0.5 a tie
+             prompts: list, ours: list, theirs: list) -> dict: # wins: (mean, low, high), ties one half; ties: both verdicts 0.5; contradicted: by the other order
+    "How often ours is better, asked in both orders. Raises ValueError for a verdict outside [0, 1], naming the prompt."
+    def verdict(i, first, second):
+        v = float(judge(prompts[i], first, second))
+        if not 0 <= v <= 1: raise ValueError(f"judge: {v} for prompt {i}, {prompts[i]!r}; a verdict is 1, 0, or 0.5 for a tie")
+        return v
+    if not len(prompts) == len(ours) == len(theirs): raise ValueError(f"win_rate: {len(prompts)} prompts, {len(ours)} of our answers, {len(theirs)} of theirs")
+    there, back = (np.array([f(i) for i in range(len(prompts))]) for f in (lambda i: verdict(i, ours[i], theirs[i]), lambda i: 1 - verdict(i, theirs[i], ours[i])))
+    won = (there + back) / 2
+    return dict(wins=interval(won), ties=float(((there == 0.5) & (back == 0.5)).mean()), contradicted=float((there != back).mean()))
+
+# %%
+def truth(p, first, second): return 0.5 + 0.5 * np.sign(true_reward(p, first) - true_reward(p, second))
+def vain(p, first, second): return 1 if first != second else 0.5   # whatever comes first
+
+ours, theirs = (respond(m, tok, prompts) for m in (M, S))
+rates = {"by true reward": win_rate(truth, prompts, ours, theirs), "by position": win_rate(vain, prompts, ours, theirs), "M against itself": win_rate(truth, prompts, ours, ours)}
+assert rates["by true reward"]["wins"][1] > 0.5 and rates["by position"]["wins"] == (0.5, 0.5, 0.5) and rates["by position"]["contradicted"] > 0.3 and rates["M against itself"]["ties"] == 1
+pd.DataFrame(rates, dtype=object).T.assign(wins=lambda d: d["wins"].map(as_text)).round(3)
+
+# %% [markdown]
+# ## Three signs of failure
+#
+# A stage may become *unstable*; it may change *nothing*; and what only stages can do, a model may *forget* an early chunk while it learns a late one. Each is a number. With $R_s(j)$ the
+# score of $M_s$ on chunk $j$, forgetting after stage $t$ is $\max_{s\le t} R_s(j) - R_t(j)$.
+
+# %%
+#| export
+def forgetting(scores: pd.DataFrame, # one model a row, M_0 first; one chunk a column
+              ) -> pd.DataFrame:     # the same shape, at least 0
+    "How far each model is below the best of those up to it, chunk by chunk."
+    return scores.cummax() - scores
+
+def stability(losses, # of the optimizer steps of one stage
+              window: int=9) -> dict: # sd of the residual; its robust sd; spikes: steps above 4 robust sd
+    "Residual of the loss about its running median. Compare runs on the same batches only."
+    loss = pd.Series(np.asarray(losses, "float64"))
+    residual = loss - loss.rolling(window, center=True, min_periods=1).median()
+    robust = 1.4826 * (residual - residual.median()).abs().median()
+    return dict(sd=float(residual.std(ddof=0)), robust_sd=float(robust), spikes=[int(i) for i in residual.index[residual > 4 * robust]] if robust > 0 else [])
+
+# %% [markdown]
+# Each must see what it is for: a loss with three planted spikes against the same loss without; a chunk that falls back against one that only rises. And how often does a calm loss raise an alarm?
+
+# %%
+g = np.random.default_rng(0)
+calm = 0.69 * np.exp(-np.arange(100) / 80) + g.normal(0, 0.02, 100)
+spiked = calm.copy(); spiked[[20, 50, 51]] += 0.3
+R = pd.DataFrame({"first": [0.5, 0.8, 0.6], "second": [0.5, 0.6, 0.9]}, index=["M_0", "M_1", "M_2"])
+assert stability(calm)["spikes"] == [] and stability(spiked)["spikes"] == [20, 50, 51] and stability(spiked)["sd"] > 2 * stability(calm)["sd"]
+assert forgetting(R).loc["M_2"].round(3).tolist() == [0.2, 0]
+false_alarms = np.mean([len(stability(calm + g.normal(0, 0.02, 100))["spikes"]) > 0 for _ in range(500)])
+assert false_alarms < 0.25
+forgetting(R).round(3), f"{false_alarms:.0%} of calm runs of 100 steps have a spike"
+
+# %% [markdown]
+# A run's report needs words. Forgetting is reported when a chunk is preferred less often than right after its own stage, and the paired interval lies above 0; no improvement, when the interval of the gain in $\gamma$ does not lie
+# above 0; instability, when more than 2 % of the steps are spikes. In a report the pairs are some of those that were trained on: forgetting is then in part lost memory of single pairs, which held-out pairs would not show.
+
+# %%
+#| export
+def failure_signs(gammas: pd.DataFrame,  # model, chunk, gamma: one pair a row, the same pairs in the same order for every model; M_0 first
+                  metrics: pd.DataFrame, # stage, loss: one optimizer step a row
+                  order: list,           # names of the chunks, in the order of training
+                 ) -> list[str]:
+    "Forgetting, instability and stages that changed nothing, as sentences; none where all is well."
+    g = {(m, c): rows["gamma"].to_numpy() for (m, c), rows in gammas.groupby(["model", "chunk"], sort=False)}
+    last, signs = f"M_{len(order)}", []
+    def right(m, c): return reward_accuracy(torch.tensor(g[m, c])).numpy()
+    for t, chunk in enumerate(order, 1):
+        gain, lost = interval(g[f"M_{t}", chunk] - g[f"M_{t-1}", chunk]), interval(right(f"M_{t}", chunk) - right(last, chunk))
+        if gain[2] < 0: signs.append(f"made worse: stage {t} changed gamma on {chunk} by {as_text(gain)} nats")
+        elif gain[1] <= 0: signs.append(f"minimal improvement: stage {t} changed gamma on {chunk} by {as_text(gain)} nats")
+        if lost[1] > 0: signs.append(f"forgetting: {last} prefers the chosen response of {chunk} less often than M_{t}, by {as_text(lost)}")
+        spikes, steps = stability(metrics.loc[metrics["stage"] == t, "loss"])["spikes"], (metrics["stage"] == t).sum()
+        if len(spikes) > 0.02 * steps: signs.append(f"instability: the loss of stage {t} spikes at {len(spikes)} of {steps} steps, first at step {spikes[0] + 1}")
+    return signs
+
+# %%
+flat = pd.DataFrame(dict(stage=1, loss=calm))
+def gammas_of(**models): return pd.concat([pd.DataFrame(dict(model=m, chunk=c, gamma=v)) for m, cs in models.items() for c, v in cs.items()])
+
+x = g.normal(0, 1, 200)
+well = gammas_of(M_0=dict(a=x, b=x), M_1=dict(a=x + 2, b=x), M_2=dict(a=x + 2, b=x + 2))
+ill = gammas_of(M_0=dict(a=x, b=x), M_1=dict(a=x + 2, b=x), M_2=dict(a=x - 2, b=x))
+both = pd.concat([flat, flat.assign(stage=2)]); spiky = pd.concat([flat, flat.assign(stage=2, loss=spiked)])
+assert failure_signs(well, both, ["a", "b"]) == []
+signs = failure_signs(ill, spiky, ["a", "b"])
+assert [s.split(":")[0] for s in signs] == ["forgetting", "minimal improvement", "instability"]
+signs
+
+# %% [markdown]
+# ## What you now have
+#
+# - `interval`: a 95 % interval that knows what was drawn from what.
+# - `held_out`, `score_responses`, `response_kl`, `frontier`, `win_rate`: better in which sense, and for which distance?
+# - `failure_signs`: what a report warns of.
+#
+# ## Questions to test yourself
+#
+# 1. Two models have overlapping 95 % intervals. Can the paired difference be clearly above zero?
+# 2. A model has a higher sampled reward than S and the same greedy answers. What may have happened?
+# 3. When is `excess` above 0, although no policy is better than the best?
+# 4. A judge always prefers the longer answer. Does asking in both orders help?
+#
+# ## Try this
+#
+# - Train M with a smaller $\beta$, and put the point into the figure. Does it move along the line, or away from it?
+# - Write a judge that prefers long answers, and see what it says of M.
+# - Take the same 20 prompts 30 times instead of 600 prompts, and look at the interval. What should it be?

@@ -1,0 +1,381 @@
+# %% [markdown]
+# # Protocol
+# > How the experiments are run: worlds, seeds, search, equal budgets, and eight questions that were fixed before the answers were seen.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/protocol.ipynb)
+#
+# **You should know** [stepwise DPO](../09_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** a few seconds: the grids were run before, this page reads their tables.
+#
+# The paper compares single runs. A run is a draw: two seeds of one method may differ by more than two methods do. So every experiment here asks its question of several small worlds
+# whose true reward is known, and follows the rules of this page.
+
+# %%
+#| default_exp experiments
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import copy, itertools, json, os, tempfile, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.resources import files
+from multiprocessing import get_context
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from tqdm.auto import tqdm
+
+from sdpo_nb.evaluate import frontier, interval, response_kl, score_responses
+from sdpo_nb.preferences import load_pairs
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
+from sdpo_nb.world import content_hash, freeze_world, load_base, load_world, sft, true_rewards
+
+# %% [markdown]
+# ## A world is a draw, too
+#
+# A *world* is a seed of demonstrations, of S and of the pairs that S writes. [Chapter 00](../00_world.ipynb) is world 0; worlds 1, 2, ... are made like it, and kept in `runs/worlds`. A *seed* fixes the
+# order in which a world's pairs are trained on and, where the order is random, the chunks.
+
+# %%
+#| export
+def build_world(seed: int, worlds="runs/worlds"):
+    "A world, made where it is not there yet; 0 is the one that travels with the package."
+    if seed == 0: return load_world()
+    path = Path(worlds) / str(seed)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = tempfile.mkdtemp(dir=path.parent, prefix="unfinished-")
+        freeze_world(tmp, seed); os.replace(tmp, path)
+    return load_world(path)
+
+# %% [markdown]
+# ## A cell
+#
+# A cell is a method in a world with a seed. Its settings are those of `StepwiseConfig` and nothing else, so there is no second copy of the loop: DPO is stepwise DPO with one chunk. Beside the
+# methods stand three that do without DPO: S, S at the temperature that is best on validation prompts, and S fine-tuned on the chosen responses.
+
+# %%
+#| export
+COMMON = dict(beta=0.3, lr=1e-4, epochs=3, batch_size=32, max_length=64, precision="fp32", probe=32)
+
+METHODS = {
+    "DPO": dict(chunks=1),
+    "sDPO": dict(),
+    "sDPO, random": dict(order="random"),
+    "sDPO, hard first": dict(order="hard_to_easy"),
+    "sDPO, fixed reference": dict(reference="fixed"),
+    "sDPO, target S": dict(init_target="S"),
+}
+BASELINES = ("S", "S, best temperature", "SFT on chosen")
+
+@dataclass(frozen=True)
+class Cell:
+    "One run."
+    world: int; seed: int; method: str           # of METHODS or BASELINES
+    settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS and COMMON
+    split: str = "test"                          # prompts it is measured on: test or validation
+    pairs: int = None                            # of each source; None: all
+
+    @property
+    def config(self): return COMMON | METHODS.get(self.method, {}) | self.settings
+    @property
+    def key(self): return content_hash([self.world, self.seed, self.method, self.config, self.split, self.pairs])
+
+# %% [markdown]
+# What is kept of a run are numbers: the true reward of every prompt, sampled at temperature 1 and greedy, and the KL from S along the sampled responses, with the same luck for all methods of a world so that
+# differences are paired; the tokens that were trained on.
+#
+# *Equal budgets* follow from the settings: every method sees the same pairs three times, in as many optimizer steps of the same size, and a schedule that starts anew in every stage has the same integral as one that does not,
+# but for the rounding of its warm-up. What a moving reference costs on top, one pass without gradients over each chunk, is the same pass that DPO needs once.
+
+# %%
+#| export
+TEMPERATURES = (1., 0.8, 0.6, 0.4, 0.2, 0.1)
+
+def _baseline(cell, base, tokenizer, world, sources):
+    "(model, temperature, trained tokens) of a method without DPO."
+    if cell.method == "S": return base, 1., 0
+    if cell.method == "S, best temperature": return base, max(TEMPERATURES, key=lambda t: np.mean(true_rewards(base, tokenizer, world.validation, t))), 0
+    rows = [(r["prompt"][-1]["content"], r["chosen"][-1]["content"]) for pairs in sources.values() for r in pairs]
+    c = cell.config
+    return sft(copy.deepcopy(base), tokenizer, rows, c["epochs"], c["batch_size"], c["lr"], cell.seed), 1., c["epochs"] * sum(len(p) + len(y) for p, y in rows)
+
+def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
+    "Train and measure one cell, with one thread; the run itself is thrown away."
+    torch.set_num_threads(1)
+    start, w = time.perf_counter(), build_world(cell.world, worlds)
+    base, tok = load_base(w)
+    sources = {n: load_pairs(f) for n, f in w.sources.items()}
+    if cell.pairs: sources = {n: s.select(range(cell.pairs)) for n, s in sources.items()}
+    with tempfile.TemporaryDirectory() as tmp:
+        if cell.method in BASELINES: model, tau, tokens = _baseline(cell, base, tok, w, sources)
+        else:
+            run = sdpo(w.base, sources, StepwiseConfig(**cell.config, seed=cell.seed), Path(tmp) / "run")
+            model, tau, tokens = run.model, 1., int(run.metrics["tokens"].sum())
+        prompts, luck = getattr(w, cell.split), 1 + cell.world
+        kinds = {how: score_responses(model, tok, prompts, t, luck)["reward"].round(4).tolist() for how, t in (("sampled", tau), ("greedy", 0.))}
+        return kinds | dict(kl=[round(x, 4) for x in response_kl(model, base, tok, prompts, tau, luck).tolist()], tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
+
+# %% [markdown]
+# ## A grid
+#
+# Cells are independent and run one to a core. A finished cell is written at once, so a grid that is killed goes on; the table says what made each row. All experiments share one table, so that a cell which two of them
+# need is run once.
+
+# %%
+#| export
+RESULTS = Path(str(files("sdpo_nb.data"))) / "results"
+
+def rows_of(cells: list, folder=None) -> pd.DataFrame: # one cell a row
+    "Those of the cells that are in the table of `folder` already."
+    path = Path(folder or RESULTS) / "runs.parquet"
+    done = pd.read_parquet(path) if path.exists() else pd.DataFrame({"key": []})
+    return done[done["key"].isin({c.key for c in cells})]
+
+def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.DataFrame: # one cell a row
+    "Run those of the cells that are not in the table yet. Raises RuntimeError, after the others are through, for a cell that failed."
+    path = Path(folder or RESULTS) / "runs.parquet"; path.parent.mkdir(parents=True, exist_ok=True)
+    done = pd.read_parquet(path) if path.exists() else pd.DataFrame({"key": []})
+    todo = list({c.key: c for c in cells if c.key not in set(done["key"])}.values())
+    if not todo: return rows_of(cells, folder)
+    os.environ["TQDM_DISABLE"] = "1"        # for the workers; this process has read it before
+    made_by = dict(versions=json.dumps({p: version(p) for p in ("torch", "transformers")}), command=f"python -m sdpo_nb.experiments {desc}")
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        list(tqdm(pool.map(build_world, sorted({c.world for c in todo})), total=len({c.world for c in todo}), desc="worlds"))
+        running = {pool.submit(run_cell, c): c for c in todo}
+        for f in tqdm(as_completed(running), total=len(todo), desc=desc, unit="cell"):
+            c = running[f]
+            if f.exception(): continue      # the others go on; raised below
+            row = asdict(c) | dict(settings=json.dumps(c.settings, sort_keys=True), key=c.key) | f.result() | made_by
+            done = pd.concat([done, pd.DataFrame([row])], ignore_index=True)
+            done.to_parquet(path.with_suffix(".tmp")); os.replace(path.with_suffix(".tmp"), path)
+    for f, c in running.items():
+        if f.exception(): raise RuntimeError(f"{c}: {f.exception()}; the finished cells are in {path}, run it again") from f.exception()
+    return rows_of(cells, folder)
+
+# %% [markdown]
+# ## Paired differences
+#
+# Two methods are compared where both were run: the same worlds, seeds and prompts. The interval of the difference comes from a bootstrap on all three levels ([chapter 08](../08_evaluate.ipynb)); the p-value from the worlds alone, which
+# are what was drawn independently. If nothing were different, the mean difference of each world could as well have had the other sign, so all $2^W$ choices of signs are tried (the exact sign-flip test). With ten
+# worlds the smallest p-value is 0.002, with five it would be 0.06.
+
+# %%
+#| export
+def outcome(rows: pd.DataFrame, # of one method
+            what: str,          # sampled, greedy: true reward; kl: nats
+           ) -> np.ndarray:     # (worlds, seeds, prompts)
+    "One number per world, seed and prompt. Raises ValueError unless every world has the same seeds."
+    table = {(r.world, r.seed): list(getattr(r, what)) for r in rows.itertuples()}
+    worlds, seeds = sorted({w for w, _ in table}), sorted({s for _, s in table})
+    if len(table) != len(rows) or len(table) != len(worlds) * len(seeds): raise ValueError(f"outcome: {len(rows)} rows for {len(worlds)} worlds and {len(seeds)} seeds; one each is needed")
+    return np.array([[table[w, s] for s in seeds] for w in worlds])
+
+def at_kl(ladder: list,      # rows of one method at several beta
+          kl: np.ndarray,    # (worlds, seeds, ...) whose means are asked for, nats
+         ) -> np.ndarray:    # (worlds, seeds, 1)
+    "Mean sampled reward of a method at another's KL, linear between neighbours of its ladder. Raises ValueError outside the ladder."
+    points = np.array([[outcome(rows, what).mean(2) for what in ("kl", "sampled")] for rows in ladder])     # (betas, 2, worlds, seeds)
+    asked, out = kl.mean(2), np.empty((*kl.shape[:2], 1))
+    for w, s in np.ndindex(asked.shape):
+        x, y = points[np.argsort(points[:, 0, w, s]), :, w, s].T
+        if not x[0] <= asked[w, s] <= x[-1]: raise ValueError(f"at_kl: {asked[w, s]:.2f} nats is outside the ladder, {x[0]:.2f} to {x[-1]:.2f}; add a beta")
+        out[w, s] = np.interp(asked[w, s], x, y)
+    return out
+
+def p_value(values: np.ndarray) -> float: # of (worlds, ...)
+    "Two-sided, by all changes of sign of the world means."
+    m = np.asarray(values).reshape(len(values), -1).mean(1)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(m))))
+    return float((abs(signs @ m) >= abs(m.sum()) - 1e-12).mean())
+
+def holm(p: list) -> list:
+    "p-values that hold for all at once (Holm 1979)."
+    order, out, highest = np.argsort(p), [0.] * len(p), 0.
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1., (len(p) - rank) * p[i])); out[i] = highest
+    return out
+
+# %% [markdown]
+# ## The same search for every method
+#
+# A method that was tuned beats one that was not. So each gets the same grid, $\beta$ by factors of two and three learning rates, on validation prompts of two worlds that are reported nowhere; a best value on the
+# edge would extend the grid for all. What was chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below.
+
+# %%
+#| export
+BETAS, RATES, SEARCH_WORLDS = (0.075, 0.15, 0.3, 0.6, 1.2, 2.4), (3e-5, 1e-4, 3e-4), (101, 102)
+
+def search() -> list[Cell]:
+    "The search: of every method of DPO, and (without beta) of fine-tuning on the chosen responses."
+    cells = [Cell(w, 0, m, dict(beta=b, lr=r), "validation") for m in METHODS for b in BETAS for r in RATES for w in SEARCH_WORLDS]
+    return cells + [Cell(w, 0, "SFT on chosen", dict(lr=r), "validation") for r in RATES for w in SEARCH_WORLDS]
+
+def choose(rows: pd.DataFrame) -> dict: # method -> settings
+    "The settings with the highest mean true reward, sampled on validation prompts."
+    mean = rows.assign(reward=rows["sampled"].map(np.mean)).groupby(["method", "settings"])["reward"].mean()
+    return {m: json.loads(best[1]) for m, best in mean.groupby("method").idxmax().items()}
+
+def choices() -> dict:
+    "What the search chose, as it was committed."
+    return json.loads((RESULTS / "choices.json").read_text())
+
+# %% [markdown]
+# ## How many worlds, how many seeds?
+#
+# First the variances, then the number. In a pilot, on five worlds that are reported nowhere and on validation prompts, the difference of two methods has a part that differs between worlds and a part that differs between the
+# seeds of a world. Of $W$ worlds with $R$ seeds the mean then has the standard error
+#
+# $$\sqrt{\sigma_w^2 / W + \sigma_s^2 / (W R)}. \tag{1}$$
+
+# %%
+#| export
+PILOT_WORLDS = range(201, 206)
+
+def pilot() -> list[Cell]: return [Cell(w, s, m, split="validation") for m in ("DPO", "sDPO") for w in PILOT_WORLDS for s in range(4)]
+
+def variances(values: np.ndarray) -> dict: # (worlds, seeds, prompts)
+    "Standard deviations of means over prompts, between worlds (sampling of prompts included) and between seeds; a variance that comes out negative is zero."
+    m = np.asarray(values).mean(2)
+    within = m.var(1, ddof=1).mean()
+    return dict(worlds=float(np.sqrt(max(0, m.mean(1).var(ddof=1) - within / m.shape[1]))), seeds=float(np.sqrt(within)))
+
+WORLDS, SEEDS = range(1, 11), range(2)
+
+# %% [markdown]
+# ## Eight questions, asked beforehand
+#
+# With enough comparisons something is always significant. Eight contrasts are primary: they were committed before the grid was run, and Holm's p-values hold for all eight at once. All else in the
+# experiments is exploratory: an interval, no verdict. "Equal" is said where the whole interval lies within $\pm 0.02$, two points of a hundred of the true reward.
+#
+# Each method runs at its own best settings, so questions 4 to 7 compare tuned methods, not one switch at fixed settings; the factorial of [why it works](why_it_works.ipynb) does the latter.
+
+# %%
+#| export
+PRIMARY = pd.DataFrame([
+    ("stepwise against plain", "sDPO", "DPO", "sampled"),
+    ("the same, greedy", "sDPO", "DPO", "greedy"),
+    ("the same, at the KL of plain", "sDPO at the KL of DPO", "DPO", "sampled"),
+    ("easy first against random order", "sDPO", "sDPO, random", "sampled"),
+    ("easy first against hard first", "sDPO", "sDPO, hard first", "sampled"),
+    ("moving against fixed reference", "sDPO", "sDPO, fixed reference", "sampled"),
+    ("target from M_{t-1} against from S", "sDPO", "sDPO, target S", "sampled"),
+    ("stepwise at beta against plain at beta/T", "sDPO at DPO's beta", "DPO at beta/T", "sampled"),
+], columns=["question", "a", "b", "outcome"])
+
+LADDER = (1 / 4, 1 / 2, 1, 2, 4) # of sDPO, times its best beta
+
+def primary() -> dict: # name of a row -> (method, settings)
+    "Every method at its own best settings, the baselines, and what questions 3 and 8 need."
+    best = choices()
+    dpo, stepwise = best["DPO"], best["sDPO"]
+    rows = {m: (m, best[m]) for m in METHODS} | {b: (b, best.get(b, {})) for b in BASELINES}
+    rows |= {"sDPO at DPO's beta": ("sDPO", dpo), "DPO at beta/T": ("DPO", dpo | dict(beta=dpo["beta"] / 3))}
+    return rows | {f"sDPO, {f:g} beta": ("sDPO", stepwise | dict(beta=stepwise["beta"] * f)) for f in LADDER}
+
+def values(found: dict, name: str, what: str) -> np.ndarray:
+    "`outcome` of a row of the main grid; 'sDPO at the KL of DPO' is read off its ladder."
+    if name != "sDPO at the KL of DPO": return outcome(found[name], what)
+    return at_kl([found[f"sDPO, {f:g} beta"] for f in LADDER], outcome(found["DPO"], "kl"))
+
+def contrasts(found: dict, # name -> rows of the table
+              questions: pd.DataFrame=PRIMARY) -> pd.DataFrame:
+    "a minus b for each question, with interval, p-value and Holm's."
+    both = [(values(found, q.a, q.outcome), values(found, q.b, q.outcome)) for q in questions.itertuples()]
+    d = [a - (b if a.shape == b.shape else b.mean(2, keepdims=True)) for a, b in both]
+    mean, low, high = zip(*map(interval, d))
+    return questions.assign(mean=mean, low=low, high=high, worlds=[len(x) for x in d], seeds=[x.shape[1] for x in d], p=[p_value(x) for x in d]).assign(holm=lambda t: holm(t["p"].tolist()))
+
+# %%
+#| export
+def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
+                   unit="difference of mean true reward", same=0.02, ax=None) -> plt.Figure:
+    "Differences with 95 % intervals; an interval inside the grey band means equal."
+    ax = ax or plt.subplots(figsize=(6.5, 0.42 * len(table) + 1))[1]
+    y = np.arange(len(table))
+    ax.axvspan(-same, same, color="0.9", lw=0); ax.axvline(0, color="black", lw=1, ls=":")
+    ax.errorbar(table["mean"], y, xerr=[table["mean"] - table["low"], table["high"] - table["mean"]], fmt="o", color="black", capsize=3)
+    ax.set(yticks=y, yticklabels=table["question"], xlabel=unit, ylim=(len(table) - 0.5, -0.5)); sns.despine(ax.figure)
+    return ax.figure
+
+# %% [markdown]
+# ## The grids of the experiments
+#
+# A grid is a dictionary: the name of a row, and the method and settings behind it. Each is run in every world with every seed.
+
+# %%
+#| export
+STAGES = (1, 2, 3, 5, 8)
+
+def smaller_beta() -> dict:
+    "T stages at beta on random chunks, against one at beta / T."
+    dpo = choices()["DPO"]
+    rows = {f"DPO at beta/{T}": ("DPO", dpo | dict(beta=dpo["beta"] / T)) for T in STAGES}
+    return rows | {f"sDPO, T = {T}": ("sDPO, random", dpo | dict(chunks=T)) for T in STAGES[1:]}
+
+def why_it_works() -> dict:
+    "Reference x order x schedule, all at DPO's best settings and T = 3."
+    dpo = choices()["DPO"]
+    return {f"{ref}, {order}, {restart}": ("sDPO", dpo | dict(reference=ref, order=order, restart=restart))
+            for ref in ("fixed", "moving") for order in ("random", "easy_to_hard", "hard_to_easy") for restart in ("never", "stage")}
+
+def how_many_stages() -> dict:
+    "T = 1 ... 8 parts of the ordered data, at the best settings of sDPO."
+    best = choices()["sDPO"]
+    return {f"T = {T}": ("sDPO", best | dict(chunks=T)) for T in range(1, 9)}
+
+GRIDS = dict(primary=primary, smaller_beta=smaller_beta, why_it_works=why_it_works, how_many_stages=how_many_stages)
+
+def cells_of(grid: str, worlds=WORLDS, seeds=SEEDS) -> dict: # name of a row -> its cells
+    return {name: [Cell(w, s, m, settings) for w in worlds for s in seeds] for name, (m, settings) in GRIDS[grid]().items()}
+
+def load_grid(grid: str) -> dict: # name of a row -> rows of the table
+    "What was run of a grid."
+    return {name: rows_of(cells) for name, cells in cells_of(grid).items()}
+
+# %% [markdown]
+# ## The runner
+
+# %%
+#| export
+FRONTIER_BETAS = (1e9, 100, 60, 40, 25, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1)
+
+def world_curve(seed: int, worlds="runs/worlds") -> pd.DataFrame:
+    torch.set_num_threads(1)
+    w = build_world(seed, worlds); base, tok = load_base(w)
+    return frontier(base, tok, w.test, list(FRONTIER_BETAS), samples=60).assign(world=seed)
+
+def run_frontiers(worlds=WORLDS, folder=None) -> dict: # world -> frontier
+    "The best that each KL can buy, in every world; kept in frontiers.parquet."
+    path = Path(folder or RESULTS) / "frontiers.parquet"
+    done = pd.read_parquet(path) if path.exists() else pd.DataFrame({"world": []})
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        new = list(pool.map(world_curve, [w for w in worlds if w not in set(done["world"])]))
+    if new: done = pd.concat([done, *new], ignore_index=True); done.to_parquet(path)
+    return {w: rows for w, rows in done.groupby("world")}
+
+def small_cells() -> list[Cell]:
+    "Every method once, in world 0 with few pairs."
+    return [Cell(0, 0, m, dict(epochs=1), "validation", 32) for m in (*METHODS, *BASELINES)]
+
+def run(what: str):
+    "One of: small, pilot, search, or the name of a grid."
+    if what == "small":
+        with tempfile.TemporaryDirectory() as tmp: print(run_grid(small_cells(), tmp, what)[["method", "tokens", "seconds"]].to_string())
+    elif what == "pilot": run_grid(pilot(), desc=what)
+    elif what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(run_grid(search(), desc=what)), indent=1) + "\n")
+    elif what in GRIDS: run_frontiers(); run_grid(sum(cells_of(what).values(), []), desc=what)
+    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|pilot|search|{'|'.join(GRIDS)} ...]")
+
+if __name__ == "__main__" and __spec__:
+    import sys
+    for what in sys.argv[1:] or ["pilot", "search", *GRIDS]: run(what)

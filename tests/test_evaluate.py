@@ -1,0 +1,103 @@
+"Chapter 08: what must be refused, and equality with other ways to compute the same."
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sdpo_nb import evaluate as ev
+from sdpo_nb.logprobs import response_logprobs
+from sdpo_nb.world import load_base, load_world, prompt_ids, respond, respond_ids
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.set_num_threads(1)
+    w = load_world()
+    return *load_base(w), w.test[:40]
+
+
+@pytest.mark.parametrize("values", [[], [1, math.nan], [[1, 2], [3, 4]]])
+def test_bootstrap_refuses(values):
+    with pytest.raises(ValueError, match="bootstrap: needs finite numbers"): ev.bootstrap(values)
+
+
+def test_bootstrap_of_equal_numbers_does_not_wander():
+    assert set(ev.bootstrap([2.0] * 5)) == {2.0} and ev.interval([3.0])[0] == 3 and math.isnan(ev.interval([3.0])[1])
+
+
+def test_bootstrap_draws_on_every_level():
+    g = np.random.default_rng(0)
+    worlds = np.broadcast_to(g.normal(size=(6, 1, 1)), (6, 4, 50))      # all there is lies between worlds
+    assert abs(ev.bootstrap(worlds).std() / (worlds[:, 0, 0].std() / 6**0.5) - 1) < 0.1
+    seeds = np.broadcast_to(g.normal(size=(1, 8, 1)), (1, 8, 50))
+    assert abs(ev.bootstrap(seeds).std() / (seeds[0, :, 0].std() / 8**0.5) - 1) < 0.1
+    prompts = np.broadcast_to(g.normal(size=(1, 1, 50)), (1, 8, 50))    # the same prompts for all seeds: eight seeds do not make them more
+    assert abs(ev.bootstrap(prompts).std() / (prompts[0, 0].std() / 50**0.5) - 1) < 0.1
+
+
+def test_steps_are_the_log_probabilities_of_chapter_02(base):
+    model, tok, prompts = base
+    ys = respond_ids(model, tok, prompts, seed=3)
+    assert len({len(y) for y in ys}) > 2 and len({len(prompt_ids(tok, p)) for p in prompts}) > 2
+    logp, ids, there = ev._steps(model, [prompt_ids(tok, p) for p in prompts], ys)
+    got = (logp.gather(2, ids[..., None])[..., 0] * there).sum(1)
+    pairs = [dict(prompt_ids=prompt_ids(tok, p), chosen_ids=y, rejected_ids=y[:1]) for p, y in zip(prompts, ys)]
+    with torch.no_grad(): want = response_logprobs(model, pairs)[0]
+    torch.testing.assert_close(got.float(), want, atol=1e-4, rtol=1e-5)
+
+
+def test_kl(base):
+    model, tok, prompts = base
+    assert ev.response_kl(model, model, tok, prompts).abs().max() < 1e-9
+    sharp = ev.response_kl(model, model, tok, prompts, tau=0.5)
+    assert sharp.min() > 0 and ev.response_kl(model, model, tok, prompts, tau=0.9).mean() < sharp.mean()
+    assert torch.equal(ev.response_kl(model, model, tok, prompts, tau=0.5, batch=7), sharp) or torch.allclose(ev.response_kl(model, model, tok, prompts, tau=0.5, batch=7), sharp, atol=1e-6)
+
+
+def test_frontier_begins_at_S(base):
+    model, tok, prompts = base
+    curve = ev.frontier(model, tok, prompts, [1e12, 5.0, 1.0], samples=60)
+    first = curve.set_index("beta").loc[1e12]
+    sampled = np.mean([[ev.true_reward(p, y) for p, y in zip(prompts, respond(model, tok, prompts, seed=100 + s))] for s in range(20)])
+    assert abs(first["reward"] - sampled) < 0.05 and 0 <= first["kl"] < 1e-9 and first["missing"] < 0.1
+    assert curve.sort_values("beta")["reward"].iloc[0] > 0.98
+
+
+def test_excess_is_a_difference_at_equal_kl():
+    curve = pd.DataFrame(dict(kl=[2.0, 0.0, 1.0], reward=[0.9, 0.5, 0.8]))
+    assert ev.excess(0.7, 0.5, curve) == pytest.approx(0.05) and ev.excess(0.9, 2.0, curve) == 0
+
+
+def test_win_rate_refuses():
+    with pytest.raises(ValueError, match="judge: 2.0 for prompt 0"): ev.win_rate(lambda p, a, b: 2, ["x"], ["a"], ["b"])
+    with pytest.raises(ValueError, match="2 prompts, 1 of our answers"): ev.win_rate(lambda p, a, b: 1, ["x", "y"], ["a"], ["b", "c"])
+
+
+def test_win_rate_counts():
+    def longer(p, a, b): return 0.5 + 0.5 * np.sign(len(a) - len(b))
+    got = ev.win_rate(longer, ["p"] * 4, ["aa", "a", "a", "aaa"], ["b", "bb", "b", "b"])
+    assert got["wins"][0] == 0.625 and got["ties"] == 0.25 and got["contradicted"] == 0
+
+
+def test_held_out_names_columns_and_pairs(base):
+    class Table:
+        def __init__(self, g): self.g = torch.tensor(g)
+        def gamma(self, pairs): return self.g
+    got = ev.held_out(dict(S=Table([-1., 1., 2.]), M=Table([1., 1., 1.])), [1, 2, 3], beta=0.5)
+    assert got.loc["M", "change of gamma"][0] == pytest.approx(1 / 3) and got.loc["M", "margin"][0] == pytest.approx(1 / 6)
+    assert got.loc["M", "prefers chosen"][0] == 1 and got.loc["M", "reward accuracy"][0] == pytest.approx(0.5)   # up, equal, down
+
+
+def test_signs_of_a_run_with_one_stage_and_one_pair():
+    gammas = pd.DataFrame(dict(model=["M_0", "M_1"], chunk="a", gamma=[0., 1.]))
+    assert ev.failure_signs(gammas, pd.DataFrame(dict(stage=[1], loss=[0.7])), ["a"]) == []
+
+
+def test_forgetting_is_counted_from_the_best_so_far():
+    scores = pd.DataFrame(dict(a=[0.5, 0.9, 0.7, 0.8]))
+    assert ev.forgetting(scores)["a"].round(3).tolist() == [0, 0, 0.2, 0.1]
+
+
+def test_stability_of_a_constant_loss(): assert ev.stability([0.5] * 20) == dict(sd=0.0, robust_sd=0.0, spikes=[])
