@@ -118,7 +118,7 @@ def _table(rewards):
     "Means with 95 % intervals, and the paired difference to the first trained model."
     import pandas as pd
     from sdpo_nb.world import mean_interval
-    def show(v, sign=""): return "{0:{s}.3f} [{1:{s}.3f}, {2:{s}.3f}]".format(*mean_interval(v.to_numpy()), s=sign)
+    def show(v, sign=""): return "{0:{s}.3f} [{1:{s}.3f}, {2:{s}.3f}]".format(*mean_interval(v.tolist()), s=sign)
     sampled, greedy = rewards["sampled"], rewards["greedy"]
     first = sampled.columns[2]
     return pd.DataFrame({n: {"sampled": show(sampled[n]), "greedy": show(greedy[n]), f"sampled, minus {first}": "" if n == first else show(sampled[n] - sampled[first], "+")}

@@ -18,6 +18,7 @@ import torch
 import yaml
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
+from .evaluate import failure_signs
 from .figures import plot_drift, plot_gamma, plot_loss, plot_partition
 from .logprobs import load_model, load_tokenizer, pairs_hash, pick_precision, read_table, score_pairs, weights_hash, write_json
 from .loss import certificate, dpo_loss, reward_accuracy
@@ -107,6 +108,7 @@ class Run:
         return self.folder / f"stage-{len(self.stages) if t is None else t}" / "model"
     def partition(self) -> pd.DataFrame: return pd.DataFrame(json.loads((self.folder / "partition.json").read_text())["measures"]).set_index("source")
     def table(self) -> pd.DataFrame: return stage_table(self)
+    def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics, [s["chunk"] for s in self.stages])
     def report(self): return write_report(self)
 
 # %% ../nbs/09_stepwise.ipynb #d74e6373
@@ -372,7 +374,8 @@ def write_report(run: Run) -> Report:
     for name, fig in drawn.items(): fig.savefig(run.folder / "figures" / f"{name}.png", dpi=110, bbox_inches="tight"); plt.close(fig)
     text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}; on {c['device']}"]
     if parted: text += ["## Partition under S", as_markdown(run.partition()), "![](figures/partition.png)"]
-    text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")), "## Settings",
+    text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")),
+             "## Signs of failure", "\n".join(f"- {sign}" for sign in run.signs()) or "None of forgetting, instability, minimal improvement.", "## Settings",
              as_markdown(pd.DataFrame([(k, str(v)) for k, v in (c["settings"] | c["versions"]).items()], columns=["setting", "value"]).set_index("setting"))]
     (run.folder / "report.md").write_text("\n\n".join(text) + "\n")
     return Report(run.folder / "report.md")

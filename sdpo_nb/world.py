@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ALPHABET', 'SKILLS', 'SPLITS', 'WRONG', 'NOISE', 'CHAT_TEMPLATE', 'K', 'SOURCES', 'SIZES', 'answer', 'edit_distance',
            'true_reward', 'split_of', 'make_prompts', 'misled', 'demonstration', 'make_tokenizer', 'make_model',
-           'prompt_ids', 'sft', 'respond', 'make_pairs', 'source_prompts', 'world_texts', 'world_pairs', 'content_hash',
-           'train_base', 'freeze_world', 'World', 'load_world', 'load_base', 'mean_interval', 'true_rewards',
-           'skill_table', 'EnumerableWorld', 'enumerable_world', 'check_world']
+           'prompt_ids', 'sft', 'respond_ids', 'respond', 'make_pairs', 'source_prompts', 'world_texts', 'world_pairs',
+           'content_hash', 'train_base', 'freeze_world', 'World', 'load_world', 'load_base', 'mean_interval',
+           'true_rewards', 'skill_table', 'EnumerableWorld', 'enumerable_world', 'check_world']
 
 # %% ../nbs/00_world.ipynb #ac4ebd23
 import copy, hashlib, json, math, random, tempfile
@@ -162,21 +162,24 @@ def _continue(model, x, luck, tau): # (n, t) prompts of one length, (n, max_new)
 
 # %% ../nbs/00_world.ipynb #e8aa6fea
 @torch.no_grad()
-def respond(model, tokenizer, prompts: list, # texts of user turns
-            tau: float=1., # sampling temperature; 0 is greedy
-            seed: int=0,   # of the uniform numbers
-            max_new: int=8, # longest response, in tokens
-           ) -> list[str]:
+def respond_ids(model, tokenizer, prompts: list, # texts of user turns
+                tau: float=1.,  # sampling temperature; 0 is greedy
+                seed: int=0,    # of the uniform numbers
+                max_new: int=8, # longest response, in tokens
+               ) -> list[list[int]]: # the EOS token included, where it came in time
     "One response per prompt. Prompts of equal length go together, so nothing is padded."
     luck = torch.rand(len(prompts), max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    ids = [prompt_ids(tokenizer, p) for p in prompts]
-    out = [""] * len(prompts)
+    ids, eos = [prompt_ids(tokenizer, p) for p in prompts], tokenizer.eos_token_id
+    out = [None] * len(prompts)
     for n in sorted({len(x) for x in ids}):
         rows = [i for i, x in enumerate(ids) if len(x) == n]
         new = _continue(model, torch.tensor([ids[i] for i in rows], device=model.device), luck[rows], tau)
-        for i, y in zip(rows, new.tolist()):
-            out[i] = tokenizer.decode(y[:y.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in y else y)
+        for i, y in zip(rows, new.tolist()): out[i] = y[:y.index(eos) + 1] if eos in y else y
     return out
+
+def respond(model, tokenizer, prompts: list, tau: float=1., seed: int=0, max_new: int=8) -> list[str]:
+    "The same as text."
+    return [tokenizer.decode([t for t in y if t != tokenizer.eos_token_id]) for y in respond_ids(model, tokenizer, prompts, tau, seed, max_new)]
 
 # %% ../nbs/00_world.ipynb #eae3d1fe
 K = 6.0 # scale of Bradley-Terry in the tiny world
@@ -234,13 +237,13 @@ def train_base(texts: dict, tokenizer, seed: int=0):
     return model
 
 # %% ../nbs/00_world.ipynb #cfc52402
-def freeze_world(folder: Path):
-    "Build the world from nothing and write it to a folder, with a manifest."
-    folder, texts, tok = Path(folder), world_texts(), make_tokenizer()
+def freeze_world(folder: Path, seed: int=0): # 0: the world of the book; others are worlds like it
+    "Build a world from nothing and write it to a folder, with a manifest."
+    folder, texts, tok = Path(folder), world_texts(seed), make_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
-    model = train_base(texts, tok)
+    model = train_base(texts, tok, seed)
     model.save_pretrained(folder / "S"); tok.save_pretrained(folder / "S")
-    pairs = world_pairs(AutoModelForCausalLM.from_pretrained(folder / "S"), tok, texts)
+    pairs = world_pairs(AutoModelForCausalLM.from_pretrained(folder / "S"), tok, texts, 100 * seed)
     for name, rows in pairs.items(): (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "prompts.json").write_text(json.dumps({s: texts[s] for s in ("validation", "test")}) + "\n")
     (folder / "manifest.json").write_text(json.dumps(dict(texts=content_hash(texts), pairs={n: content_hash(r) for n, r in pairs.items()},
@@ -256,9 +259,9 @@ class World:
     validation: list; test: list # prompts
     manifest: dict
 
-def load_world() -> World:
-    "The world that travels with the package."
-    folder = Path(str(files("sdpo_nb.data"))) / "world"
+def load_world(folder=None) -> World: # what `freeze_world` wrote; None: the world that travels with the package
+    "A frozen world."
+    folder = Path(folder or str(files("sdpo_nb.data").joinpath("world")))
     prompts, manifest = (json.loads((folder / f"{n}.json").read_text()) for n in ("prompts", "manifest"))
     return World(str(folder / "S"), {n: str(folder / f"{n}.jsonl") for n in SOURCES}, prompts["validation"], prompts["test"], manifest)
 

@@ -256,11 +256,11 @@ def all_of_it(*sources):
     precisions = dict.fromkeys(["fp32", pick_precision("auto", "cpu")])
     for source in sources or SOURCES:
         for p in precisions: keep(f"{source} {p}", fresh, "time", source, p)
-    for side in ("packed", "padded", found["hh_harmless fp32"]["best_trl"]): keep(f"whole {side}", fresh, "whole", side)
     sides = [f"{kind}, {n}{c}" for n in (2, 8) for kind, c in (("packed", ""), ("padded", ""), ("TRL", ""), ("packed", ", checkpointing"), ("TRL", ", checkpointing"))]
     keep("memory_gib", lambda: {s: fresh("memory", s, "hh_harmless") for s in sides})
     keep("vocabulary_mib", lambda: {v: fresh("vocabulary", v) for v in (49_152, 262_144)})
     keep("pairs_gib", lambda: {n: fresh("pairs", n)["gib"] for n in (1_000, 1_000_000)})
+    for side in ("packed", "padded", found["hh_harmless fp32"]["best_trl"]): keep(f"whole {side}", fresh, "whole", side)
 
 
 def show():

@@ -58,10 +58,10 @@ def test_kl(base):
 
 def test_frontier_begins_at_S(base):
     model, tok, prompts = base
-    curve = ev.frontier(model, tok, prompts, [1e12, 5.0, 1.0], samples=60)
+    curve = ev.frontier(model, tok, prompts, [1e12, 5.0, 0.1])
     first = curve.set_index("beta").loc[1e12]
     sampled = np.mean([[ev.true_reward(p, y) for p, y in zip(prompts, respond(model, tok, prompts, seed=100 + s))] for s in range(20)])
-    assert abs(first["reward"] - sampled) < 0.05 and 0 <= first["kl"] < 1e-9 and first["missing"] < 0.1
+    assert abs(first["reward"] - sampled) < 0.03 and abs(first["kl"]) < 1e-9 and first["unlisted"] < 0.2
     assert curve.sort_values("beta")["reward"].iloc[0] > 0.98
 
 

@@ -352,7 +352,7 @@ FRONTIER_BETAS = (1e9, 100, 60, 40, 25, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1)
 def world_curve(seed: int, worlds="runs/worlds") -> pd.DataFrame:
     torch.set_num_threads(1)
     w = build_world(seed, worlds); base, tok = load_base(w)
-    return frontier(base, tok, w.test, list(FRONTIER_BETAS), samples=60).assign(world=seed)
+    return frontier(base, tok, w.test, list(FRONTIER_BETAS), samples=30).assign(world=seed)
 
 def run_frontiers(worlds=WORLDS, folder=None) -> dict: # world -> frontier
     "The best that each KL can buy, in every world; kept in frontiers.parquet."
