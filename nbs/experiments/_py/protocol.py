@@ -39,6 +39,7 @@ from sdpo_nb.preferences import load_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import content_hash, freeze_world, load_base, load_world, sft, true_rewards
 
+
 # %% [markdown]
 # ## A world is a draw, too
 #
@@ -56,6 +57,7 @@ def build_world(seed: int, worlds="runs/worlds"):
         tmp = tempfile.mkdtemp(dir=path.parent, prefix="unfinished-")
         freeze_world(tmp, seed); os.replace(tmp, path)
     return load_world(path)
+
 
 # %% [markdown]
 # ## A cell
@@ -89,6 +91,7 @@ class Cell:
     def config(self): return COMMON | METHODS.get(self.method, {}) | self.settings
     @property
     def key(self): return content_hash([self.world, self.seed, self.method, self.config, self.split, self.pairs])
+
 
 # %% [markdown]
 # What is kept of a run are numbers: the true reward of every prompt, sampled at temperature 1 and greedy, and the KL from S along the sampled responses, with the same luck for all methods of a world so that
@@ -124,6 +127,7 @@ def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
         prompts, luck = getattr(w, cell.split), 1 + cell.world
         kinds = {how: score_responses(model, tok, prompts, t, luck)["reward"].round(4).tolist() for how, t in (("sampled", tau), ("greedy", 0.))}
         return kinds | dict(kl=[round(x, 4) for x in response_kl(model, base, tok, prompts, tau, luck).tolist()], tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
+
 
 # %% [markdown]
 # ## A grid
@@ -161,6 +165,7 @@ def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.Da
     for f, c in running.items():
         if f.exception(): raise RuntimeError(f"{c}: {f.exception()}; the finished cells are in {path}, run it again") from f.exception()
     return rows_of(cells, folder)
+
 
 # %% [markdown]
 # ## Paired differences
@@ -205,6 +210,7 @@ def holm(p: list) -> list:
         highest = max(highest, min(1., (len(p) - rank) * p[i])); out[i] = highest
     return out
 
+
 # %% [markdown]
 # ## The same search for every method
 #
@@ -228,6 +234,7 @@ def choose(rows: pd.DataFrame) -> dict: # method -> settings
 def choices() -> dict:
     "What the search chose, as it was committed."
     return json.loads((RESULTS / "choices.json").read_text())
+
 
 # %% [markdown]
 # ## How many worlds, how many seeds?
@@ -295,6 +302,7 @@ def contrasts(found: dict, # name -> rows of the table
     mean, low, high = zip(*map(interval, d))
     return questions.assign(mean=mean, low=low, high=high, worlds=[len(x) for x in d], seeds=[x.shape[1] for x in d], p=[p_value(x) for x in d]).assign(holm=lambda t: holm(t["p"].tolist()))
 
+
 # %%
 #| export
 def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
@@ -306,6 +314,7 @@ def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
     ax.errorbar(table["mean"], y, xerr=[table["mean"] - table["low"], table["high"] - table["mean"]], fmt="o", color="black", capsize=3)
     ax.set(yticks=y, yticklabels=table["question"], xlabel=unit, ylim=(len(table) - 0.5, -0.5)); sns.despine(ax.figure)
     return ax.figure
+
 
 # %% [markdown]
 # ## The grids of the experiments
@@ -341,6 +350,7 @@ def cells_of(grid: str, worlds=WORLDS, seeds=SEEDS) -> dict: # name of a row -> 
 def load_grid(grid: str) -> dict: # name of a row -> rows of the table
     "What was run of a grid."
     return {name: rows_of(cells) for name, cells in cells_of(grid).items()}
+
 
 # %% [markdown]
 # ## The runner
