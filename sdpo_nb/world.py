@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ALPHABET', 'SKILLS', 'SPLITS', 'WRONG', 'NOISE', 'CHAT_TEMPLATE', 'K', 'SOURCES', 'SIZES', 'answer', 'edit_distance',
            'true_reward', 'split_of', 'make_prompts', 'misled', 'demonstration', 'make_tokenizer', 'make_model',
-           'prompt_ids', 'sft', 'respond_ids', 'respond', 'make_pairs', 'source_prompts', 'world_texts', 'world_pairs',
-           'content_hash', 'train_base', 'freeze_world', 'World', 'load_world', 'load_base', 'mean_interval',
-           'true_rewards', 'skill_table', 'EnumerableWorld', 'enumerable_world', 'check_world']
+           'prompt_ids', 'sft', 'respond_ids', 'text_of', 'respond', 'make_pairs', 'source_prompts', 'world_texts',
+           'world_pairs', 'content_hash', 'train_base', 'freeze_world', 'World', 'load_world', 'load_base',
+           'mean_interval', 'true_rewards', 'score_responses', 'skill_table', 'EnumerableWorld', 'enumerable_world',
+           'check_world']
 
 # %% ../nbs/00_world.ipynb #ac4ebd23
 import copy, hashlib, json, math, random, tempfile
@@ -177,9 +178,13 @@ def respond_ids(model, tokenizer, prompts: list, # texts of user turns
         for i, y in zip(rows, new.tolist()): out[i] = y[:y.index(eos) + 1] if eos in y else y
     return out
 
+def text_of(tokenizer, ids: list) -> str:
+    "A response without its EOS token."
+    return tokenizer.decode([t for t in ids if t != tokenizer.eos_token_id])
+
 def respond(model, tokenizer, prompts: list, tau: float=1., seed: int=0, max_new: int=8) -> list[str]:
     "The same as text."
-    return [tokenizer.decode([t for t in y if t != tokenizer.eos_token_id]) for y in respond_ids(model, tokenizer, prompts, tau, seed, max_new)]
+    return [text_of(tokenizer, y) for y in respond_ids(model, tokenizer, prompts, tau, seed, max_new)]
 
 # %% ../nbs/00_world.ipynb #eae3d1fe
 K = 6.0 # scale of Bradley-Terry in the tiny world
@@ -280,11 +285,15 @@ def true_rewards(model, tokenizer, prompts: list, tau: float=1., seed: int=0) ->
     "True reward of one response per prompt."
     return [true_reward(p, y) for p, y in zip(prompts, respond(model, tokenizer, prompts, tau, seed))]
 
+def score_responses(model, tokenizer, prompts: list, tau: float=1., seed: int=0):
+    "One row per prompt: its skill, the true reward of one response, and whether that is exact."
+    import pandas as pd
+    rewards = true_rewards(model, tokenizer, prompts, tau, seed)
+    return pd.DataFrame(dict(skill=[p.split()[0] for p in prompts], reward=rewards, exact=[float(r == 1) for r in rewards]))
+
 def skill_table(model, tokenizer, prompts: list, tau: float=1.):
     "Share of exact answers and mean true reward, by skill."
-    import pandas as pd
-    r = pd.DataFrame(dict(skill=[p.split()[0] for p in prompts], reward=true_rewards(model, tokenizer, prompts, tau)))
-    return r.groupby("skill")["reward"].agg(exact=lambda x: (x == 1).mean(), reward="mean")
+    return score_responses(model, tokenizer, prompts, tau).groupby("skill")[["exact", "reward"]].mean()
 
 # %% ../nbs/00_world.ipynb #a45b3a62
 @dataclass

@@ -2,7 +2,7 @@
 
 Everything is measured side by side: in one process, step by step in turn, the same pairs, model, optimizer and batch of 8 pairs. A step is forward, backward, clipping and
 AdamW. TRL's rows use its own collator, training step and a precomputed reference. All sides first run one step; the best micro-batch of the padded path and the best row
-of TRL then go on, with packing, to the 12 measured steps; micro-batch 8 of each, far slower, goes along for the first few, as the table says. Reference passes are timed on the first batches only. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
+of TRL then go on, with packing, to the 12 measured steps; micro-batch 8 of each, far slower, goes along for the first few, as the table says. Reference passes are timed on the first batches only, operations counted on the first. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
 
     python tests/bench_packing.py all [SOURCE ...]         everything, or these sources, but what is in the file already; timings want an otherwise idle machine
     python tests/bench_packing.py time SOURCE PRECISION    one table of times
@@ -140,9 +140,9 @@ def measure(source, precision):
         peak.append(matmul_peak())
         now = [n for n in chosen if i < 2 or n in ("packed", best("padded"), best("TRL"))]
         for name in now: seconds[name].append(run(name, batch))
-        for name in now[:len(now) * (i < 4)]: reference[name].append(timed(sides[name].reference, batch))
+        for name in now if i < 4 else []: reference[name].append(timed(sides[name].reference, batch))
         print(source, precision, {n: round(t[-1], 1) for n, t in seconds.items()}, f"{peak[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
-    work = {n: np.mean([flops(sides[n].gradients, b) for b in batches[:1]]) for n in chosen}
+    work = {n: flops(sides[n].gradients, batches[0]) for n in chosen}
     for s in optimizers.values(): s.zero_grad()
     def over(times, n): return np.divide(times[n], times["packed"][:len(times[n])])
     rows = {n: dict(steps=len(seconds[n]), step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,

@@ -41,8 +41,7 @@ def test_steps_are_the_log_probabilities_of_chapter_02(base):
     model, tok, prompts = base
     ys = respond_ids(model, tok, prompts, seed=3)
     assert len({len(y) for y in ys}) > 2 and len({len(prompt_ids(tok, p)) for p in prompts}) > 2
-    logp, ids, there = ev._steps(model, [prompt_ids(tok, p) for p in prompts], ys)
-    got = (logp.gather(2, ids[..., None])[..., 0] * there).sum(1)
+    got = ev._logp(model, [prompt_ids(tok, p) for p in prompts], ys)
     pairs = [dict(prompt_ids=prompt_ids(tok, p), chosen_ids=y, rejected_ids=y[:1]) for p, y in zip(prompts, ys)]
     with torch.no_grad(): want = response_logprobs(model, pairs)[0]
     torch.testing.assert_close(got.float(), want, atol=1e-4, rtol=1e-5)
@@ -53,7 +52,7 @@ def test_kl(base):
     assert ev.response_kl(model, model, tok, prompts).abs().max() < 1e-9
     sharp = ev.response_kl(model, model, tok, prompts, tau=0.5)
     assert sharp.min() > 0 and ev.response_kl(model, model, tok, prompts, tau=0.9).mean() < sharp.mean()
-    assert torch.equal(ev.response_kl(model, model, tok, prompts, tau=0.5, batch=7), sharp) or torch.allclose(ev.response_kl(model, model, tok, prompts, tau=0.5, batch=7), sharp, atol=1e-6)
+    assert torch.allclose(ev.response_kl(model, model, tok, prompts, tau=0.5, batch=7), sharp, atol=1e-6)
 
 
 def test_frontier_begins_at_S(base):
@@ -92,7 +91,7 @@ def test_held_out_names_columns_and_pairs(base):
 
 def test_signs_of_a_run_with_one_stage_and_one_pair():
     gammas = pd.DataFrame(dict(model=["M_0", "M_1"], chunk="a", gamma=[0., 1.]))
-    assert ev.failure_signs(gammas, pd.DataFrame(dict(stage=[1], loss=[0.7])), ["a"]) == []
+    assert ev.failure_signs(gammas, pd.DataFrame(dict(stage=[1], loss=[0.7]))) == []
 
 
 def test_forgetting_is_counted_from_the_best_so_far():

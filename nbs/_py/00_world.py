@@ -314,9 +314,13 @@ def respond_ids(model, tokenizer, prompts: list, # texts of user turns
         for i, y in zip(rows, new.tolist()): out[i] = y[:y.index(eos) + 1] if eos in y else y
     return out
 
+def text_of(tokenizer, ids: list) -> str:
+    "A response without its EOS token."
+    return tokenizer.decode([t for t in ids if t != tokenizer.eos_token_id])
+
 def respond(model, tokenizer, prompts: list, tau: float=1., seed: int=0, max_new: int=8) -> list[str]:
     "The same as text."
-    return [tokenizer.decode([t for t in y if t != tokenizer.eos_token_id]) for y in respond_ids(model, tokenizer, prompts, tau, seed, max_new)]
+    return [text_of(tokenizer, y) for y in respond_ids(model, tokenizer, prompts, tau, seed, max_new)]
 
 
 # %% [markdown]
@@ -468,11 +472,15 @@ def true_rewards(model, tokenizer, prompts: list, tau: float=1., seed: int=0) ->
     "True reward of one response per prompt."
     return [true_reward(p, y) for p, y in zip(prompts, respond(model, tokenizer, prompts, tau, seed))]
 
+def score_responses(model, tokenizer, prompts: list, tau: float=1., seed: int=0):
+    "One row per prompt: its skill, the true reward of one response, and whether that is exact."
+    import pandas as pd
+    rewards = true_rewards(model, tokenizer, prompts, tau, seed)
+    return pd.DataFrame(dict(skill=[p.split()[0] for p in prompts], reward=rewards, exact=[float(r == 1) for r in rewards]))
+
 def skill_table(model, tokenizer, prompts: list, tau: float=1.):
     "Share of exact answers and mean true reward, by skill."
-    import pandas as pd
-    r = pd.DataFrame(dict(skill=[p.split()[0] for p in prompts], reward=true_rewards(model, tokenizer, prompts, tau)))
-    return r.groupby("skill")["reward"].agg(exact=lambda x: (x == 1).mean(), reward="mean")
+    return score_responses(model, tokenizer, prompts, tau).groupby("skill")[["exact", "reward"]].mean()
 
 
 # %% [markdown]

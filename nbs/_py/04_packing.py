@@ -612,8 +612,8 @@ for ax, (name, rows) in zip(axes, speed.groupby("source")):
     ax.set(title=name, xlabel="seconds per step (median)", ylabel="", xlim=(0, 1.15 * rows["step"].max())); sns.despine(ax=ax)
 
 # %% [markdown]
-# The ratios with their 95 % intervals over steps, the same for a pass without gradients (what writes a reference table), and where the time goes: operations per pair, and how much of the machine's measured
-# matrix-product speed they reach.
+# The ratios with their 95 % intervals over steps, the same for a pass without gradients (what writes a reference table), and where the time goes: operations per pair of the first batch, and how much of the
+# machine's measured matrix-product speed they reach.
 
 # %%
 ratio = "{:.2f} [{:.2f}, {:.2f}]".format

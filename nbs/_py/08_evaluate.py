@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sdpo_nb.loss import reward_accuracy
-from sdpo_nb.world import K, answer, prompt_ids, respond, respond_ids, true_reward
+from sdpo_nb.world import K, answer, prompt_ids, respond_ids, text_of, true_reward
 
 # %%
 import tempfile
@@ -37,7 +37,7 @@ from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.trainer import TrainConfig, train_stage
-from sdpo_nb.world import load_world
+from sdpo_nb.world import load_world, respond, score_responses, true_rewards
 torch.set_num_threads(1);
 
 # %% [markdown]
@@ -87,7 +87,7 @@ def interval(values, draws: int=2000, seed: int=0) -> tuple[float, float, float]
 
 # %%
 prompts = w.test[:200]
-a, b = (np.array([true_reward(p, y) for p, y in zip(prompts, respond(m, tok, prompts))]) for m in (S, M))
+a, b = (np.array(true_rewards(m, tok, prompts)) for m in (S, M))
 unpaired = interval(b)[0] - interval(a)[0], *(b.mean() - a.mean() + s * 1.96 * math.sqrt((a.var() + b.var()) / len(a)) for s in (-1, 1))
 widths = pd.DataFrame({"S": interval(a), "M": interval(b), "M - S, as if on other prompts": unpaired, "M - S, paired": interval(b - a)}, index=["mean", "low", "high"]).T
 assert widths["low"].iloc[3] > 0 and np.ptp(interval(b - a)[1:]) < np.ptp(unpaired[1:])
@@ -144,23 +144,13 @@ assert all(v[1] > 0 for v in by_source.xs("M", level=1)["change of gamma"]) and 
 assert all(v == (0.5, 0.5, 0.5) for v in by_source.xs("S", level=1)["reward accuracy"])     # S against itself: ties, one half
 by_source.map(as_text)
 
-
 # %% [markdown]
 # The model agrees more with labels of pairs it has not seen. Note the two accuracies: *prefers chosen* asks the model alone, *reward accuracy* asks whether training moved it the right way, and a
 # model that is itself the reference has 0.5 by definition.
 #
 # ## Right answers
 #
-# In the tiny world every answer has a true reward. One row per prompt is kept, so that any two models can be paired later.
-
-# %%
-#| export
-def score_responses(model, tokenizer, prompts: list, tau: float=1., seed: int=0) -> pd.DataFrame:
-    "One row per prompt of the tiny world: skill, response, true reward, and whether it is exact."
-    responses = respond(model, tokenizer, prompts, tau, seed)
-    rewards = [true_reward(p, y) for p, y in zip(prompts, responses)]
-    return pd.DataFrame(dict(prompt=prompts, skill=[p.split()[0] for p in prompts], response=responses, reward=rewards, exact=[float(r == 1) for r in rewards]))
-
+# In the tiny world every answer has a true reward. `score_responses` of [chapter 00](00_world.ipynb) keeps one row per prompt, so that any two models can be paired.
 
 # %%
 scores = {(name, how): score_responses(m, tok, prompts, tau) for name, m in (("S", S), ("M", M)) for how, tau in (("sampled", 1.), ("greedy", 0.))}
@@ -184,13 +174,12 @@ skills.map(as_text)
 #| export
 def _steps(model, prompts: list, responses: list, tau: float=1.) -> tuple[Tensor, Tensor, Tensor]: # (n, L, V) log-probabilities in float64, (n, L) next tokens, (n, L) which are there
     "The distribution over the vocabulary at each token of a response, at temperature tau. Rows are padded to the right, which a causal model cannot see."
-    L, start = max(map(len, responses)), [len(x) - 1 for x in prompts]
-    rows = [torch.tensor([*x, *y, *[0] * (L - len(y) + max(start) + 1 - len(x))], device=model.device) for x, y in zip(prompts, responses)]
-    logits = model(input_ids=torch.stack(rows), use_cache=False).logits
-    at = torch.tensor(start, device=model.device)[:, None] + torch.arange(L, device=model.device)
-    ids = torch.stack(rows).gather(1, at + 1)
-    there = torch.arange(L, device=model.device) < torch.tensor([len(y) for y in responses], device=model.device)[:, None]
-    return logits[torch.arange(len(rows), device=model.device)[:, None], at].double().div(tau).log_softmax(-1), ids, there
+    first, n = (torch.tensor([len(x) for x in xs], device=model.device)[:, None] for xs in (prompts, responses))
+    token = torch.arange(n.max(), device=model.device)
+    width = int(first.max() + n.max())
+    rows = torch.tensor([[*x, *y, *[0] * (width - len(x) - len(y))] for x, y in zip(prompts, responses)], device=model.device)
+    logits = model(input_ids=rows, use_cache=False).logits.take_along_dim((first - 1 + token)[..., None], 1)
+    return logits.double().div(tau).log_softmax(-1), rows.gather(1, first + token), token < n
 
 def _logp(model, prompts, responses): # (n,) nats, in float64
     logp, ids, there = _steps(model, prompts, responses)
@@ -216,8 +205,7 @@ def response_kl(model, base, tokenizer, prompts: list,
 @torch.no_grad()
 def listed_kl(prompt):
     x, V = prompt_ids(tok, prompt), len(tok)
-    everything = [[i] if i == tok.eos_token_id else [i, j] for i in range(V) for j in range(V)]
-    ys = [y for i, y in enumerate(everything) if i == 0 or y != everything[i-1]]
+    ys = [[tok.eos_token_id], *([i, j] for i in range(V) if i != tok.eos_token_id for j in range(V))]
     logp = [torch.cat([_logp(m, [x] * len(part), part) for part in (ys[i:i+500] for i in range(0, len(ys), 500))]) for m in (M, S)]
     assert abs(logp[0].exp().sum() - 1) < 1e-6
     return (logp[0].exp() * (logp[0] - logp[1])).sum().item()
@@ -245,13 +233,14 @@ kls.round(4)
 def frontier(base, tokenizer, prompts: list, betas: list, samples: int=50) -> pd.DataFrame: # beta, reward, kl (nats), unlisted: share of S outside the list
     "True reward and KL of S exp(k r / beta), as means over prompts of the tiny world."
     listed, rest = ([respond_ids(base, tokenizer, prompts, 1., 2 * s + i) for s in range(samples)] for i in (0, 1))
-    eos, out = tokenizer.eos_token_id, []
+    out = []
     for i, p in enumerate(prompts):
-        ys = list({tuple(y[i]) for y in listed} | {(*tokenizer(answer(p), add_special_tokens=False).input_ids, eos)})
-        log_s = _logp(base, [prompt_ids(tokenizer, p)] * len(ys), ys).cpu()
-        others, missing = [y[i] for y in rest if tuple(y[i]) not in set(ys)], (1 - log_s.exp().sum()).clamp(min=0)
+        ys = {tuple(y[i]) for y in listed} | {(*tokenizer(answer(p), add_special_tokens=False).input_ids, tokenizer.eos_token_id)}
+        others = [y[i] for y in rest if tuple(y[i]) not in ys]
+        log_s = _logp(base, [prompt_ids(tokenizer, p)] * len(ys), list(ys)).cpu()
+        missing = (1 - log_s.exp().sum()).clamp(min=0)
         log_s = torch.cat([log_s, (missing / max(1, len(others))).log().expand(len(others))]).log_softmax(0)
-        r = torch.tensor([true_reward(p, tokenizer.decode([t for t in y if t != eos])) for y in [*ys, *others]], dtype=torch.float64)
+        r = torch.tensor([true_reward(p, text_of(tokenizer, y)) for y in [*ys, *others]], dtype=torch.float64)
         for beta in betas:
             log_q = (log_s + K * r / beta).log_softmax(0)
             out.append((beta, (log_q.exp() * r).sum().item(), (log_q.exp() * (log_q - log_s)).sum().item(), missing.item()))
@@ -308,8 +297,9 @@ def win_rate(judge,         # (prompt, first, second) -> 1 the first is better, 
         v = float(judge(prompts[i], first, second))
         if not 0 <= v <= 1: raise ValueError(f"judge: {v} for prompt {i}, {prompts[i]!r}; a verdict is 1, 0, or 0.5 for a tie")
         return v
+    def verdicts(first, second): return np.array([verdict(i, a, b) for i, (a, b) in enumerate(zip(first, second))])
     if not len(prompts) == len(ours) == len(theirs): raise ValueError(f"win_rate: {len(prompts)} prompts, {len(ours)} of our answers, {len(theirs)} of theirs")
-    there, back = (np.array([f(i) for i in range(len(prompts))]) for f in (lambda i: verdict(i, ours[i], theirs[i]), lambda i: 1 - verdict(i, theirs[i], ours[i])))
+    there, back = verdicts(ours, theirs), 1 - verdicts(theirs, ours)
     won = (there + back) / 2
     return dict(wins=interval(won), ties=float(((there == 0.5) & (back == 0.5)).mean()), contradicted=float((there != back).mean()))
 
@@ -367,19 +357,18 @@ forgetting(R).round(3), f"{false_alarms:.0%} of calm runs of 100 steps have a sp
 
 # %%
 #| export
-def failure_signs(gammas: pd.DataFrame,  # model, chunk, gamma: one pair a row, the same pairs in the same order for every model; M_0 first
+def failure_signs(gammas: pd.DataFrame,  # model, chunk, gamma: one pair a row, the same pairs in the same order for every model; models from M_0 on, chunks in the order of training
                   metrics: pd.DataFrame, # stage, loss: one optimizer step a row
-                  order: list,           # names of the chunks, in the order of training
                  ) -> list[str]:
     "Forgetting, instability and stages that changed nothing, as sentences; none where all is well."
     g = {(m, c): rows["gamma"].to_numpy() for (m, c), rows in gammas.groupby(["model", "chunk"], sort=False)}
-    last, signs = f"M_{len(order)}", []
+    models, chunks, signs = gammas["model"].unique(), gammas["chunk"].unique(), []
     def right(m, c): return reward_accuracy(torch.tensor(g[m, c])).numpy()
-    for t, chunk in enumerate(order, 1):
-        gain, lost = interval(g[f"M_{t}", chunk] - g[f"M_{t-1}", chunk]), interval(right(f"M_{t}", chunk) - right(last, chunk))
+    for t, (before, after, chunk) in enumerate(zip(models, models[1:], chunks), 1):
+        gain, lost = interval(g[after, chunk] - g[before, chunk]), interval(right(after, chunk) - right(models[-1], chunk))
         if gain[2] < 0: signs.append(f"made worse: stage {t} changed gamma on {chunk} by {as_text(gain)} nats")
         elif gain[1] <= 0.01: signs.append(f"minimal improvement: stage {t} changed gamma on {chunk} by {as_text(gain)} nats")
-        if lost[1] > 0: signs.append(f"forgetting: {last} prefers the chosen response of {chunk} less often than M_{t}, by {as_text(lost)}")
+        if lost[1] > 0: signs.append(f"forgetting: {models[-1]} prefers the chosen response of {chunk} less often than {after}, by {as_text(lost)}")
         loss = metrics.loc[metrics["stage"] == t, "loss"].to_numpy()
         above = (loss > loss[0] + 4 * stability(loss)["robust_sd"]).sum()
         if above > 0.02 * len(loss): signs.append(f"instability: {above} of {len(loss)} losses of stage {t} are clearly above its first, {loss[0]:.3f}; the highest is {loss.max():.3f}")
@@ -394,8 +383,8 @@ x = g.normal(0, 1, 200)
 well = gammas_of(M_0=dict(a=x, b=x), M_1=dict(a=x + 2, b=x), M_2=dict(a=x + 2, b=x + 2))
 ill = gammas_of(M_0=dict(a=x, b=x), M_1=dict(a=x + 2, b=x), M_2=dict(a=x - 2, b=x))
 both = pd.concat([flat, flat.assign(stage=2)]); spiky = pd.concat([flat, flat.assign(stage=2, loss=spiked)])
-assert failure_signs(well, both, ["a", "b"]) == []
-signs = failure_signs(ill, spiky, ["a", "b"])
+assert failure_signs(well, both) == []
+signs = failure_signs(ill, spiky)
 assert [s.split(":")[0] for s in signs] == ["forgetting", "minimal improvement", "instability"]
 signs
 
@@ -403,7 +392,7 @@ signs
 # ## What you now have
 #
 # - `interval`: a 95 % interval that knows what was drawn from what.
-# - `held_out`, `score_responses`, `response_kl`, `frontier`, `win_rate`: better in which sense, and for which distance?
+# - `held_out`, `response_kl`, `frontier`, `win_rate`: better in which sense, and for which distance?
 # - `failure_signs`: what a report warns of.
 #
 # ## Questions to test yourself

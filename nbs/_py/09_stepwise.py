@@ -201,7 +201,7 @@ class Run:
         return self.folder / f"stage-{len(self.stages) if t is None else t}" / "model"
     def partition(self) -> pd.DataFrame: return pd.DataFrame(json.loads((self.folder / "partition.json").read_text())["measures"]).set_index("source")
     def table(self) -> pd.DataFrame: return stage_table(self)
-    def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics, [s["chunk"] for s in self.stages])
+    def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics)
     def report(self): return write_report(self)
 
 
@@ -532,7 +532,8 @@ def as_markdown(frame: pd.DataFrame) -> str:
 #| export
 def write_report(run: Run) -> Report:
     "report.md: partition, stages, figures, settings."
-    drawn = dict(loss=plot_loss(run.metrics), gamma=plot_gamma(gamma_table(run)), drift=plot_drift(run.metrics))
+    metrics, gammas = run.metrics, gamma_table(run)
+    drawn = dict(loss=plot_loss(metrics), gamma=plot_gamma(gammas), drift=plot_drift(metrics))
     c, parted = run.config, (run.folder / "partition.json").exists()
     if parted: drawn["partition"] = plot_partition(run.partition().reset_index())
     (run.folder / "figures").mkdir(exist_ok=True)
@@ -540,7 +541,7 @@ def write_report(run: Run) -> Report:
     text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}; on {c['device']}"]
     if parted: text += ["## Partition under S", as_markdown(run.partition()), "![](figures/partition.png)"]
     text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")),
-             "## Signs of failure", "\n".join(f"- {sign}" for sign in run.signs()) or "None of forgetting, instability, minimal improvement.", "## Settings",
+             "## Signs of failure", "\n".join(f"- {sign}" for sign in failure_signs(gammas, metrics)) or "None of forgetting, instability, minimal improvement.", "## Settings",
              as_markdown(pd.DataFrame([(k, str(v)) for k, v in (c["settings"] | c["versions"]).items()], columns=["setting", "value"]).set_index("setting"))]
     (run.folder / "report.md").write_text("\n\n".join(text) + "\n")
     return Report(run.folder / "report.md")

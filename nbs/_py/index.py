@@ -102,12 +102,12 @@ import json
 from importlib.resources import files
 
 bench = json.loads((files("sdpo_nb.data") / "results/packing.json").read_text())
-ratio, lines = "{:.1f} x [{:.1f}, {:.1f}]".format, {}
+seconds, ratio, lines = "{:.1f} s".format, "{:.1f} x [{:.1f}, {:.1f}]".format, {}
 for key, name in {"hh_harmless fp32": "HH-RLHF harmless", "ultrafeedback_binarized fp32": "UltraFeedback"}.items():
     r = bench[key]["rows"]
     best, eight = r[bench[key]["best_trl"]], next(v for side, v in r.items() if side.startswith("TRL, 8"))
-    lines[name] = {"packed (s)": round(r["packed"]["step"], 1), "TRL, best (s)": round(best["step"], 1), "faster by": ratio(*best["slower"]), "TRL, 8 pairs (s)": round(eight["step"], 1), "faster by ": ratio(*eight["slower"])}
-Markdown(as_markdown(pd.DataFrame(lines, dtype=object).T))
+    lines[name] = {"packed": seconds(r["packed"]["step"]), "TRL at its best": seconds(best["step"]), "slower by": ratio(*best["slower"]), "TRL, 8 pairs": seconds(eight["step"]), "slower by ": ratio(*eight["slower"])}
+Markdown(as_markdown(pd.DataFrame(lines).T))
 
 # %% [markdown]
 # ## Your model, your pairs

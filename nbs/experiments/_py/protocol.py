@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/protocol.ipynb)
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** a few seconds: the grids were run before, this page reads their tables.
+# **You should know** [stepwise DPO](../09_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** a few seconds. The rules stand here before any grid was run; search, pilot and grids are still to come, and with them the tables that this page will show.
 #
 # The paper compares single runs. A run is a draw: two seeds of one method may differ by more than two methods do. So every experiment here asks its question of several small worlds
 # whose true reward is known, and follows the rules of this page.
@@ -34,7 +34,7 @@ import seaborn as sns
 import torch
 from tqdm.auto import tqdm
 
-from sdpo_nb.evaluate import frontier, interval, response_kl, score_responses
+from sdpo_nb.evaluate import frontier, interval, response_kl
 from sdpo_nb.preferences import load_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import content_hash, freeze_world, load_base, load_world, sft, true_rewards
@@ -125,8 +125,8 @@ def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
             run = sdpo(w.base, sources, StepwiseConfig(**cell.config, seed=cell.seed), Path(tmp) / "run")
             model, tau, tokens = run.model, 1., int(run.metrics["tokens"].sum())
         prompts, luck = getattr(w, cell.split), 1 + cell.world
-        kinds = {how: score_responses(model, tok, prompts, t, luck)["reward"].round(4).tolist() for how, t in (("sampled", tau), ("greedy", 0.))}
-        return kinds | dict(kl=[round(x, 4) for x in response_kl(model, base, tok, prompts, tau, luck).tolist()], tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
+        kinds = {how: np.round(true_rewards(model, tok, prompts, t, luck), 4).tolist() for how, t in (("sampled", tau), ("greedy", 0.))}
+        return kinds | dict(kl=np.round(response_kl(model, base, tok, prompts, tau, luck).numpy(), 4).tolist(), tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
 
 
 # %% [markdown]
@@ -139,32 +139,42 @@ def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
 #| export
 RESULTS = Path(str(files("sdpo_nb.data"))) / "results"
 
+def _read(path, key): return pd.read_parquet(path) if path.exists() else pd.DataFrame({key: []})
+
+def _add(path, rows, *new): # the whole table, with more rows; written under a temporary name, then renamed
+    rows = pd.concat([rows, *new], ignore_index=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_parquet(path.with_suffix(".tmp")); os.replace(path.with_suffix(".tmp"), path)
+    return rows
+
+def _pool(workers=None):
+    os.environ["TQDM_DISABLE"] = "1"        # for the workers; this process has read it before
+    return ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn"))
+
+def _of(table, cells): return table[table["key"].isin({c.key for c in cells})]
+def _path(folder): return Path(folder or RESULTS) / "runs.parquet"
+
 def rows_of(cells: list, folder=None) -> pd.DataFrame: # one cell a row
     "Those of the cells that are in the table of `folder` already."
-    path = Path(folder or RESULTS) / "runs.parquet"
-    done = pd.read_parquet(path) if path.exists() else pd.DataFrame({"key": []})
-    return done[done["key"].isin({c.key for c in cells})]
+    return _of(_read(_path(folder), "key"), cells)
 
 def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.DataFrame: # one cell a row
     "Run those of the cells that are not in the table yet. Raises RuntimeError, after the others are through, for a cell that failed."
-    path = Path(folder or RESULTS) / "runs.parquet"; path.parent.mkdir(parents=True, exist_ok=True)
-    done = pd.read_parquet(path) if path.exists() else pd.DataFrame({"key": []})
-    todo = list({c.key: c for c in cells if c.key not in set(done["key"])}.values())
-    if not todo: return rows_of(cells, folder)
-    os.environ["TQDM_DISABLE"] = "1"        # for the workers; this process has read it before
+    path, failed = _path(folder), []
+    done = _read(path, "key"); known = set(done["key"])
+    todo = list({c.key: c for c in cells if c.key not in known}.values())
+    if not todo: return _of(done, cells)
     made_by = dict(versions=json.dumps({p: version(p) for p in ("torch", "transformers")}), command=f"python -m sdpo_nb.experiments {desc}")
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with _pool(workers) as pool:
         list(tqdm(pool.map(build_world, sorted({c.world for c in todo})), total=len({c.world for c in todo}), desc="worlds"))
         running = {pool.submit(run_cell, c): c for c in todo}
         for f in tqdm(as_completed(running), total=len(todo), desc=desc, unit="cell"):
             c = running[f]
-            if f.exception(): continue      # the others go on; raised below
+            if error := f.exception(): failed.append((c, error)); continue      # the others go on
             row = asdict(c) | dict(settings=json.dumps(c.settings, sort_keys=True), key=c.key) | f.result() | made_by
-            done = pd.concat([done, pd.DataFrame([row])], ignore_index=True)
-            done.to_parquet(path.with_suffix(".tmp")); os.replace(path.with_suffix(".tmp"), path)
-    for f, c in running.items():
-        if f.exception(): raise RuntimeError(f"{c}: {f.exception()}; the finished cells are in {path}, run it again") from f.exception()
-    return rows_of(cells, folder)
+            done = _add(path, done, pd.DataFrame([row]))
+    for c, error in failed: raise RuntimeError(f"{c}: {error}; the finished cells are in {path}, run it again") from error
+    return _of(done, cells)
 
 
 # %% [markdown]
@@ -215,7 +225,7 @@ def holm(p: list) -> list:
 # ## The same search for every method
 #
 # A method that was tuned beats one that was not. So each gets the same grid, $\beta$ by factors of two and three learning rates, on validation prompts of two worlds that are reported nowhere; a best value on the
-# edge would extend the grid for all. What was chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below.
+# edge would extend the grid for all. What is chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below.
 
 # %%
 #| export
@@ -261,10 +271,10 @@ WORLDS, SEEDS = range(1, 11), range(2)
 # %% [markdown]
 # ## Eight questions, asked beforehand
 #
-# With enough comparisons something is always significant. Eight contrasts are primary: they were committed before the grid was run, and Holm's p-values hold for all eight at once. All else in the
+# With enough comparisons something is always significant. Eight contrasts are primary: they are committed before the grid is run, and Holm's p-values hold for all eight at once. All else in the
 # experiments is exploratory: an interval, no verdict. "Equal" is said where the whole interval lies within $\pm 0.02$, two points of a hundred of the true reward.
 #
-# Each method runs at its own best settings, so questions 4 to 7 compare tuned methods, not one switch at fixed settings; the factorial of [why it works](why_it_works.ipynb) does the latter.
+# Each method runs at its own best settings, so questions 4 to 7 compare tuned methods, not one switch at fixed settings; the factorial of `why_it_works` does the latter.
 
 # %%
 #| export
@@ -349,7 +359,8 @@ def cells_of(grid: str, worlds=WORLDS, seeds=SEEDS) -> dict: # name of a row -> 
 
 def load_grid(grid: str) -> dict: # name of a row -> rows of the table
     "What was run of a grid."
-    return {name: rows_of(cells) for name, cells in cells_of(grid).items()}
+    table = _read(_path(None), "key")
+    return {name: _of(table, cells) for name, cells in cells_of(grid).items()}
 
 
 # %% [markdown]
@@ -367,10 +378,9 @@ def world_curve(seed: int, worlds="runs/worlds") -> pd.DataFrame:
 def run_frontiers(worlds=WORLDS, folder=None) -> dict: # world -> frontier
     "The best that each KL can buy, in every world; kept in frontiers.parquet."
     path = Path(folder or RESULTS) / "frontiers.parquet"
-    done = pd.read_parquet(path) if path.exists() else pd.DataFrame({"world": []})
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        new = list(pool.map(world_curve, [w for w in worlds if w not in set(done["world"])]))
-    if new: done = pd.concat([done, *new], ignore_index=True); done.to_parquet(path)
+    done = _read(path, "world"); known = set(done["world"])
+    with _pool() as pool: new = list(pool.map(world_curve, [w for w in worlds if w not in known]))
+    if new: done = _add(path, done, *new)
     return {w: rows for w, rows in done.groupby("world")}
 
 def small_cells() -> list[Cell]:
