@@ -19,7 +19,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import copy, itertools, json, os, tempfile, time
+import copy, itertools, json, os, random, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -35,9 +35,10 @@ import torch
 from tqdm.auto import tqdm
 
 from sdpo_nb.evaluate import frontier, interval, response_kl
-from sdpo_nb.preferences import load_pairs
-from sdpo_nb.stepwise import StepwiseConfig, sdpo
-from sdpo_nb.world import content_hash, freeze_world, load_base, load_world, sft, true_rewards
+from sdpo_nb.logprobs import load_model, score_pairs
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
+from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, sft, true_reward, true_rewards
 
 
 # %% [markdown]
@@ -67,7 +68,7 @@ def build_world(seed: int, worlds="runs/worlds"):
 
 # %%
 #| export
-COMMON = dict(beta=0.3, lr=1e-4, epochs=3, batch_size=32, max_length=64, precision="fp32", probe=32)
+COMMON = dict(beta=0.3, lr=1e-4, epochs=3, batch_size=32, max_length=64, precision="fp32", probe=64)
 
 METHODS = {
     "DPO": dict(chunks=1),
@@ -84,24 +85,46 @@ class Cell:
     "One run."
     world: int; seed: int; method: str           # of METHODS or BASELINES
     settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS and COMMON
-    split: str = "test"                          # prompts it is measured on: test or validation
+    split: str = "test"                          # prompts it is measured on; see `_prompts`
     pairs: int = None                            # of each source; None: all
+    data: tuple = ("sources",)                   # a name in DATA, and what that function asks for
 
     @property
     def config(self): return COMMON | METHODS.get(self.method, {}) | self.settings
     @property
-    def key(self): return content_hash([self.world, self.seed, self.method, self.config, self.split, self.pairs])
+    def key(self): return content_hash([self.world, self.seed, self.method, self.config, self.split, self.pairs, self.data])
 
 
 # %% [markdown]
 # What is kept of a run are numbers: the true reward of every prompt, sampled at temperature 1 and greedy, and the KL from S along the sampled responses, with the same luck for all methods of a world so that
-# differences are paired; the tokens that were trained on.
-#
-# *Equal budgets* follow from the settings: every method sees the same pairs three times, in as many optimizer steps of the same size, and a schedule that starts anew in every stage has the same integral as one that does not,
-# but for the rounding of its warm-up. What a moving reference costs on top, one pass without gradients over each chunk, is the same pass that DPO needs once.
+# differences are paired; the means of the same for the models of earlier stages, skill by skill; the losses; the mean gamma of every model on every chunk.
 
 # %%
 #| export
+def _results(model, base, tok, prompts, tau, luck): # (n,) each
+    "What is measured of a model."
+    kinds = {how: true_rewards(model, tok, prompts, t, luck) for how, t in (("sampled", tau), ("greedy", 0.))}
+    return {name: np.round(v, 4).tolist() for name, v in (kinds | dict(kl=response_kl(model, base, tok, prompts, tau, luck))).items()}
+
+def _on_the_way(run, base, tok, prompts, luck): # one row per model and skill
+    "Means of the same for every model before the last, skill by skill."
+    skills = [p.split()[0] for p in prompts]
+    return pd.concat([pd.DataFrame(_results(load_model(str(run.model_folder(t))), base, tok, prompts, 1., luck)).groupby(skills).mean().rename_axis("skill").reset_index().assign(stage=t)
+                      for t in range(1, len(run.stages))], ignore_index=True) if len(run.stages) > 1 else pd.DataFrame()
+
+
+# %% [markdown]
+# *Equal budgets* follow from the settings: every method sees the same pairs three times, in as many optimizer steps of the same size, and a schedule that starts anew in every stage has the same integral as one that does not,
+# but for the rounding of its warm-up. What a moving reference costs on top is one pass without gradients over each chunk but the first; its tokens are counted beside those that were trained on.
+
+# %%
+#| export
+def _pass_tokens(run):
+    "Tokens of the partition and of moving references: passes without gradients."
+    per_stage = run.metrics.groupby("stage")["tokens"].sum() / run.config["settings"]["epochs"]
+    moving = run.config["settings"]["reference"] == "moving"
+    return int(per_stage.sum() + (per_stage.iloc[1:].sum() if moving and (run.folder / "partition.json").exists() else 0))
+
 TEMPERATURES = (1., 0.8, 0.6, 0.4, 0.2, 0.1)
 
 def _baseline(cell, base, tokenizer, world, sources):
@@ -112,21 +135,129 @@ def _baseline(cell, base, tokenizer, world, sources):
     c = cell.config
     return sft(copy.deepcopy(base), tokenizer, rows, c["epochs"], c["batch_size"], c["lr"], cell.seed), 1., c["epochs"] * sum(len(p) + len(y) for p, y in rows)
 
+
+# %% [markdown]
+# Most cells train on the three sources as they are. What other data a cell may ask for stands in `DATA`, by name.
+
+# %%
+#| export
+def _texts(world): # every pair of a world, with its source and whether its label is wrong
+    return [json.loads(line) | dict(source=n) for n, f in world.sources.items() for line in open(f)]
+
+def _by(key, rows): # key of a row -> rows
+    out = {}
+    for r in rows: out.setdefault(key(r), []).append(r)
+    return out
+
+def _same_prompts(world, base, tok, T): # T sources of fresh pairs, all on every T-th prompt
+    precise, prompts = copy.deepcopy(base).double(), [r["prompt"][-1]["content"] for r in _texts(world)][::T]
+    return {f"part {t+1}": make_pairs(precise, tok, prompts, 10_000 + t) for t in range(T)}
+
+def _skill(row): return row["prompt"][-1]["content"].split()[0]
+
+DATA = { # name -> (world, S, tokenizer, ...) -> sources, or the function (t, model) -> pairs that makes the chunks
+    "sources": lambda world, base, tok: _by(lambda r: r["source"], _texts(world)),
+    "one source": lambda world, base, tok: {"all": _texts(world)},
+    "skills": lambda world, base, tok: _by(_skill, _texts(world)),
+    "without": lambda world, base, tok, skill: _by(lambda r: r["source"], [r for r in _texts(world) if _skill(r) != skill]),
+    "same prompts": _same_prompts,
+}
+
+
+# %% [markdown]
+# Pairs can also be put in order by what is known of each: its length, the distance of its two responses, or (which nobody else can) the gap of their true rewards.
+
+# %%
+#| export
+def _measured(row, what):
+    prompt, y, z = row["prompt"][-1]["content"], row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+    if what == "length": return len(y) + len(z)
+    if what == "distance": return edit_distance(y, z)
+    if what == "true gap": return abs(true_reward(prompt, y) - true_reward(prompt, z))
+    raise ValueError(f"measure: {what!r} is none of length, distance, true gap")
+
+def _sorted(world, base, tok, what, sign): # one source, from small to large with sign 1, the other way with -1
+    rows = _texts(world)
+    return {"all": sorted(random.Random(0).sample(rows, len(rows)), key=lambda r: sign * _measured(r, what))}
+
+DATA["sorted"] = _sorted
+
+
+# %% [markdown]
+# Two published ways to *select* pairs contradict each other: keep those with the smallest implicit reward gap of a trained model, or drop them. Here that model is trained on all pairs once; with three passes over the two
+# thirds that it keeps, the budget is that of three passes over all.
+
+# %%
+#| export
+def _implicit_gap(model, base, tok, rows): # (n,) gamma of the model minus gamma of S, nats
+    pairs = tokenize_pairs(load_pairs(rows), tok, "pairs", COMMON["max_length"], COMMON["max_length"] // 2).pairs
+    return score_pairs(model, pairs).gamma(pairs) - score_pairs(base, pairs).gamma(pairs)
+
+def _selected(world, base, tok, keep): # the smallest or the largest gaps
+    rows, settings = _texts(world), COMMON | choices()["DPO"] | dict(chunks=1, epochs=1)
+    with tempfile.TemporaryDirectory() as tmp: model = sdpo(world.base, {"all": rows}, StepwiseConfig(**settings), tmp).model
+    order = _implicit_gap(model, base, tok, rows).argsort(descending=keep == "largest").tolist()
+    return {"all": [rows[i] for i in order[:2 * len(rows) // 3]]}
+
+DATA["selected"] = _selected
+
+
+# %% [markdown]
+# And pairs can be *made between stages*: the model that a stage starts from answers prompts of its own, twice each, and the two answers are labelled by the true reward as everywhere (Bradley-Terry), by a judge who errs with a
+# stated probability, or by the implicit reward, $\log M_{t-1} - \log S$, which costs nothing and is not there yet in stage 1.
+
+# %%
+#| export
+def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
+
+def _judged(rows, error, rng): # the better response is chosen, but for errors
+    def gap(r): return true_reward(*(r[k][-1]["content"] for k in ("prompt", "chosen"))) - true_reward(*(r[k][-1]["content"] for k in ("prompt", "rejected")))
+    return [_swapped(r) if (gap(r) < 0) != (rng.random() < error) else r for r in rows]
+
+def _new(world, base, tok, writer, label, error=0., stages=3): # writer: S or policy; label: true, judge, implicit
+    prompts, precise = [r["prompt"][-1]["content"] for r in _texts(world)], copy.deepcopy(base).double()
+    def chunk(t, model):
+        if t > stages: return None
+        rows = make_pairs(precise if writer == "S" or t == 1 else copy.deepcopy(model).double(), tok, prompts[t-1::stages], 20_000 + t)
+        if label == "judge": return _judged(rows, error, random.Random(t))
+        if label == "implicit" and t > 1: return [_swapped(r) if gap < 0 else r for r, gap in zip(rows, _implicit_gap(model, base, tok, rows))]
+        return rows
+    return chunk
+
+DATA["new"] = _new
+
+
+# %% [markdown]
+# Prompts are those of a split. Two more kinds are unlike anything that a model of the world has seen: strings of seven letters, and strings of letters that occur nowhere else.
+
+# %%
+#| export
+def _prompts(world, split, seed):
+    if split in ("validation", "test"): return getattr(world, split)
+    if split == "seven letters": return make_prompts(300, "test", random.Random(seed), lengths=(7, 7))
+    if split == "other letters": return [skill + " " + "".join(chr(ord(c) + len(ALPHABET)) for c in s) for skill, s in map(str.split, world.test) if skill != "shift"]
+    raise ValueError(f"split: {split!r} is none of validation, test, seven letters, other letters")
+
+
+# %%
+#| export
 def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
     "Train and measure one cell, with one thread; the run itself is thrown away."
     torch.set_num_threads(1)
     start, w = time.perf_counter(), build_world(cell.world, worlds)
     base, tok = load_base(w)
-    sources = {n: load_pairs(f) for n, f in w.sources.items()}
-    if cell.pairs: sources = {n: s.select(range(cell.pairs)) for n, s in sources.items()}
+    name, *asked = cell.data
+    sources, prompts, luck, extra = DATA[name](w, base, tok, *asked), _prompts(w, cell.split, cell.world), 1 + cell.world, {}
+    if cell.pairs: sources = {n: s[:cell.pairs] for n, s in sources.items()}
     with tempfile.TemporaryDirectory() as tmp:
         if cell.method in BASELINES: model, tau, tokens = _baseline(cell, base, tok, w, sources)
         else:
-            run = sdpo(w.base, sources, StepwiseConfig(**cell.config, seed=cell.seed), Path(tmp) / "run")
-            model, tau, tokens = run.model, 1., int(run.metrics["tokens"].sum())
-        prompts, luck = getattr(w, cell.split), 1 + cell.world
-        kinds = {how: np.round(true_rewards(model, tok, prompts, t, luck), 4).tolist() for how, t in (("sampled", tau), ("greedy", 0.))}
-        return kinds | dict(kl=np.round(response_kl(model, base, tok, prompts, tau, luck).numpy(), 4).tolist(), tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
+            config = cell.config | (dict(chunks=sources) if callable(sources) else {})
+            run = sdpo(w.base, None if callable(sources) else sources, StepwiseConfig(**config, seed=cell.seed), Path(tmp) / "run")
+            model, tau, tokens, gammas = run.model, 1., int(run.metrics["tokens"].sum()), gamma_table(run).groupby(["model", "chunk"], sort=False)["gamma"].mean().reset_index()
+            extra = dict(pass_tokens=_pass_tokens(run), losses=run.metrics["loss"].round(5).tolist(), steps=[s["steps"] for s in run.stages], chunk_pairs=[s["pairs"] for s in run.stages],
+                         gammas=gammas.round(4).to_json(orient="records"), stages=_on_the_way(run, base, tok, prompts, luck).round(4).to_json(orient="records"))
+        return _results(model, base, tok, prompts, tau, luck) | extra | dict(tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
 
 
 # %% [markdown]
@@ -171,7 +302,7 @@ def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.Da
         for f in tqdm(as_completed(running), total=len(todo), desc=desc, unit="cell"):
             c = running[f]
             if error := f.exception(): failed.append((c, error)); continue      # the others go on
-            row = asdict(c) | dict(settings=json.dumps(c.settings, sort_keys=True), key=c.key) | f.result() | made_by
+            row = asdict(c) | dict(settings=json.dumps(c.settings, sort_keys=True), data=json.dumps(c.data), key=c.key) | f.result() | made_by
             done = _add(path, done, pd.DataFrame([row]))
     for c, error in failed: raise RuntimeError(f"{c}: {error}; the finished cells are in {path}, run it again") from error
     return _of(done, cells)
@@ -225,11 +356,11 @@ def holm(p: list) -> list:
 # ## The same search for every method
 #
 # A method that was tuned beats one that was not. So each gets the same grid, $\beta$ by factors of two and three learning rates, on validation prompts of two worlds that are reported nowhere; a best value on the
-# edge would extend the grid for all. What is chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below.
+# edge would extend the grid for all. (Where the grid lies was seen from DPO and stepwise DPO in world 0.) What is chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below.
 
 # %%
 #| export
-BETAS, RATES, SEARCH_WORLDS = (0.075, 0.15, 0.3, 0.6, 1.2, 2.4), (3e-5, 1e-4, 3e-4), (101, 102)
+BETAS, RATES, SEARCH_WORLDS = (0.15, 0.3, 0.6, 1.2, 2.4, 4.8), (3e-5, 1e-4, 3e-4), (101, 102)
 
 def search() -> list[Cell]:
     "The search: of every method of DPO, and (without beta) of fine-tuning on the chosen responses."
@@ -329,33 +460,70 @@ def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
 # %% [markdown]
 # ## The grids of the experiments
 #
-# A grid is a dictionary: the name of a row, and the method and settings behind it. Each is run in every world with every seed.
+# A grid is a dictionary: the name of a row, and the method, settings and (where they are not the usual) data and prompts behind it. Each is run in every world with every seed.
 
 # %%
 #| export
 STAGES = (1, 2, 3, 5, 8)
 
 def smaller_beta() -> dict:
-    "T stages at beta on random chunks, against one at beta / T."
+    "T stages at beta against one at beta / T: chunks with prompts of their own, and chunks with the same prompts."
     dpo = choices()["DPO"]
-    rows = {f"DPO at beta/{T}": ("DPO", dpo | dict(beta=dpo["beta"] / T)) for T in STAGES}
-    return rows | {f"sDPO, T = {T}": ("sDPO, random", dpo | dict(chunks=T)) for T in STAGES[1:]}
+    def both(T, data, order): return {f"DPO at beta/{T}, {data[0]}": ("DPO", dpo | dict(beta=dpo["beta"] / T), data), f"sDPO, T = {T}, {data[0]}": ("sDPO", dpo | dict(order=order, chunks=T), data)}
+    rows = {"DPO at beta": ("DPO", dpo)}
+    for T in STAGES[1:]: rows |= both(T, ("sources",), "random") | both(T, ("same prompts", T), "as_given")
+    return rows
 
 def why_it_works() -> dict:
-    "Reference x order x schedule, all at DPO's best settings and T = 3."
+    "Reference x order x schedule, all at DPO's best settings and T = 3; DPO itself, with twice the epochs, at beta/3, and stages that restart from S."
     dpo = choices()["DPO"]
-    return {f"{ref}, {order}, {restart}": ("sDPO", dpo | dict(reference=ref, order=order, restart=restart))
-            for ref in ("fixed", "moving") for order in ("random", "easy_to_hard", "hard_to_easy") for restart in ("never", "stage")}
+    factorial = {f"{ref}, {order}, {restart}": ("sDPO", dpo | dict(reference=ref, order=order, restart=restart))
+                 for ref in ("fixed", "moving") for order in ("random", "easy_to_hard", "hard_to_easy") for restart in ("never", "stage")}
+    return factorial | {"DPO": ("DPO", dpo), "DPO, twice the epochs": ("DPO", dpo | dict(epochs=2 * COMMON["epochs"])), "DPO at beta/3": ("DPO", dpo | dict(beta=dpo["beta"] / 3)), "from S": ("sDPO, target S", dpo)}
 
 def how_many_stages() -> dict:
     "T = 1 ... 8 parts of the ordered data, at the best settings of sDPO."
     best = choices()["sDPO"]
     return {f"T = {T}": ("sDPO", best | dict(chunks=T)) for T in range(1, 9)}
 
-GRIDS = dict(primary=primary, smaller_beta=smaller_beta, why_it_works=why_it_works, how_many_stages=how_many_stages)
+def paper_in_miniature() -> dict:
+    "S trained on the hardest source against three references, S, M_1 and M_2 (the paper's table 1)."
+    dpo = choices()["DPO"]
+    return {f"riddle against M_{len(before)}" if before else "riddle against S": ("sDPO", dpo | dict(chunks=[*before, "riddle"], order="as_given", init_target="S"))
+            for before in ([], ["primer"], ["primer", "digest"])}
+
+def how_to_partition() -> dict:
+    "Three chunks, ordered in both directions by several measures; and two selections."
+    dpo = choices()["DPO"]
+    rows = {"accuracy of sources": "easy_to_hard", "accuracy of sources, hard first": "hard_to_easy", "random": "random"}
+    out = {name: ("sDPO", dpo | dict(order=order)) for name, order in rows.items()}
+    out |= {f"gamma of pairs{there}": ("sDPO", dpo | dict(order=order, chunks=3), ("one source",)) for there, order in (("", "easy_to_hard"), (", hard first", "hard_to_easy"))}
+    for what, easy in (("length", 1), ("distance", -1), ("true gap", -1)):
+        out |= {f"{what} of pairs{there}": ("sDPO", dpo | dict(order="as_given", chunks=3), ("sorted", what, sign)) for there, sign in (("", easy), (", hard first", -easy))}
+    return out | {"DPO": ("DPO", dpo)} | {f"DPO on the {keep} gaps": ("DPO", dpo, ("selected", keep)) for keep in ("smallest", "largest")}
+
+def stage_by_stage() -> dict:
+    "Sources that are skills, so that a stage can unlearn what another taught."
+    dpo = choices()["DPO"]
+    return {f"skills, {order}": ("sDPO", dpo | dict(order=order), ("skills",)) for order in ("easy_to_hard", "hard_to_easy")}
+
+def new_domain() -> dict:
+    "Three skills trained, the fourth measured; strings longer than any, and letters that were never seen."
+    best, methods = choices(), ("S", "DPO", "sDPO")
+    rows = {f"{m}, without {skill}": (m, best[m], ("without", skill)) for skill in SKILLS for m in methods if m != "S"}
+    return rows | {f"{m}, {split}": (m, best.get(m, {}), ("sources",), split) for split in ("seven letters", "other letters") for m in methods}
+
+def with_new_data() -> dict:
+    "Three stages on pairs that M_{t-1} wrote, against pairs that S wrote, under four labels."
+    dpo = choices()["DPO"]
+    labels = {"true": (), "judge, 0 % wrong": (0.,), "judge, 20 % wrong": (0.2,), "implicit": ()}
+    return {f"{writer}, {label}": ("sDPO", dpo | dict(order="as_given"), ("new", writer, label.split(",")[0], *error)) for writer in ("S", "policy") for label, error in labels.items()}
+
+GRIDS = {f.__name__: f for f in (primary, smaller_beta, why_it_works, how_many_stages, paper_in_miniature, how_to_partition, stage_by_stage, new_domain, with_new_data)}
 
 def cells_of(grid: str, worlds=WORLDS, seeds=SEEDS) -> dict: # name of a row -> its cells
-    return {name: [Cell(w, s, m, settings) for w in worlds for s in seeds] for name, (m, settings) in GRIDS[grid]().items()}
+    def row(method, settings, data=("sources",), split="test"): return [Cell(w, s, method, settings, split, data=data) for w in worlds for s in seeds]
+    return {name: row(*what) for name, what in GRIDS[grid]().items()}
 
 def load_grid(grid: str) -> dict: # name of a row -> rows of the table
     "What was run of a grid."
