@@ -74,7 +74,7 @@ class Cell:
 def _results(model, base, tok, prompts, tau, luck): # (n,) each
     "What is measured of a model."
     kinds = {how: true_rewards(model, tok, prompts, t, luck) for how, t in (("sampled", tau), ("greedy", 0.))}
-    return {name: np.round(v, 4).tolist() for name, v in (kinds | dict(kl=response_kl(model, base, tok, prompts, tau, luck))).items()}
+    return {how: np.round(v, 4).tolist() for how, v in kinds.items()} | dict(kl=np.round(response_kl(model, base, tok, prompts, tau, luck), 2).tolist())
 
 def _on_the_way(run, base, tok, prompts, luck): # one row per model and skill
     "Means of the same for every model before the last, skill by skill."
@@ -190,7 +190,7 @@ def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
             config = cell.config | (dict(chunks=sources) if callable(sources) else {})
             run = sdpo(w.base, None if callable(sources) else sources, StepwiseConfig(**config, seed=cell.seed), Path(tmp) / "run")
             model, tau, tokens, gammas = run.model, 1., int(run.metrics["tokens"].sum()), gamma_table(run).groupby(["model", "chunk"], sort=False)["gamma"].mean().reset_index()
-            extra = dict(pass_tokens=_pass_tokens(run), losses=run.metrics["loss"].round(5).tolist(), steps=[s["steps"] for s in run.stages], chunk_pairs=[s["pairs"] for s in run.stages],
+            extra = dict(pass_tokens=_pass_tokens(run), losses=run.metrics["loss"].round(4).tolist(), steps=[s["steps"] for s in run.stages], chunk_pairs=[s["pairs"] for s in run.stages],
                          gammas=gammas.round(4).to_json(orient="records"), stages=_on_the_way(run, base, tok, prompts, luck).round(4).to_json(orient="records"))
         return _results(model, base, tok, prompts, tau, luck) | extra | dict(tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
 
@@ -202,7 +202,7 @@ def _read(path, key): return pd.read_parquet(path) if path.exists() else pd.Data
 def _add(path, rows, *new): # the whole table, with more rows; written under a temporary name, then renamed
     rows = pd.concat([rows, *new], ignore_index=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_parquet(path.with_suffix(".tmp")); os.replace(path.with_suffix(".tmp"), path)
+    rows.to_parquet(path.with_suffix(".tmp"), compression="zstd"); os.replace(path.with_suffix(".tmp"), path)
     return rows
 
 def _pool(workers=None):
