@@ -482,9 +482,10 @@ def why_it_works() -> dict:
     return factorial | {"DPO": ("DPO", dpo), "DPO, twice the epochs": ("DPO", dpo | dict(epochs=2 * COMMON["epochs"])), "DPO at beta/3": ("DPO", dpo | dict(beta=dpo["beta"] / 3)), "from S": ("sDPO, target S", dpo)}
 
 def how_many_stages() -> dict:
-    "T = 1 ... 8 parts of the ordered data, at the best settings of sDPO."
+    "T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages; and at a beta that grows with T."
     best = choices()["sDPO"]
-    return {f"T = {T}": ("sDPO", best | dict(chunks=T)) for T in range(1, 9)}
+    rows = {f"T = {T}": ("sDPO", best | dict(chunks=T)) for T in range(1, 9)}
+    return rows | {f"T = {T}, beta T/3": ("sDPO", best | dict(chunks=T, beta=best["beta"] * T / 3)) for T in (1, 2, 5, 8)}
 
 def paper_in_miniature() -> dict:
     "S trained on the hardest source against three references, S, M_1 and M_2 (the paper's table 1)."
