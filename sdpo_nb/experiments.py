@@ -11,7 +11,7 @@ __all__ = ['COMMON', 'METHODS', 'BASELINES', 'TEMPERATURES', 'DATA', 'RESULTS', 
            'cells_of', 'load_grid', 'world_curve', 'run_frontiers', 'small_cells', 'run']
 
 # %% ../nbs/experiments/protocol.ipynb #20414848
-import copy, itertools, json, os, random, tempfile, time
+import copy, itertools, json, math, os, random, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from .evaluate import frontier, interval, response_kl
 from .logprobs import load_model, score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, gamma_table, sdpo
+from .trainer import learning_rate
 from .world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, sft, true_reward, true_rewards
 
 # %% ../nbs/experiments/protocol.ipynb #7fc47716
@@ -74,13 +75,10 @@ class Cell:
 def _results(model, base, tok, prompts, tau, luck): # (n,) each
     "What is measured of a model."
     kinds = {how: true_rewards(model, tok, prompts, t, luck) for how, t in (("sampled", tau), ("greedy", 0.))}
-    return {how: np.round(v, 4).tolist() for how, v in kinds.items()} | dict(kl=np.round(response_kl(model, base, tok, prompts, tau, luck), 2).tolist())
+    return {how: np.round(v, 4).tolist() for how, v in kinds.items()} | dict(kl=np.round(response_kl(model, base, tok, prompts, tau, luck), 3).tolist())
 
-def _on_the_way(run, base, tok, prompts, luck): # one row per model and skill
-    "Means of the same for every model before the last, skill by skill."
-    skills = [p.split()[0] for p in prompts]
-    return pd.concat([pd.DataFrame(_results(load_model(str(run.model_folder(t))), base, tok, prompts, 1., luck)).groupby(skills).mean().rename_axis("skill").reset_index().assign(stage=t)
-                      for t in range(1, len(run.stages))], ignore_index=True) if len(run.stages) > 1 else pd.DataFrame()
+def _by_skill(results, prompts, stage): # skill, sampled, greedy, kl, stage
+    return pd.DataFrame(results).groupby([p.split()[0] for p in prompts]).mean().round(4).rename_axis("skill").reset_index().assign(stage=stage)
 
 # %% ../nbs/experiments/protocol.ipynb #b86d819b
 def _pass_tokens(run):
@@ -100,8 +98,10 @@ def _baseline(cell, base, tokenizer, world, sources):
     return sft(copy.deepcopy(base), tokenizer, rows, c["epochs"], c["batch_size"], c["lr"], cell.seed), 1., c["epochs"] * sum(len(p) + len(y) for p, y in rows)
 
 # %% ../nbs/experiments/protocol.ipynb #048ebe05
+def _usable(rows): return [r for r in rows if r["chosen"][-1]["content"] and r["rejected"][-1]["content"]] # as tokenisation would
+
 def _texts(world): # every pair of a world, with its source and whether its label is wrong
-    return [json.loads(line) | dict(source=n) for n, f in world.sources.items() for line in open(f)]
+    return _usable([json.loads(line) | dict(source=n) for n, f in world.sources.items() for line in open(f)])
 
 def _by(key, rows): # key of a row -> rows
     out = {}
@@ -110,7 +110,7 @@ def _by(key, rows): # key of a row -> rows
 
 def _same_prompts(world, base, tok, T): # T sources of fresh pairs, all on every T-th prompt
     precise, prompts = copy.deepcopy(base).double(), [r["prompt"][-1]["content"] for r in _texts(world)][::T]
-    return {f"part {t+1}": make_pairs(precise, tok, prompts, 10_000 + t) for t in range(T)}
+    return {f"part {t+1}": _usable(make_pairs(precise, tok, prompts, 10_000 + t)) for t in range(T)}
 
 def _skill(row): return row["prompt"][-1]["content"].split()[0]
 
@@ -139,10 +139,11 @@ DATA["sorted"] = _sorted
 # %% ../nbs/experiments/protocol.ipynb #a72171bb
 def _implicit_gap(model, base, tok, rows): # (n,) gamma of the model minus gamma of S, nats
     pairs = tokenize_pairs(load_pairs(rows), tok, "pairs", COMMON["max_length"], COMMON["max_length"] // 2).pairs
+    if len(pairs) != len(rows): raise ValueError(f"implicit gap: {len(rows) - len(pairs)} of {len(rows)} pairs cannot be used")
     return score_pairs(model, pairs).gamma(pairs) - score_pairs(base, pairs).gamma(pairs)
 
-def _selected(world, base, tok, keep): # the smallest or the largest gaps
-    rows, settings = _texts(world), COMMON | choices()["DPO"] | dict(chunks=1, epochs=1)
+def _selected(world, base, tok, keep, beta, lr): # the smallest or the largest gaps
+    rows, settings = _texts(world), COMMON | dict(beta=beta, lr=lr, chunks=1, epochs=1)
     with tempfile.TemporaryDirectory() as tmp: model = sdpo(world.base, {"all": rows}, StepwiseConfig(**settings), tmp).model
     order = _implicit_gap(model, base, tok, rows).argsort(descending=keep == "largest").tolist()
     return {"all": [rows[i] for i in order[:2 * len(rows) // 3]]}
@@ -160,7 +161,7 @@ def _new(world, base, tok, writer, label, error=0., stages=3): # writer: S or po
     prompts, precise = [r["prompt"][-1]["content"] for r in _texts(world)], copy.deepcopy(base).double()
     def chunk(t, model):
         if t > stages: return None
-        rows = make_pairs(precise if writer == "S" or t == 1 else copy.deepcopy(model).double(), tok, prompts[t-1::stages], 20_000 + t)
+        rows = _usable(make_pairs(precise if writer == "S" or t == 1 else copy.deepcopy(model).double(), tok, prompts[t-1::stages], 20_000 + t))
         if label == "judge": return _judged(rows, error, random.Random(t))
         if label == "implicit" and t > 1: return [_swapped(r) if gap < 0 else r for r, gap in zip(rows, _implicit_gap(model, base, tok, rows))]
         return rows
@@ -182,17 +183,22 @@ def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
     start, w = time.perf_counter(), build_world(cell.world, worlds)
     base, tok = load_base(w)
     name, *asked = cell.data
-    sources, prompts, luck, extra = DATA[name](w, base, tok, *asked), _prompts(w, cell.split, cell.world), 1 + cell.world, {}
-    if cell.pairs: sources = {n: s[:cell.pairs] for n, s in sources.items()}
-    with tempfile.TemporaryDirectory() as tmp:
-        if cell.method in BASELINES: model, tau, tokens = _baseline(cell, base, tok, w, sources)
-        else:
-            config = cell.config | (dict(chunks=sources) if callable(sources) else {})
+    sources, prompts = DATA[name](w, base, tok, *asked), _prompts(w, cell.split, cell.world)
+    def measured(model, tau=1.): return _results(model, base, tok, prompts, tau, 1 + cell.world)
+    if cell.pairs and not callable(sources): sources = {n: s[:cell.pairs] for n, s in sources.items()}
+    if cell.method in BASELINES:
+        model, tau, tokens = _baseline(cell, base, tok, w, sources)
+        results, extra = measured(model, tau), {}
+        stages = [_by_skill(results, prompts, 0)]
+    else:
+        config = cell.config | (dict(chunks=sources) if callable(sources) else {})
+        with tempfile.TemporaryDirectory() as tmp:
             run = sdpo(w.base, None if callable(sources) else sources, StepwiseConfig(**config, seed=cell.seed), Path(tmp) / "run")
-            model, tau, tokens, gammas = run.model, 1., int(run.metrics["tokens"].sum()), gamma_table(run).groupby(["model", "chunk"], sort=False)["gamma"].mean().reset_index()
-            extra = dict(pass_tokens=_pass_tokens(run), losses=run.metrics["loss"].round(4).tolist(), steps=[s["steps"] for s in run.stages], chunk_pairs=[s["pairs"] for s in run.stages],
-                         gammas=gammas.round(4).to_json(orient="records"), stages=_on_the_way(run, base, tok, prompts, luck).round(4).to_json(orient="records"))
-        return _results(model, base, tok, prompts, tau, luck) | extra | dict(tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
+            models = [measured(load_model(str(run.model_folder(t)))) for t in range(1, len(run.stages) + 1)]
+            gammas = gamma_table(run).groupby(["model", "chunk"], sort=False)["gamma"].mean().round(4).reset_index()
+            extra = dict(pass_tokens=_pass_tokens(run), losses=run.metrics["loss"].round(4).tolist(), steps=[s["steps"] for s in run.stages], chunk_pairs=[s["pairs"] for s in run.stages], gammas=gammas.to_json(orient="records"))
+            results, tokens, stages = models[-1], int(run.metrics["tokens"].sum()), [_by_skill(m, prompts, t) for t, m in enumerate(models, 1)]
+    return results | extra | dict(stages=pd.concat(stages).to_json(orient="records"), tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
 
 # %% ../nbs/experiments/protocol.ipynb #c153988e
 RESULTS = Path(str(files("sdpo_nb.data"))) / "results"
@@ -207,7 +213,7 @@ def _add(path, rows, *new): # the whole table, with more rows; written under a t
 
 def _pool(workers=None):
     os.environ["TQDM_DISABLE"] = "1"        # for the workers; this process has read it before
-    return ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
 
 def _of(table, cells): return table[table["key"].isin({c.key for c in cells})]
 def _path(folder): return Path(folder or RESULTS) / "runs.parquet"
@@ -278,9 +284,14 @@ def search() -> list[Cell]:
     return cells + [Cell(w, 0, "SFT on chosen", dict(lr=r), "validation") for r in RATES for w in SEARCH_WORLDS]
 
 def choose(rows: pd.DataFrame) -> dict: # method -> settings
-    "The settings with the highest mean true reward, sampled on validation prompts."
+    "The settings with the highest mean true reward, sampled on validation prompts. Raises ValueError where they lie on the edge of what was tried."
     mean = rows.assign(reward=rows["sampled"].map(np.mean)).groupby(["method", "settings"])["reward"].mean()
-    return {m: json.loads(best[1]) for m, best in mean.groupby("method").idxmax().items()}
+    best = {m: json.loads(at[1]) for m, at in mean.groupby("method").idxmax().items()}
+    for m, chosen in best.items():
+        tried = [json.loads(x) for x in rows.loc[rows["method"] == m, "settings"]]
+        for name, v in chosen.items():
+            if v in (min(t[name] for t in tried), max(t[name] for t in tried)): raise ValueError(f"{m}: its best {name}, {v:g}, is on the edge of the grid; extend the grid, for all methods")
+    return best
 
 def choices() -> dict:
     "What the search chose, as it was committed."
@@ -328,7 +339,10 @@ def values(found: dict, name: str, what: str) -> np.ndarray:
 
 def contrasts(found: dict, # name -> rows of the table
               questions: pd.DataFrame=PRIMARY) -> pd.DataFrame:
-    "a minus b for each question, with interval, p-value and Holm's."
+    "a minus b for each question, with interval, p-value and Holm's. Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."
+    drawn = {name: set(zip(rows["world"], rows["seed"], rows["weights"])) for name, rows in found.items()}
+    for name, those in drawn.items():
+        if those != next(iter(drawn.values())): raise ValueError(f"contrasts: '{name}' was run in other worlds or with other seeds than '{next(iter(drawn))}'")
     both = [(values(found, q.a, q.outcome), values(found, q.b, q.outcome)) for q in questions.itertuples()]
     d = [a - (b if a.shape == b.shape else b.mean(2, keepdims=True)) for a, b in both]
     mean, low, high = zip(*map(interval, d))
@@ -383,7 +397,7 @@ def how_to_partition() -> dict:
     out |= {f"gamma of pairs{there}": ("sDPO", dpo | dict(order=order, chunks=3), ("one source",)) for there, order in (("", "easy_to_hard"), (", hard first", "hard_to_easy"))}
     for what, easy in (("length", 1), ("distance", -1), ("true gap", -1)):
         out |= {f"{what} of pairs{there}": ("sDPO", dpo | dict(order="as_given", chunks=3), ("sorted", what, sign)) for there, sign in (("", easy), (", hard first", -easy))}
-    return out | {"DPO": ("DPO", dpo)} | {f"DPO on the {keep} gaps": ("DPO", dpo, ("selected", keep)) for keep in ("smallest", "largest")}
+    return out | {"DPO": ("DPO", dpo)} | {f"DPO on the {keep} gaps": ("DPO", dpo, ("selected", keep, dpo["beta"], dpo["lr"])) for keep in ("smallest", "largest")}
 
 def stage_by_stage() -> dict:
     "Sources that are skills, so that a stage can unlearn what another taught."
@@ -414,7 +428,7 @@ def load_grid(grid: str) -> dict: # name of a row -> rows of the table
     return {name: _of(table, cells) for name, cells in cells_of(grid).items()}
 
 # %% ../nbs/experiments/protocol.ipynb #7b1d3ce7
-FRONTIER_BETAS = (1e9, 100, 60, 40, 25, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1)
+FRONTIER_BETAS = (1e9, 100, 60, 40, 25, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1, 0.7, 0.5, 0.3, 0.1)
 
 def world_curve(seed: int, worlds="runs/worlds") -> pd.DataFrame:
     torch.set_num_threads(1)
@@ -430,8 +444,13 @@ def run_frontiers(worlds=WORLDS, folder=None) -> dict: # world -> frontier
     return {w: rows for w, rows in done.groupby("world")}
 
 def small_cells() -> list[Cell]:
-    "Every method once, in world 0 with few pairs."
-    return [Cell(0, 0, m, dict(epochs=1), "validation", 32) for m in (*METHODS, *BASELINES)]
+    "Every method, every kind of data and every kind of prompts once, in world 0 with few pairs."
+    def cell(method="sDPO", split="validation", *data, **settings): return Cell(0, 0, method, dict(epochs=1) | settings, split, 32, data or ("sources",))
+    given = dict(order="as_given")
+    return [cell(m) for m in (*METHODS, *BASELINES)] + [cell(split=s) for s in ("seven letters", "other letters")] + [
+        cell("sDPO", "validation", *data, **settings) for data, settings in (
+            (("one source",), dict(chunks=3)), (("skills",), {}), (("without", "sort"), {}), (("same prompts", 3), given), (("sorted", "true gap", -1), given | dict(chunks=3)), (("selected", "largest", 0.3, 1e-4), dict(chunks=1)),
+            (("new", "policy", "judge", 0.2), given), (("new", "S", "implicit"), given))]
 
 def run(what: str):
     "One of: small, pilot, search, or the name of a grid."

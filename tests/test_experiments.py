@@ -1,5 +1,5 @@
 "The protocol's bookkeeping, on tables whose answer is known; and every kind of cell once."
-import json
+import io, json, random
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from sdpo_nb import experiments as ex
 
 
 def rows(values, method="m"): # (worlds, seeds, prompts)
-    return pd.DataFrame([dict(world=w + 1, seed=s, method=method, sampled=list(v), greedy=list(v), kl=list(10 * v))
+    return pd.DataFrame([dict(world=w + 1, seed=s, method=method, weights=f"w{w}", sampled=list(v), greedy=list(v), kl=list(10 * v))
                          for w, per in enumerate(values) for s, v in enumerate(per)]).sample(frac=1, random_state=0)
 
 
@@ -30,6 +30,17 @@ def test_a_ladder_is_read_between_its_steps():
     with pytest.raises(ValueError, match="6.00 nats is outside the ladder, 2.00 to 5.00"): ex.at_kl(ladder, np.full((2, 1, 1), 6.0))
 
 
+def test_contrasts_find_what_was_planted_and_refuse_other_draws():
+    g = np.random.default_rng(0)
+    world, luck = g.normal(0, 0.2, (10, 1, 1)), lambda: g.normal(0, 0.01, (10, 2, 50))
+    found = dict(a=rows(world + 0.1 + luck()), b=rows(world + luck()), c=rows(world + luck()))
+    asked = pd.DataFrame([("planted", "a", "b", "sampled"), ("nothing", "b", "c", "greedy")], columns=["question", "a", "b", "outcome"])
+    there, nothing = ex.contrasts(found, asked).itertuples()
+    assert there.low > 0.08 and there.high < 0.12 and there.holm < 0.01 and nothing.low < 0 < nothing.high and nothing.holm > 0.05 and (there.worlds, there.seeds) == (10, 2)
+    found["b"] = found["b"][found["b"]["world"] != 3]
+    with pytest.raises(ValueError, match="'b' was run in other worlds"): ex.contrasts(found, asked)
+
+
 def test_holm():
     assert ex.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and ex.holm([0.5, 0.9]) == [1, 1]
 
@@ -47,23 +58,83 @@ def test_variances_are_told_apart():
     assert abs(v["worlds"] - 0.3) < 0.03 and abs(v["seeds"] - 0.1) < 0.01
 
 
+def searched(*cells): return pd.DataFrame([dict(method=m, settings=json.dumps(dict(beta=b)), sampled=[x]) for m, b, x in cells])
+
+
 def test_choose_takes_the_best_of_each_method():
-    r = pd.DataFrame([dict(method=m, settings=json.dumps(dict(beta=b)), sampled=[x]) for m, b, x in (("a", 1, 0.2), ("a", 2, 0.4), ("a", 2, 0.1), ("b", 1, 0.9), ("b", 2, 0.8))])
-    assert ex.choose(r) == dict(a=dict(beta=2), b=dict(beta=1))
+    r = searched(("a", 1, 0.2), ("a", 2, 0.4), ("a", 2, 0.3), ("a", 3, 0.1), ("b", 1, 0.5), ("b", 2, 0.8), ("b", 3, 0.7))
+    assert ex.choose(r) == dict(a=dict(beta=2), b=dict(beta=2))
+
+
+def test_choose_refuses_the_edge():
+    with pytest.raises(ValueError, match="b: its best beta, 3, is on the edge"): ex.choose(searched(("b", 1, 0.5), ("b", 2, 0.6), ("b", 3, 0.7)))
 
 
 def test_every_method_runs_and_a_second_call_adds_nothing(tmp_path):
     cells = ex.small_cells()
-    found = ex.run_grid(cells, tmp_path).set_index("method")
+    everything = ex.run_grid(cells, tmp_path)
+    found = everything[(everything["data"] == '["sources"]') & (everything["split"] == "validation")].set_index("method")
     before = (tmp_path / "runs.parquet").stat().st_mtime_ns
     assert len(ex.run_grid(cells, tmp_path)) == len(cells) and (tmp_path / "runs.parquet").stat().st_mtime_ns == before
     assert set(found.index) == {*ex.METHODS, *ex.BASELINES} and max(map(abs, found.loc["S", "kl"])) < 1e-9
     trained = found.loc[list(ex.METHODS)]
     assert (trained["kl"].map(np.mean) > 0).all() and trained["tokens"].nunique() == 1       # equal budgets
     assert len({tuple(x) for x in trained["sampled"]}) > 3                                     # and not one and the same method
+    assert {json.loads(d)[0] for d in everything["data"]} == set(ex.DATA)
+    assert {len(r.sampled) for r in everything.itertuples() if r.split == "other letters"} != {len(found.loc["S", "sampled"])}
+    stages = pd.read_json(io.StringIO(found.loc["sDPO", "stages"]))
+    assert set(stages["stage"]) == {1, 2, 3} and set(stages["skill"]) == set(ex.SKILLS)
+    assert found.loc["sDPO", "pass_tokens"] > found.loc["DPO", "pass_tokens"] == found.loc["DPO", "tokens"]  # one epoch: the partition's pass reads what training reads
 
 
 def test_a_cell_that_fails_is_named_after_the_others_are_through(tmp_path):
     good, bad = ex.Cell(0, 0, "S", {}, "validation", 8), ex.Cell(0, 0, "DPO", dict(beta=-1.0), "validation", 8)
     with pytest.raises(RuntimeError, match="beta"): ex.run_grid([bad, good], tmp_path)
     assert ex.rows_of([bad, good], tmp_path)["method"].tolist() == ["S"]
+
+
+def texts(world, base, tok, *data): return ex.DATA[data[0]](world, base, tok, *data[1:])
+
+
+@pytest.fixture(scope="module")
+def world():
+    w = ex.build_world(0)
+    return w, *ex.load_base(w)
+
+
+def test_data_by_skill_and_without_one(world):
+    skills, without = texts(*world, "skills"), texts(*world, "without", "sort")
+    assert set(skills) == set(ex.SKILLS) and all(r["prompt"][0]["content"].startswith("copy ") for r in skills["copy"])
+    assert set(without) == set(world[0].sources) and sum(map(len, without.values())) == sum(map(len, skills.values())) - len(skills["sort"])
+
+
+def test_sorted_both_ways(world):
+    there, back = (texts(*world, "sorted", "true gap", sign)["all"] for sign in (1, -1))
+    gaps = [ex._measured(r, "true gap") for r in there]
+    assert gaps == sorted(gaps) and gaps[0] < gaps[-1] and [ex._measured(r, "true gap") for r in back] == gaps[::-1]
+    with pytest.raises(ValueError, match="'size' is none of length"): texts(*world, "sorted", "size", 1)
+
+
+def test_a_judge_errs_as_often_as_stated():
+    rows = [dict(prompt=[dict(content="copy abc")], chosen=[dict(content="abc" if i % 2 else "cba")], rejected=[dict(content="cba" if i % 2 else "abc")]) for i in range(4000)]
+    def right(error): return np.mean([r["chosen"][0]["content"] == "abc" for r in ex._judged(rows, error, random.Random(0))])
+    assert right(0.) == 1 and abs(right(0.2) - 0.8) < 0.02
+
+
+def test_same_prompts_in_every_part(world):
+    parts = texts(*world, "same prompts", 8)
+    prompts = [{r["prompt"][0]["content"] for r in rows} for rows in parts.values()]
+    assert len(parts) == 8 and len(set.union(*prompts)) <= 300 and len(prompts[0] & prompts[1]) > 0.4 * len(prompts[0])
+    assert parts["part 1"] != parts["part 2"]
+
+
+def test_implicit_gap_is_zero_for_S_itself(world):
+    w, base, tok = world
+    rows = ex._texts(w)
+    assert all(r["chosen"][0]["content"] and r["rejected"][0]["content"] for r in rows)
+    assert ex._implicit_gap(base, base, tok, rows).abs().max() == 0          # as many numbers as rows
+    with pytest.raises(ValueError, match="1 of 3 pairs cannot be used"): ex._implicit_gap(base, base, tok, [*rows[:2], rows[2] | dict(chosen=[dict(role="assistant", content="")])])
+
+
+def test_an_unknown_split_is_refused(world):
+    with pytest.raises(ValueError, match="'tset' is none of"): ex._prompts(world[0], "tset", 0)

@@ -4,10 +4,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/protocol.ipynb)
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** a few seconds. The rules stand here before any grid was run; search, pilot and grids are still to come, and with them the tables that this page will show.
+# **You should know** [stepwise DPO](../09_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** a few seconds; the grids behind its tables took hours (`make experiments`).
 #
-# The paper compares single runs. A run is a draw: two seeds of one method may differ by more than two methods do. So every experiment here asks its question of several small worlds
-# whose true reward is known, and follows the rules of this page.
+# The paper compares single runs, and a run is a draw: of a seed, and of a base model with its data. So every experiment here asks its question of several small worlds whose true reward is known, and follows the rules of
+# this page.
 
 # %%
 #| default_exp experiments
@@ -19,7 +19,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import copy, itertools, json, os, random, tempfile, time
+import copy, itertools, json, math, os, random, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -38,6 +38,7 @@ from sdpo_nb.evaluate import frontier, interval, response_kl
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
+from sdpo_nb.trainer import learning_rate
 from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, sft, true_reward, true_rewards
 
 
@@ -97,25 +98,33 @@ class Cell:
 
 # %% [markdown]
 # What is kept of a run are numbers: the true reward of every prompt, sampled at temperature 1 and greedy, and the KL from S along the sampled responses, with the same luck for all methods of a world so that
-# differences are paired; the means of the same for the models of earlier stages, skill by skill; the losses; the mean gamma of every model on every chunk.
+# differences are paired; the means by skill, also of the models of earlier stages; the losses; the mean gamma of every model on every chunk.
 
 # %%
 #| export
 def _results(model, base, tok, prompts, tau, luck): # (n,) each
     "What is measured of a model."
     kinds = {how: true_rewards(model, tok, prompts, t, luck) for how, t in (("sampled", tau), ("greedy", 0.))}
-    return {how: np.round(v, 4).tolist() for how, v in kinds.items()} | dict(kl=np.round(response_kl(model, base, tok, prompts, tau, luck), 2).tolist())
+    return {how: np.round(v, 4).tolist() for how, v in kinds.items()} | dict(kl=np.round(response_kl(model, base, tok, prompts, tau, luck), 3).tolist())
 
-def _on_the_way(run, base, tok, prompts, luck): # one row per model and skill
-    "Means of the same for every model before the last, skill by skill."
-    skills = [p.split()[0] for p in prompts]
-    return pd.concat([pd.DataFrame(_results(load_model(str(run.model_folder(t))), base, tok, prompts, 1., luck)).groupby(skills).mean().rename_axis("skill").reset_index().assign(stage=t)
-                      for t in range(1, len(run.stages))], ignore_index=True) if len(run.stages) > 1 else pd.DataFrame()
+def _by_skill(results, prompts, stage): # skill, sampled, greedy, kl, stage
+    return pd.DataFrame(results).groupby([p.split()[0] for p in prompts]).mean().round(4).rename_axis("skill").reset_index().assign(stage=stage)
 
 
 # %% [markdown]
-# *Equal budgets* follow from the settings: every method sees the same pairs three times, in as many optimizer steps of the same size, and a schedule that starts anew in every stage has the same integral as one that does not,
-# but for the rounding of its warm-up. What a moving reference costs on top is one pass without gradients over each chunk but the first; its tokens are counted beside those that were trained on.
+# *Equal budgets* follow from the settings, nearly: every method of DPO sees the same pairs three times. A schedule that starts anew in every stage adds up to a little more learning rate than one that does not, since every
+# warm-up reaches the peak again, and chunks end in smaller batches. For three stages that is little, for eight it is not:
+
+# %%
+def summed(T, pairs=1500): # of T restarted schedules, in units of the peak
+    chunk = [COMMON["epochs"] * math.ceil(len(part) / COMMON["batch_size"]) for part in np.array_split(range(pairs), T)]
+    return sum(learning_rate(step, n, StepwiseConfig(lr=1.0)) for n in chunk for step in range(n)), sum(chunk)
+
+pd.DataFrame({T: {"sum of learning rates (peaks)": summed(T)[0], "optimizer steps": summed(T)[1]} for T in (1, 3, 8)}).rename_axis(columns="stages").round(1)
+
+
+# %% [markdown]
+# What a moving reference costs on top is one pass without gradients over each chunk but the first; its tokens are counted beside those that were trained on.
 
 # %%
 #| export
@@ -141,8 +150,10 @@ def _baseline(cell, base, tokenizer, world, sources):
 
 # %%
 #| export
+def _usable(rows): return [r for r in rows if r["chosen"][-1]["content"] and r["rejected"][-1]["content"]] # as tokenisation would
+
 def _texts(world): # every pair of a world, with its source and whether its label is wrong
-    return [json.loads(line) | dict(source=n) for n, f in world.sources.items() for line in open(f)]
+    return _usable([json.loads(line) | dict(source=n) for n, f in world.sources.items() for line in open(f)])
 
 def _by(key, rows): # key of a row -> rows
     out = {}
@@ -151,7 +162,7 @@ def _by(key, rows): # key of a row -> rows
 
 def _same_prompts(world, base, tok, T): # T sources of fresh pairs, all on every T-th prompt
     precise, prompts = copy.deepcopy(base).double(), [r["prompt"][-1]["content"] for r in _texts(world)][::T]
-    return {f"part {t+1}": make_pairs(precise, tok, prompts, 10_000 + t) for t in range(T)}
+    return {f"part {t+1}": _usable(make_pairs(precise, tok, prompts, 10_000 + t)) for t in range(T)}
 
 def _skill(row): return row["prompt"][-1]["content"].split()[0]
 
@@ -184,17 +195,19 @@ DATA["sorted"] = _sorted
 
 
 # %% [markdown]
-# Two published ways to *select* pairs contradict each other: keep those with the smallest implicit reward gap of a trained model, or drop them. Here that model is trained on all pairs once; with three passes over the two
-# thirds that it keeps, the budget is that of three passes over all.
+# Two published ways to *select* pairs contradict each other: keep those with the smallest implicit reward gap of a trained model ([2508.04149](https://arxiv.org/abs/2508.04149)), or drop the hardest
+# ([2502.09650](https://arxiv.org/abs/2502.09650)), which are those again. The gap is signed here: the smallest belong to pairs that the model orders against their label. That model is trained on all pairs once; with three passes over the
+# two thirds that it keeps, as many pairs are seen as in three passes over all (its own tokens are not in the table).
 
 # %%
 #| export
 def _implicit_gap(model, base, tok, rows): # (n,) gamma of the model minus gamma of S, nats
     pairs = tokenize_pairs(load_pairs(rows), tok, "pairs", COMMON["max_length"], COMMON["max_length"] // 2).pairs
+    if len(pairs) != len(rows): raise ValueError(f"implicit gap: {len(rows) - len(pairs)} of {len(rows)} pairs cannot be used")
     return score_pairs(model, pairs).gamma(pairs) - score_pairs(base, pairs).gamma(pairs)
 
-def _selected(world, base, tok, keep): # the smallest or the largest gaps
-    rows, settings = _texts(world), COMMON | choices()["DPO"] | dict(chunks=1, epochs=1)
+def _selected(world, base, tok, keep, beta, lr): # the smallest or the largest gaps
+    rows, settings = _texts(world), COMMON | dict(beta=beta, lr=lr, chunks=1, epochs=1)
     with tempfile.TemporaryDirectory() as tmp: model = sdpo(world.base, {"all": rows}, StepwiseConfig(**settings), tmp).model
     order = _implicit_gap(model, base, tok, rows).argsort(descending=keep == "largest").tolist()
     return {"all": [rows[i] for i in order[:2 * len(rows) // 3]]}
@@ -204,7 +217,8 @@ DATA["selected"] = _selected
 
 # %% [markdown]
 # And pairs can be *made between stages*: the model that a stage starts from answers prompts of its own, twice each, and the two answers are labelled by the true reward as everywhere (Bradley-Terry), by a judge who errs with a
-# stated probability, or by the implicit reward, $\log M_{t-1} - \log S$, which costs nothing and is not there yet in stage 1.
+# stated probability, or by the implicit reward, $\log M_{t-1} - \log S$, which costs nothing; it is not there yet in stage 1, whose labels come from the true reward. Equal answers make no pair, so a sharper model writes fewer pairs; how
+# many stands in the table.
 
 # %%
 #| export
@@ -218,7 +232,7 @@ def _new(world, base, tok, writer, label, error=0., stages=3): # writer: S or po
     prompts, precise = [r["prompt"][-1]["content"] for r in _texts(world)], copy.deepcopy(base).double()
     def chunk(t, model):
         if t > stages: return None
-        rows = make_pairs(precise if writer == "S" or t == 1 else copy.deepcopy(model).double(), tok, prompts[t-1::stages], 20_000 + t)
+        rows = _usable(make_pairs(precise if writer == "S" or t == 1 else copy.deepcopy(model).double(), tok, prompts[t-1::stages], 20_000 + t))
         if label == "judge": return _judged(rows, error, random.Random(t))
         if label == "implicit" and t > 1: return [_swapped(r) if gap < 0 else r for r, gap in zip(rows, _implicit_gap(model, base, tok, rows))]
         return rows
@@ -228,7 +242,8 @@ DATA["new"] = _new
 
 
 # %% [markdown]
-# Prompts are those of a split. Two more kinds are unlike anything that a model of the world has seen: strings of seven letters, and strings of letters that occur nowhere else.
+# Prompts are those of a split. Two more kinds are unlike anything that a model of the world has seen: strings of seven letters, and strings of the eleven letters after k, which occur in no string and no
+# answer (six of them occur in the names of skills). "Shift" has no answer there.
 
 # %%
 #| export
@@ -247,17 +262,22 @@ def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
     start, w = time.perf_counter(), build_world(cell.world, worlds)
     base, tok = load_base(w)
     name, *asked = cell.data
-    sources, prompts, luck, extra = DATA[name](w, base, tok, *asked), _prompts(w, cell.split, cell.world), 1 + cell.world, {}
-    if cell.pairs: sources = {n: s[:cell.pairs] for n, s in sources.items()}
-    with tempfile.TemporaryDirectory() as tmp:
-        if cell.method in BASELINES: model, tau, tokens = _baseline(cell, base, tok, w, sources)
-        else:
-            config = cell.config | (dict(chunks=sources) if callable(sources) else {})
+    sources, prompts = DATA[name](w, base, tok, *asked), _prompts(w, cell.split, cell.world)
+    def measured(model, tau=1.): return _results(model, base, tok, prompts, tau, 1 + cell.world)
+    if cell.pairs and not callable(sources): sources = {n: s[:cell.pairs] for n, s in sources.items()}
+    if cell.method in BASELINES:
+        model, tau, tokens = _baseline(cell, base, tok, w, sources)
+        results, extra = measured(model, tau), {}
+        stages = [_by_skill(results, prompts, 0)]
+    else:
+        config = cell.config | (dict(chunks=sources) if callable(sources) else {})
+        with tempfile.TemporaryDirectory() as tmp:
             run = sdpo(w.base, None if callable(sources) else sources, StepwiseConfig(**config, seed=cell.seed), Path(tmp) / "run")
-            model, tau, tokens, gammas = run.model, 1., int(run.metrics["tokens"].sum()), gamma_table(run).groupby(["model", "chunk"], sort=False)["gamma"].mean().reset_index()
-            extra = dict(pass_tokens=_pass_tokens(run), losses=run.metrics["loss"].round(4).tolist(), steps=[s["steps"] for s in run.stages], chunk_pairs=[s["pairs"] for s in run.stages],
-                         gammas=gammas.round(4).to_json(orient="records"), stages=_on_the_way(run, base, tok, prompts, luck).round(4).to_json(orient="records"))
-        return _results(model, base, tok, prompts, tau, luck) | extra | dict(tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
+            models = [measured(load_model(str(run.model_folder(t)))) for t in range(1, len(run.stages) + 1)]
+            gammas = gamma_table(run).groupby(["model", "chunk"], sort=False)["gamma"].mean().round(4).reset_index()
+            extra = dict(pass_tokens=_pass_tokens(run), losses=run.metrics["loss"].round(4).tolist(), steps=[s["steps"] for s in run.stages], chunk_pairs=[s["pairs"] for s in run.stages], gammas=gammas.to_json(orient="records"))
+            results, tokens, stages = models[-1], int(run.metrics["tokens"].sum()), [_by_skill(m, prompts, t) for t, m in enumerate(models, 1)]
+    return results | extra | dict(stages=pd.concat(stages).to_json(orient="records"), tokens=tokens, seconds=time.perf_counter() - start, weights=w.manifest["model"])
 
 
 # %% [markdown]
@@ -280,7 +300,7 @@ def _add(path, rows, *new): # the whole table, with more rows; written under a t
 
 def _pool(workers=None):
     os.environ["TQDM_DISABLE"] = "1"        # for the workers; this process has read it before
-    return ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
 
 def _of(table, cells): return table[table["key"].isin({c.key for c in cells})]
 def _path(folder): return Path(folder or RESULTS) / "runs.parquet"
@@ -312,7 +332,7 @@ def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.Da
 # ## Paired differences
 #
 # Two methods are compared where both were run: the same worlds, seeds and prompts. The interval of the difference comes from a bootstrap on all three levels ([chapter 08](../08_evaluate.ipynb)); the p-value from the worlds alone, which
-# are what was drawn independently. If nothing were different, the mean difference of each world could as well have had the other sign, so all $2^W$ choices of signs are tried (the exact sign-flip test). With ten
+# are what was drawn independently. If the two methods were interchangeable, the mean difference of each world could as well have had the other sign, so all $2^W$ choices of signs are tried (the exact sign-flip test). With ten
 # worlds the smallest p-value is 0.002, with five it would be 0.06.
 
 # %%
@@ -355,8 +375,9 @@ def holm(p: list) -> list:
 # %% [markdown]
 # ## The same search for every method
 #
-# A method that was tuned beats one that was not. So each gets the same grid, $\beta$ by factors of two and three learning rates, on validation prompts of two worlds that are reported nowhere; a best value on the
-# edge would extend the grid for all. (Where the grid lies was seen from DPO and stepwise DPO in world 0.) What is chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below.
+# A method that was tuned beats one that was not. So each method of DPO gets the same grid, $\beta$ by factors of two and three learning rates, on validation prompts of two worlds that are reported nowhere; a best value on the
+# edge would extend the grid for all. (Where the grid lies was seen from DPO and stepwise DPO in world 0.) What is chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below. (Two baselines have
+# no $\beta$: fine-tuning on the chosen responses is searched over the learning rates, the temperature of S over six values in each world.)
 
 # %%
 #| export
@@ -368,9 +389,14 @@ def search() -> list[Cell]:
     return cells + [Cell(w, 0, "SFT on chosen", dict(lr=r), "validation") for r in RATES for w in SEARCH_WORLDS]
 
 def choose(rows: pd.DataFrame) -> dict: # method -> settings
-    "The settings with the highest mean true reward, sampled on validation prompts."
+    "The settings with the highest mean true reward, sampled on validation prompts. Raises ValueError where they lie on the edge of what was tried."
     mean = rows.assign(reward=rows["sampled"].map(np.mean)).groupby(["method", "settings"])["reward"].mean()
-    return {m: json.loads(best[1]) for m, best in mean.groupby("method").idxmax().items()}
+    best = {m: json.loads(at[1]) for m, at in mean.groupby("method").idxmax().items()}
+    for m, chosen in best.items():
+        tried = [json.loads(x) for x in rows.loc[rows["method"] == m, "settings"]]
+        for name, v in chosen.items():
+            if v in (min(t[name] for t in tried), max(t[name] for t in tried)): raise ValueError(f"{m}: its best {name}, {v:g}, is on the edge of the grid; extend the grid, for all methods")
+    return best
 
 def choices() -> dict:
     "What the search chose, as it was committed."
@@ -380,7 +406,7 @@ def choices() -> dict:
 # %% [markdown]
 # ## How many worlds, how many seeds?
 #
-# First the variances, then the number. In a pilot, on five worlds that are reported nowhere and on validation prompts, the difference of two methods has a part that differs between worlds and a part that differs between the
+# In a pilot, on five worlds that are reported nowhere and on validation prompts, the difference of two methods has a part that differs between worlds and a part that differs between the
 # seeds of a world. Of $W$ worlds with $R$ seeds the mean then has the standard error
 #
 # $$\sqrt{\sigma_w^2 / W + \sigma_s^2 / (W R)}. \tag{1}$$
@@ -398,6 +424,20 @@ def variances(values: np.ndarray) -> dict: # (worlds, seeds, prompts)
     return dict(worlds=float(np.sqrt(max(0, m.mean(1).var(ddof=1) - within / m.shape[1]))), seeds=float(np.sqrt(within)))
 
 WORLDS, SEEDS = range(1, 11), range(2)
+
+# %% [markdown]
+# DPO and stepwise DPO, four seeds in each of five worlds, at the same settings:
+
+# %%
+trial = {m: outcome(rows_of([c for c in pilot() if c.method == m]), "sampled") for m in ("DPO", "sDPO")}
+parts = {"true reward of DPO": variances(trial["DPO"]), "of sDPO minus DPO, paired": variances(trial["sDPO"] - trial["DPO"])}
+def standard_error(v, W, R): return (v["worlds"]**2 / W + v["seeds"]**2 / (W * R)) ** 0.5      # (1)
+assert parts["of sDPO minus DPO, paired"]["worlds"] < 0.2 * parts["true reward of DPO"]["worlds"]
+pd.DataFrame({name: {"sd between worlds": v["worlds"], "sd between seeds": v["seeds"]} | {f"standard error, {W} worlds x {R}": standard_error(v, W, R) for W, R in ((5, 4), (len(WORLDS), len(SEEDS)), (20, 1))} for name, v in parts.items()}).T.round(4)
+
+# %% [markdown]
+# Worlds differ in how good their S is, and a comparison that did not pair them would drown in that. Paired, what is left between worlds is about as large as between seeds, so worlds are worth more than seeds: ten worlds with two seeds each cost as
+# much as five with four, and leave a standard error of 0.006, a third of what counts as equal below.
 
 # %% [markdown]
 # ## Eight questions, asked beforehand
@@ -437,7 +477,10 @@ def values(found: dict, name: str, what: str) -> np.ndarray:
 
 def contrasts(found: dict, # name -> rows of the table
               questions: pd.DataFrame=PRIMARY) -> pd.DataFrame:
-    "a minus b for each question, with interval, p-value and Holm's."
+    "a minus b for each question, with interval, p-value and Holm's. Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."
+    drawn = {name: set(zip(rows["world"], rows["seed"], rows["weights"])) for name, rows in found.items()}
+    for name, those in drawn.items():
+        if those != next(iter(drawn.values())): raise ValueError(f"contrasts: '{name}' was run in other worlds or with other seeds than '{next(iter(drawn))}'")
     both = [(values(found, q.a, q.outcome), values(found, q.b, q.outcome)) for q in questions.itertuples()]
     d = [a - (b if a.shape == b.shape else b.mean(2, keepdims=True)) for a, b in both]
     mean, low, high = zip(*map(interval, d))
@@ -501,7 +544,7 @@ def how_to_partition() -> dict:
     out |= {f"gamma of pairs{there}": ("sDPO", dpo | dict(order=order, chunks=3), ("one source",)) for there, order in (("", "easy_to_hard"), (", hard first", "hard_to_easy"))}
     for what, easy in (("length", 1), ("distance", -1), ("true gap", -1)):
         out |= {f"{what} of pairs{there}": ("sDPO", dpo | dict(order="as_given", chunks=3), ("sorted", what, sign)) for there, sign in (("", easy), (", hard first", -easy))}
-    return out | {"DPO": ("DPO", dpo)} | {f"DPO on the {keep} gaps": ("DPO", dpo, ("selected", keep)) for keep in ("smallest", "largest")}
+    return out | {"DPO": ("DPO", dpo)} | {f"DPO on the {keep} gaps": ("DPO", dpo, ("selected", keep, dpo["beta"], dpo["lr"])) for keep in ("smallest", "largest")}
 
 def stage_by_stage() -> dict:
     "Sources that are skills, so that a stage can unlearn what another taught."
@@ -537,7 +580,7 @@ def load_grid(grid: str) -> dict: # name of a row -> rows of the table
 
 # %%
 #| export
-FRONTIER_BETAS = (1e9, 100, 60, 40, 25, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1)
+FRONTIER_BETAS = (1e9, 100, 60, 40, 25, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1, 0.7, 0.5, 0.3, 0.1)
 
 def world_curve(seed: int, worlds="runs/worlds") -> pd.DataFrame:
     torch.set_num_threads(1)
@@ -553,8 +596,13 @@ def run_frontiers(worlds=WORLDS, folder=None) -> dict: # world -> frontier
     return {w: rows for w, rows in done.groupby("world")}
 
 def small_cells() -> list[Cell]:
-    "Every method once, in world 0 with few pairs."
-    return [Cell(0, 0, m, dict(epochs=1), "validation", 32) for m in (*METHODS, *BASELINES)]
+    "Every method, every kind of data and every kind of prompts once, in world 0 with few pairs."
+    def cell(method="sDPO", split="validation", *data, **settings): return Cell(0, 0, method, dict(epochs=1) | settings, split, 32, data or ("sources",))
+    given = dict(order="as_given")
+    return [cell(m) for m in (*METHODS, *BASELINES)] + [cell(split=s) for s in ("seven letters", "other letters")] + [
+        cell("sDPO", "validation", *data, **settings) for data, settings in (
+            (("one source",), dict(chunks=3)), (("skills",), {}), (("without", "sort"), {}), (("same prompts", 3), given), (("sorted", "true gap", -1), given | dict(chunks=3)), (("selected", "largest", 0.3, 1e-4), dict(chunks=1)),
+            (("new", "policy", "judge", 0.2), given), (("new", "S", "implicit"), given))]
 
 def run(what: str):
     "One of: small, pilot, search, or the name of a grid."
