@@ -97,7 +97,7 @@ def frontier(base, tokenizer, prompts: list, betas: list, samples: int=50) -> pd
     return pd.DataFrame(out, columns=["beta", "reward", "kl", "unlisted"]).groupby("beta", as_index=False).mean()
 
 def excess(reward: float, kl: float, curve: pd.DataFrame) -> float:
-    "Reward minus what the curve has at this KL; above 0 only by luck: of the samples, or of the curve's own draws."
+    "Reward minus what the curve has at this KL, or at its end where that is beyond; above 0 only by luck, of the samples or of the curve's own draws, or where few points make a coarse curve."
     c = curve.sort_values("kl")
     return reward - float(np.interp(kl, c["kl"], c["reward"]))
 

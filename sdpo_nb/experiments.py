@@ -31,7 +31,7 @@ from .logprobs import load_model, score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, gamma_table, sdpo
 from .trainer import learning_rate
-from .world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, sft, true_reward, true_rewards
+from .world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, prompt_ids, sft, true_reward, true_rewards
 
 # %% ../nbs/experiments/protocol.ipynb #7fc47716
 def build_world(seed: int, worlds="runs/worlds"):
@@ -95,7 +95,7 @@ def _baseline(cell, base, tokenizer, world, sources):
     if cell.method == "S, best temperature": return base, max(TEMPERATURES, key=lambda t: np.mean(true_rewards(base, tokenizer, world.validation, t))), 0
     rows = [(r["prompt"][-1]["content"], r["chosen"][-1]["content"]) for pairs in sources.values() for r in pairs]
     c = cell.config
-    return sft(copy.deepcopy(base), tokenizer, rows, c["epochs"], c["batch_size"], c["lr"], cell.seed), 1., c["epochs"] * sum(len(p) + len(y) for p, y in rows)
+    return sft(copy.deepcopy(base), tokenizer, rows, c["epochs"], c["batch_size"], c["lr"], cell.seed), 1., c["epochs"] * sum(len(prompt_ids(tokenizer, p)) + len(y) + 1 for p, y in rows)
 
 # %% ../nbs/experiments/protocol.ipynb #048ebe05
 def _usable(rows): return [r for r in rows if r["chosen"][-1]["content"] and r["rejected"][-1]["content"]] # as tokenisation would
@@ -276,12 +276,12 @@ def holm(p: list) -> list:
     return out
 
 # %% ../nbs/experiments/protocol.ipynb #ab028400
-BETAS, RATES, SEARCH_WORLDS = (0.15, 0.3, 0.6, 1.2, 2.4, 4.8), (3e-5, 1e-4, 3e-4), (101, 102)
+BETAS, RATES, SEARCH_WORLDS = (0.15, 0.3, 0.6, 1.2, 2.4, 4.8, 9.6), (3e-5, 1e-4, 3e-4, 1e-3), (101, 102)
 
 def search() -> list[Cell]:
     "The search: of every method of DPO, and (without beta) of fine-tuning on the chosen responses."
     cells = [Cell(w, 0, m, dict(beta=b, lr=r), "validation") for m in METHODS for b in BETAS for r in RATES for w in SEARCH_WORLDS]
-    return cells + [Cell(w, 0, "SFT on chosen", dict(lr=r), "validation") for r in RATES for w in SEARCH_WORLDS]
+    return cells + [Cell(w, 0, "SFT on chosen", dict(lr=r), "validation") for r in (*RATES, 3e-3) for w in SEARCH_WORLDS]
 
 def choose(rows: pd.DataFrame) -> dict: # method -> settings
     "The settings with the highest mean true reward, sampled on validation prompts. Raises ValueError where they lie on the edge of what was tried."

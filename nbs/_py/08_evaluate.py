@@ -95,6 +95,8 @@ widths.round(3)
 
 
 # %% [markdown]
+# These intervals are about prompts: they say what other prompts would have shown of *this* S and M, and nothing of another training run.
+#
 # An interval is a promise about repetition: of a hundred such intervals about 95 should hold the truth. That can be tried, since we can make data whose mean we know. Beside the plain case stand five
 # worlds of four runs, whose means differ by more than the runs do.
 
@@ -106,12 +108,12 @@ def five_worlds(g): return g.normal(0, 0.1, (5, 1, 1)) + g.normal(0, 0.05, (5, 4
 
 coverage = pd.Series({"60 skewed numbers": covers(lambda g: g.exponential(size=60), 1), "five worlds, drawn on every level": covers(five_worlds, 0),
                       "five worlds, taken for 600 numbers": covers(lambda g: five_worlds(g).ravel(), 0)}, name="holds the truth")
-assert coverage.iloc[0] > 0.9 and coverage.iloc[2] < 0.7 and 0.8 < coverage.iloc[1] < 1
+assert coverage.iloc[0] > 0.9 and coverage.iloc[2] < 0.7 and 0.85 < coverage.iloc[1] < 0.97
 coverage.map("{:.1%}".format).to_frame()
 
 
 # %% [markdown]
-# Treating all numbers as independent is the error to avoid. Five worlds are few for a bootstrap even so: its intervals there are somewhat narrow. And a share whose pairs are all alike (all right, all wrong)
+# Treating all numbers as independent is the error to avoid. The other two are a few points short of 95: skewed numbers, and five worlds, are little to draw from. And a share whose pairs are all alike (all right, all wrong)
 # gets an interval of no width, as [chapter 05](05_partition.ipynb) warns.
 #
 # ## Held-out pairs
@@ -145,7 +147,7 @@ assert all(v == (0.5, 0.5, 0.5) for v in by_source.xs("S", level=1)["reward accu
 by_source.map(as_text)
 
 # %% [markdown]
-# The model agrees more with labels of pairs it has not seen. Note the two accuracies: *prefers chosen* asks the model alone, *reward accuracy* asks whether training moved it the right way, and a
+# On every source the model agrees with more labels of pairs it has not seen than S does, if not by much. Note the two accuracies: *prefers chosen* asks the model alone, *reward accuracy* asks whether training moved it the right way, and a
 # model that is itself the reference has 0.5 by definition.
 #
 # ## Right answers
@@ -160,8 +162,7 @@ skills.map(as_text)
 
 
 # %% [markdown]
-# Sampled and greedy answers tell different things. Where S's greedy answer is right, sharpening alone would help sampled answers; where it is wrong, it would hurt. Only the greedy columns show whether greedy
-# answers changed.
+# Sampled and greedy answers tell different things. Where S's greedy answer is right, sharpening alone would help sampled answers; where it is wrong, it would hurt.
 #
 # ## How far from S?
 #
@@ -223,9 +224,9 @@ kls.round(4)
 # %% [markdown]
 # ## Reward at equal distance
 #
-# More reward for more distance is no merit by itself. What can be had for a distance is known here: the best policy of a given KL is $S\,e^{k r/\beta}/Z$ for some $\beta$ ([chapter 03](03_loss.ipynb)).
-# The responses of S to a short prompt can mostly be listed: draw some, add the right answer, compute the probability of each. What S has outside the list, a tenth or so in many rare mistakes, is represented by those of
-# a second draw that are not in the list.
+# More reward for more distance is no merit by itself. What can be had for a distance is known here: the best policy of a given KL is proportional to $S\,e^{k r/\beta}$ for some $\beta$, with the true reward $r$ and the scale $k=6$ of
+# the comparisons ([chapter 03](03_loss.ipynb)). The responses of S to a short prompt can mostly be listed: draw some, add the right answer, compute the probability of each. What S has outside the list, about a seventh in many rare
+# mistakes, is represented by a second draw: those of its responses that are not in the list. (Those of the first draw are all in it.)
 
 # %%
 #| export
@@ -247,13 +248,13 @@ def frontier(base, tokenizer, prompts: list, betas: list, samples: int=50) -> pd
     return pd.DataFrame(out, columns=["beta", "reward", "kl", "unlisted"]).groupby("beta", as_index=False).mean()
 
 def excess(reward: float, kl: float, curve: pd.DataFrame) -> float:
-    "Reward minus what the curve has at this KL; above 0 only by luck: of the samples, or of the curve's own draws."
+    "Reward minus what the curve has at this KL, or at its end where that is beyond; above 0 only by luck, of the samples or of the curve's own draws, or where few points make a coarse curve."
     c = curve.sort_values("kl")
     return reward - float(np.interp(kl, c["kl"], c["reward"]))
 
 
 # %%
-few, betas = prompts[:60], [math.inf, 100, 60, 40, 30, 20, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1, 0.7, 0.5, 0.3]
+few, betas = prompts[:60], [math.inf, 100, 60, 40, 30, 20, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1, 0.7, 0.5, 0.3, 0.1]
 curve = frontier(S, tok, few, betas)
 assert curve["reward"].is_monotonic_decreasing and curve["kl"].is_monotonic_decreasing and curve["unlisted"].max() < 0.2 and abs(curve["kl"].min()) < 1e-9
 curve[::2].round(3)
@@ -341,19 +342,24 @@ def stability(losses, # of the optimizer steps of one stage
 
 # %%
 g = np.random.default_rng(0)
-calm = 0.69 * np.exp(-np.arange(100) / 80) + g.normal(0, 0.02, 100)
+trend = 0.69 * np.exp(-np.arange(100) / 80)
+calm = trend + g.normal(0, 0.02, 100)
 spiked = calm.copy(); spiked[[20, 50, 51]] += 0.6
 R = pd.DataFrame({"first": [0.5, 0.8, 0.6], "second": [0.5, 0.6, 0.9]}, index=["M_0", "M_1", "M_2"])
 assert stability(calm)["spikes"] == [] and stability(spiked)["spikes"] == [20, 50, 51] and stability(spiked)["sd"] > 2 * stability(calm)["sd"]
 assert forgetting(R).loc["M_2"].round(3).tolist() == [0.2, 0]
-false_alarms = np.mean([len(stability(calm + g.normal(0, 0.02, 100))["spikes"]) > 0 for _ in range(500)])
+false_alarms = np.mean([len(stability(trend + g.normal(0, 0.02, 100))["spikes"]) > 0 for _ in range(500)])
 assert false_alarms < 0.25
 forgetting(R).round(3), f"{false_alarms:.0%} of calm runs of 100 steps have a spike"
 
 
 # %% [markdown]
-# A run's report needs words. Forgetting is reported when a chunk is preferred less often than right after its own stage, and the paired interval lies above 0; no improvement, when the interval of the gain in $\gamma$ does not lie
-# above 0.01 nats. Spikes depend on the batches, so only two runs on the same batches can be compared by them; a report speaks of instability when losses lie clearly above the one that the stage began with. In a report the pairs are some of those that were trained on: forgetting is then in part lost memory of single pairs, which held-out pairs would not show.
+# A maximum of noisy scores is too high, so `forgetting` is a little above 0 even where nothing was forgotten.
+#
+# A run's report needs words, and stricter rules. *Forgetting*: a chunk is preferred less often than right after its own stage, and the paired interval lies above 0. *Minimal improvement*: the interval of the gain in $\gamma$ does not
+# lie above 0.01 nats; *made worse*: it lies below 0. *Instability*: more than two of a hundred losses lie clearly above the one that the stage began with. (Spikes depend on the batches; only runs on the same batches can be compared by them.)
+#
+# The pairs of a report are some of those that were trained on, so forgetting is in part lost memory of single pairs, which held-out pairs would not show.
 
 # %%
 #| export

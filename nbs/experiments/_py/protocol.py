@@ -39,7 +39,7 @@ from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
 from sdpo_nb.trainer import learning_rate
-from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, sft, true_reward, true_rewards
+from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, prompt_ids, sft, true_reward, true_rewards
 
 
 # %% [markdown]
@@ -142,7 +142,7 @@ def _baseline(cell, base, tokenizer, world, sources):
     if cell.method == "S, best temperature": return base, max(TEMPERATURES, key=lambda t: np.mean(true_rewards(base, tokenizer, world.validation, t))), 0
     rows = [(r["prompt"][-1]["content"], r["chosen"][-1]["content"]) for pairs in sources.values() for r in pairs]
     c = cell.config
-    return sft(copy.deepcopy(base), tokenizer, rows, c["epochs"], c["batch_size"], c["lr"], cell.seed), 1., c["epochs"] * sum(len(p) + len(y) for p, y in rows)
+    return sft(copy.deepcopy(base), tokenizer, rows, c["epochs"], c["batch_size"], c["lr"], cell.seed), 1., c["epochs"] * sum(len(prompt_ids(tokenizer, p)) + len(y) + 1 for p, y in rows)
 
 
 # %% [markdown]
@@ -376,17 +376,17 @@ def holm(p: list) -> list:
 # ## The same search for every method
 #
 # A method that was tuned beats one that was not. So each method of DPO gets the same grid, $\beta$ by factors of two and three learning rates, on validation prompts of two worlds that are reported nowhere; a best value on the
-# edge would extend the grid for all. (Where the grid lies was seen from DPO and stepwise DPO in world 0.) What is chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below. (Two baselines have
+# edge extends the grid for all. (Where the grid lies was seen from DPO and stepwise DPO in world 0. It began as six $\beta$ and three rates; when "target S" was best at the largest of both, 9.6 and $10^{-3}$ were added.) What is chosen is stored, and there is *one* choice for all worlds: how much it would change with other search worlds is in no interval below. (Two baselines have
 # no $\beta$: fine-tuning on the chosen responses is searched over the learning rates, the temperature of S over six values in each world.)
 
 # %%
 #| export
-BETAS, RATES, SEARCH_WORLDS = (0.15, 0.3, 0.6, 1.2, 2.4, 4.8), (3e-5, 1e-4, 3e-4), (101, 102)
+BETAS, RATES, SEARCH_WORLDS = (0.15, 0.3, 0.6, 1.2, 2.4, 4.8, 9.6), (3e-5, 1e-4, 3e-4, 1e-3), (101, 102)
 
 def search() -> list[Cell]:
     "The search: of every method of DPO, and (without beta) of fine-tuning on the chosen responses."
     cells = [Cell(w, 0, m, dict(beta=b, lr=r), "validation") for m in METHODS for b in BETAS for r in RATES for w in SEARCH_WORLDS]
-    return cells + [Cell(w, 0, "SFT on chosen", dict(lr=r), "validation") for r in RATES for w in SEARCH_WORLDS]
+    return cells + [Cell(w, 0, "SFT on chosen", dict(lr=r), "validation") for r in (*RATES, 3e-3) for w in SEARCH_WORLDS]
 
 def choose(rows: pd.DataFrame) -> dict: # method -> settings
     "The settings with the highest mean true reward, sampled on validation prompts. Raises ValueError where they lie on the edge of what was tried."
