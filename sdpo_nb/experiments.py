@@ -453,14 +453,15 @@ def small_cells() -> list[Cell]:
             (("new", "policy", "judge", 0.2), given), (("new", "S", "implicit"), given))]
 
 def run(what: str):
-    "One of: small, pilot, search, or the name of a grid."
+    "One of: small, pilot, search, frontiers, or the name of a grid."
     if what == "small":
         with tempfile.TemporaryDirectory() as tmp: print(run_grid(small_cells(), tmp, what)[["method", "tokens", "seconds"]].to_string())
     elif what == "pilot": run_grid(pilot(), desc=what)
     elif what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(run_grid(search(), desc=what)), indent=1) + "\n")
-    elif what in GRIDS: run_frontiers(); run_grid(sum(cells_of(what).values(), []), desc=what)
-    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|pilot|search|{'|'.join(GRIDS)} ...]")
+    elif what in GRIDS: run_grid(sum(cells_of(what).values(), []), desc=what)
+    elif what == "frontiers": run_frontiers()
+    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|pilot|search|frontiers|{'|'.join(GRIDS)} ...]")
 
 if __name__ == "__main__" and __spec__:
     import sys
-    for what in sys.argv[1:] or ["pilot", "search", *GRIDS]: run(what)
+    for what in sys.argv[1:] or ["pilot", "search", *GRIDS, "frontiers"]: run(what)
