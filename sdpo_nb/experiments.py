@@ -384,9 +384,9 @@ def how_many_stages() -> dict:
     return rows | {f"T = {T}, beta T/3": ("sDPO", best | dict(chunks=T, beta=best["beta"] * T / 3)) for T in (1, 2, 5, 8)}
 
 def paper_in_miniature() -> dict:
-    "S trained on the hardest source against three references, S, M_1 and M_2 (the paper's table 1)."
+    "S trained on the hardest source against three references, S, M_1 and M_2 (the paper's table 1); and stages that each start from S (its figure 3)."
     dpo = choices()["DPO"]
-    return {f"riddle against M_{len(before)}" if before else "riddle against S": ("sDPO", dpo | dict(chunks=[*before, "riddle"], order="as_given", init_target="S"))
+    return {"target S": ("sDPO, target S", dpo)} | {f"riddle against M_{len(before)}" if before else "riddle against S": ("sDPO", dpo | dict(chunks=[*before, "riddle"], order="as_given", init_target="S"))
             for before in ([], ["primer"], ["primer", "digest"])}
 
 def how_to_partition() -> dict:

@@ -41,11 +41,15 @@ from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
 from sdpo_nb.trainer import learning_rate
 from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, prompt_ids, sft, true_reward, true_rewards
 
+# %%
+from sdpo_nb.evaluate import as_text, plot_frontier
+
 
 # %% [markdown]
 # ## A world is a draw, too
 #
-# A *world* is a seed of demonstrations, of S and of the pairs that S writes. [Chapter 00](../00_world.ipynb) is world 0; worlds 1, 2, ... are made like it, and kept in `runs/worlds`. A *seed* fixes the
+# A *world* is a seed of demonstrations, of S and of the pairs that S writes. [Chapter 00](../00_world.ipynb) is world 0; worlds 1, 2, ... are made like it, with an S that is fine-tuned until it has learned
+# something, and kept in `runs/worlds`. A *seed* fixes the
 # order in which a world's pairs are trained on and, where the order is random, the chunks.
 
 # %%
@@ -404,6 +408,20 @@ def choices() -> dict:
 
 
 # %% [markdown]
+# What the search saw, as mean true reward over its two worlds; the chosen cell is framed. Where methods are at their best they are close to each other, and far from what a careless $\beta$ gives.
+
+# %%
+seen = rows_of(search())
+assert len(seen) == len(search()) and choose(seen) == choices()
+tried = pd.DataFrame([dict(method=r.method, reward=np.mean(r.sampled), **json.loads(r.settings)) for r in seen.itertuples()])
+fig, axes = plt.subplots(2, 3, figsize=(11, 4.6), sharex=True, sharey=True, constrained_layout=True)
+for ax, method in zip(axes.flat, METHODS):
+    grid, at = tried[tried["method"] == method].pivot_table("reward", "lr", "beta"), choices()[method]
+    sns.heatmap(grid, annot=True, fmt=".2f", annot_kws=dict(size=8), cmap="viridis", vmin=0.5, vmax=0.9, cbar=False, ax=ax); ax.set_title(method, fontsize="medium")
+    ax.add_patch(plt.Rectangle((list(grid.columns).index(at["beta"]), list(grid.index).index(at["lr"])), 1, 1, fill=False, color="red", lw=2))
+for ax in axes.flat: ax.label_outer()
+
+# %% [markdown]
 # ## How many worlds, how many seeds?
 #
 # In a pilot, on five worlds that are reported nowhere and on validation prompts, the difference of two methods has a part that differs between worlds and a part that differs between the
@@ -501,6 +519,18 @@ def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
 
 
 # %% [markdown]
+# Does the machinery find a difference that is there, and none where there is none? Two invented methods, the same but for 0.03, and how often the p-value of two equal ones falls below 0.05:
+
+# %%
+g = np.random.default_rng(0)
+worlds = g.normal(0.8, 0.05, (10, 1, 1))
+def invented(shift): return pd.DataFrame([dict(world=w, seed=s, weights="", sampled=v) for w, per in enumerate(worlds + shift + g.normal(0, 0.015, (10, 2, 1)) + g.normal(0, 0.2, (10, 2, 300))) for s, v in enumerate(per)])
+planted = contrasts(dict(a=invented(0.03), b=invented(0), c=invented(0)), pd.DataFrame([("planted", "a", "b", "sampled"), ("nothing", "b", "c", "sampled")], columns=PRIMARY.columns))
+false_alarms = np.mean([p_value(g.normal(size=(10, 1, 1))) <= 0.05 for _ in range(400)])
+assert planted["holm"].iloc[0] < 0.05 < planted["holm"].iloc[1] and 0.02 < false_alarms < 0.09
+planted.drop(columns=["a", "b", "outcome"]).round(3), f"{false_alarms:.1%} false alarms"
+
+# %% [markdown]
 # ## The grids of the experiments
 #
 # A grid is a dictionary: the name of a row, and the method, settings and (where they are not the usual) data and prompts behind it. Each is run in every world with every seed.
@@ -531,9 +561,9 @@ def how_many_stages() -> dict:
     return rows | {f"T = {T}, beta T/3": ("sDPO", best | dict(chunks=T, beta=best["beta"] * T / 3)) for T in (1, 2, 5, 8)}
 
 def paper_in_miniature() -> dict:
-    "S trained on the hardest source against three references, S, M_1 and M_2 (the paper's table 1)."
+    "S trained on the hardest source against three references, S, M_1 and M_2 (the paper's table 1); and stages that each start from S (its figure 3)."
     dpo = choices()["DPO"]
-    return {f"riddle against M_{len(before)}" if before else "riddle against S": ("sDPO", dpo | dict(chunks=[*before, "riddle"], order="as_given", init_target="S"))
+    return {"target S": ("sDPO, target S", dpo)} | {f"riddle against M_{len(before)}" if before else "riddle against S": ("sDPO", dpo | dict(chunks=[*before, "riddle"], order="as_given", init_target="S"))
             for before in ([], ["primer"], ["primer", "digest"])}
 
 def how_to_partition() -> dict:
@@ -617,3 +647,63 @@ def run(what: str):
 if __name__ == "__main__" and __spec__:
     import sys
     for what in sys.argv[1:] or ["pilot", "search", *GRIDS, "frontiers"]: run(what)
+
+# %% [markdown]
+# ## The eight answers
+#
+# ANSWERS
+
+# %%
+main = load_grid("primary")
+answers = contrasts(main)
+plot_contrasts(answers);
+
+# %%
+answers[["question", "mean", "low", "high", "p", "holm"]].round(3).set_index("question")
+
+
+# %% [markdown]
+# Behind the differences stand these means over worlds and seeds. Tokens are counted in thousands per run; those of other passes are the partition's and the references'.
+
+# %%
+def line(rows): return {name: as_text(interval(outcome(rows, what))) for what, name in (("sampled", "true reward, sampled"), ("greedy", "greedy"), ("kl", "KL from S (nats)"))} | {
+    "tokens trained on": f"{rows['tokens'].mean() / 1000:.0f}", "of other passes": f"{rows['pass_tokens'].mean() / 1000:.0f}" if rows["pass_tokens"].notna().all() else ""}
+pd.DataFrame({name: line(main[name]) for name in (*BASELINES, *METHODS, "sDPO at DPO's beta", "DPO at beta/T")}).T
+
+# %% [markdown]
+# The same as a picture: each model's reward over its distance from S, under the best that the distance can buy, all as means over the ten worlds.
+
+# %%
+curves = pd.concat(run_frontiers().values())
+curve = curves[curves["world"].isin(WORLDS)].groupby("beta", as_index=False)[["reward", "kl"]].mean()
+points = pd.DataFrame([dict(name=name, kl=outcome(main[name], "kl").mean(), reward=outcome(main[name], "sampled").mean()) for name in ("S", "S, best temperature", "SFT on chosen", "DPO", "DPO at beta/T", "sDPO", "sDPO at DPO's beta")])
+fig = plot_frontier(curve, points); fig.axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize="small");
+
+# %% [markdown]
+# What the grids cost, in core hours as they passed on two busy cores; a cell that two grids need is counted in the first, and what has not been run yet is missing. Worlds take two to eight core minutes each, before.
+
+# %%
+table, known, hours = pd.read_parquet(_path(None)), set(), {}
+for name in ("pilot", "search", *GRIDS):
+    keys = {c.key for c in (pilot() if name == "pilot" else search() if name == "search" else sum(cells_of(name).values(), []))}
+    rows = table[table["key"].isin(keys - known)]; known |= keys
+    hours[name] = dict(cells=len(keys), run=int(table["key"].isin(keys).sum()), **{"core hours": round(rows["seconds"].sum() / 3600, 1)})
+pd.DataFrame(hours).T
+
+# %% [markdown]
+# ## What you now have
+#
+# - `Cell`, `run_cell`, `run_grid`: any setting of stepwise DPO in any world, measured, resumable, one row each.
+# - `contrasts`: paired differences with intervals and corrected p-values, which refuses rows of other worlds.
+# - Rules that were fixed before the answers.
+#
+# ## Questions to test yourself
+#
+# 1. Why do 600 test prompts and two seeds not make up for a single world?
+# 2. A method wins at its best $\beta$ but loses at equal KL. What has it been doing?
+# 3. Which of the eight could have come out "equal", and how would you have known?
+#
+# ## Try this
+#
+# - Write a method into `METHODS` (label smoothing, say), search its $\beta$ and learning rate, and compare it with DPO in two worlds.
+# - Drop the pairing: take worlds 1 to 5 for one method and 6 to 10 for the other. How large must a difference be to be seen?
