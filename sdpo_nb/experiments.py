@@ -205,8 +205,8 @@ RESULTS = Path(str(files("sdpo_nb.data"))) / "results"
 
 def _read(path, key): return pd.read_parquet(path) if path.exists() else pd.DataFrame({key: []})
 
-def _add(path, rows, *new): # the whole table, with more rows; written under a temporary name, then renamed
-    rows = pd.concat([rows, *new], ignore_index=True)
+def _add(path, key, *new): # the whole table as it is now, with more rows; written under a temporary name, then renamed
+    rows = pd.concat([_read(path, key), *new], ignore_index=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(path.with_suffix(".tmp"), compression="zstd"); os.replace(path.with_suffix(".tmp"), path)
     return rows
@@ -236,7 +236,7 @@ def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.Da
             c = running[f]
             if error := f.exception(): failed.append((c, error)); continue      # the others go on
             row = asdict(c) | dict(settings=json.dumps(c.settings, sort_keys=True), data=json.dumps(c.data), key=c.key) | f.result() | made_by
-            done = _add(path, done, pd.DataFrame([row]))
+            done = _add(path, "key", pd.DataFrame([row]))
     for c, error in failed: raise RuntimeError(f"{c}: {error}; the finished cells are in {path}, run it again") from error
     return _of(done, cells)
 
@@ -440,7 +440,7 @@ def run_frontiers(worlds=WORLDS, folder=None) -> dict: # world -> frontier
     path = Path(folder or RESULTS) / "frontiers.parquet"
     done = _read(path, "world"); known = set(done["world"])
     with _pool() as pool: new = list(pool.map(world_curve, [w for w in worlds if w not in known]))
-    if new: done = _add(path, done, *new)
+    if new: done = _add(path, "world", *new)
     return {w: rows for w, rows in done.groupby("world")}
 
 def small_cells() -> list[Cell]:
