@@ -173,6 +173,7 @@ Markdown(as_markdown(pd.DataFrame(lines).T))
 # | [09 stepwise](09_stepwise.ipynb) | the loop over stages, and the folder that survives |
 # | [10 cli](10_cli.ipynb) | the command line and the demo |
 # | [experiments/protocol](experiments/protocol.ipynb) | ten worlds, eight questions fixed beforehand, and their answers |
+# | [experiments/paper_in_miniature](experiments/paper_in_miniature.ipynb) | the paper's tables and figures, redone where the truth is known |
 #
 # ## From the paper to cells
 #
