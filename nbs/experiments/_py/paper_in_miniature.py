@@ -30,7 +30,7 @@ from sdpo_nb.world import load_world
 # %% [markdown]
 # ## Table 1: does a better reference make a better model?
 #
-# The paper trains one target on one set of pairs against three references: none better than the target's own SFT base, and two stronger open models. Here S is trained on the hardest source, `riddle`, against S, against $M_1$ (S after `primer`) and
+# The paper trains one target on one set of pairs against three references: the target's own SFT base, and two other open models. Here S is trained on the hardest source, `riddle`, against S, against $M_1$ (S after `primer`) and
 # against $M_2$ (after `digest` too). Only the reference differs: pairs, steps and the start are the same.
 
 # %%
@@ -46,7 +46,7 @@ plot_contrasts(better);
 
 # %% [markdown]
 # The opposite of the paper's table. The models trained against $M_1$ and $M_2$ have moved two and three times as far from S, which is what a smaller $\beta$ would do, and $\beta$ was chosen for the reference S. So this does not say that an aligned reference is
-# bad; it says that an aligned reference with an unchanged $\beta$ is not *by itself* better. The paper changes references at one $\beta$, too; what else differs is that its references are other models, stronger than the target ever becomes.
+# bad; it says that an aligned reference with an unchanged $\beta$ is not *by itself* better. The paper changes references at one $\beta$, too; what else differs is that two of its references are other models, which the target never was.
 #
 # ## Table 3: all at once, in stages, in stages without order
 #

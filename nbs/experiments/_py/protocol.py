@@ -184,11 +184,15 @@ DATA = { # name -> (world, S, tokenizer, ...) -> sources, or the function (t, mo
 
 # %%
 #| export
+def _true_gap(row): # true reward of chosen minus that of rejected
+    prompt, y, z = (row[k][-1]["content"] for k in ("prompt", "chosen", "rejected"))
+    return true_reward(prompt, y) - true_reward(prompt, z)
+
 def _measured(row, what):
-    prompt, y, z = row["prompt"][-1]["content"], row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+    y, z = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
     if what == "length": return len(y) + len(z)
     if what == "distance": return edit_distance(y, z)
-    if what == "true gap": return abs(true_reward(prompt, y) - true_reward(prompt, z))
+    if what == "true gap": return abs(_true_gap(row))
     raise ValueError(f"measure: {what!r} is none of length, distance, true gap")
 
 def _sorted(world, base, tok, what, sign): # one source, from small to large with sign 1, the other way with -1
@@ -229,8 +233,7 @@ DATA["selected"] = _selected
 def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
 
 def _judged(rows, error, rng): # the better response is chosen, but for errors
-    def gap(r): return true_reward(*(r[k][-1]["content"] for k in ("prompt", "chosen"))) - true_reward(*(r[k][-1]["content"] for k in ("prompt", "rejected")))
-    return [_swapped(r) if (gap(r) < 0) != (rng.random() < error) else r for r in rows]
+    return [_swapped(r) if (_true_gap(r) < 0) != (rng.random() < error) else r for r in rows]
 
 def _new(world, base, tok, writer, label, error=0., stages=3): # writer: S or policy; label: true, judge, implicit
     prompts, precise = [r["prompt"][-1]["content"] for r in _texts(world)], copy.deepcopy(base).double()
