@@ -6,9 +6,10 @@
 __all__ = ['COMMON', 'METHODS', 'BASELINES', 'TEMPERATURES', 'DATA', 'RESULTS', 'BETAS', 'RATES', 'SEARCH_WORLDS', 'PILOT_WORLDS',
            'WORLDS', 'SEEDS', 'PRIMARY', 'LADDER', 'STAGES', 'GRIDS', 'FRONTIER_BETAS', 'build_world', 'Cell',
            'run_cell', 'rows_of', 'run_grid', 'outcome', 'at_kl', 'p_value', 'holm', 'search', 'choose', 'choices',
-           'pilot', 'variances', 'primary', 'values', 'contrasts', 'plot_contrasts', 'smaller_beta', 'why_it_works',
-           'how_many_stages', 'paper_in_miniature', 'how_to_partition', 'stage_by_stage', 'new_domain', 'with_new_data',
-           'cells_of', 'load_grid', 'world_curve', 'run_frontiers', 'small_cells', 'run']
+           'pilot', 'variances', 'primary', 'values', 'contrasts', 'plot_contrasts', 'differences', 'means',
+           'smaller_beta', 'how_many_stages', 'why_it_works', 'paper_in_miniature', 'how_to_partition',
+           'stage_by_stage', 'new_domain', 'with_new_data', 'cells_of', 'load_grid', 'world_curve', 'run_frontiers',
+           'small_cells', 'run']
 
 # %% ../nbs/experiments/protocol.ipynb #20414848
 import copy, itertools, json, math, os, random, tempfile, time
@@ -26,7 +27,7 @@ import seaborn as sns
 import torch
 from tqdm.auto import tqdm
 
-from .evaluate import frontier, interval, response_kl
+from .evaluate import as_text, frontier, interval, response_kl
 from .logprobs import load_model, score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, gamma_table, sdpo
@@ -362,6 +363,17 @@ def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
     ax.set(yticks=y, yticklabels=table["question"], xlabel=unit, ylim=(len(table) - 0.5, -0.5)); sns.despine(ax.figure)
     return ax.figure
 
+# %% ../nbs/experiments/protocol.ipynb #c04ad065
+def differences(asked: dict, # question -> paired differences (worlds, seeds, prompts)
+               ) -> pd.DataFrame: # question, mean, low, high
+    "Mean and 95 % interval of each."
+    return pd.DataFrame([(q, *interval(d)) for q, d in asked.items()], columns=["question", "mean", "low", "high"])
+
+def means(found: dict) -> pd.DataFrame: # name -> rows of the table
+    "Mean and 95 % interval of true reward, sampled and greedy, and of KL from S, for each name."
+    kinds = {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}
+    return pd.DataFrame({name: {label: as_text(interval(outcome(rows, what))) for what, label in kinds.items()} for name, rows in found.items()}).T
+
 # %% ../nbs/experiments/protocol.ipynb #43a04130
 STAGES = (1, 2, 3, 5, 8)
 
@@ -373,6 +385,13 @@ def smaller_beta() -> dict:
     for T in STAGES[1:]: rows |= both(T, ("sources",), "random") | both(T, ("same prompts", T), "as_given")
     return rows
 
+def how_many_stages() -> dict:
+    "T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages; and at a beta that grows with T."
+    best = choices()["sDPO"]
+    rows = {f"T = {T}": ("sDPO", best | dict(chunks=T)) for T in range(1, 9)}
+    return rows | {f"T = {T}, beta T/3": ("sDPO", best | dict(chunks=T, beta=best["beta"] * T / 3)) for T in (1, 2, 5, 8)}
+
+# %% ../nbs/experiments/protocol.ipynb #105acd6c
 def why_it_works() -> dict:
     "Reference x order x schedule, all at DPO's best settings and T = 3; DPO itself, with twice the epochs, at beta/3, and stages that restart from S."
     dpo = choices()["DPO"]
@@ -380,18 +399,13 @@ def why_it_works() -> dict:
                  for ref in ("fixed", "moving") for order in ("random", "easy_to_hard", "hard_to_easy") for restart in ("never", "stage")}
     return factorial | {"DPO": ("DPO", dpo), "DPO, twice the epochs": ("DPO", dpo | dict(epochs=2 * COMMON["epochs"])), "DPO at beta/3": ("DPO", dpo | dict(beta=dpo["beta"] / 3)), "from S": ("sDPO, target S", dpo)}
 
-def how_many_stages() -> dict:
-    "T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages; and at a beta that grows with T."
-    best = choices()["sDPO"]
-    rows = {f"T = {T}": ("sDPO", best | dict(chunks=T)) for T in range(1, 9)}
-    return rows | {f"T = {T}, beta T/3": ("sDPO", best | dict(chunks=T, beta=best["beta"] * T / 3)) for T in (1, 2, 5, 8)}
-
 def paper_in_miniature() -> dict:
     "S trained on the hardest source against three references, S, M_1 and M_2 (the paper's table 1); and stages that each start from S (its figure 3)."
     dpo = choices()["DPO"]
     return {"target S": ("sDPO, target S", dpo)} | {f"riddle against M_{len(before)}" if before else "riddle against S": ("sDPO", dpo | dict(chunks=[*before, "riddle"], order="as_given", init_target="S"))
             for before in ([], ["primer"], ["primer", "digest"])}
 
+# %% ../nbs/experiments/protocol.ipynb #91cda43a
 def how_to_partition() -> dict:
     "Three chunks, ordered in both directions by several measures; and two selections."
     dpo = choices()["DPO"]
@@ -419,6 +433,7 @@ def with_new_data() -> dict:
     labels = {"true": (), "judge, 0 % wrong": (0.,), "judge, 20 % wrong": (0.2,), "implicit": ()}
     return {f"{writer}, {label}": ("sDPO", dpo | dict(order="as_given"), ("new", writer, label.split(",")[0], *error)) for writer in ("S", "policy") for label, error in labels.items()}
 
+# %% ../nbs/experiments/protocol.ipynb #a7a22dd4
 GRIDS = {f.__name__: f for f in (primary, smaller_beta, why_it_works, how_many_stages, paper_in_miniature, how_to_partition, stage_by_stage, new_domain, with_new_data)}
 
 def cells_of(grid: str, worlds=WORLDS, seeds=SEEDS) -> dict: # name of a row -> its cells

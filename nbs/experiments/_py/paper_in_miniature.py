@@ -21,8 +21,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch.nn.functional as F
-from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import COMMON, choices, load_grid, outcome, plot_contrasts
+from sdpo_nb.experiments import COMMON, choices, differences, load_grid, means, outcome, plot_contrasts
 from sdpo_nb.logprobs import read_table
 from sdpo_nb.stepwise import StepwiseConfig, load_sources, sdpo
 from sdpo_nb.world import load_world
@@ -36,12 +35,11 @@ from sdpo_nb.world import load_world
 # %%
 table_1, main = load_grid("paper_in_miniature"), load_grid("primary")
 references = {name: rows for name, rows in table_1.items() if name.startswith("riddle")}
-def line(rows): return {"worlds x seeds": len(rows), **{name: as_text(interval(outcome(rows, what))) for what, name in (("sampled", "true reward, sampled"), ("greedy", "greedy"), ("kl", "KL from S (nats)"))}}
-pd.DataFrame({name: line(rows) for name, rows in references.items()}).T
+means(references)
 
 # %%
 base = table_1["riddle against S"]
-better = pd.DataFrame([(f"{name} minus riddle against S, {what}", *interval(outcome(rows, what) - outcome(base, what))) for name, rows in references.items() if rows is not base for what in ("sampled", "greedy")], columns=["question", "mean", "low", "high"])
+better = differences({f"{name} minus riddle against S, {what}": outcome(rows, what) - outcome(base, what) for name, rows in references.items() if rows is not base for what in ("sampled", "greedy")})
 plot_contrasts(better);
 
 # %% [markdown]
@@ -53,7 +51,7 @@ plot_contrasts(better);
 # Each method at its own best settings.
 
 # %%
-pd.DataFrame({name: line(main[name]) for name in ("S", "S, best temperature", "SFT on chosen", "DPO", "sDPO", "sDPO, random")}).T
+means({name: main[name] for name in ("S", "S, best temperature", "SFT on chosen", "DPO", "sDPO", "sDPO, random")})
 
 # %% [markdown]
 # The last three rows overlap, and their paired differences lie within $\pm 0.02$ (two of the eight primary questions of the [protocol](protocol.ipynb)). All of DPO is far above S, S at its best temperature and fine-tuning on the chosen responses.
@@ -66,6 +64,8 @@ pd.DataFrame({name: line(main[name]) for name in ("S", "S, best temperature", "S
 gammas = pd.concat([pd.read_json(io.StringIO(row.gammas)).assign(world=row.world, seed=row.seed) for row in main["sDPO"].itertuples()])
 ax = sns.pointplot(gammas, x="model", y="gamma", hue="chunk", palette="colorblind", errorbar=("ci", 95), capsize=0.1)
 ax.axhline(0, color="black", lw=1, ls=":"); ax.set(xlabel="", ylabel="mean gamma (nats)"); sns.despine()
+met = gammas.pivot_table("gamma", "model", "chunk")
+assert all(met.loc["M_2", c] > met.loc["M_1", c] > met.loc["M_0", c] for c in ("digest", "riddle"))
 
 # %% [markdown]
 # Every model raises $\gamma$ on all chunks: most on the one that it was trained on, and somewhat on those that are still to come. So when stage 3 begins, its reference is at 2.2 nats on `riddle`, where S is at 0.4. The bar rises, as the paper says; that a

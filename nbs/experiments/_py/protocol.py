@@ -34,15 +34,12 @@ import seaborn as sns
 import torch
 from tqdm.auto import tqdm
 
-from sdpo_nb.evaluate import frontier, interval, response_kl
+from sdpo_nb.evaluate import as_text, frontier, interval, response_kl
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
 from sdpo_nb.trainer import learning_rate
 from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, prompt_ids, sft, true_reward, true_rewards
-
-# %%
-from sdpo_nb.evaluate import as_text
 
 
 # %% [markdown]
@@ -522,6 +519,22 @@ def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
 
 
 # %% [markdown]
+# What is not among the eight is *exploratory*. Two small helpers show it in the notebooks: paired differences with intervals and without p-values, and the means behind them.
+
+# %%
+#| export
+def differences(asked: dict, # question -> paired differences (worlds, seeds, prompts)
+               ) -> pd.DataFrame: # question, mean, low, high
+    "Mean and 95 % interval of each."
+    return pd.DataFrame([(q, *interval(d)) for q, d in asked.items()], columns=["question", "mean", "low", "high"])
+
+def means(found: dict) -> pd.DataFrame: # name -> rows of the table
+    "Mean and 95 % interval of true reward, sampled and greedy, and of KL from S, for each name."
+    kinds = {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}
+    return pd.DataFrame({name: {label: as_text(interval(outcome(rows, what))) for what, label in kinds.items()} for name, rows in found.items()}).T
+
+
+# %% [markdown]
 # Does the machinery find a difference that is there, and none where there is none? Two invented methods, the same but for 0.03, and how often the p-value of two equal ones falls below 0.05:
 
 # %%
@@ -536,7 +549,7 @@ planted.drop(columns=["a", "b", "outcome"]).round(3), f"{false_alarms:.1%} false
 # %% [markdown]
 # ## The grids of the experiments
 #
-# A grid is a dictionary: the name of a row, and the method, settings and (where they are not the usual) data and prompts behind it. Each is run in every world with every seed.
+# A grid is a dictionary: the name of a row, and the method, settings and (where they are not the usual) data, prompts and body behind it. Each is run in every world with every seed. The first two are about the number of stages.
 
 # %%
 #| export
@@ -550,6 +563,18 @@ def smaller_beta() -> dict:
     for T in STAGES[1:]: rows |= both(T, ("sources",), "random") | both(T, ("same prompts", T), "as_given")
     return rows
 
+def how_many_stages() -> dict:
+    "T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages; and at a beta that grows with T."
+    best = choices()["sDPO"]
+    rows = {f"T = {T}": ("sDPO", best | dict(chunks=T)) for T in range(1, 9)}
+    return rows | {f"T = {T}, beta T/3": ("sDPO", best | dict(chunks=T, beta=best["beta"] * T / 3)) for T in (1, 2, 5, 8)}
+
+
+# %% [markdown]
+# Two throw one switch at a time: of stepwise DPO, and of the paper's tables.
+
+# %%
+#| export
 def why_it_works() -> dict:
     "Reference x order x schedule, all at DPO's best settings and T = 3; DPO itself, with twice the epochs, at beta/3, and stages that restart from S."
     dpo = choices()["DPO"]
@@ -557,18 +582,18 @@ def why_it_works() -> dict:
                  for ref in ("fixed", "moving") for order in ("random", "easy_to_hard", "hard_to_easy") for restart in ("never", "stage")}
     return factorial | {"DPO": ("DPO", dpo), "DPO, twice the epochs": ("DPO", dpo | dict(epochs=2 * COMMON["epochs"])), "DPO at beta/3": ("DPO", dpo | dict(beta=dpo["beta"] / 3)), "from S": ("sDPO, target S", dpo)}
 
-def how_many_stages() -> dict:
-    "T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages; and at a beta that grows with T."
-    best = choices()["sDPO"]
-    rows = {f"T = {T}": ("sDPO", best | dict(chunks=T)) for T in range(1, 9)}
-    return rows | {f"T = {T}, beta T/3": ("sDPO", best | dict(chunks=T, beta=best["beta"] * T / 3)) for T in (1, 2, 5, 8)}
-
 def paper_in_miniature() -> dict:
     "S trained on the hardest source against three references, S, M_1 and M_2 (the paper's table 1); and stages that each start from S (its figure 3)."
     dpo = choices()["DPO"]
     return {"target S": ("sDPO, target S", dpo)} | {f"riddle against M_{len(before)}" if before else "riddle against S": ("sDPO", dpo | dict(chunks=[*before, "riddle"], order="as_given", init_target="S"))
             for before in ([], ["primer"], ["primer", "digest"])}
 
+
+# %% [markdown]
+# Four are about the data: how they are cut, what a stage on one skill does to the others, prompts unlike the training's, and pairs that are written on the way.
+
+# %%
+#| export
 def how_to_partition() -> dict:
     "Three chunks, ordered in both directions by several measures; and two selections."
     dpo = choices()["DPO"]
@@ -596,6 +621,9 @@ def with_new_data() -> dict:
     labels = {"true": (), "judge, 0 % wrong": (0.,), "judge, 20 % wrong": (0.2,), "implicit": ()}
     return {f"{writer}, {label}": ("sDPO", dpo | dict(order="as_given"), ("new", writer, label.split(",")[0], *error)) for writer in ("S", "policy") for label, error in labels.items()}
 
+
+# %%
+#| export
 GRIDS = {f.__name__: f for f in (primary, smaller_beta, why_it_works, how_many_stages, paper_in_miniature, how_to_partition, stage_by_stage, new_domain, with_new_data)}
 
 def cells_of(grid: str, worlds=WORLDS, seeds=SEEDS) -> dict: # name of a row -> its cells
@@ -671,24 +699,23 @@ plot_contrasts(answers);
 # %%
 answers[["question", "mean", "low", "high", "p", "holm"]].round(3).set_index("question")
 
-
 # %% [markdown]
 # Behind the differences stand these means over worlds and seeds. Tokens are counted in thousands per run; those of other passes are the partition's and the references'.
 
 # %%
-def line(rows): return {name: as_text(interval(outcome(rows, what))) for what, name in (("sampled", "true reward, sampled"), ("greedy", "greedy"), ("kl", "KL from S (nats)"))} | {
-    "tokens trained on": f"{rows['tokens'].mean() / 1000:.0f}", "of other passes": f"{rows['pass_tokens'].mean() / 1000:.0f}" if rows["pass_tokens"].notna().all() else ""}
-pd.DataFrame({name: line(main[name]) for name in (*BASELINES, *METHODS, "sDPO at DPO's beta", "DPO at beta/T")}).T
+shown = {name: main[name] for name in (*BASELINES, *METHODS, "sDPO at DPO's beta", "DPO at beta/T")}
+tokens = {name: {"tokens trained on": f"{rows['tokens'].mean() / 1000:.0f}", "of other passes": f"{rows['pass_tokens'].mean() / 1000:.0f}" if rows["pass_tokens"].notna().all() else ""} for name, rows in shown.items()}
+means(shown).join(pd.DataFrame(tokens).T)
 
 # %% [markdown]
 # What the grids cost, in core hours as they passed on two busy cores; a cell that two grids need is counted in the first, and what has not been run yet is missing. Worlds take two to eight core minutes each, before.
 
 # %%
-table, known, hours = pd.read_parquet(_path(None)), set(), {}
+known, hours = set(), {}
 for name in ("pilot", "search", *GRIDS):
-    keys = {c.key for c in (pilot() if name == "pilot" else search() if name == "search" else sum(cells_of(name).values(), []))}
-    rows = table[table["key"].isin(keys - known)]; known |= keys
-    hours[name] = dict(cells=len(keys), run=int(table["key"].isin(keys).sum()), **{"core hours": round(rows["seconds"].sum() / 3600, 1)})
+    cells = pilot() if name == "pilot" else search() if name == "search" else sum(cells_of(name).values(), [])
+    rows = rows_of(cells); first = rows[~rows["key"].isin(known)]; known |= set(rows["key"])
+    hours[name] = dict(cells=len({c.key for c in cells}), run=len(rows), **{"core hours": round(first["seconds"].sum() / 3600, 1)})
 pd.DataFrame(hours).T
 
 # %% [markdown]
