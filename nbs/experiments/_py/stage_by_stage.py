@@ -4,8 +4,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/stage_by_stage.ipynb)
 #
-# **Each stage helps, the later the less; and a stage undoes what its own data do not repeat.** In ten worlds with two seeds each, the three stages of sDPO gain 0.136 [0.121, 0.151], 0.082 [0.071, 0.094] and 0.027 [0.022, 0.033] of true reward. Their sources share
-# all skills. Where every stage has a skill of its own, the first skill rises from 0.70 to 0.85 in its stage and is back at 0.71 at the end.
+# **Whether a stage helps depends on $\beta$, and what it undoes on its data.** In ten worlds with two seeds each, the three stages of tuned sDPO gain 0.136 [0.121, 0.151], 0.082 [0.071, 0.094] and 0.027 [0.022, 0.033] of true reward; at half the $\beta$ and three times the
+# learning rate the first gains 0.199 and the others nothing. Stages that share no skill undo each other: the skill of the first loses 0.136 [0.097, 0.174] in the three that follow (easy first; 0.116 hard first), and hardly anything of it shows on pairs.
 #
 # **You should know** [how a model is measured](../08_evaluate.ipynb) and the [protocol](protocol.ipynb). **Time** about a minute; the grids behind it took hours (`make experiments`).
 
@@ -21,44 +21,57 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
-from sdpo_nb.evaluate import as_text, forgetting, held_out, interval, response_kl, win_rate
-from sdpo_nb.experiments import COMMON, DATA, choices, differences, load_grid, plot_contrasts
+from sdpo_nb.evaluate import as_text, held_out, interval, response_kl, win_rate
+from sdpo_nb.experiments import COMMON, DATA, choices, differences, load_grid, means, outcome, plot_contrasts
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.stepwise import StepwiseConfig, sdpo
+from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
 from sdpo_nb.world import load_base, load_world, make_pairs, respond, score_responses, true_reward
 
 # %% [markdown]
 # ## Does each stage help?
 #
-# The paper shows the last model only. Here is every $M_t$ of stepwise DPO on the three sources, at its best settings: the true reward (as a mean over skills), and the distance from S that was paid for it.
+# The paper shows the last model only. Here is every $M_t$ of stepwise DPO on the three sources, twice: at its own best settings and at those that are best for DPO, with half the $\beta$ and three times the learning rate. Points are means over ten worlds and two seeds.
 
 # %%
 main, skills = load_grid("primary"), load_grid("stage_by_stage")
+RUNS = {"tuned": main["sDPO"], "at DPO's settings": main["sDPO at DPO's beta"]}
 def on_the_way(rows): # one row per world, seed, stage and skill; stage 0 is S
     return pd.concat([pd.read_json(io.StringIO(row.stages)).assign(world=row.world, seed=row.seed) for part in (main["S"], rows) for row in part.itertuples()], ignore_index=True)
 
-def by_stage(table, what): # (models, worlds, seeds, 1)
-    mean = table.groupby(["stage", "world", "seed"])[what].mean()
+def by_stage(rows, what): # (models, worlds, seeds, 1), a mean over skills
+    mean = on_the_way(rows).groupby(["stage", "world", "seed"])[what].mean()
     return np.stack([mean[t].unstack().to_numpy() for t in range(mean.index.get_level_values("stage").max() + 1)])[..., None]
 
-way = on_the_way(main["sDPO"])
-reward, greedy, kl = (by_stage(way, what) for what in ("sampled", "greedy", "kl"))
-pd.DataFrame({f"M_{t}": {name: as_text(interval(v[t])) for name, v in (("true reward, sampled", reward), ("greedy", greedy), ("KL from S (nats)", kl))} for t in range(4)}).T
+fig, axes = plt.subplots(1, 3, figsize=(11, 3), constrained_layout=True)
+for ax, (what, label) in zip(axes, {"sampled": "true reward, sampled", "greedy": "true reward, greedy", "kl": "KL from S (nats)"}.items()):
+    for name, rows in RUNS.items():
+        mean, low, high = np.array([interval(v) for v in by_stage(rows, what)]).T
+        ax.errorbar([f"M_{t}" for t in range(4)], mean, yerr=[mean - low, high - mean], fmt="o-", capsize=3, label=name)
+    ax.set(ylabel=label)
+axes[0].legend(frameon=False); sns.despine(fig)
 
 # %%
-gains = {f"stage {t}, {how}": v[t] - v[t-1] for how, v in (("sampled", reward), ("greedy", greedy)) for t in (1, 2, 3)}
-assert all(interval(g)[1] > 0 for g in gains.values()) and interval(gains["stage 1, sampled"])[1] > interval(gains["stage 3, sampled"])[2]
-plot_contrasts(differences(gains), "gain of the stage, true reward");
+gains = {f"{name}: M_{t} minus M_{t-1}, {how}": by_stage(rows, how)[t] - by_stage(rows, how)[t-1] for name, rows in RUNS.items() for how in ("sampled", "greedy") for t in (1, 2, 3)}
+steps = differences(gains)
+tuned, other = (steps[steps["question"].str.startswith(name) & steps["question"].str.endswith("sampled")] for name in RUNS)
+assert (tuned["low"] > 0).all() and tuned["mean"].is_monotonic_decreasing and other["high"].iloc[1:].max() < 0.02
+plot_contrasts(steps, "gain of a stage, true reward (grey: too small to count)");
+
+# %% [markdown]
+# Whether a stage helps depends on how far those before it went. With the larger $\beta$ each stage is a modest step, and all three are needed. With the smaller one $M_1$ is where the others end; what follows adds distance and no reward. A later stage gains less in either case, and not because its
+# pairs are hard: with chunks at random, tuned, the gains fall in the same way.
+
+# %%
+shuffled = by_stage(main["sDPO, random"], "sampled")
+differences({f"random chunks: M_{t} minus M_{t-1}": shuffled[t] - shuffled[t-1] for t in (1, 2, 3)}).set_index("question").round(3)
 
 
 # %% [markdown]
-# No stage is without gain. The third pays as much distance as the second, half a nat, for a third of the gain: the frontier of [chapter 08](../08_evaluate.ipynb) flattens, and so does what can be won.
-#
 # ## What does a stage undo?
 #
-# The sources share all four skills, so every stage repeats what those before it taught. Forgetting could hardly show. So now the chunks *are* the skills, a stage of copying, one of sorting and so on, in the order of reward accuracy under S: easy first on the left, hard first on
-# the right. A row is a model, a column the skill that was trained first, second, ...
+# The sources share all four skills, so every stage repeats what those before it taught. Forgetting could hardly show. So now the chunks *are* the skills: each stage trains one, in the order of reward accuracy under the S of that world, easy first on the left, hard first on
+# the right. A row is a model, a column the skill that was trained first, second, ... (in each world another). Settings are those of DPO.
 
 # %%
 def by_position(rows): # (world, seed) -> true reward of each model on the skill that stage j trains
@@ -74,93 +87,101 @@ for ax, (order, found) in zip(axes, scores.items()):
 
 
 # %% [markdown]
-# Read down a column. Before its own stage a skill *falls*, a little with every stage on something else; in its own it jumps; after it, it falls again. What is lost between a skill's own stage and the end:
+# Read down a column: in its own stage a skill jumps, and after it, it falls. With intervals:
 
 # %%
 def stacked(found, value): # (worlds, seeds, 1)
     return np.array([[value(found[w, s]) for s in sorted({s for _, s in found})] for w in sorted({w for w, _ in found})])[..., None]
 
-lost = {order: {f"skill of stage {j}": stacked(found, lambda t: t.iloc[j, j-1] - t.iloc[4, j-1]) for j in (1, 2, 3)} for order, found in scores.items()}
-assert all(interval(v)[1] > 0 for by in lost.values() for v in by.values())
-pd.DataFrame({order: {skill: as_text(interval(v)) for skill, v in by.items()} for order, by in lost.items()}).rename_axis("lost since its own stage")
+PARTS = {"before its stage": lambda j: lambda t: t.iloc[j-1, j-1] - t.iloc[0, j-1], "in its stage": lambda j: lambda t: t.iloc[j, j-1] - t.iloc[j-1, j-1], "after it": lambda j: lambda t: t.iloc[4, j-1] - t.iloc[j, j-1], "in all": lambda j: lambda t: t.iloc[4, j-1] - t.iloc[0, j-1]}
+change = {(order, f"skill of stage {j}"): {name: interval(stacked(found, part(j))) for name, part in PARTS.items()} for order, found in scores.items() for j in (1, 2, 3, 4)}
+assert all(c["after it"][2] < 0 for (_, at), c in change.items() if at != "skill of stage 4") and all(c["in its stage"][1] > 0.1 for c in change.values())
+pd.DataFrame(change).T.map(as_text).rename_axis(["order", "change of true reward"])
 
 # %% [markdown]
-# The older, the more: 0.14 of the 0.14 that stage 1 had gained where the easy skill came first. Here the pairs lie in stages that share nothing; DPO on the same pairs, all at once, loses none of it. So mind what a chunk contains: *an order of difficulty that
-# happens to be an order of subjects costs what it was meant to win.*
+# After their own stage all skills lose, the older the more. The first loses about as much in both orders; what differs is what it had gained: where the easy skill came first, all of it is gone, where the hard one came first, two thirds are left.
 #
-# The report has a number of its own for this, [`forgetting`](../08_evaluate.ipynb), the distance to the best model so far. It is a warning and no estimate: the best of several noisy scores is too high, so it is above zero even where nothing was lost.
+# How much of this is due to the skills? The fair control are three stages of mixed chunks at the same settings: they, too, end below DPO.
 
 # %%
-together = on_the_way(main["DPO"])
-one = by_stage(together, "sampled")[1]
-end = {order: stacked(found, lambda t: t.iloc[4].mean()) for order, found in scores.items()}
-signal = {order: stacked(found, lambda t: forgetting(t).iloc[4, 0]) for order, found in scores.items()}
-assert all(np.mean(signal[order]) >= np.mean(lost[order]["skill of stage 1"]) for order in lost)
-pd.DataFrame({"all skills, at the end": {"DPO, all at once": as_text(interval(one))} | {f"skills, {order}": as_text(interval(v)) for order, v in end.items()}, "minus DPO": {f"skills, {order}": as_text(interval(v - one)) for order, v in end.items()},
-              "`forgetting` of the first skill": {f"skills, {order}": as_text(interval(v)) for order, v in signal.items()}}).fillna("")
+same = main["sDPO at DPO's beta"]
+ends = {"DPO, all at once": main["DPO"], "three mixed stages": same} | {f"four stages of skills, {order.removeprefix('skills, ')}": rows for order, rows in skills.items()}
+lost = differences({"three mixed stages minus DPO": outcome(same, "sampled") - outcome(main["DPO"], "sampled")} | {f"{name} minus three mixed": outcome(rows, "sampled") - outcome(same, "sampled") for name, rows in ends.items() if "skills" in name})
+assert (lost["high"] < 0).all()
+plot_contrasts(lost);
+
+# %%
+means(ends)
 
 # %% [markdown]
+# Half of what is lost comes from stages at a $\beta$ that is too small for them, and the other half from chunks that do not repeat each other. (Four stages instead of three are in that half, too.) So mind what a chunk contains: *an order by difficulty that happens to be an order by subject
+# costs more than any order was seen to win.*
+#
 # ## One run, measured by everything
 #
-# The tiny world once more, live, with skills as chunks. For each model: what it says of held-out pairs (which S wrote on validation prompts), what it answers to test prompts, how far it has gone, and how often its answer is better than that of the model before, by the
-# true reward.
+# The tiny world, live, with skills as chunks. For each model: what it says of pairs that S wrote on validation and test prompts, what it answers, how far it has gone, and how often its answer is better than that of the model before, by the true reward.
 
 # %%
 world = load_world(); base, tok = load_base(world)
 config = StepwiseConfig(**COMMON | choices()["DPO"])
 run = sdpo(world.base, DATA["skills"](world, base, tok), config, tempfile.mkdtemp())
 models = {f"M_{t}": load_model(str(run.model_folder(t))) for t in range(5)}
-pairs = tokenize_pairs(load_pairs(make_pairs(copy.deepcopy(base).double(), tok, world.validation, seed=9)), tok, "held out", COMMON["max_length"], COMMON["max_length"] // 2).pairs
-held = held_out({name: score_pairs(m, pairs) for name, m in models.items()}, pairs, config.beta).map(as_text)
+rows = [r for i in range(3) for r in make_pairs(copy.deepcopy(base).double(), tok, world.validation + world.test, seed=900 + i) if r["chosen"][0]["content"] and r["rejected"][0]["content"]]
+pairs = tokenize_pairs(load_pairs(rows), tok, "held out", COMMON["max_length"], COMMON["max_length"] // 2).pairs
+tables = {name: score_pairs(m, pairs) for name, m in models.items()}
+held_out(tables, pairs, config.beta).map(as_text)
 
 
 # %%
 def better(prompt, a, b): return 0.5 + 0.5 * np.sign(true_reward(prompt, a) - true_reward(prompt, b))
 answers = {name: respond(m, tok, world.test, seed=1) for name, m in models.items()}
-asked = pd.DataFrame({name: {"trained on": "" if name == "M_0" else run.stages[int(name[-1]) - 1]["chunk"], "true reward, sampled": np.mean([true_reward(p, y) for p, y in zip(world.test, answers[name])]), "exact, greedy": score_responses(m, tok, world.test, 0)["exact"].mean(),
-                             "KL from S (nats)": response_kl(m, base, tok, world.test).mean().item()} for name, m in models.items()}).T
-won = {f"M_{t}": win_rate(better, world.test, answers[f"M_{t}"], answers[f"M_{t-1}"]) for t in range(1, 5)}
-asked["wins against the one before"] = pd.Series({name: as_text(w["wins"]) for name, w in won.items()})
+chunks = ["", *(s["chunk"] for s in run.stages)]
+asked = pd.DataFrame({name: {"trained on": chunks[t], "true reward, sampled": np.mean([true_reward(p, y) for p, y in zip(world.test, answers[name])]), "exact, greedy": score_responses(m, tok, world.test, 0)["exact"].mean(),
+                             "KL from S (nats)": response_kl(m, base, tok, world.test).mean().item()} for t, (name, m) in enumerate(models.items())}).T
+assert asked.loc["M_4", "exact, greedy"] < asked.loc["M_2", "exact, greedy"]
+asked["wins against the one before"] = pd.Series({f"M_{t}": as_text(win_rate(better, world.test, answers[f"M_{t}"], answers[f"M_{t-1}"])["wins"]) for t in range(1, 5)})
 asked.fillna("").map(lambda v: round(v, 3) if isinstance(v, float) else v)
 
-# %%
-held
-
 # %% [markdown]
-# On held-out pairs $\gamma$ rises from stage to stage, because these pairs are of all skills, and the gain in one is larger than the loss in the others. A mean hides a fall. What does the report say, which looks chunk by chunk?
+# On the pairs all goes well: $\gamma$ rises from model to model. The answers tell another story. Greedy, the last model is exact less often than the second. Skill by skill, this is the share of a stage's gain that the last model keeps:
+
+# %%
+skill = [r["prompt"][0]["content"].split()[0] for r in rows]
+seen = {"gamma, training pairs": gamma_table(run).groupby(["model", "chunk"])["gamma"].mean().unstack(),
+        "gamma, other pairs": pd.DataFrame({name: pd.Series(t.gamma(pairs).numpy()).groupby(skill).mean() for name, t in tables.items()}).T,
+        "true reward of answers": pd.DataFrame({name: pd.Series([true_reward(p, y) for p, y in zip(world.test, answers[name])]).groupby([p.split()[0] for p in world.test]).mean() for name in models}).T}
+kept = pd.DataFrame({what: {f"{c} (stage {j})": (t.loc["M_4", c] - t.loc["M_0", c]) / (t.loc[f"M_{j}", c] - t.loc["M_0", c]) for j, c in enumerate(chunks[1:4], 1)} for what, t in seen.items()})
+assert (kept["true reward of answers"] < kept.drop(columns="true reward of answers").min(axis=1)).all()
+kept.round(2)
 
 # %%
 signs = run.signs()
 assert signs == []
-Markdown("\n".join(f"- {s}" for s in signs) or "*no sign of forgetting, instability or minimal improvement*")
+Markdown("\n".join(f"- {s}" for s in signs) or "*the report's signs of failure: none*")
+
 
 # %% [markdown]
-# Nothing! It looks at the pairs of each chunk, and there is hardly anything to see, in all ten worlds: this is the mean $\gamma$ on the pairs of each stage, easy first.
+# The report looks at the pairs of each chunk, and is silent. A pair asks whether this response is still preferred to that one; what the model would write is another matter, and was lost sooner. This is one world; in all ten the training pairs show the same, with
+# exceptions: the share of its gain that the pairs of stage 1 keep, by run.
 
 # %%
-rows = skills["skills, easy_to_hard"]
-gammas = pd.concat([pd.read_json(io.StringIO(r.gammas)).assign(run=i) for i, r in enumerate(rows.itertuples())])
-gammas["pairs of"] = gammas.groupby("run")["chunk"].transform(lambda c: c.map({name: f"stage {j}" for j, name in enumerate(dict.fromkeys(c), 1)}))
-seen = gammas.pivot_table("gamma", "model", "pairs of")
-kept = (seen.loc["M_4"] - seen.loc["M_0"]) / pd.Series({f"stage {j}": seen.loc[f"M_{j}", f"stage {j}"] - seen.loc["M_0", f"stage {j}"] for j in range(1, 5)})
-assert (kept > 0.8).all() and kept["stage 1"] > 0.9
-seen.round(2)
+def share(row): # of what stage 1 gained on its own training pairs
+    t = pd.read_json(io.StringIO(row.gammas)).pivot_table("gamma", "model", "chunk"); c = json.loads(row.gammas)[0]["chunk"]
+    return (t.loc["M_4", c] - t.loc["M_0", c]) / (t.loc["M_1", c] - t.loc["M_0", c])
+pd.DataFrame({order: [share(r) for r in rows.itertuples()] for order, rows in skills.items()}).describe().loc[["min", "25%", "50%", "75%", "max"]].round(2)
 
 # %% [markdown]
-# Of the nats that stage 1 gained on its pairs, the last model keeps over nine tenths; of the true reward that its answers gained, next to nothing. Whether the chosen response is still preferred to *that* rejected one says little about what the model would write. So a report
-# on pairs is blind to this, and ours is: ask the model.
-#
 # ## What you now have
 #
-# - The gain and the price of every stage, with intervals.
-# - A case where stages forget, and the reason: chunks without common subjects.
-# - A warning about warnings: pairs did not show what answers did.
+# - The gain of every stage, which depends on $\beta$ more than on its place.
+# - A case where stages forget: chunks without common subjects.
+# - A warning about warnings: pairs showed little of what answers lost.
 #
 # ## Questions to test yourself
 #
-# 1. Why does a skill fall *before* its own stage?
-# 2. Why is `forgetting` above zero for a model that forgot nothing?
-# 3. Held-out $\gamma$ rises at every stage. Why does it not show what was lost?
+# 1. At the smaller $\beta$ stages 2 and 3 gain nothing. Would you train with fewer stages, or with another $\beta$?
+# 2. The skill of stage 4 has lost before its stage. What did it share with the others?
+# 3. $\gamma$ of a pair rises while both of its responses become rarer. How?
 #
 # ## Try this
 #
