@@ -27,7 +27,7 @@ import seaborn as sns
 import torch
 from tqdm.auto import tqdm
 
-from .evaluate import as_text, frontier, interval, response_kl
+from .evaluate import as_text, excess, frontier, interval, plot_frontier, response_kl
 from .logprobs import load_model, score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, gamma_table, sdpo

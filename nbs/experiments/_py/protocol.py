@@ -34,7 +34,7 @@ import seaborn as sns
 import torch
 from tqdm.auto import tqdm
 
-from sdpo_nb.evaluate import as_text, frontier, interval, response_kl
+from sdpo_nb.evaluate import as_text, excess, frontier, interval, plot_frontier, response_kl
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
@@ -706,6 +706,23 @@ answers[["question", "mean", "low", "high", "p", "holm"]].round(3).set_index("qu
 shown = {name: main[name] for name in (*BASELINES, *METHODS, "sDPO at DPO's beta", "DPO at beta/T")}
 tokens = {name: {"tokens trained on": f"{rows['tokens'].mean() / 1000:.0f}", "of other passes": f"{rows['pass_tokens'].mean() / 1000:.0f}" if rows["pass_tokens"].notna().all() else ""} for name, rows in shown.items()}
 means(shown).join(pd.DataFrame(tokens).T)
+
+# %% [markdown]
+# The distance from S has a price of its own, so a reward is fairly seen beside its KL. The line is the best that each KL can buy, the exact optimum $S\,e^{kr/\beta}$ of [chapter 08](../08_evaluate.ipynb), as a mean over the ten worlds. The last column below is how far a method stays under the line of its world.
+
+# %%
+curves = run_frontiers()
+curve = pd.concat(curves.values()).groupby("beta", as_index=False)[["reward", "kl"]].mean()
+points = pd.DataFrame([dict(name=name, kl=outcome(rows, "kl").mean(), reward=outcome(rows, "sampled").mean()) for name, rows in shown.items()])
+plot_frontier(curve[curve["kl"] < 1.3 * points["kl"].max()], points)
+plt.gca().legend(frameon=False, fontsize="small", bbox_to_anchor=(1, 1));
+
+
+# %%
+def below(rows): # (worlds, seeds, 1): how far under the frontier
+    return -np.array([[excess(r, kl, curves[w]) for r, kl in zip(*per)] for w, per in zip(sorted(curves), zip(outcome(rows, "sampled").mean(2), outcome(rows, "kl").mean(2)))])[..., None]
+assert all(below(rows).mean() > 0 for name, rows in shown.items() if name != "S") and abs(below(shown["S"]).mean()) < 0.01
+pd.Series({name: as_text(interval(below(rows))) for name, rows in shown.items()}).to_frame("true reward below the best at its KL")
 
 # %% [markdown]
 # What the grids cost, in core hours as they passed on two busy cores; a cell that two grids need is counted in the first, and what has not been run yet is missing. Worlds take two to eight core minutes each, before.
