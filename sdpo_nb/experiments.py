@@ -27,12 +27,12 @@ import seaborn as sns
 import torch
 from tqdm.auto import tqdm
 
-from .evaluate import as_text, excess, frontier, interval, plot_frontier, response_kl
+from .evaluate import as_text, excess, frontier, interval, kl_along, plot_frontier
 from .logprobs import load_model, score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, gamma_table, sdpo
 from .trainer import learning_rate
-from .world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, prompt_ids, sft, true_reward, true_rewards
+from .world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards
 
 # %% ../nbs/experiments/protocol.ipynb #7fc47716
 def build_world(seed: int, worlds="runs/worlds"):
@@ -75,8 +75,9 @@ class Cell:
 # %% ../nbs/experiments/protocol.ipynb #4c3f3975
 def _results(model, base, tok, prompts, tau, luck): # (n,) each
     "What is measured of a model."
-    kinds = {how: true_rewards(model, tok, prompts, t, luck) for how, t in (("sampled", tau), ("greedy", 0.))}
-    return {how: np.round(v, 4).tolist() for how, v in kinds.items()} | dict(kl=np.round(response_kl(model, base, tok, prompts, tau, luck), 3).tolist())
+    responses = respond_ids(model, tok, prompts, tau, luck)
+    rewards = dict(sampled=[true_reward(p, text_of(tok, y)) for p, y in zip(prompts, responses)], greedy=true_rewards(model, tok, prompts, 0.))
+    return {how: np.round(v, 4).tolist() for how, v in rewards.items()} | dict(kl=np.round(kl_along(model, base, tok, prompts, responses, tau), 3).tolist())
 
 def _by_skill(results, prompts, stage): # skill, sampled, greedy, kl, stage
     return pd.DataFrame(results).groupby([p.split()[0] for p in prompts]).mean().round(4).rename_axis("skill").reset_index().assign(stage=stage)
@@ -99,7 +100,7 @@ def _baseline(cell, base, tokenizer, world, sources):
     return sft(copy.deepcopy(base), tokenizer, rows, c["epochs"], c["batch_size"], c["lr"], cell.seed), 1., c["epochs"] * sum(len(prompt_ids(tokenizer, p)) + len(y) + 1 for p, y in rows)
 
 # %% ../nbs/experiments/protocol.ipynb #048ebe05
-def _usable(rows): return [r for r in rows if r["chosen"][-1]["content"] and r["rejected"][-1]["content"]] # as tokenisation would
+def _usable(rows): return [r for r in rows if r["chosen"][-1]["content"].strip() and r["rejected"][-1]["content"].strip()] # as tokenisation would
 
 def _texts(world): # every pair of a world, with its source and whether its label is wrong
     return _usable([json.loads(line) | dict(source=n) for n, f in world.sources.items() for line in open(f)])

@@ -187,15 +187,20 @@ def _logp(model, prompts, responses): # (n,) nats, in float64
     return (logp.gather(2, ids[..., None])[..., 0] * there).sum(1)
 
 @torch.no_grad()
-def response_kl(model, base, tokenizer, prompts: list,
-                tau: float=1., # temperature of the model, above 0; of base it is 1
-                seed: int=0, max_new: int=8, batch: int=200) -> Tensor: # (n,) nats per response
-    "KL(model || base) along one sampled response per prompt: equation (1). Unbiased for the KL of the first `max_new` tokens."
-    ids, ys, out = [prompt_ids(tokenizer, p) for p in prompts], respond_ids(model, tokenizer, prompts, tau, seed, max_new), []
+def kl_along(model, base, tokenizer, prompts: list,
+             responses: list, # ids, sampled from the model at tau
+             tau: float=1.,   # temperature of the model, above 0; of base it is 1
+             batch: int=200) -> Tensor: # (n,) nats per response
+    "KL(model || base) along given responses: equation (1). Unbiased for the KL of as many tokens as they may have."
+    ids, out = [prompt_ids(tokenizer, p) for p in prompts], []
     for i in range(0, len(prompts), batch):
-        (p, _, there), (q, *_) = (_steps(m, ids[i:i+batch], ys[i:i+batch], t) for m, t in ((model, tau), (base, 1.)))
+        (p, _, there), (q, *_) = (_steps(m, ids[i:i+batch], responses[i:i+batch], t) for m, t in ((model, tau), (base, 1.)))
         out.append(((p.exp() * (p - q)).sum(-1) * there).sum(1))
     return torch.cat(out).cpu()
+
+def response_kl(model, base, tokenizer, prompts: list, tau: float=1., seed: int=0, max_new: int=8, batch: int=200) -> Tensor: # (n,) nats per response
+    "The same along one sampled response per prompt."
+    return kl_along(model, base, tokenizer, prompts, respond_ids(model, tokenizer, prompts, tau, seed, max_new), tau, batch)
 
 
 # %% [markdown]
