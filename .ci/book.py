@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 NBS = Path("nbs")
+LINK = re.compile(r"\]\((?!http|#)([\w/]+\.ipynb)")
 COLAB = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path}"
 
 
@@ -34,7 +35,7 @@ def readme():
         if re.search(r"^#\s*\|\s*hide\b", src, re.M):
             continue
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"\]\((?!http|#)([\w/]+\.ipynb)", r"](nbs/\1", src))
+            parts.append(LINK.sub(r"](nbs/\1", src))
             continue
         src = "\n".join(l for l in src.splitlines() if not re.match(r"#\s*\|", l)).strip()
         if src:
@@ -46,7 +47,7 @@ def readme():
                 files[path] = base64.b64decode(text(data["image/png"]))
                 parts.append(f"![]({path})")
             elif "text/markdown" in data:
-                parts.append(text(data["text/markdown"]))
+                parts.append(LINK.sub(r"](nbs/\1", text(data["text/markdown"])))
             elif text(data.get("text/plain", "")).strip():
                 parts.append("\n".join("    " + l for l in text(data["text/plain"]).rstrip().splitlines()))
     files["README.md"] = ("\n\n".join(p.strip() for p in parts) + "\n").encode()

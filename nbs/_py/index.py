@@ -98,16 +98,10 @@ Markdown(as_markdown(pd.DataFrame(differences, index=["mean", "low", "high"]).T)
 # of mean true reward (from 0 to 1), with 95 % intervals; "equal" means that the whole interval lies within $\pm 0.02$.
 
 # %%
-from sdpo_nb.experiments import contrasts, load_grid
+from sdpo_nb.experiments import claims
 
-answers = contrasts(load_grid("primary")).set_index("question")
-def verdict(a):
-    equal, different = bool(max(-a["low"], a["high"]) < 0.02), a["holm"] < 0.05
-    return f"different, p = {a['holm']:.3f}" + ", but small" * equal if different else "equal" if equal else "we cannot tell"
-CLAIMS = {"stepwise against plain": "sDPO is better than DPO (table 3)", "the same, at the KL of plain": "... and not by moving farther from S", "easy first against random order": "easy to hard is better than a random split (table 3)",
-          "easy first against hard first": "easy before hard", "moving against fixed reference": "a reference that moves up is better than a fixed one", "target from M_{t-1} against from S": "a stage should start at $M_{t-1}$ (figure 3)",
-          "stepwise at beta against plain at beta/T": "(not in the paper) sDPO is DPO with a smaller $\\beta$"}
-Markdown(as_markdown(pd.DataFrame([{"claim of the paper": claim, "what we found": "{:+.3f} [{:+.3f}, {:+.3f}]".format(*answers.loc[q, ["mean", "low", "high"]]), "how sure": verdict(answers.loc[q])} for q, claim in CLAIMS.items()]).set_index("claim of the paper")))
+found = claims().set_index("claim")
+Markdown(as_markdown(found.assign(where=found["where"].map("[{0}](experiments/{0}.ipynb)".format))))
 
 # %% [markdown]
 # Tuned alike, the two methods are equal where the paper reports a gain, and the order of the data does not matter. What does is that a stage starts where the last one ended; a moving reference adds a little. At one and the same $\beta$ the methods are
@@ -174,6 +168,9 @@ Markdown(as_markdown(pd.DataFrame(lines).T))
 # | [10 cli](10_cli.ipynb) | the command line and the demo |
 # | [experiments/protocol](experiments/protocol.ipynb) | ten worlds, eight questions fixed beforehand, and their answers |
 # | [experiments/paper_in_miniature](experiments/paper_in_miniature.ipynb) | the paper's tables and figures, redone where the truth is known |
+# | [experiments/why_it_works](experiments/why_it_works.ipynb) | reference, order and schedule, each switched alone |
+# | [experiments/how_to_partition](experiments/how_to_partition.ipynb) | which measure, which direction, which pairs |
+# | [experiments/stage_by_stage](experiments/stage_by_stage.ipynb) | what each stage gains, and what it undoes |
 #
 # ## From the paper to cells
 #

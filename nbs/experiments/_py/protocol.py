@@ -203,7 +203,7 @@ DATA["sorted"] = _sorted
 # %% [markdown]
 # Two published ways to *select* pairs contradict each other: keep those with the smallest implicit reward gap of a trained model ([2508.04149](https://arxiv.org/abs/2508.04149)), or drop the hardest
 # ([2502.09650](https://arxiv.org/abs/2502.09650)), which are those again. The gap is signed here: the smallest belong to pairs that the model orders against their label. That model is trained on all pairs once; with three passes over the
-# two thirds that it keeps, as many pairs are seen as in three passes over all (its own tokens are not in the table).
+# two thirds that it keeps, as many pairs are seen as in three passes over all (its own tokens are not in the table). Beside them stand two thirds at random.
 
 # %%
 #| export
@@ -212,8 +212,9 @@ def _implicit_gap(model, base, tok, rows): # (n,) gamma of the model minus gamma
     if len(pairs) != len(rows): raise ValueError(f"implicit gap: {len(rows) - len(pairs)} of {len(rows)} pairs cannot be used")
     return score_pairs(model, pairs).gamma(pairs) - score_pairs(base, pairs).gamma(pairs)
 
-def _selected(world, base, tok, keep, beta, lr): # the smallest or the largest gaps
+def _selected(world, base, tok, keep, beta, lr): # two thirds of the pairs: the smallest or the largest gaps, or any
     rows, settings = _texts(world), COMMON | dict(beta=beta, lr=lr, chunks=1, epochs=1)
+    if keep == "random": return {"all": random.Random(0).sample(rows, 2 * len(rows) // 3)}
     with tempfile.TemporaryDirectory() as tmp: model = sdpo(world.base, {"all": rows}, StepwiseConfig(**settings), tmp).model
     order = _implicit_gap(model, base, tok, rows).argsort(descending=keep == "largest").tolist()
     return {"all": [rows[i] for i in order[:2 * len(rows) // 3]]}
@@ -596,14 +597,15 @@ def paper_in_miniature() -> dict:
 # %%
 #| export
 def how_to_partition() -> dict:
-    "Three chunks, ordered in both directions by several measures; and two selections."
-    dpo = choices()["DPO"]
+    "Three chunks, ordered in both directions by several measures, by gamma also at the best settings of stepwise DPO; and two selections, with as many pairs at random."
+    dpo, tuned = choices()["DPO"], choices()["sDPO"]
     rows = {"accuracy of sources": "easy_to_hard", "accuracy of sources, hard first": "hard_to_easy", "random": "random"}
     out = {name: ("sDPO", dpo | dict(order=order)) for name, order in rows.items()}
-    out |= {f"gamma of pairs{there}": ("sDPO", dpo | dict(order=order, chunks=3), ("one source",)) for there, order in (("", "easy_to_hard"), (", hard first", "hard_to_easy"))}
+    out |= {f"gamma of pairs{there}{how}": ("sDPO", settings | dict(order=order, chunks=3), ("one source",)) for there, order in (("", "easy_to_hard"), (", hard first", "hard_to_easy")) for how, settings in (("", dpo), (", tuned", tuned))}
     for what, easy in (("length", 1), ("distance", -1), ("true gap", -1)):
         out |= {f"{what} of pairs{there}": ("sDPO", dpo | dict(order="as_given", chunks=3), ("sorted", what, sign)) for there, sign in (("", easy), (", hard first", -easy))}
-    return out | {"DPO": ("DPO", dpo)} | {f"DPO on the {keep} gaps": ("DPO", dpo, ("selected", keep, dpo["beta"], dpo["lr"])) for keep in ("smallest", "largest")}
+    selections = {"DPO on the smallest gaps": "smallest", "DPO on the largest gaps": "largest", "DPO on a random part": "random"}
+    return out | {"DPO": ("DPO", dpo)} | {name: ("DPO", dpo, ("selected", keep, dpo["beta"], dpo["lr"])) for name, keep in selections.items()}
 
 def stage_by_stage() -> dict:
     "Sources that are skills, so that a stage can unlearn what another taught."
@@ -735,6 +737,41 @@ for name in ("pilot", "search", *GRIDS):
     rows = rows_of(cells); first = rows[~rows["key"].isin(known)]; known |= set(rows["key"])
     hours[name] = dict(cells=len({c.key for c in cells}), run=len(rows), **{"core hours": round(first["seconds"].sum() / 3600, 1)})
 pd.DataFrame(hours).T
+
+# %% [markdown]
+# ## Claim by claim
+#
+# What the paper says or asks, and what the experiments found: differences of mean true reward. A primary question counts as different by its p-value, an exploratory one where its interval excludes 0.
+
+# %%
+#| export
+CLAIMS = { # of the paper -> the primary question
+    "sDPO is better than DPO (table 3)": "stepwise against plain", "... and not by moving farther from S": "the same, at the KL of plain", "easy to hard is better than a random split (table 3)": "easy first against random order",
+    "easy before hard": "easy first against hard first", "a reference that moves up is better than a fixed one": "moving against fixed reference", "a stage should start at $M_{t-1}$ (figure 3)": "target from M_{t-1} against from S",
+    "(not in the paper) sDPO is DPO with a smaller $\\beta$": "stepwise at beta against plain at beta/T"}
+EXPLORED = { # claim -> page and grid, row a, row b
+    "sDPO is better than DPO at one $\\beta$, the best for DPO": ("paper_in_miniature", "primary", "sDPO at DPO's beta", "DPO"),
+    "a more aligned reference makes a better model, at one $\\beta$ (table 1)": ("paper_in_miniature", "paper_in_miniature", "riddle against M_2", "riddle against S"),
+    "a reference that moves up is better, at one $\\beta$": ("why_it_works", "why_it_works", "moving, easy_to_hard, stage", "fixed, easy_to_hard, stage"),
+    "easy to hard by the $\\gamma$ of single pairs is better than a random split": ("how_to_partition", "how_to_partition", "gamma of pairs", "random"),
+}
+
+def claims() -> pd.DataFrame: # claim, what we found, how sure, where
+    "Every claim with its difference, interval and verdict, from the stored table."
+    def row(claim, mean, low, high, different, why, page):
+        verdict = "different" if different else "equal" if max(-low, high) < 0.02 else "we cannot tell"
+        small = ", but small" if different and max(-low, high) < 0.02 else ""
+        return {"claim": claim, "what we found": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "how sure": f"{verdict}{small}, {why}", "where": page}
+    answers = contrasts(load_grid("primary")).set_index("question")
+    rows = [row(claim, *(a := answers.loc[q])[["mean", "low", "high"]], a["holm"] < 0.05, f"p = {a['holm']:.2f}", "protocol") for claim, q in CLAIMS.items()]
+    for claim, (page, grid, a, b) in EXPLORED.items():
+        found = load_grid(grid); mean, low, high = interval(outcome(found[a], "sampled") - outcome(found[b], "sampled"))
+        rows.append(row(claim, mean, low, high, not low <= 0 <= high, "exploratory", page))
+    return pd.DataFrame(rows)
+
+
+# %%
+claims().set_index("claim")
 
 # %% [markdown]
 # ## What you now have
