@@ -4,8 +4,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/how_to_partition.ipynb)
 #
-# **By sources, in any order; not by the $\gamma$ of single pairs, easy first.** In ten worlds with two seeds each, at DPO's settings and three chunks, easy minus hard first is +0.004 [-0.011, +0.020] of true reward where sources are ordered by reward accuracy, and -0.116 [-0.145, -0.085] where pairs are ordered by $\gamma$. Hard pairs are
-# wrong more often (16 % against 4 % in one world) but mostly right, and no selection did as well as all pairs.
+# **The order of sources does not matter; ending on the pairs that S contradicts does, the more the smaller $\beta$.** In ten worlds with two seeds each, three chunks: by reward accuracy of sources, easy minus hard first is +0.004 [-0.011, +0.020] of true reward; pairs sorted by $\gamma$, easy first, are worse than a random split by
+# 0.104 [0.080, 0.130] at DPO's settings, and than the sources by 0.014 [0.003, 0.027] at those of sDPO. Hard pairs are mislabelled more often than easy ones, but mostly right, and two selections by difficulty did worse than as many pairs at random.
 #
 # **You should know** [partition](../05_partition.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took hours (`make experiments`).
 
@@ -15,8 +15,11 @@ if not importlib.util.find_spec("sdpo_nb"):
     get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
 
 # %%
+import io
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from sdpo_nb.experiments import COMMON, DATA, differences, load_grid, means, outcome, plot_contrasts
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.partition import wilson
@@ -46,28 +49,51 @@ assert wrong[cut["gamma of pairs"][2]].mean() > 2 * wrong[cut["gamma of pairs"][
 shares.rename_axis("share of wrong labels, 95 %")
 
 # %% [markdown]
-# Are hard pairs mislabelled pairs? More often than others, by every measure that looks at single pairs, and least so by sources, which were made to differ in their prompts and not in their labels. But even the hardest third by $\gamma$ is right five times out of six. What marks it is something else: S contradicts its labels.
+# By every measure that looks at single pairs hard ones are mislabelled more often. By sources they are not: those were made to differ in their prompts. Are hard pairs, then, mislabelled pairs? Of the hardest third:
 
 # %%
-pd.DataFrame({what: [f"{(gamma[c] < 0).mean():.2f}" for c in chunks] for what, chunks in cut.items()}, index=["easy", "middle", "hard"]).T.rename_axis("share of pairs that S orders against the label")
+hardest = pd.DataFrame({what: {"wrong": wrong[c[2]].mean(), "tied, no label is right": (gap[c[2]] == 0).mean(), "right": (~wrong & (gap != 0))[c[2]].mean(), "S prefers the other": (gamma[c[2]] < 0).mean()} for what, c in cut.items()}).T
+assert (hardest["right"] > 2 * hardest["wrong"]).all()
+hardest.round(2)
 
 # %% [markdown]
+# Most are right. What marks those of small $\gamma$ is, by definition, that S prefers the other response: a third of the data in which every label contradicts S.
+#
 # ## Does the order matter?
 #
-# All at DPO's settings, so that nothing differs but what lies in which chunk. Pairs of three sources at once, sorted by a measure and cut in three; "accuracy of sources" is the paper's way.
+# All at DPO's settings ($\beta = 0.6$, learning rate 0.0003), so that nothing differs but what lies in which chunk. The pairs of three sources together are sorted by a measure and cut in three; "accuracy of sources" is the paper's way.
 
 # %%
 found = load_grid("how_to_partition")
 def minus(a, b, what="sampled"): return outcome(found[a], what) - outcome(found[b], what)
 MEASURES = ("accuracy of sources", "gamma of pairs", "length of pairs", "distance of pairs", "true gap of pairs")
-order = differences({f"{m}: easy minus hard first": minus(m, f"{m}, hard first") for m in MEASURES} | {f"{m}: easy first minus random": minus(m, "random") for m in MEASURES})
+order = differences({f"{m}: {way} minus random": minus(m + there, "random") for m in MEASURES for way, there in (("easy first", ""), ("hard first", ", hard first"))})
 here = order.set_index("question")
-assert here.loc["accuracy of sources: easy minus hard first", ["low", "high"]].abs().max() <= 0.02 and here.loc[[f"gamma of pairs: easy {x}" for x in ("minus hard first", "first minus random")], "high"].max() < -0.05
+assert here.loc["accuracy of sources: easy first minus random", ["low", "high"]].abs().max() <= 0.02 and here.loc["gamma of pairs: easy first minus random", "high"] < -0.05 and (here["low"] < 0).all()
 plot_contrasts(order);
 
+
 # %% [markdown]
-# For sources the order is one more time without effect. For single pairs there is one large effect, and it speaks against the paper's rule: sorted by $\gamma$, *easy first is the worst of all*, by a tenth of the reward, and hard first is like random. In this order the last stage sees nothing but pairs that contradict S,
-# a sixth of them mislabelled, and no others correct it; such a model ends 6.8 nats from S, farther than any. With the other measures a sorted split was never better than a random one, and mostly a little worse. Chunks that resemble each other are the safe choice.
+# No sorted split is better than a random one, four of the ten are worse by a little, and one by a tenth: by $\gamma$, easy first. Where is it lost?
+
+# %%
+def on_the_way(rows): # mean by stage
+    return pd.concat([pd.read_json(io.StringIO(r)) for r in rows["stages"]]).groupby("stage")[["sampled", "kl"]].mean()
+ways = {"random": "random", "by gamma, easy first": "gamma of pairs", "by gamma, hard first": "gamma of pairs, hard first", "by gamma, easy first, sDPO's settings": "gamma of pairs, tuned", "by gamma, hard first, sDPO's settings": "gamma of pairs, hard first, tuned"}
+fig, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
+for name, row in ways.items():
+    for ax, (what, label) in zip(axes, {"sampled": "true reward, sampled", "kl": "KL from S (nats)"}.items()):
+        ax.plot(["M_1", "M_2", "M_3"], on_the_way(found[row])[what], "o-", ls="--" if "sDPO" in name else "-", label=name); ax.set(ylabel=label)
+axes[1].legend(frameon=False, fontsize="small", bbox_to_anchor=(1, 1)); sns.despine(fig)
+assert on_the_way(found["gamma of pairs"])["sampled"].diff().loc[3] < -0.08 < 0 < on_the_way(found["gamma of pairs, tuned"])["sampled"].diff().loc[3]
+
+# %% [markdown]
+# In the last stage, which sees nothing but pairs that contradict S. Its model runs off, three nats in one stage, and there is no later stage to bring it back; *hard first* goes through the same stage and recovers. At the best settings of stepwise DPO, with twice the $\beta$ and a third of the learning rate, nothing runs off, and little is left of the harm:
+
+# %%
+main = load_grid("primary")
+tuned = differences({f"by gamma, {way}, minus by sources, {what}": outcome(found[f"gamma of pairs{there}, tuned"], what) - outcome(main["sDPO"], what) for way, there in (("easy first", ""), ("hard first", ", hard first")) for what in ("sampled", "greedy")})
+plot_contrasts(tuned, "difference of mean true reward, sDPO's settings");
 
 # %%
 means(found)
@@ -75,27 +101,28 @@ means(found)
 # %% [markdown]
 # ## Leaving pairs out
 #
-# Two published selections contradict each other: keep the pairs with the smallest implicit gap of a trained model ([2508.04149](https://arxiv.org/abs/2508.04149)), or drop those, the hardest ([2502.09650](https://arxiv.org/abs/2502.09650)). The gap is signed here, and the model that measures it is trained one epoch on all pairs; with it, three passes
-# over the two thirds that are kept cost what three passes over all cost.
+# Two published rules point in opposite directions: keep the pairs with the smallest implicit gap ([2508.04149](https://arxiv.org/abs/2508.04149)), or drop the hardest ([2502.09650](https://arxiv.org/abs/2502.09650)). What follows is after their idea, not their recipes. The gap of a pair is $\gamma_M - \gamma_S$, with its sign, and M is trained one epoch on all
+# pairs; *smallest* and *largest* keep two thirds. With M's own epoch, three passes over the kept pairs cost what three passes over all cost. The fair control are two thirds at random.
 
 # %%
-kept = differences({f"DPO on the {keep} gaps minus on all, {what}": minus(f"DPO on the {keep} gaps", "DPO", what) for keep in ("smallest", "largest") for what in ("sampled", "greedy")})
+parts = {"DPO on the smallest gaps": "smallest gaps", "DPO on the largest gaps": "largest gaps", "DPO": "all pairs"}
+kept = differences({f"{name} minus a random part, {what}": minus(row, "DPO on a random part", what) for row, name in parts.items() for what in ("sampled", "greedy")})
+assert kept["high"].iloc[:4].max() < 0 < kept["low"].iloc[4:].min()
 plot_contrasts(kept);
 
 # %% [markdown]
-# Neither is as good as using all pairs: both lose about 0.035 sampled, and they differ from each other only in greedy answers, where the small gaps lose less. With one pair to a prompt each pair is the only word on its prompt, and every third of them is worth having. ($\beta$ and learning rate were searched for all pairs; a selection might
-# want others.)
+# Both selections are *worse* than as many pairs at random, by 0.02, and those are worse than all pairs, by as much. They fail differently: the smallest gaps stay nearer to S (1.2 nats), the largest run farther (3.3 nats, all pairs 1.7), so that another $\beta$ might suit each of them better; here all have DPO's.
 #
 # ## What you now have
 #
-# - Shares of wrong labels by measure and chunk, since this world knows them.
-# - Fourteen ways to arrange or select the same pairs, none better than DPO on all of them, one much worse.
+# - Shares of wrong labels by measure, since this world knows them.
+# - Ten sorted splits and a random one; what harms is the *last* chunk, where it is one-sided and $\beta$ is small.
 #
 # ## Questions to test yourself
 #
 # 1. Sources sorted by accuracy hardly differ in their wrong labels. Why do pairs sorted by $\gamma$?
 # 2. Why does *hard first* by $\gamma$ not suffer, although it sees the same pairs?
-# 3. What part of "easy" by length is a property of the prompt alone?
+# 3. A selection is compared with all pairs and loses. What two reasons can that have?
 #
 # ## Try this
 #
