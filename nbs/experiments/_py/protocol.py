@@ -620,9 +620,9 @@ def new_domain() -> dict:
 
 def with_new_data() -> dict:
     "Three stages on pairs that M_{t-1} wrote, against pairs that S wrote, under four labels."
-    dpo = choices()["DPO"]
+    best = choices()["sDPO"]
     labels = {"true": (), "judge, 0 % wrong": (0.,), "judge, 20 % wrong": (0.2,), "implicit": ()}
-    return {f"{writer}, {label}": ("sDPO", dpo | dict(order="as_given"), ("new", writer, label.split(",")[0], *error)) for writer in ("S", "policy") for label, error in labels.items()}
+    return {f"{writer}, {label}": ("sDPO", best | dict(order="as_given"), ("new", writer, label.split(",")[0], *error)) for writer in ("S", "policy") for label, error in labels.items()}
 
 
 # %%
