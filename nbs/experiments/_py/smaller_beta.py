@@ -1,0 +1,114 @@
+# %% [markdown]
+# # Is stepwise DPO just DPO with a smaller beta?
+# > T stages at beta against one at beta / T: theory has two answers, and real chunks lie between them.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/smaller_beta.ipynb)
+#
+# ANSWER
+#
+# **You should know** the [closed form](../03_loss.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind the second figure took HOURS (`make experiments`).
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from sdpo_nb.experiments import STAGES, choices, differences, load_grid, outcome, plot_contrasts
+from sdpo_nb.loss import bradley_terry, optimal_policy, population_loss
+from sdpo_nb.world import ALPHABET, K, SKILLS, enumerable_world, true_reward
+
+# %% [markdown]
+# ## What theory says
+#
+# A stage that identifies the true reward $r$ of every response and is trained to its optimum multiplies its reference by $e^{kr/\beta}$ ([chapter 03](../03_loss.ipynb)). So $T$ stages on the *same* prompts end in
+#
+# $$M_T \propto S\,e^{T k r/\beta}, \tag{1}$$
+#
+# which is one stage at $\beta/T$, whatever the order. If every stage has prompts of its *own*, and nothing learned on one prompt carries over to another, each prompt is tilted once, and $T$ stages at $\beta$ are one
+# stage at $\beta$.
+#
+# Both can be checked where all responses can be listed. Here are eight prompts about strings of a and b, with the fourteen responses of the [enumerable world](../00_world.ipynb). A stage is *trained*, on every comparison of its
+# prompts as often as Bradley-Terry draws it (freely resampled pairs, without end), from its reference, until nothing moves.
+
+# %%
+prompts = [f"{skill} {s}" for skill in ("copy", "reverse", "sort") for s in ("ba", "aba", "bba")][:8]
+responses = enumerable_world().responses
+r = torch.tensor([[true_reward(p, y) for y in responses] for p in prompts], dtype=torch.float64)
+wins = bradley_terry(r, K)
+
+def stage(log_ref, rows, beta): # DPO on the comparisons of these prompts, from the reference to convergence
+    log_pi = log_ref[rows].clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([log_pi], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    def closure():
+        optimizer.zero_grad(); loss = population_loss(log_pi.log_softmax(-1), log_ref[rows], wins[rows], beta); loss.backward()
+        return loss
+    optimizer.step(closure)
+    new = log_ref.clone(); new[rows] = log_pi.detach().log_softmax(-1)
+    return new
+
+def stages(log_S, chunks, beta):
+    log_pi = log_S
+    for rows in chunks: log_pi = stage(log_pi, rows, beta)
+    return log_pi
+
+# %% [markdown]
+# Is (1) what comes out? For every $T$, with the same eight prompts in every stage and with prompts of its own in each:
+
+# %%
+log_S = torch.randn(8, len(responses), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+everything = list(range(8))
+def same(T): return [everything] * T
+def own(T): return [everything[t::T] for t in range(T)]
+
+off = pd.DataFrame({T: {"same prompts, from S exp(kr/(beta/T))": (stages(log_S, same(T), 6.) - optimal_policy(log_S, K * r, 6. / T)).abs().max().item(),
+                        "own prompts, from S exp(kr/beta)": (stages(log_S, own(T), 6.) - optimal_policy(log_S, K * r, 6.)).abs().max().item()} for T in STAGES}).rename_axis("largest error of a log-probability, nats; T =")
+assert off.max(axis=None) < 1e-3
+off.map("{:.0e}".format)
+
+# %% [markdown]
+# Drawn over $\beta/T$, stages on the same prompts fall onto one curve, that of the optimum. Stages on their own prompts do not: whatever $T$, they stay at the height of their $\beta$.
+
+# %%
+def measured(log_pi): return dict(reward=(log_pi.exp() * r).sum(1).mean().item(), kl=(log_pi.exp() * (log_pi - log_S)).sum(1).mean().item())
+
+curve = pd.DataFrame([dict(x=b, **measured(optimal_policy(log_S, K * r, b))) for b in np.geomspace(0.5, 24, 40)])
+dots = pd.DataFrame([dict(x=beta / T, T=T, prompts=kind, **measured(stages(log_S, chunks(T), beta))) for beta in (6., 12.) for T in STAGES for kind, chunks in (("the same in every stage", same), ("its own in every stage", own))])
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.3), constrained_layout=True)
+for ax, what, name in zip(axes, ("reward", "kl"), ("true reward", "KL from S (nats)")):
+    ax.plot(curve["x"], curve[what], color="black", lw=1.5, label=r"one stage at $\beta/T$: $S\,e^{Tkr/\beta}$")
+    sns.scatterplot(dots, x="x", y=what, hue="T", style="prompts", palette="crest", s=70, ax=ax, legend=what == "reward")
+    ax.set(xscale="log", xlabel=r"$\beta / T$ (per nat)", ylabel=name)
+axes[0].legend(frameon=False, fontsize="x-small"); sns.despine(fig)
+
+# %% [markdown]
+# ## What happens in the tiny world
+#
+# Now with a language model, three passes over noisy labels, far from any optimum. Chunks are of both kinds: the pairs of the three sources cut at random into $T$, which share no prompt but share skills; and pairs that S wrote anew for
+# every stage on the same prompts. $\beta$ and learning rate are those that the search chose for DPO. DPO at $\beta/T$ sees the same pairs in as many steps.
+
+# %%
+found, beta = load_grid("smaller_beta"), choices()["DPO"]["beta"]
+KINDS = {"same prompts": "the same in every stage", "sources": "its own in every stage"}
+def name(method, T, data): return "DPO at beta" if T == 1 else f"DPO at beta/{T}, {data}" if method == "DPO" else f"sDPO, T = {T}, {data}"
+
+points = pd.DataFrame([dict(T=T, prompts=kind, method=method, x=beta / T, **{what: outcome(found[name(method, T, data)], what).mean() for what in ("sampled", "kl")})
+                       for T in STAGES for data, kind in KINDS.items() for method in ("DPO", "sDPO") if T > 1 or method == "DPO"])
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.3), constrained_layout=True)
+for ax, what, label in zip(axes, ("sampled", "kl"), ("true reward, sampled", "KL from S (nats)")):
+    for kind, rows in points[points["method"] == "DPO"].groupby("prompts"): ax.plot(rows["x"], rows[what], color="black", lw=1.5, ls="-" if kind.startswith("the") else ":", label=fr"DPO at $\beta/T$, prompts {kind}")
+    sns.scatterplot(points[points["method"] == "sDPO"], x="x", y=what, hue="T", style="prompts", style_order=list(KINDS.values()), palette="crest", s=70, ax=ax, legend=what == "sampled")
+    ax.set(xscale="log", xlabel=r"$\beta / T$ (per nat)", ylabel=label)
+axes[0].legend(frameon=False, fontsize="x-small"); sns.despine(fig)
+
+# %% [markdown]
+# "One curve" would mean that the whole interval of the difference lies within $\pm 0.02$ at every $T$.
+
+# %%
+apart = differences({f"T = {T}, prompts {kind}": outcome(found[name("sDPO", T, data)], "sampled") - outcome(found[name("DPO", T, data)], "sampled") for data, kind in KINDS.items() for T in STAGES[1:]})
+plot_contrasts(apart, "T stages at beta minus one at beta/T, true reward");
