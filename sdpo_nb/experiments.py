@@ -335,7 +335,7 @@ def primary() -> dict: # name of a row -> (method, settings)
     best = choices()
     dpo, stepwise = best["DPO"], best["sDPO"]
     rows = {m: (m, best[m]) for m in METHODS} | {b: (b, best.get(b, {})) for b in BASELINES}
-    rows |= {"sDPO at DPO's beta": ("sDPO", dpo), "DPO at beta/T": ("DPO", dpo | dict(beta=dpo["beta"] / 3))}
+    rows |= {"sDPO at DPO's beta": ("sDPO", dpo), "DPO at beta/T": ("DPO", dpo | dict(beta=dpo["beta"] / 3)), "DPO at sDPO's rate": ("DPO", dpo | dict(lr=stepwise["lr"]))}
     return rows | {f"sDPO, {f:g} beta": ("sDPO", stepwise | dict(beta=stepwise["beta"] * f)) for f in LADDER}
 
 def values(found: dict, name: str, what: str) -> np.ndarray:
@@ -444,9 +444,12 @@ def cells_of(grid: str, worlds=WORLDS, seeds=SEEDS) -> dict: # name of a row -> 
     return {name: row(*what) for name, what in GRIDS[grid]().items()}
 
 def load_grid(grid: str) -> dict: # name of a row -> rows of the table
-    "What was run of a grid."
+    "What was run of a grid. Raises ValueError where cells are missing, so that rows of one grid are always about the same worlds and seeds."
     table = _read(_path(None), "key")
-    return {name: _of(table, cells) for name, cells in cells_of(grid).items()}
+    found = {name: (_of(table, cells), len(cells)) for name, cells in cells_of(grid).items()}
+    missing = {name: n - len(rows) for name, (rows, n) in found.items() if len(rows) < n}
+    if missing: raise ValueError(f"{grid}: {sum(missing.values())} cells have not been run, of {', '.join(missing)}; `python -m sdpo_nb.experiments {grid}` goes on")
+    return {name: rows for name, (rows, _) in found.items()}
 
 # %% ../nbs/experiments/protocol.ipynb #7b1d3ce7
 FRONTIER_BETAS = (1e9, 100, 60, 40, 25, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1, 0.7, 0.5, 0.3, 0.1)
@@ -502,11 +505,11 @@ EXPLORED = { # claim -> page and grid, row a, row b
 def claims() -> pd.DataFrame: # claim, what we found, how sure, where
     "Every claim with its difference, interval and verdict, from the stored table."
     def row(claim, mean, low, high, different, why, page):
-        verdict = "different" if different else "equal" if max(-low, high) < 0.02 else "we cannot tell"
-        small = ", but small" if different and max(-low, high) < 0.02 else ""
+        verdict = ("better" if mean > 0 else "worse") if different else "equal" if max(-low, high) < 0.02 else "we cannot tell"
+        small = ", but little" if different and max(-low, high) < 0.02 else ""
         return {"claim": claim, "what we found": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "how sure": f"{verdict}{small}, {why}", "where": page}
     answers = contrasts(load_grid("primary")).set_index("question")
-    rows = [row(claim, *(a := answers.loc[q])[["mean", "low", "high"]], a["holm"] < 0.05, f"p = {a['holm']:.2f}", "protocol") for claim, q in CLAIMS.items()]
+    rows = [row(claim, *(a := answers.loc[q])[["mean", "low", "high"]], a["holm"] < 0.05, f"p = {a['holm']:.2f} (Holm)", "protocol") for claim, q in CLAIMS.items()]
     for claim, (page, grid, a, b) in EXPLORED.items():
         found = load_grid(grid); mean, low, high = interval(outcome(found[a], "sampled") - outcome(found[b], "sampled"))
         rows.append(row(claim, mean, low, high, not low <= 0 <= high, "exploratory", page))

@@ -41,6 +41,15 @@ def test_contrasts_find_what_was_planted_and_refuse_other_draws():
     with pytest.raises(ValueError, match="'b' was run in other worlds"): ex.contrasts(found, asked)
 
 
+def test_an_incomplete_grid_is_refused(monkeypatch, tmp_path):
+    cells = sum(ex.cells_of("stage_by_stage").values(), [])
+    pd.DataFrame(dict(key=[c.key for c in cells])).to_parquet(tmp_path / "all.parquet")
+    monkeypatch.setattr(ex, "_path", lambda folder: tmp_path / "all.parquet")
+    assert {len(rows) for rows in ex.load_grid("stage_by_stage").values()} == {20}
+    pd.DataFrame(dict(key=[c.key for c in cells[1:]])).to_parquet(tmp_path / "all.parquet")
+    with pytest.raises(ValueError, match="stage_by_stage: 1 cells have not been run, of skills, easy_to_hard"): ex.load_grid("stage_by_stage")
+
+
 def test_holm():
     assert ex.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and ex.holm([0.5, 0.9]) == [1, 1]
 

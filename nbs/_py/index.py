@@ -169,6 +169,7 @@ Markdown(as_markdown(pd.DataFrame(lines).T))
 # | [experiments/protocol](experiments/protocol.ipynb) | ten worlds, eight questions fixed beforehand, and their answers |
 # | [experiments/paper_in_miniature](experiments/paper_in_miniature.ipynb) | the paper's tables and figures, redone where the truth is known |
 # | [experiments/why_it_works](experiments/why_it_works.ipynb) | reference, order and schedule, each switched alone |
+# | [experiments/smaller_beta](experiments/smaller_beta.ipynb) | are $T$ stages at $\beta$ one stage at $\beta/T$? |
 # | [experiments/how_to_partition](experiments/how_to_partition.ipynb) | which measure, which direction, which pairs |
 # | [experiments/stage_by_stage](experiments/stage_by_stage.ipynb) | what each stage gains, and what it undoes |
 #
