@@ -119,8 +119,8 @@ def test_data_by_skill_and_without_one(world):
 
 def test_sorted_both_ways(world):
     there, back = (texts(*world, "sorted", "true gap", sign)["all"] for sign in (1, -1))
-    gaps = [ex._measured(r, "true gap") for r in there]
-    assert gaps == sorted(gaps) and gaps[0] < gaps[-1] and [ex._measured(r, "true gap") for r in back] == gaps[::-1]
+    gaps = [ex.measured(r, "true gap") for r in there]
+    assert gaps == sorted(gaps) and gaps[0] < gaps[-1] and [ex.measured(r, "true gap") for r in back] == gaps[::-1]
     with pytest.raises(ValueError, match="'size' is none of length"): texts(*world, "sorted", "size", 1)
 
 

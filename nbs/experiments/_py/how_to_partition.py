@@ -15,16 +15,15 @@ if not importlib.util.find_spec("sdpo_nb"):
     get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
 
 # %%
-import io
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from sdpo_nb.experiments import COMMON, DATA, differences, load_grid, means, outcome, plot_contrasts
+from sdpo_nb.experiments import COMMON, DATA, differences, load_grid, means, measured, outcome, plot_contrasts, true_gap, unfolded
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.partition import wilson
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.world import edit_distance, load_base, load_world, true_reward
+from sdpo_nb.world import load_base, load_world
 
 # %% [markdown]
 # ## What are hard pairs?
@@ -38,10 +37,10 @@ rows = DATA["one source"](world, base, tok)["all"]
 pairs = tokenize_pairs(load_pairs(rows), tok, "all", COMMON["max_length"], COMMON["max_length"] // 2).pairs
 gamma = score_pairs(base, pairs).gamma(pairs).numpy()
 accuracy = pd.Series(gamma > 0).groupby([r["source"] for r in rows]).mean()
-def text(r, side): return r[side][-1]["content"]
-gap = np.array([true_reward(text(r, "prompt"), text(r, "chosen")) - true_reward(text(r, "prompt"), text(r, "rejected")) for r in rows])
-easy = {"accuracy of sources": np.array([accuracy[r["source"]] for r in rows]), "gamma of pairs": gamma, "length of pairs": -np.array([len(text(r, "chosen")) + len(text(r, "rejected")) for r in rows]),
-        "distance of pairs": np.array([edit_distance(text(r, "chosen"), text(r, "rejected")) for r in rows]), "true gap of pairs": abs(gap)}
+gap = np.array([true_gap(r) for r in rows])
+def measure(what): return np.array([measured(r, what) for r in rows])
+easy = {"accuracy of sources": np.array([accuracy[r["source"]] for r in rows]), "gamma of pairs": gamma, "length of pairs": -measure("length"),
+        "distance of pairs": measure("distance"), "true gap of pairs": measure("true gap")}
 cut = {what: np.array_split(np.argsort(-v, kind="stable"), 3) for what, v in easy.items()}
 wrong = np.array([r["flipped"] for r in rows])
 shares = pd.DataFrame({what: [f"{wrong[c].mean():.2f} [{low:.2f}, {high:.2f}]" for c in chunks for low, high in [wilson(wrong[c].mean(), len(c))]] for what, chunks in cut.items()}, index=["easy", "middle", "hard"]).T
@@ -78,7 +77,7 @@ plot_contrasts(order);
 
 # %%
 def on_the_way(rows): # mean by stage
-    return pd.concat([pd.read_json(io.StringIO(r)) for r in rows["stages"]]).groupby("stage")[["sampled", "kl"]].mean()
+    return unfolded(rows, "stages").groupby("stage")[["sampled", "kl"]].mean()
 ways = {"random": "random", "by gamma, easy first": "gamma of pairs", "by gamma, hard first": "gamma of pairs, hard first", "by gamma, easy first, sDPO's settings": "gamma of pairs, tuned", "by gamma, hard first, sDPO's settings": "gamma of pairs, hard first, tuned"}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
 for name, row in ways.items():

@@ -15,14 +15,14 @@ if not importlib.util.find_spec("sdpo_nb"):
     get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
 
 # %%
-import io, math, tempfile
+import math, tempfile
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch.nn.functional as F
 from sdpo_nb.evaluate import interval
-from sdpo_nb.experiments import COMMON, choices, differences, load_grid, means, outcome, plot_contrasts
+from sdpo_nb.experiments import COMMON, choices, differences, load_grid, means, outcome, plot_contrasts, unfolded
 from sdpo_nb.logprobs import read_table
 from sdpo_nb.stepwise import StepwiseConfig, load_sources, sdpo
 from sdpo_nb.world import load_world
@@ -41,7 +41,7 @@ references = {name.removeprefix("riddle against "): rows for name, rows in table
 assert (choices()["sDPO, target S"], choices()["DPO"]) == (dict(beta=4.8, lr=3e-4), dict(beta=0.6, lr=3e-4))
 def own_reward(rows): # of the reference: of S, or of the model of the stage before the last
     if len(rows["steps"].iloc[0]) == 1: return outcome(main["S"], "sampled").mean()
-    return np.mean([pd.read_json(io.StringIO(r)).query("stage == stage.max() - 1")["sampled"].mean() for r in rows["stages"]])
+    return unfolded(rows, "stages").query("stage == stage.max() - 1")["sampled"].mean()
 means(references).assign(**{"of the reference itself": [round(own_reward(rows), 3) for rows in references.values()]}).rename_axis("riddle against")
 
 # %%
@@ -74,7 +74,7 @@ plot_contrasts(gain);
 # The paper prints the mean of $\gamma$ of three references on its second data set: -38.60 under S, -25.10 under $M_1$, and 84.35 under $M_2$, which was trained on it. Here is every model of tuned sDPO on every chunk (64 of its pairs), with intervals over worlds.
 
 # %%
-gammas = pd.concat([pd.read_json(io.StringIO(row.gammas)).assign(world=row.world, seed=row.seed) for row in main["sDPO"].itertuples()])
+gammas = unfolded(main["sDPO"], "gammas")
 met = gammas.pivot_table("gamma", ["model", "chunk"], ["world", "seed"])
 fig, ax = plt.subplots(figsize=(6, 3.2))
 for chunk in dict.fromkeys(gammas["chunk"]):

@@ -19,7 +19,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import copy, itertools, json, math, os, random, tempfile, time
+import copy, io, itertools, json, math, os, random, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -182,20 +182,20 @@ DATA = { # name -> (world, S, tokenizer, ...) -> sources, or the function (t, mo
 
 # %%
 #| export
-def _true_gap(row): # true reward of chosen minus that of rejected
+def true_gap(row): # true reward of chosen minus that of rejected
     prompt, y, z = (row[k][-1]["content"] for k in ("prompt", "chosen", "rejected"))
     return true_reward(prompt, y) - true_reward(prompt, z)
 
-def _measured(row, what):
+def measured(row, what): # length: letters of both responses; distance: edit distance between them; true gap: without its sign
     y, z = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
     if what == "length": return len(y) + len(z)
     if what == "distance": return edit_distance(y, z)
-    if what == "true gap": return abs(_true_gap(row))
+    if what == "true gap": return abs(true_gap(row))
     raise ValueError(f"measure: {what!r} is none of length, distance, true gap")
 
 def _sorted(world, base, tok, what, sign): # one source, from small to large with sign 1, the other way with -1
     rows = _texts(world)
-    return {"all": sorted(random.Random(0).sample(rows, len(rows)), key=lambda r: sign * _measured(r, what))}
+    return {"all": sorted(random.Random(0).sample(rows, len(rows)), key=lambda r: sign * measured(r, what))}
 
 DATA["sorted"] = _sorted
 
@@ -232,7 +232,7 @@ DATA["selected"] = _selected
 def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
 
 def _judged(rows, error, rng): # the better response is chosen, but for errors
-    return [_swapped(r) if (_true_gap(r) < 0) != (rng.random() < error) else r for r in rows]
+    return [_swapped(r) if (true_gap(r) < 0) != (rng.random() < error) else r for r in rows]
 
 def _new(world, base, tok, writer, label, error=0., stages=3): # writer: S or policy; label: true, judge, implicit
     prompts, precise = [r["prompt"][-1]["content"] for r in _texts(world)], copy.deepcopy(base).double()
@@ -352,6 +352,16 @@ def outcome(rows: pd.DataFrame, # of one method
     if len(table) != len(rows) or len(table) != len(worlds) * len(seeds): raise ValueError(f"outcome: {len(rows)} rows for {len(worlds)} worlds and {len(seeds)} seeds; one each is needed")
     return np.array([[table[w, s] for s in seeds] for w in worlds])
 
+def unfolded(rows: pd.DataFrame, # of the table
+             what: str,          # stages: skill, sampled, greedy, kl by stage; gammas: model, chunk, gamma
+            ) -> pd.DataFrame:   # with world and seed
+    "What is kept as a table inside each row."
+    return pd.concat([pd.read_json(io.StringIO(getattr(r, what))).assign(world=r.world, seed=r.seed) for r in rows.itertuples()], ignore_index=True)
+
+def searched(rows: pd.DataFrame) -> pd.DataFrame: # method, reward, and a column for each setting
+    "Mean sampled true reward of each run of a search, with its settings as columns."
+    return pd.DataFrame([dict(method=r.method, reward=np.mean(r.sampled), **json.loads(r.settings)) for r in rows.itertuples()])
+
 def at_kl(ladder: list,      # rows of one method at several beta
           kl: np.ndarray,    # (worlds, seeds, ...) whose means are asked for, nats
          ) -> np.ndarray:    # (worlds, seeds, 1)
@@ -415,7 +425,7 @@ def choices() -> dict:
 # %%
 seen = rows_of(search())
 assert len(seen) == len(search()) and choose(seen) == choices()
-tried = pd.DataFrame([dict(method=r.method, reward=np.mean(r.sampled), **json.loads(r.settings)) for r in seen.itertuples()])
+tried = searched(seen)
 fig, axes = plt.subplots(2, 3, figsize=(11, 4.6), sharex=True, sharey=True, constrained_layout=True)
 for ax, method in zip(axes.flat, METHODS):
     grid, at = tried[tried["method"] == method].pivot_table("reward", "lr", "beta"), choices()[method]
@@ -776,10 +786,11 @@ def claims() -> pd.DataFrame: # claim, what we found, how sure, where
         verdict = ("better" if mean > 0 else "worse") if different else "equal" if max(-low, high) < 0.02 else "we cannot tell"
         small = ", but little" if different and max(-low, high) < 0.02 else ""
         return {"claim": claim, "what we found": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", "how sure": f"{verdict}{small}, {why}", "where": page}
-    answers = contrasts(load_grid("primary")).set_index("question")
+    grids = {grid: load_grid(grid) for grid in {"primary", *(grid for _, grid, _, _ in EXPLORED.values())}}
+    answers = contrasts(grids["primary"]).set_index("question")
     rows = [row(claim, *(a := answers.loc[q])[["mean", "low", "high"]], a["holm"] < 0.05, f"p = {a['holm']:.2f} (Holm)", "protocol") for claim, q in CLAIMS.items()]
     for claim, (page, grid, a, b) in EXPLORED.items():
-        found = load_grid(grid); mean, low, high = interval(outcome(found[a], "sampled") - outcome(found[b], "sampled"))
+        mean, low, high = interval(outcome(grids[grid][a], "sampled") - outcome(grids[grid][b], "sampled"))
         rows.append(row(claim, mean, low, high, not low <= 0 <= high, "exploratory", page))
     return pd.DataFrame(rows)
 

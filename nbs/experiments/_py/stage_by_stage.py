@@ -22,7 +22,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
 from sdpo_nb.evaluate import as_text, held_out, interval, response_kl, win_rate
-from sdpo_nb.experiments import COMMON, DATA, choices, differences, load_grid, means, outcome, plot_contrasts
+from sdpo_nb.experiments import COMMON, DATA, choices, differences, load_grid, means, outcome, plot_contrasts, unfolded
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
@@ -37,7 +37,7 @@ from sdpo_nb.world import load_base, load_world, make_pairs, respond, score_resp
 main, skills = load_grid("primary"), load_grid("stage_by_stage")
 RUNS = {"tuned": main["sDPO"], "at DPO's settings": main["sDPO at DPO's beta"]}
 def on_the_way(rows): # one row per world, seed, stage and skill; stage 0 is S
-    return pd.concat([pd.read_json(io.StringIO(row.stages)).assign(world=row.world, seed=row.seed) for part in (main["S"], rows) for row in part.itertuples()], ignore_index=True)
+    return pd.concat([unfolded(part, "stages") for part in (main["S"], rows)], ignore_index=True)
 
 def by_stage(rows, what): # (models, worlds, seeds, 1), a mean over skills
     mean = on_the_way(rows).groupby(["stage", "world", "seed"])[what].mean()

@@ -15,13 +15,12 @@ if not importlib.util.find_spec("sdpo_nb"):
     get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
 
 # %%
-import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import differences, load_grid, means, outcome, plot_contrasts, rows_of, search
+from sdpo_nb.experiments import differences, load_grid, means, outcome, plot_contrasts, rows_of, search, searched
 
 # %% [markdown]
 # ## Four steps from DPO to stepwise DPO
@@ -77,8 +76,7 @@ assert (here["high"] < 0).tolist() == [True, True, True, True, False, False] and
 # Is it "like a smaller $\beta$"? Then all of this should be movement along one line: farther from S, less reward.
 
 # %%
-rows = {name: found[name] for name in found}
-points = pd.DataFrame([dict(kl=outcome(r, "kl").mean(), reward=outcome(r, "sampled").mean(), kind="chunks, moving reference" if name.startswith("moving") else "chunks, fixed reference" if name.startswith("fixed") else "stages from S" if name == "from S" else "DPO", name=name) for name, r in rows.items()])
+points = pd.DataFrame([dict(kl=outcome(r, "kl").mean(), reward=outcome(r, "sampled").mean(), kind="chunks, moving reference" if name.startswith("moving") else "chunks, fixed reference" if name.startswith("fixed") else "stages from S" if name == "from S" else "DPO", name=name) for name, r in found.items()])
 fig, ax = plt.subplots(figsize=(6, 3.4))
 sns.scatterplot(points, x="kl", y="reward", hue="kind", style="kind", s=60, palette="colorblind", ax=ax)
 for r in points[points["kind"] == "DPO"].itertuples(): ax.annotate(r.name, (r.kl, r.reward), xytext=(6, 2), textcoords="offset points", fontsize="small")
@@ -91,7 +89,7 @@ assert others["kl"].rank().corr(others["reward"].rank()) < -0.9
 # On the other side it must be better. The search of the [protocol](protocol.ipynb) has both sides, at a smaller learning rate (two worlds, validation prompts):
 
 # %%
-seen = pd.DataFrame([dict(method=r.method, reward=np.mean(r.sampled), **json.loads(r.settings)) for r in rows_of(search()).itertuples()])
+seen = searched(rows_of(search()))
 by_beta = seen[seen["lr"] == 1e-4].pivot_table("reward", "beta", "method")
 sides = (by_beta["sDPO"] - by_beta["sDPO, fixed reference"]).to_frame("moving minus fixed reference")
 assert sides.loc[:0.6].max().item() < 0 < sides.loc[1.2:].min().item()
