@@ -249,11 +249,13 @@ def train_base(texts: dict, tokenizer, seed: int=0, rounds: int=4):
     return model
 
 # %% ../nbs/00_world.ipynb #cfc52402
-def freeze_world(folder: Path, seed: int=0): # 0: the world of the book; others are worlds like it
+def freeze_world(folder: Path,
+                 seed: int=0,       # 0: the world of the book; others are worlds like it
+                 train=train_base): # (texts, tokenizer, seed) -> S
     "Build a world from nothing and write it to a folder, with a manifest."
     folder, texts, tok = Path(folder), world_texts(seed), make_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
-    model = train_base(texts, tok, seed)
+    model = train(texts, tok, seed)
     model.save_pretrained(folder / "S"); tok.save_pretrained(folder / "S")
     pairs = world_pairs(AutoModelForCausalLM.from_pretrained(folder / "S"), tok, texts, 100 * seed)
     for name, rows in pairs.items(): (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

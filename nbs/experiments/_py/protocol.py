@@ -33,14 +33,14 @@ import pandas as pd
 import seaborn as sns
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_nb.evaluate import as_text, excess, frontier, interval, kl_along, plot_frontier
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
 from sdpo_nb.trainer import learning_rate
-from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards
-
+from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, make_tokenizer, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards
 
 # %% [markdown]
 # ## A world is a draw, too
@@ -51,14 +51,47 @@ from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_
 
 # %%
 #| export
-def build_world(seed: int, worlds="runs/worlds"):
-    "A world, made where it is not there yet; 0 is the one that travels with the package."
-    if seed == 0: return load_world()
-    path = Path(worlds) / str(seed)
+WIDE = dict(hidden_size=96, num_attention_heads=4)
+BODIES = { # of the size of the Llama, which has 337,248 parameters
+    "gpt2": dict(n_embd=96, n_layer=3, n_head=4, n_positions=128, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.),
+    "opt": WIDE | dict(num_hidden_layers=3, ffn_dim=384, word_embed_proj_dim=96, max_position_embeddings=128, dropout=0.),
+    "bloom": dict(hidden_size=96, n_layer=3, n_head=4),
+    "qwen3": WIDE | dict(num_hidden_layers=3, num_key_value_heads=4, head_dim=24, intermediate_size=256, max_position_embeddings=128, tie_word_embeddings=True),
+}
+
+def make_body(kind: str, tokenizer, seed: int=0):
+    "A small model of this kind with random weights, drawn without touching the global random state."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **BODIES[kind]))
+
+def _level(model, tokenizer, prompts): return np.mean([true_rewards(model, tokenizer, prompts, seed=s) for s in range(4)])
+
+def tuned_to(target: float, kind: str, within=0.01, most=60): # (texts, tokenizer, seed) -> S, as `freeze_world` asks for
+    "Fine-tuning of another body until it is as good as asked: epoch by epoch; one that overshoots is taken back and tried at half its learning rate. Raises RuntimeError where `most` epochs do not suffice."
+    def train(texts, tokenizer, seed):
+        torch.set_num_threads(1)
+        model, lr = make_body(kind, tokenizer, seed), 2e-3
+        for epoch in range(most):
+            before = copy.deepcopy(model.state_dict())
+            got = _level(sft(model, tokenizer, texts["sft"], epochs=1, lr=lr, seed=seed + 1000 * epoch), tokenizer, texts["validation"])
+            if abs(got - target) <= within: return model
+            if got > target: model.load_state_dict(before); lr /= 2
+        raise RuntimeError(f"world {seed}: after {most} epochs {kind} has a true reward of {got:.3f}; {target:.3f} is asked for")
+    return train
+
+def build_world(seed: int, worlds="runs/worlds", body="llama"):
+    "A world, made where it is not there yet; 0 is the one that travels with the package. Another body is tuned to the validation reward of the world's Llama, and writes its own pairs."
+    if (seed, body) == (0, "llama"): return load_world()
+    path = Path(worlds) / (str(seed) if body == "llama" else f"{seed}-{body}")
     if not path.exists():
+        kind = {}
+        if body != "llama":
+            base, tok = load_base(first := build_world(seed, worlds))
+            kind = dict(train=tuned_to(_level(base, tok, first.validation), body))
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = tempfile.mkdtemp(dir=path.parent, prefix="unfinished-")
-        freeze_world(tmp, seed); os.replace(tmp, path)
+        freeze_world(tmp, seed, **kind); os.replace(tmp, path)
     return load_world(path)
 
 
@@ -90,11 +123,12 @@ class Cell:
     split: str = "test"                          # prompts it is measured on; see `_prompts`
     pairs: int = None                            # of each source; None: all
     data: tuple = ("sources",)                   # a name in DATA, and what that function asks for
+    body: str = "llama"                          # or a name in BODIES
 
     @property
     def config(self): return COMMON | METHODS.get(self.method, {}) | self.settings
     @property
-    def key(self): return content_hash([self.world, self.seed, self.method, self.config, self.split, self.pairs, self.data])
+    def key(self): return content_hash([self.world, self.seed, self.method, self.config, self.split, self.pairs, self.data, *([] if self.body == "llama" else [self.body])])
 
 
 # %% [markdown]
@@ -265,7 +299,7 @@ def _prompts(world, split, seed):
 def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
     "Train and measure one cell, with one thread; the run itself is thrown away."
     torch.set_num_threads(1)
-    start, w = time.perf_counter(), build_world(cell.world, worlds)
+    start, w = time.perf_counter(), build_world(cell.world, worlds, cell.body)
     base, tok = load_base(w)
     name, *asked = cell.data
     sources, prompts = DATA[name](w, base, tok, *asked), _prompts(w, cell.split, cell.world)
@@ -315,6 +349,8 @@ def rows_of(cells: list, folder=None) -> pd.DataFrame: # one cell a row
     "Those of the cells that are in the table of `folder` already."
     return _of(_read(_path(folder), "key"), cells)
 
+def _build(needed): build_world(needed[2], body=needed[1])
+
 def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.DataFrame: # one cell a row
     "Run those of the cells that are not in the table yet. Raises RuntimeError, after the others are through, for a cell that failed."
     path, failed = _path(folder), []
@@ -323,7 +359,8 @@ def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.Da
     if not todo: return _of(done, cells)
     made_by = dict(versions=json.dumps({p: version(p) for p in ("torch", "transformers")}), command=f"python -m sdpo_nb.experiments {desc}")
     with _pool(workers) as pool:
-        list(tqdm(pool.map(build_world, sorted({c.world for c in todo})), total=len({c.world for c in todo}), desc="worlds"))
+        needed = sorted({(c.body != "llama", c.body, c.world) for c in todo})        # Llamas first: the others are tuned to them
+        list(tqdm(pool.map(_build, needed), total=len(needed), desc="worlds"))
         running = {pool.submit(run_cell, c): c for c in todo}
         for f in tqdm(as_completed(running), total=len(todo), desc=desc, unit="cell"):
             c = running[f]
@@ -635,12 +672,35 @@ def with_new_data() -> dict:
     return {f"{writer}, {label}": ("sDPO", best | dict(order="as_given"), ("new", writer, label.split(",")[0], *error)) for writer in ("S", "policy") for label, error in labels.items()}
 
 
+# %% [markdown]
+# And one is about the body of S. Settings that suit a Llama need not suit a GPT-2, so each body has a search of its own, smaller than the first: four $\\beta$ and four learning rates, for DPO and stepwise DPO, in one of the search worlds. It is run in five
+# worlds with four seeds each; S is measured on their validation prompts, too, with other luck than it was tuned with.
+
 # %%
 #| export
-GRIDS = {f.__name__: f for f in (primary, smaller_beta, why_it_works, how_many_stages, paper_in_miniature, how_to_partition, stage_by_stage, new_domain, with_new_data)}
+BODY_WORLDS = range(1, 6)
 
-def cells_of(grid: str, worlds=WORLDS, seeds=SEEDS) -> dict: # name of a row -> its cells
-    def row(method, settings, data=("sources",), split="test"): return [Cell(w, s, method, settings, split, data=data) for w in worlds for s in seeds]
+def search_bodies() -> list[Cell]: return [Cell(SEARCH_WORLDS[0], 0, m, dict(beta=b, lr=r), "validation", body=body) for body in BODIES for m in ("DPO", "sDPO") for b in BETAS[1:5] for r in RATES]
+def starts(body: str) -> list[Cell]: return [Cell(w, 0, "S", {}, "validation", body=body) for w in BODY_WORLDS]
+
+def choices_of(body: str) -> dict: # method -> settings
+    "What the search chose for a body."
+    return choices() if body == "llama" else choose(rows_of([c for c in search_bodies() if c.body == body]))
+
+def which_architecture() -> dict:
+    "S, DPO and stepwise DPO in worlds whose S has another body."
+    bodies = ("llama", *BODIES)
+    return {f"{body}, {m}": (m, {} if m == "S" else choices_of(body)[m], ("sources",), "test", body) for body in bodies for m in ("S", "DPO", "sDPO")}
+
+
+# %%
+#| export
+GRIDS = {f.__name__: f for f in (primary, smaller_beta, why_it_works, how_many_stages, paper_in_miniature, how_to_partition, stage_by_stage, new_domain, with_new_data, which_architecture)}
+DRAWS = {"which_architecture": (BODY_WORLDS, range(4))} # the others: WORLDS, SEEDS
+
+def cells_of(grid: str) -> dict: # name of a row -> its cells
+    worlds, seeds = DRAWS.get(grid, (WORLDS, SEEDS))
+    def row(method, settings, data=("sources",), split="test", body="llama"): return [Cell(w, s, method, settings, split, data=data, body=body) for w in worlds for s in seeds]
     return {name: row(*what) for name, what in GRIDS[grid]().items()}
 
 def load_grid(grid: str) -> dict: # name of a row -> rows of the table
@@ -682,18 +742,19 @@ def small_cells() -> list[Cell]:
             (("new", "policy", "judge", 0.2), given), (("new", "S", "implicit"), given))]
 
 def run(what: str):
-    "One of: small, pilot, search, frontiers, or the name of a grid."
+    "One of: small, pilot, search, search_bodies, frontiers, or the name of a grid."
     if what == "small":
         with tempfile.TemporaryDirectory() as tmp: print(run_grid(small_cells(), tmp, what)[["method", "tokens", "seconds"]].to_string())
     elif what == "pilot": run_grid(pilot(), desc=what)
     elif what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(run_grid(search(), desc=what)), indent=1) + "\n")
+    elif what == "search_bodies": run_grid(search_bodies() + [c for body in ("llama", *BODIES) for c in starts(body)], desc=what)
     elif what in GRIDS: run_grid(sum(cells_of(what).values(), []), desc=what)
     elif what == "frontiers": run_frontiers()
-    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|pilot|search|frontiers|{'|'.join(GRIDS)} ...]")
+    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|pilot|search|search_bodies|frontiers|{'|'.join(GRIDS)} ...]")
 
 if __name__ == "__main__" and __spec__:
     import sys
-    for what in sys.argv[1:] or ["pilot", "search", *GRIDS, "frontiers"]: run(what)
+    for what in sys.argv[1:] or ["pilot", "search", "search_bodies", *GRIDS, "frontiers"]: run(what)
 
 # %% [markdown]
 # ## The eight answers
