@@ -200,11 +200,13 @@ def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chose
 def _judged(rows, error, rng): # the better response is chosen, but for errors
     return [_swapped(r) if (true_gap(r) < 0) != (rng.random() < error) else r for r in rows]
 
-def _new(world, base, tok, writer, label, error=0., stages=3): # writer: S or policy; label: true, judge, implicit
-    prompts, precise = [r["prompt"][-1]["content"] for r in _texts(world)], copy.deepcopy(base).double()
+def _new(world, base, tok, writer, label, error=0., stages=3): # writer: S, policy, or "S, as many": of S as many pairs as the policy would write; label: true, judge, implicit
+    prompts = [r["prompt"][-1]["content"] for r in _texts(world)]
+    def written(t, model): return _usable(make_pairs(copy.deepcopy(model).double(), tok, prompts[t-1::stages], 20_000 + t))
     def chunk(t, model):
         if t > stages: return None
-        rows = _usable(make_pairs(precise if writer == "S" or t == 1 else copy.deepcopy(model).double(), tok, prompts[t-1::stages], 20_000 + t))
+        rows = written(t, model if writer == "policy" and t > 1 else base)
+        if writer == "S, as many" and t > 1: rows = random.Random(t).sample(rows, min(len(rows), len(written(t, model))))
         if label == "judge": return _judged(rows, error, random.Random(t))
         if label == "implicit" and t > 1: return [_swapped(r) if gap < 0 else r for r, gap in zip(rows, _implicit_gap(model, base, tok, rows))]
         return rows
@@ -484,7 +486,7 @@ def with_new_data() -> dict:
     "Three stages on pairs that M_{t-1} wrote, against pairs that S wrote, under four labels."
     best = choices()["sDPO"]
     labels = {"true": (), "judge, 0 % wrong": (0.,), "judge, 20 % wrong": (0.2,), "implicit": ()}
-    return {f"{writer}, {label}": ("sDPO", best | dict(order="as_given"), ("new", writer, label.split(",")[0], *error)) for writer in ("S", "policy") for label, error in labels.items()}
+    return {f"{writer}, {label}": ("sDPO", best | dict(order="as_given"), ("new", writer, label.split(",")[0], *error)) for writer in ("S", "S, as many", "policy") for label, error in labels.items() if writer != "S, as many" or error != (0.2,) and label != "implicit"}
 
 # %% ../nbs/experiments/protocol.ipynb #a7a22dd4
 BODY_WORLDS = range(1, 6)
