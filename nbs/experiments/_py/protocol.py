@@ -40,7 +40,7 @@ from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
 from sdpo_nb.trainer import learning_rate
-from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, make_tokenizer, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards
+from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, make_tokenizer, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards, world_texts
 
 # %% [markdown]
 # ## A world is a draw, too
@@ -67,32 +67,39 @@ def make_body(kind: str, tokenizer, seed: int=0):
 
 def _level(model, tokenizer, prompts): return np.mean([true_rewards(model, tokenizer, prompts, seed=s) for s in range(4)])
 
-def tuned_to(target: float, kind: str, within=0.01, most=60): # (texts, tokenizer, seed) -> S, as `freeze_world` asks for
-    "Fine-tuning of another body until it is as good as asked: epoch by epoch; one that overshoots is taken back and tried at half its learning rate. Raises RuntimeError where `most` epochs do not suffice."
+def tuned_to(target: float, start, within=0.01, most=60): # (texts, tokenizer, seed) -> S, as `freeze_world` asks for
+    "Fine-tuning of a model until its validation reward is as asked: epoch by epoch; one that overshoots is taken back and tried at half its learning rate. Raises RuntimeError where `most` epochs do not suffice."
     def train(texts, tokenizer, seed):
         torch.set_num_threads(1)
-        model, lr = make_body(kind, tokenizer, seed), 2e-3
+        model, lr = copy.deepcopy(start), 2e-3
         for epoch in range(most):
             before = copy.deepcopy(model.state_dict())
             got = _level(sft(model, tokenizer, texts["sft"], epochs=1, lr=lr, seed=seed + 1000 * epoch), tokenizer, texts["validation"])
             if abs(got - target) <= within: return model
             if got > target: model.load_state_dict(before); lr /= 2
-        raise RuntimeError(f"world {seed}: after {most} epochs {kind} has a true reward of {got:.3f}; {target:.3f} is asked for")
+        raise RuntimeError(f"world {seed}: after {most} epochs a {model.config.model_type} has a true reward of {got:.3f}; {target:.3f} is asked for")
     return train
+
+def _once(path, make): # make(folder) fills it; a folder is there in full or not at all
+    if path.exists(): return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = tempfile.mkdtemp(dir=path.parent, prefix="unfinished-")
+    make(tmp); os.replace(tmp, path)
+    return path
+
+def begun(body: str, worlds="runs/worlds"):
+    "Where all worlds of a body begin: random weights, fine-tuned in a search world to a true reward of 0.4 to 0.5."
+    def make(folder): tuned_to(0.45, make_body(body, tok := make_tokenizer()), within=0.05)(world_texts(SEARCH_WORLDS[0]), tok, SEARCH_WORLDS[0]).save_pretrained(folder)
+    return load_model(str(_once(Path(worlds) / f"begun-{body}", make)))
 
 def build_world(seed: int, worlds="runs/worlds", body="llama"):
     "A world, made where it is not there yet; 0 is the one that travels with the package. Another body is tuned to the validation reward of the world's Llama, and writes its own pairs."
     if (seed, body) == (0, "llama"): return load_world()
-    path = Path(worlds) / (str(seed) if body == "llama" else f"{seed}-{body}")
-    if not path.exists():
-        kind = {}
-        if body != "llama":
-            base, tok = load_base(first := build_world(seed, worlds))
-            kind = dict(train=tuned_to(_level(base, tok, first.validation), body))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = tempfile.mkdtemp(dir=path.parent, prefix="unfinished-")
-        freeze_world(tmp, seed, **kind); os.replace(tmp, path)
-    return load_world(path)
+    if body == "llama": return load_world(_once(Path(worlds) / str(seed), lambda folder: freeze_world(folder, seed)))
+    def make(folder):
+        base, tok = load_base(first := build_world(seed, worlds))
+        freeze_world(folder, seed, tuned_to(_level(base, tok, first.validation), begun(body, worlds)))
+    return load_world(_once(Path(worlds) / f"{seed}-{body}", make))
 
 
 # %% [markdown]
@@ -351,6 +358,7 @@ def rows_of(cells: list, folder=None) -> pd.DataFrame: # one cell a row
     "Those of the cells that are in the table of `folder` already."
     return _of(_read(_path(folder), "key"), cells)
 
+def _begin(body): begun(body)
 def _build(needed): build_world(needed[2], body=needed[1])
 
 def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.DataFrame: # one cell a row
@@ -362,6 +370,7 @@ def run_grid(cells: list, folder=None, desc="cells", workers: int=None) -> pd.Da
     made_by = dict(versions=json.dumps({p: version(p) for p in ("torch", "transformers")}), command=f"python -m sdpo_nb.experiments {desc}")
     with _pool(workers) as pool:
         needed = sorted({(c.body != "llama", c.body, c.world) for c in todo})        # Llamas first: the others are tuned to them
+        list(tqdm(pool.map(_begin, bodies := sorted({body for other, body, _ in needed if other})), total=len(bodies), desc="bodies", disable=not bodies))
         list(tqdm(pool.map(_build, needed), total=len(needed), desc="worlds"))
         running = {pool.submit(run_cell, c): c for c in todo}
         for f in tqdm(as_completed(running), total=len(todo), desc=desc, unit="cell"):
