@@ -171,7 +171,10 @@ Markdown(as_markdown(pd.DataFrame(lines).T))
 # | [experiments/why_it_works](experiments/why_it_works.ipynb) | reference, order and schedule, each switched alone |
 # | [experiments/smaller_beta](experiments/smaller_beta.ipynb) | are $T$ stages at $\beta$ one stage at $\beta/T$? |
 # | [experiments/how_to_partition](experiments/how_to_partition.ipynb) | which measure, which direction, which pairs |
+# | [experiments/how_many_stages](experiments/how_many_stages.ipynb) | one to eight, at one $\beta$ and at one that grows with their number |
 # | [experiments/stage_by_stage](experiments/stage_by_stage.ipynb) | what each stage gains, and what it undoes |
+# | [experiments/new_domain](experiments/new_domain.ipynb) | a skill without pairs, longer strings, another alphabet |
+# | [experiments/with_new_data](experiments/with_new_data.ipynb) | pairs that the model before wrote; labels by a judge, or by the model |
 #
 # ## From the paper to cells
 #

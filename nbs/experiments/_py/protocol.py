@@ -40,7 +40,7 @@ from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
 from sdpo_nb.trainer import learning_rate
-from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_prompts, make_tokenizer, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards, world_texts
+from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_model, make_prompts, make_tokenizer, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards, world_texts
 
 # %% [markdown]
 # ## A world is a draw, too
@@ -48,15 +48,17 @@ from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_
 # A *world* is a seed of demonstrations, of S and of the pairs that S writes. [Chapter 00](../00_world.ipynb) is world 0; worlds 1, 2, ... are made like it, with an S that is fine-tuned until it has learned
 # something, and kept in `runs/worlds`. A *seed* fixes the
 # order in which a world's pairs are trained on and, where the order is random, the chunks.
+#
+# In one experiment S is no Llama. The other bodies have as many layers of the same width, and nearly as many parameters:
 
 # %%
 #| export
-WIDE = dict(hidden_size=96, num_attention_heads=4)
+_WIDE = dict(hidden_size=96, num_attention_heads=4)
 BODIES = { # of the size of the Llama, which has 337,248 parameters
     "gpt2": dict(n_embd=96, n_layer=3, n_head=4, n_positions=128, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.),
-    "opt": WIDE | dict(num_hidden_layers=3, ffn_dim=384, word_embed_proj_dim=96, max_position_embeddings=128, dropout=0.),
+    "opt": _WIDE | dict(num_hidden_layers=3, ffn_dim=384, word_embed_proj_dim=96, max_position_embeddings=128, dropout=0.),
     "bloom": dict(hidden_size=96, n_layer=3, n_head=4),
-    "qwen3": WIDE | dict(num_hidden_layers=3, num_key_value_heads=4, head_dim=24, intermediate_size=256, max_position_embeddings=128, tie_word_embeddings=True),
+    "qwen3": _WIDE | dict(num_hidden_layers=3, num_key_value_heads=4, head_dim=24, intermediate_size=256, max_position_embeddings=128, tie_word_embeddings=True),
 }
 
 def make_body(kind: str, tokenizer, seed: int=0):
@@ -65,6 +67,18 @@ def make_body(kind: str, tokenizer, seed: int=0):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **BODIES[kind]))
 
+
+# %%
+small = {"llama": make_model(make_tokenizer())} | {kind: make_body(kind, make_tokenizer()) for kind in BODIES}
+assert all(abs(m.num_parameters() / small["llama"].num_parameters() - 1) < 0.05 for m in small.values())
+{kind: f"{m.num_parameters():,}" for kind, m in small.items()}
+
+
+# %% [markdown]
+# A better S leaves less to be gained. So another body's S is fine-tuned until its reward on the validation prompts is that of the world's Llama, within 0.01, as a mean of four samplings; then it writes pairs of its own on the same prompts. (A body takes many epochs before it sees the rules at all, BLOOM above all. That part is gone through once, up to a reward of 0.45 in a search world, and all its worlds begin there.)
+
+# %%
+#| export
 def _level(model, tokenizer, prompts): return np.mean([true_rewards(model, tokenizer, prompts, seed=s) for s in range(4)])
 
 def tuned_to(target: float, start, within=0.01, most=60): # (texts, tokenizer, seed) -> S, as `freeze_world` asks for
@@ -850,6 +864,10 @@ EXPLORED = { # claim -> page and grid, row a, row b
     "a more aligned reference makes a better model, at one $\\beta$ (table 1)": ("paper_in_miniature", "paper_in_miniature", "riddle against M_2", "riddle against S"),
     "a reference that moves up is better, at one $\\beta$": ("why_it_works", "why_it_works", "moving, easy_to_hard, stage", "fixed, easy_to_hard, stage"),
     "easy to hard by the $\\gamma$ of single pairs is better than a random split": ("how_to_partition", "how_to_partition", "gamma of pairs", "random"),
+    "eight stages are better than three, at one $\\beta$ (open question)": ("how_many_stages", "how_many_stages", "T = 8", "T = 3"),
+    "three stages are better than one, where $\\beta$ grows with their number": ("how_many_stages", "how_many_stages", "T = 3", "T = 1, beta T/3"),
+    "sDPO carries over to longer strings better than DPO (next check)": ("new_domain", "new_domain", "sDPO, seven letters", "DPO, seven letters"),
+    "pairs written between the stages are better than as many before them (open question)": ("with_new_data", "with_new_data", "policy, true", "S, as many, true"),
 }
 
 def claims() -> pd.DataFrame: # claim, what we found, how sure, where
