@@ -146,4 +146,4 @@ def test_implicit_gap_is_zero_for_S_itself(world):
 
 
 def test_an_unknown_split_is_refused(world):
-    with pytest.raises(ValueError, match="'tset' is none of"): ex._prompts(world[0], "tset", 0)
+    with pytest.raises(ValueError, match="'tset' is none of"): ex.prompts_of(0, "tset")

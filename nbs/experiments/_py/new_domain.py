@@ -4,8 +4,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/new_domain.ipynb)
 #
-# **To longer strings two fifths of the gain, to a skill without pairs none.** In ten worlds with two seeds each, DPO gains 0.242 of true reward with pairs of all skills. A skill whose pairs are left out loses 0.029 [0.012, 0.048], though S had demonstrations of it; with stepwise DPO it loses 0.016 [0.000, 0.031], after half the distance from S. Strings one letter longer than any gain 0.094 [0.083, 0.105],
-# equally with both ($\pm 0.02$). Letters that were never answered stay hopeless, at 0.001, before and after.
+# **To a skill without pairs nothing, to longer strings half of the skills.** In ten worlds with two seeds each, DPO gains 0.242 [0.232, 0.255] of true reward on three skills with pairs, and loses 0.029 [0.012, 0.048] on the fourth, whose pairs were left out: 0.058 [0.037, 0.077] where S was mostly right, nothing where it was misled (+0.004 [-0.017, 0.022]).
+# On strings one letter longer than any, *sort* gains 0.241 [0.205, 0.280] and *shift* 0.154 [0.131, 0.176], *copy* and *reverse* nothing, and of 6,000 greedy answers none has all seven letters right. With letters that no answer ever had the reward stays at 0.001. Stepwise DPO does the same, in smaller steps.
 #
 # **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took hours (`make experiments`).
 
@@ -15,91 +15,112 @@ if not importlib.util.find_spec("sdpo_nb"):
     get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
 
 # %%
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import differences, load_grid, plot_contrasts, unfolded
-from sdpo_nb.world import SKILLS, load_base, load_world, respond
+from sdpo_nb.experiments import WORLDS, differences, load_grid, plot_contrasts, prompts_of
+from sdpo_nb.world import SKILLS, load_base, load_world, misled, respond
 
 # %% [markdown]
 # ## A skill without pairs
 #
-# The paper aligns a model on instructions of many kinds and measures it on others. How much can we expect to carry over? In the tiny world S has seen demonstrations of all four skills, and in each of them about half of its prompts misled it. Now the pairs of one skill are left out, for all three sources, and the models are measured on test prompts of that skill. DPO and stepwise DPO each have the settings
-# that were best for them with all pairs.
+# The paper aligns a model on instructions of many kinds and measures it on others. How much can we expect to carry over? In the tiny world S has seen demonstrations of all four skills. In each of them it was *misled* on the strings that begin with *a* to *e*: 70 % of their demonstrations follow a wrong rule, and 30 % of the others. The pairs say "not like that". Now those of one skill are left out, from all three sources; do
+# the other three teach it? DPO and stepwise DPO each have the settings that were best for them with all pairs, and what is shown is the change of true reward on test prompts of the skill that was left out.
 
 # %%
-found, main = load_grid("new_domain"), load_grid("primary")
-def ends(rows, what, *skills): # (worlds, seeds, 1): the last model, a mean over skills, all where none is named
-    t = unfolded(rows, "stages").query("skill in @skills") if skills else unfolded(rows, "stages")
-    return t[t["stage"] == t["stage"].max()].groupby(["world", "seed"])[what].mean().unstack().to_numpy()[..., None]
-def gain(rows, what, *skills): return ends(rows, what, *skills) - ends(main["S"], what, *skills)
+found = load_grid("primary") | load_grid("new_domain")
+PROMPTS = {(w, split): prompts_of(w, split) for w in WORLDS for split in ("test", "seven letters", "other letters")}
+def kept(name, what, keep): # (worlds, seeds, 1): mean over the prompts for which keep(skill, string) holds
+    of = {(r.world, r.seed): np.mean([v for v, p in zip(getattr(r, what), PROMPTS[r.world, r.split], strict=True) if keep(*p.split())]) for r in found[name].itertuples()}
+    return pd.Series(of).unstack().to_numpy()[..., None]
+def gain(name, keep, what="sampled"): return kept(name, what, keep) - kept("S, " + name.split(", ")[1] if "letters" in name else "S", what, keep)
 
-RUNS = {"pairs of all skills": lambda m, skill: main[m], "no pairs of it": lambda m, skill: found[f"{m}, without {skill}"]}
-carried = differences({f"{skill}: {how}, {m}": gain(rows(m, skill), "sampled", skill) for how, rows in RUNS.items() for skill in SKILLS for m in ("DPO", "sDPO")})
-without = carried[carried["question"].str.contains("no pairs")]
-assert without["high"].max() < 0.04 and carried["mean"].drop(without.index).min() > 0.1
-plot_contrasts(carried, "true reward on the skill, minus that of S (grey: too small to count)");
+KINDS = {"where S was misled": True, "where it was not": False}
+METHODS = ("DPO", "sDPO")
+left_out = {kind: differences({f"{skill}, {m}": gain(f"{m}, without {skill}", lambda s, string: s == skill and misled(f"{s} {string}") == hard) for skill in SKILLS for m in METHODS}) for kind, hard in KINDS.items()}
+fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True, constrained_layout=True)
+for ax, (kind, table) in zip(axes, left_out.items()): plot_contrasts(table, "true reward minus that of S", ax=ax); ax.set_title(kind, fontsize="medium")
 
 
 # %% [markdown]
-# With its own pairs a skill gains 0.1 to 0.36. Without them, nothing that is worth the name; *reverse* is worse than before, with either method. The mean over the four cases, beside the three skills that did have pairs:
+# With its own pairs a skill gains 0.10 to 0.36 in the mean. Without them *sort* gains a little where it was misled, *reverse* loses everywhere, and all lose or stand still where S was right more often than not. The means over the four cases, with the three skills that did have pairs beside them:
 
 # %%
-def other(skill): return [s for s in SKILLS if s != skill]
-def mean_of(m, what, which): return np.mean([gain(found[f"{m}, without {skill}"], what, *which(skill)) for skill in SKILLS], 0)
-means = {(m, kind): {name: mean_of(m, what, which) for name, what in {"true reward, sampled": "sampled", "greedy": "greedy", "KL from S (nats)": "kl"}.items()} for m in ("DPO", "sDPO") for kind, which in (("the three skills with pairs", other), ("the skill without", lambda s: [s]))}
-assert all(interval(t["true reward, sampled"])[2] < 0.001 for (_, kind), t in means.items() if kind == "the skill without")
-pd.DataFrame(means).T.map(lambda d: as_text(interval(d))).rename_axis(["", "change from S, on"])
+def mean_of(m, what, keep): return np.mean([gain(f"{m}, without {skill}", lambda s, string: keep(skill, s, string), what) for skill in SKILLS], 0)
+WHERE = {"the three skills with pairs": lambda skill, s, string: s != skill, "the skill without": lambda skill, s, string: s == skill,
+         **{f"the skill without, {kind}": (lambda skill, s, string, hard=hard: s == skill and misled(f"{s} {string}") == hard) for kind, hard in KINDS.items()}}
+change = {(m, where): {label: mean_of(m, what, keep) for what, label in {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}.items()} for m in METHODS for where, keep in WHERE.items()}
+all_skills = {skill: gain(m, lambda s, string: s == skill).mean() for m in METHODS for skill in SKILLS}
+assert min(all_skills.values()) > 0.095 and all(interval(change[m, "the skill without"]["true reward, sampled"])[2] < 0.001 and abs(np.array(interval(change[m, "the skill without, where S was misled"]["true reward, sampled"]))).max() < 0.03 for m in METHODS)
+pd.DataFrame(change).T.map(lambda d: as_text(interval(d))).rename_axis(["", "change from S, on"])
+
 
 # %% [markdown]
-# So the model does not stand still on the fourth skill. It moves, by 0.6 (DPO) or 0.4 (sDPO) of the distance that the others move, and to no avail. One might have hoped otherwise: in each skill half of the prompts, those whose string begins with *a* to *e*, were demonstrated wrongly, and the pairs say "not like that". But *how* it is done wrongly is each skill's own (a sort comes out descending,
-# a copy puts its first letter last), and that is what is unlearned.
+# So the model does not stand still on the fourth skill. DPO moves there by 0.6 of the distance that the three others move, and what that changes is for the worse: answers that were right. *Not like that* is learned for each skill by itself; its wrong rule is its own, too (a sort comes out descending, a copy puts its first letter last).
 #
-# Does it matter which method moved it?
+# Stepwise DPO loses less, and moves less:
 
 # %%
-between = differences({f"without {skill}, on {skill}, {what}": ends(found[f"sDPO, without {skill}"], what, skill) - ends(found[f"DPO, without {skill}"], what, skill) for skill in SKILLS for what in ("sampled", "greedy")})
-plot_contrasts(between, "sDPO minus DPO on the skill that was left out, true reward");
+def of(skill): return lambda s, string: s == skill
+between = {what: np.mean([kept(f"sDPO, without {skill}", what, of(skill)) - kept(f"DPO, without {skill}", what, of(skill)) for skill in SKILLS], 0) for what in ("sampled", "greedy", "kl")}
+assert interval(between["sampled"])[1] > 0 and interval(between["kl"])[2] < 0
+pd.Series({what: as_text(interval(d)) for what, d in between.items()}, name="sDPO minus DPO, on the skill without pairs").to_frame()
 
 # %% [markdown]
-# On *reverse*, which loses most, stepwise DPO loses less by 0.028 [0.013, 0.043], and nowhere more. It is also only half as far from S there (0.47 against 0.99 nats, above), because the search gave it a larger $\beta$ and a smaller learning rate. [The protocol](protocol.ipynb) shows DPO at that rate as near to S as stepwise DPO, so these bars speak of the distance, and not of stages.
+# Whether it loses less *because* it moves less was not tested here. It would need DPO at a smaller rate, and in *copy*, where stepwise DPO is at little more than a third of the distance of DPO, both lose the same.
 #
-# ## Longer strings, other letters
+# ## Longer strings
 #
-# Strings have three to six letters everywhere else in the world, in demonstrations and pairs. Here are strings of seven, 300 prompts for each world; and the test prompts with *l* to *v* in place of *a* to *k*. (Those letters are in the vocabulary, but no prompt and no answer had them. *shift* has no answer there and is left out.)
+# Strings have three to six letters everywhere else in the world, in demonstrations and pairs. Here are strings of seven, 300 prompts for each world, beside the test prompts of six.
 
 # %%
-SPLITS, METHODS = {"seven letters": (), "other letters": tuple(s for s in SKILLS if s != "shift")}, ("S", "DPO", "sDPO")
-far = {split: {m: {name: ends(found[f"{m}, {split}"], what, *skills) for name, what in {"true reward, sampled": "sampled", "greedy": "greedy", "KL from S (nats)": "kl"}.items()} for m in METHODS} for split, skills in SPLITS.items()}
-pd.DataFrame({(split, m): {k: as_text(interval(v)) for k, v in t.items()} for split, by in far.items() for m, t in by.items()}).T
-
-# %%
-seven = far["seven letters"]
-longer = differences({f"{a} minus {b}, {what.removeprefix('true reward, ')}": seven[a][what] - seven[b][what] for a, b in (("DPO", "S"), ("sDPO", "S"), ("sDPO", "DPO")) for what in ("true reward, sampled", "greedy")})
-assert longer["low"].iloc[:4].min() > 0.07 and longer[["low", "high"]].iloc[4].abs().max() < 0.02 and all(t["true reward, sampled"].mean() < 0.002 for t in far["other letters"].values())
-plot_contrasts(longer, "seven letters: difference of mean true reward");
+LENGTHS = {"six letters": ("{}", 6), "seven letters": ("{}, seven letters", 7)}
+longer = {length: differences({f"{skill}, {m}": gain(name.format(m), lambda s, string: s == skill and len(string) == n) for skill in SKILLS for m in METHODS}) for length, (name, n) in LENGTHS.items()}
+by_row = longer["seven letters"].set_index("question")
+assert by_row["low"].filter(regex="sort|shift").min() > 0.1 and by_row["low"].filter(regex="copy|reverse").max() < 0
+fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True, constrained_layout=True)
+for ax, (length, table) in zip(axes, longer.items()): plot_contrasts(table, "true reward minus that of S", ax=ax); ax.set_title(length, fontsize="medium")
 
 # %% [markdown]
-# One letter more, and 0.094 is left of a gain of 0.242. It costs more than twice the distance from S. With other letters there was nothing that DPO could have raised: it chooses among what S may answer, and S answers in the letters it knows.
+# *Sort* and *shift* keep half to two thirds of the gain that they have at six letters, *copy* and *reverse* keep nothing. But none of it is a right answer. S answers seven letters with six, and so do the models after it:
+
+# %%
+answers = {m: np.concatenate([np.stack(found[f"{m}, seven letters"][how]).ravel() for how in ("greedy", "sampled")]) for m in ("S", *METHODS)}
+assert all((v < 1).all() for v in answers.values())
+pd.DataFrame({m: {"answers": len(v), "all letters right": (v == 1).sum(), "highest true reward": v.max(), "KL from S, seven letters": as_text(interval(kept(f"{m}, seven letters", "kl", lambda *_: True))), "six letters": as_text(interval(kept(m, "kl", lambda s, string: len(string) == 6)))} for m, v in answers.items()}).T
 
 # %%
 world = load_world(); base, tok = load_base(world)
-strange = ["copy lmno", "sort pomn", "reverse tvr", "copy abcdefg", "sort gfedcba"]
+strange = ["copy abcdefg", "sort gfedcba", "copy lmno", "sort pomn", "reverse tvr"]
 pd.Series(respond(base, tok, strange, 0), strange, name="greedy answer of S").to_frame()
 
 # %% [markdown]
+# The highest reward is 6/7, an edit distance of one. So what carries over is the rule, within the length that the model knows; the length does not, and DPO cannot make it: it chooses among what S writes, and S does not write seven letters. It costs twice the distance from S that six letters cost.
+#
+# ## Other letters
+#
+# The last rows of that table are worse off. They have *l* to *v* in place of *a* to *k*, letters that are in the vocabulary and in no string and no answer; S answers in the letters it knows. (*Shift* has no answer there and is left out.)
+
+# %%
+assert all(kept(f"{m}, other letters", "sampled", lambda *_: True).mean() < 0.002 for m in ("S", *METHODS))
+pd.DataFrame({m: {label: as_text(interval(kept(f"{m}, other letters", what, lambda *_: True))) for what, label in {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}.items()} for m in ("S", *METHODS)}).T
+
+# %% [markdown]
+# Nothing is gained, and the models still move two to three nats away from S: on prompts that nobody asked about, training changes answers without a reward that would pay for it.
+#
 # ## What you now have
 #
-# - Three distances from the training data, and what is left at each: a longer string some, another skill nothing, another alphabet nothing.
-# - A KL on prompts that training never asked about: it grows there, too, without a reward that pays for it.
+# - Three distances from the training data, and what is left at each: at another skill a loss, at another length a rule without the length, at another alphabet nothing.
+# - A reason to measure KL where there were no pairs.
 #
 # All of it is about a model of 340 thousand parameters that knows four skills. A large one shares more between its skills, and may carry more over.
 #
 # ## Questions to test yourself
 #
-# 1. S had demonstrations of the skill that was left out. Does that make carrying over easier or harder to show?
-# 2. Why does KL grow on prompts without pairs?
-# 3. What would a model need before preference pairs could teach it an alphabet?
+# 1. The mean over a skill without pairs is nearly zero. Why is it worth splitting?
+# 2. Partial credit gives 0.094 of mean reward to answers none of which is right. Which measure would have shown that at once?
+# 3. What would S need before preference pairs could teach it a seventh letter?
 #
 # ## Try this
 #

@@ -141,7 +141,7 @@ class Cell:
     "One run."
     world: int; seed: int; method: str           # of METHODS or BASELINES
     settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS and COMMON
-    split: str = "test"                          # prompts it is measured on; see `_prompts`
+    split: str = "test"                          # prompts it is measured on; see `prompts_of`
     pairs: int = None                            # of each source; None: all
     data: tuple = ("sources",)                   # a name in DATA, and what that function asks for
     body: str = "llama"                          # or a name in BODIES
@@ -310,10 +310,12 @@ DATA["new"] = _new
 
 # %%
 #| export
-def _prompts(world, split, seed):
-    if split in ("validation", "test"): return getattr(world, split)
+def prompts_of(seed: int, # of the world
+               split: str) -> list[str]:
+    "The prompts that a cell is measured on, in the order of its stored rewards. Raises ValueError for a split that is not there."
+    if split in ("validation", "test"): return world_texts(seed)[split]
     if split == "seven letters": return make_prompts(300, "test", random.Random(seed), lengths=(7, 7))
-    if split == "other letters": return [skill + " " + "".join(chr(ord(c) + len(ALPHABET)) for c in s) for skill, s in map(str.split, world.test) if skill != "shift"]
+    if split == "other letters": return [skill + " " + "".join(chr(ord(c) + len(ALPHABET)) for c in s) for skill, s in map(str.split, world_texts(seed)["test"]) if skill != "shift"]
     raise ValueError(f"split: {split!r} is none of validation, test, seven letters, other letters")
 
 
@@ -325,7 +327,7 @@ def run_cell(cell: Cell, worlds="runs/worlds") -> dict:
     start, w = time.perf_counter(), build_world(cell.world, worlds, cell.body)
     base, tok = load_base(w)
     name, *asked = cell.data
-    sources, prompts = DATA[name](w, base, tok, *asked), _prompts(w, cell.split, cell.world)
+    sources, prompts = DATA[name](w, base, tok, *asked), prompts_of(cell.world, cell.split)
     def measured(model, tau=1.): return _results(model, base, tok, prompts, tau, 1 + cell.world)
     if cell.pairs and not callable(sources): sources = {n: s[:cell.pairs] for n, s in sources.items()}
     if cell.method in BASELINES:
