@@ -7,7 +7,7 @@
 # **Whether a stage helps depends on $\beta$, and what it undoes on its data.** In ten worlds with two seeds each, the three stages of tuned sDPO gain 0.136 [0.121, 0.151], 0.082 [0.071, 0.094] and 0.027 [0.022, 0.033] of true reward; at half the $\beta$ and three times the
 # learning rate the first gains 0.199 and the others nothing. Stages that share no skill undo each other: the skill of the first loses 0.136 [0.097, 0.174] in the three that follow (easy first; 0.116 hard first), and hardly anything of it shows on pairs.
 #
-# **You should know** [how a model is measured](../08_evaluate.ipynb) and the [protocol](protocol.ipynb). **Time** about a minute; the grids behind it took hours (`make experiments`).
+# **You should know** [how a model is measured](../08_evaluate.ipynb) and the [protocol](protocol.ipynb). **Time** about a minute; the grid behind it took 0.2 core hours (`make experiments`).
 
 # %%
 import importlib.util
