@@ -41,13 +41,26 @@ def test_contrasts_find_what_was_planted_and_refuse_other_draws():
     with pytest.raises(ValueError, match="'b' was run in other worlds"): ex.contrasts(found, asked)
 
 
-def test_an_incomplete_grid_is_refused(monkeypatch, tmp_path):
-    cells = sum(ex.cells_of("stage_by_stage").values(), [])
-    pd.DataFrame(dict(key=[c.key for c in cells])).to_parquet(tmp_path / "all.parquet")
-    monkeypatch.setattr(ex, "_path", lambda folder: tmp_path / "all.parquet")
+def test_a_grid_is_refused_with_a_missing_cell_or_two_S_in_one_world(monkeypatch, tmp_path):
+    rows = ex.rows_of(sum(ex.cells_of("stage_by_stage").values(), []))
+    monkeypatch.setattr(ex, "_path", lambda folder: tmp_path / "some.parquet")
+    rows.to_parquet(tmp_path / "some.parquet")
     assert {len(rows) for rows in ex.load_grid("stage_by_stage").values()} == {20}
-    pd.DataFrame(dict(key=[c.key for c in cells[1:]])).to_parquet(tmp_path / "all.parquet")
+    gone = rows[rows["key"] != ex.cells_of("stage_by_stage")["skills, easy_to_hard"][0].key]
+    gone.to_parquet(tmp_path / "some.parquet")
     with pytest.raises(ValueError, match="stage_by_stage: 1 cells have not been run, of skills, easy_to_hard"): ex.load_grid("stage_by_stage")
+    rows.assign(weights=rows["weights"].where(rows.index != rows.index[rows["world"] == 3][0], "another")).to_parquet(tmp_path / "some.parquet")
+    with pytest.raises(ValueError, match="stage_by_stage: world 3 .llama. was run with more than one S"): ex.load_grid("stage_by_stage")
+
+
+def test_a_stored_cell_run_again_is_the_same_and_a_changed_one_is_seen(monkeypatch, tmp_path):
+    toy = {f"sDPO, {b:g}": [ex.Cell(0, 0, "sDPO", dict(epochs=1, beta=b), "validation", 16)] for b in (0.3, 0.6)}
+    monkeypatch.setattr(ex, "GRIDS", toy); monkeypatch.setattr(ex, "cells_of", lambda grid: {grid: toy[grid]}); monkeypatch.setattr(ex, "_path", lambda folder, at=ex._path: at(folder or tmp_path))
+    made = ex.run_grid(sum(toy.values(), []), tmp_path)
+    made.at[made.index[0], "sampled"] = [x + 0.5 for x in made["sampled"].iloc[0]]
+    made.to_parquet(tmp_path / "runs.parquet")
+    found = ex.again()
+    assert sorted(found["other_rewards"]) == [0, 1] and found["same_S"].all()
 
 
 def test_holm():

@@ -172,6 +172,7 @@ Markdown(as_markdown(pd.DataFrame(lines).T))
 # | [experiments/smaller_beta](experiments/smaller_beta.ipynb) | are $T$ stages at $\beta$ one stage at $\beta/T$? |
 # | [experiments/how_to_partition](experiments/how_to_partition.ipynb) | which measure, which direction, which pairs |
 # | [experiments/how_many_stages](experiments/how_many_stages.ipynb) | one to eight, at one $\beta$ and at one that grows with their number |
+# | [experiments/which_architecture](experiments/which_architecture.ipynb) | stepwise against plain DPO in GPT-2, OPT, BLOOM, Llama and Qwen |
 # | [experiments/stage_by_stage](experiments/stage_by_stage.ipynb) | what each stage gains, and what it undoes |
 # | [experiments/new_domain](experiments/new_domain.ipynb) | a skill without pairs, longer strings, another alphabet |
 # | [experiments/with_new_data](experiments/with_new_data.ipynb) | pairs that the model before wrote; labels by a judge, or by the model |
