@@ -104,8 +104,8 @@ found = claims().set_index("claim")
 Markdown(as_markdown(found.assign(where=found["where"].map("[{0}](experiments/{0}.ipynb)".format))))
 
 # %% [markdown]
-# Tuned alike, the two methods are equal where the paper reports a gain, and the order of the data does not matter. What does is that a stage starts where the last one ended; a moving reference adds a little. At one and the same $\beta$ the methods are
-# far apart, as in the demo above, and which of them wins depends on the $\beta$ that one picks. Numbers, baselines and the search are on the page of the [protocol](experiments/protocol.ipynb); this is a tiny world, and says nothing certain of large models.
+# Tuned alike, the two methods are equal where the paper reports a gain, in five architectures, and the order of the data does not matter. What does is that a stage starts where the last one ended. At one and the same $\beta$ the methods are
+# far apart, as in the demo above, and which of them wins depends on the $\beta$ that one picks: a stage is mostly another way to say how far the model may move from S, and at the same distance [one stage is no worse than three](experiments/how_many_stages.ipynb). Numbers, baselines and the search are on the page of the [protocol](experiments/protocol.ipynb); this is a tiny world, and says nothing certain of large models.
 #
 # ## Faster, with the same gradients
 #
