@@ -583,12 +583,16 @@ def again(seed: int=0) -> pd.DataFrame: # one row a grid
 
 def run(what: str):
     "One of: small, pilot, search, search_bodies, frontiers, again, or the name of a grid."
+    def kept(cells):
+        rows = run_grid(cells, desc=what)
+        print(f"{what}: {len(rows)} cells in the table, {rows['seconds'].sum() / 3600:.1f} core hours", flush=True)
+        return rows
     if what == "small":
         with tempfile.TemporaryDirectory() as tmp: print(run_grid(small_cells(), tmp, what)[["method", "tokens", "seconds"]].to_string())
-    elif what == "pilot": run_grid(pilot(), desc=what)
-    elif what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(run_grid(search(), desc=what)), indent=1) + "\n")
-    elif what == "search_bodies": run_grid(search_bodies() + [c for body in ("llama", *BODIES) for c in starts(body)], desc=what)
-    elif what in GRIDS: run_grid(sum(cells_of(what).values(), []), desc=what)
+    elif what == "pilot": kept(pilot())
+    elif what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(kept(search())), indent=1) + "\n")
+    elif what == "search_bodies": kept(search_bodies() + [c for body in ("llama", *BODIES) for c in starts(body)])
+    elif what in GRIDS: kept(sum(cells_of(what).values(), []))
     elif what == "frontiers": run_frontiers()
     elif what == "again": print(again().to_string())
     else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|again|pilot|search|search_bodies|frontiers|{'|'.join(GRIDS)} ...]")
