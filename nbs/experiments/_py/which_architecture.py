@@ -72,7 +72,7 @@ pd.Series({what: as_text(v) for what, v in others.items()}, name="sDPO minus DPO
 
 
 # %% [markdown]
-# Whichever way a body keeps its positions, no mean difference of sampled reward is larger than 0.013; of greedy reward BLOOM's is -0.016, and its interval leaves the band. Qwen3's small gain is there in each of the five worlds, BLOOM's loss comes from one of them for the most part. Five worlds are few: such an interval of 95 % covers the truth in about 91 % ([chapter 08](../08_evaluate.ipynb)), and the search is in no interval at all.
+# Whichever way a body keeps its positions, no mean difference of sampled reward is larger than 0.013; of greedy reward BLOOM's is -0.016, and its interval leaves the band. Qwen3's small gain is there in each of the five worlds; half of BLOOM's loss comes from one. Five worlds are few: such an interval of 95 % covers the truth in about 91 % ([chapter 08](../08_evaluate.ipynb)), and the search is in no interval at all.
 #
 # That matters most for the distance, in the right panel. The search looks at reward only, and what it leaves as a tie can be half a nat apart. Here is, for each choice, the cell that comes next in reward:
 
