@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'METHODS', 'BASELINES', 'TEMPERATURES', 'DATA', 'RESULTS', 'BETAS', 'RATES', 'SEARCH_WORLDS', 'PILOT_WORLDS',
-           'WORLDS', 'SEEDS', 'PRIMARY', 'LADDER', 'STAGES', 'BODIES', 'BODY_WORLDS', 'GRIDS', 'DRAWS',
-           'FRONTIER_BETAS', 'CLAIMS', 'EXPLORED', 'build_world', 'Cell', 'true_gap', 'measured', 'prompts_of',
-           'run_cell', 'rows_of', 'run_grid', 'outcome', 'unfolded', 'searched', 'at_kl', 'p_value', 'holm', 'search',
-           'choose', 'choices', 'pilot', 'variances', 'primary', 'values', 'contrasts', 'plot_contrasts', 'differences',
-           'means', 'smaller_beta', 'how_many_stages', 'why_it_works', 'paper_in_miniature', 'how_to_partition',
-           'stage_by_stage', 'new_domain', 'with_new_data', 'make_body', 'tuned_to', 'begun', 'as_good_as',
-           'search_bodies', 'starts', 'choices_of', 'which_architecture', 'cells_of', 'load_grid', 'world_curve',
-           'run_frontiers', 'small_cells', 'again', 'run', 'claims']
+           'WORLDS', 'SEEDS', 'PRIMARY', 'LADDER', 'OUTCOMES', 'STAGES', 'BODIES', 'BODY_WORLDS', 'GRIDS', 'DRAWS',
+           'SEARCHES', 'FRONTIER_BETAS', 'CLAIMS', 'EXPLORED', 'build_world', 'Cell', 'peaks', 'true_gap', 'measured',
+           'prompts_of', 'run_cell', 'rows_of', 'run_grid', 'outcome', 'unfolded', 'searched', 'at_kl', 'p_value',
+           'holm', 'search', 'choose', 'choices', 'pilot', 'variances', 'primary', 'values', 'contrasts',
+           'plot_contrasts', 'differences', 'plot_outcomes', 'means', 'smaller_beta', 'how_many_stages', 'why_it_works',
+           'paper_in_miniature', 'how_to_partition', 'stage_by_stage', 'new_domain', 'with_new_data', 'make_body',
+           'tuned_to', 'begun', 'as_good_as', 'search_bodies', 'starts', 'choices_of', 'which_architecture', 'cells_of',
+           'all_cells', 'load_grid', 'world_curve', 'run_frontiers', 'small_cells', 'again', 'run', 'claims']
 
 # %% ../nbs/experiments/protocol.ipynb #20414848
 import copy, io, itertools, json, math, os, random, tempfile, time
@@ -90,6 +90,11 @@ def _results(model, base, tok, prompts, tau, luck): # (n,) each
 
 def _by_skill(results, prompts, stage): # skill, sampled, greedy, kl, stage
     return pd.DataFrame(results).groupby([p.split()[0] for p in prompts]).mean().round(4).rename_axis("skill").reset_index().assign(stage=stage)
+
+# %% ../nbs/experiments/protocol.ipynb #5ba6bd01
+def peaks(steps: list) -> float: # optimizer steps of each stage
+    "Sum of the learning rates of restarted schedules, in units of the peak."
+    return sum(learning_rate(step, n, StepwiseConfig(lr=1.0)) for n in steps for step in range(n))
 
 # %% ../nbs/experiments/protocol.ipynb #b86d819b
 def _pass_tokens(run):
@@ -285,9 +290,9 @@ def unfolded(rows: pd.DataFrame, # of the table
     "What is kept as a table inside each row."
     return pd.concat([pd.read_json(io.StringIO(getattr(r, what))).assign(world=r.world, seed=r.seed) for r in rows.itertuples()], ignore_index=True)
 
-def searched(rows: pd.DataFrame) -> pd.DataFrame: # method, reward, and a column for each setting
-    "Mean sampled true reward of each run of a search, with its settings as columns."
-    return pd.DataFrame([dict(method=r.method, reward=np.mean(r.sampled), **json.loads(r.settings)) for r in rows.itertuples()])
+def searched(rows: pd.DataFrame) -> pd.DataFrame: # method, reward, kl, and a column for each setting
+    "Mean sampled true reward and KL (nats) of each run of a search, with its settings as columns."
+    return pd.DataFrame([dict(method=r.method, reward=np.mean(r.sampled), kl=np.mean(r.kl), **json.loads(r.settings)) for r in rows.itertuples()])
 
 def at_kl(ladder: list,      # rows of one method at several beta
           kl: np.ndarray,    # (worlds, seeds, ...) whose means are asked for, nats
@@ -399,15 +404,23 @@ def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
     return ax.figure
 
 # %% ../nbs/experiments/protocol.ipynb #c04ad065
+OUTCOMES = {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"} # of `outcome` -> label
+
 def differences(asked: dict, # question -> paired differences (worlds, seeds, prompts)
                ) -> pd.DataFrame: # question, mean, low, high
     "Mean and 95 % interval of each."
     return pd.DataFrame([(q, *interval(d)) for q, d in asked.items()], columns=["question", "mean", "low", "high"])
 
+def plot_outcomes(tables: dict, # of OUTCOMES -> differences of the same questions
+                  unit: str) -> plt.Figure:
+    "`plot_contrasts` of every outcome, side by side; a KL has no band in which it is the same."
+    fig, axes = plt.subplots(1, len(OUTCOMES), figsize=(12, 0.3 * len(tables["kl"]) + 1.2), sharey=True, constrained_layout=True)
+    for ax, (what, label) in zip(axes, OUTCOMES.items()): plot_contrasts(tables[what], f"{unit}: {label}", 0 if what == "kl" else 0.02, ax)
+    return fig
+
 def means(found: dict) -> pd.DataFrame: # name -> rows of the table
     "Mean and 95 % interval of true reward, sampled and greedy, and of KL from S, for each name."
-    kinds = {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}
-    return pd.DataFrame({name: {label: as_text(interval(outcome(rows, what))) for what, label in kinds.items()} for name, rows in found.items()}).T
+    return pd.DataFrame({name: {label: as_text(interval(outcome(rows, what))) for what, label in OUTCOMES.items()} for name, rows in found.items()}).T
 
 # %% ../nbs/experiments/protocol.ipynb #43a04130
 STAGES = (1, 2, 3, 5, 8)
@@ -537,6 +550,12 @@ def cells_of(grid: str) -> dict: # name of a row -> its cells
     def row(method, settings, data=("sources",), split="test", body="llama"): return [Cell(w, s, method, settings, split, data=data, body=body) for w in worlds for s in seeds]
     return {name: row(*what) for name, what in GRIDS[grid]().items()}
 
+SEARCHES = {"pilot": pilot, "search": search, "search_bodies": lambda: search_bodies() + [c for body in ("llama", *BODIES) for c in starts(body)]}
+
+def all_cells(what: str) -> list[Cell]:
+    "Every cell of one of SEARCHES or GRIDS."
+    return SEARCHES[what]() if what in SEARCHES else sum(cells_of(what).values(), [])
+
 def load_grid(grid: str) -> dict: # name of a row -> rows of the table
     "What was run of a grid. Raises ValueError where cells are missing, or where a world was run with two S (built anew, on another machine), so that rows of one grid are always about the same worlds and seeds."
     table = _read(_path(None), "key")
@@ -575,31 +594,27 @@ def small_cells() -> list[Cell]:
 
 def again(seed: int=0) -> pd.DataFrame: # one row a grid
     "A stored cell of each grid, at random, run once more: does today's code on this machine still make what the table holds?"
-    picked = {grid: random.Random(f"{grid} {seed}").choice(sum(cells_of(grid).values(), [])) for grid in GRIDS}
+    picked = {grid: random.Random(f"{grid} {seed}").choice(all_cells(grid)) for grid in GRIDS}
     stored = rows_of(list(picked.values())).set_index("key")
     with tempfile.TemporaryDirectory() as tmp: new = run_grid(list(picked.values()), tmp, "again").set_index("key")
     def row(c): return dict(world=c.world, body=c.body, seed=c.seed, method=c.method, same_S=stored["weights"][c.key] == new["weights"][c.key], stored=np.mean(stored["sampled"][c.key]), again=np.mean(new["sampled"][c.key]), other_rewards=np.mean(np.not_equal(stored["sampled"][c.key], new["sampled"][c.key])))
     return pd.DataFrame({grid: row(c) for grid, c in picked.items()}).T
 
 def run(what: str):
-    "One of: small, pilot, search, search_bodies, frontiers, again, or the name of a grid."
-    def kept(cells):
-        rows = run_grid(cells, desc=what)
-        print(f"{what}: {len(rows)} cells in the table, {rows['seconds'].sum() / 3600:.1f} core hours", flush=True)
-        return rows
+    "One of: small, again, frontiers, or a name in SEARCHES or GRIDS."
     if what == "small":
         with tempfile.TemporaryDirectory() as tmp: print(run_grid(small_cells(), tmp, what)[["method", "tokens", "seconds"]].to_string())
-    elif what == "pilot": kept(pilot())
-    elif what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(kept(search())), indent=1) + "\n")
-    elif what == "search_bodies": kept(search_bodies() + [c for body in ("llama", *BODIES) for c in starts(body)])
-    elif what in GRIDS: kept(sum(cells_of(what).values(), []))
+    elif what in SEARCHES or what in GRIDS:
+        rows = run_grid(all_cells(what), desc=what)
+        print(f"{what}: {len(rows)} cells in the table, {rows['seconds'].sum() / 3600:.1f} core hours", flush=True)
+        if what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(rows), indent=1) + "\n")
     elif what == "frontiers": run_frontiers()
     elif what == "again": print(again().to_string())
-    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|again|pilot|search|search_bodies|frontiers|{'|'.join(GRIDS)} ...]")
+    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|again|frontiers|{'|'.join((*SEARCHES, *GRIDS))} ...]")
 
 if __name__ == "__main__" and __spec__:
     import sys
-    for what in sys.argv[1:] or ["pilot", "search", "search_bodies", *GRIDS, "frontiers"]: run(what)
+    for what in sys.argv[1:] or [*SEARCHES, *GRIDS, "frontiers"]: run(what)
 
 # %% ../nbs/experiments/protocol.ipynb #4a289647
 CLAIMS = { # claim -> the primary question

@@ -20,9 +20,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import LADDER, at_kl, choices, differences, load_grid, outcome, plot_contrasts
-from sdpo_nb.stepwise import StepwiseConfig
-from sdpo_nb.trainer import learning_rate
+from sdpo_nb.experiments import LADDER, OUTCOMES, at_kl, choices, differences, load_grid, outcome, peaks, plot_contrasts
 
 # %% [markdown]
 # ## The same pairs, cut finer
@@ -70,8 +68,7 @@ plot_contrasts(level, "minus three stages at the same KL, true reward");
 
 # %%
 second = list(LINES.values())[1]
-table = pd.DataFrame({T: {f"{label}, minus DPO": as_text(interval(outcome(found[row], what) - outcome(found[second[1]], what))) for what, label in {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}.items()} for T, row in second.items() if T > 1}).T.rename_axis("stages")
-table
+pd.DataFrame({T: {f"{label}, minus DPO": as_text(interval(outcome(found[row], what) - outcome(found[second[1]], what))) for what, label in OUTCOMES.items()} for T, row in second.items() if T > 1}).T.rename_axis("stages")
 
 # %% [markdown]
 # ## What more stages cost
@@ -79,7 +76,7 @@ table
 # Tokens that are trained on stay the same. A moving reference is one pass without gradients over each chunk but the first, $(T-1)/T$ of the data: half a pass for two stages, two thirds for three, seven eighths for eight. Beside it stand three passes of training and one of S over everything, which orders the sources and is the first stage's reference. Each stage also decays and warms up anew and ends in a smaller batch, so that eight stages take 10 % more steps than one, with a sum of learning rates that is 19 % larger. How much of their distance is that was not taken apart.
 
 # %%
-cost = pd.DataFrame({T: {"optimizer steps": np.mean([sum(s) for s in r["steps"]]), "sum of learning rates (peaks)": np.mean([sum(learning_rate(i, n, StepwiseConfig(lr=1.)) for n in s for i in range(n)) for s in r["steps"]]),
+cost = pd.DataFrame({T: {"optimizer steps": np.mean([sum(s) for s in r["steps"]]), "sum of learning rates (peaks)": np.mean([peaks(s) for s in r["steps"]]),
                          "tokens trained on": r["tokens"].mean(), "tokens of other passes": r["pass_tokens"].mean()} for T, r in ((T, found[f"T = {T}"]) for T in range(1, 9))}).rename_axis(columns="stages")
 assert cost.loc["tokens trained on"].nunique() == 1
 cost.round(0).astype(int)

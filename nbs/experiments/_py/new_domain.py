@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import WORLDS, differences, load_grid, plot_contrasts, prompts_of
+from sdpo_nb.experiments import OUTCOMES, WORLDS, differences, load_grid, plot_contrasts, prompts_of
 from sdpo_nb.world import SKILLS, load_base, load_world, misled, respond
 
 # %% [markdown]
@@ -50,7 +50,7 @@ for ax, (kind, table) in zip(axes, left_out.items()): plot_contrasts(table, "tru
 def mean_of(m, what, keep): return np.mean([gain(f"{m}, without {skill}", lambda s, string: keep(skill, s, string), what) for skill in SKILLS], 0)
 WHERE = {"the three skills with pairs": lambda skill, s, string: s != skill, "the skill without": lambda skill, s, string: s == skill,
          **{f"the skill without, {kind}": (lambda skill, s, string, hard=hard: s == skill and misled(f"{s} {string}") == hard) for kind, hard in KINDS.items()}}
-change = {(m, where): {label: mean_of(m, what, keep) for what, label in {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}.items()} for m in METHODS for where, keep in WHERE.items()}
+change = {(m, where): {label: mean_of(m, what, keep) for what, label in OUTCOMES.items()} for m in METHODS for where, keep in WHERE.items()}
 all_skills = {skill: gain(m, lambda s, string: s == skill).mean() for m in METHODS for skill in SKILLS}
 assert min(all_skills.values()) > 0.095 and all(interval(change[m, "the skill without"]["true reward, sampled"])[2] < 0.001 and abs(np.array(interval(change[m, "the skill without, where S was misled"]["true reward, sampled"]))).max() < 0.03 for m in METHODS)
 pd.DataFrame(change).T.map(lambda d: as_text(interval(d))).rename_axis(["", "change from S, on"])
@@ -64,7 +64,7 @@ pd.DataFrame(change).T.map(lambda d: as_text(interval(d))).rename_axis(["", "cha
 # %%
 def of(skill): return lambda s, string: s == skill
 PAIRS = {"sDPO minus DPO": ("sDPO", "DPO"), "DPO at sDPO's rate minus DPO": ("DPO at sDPO's rate", "DPO"), "sDPO minus DPO at sDPO's rate": ("sDPO", "DPO at sDPO's rate")}
-between = {pair: {what: np.mean([kept(f"{a}, without {skill}", what, of(skill)) - kept(f"{b}, without {skill}", what, of(skill)) for skill in SKILLS], 0) for what in ("sampled", "greedy", "kl")} for pair, (a, b) in PAIRS.items()}
+between = {pair: {what: np.mean([kept(f"{a}, without {skill}", what, of(skill)) - kept(f"{b}, without {skill}", what, of(skill)) for skill in SKILLS], 0) for what in OUTCOMES} for pair, (a, b) in PAIRS.items()}
 assert interval(between["DPO at sDPO's rate minus DPO"]["sampled"])[1] > 0 > interval(between["sDPO minus DPO at sDPO's rate"]["sampled"])[2] and interval(between["sDPO minus DPO at sDPO's rate"]["kl"])[1] > 0
 pd.DataFrame(between).map(lambda d: as_text(interval(d))).T.rename_axis("on the skill without pairs")
 
@@ -105,7 +105,7 @@ pd.Series(respond(base, tok, strange, 0), strange, name="greedy answer of S").to
 
 # %%
 assert all(kept(f"{m}, other letters", "sampled", lambda *_: True).mean() < 0.002 for m in ("S", *METHODS))
-pd.DataFrame({m: {label: as_text(interval(kept(f"{m}, other letters", what, lambda *_: True))) for what, label in {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}.items()} for m in ("S", *METHODS)}).T
+pd.DataFrame({m: {label: as_text(interval(kept(f"{m}, other letters", what, lambda *_: True))) for what, label in OUTCOMES.items()} for m in ("S", *METHODS)}).T
 
 # %% [markdown]
 # Nothing is gained, and the models still move two to three nats away from S: on prompts that nobody asked about, training changes answers without a reward that would pay for it.

@@ -125,11 +125,15 @@ def _by_skill(results, prompts, stage): # skill, sampled, greedy, kl, stage
 # warm-up reaches the peak again, and chunks end in smaller batches. For three stages that is little, for eight it is not:
 
 # %%
-def summed(T, pairs=1500): # of T restarted schedules, in units of the peak
-    chunk = [COMMON["epochs"] * math.ceil(len(part) / COMMON["batch_size"]) for part in np.array_split(range(pairs), T)]
-    return sum(learning_rate(step, n, StepwiseConfig(lr=1.0)) for n in chunk for step in range(n)), sum(chunk)
+#| export
+def peaks(steps: list) -> float: # optimizer steps of each stage
+    "Sum of the learning rates of restarted schedules, in units of the peak."
+    return sum(learning_rate(step, n, StepwiseConfig(lr=1.0)) for n in steps for step in range(n))
 
-pd.DataFrame({T: {"sum of learning rates (peaks)": summed(T)[0], "optimizer steps": summed(T)[1]} for T in (1, 3, 8)}).rename_axis(columns="stages").round(1)
+
+# %%
+def steps_of(T, pairs=1500): return [COMMON["epochs"] * math.ceil(len(part) / COMMON["batch_size"]) for part in np.array_split(range(pairs), T)]
+pd.DataFrame({T: {"sum of learning rates (peaks)": peaks(steps_of(T)), "optimizer steps": sum(steps_of(T))} for T in (1, 3, 8)}).rename_axis(columns="stages").round(1)
 
 
 # %% [markdown]
@@ -379,9 +383,9 @@ def unfolded(rows: pd.DataFrame, # of the table
     "What is kept as a table inside each row."
     return pd.concat([pd.read_json(io.StringIO(getattr(r, what))).assign(world=r.world, seed=r.seed) for r in rows.itertuples()], ignore_index=True)
 
-def searched(rows: pd.DataFrame) -> pd.DataFrame: # method, reward, and a column for each setting
-    "Mean sampled true reward of each run of a search, with its settings as columns."
-    return pd.DataFrame([dict(method=r.method, reward=np.mean(r.sampled), **json.loads(r.settings)) for r in rows.itertuples()])
+def searched(rows: pd.DataFrame) -> pd.DataFrame: # method, reward, kl, and a column for each setting
+    "Mean sampled true reward and KL (nats) of each run of a search, with its settings as columns."
+    return pd.DataFrame([dict(method=r.method, reward=np.mean(r.sampled), kl=np.mean(r.kl), **json.loads(r.settings)) for r in rows.itertuples()])
 
 def at_kl(ladder: list,      # rows of one method at several beta
           kl: np.ndarray,    # (worlds, seeds, ...) whose means are asked for, nats
@@ -554,19 +558,27 @@ def plot_contrasts(table: pd.DataFrame, # question, mean, low, high
 
 
 # %% [markdown]
-# What is not among the eight is *exploratory*. Two small helpers show it in the notebooks: paired differences with intervals and without p-values, and the means behind them.
+# What is not among the eight is *exploratory*. Small helpers show it in the notebooks: paired differences with intervals and without p-values, of one outcome or of all, and the means behind them.
 
 # %%
 #| export
+OUTCOMES = {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"} # of `outcome` -> label
+
 def differences(asked: dict, # question -> paired differences (worlds, seeds, prompts)
                ) -> pd.DataFrame: # question, mean, low, high
     "Mean and 95 % interval of each."
     return pd.DataFrame([(q, *interval(d)) for q, d in asked.items()], columns=["question", "mean", "low", "high"])
 
+def plot_outcomes(tables: dict, # of OUTCOMES -> differences of the same questions
+                  unit: str) -> plt.Figure:
+    "`plot_contrasts` of every outcome, side by side; a KL has no band in which it is the same."
+    fig, axes = plt.subplots(1, len(OUTCOMES), figsize=(12, 0.3 * len(tables["kl"]) + 1.2), sharey=True, constrained_layout=True)
+    for ax, (what, label) in zip(axes, OUTCOMES.items()): plot_contrasts(tables[what], f"{unit}: {label}", 0 if what == "kl" else 0.02, ax)
+    return fig
+
 def means(found: dict) -> pd.DataFrame: # name -> rows of the table
     "Mean and 95 % interval of true reward, sampled and greedy, and of KL from S, for each name."
-    kinds = {"sampled": "true reward, sampled", "greedy": "greedy", "kl": "KL from S (nats)"}
-    return pd.DataFrame({name: {label: as_text(interval(outcome(rows, what))) for what, label in kinds.items()} for name, rows in found.items()}).T
+    return pd.DataFrame({name: {label: as_text(interval(outcome(rows, what))) for what, label in OUTCOMES.items()} for name, rows in found.items()}).T
 
 
 # %% [markdown]
@@ -750,6 +762,12 @@ def cells_of(grid: str) -> dict: # name of a row -> its cells
     def row(method, settings, data=("sources",), split="test", body="llama"): return [Cell(w, s, method, settings, split, data=data, body=body) for w in worlds for s in seeds]
     return {name: row(*what) for name, what in GRIDS[grid]().items()}
 
+SEARCHES = {"pilot": pilot, "search": search, "search_bodies": lambda: search_bodies() + [c for body in ("llama", *BODIES) for c in starts(body)]}
+
+def all_cells(what: str) -> list[Cell]:
+    "Every cell of one of SEARCHES or GRIDS."
+    return SEARCHES[what]() if what in SEARCHES else sum(cells_of(what).values(), [])
+
 def load_grid(grid: str) -> dict: # name of a row -> rows of the table
     "What was run of a grid. Raises ValueError where cells are missing, or where a world was run with two S (built anew, on another machine), so that rows of one grid are always about the same worlds and seeds."
     table = _read(_path(None), "key")
@@ -793,31 +811,27 @@ def small_cells() -> list[Cell]:
 
 def again(seed: int=0) -> pd.DataFrame: # one row a grid
     "A stored cell of each grid, at random, run once more: does today's code on this machine still make what the table holds?"
-    picked = {grid: random.Random(f"{grid} {seed}").choice(sum(cells_of(grid).values(), [])) for grid in GRIDS}
+    picked = {grid: random.Random(f"{grid} {seed}").choice(all_cells(grid)) for grid in GRIDS}
     stored = rows_of(list(picked.values())).set_index("key")
     with tempfile.TemporaryDirectory() as tmp: new = run_grid(list(picked.values()), tmp, "again").set_index("key")
     def row(c): return dict(world=c.world, body=c.body, seed=c.seed, method=c.method, same_S=stored["weights"][c.key] == new["weights"][c.key], stored=np.mean(stored["sampled"][c.key]), again=np.mean(new["sampled"][c.key]), other_rewards=np.mean(np.not_equal(stored["sampled"][c.key], new["sampled"][c.key])))
     return pd.DataFrame({grid: row(c) for grid, c in picked.items()}).T
 
 def run(what: str):
-    "One of: small, pilot, search, search_bodies, frontiers, again, or the name of a grid."
-    def kept(cells):
-        rows = run_grid(cells, desc=what)
-        print(f"{what}: {len(rows)} cells in the table, {rows['seconds'].sum() / 3600:.1f} core hours", flush=True)
-        return rows
+    "One of: small, again, frontiers, or a name in SEARCHES or GRIDS."
     if what == "small":
         with tempfile.TemporaryDirectory() as tmp: print(run_grid(small_cells(), tmp, what)[["method", "tokens", "seconds"]].to_string())
-    elif what == "pilot": kept(pilot())
-    elif what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(kept(search())), indent=1) + "\n")
-    elif what == "search_bodies": kept(search_bodies() + [c for body in ("llama", *BODIES) for c in starts(body)])
-    elif what in GRIDS: kept(sum(cells_of(what).values(), []))
+    elif what in SEARCHES or what in GRIDS:
+        rows = run_grid(all_cells(what), desc=what)
+        print(f"{what}: {len(rows)} cells in the table, {rows['seconds'].sum() / 3600:.1f} core hours", flush=True)
+        if what == "search": (RESULTS / "choices.json").write_text(json.dumps(choose(rows), indent=1) + "\n")
     elif what == "frontiers": run_frontiers()
     elif what == "again": print(again().to_string())
-    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|again|pilot|search|search_bodies|frontiers|{'|'.join(GRIDS)} ...]")
+    else: raise SystemExit(f"usage: python -m sdpo_nb.experiments [small|again|frontiers|{'|'.join((*SEARCHES, *GRIDS))} ...]")
 
 if __name__ == "__main__" and __spec__:
     import sys
-    for what in sys.argv[1:] or ["pilot", "search", "search_bodies", *GRIDS, "frontiers"]: run(what)
+    for what in sys.argv[1:] or [*SEARCHES, *GRIDS, "frontiers"]: run(what)
 
 # %% [markdown]
 # ## The eight answers
@@ -898,9 +912,8 @@ beside.map(as_text)
 
 # %%
 known, hours = set(), {}
-SEARCHES = {"pilot": pilot, "search": search, "search_bodies": lambda: search_bodies() + [c for body in ("llama", *BODIES) for c in starts(body)]}
 for name in (*SEARCHES, *GRIDS):
-    cells = SEARCHES[name]() if name in SEARCHES else sum(cells_of(name).values(), [])
+    cells = all_cells(name)
     rows = rows_of(cells); first = rows[~rows["key"].isin(known)]; known |= set(rows["key"])
     hours[name] = dict(cells=len({c.key for c in cells}), run=len(rows), **{"core hours": round(first["seconds"].sum() / 3600, 1)})
 pd.DataFrame(hours).T

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import BODIES, choices_of, differences, load_grid, make_body, outcome, plot_contrasts, rows_of, search_bodies, searched, starts
+from sdpo_nb.experiments import BODIES, OUTCOMES, choices_of, differences, load_grid, make_body, outcome, plot_outcomes, rows_of, search_bodies, searched, starts
 from sdpo_nb.world import make_model, make_tokenizer
 
 # %% [markdown]
@@ -47,11 +47,11 @@ pd.DataFrame({body: row(body) for body in KINDS}).T.round(3)
 # The Llama keeps what the [protocol](protocol.ipynb) found for it. For the four others $\beta$ and learning rate were searched in one world that is not reported, with one run for each cell. Framed is what was chosen: for stepwise DPO always twice the $\beta$ of DPO. A rate of $10^{-3}$ is nearly always the worst.
 
 # %%
+tried = {body: searched(rows_of([c for c in search_bodies() if c.body == body])) for body in BODIES}
 fig, axes = plt.subplots(2, len(BODIES), figsize=(13, 4.2), sharex=True, sharey=True, constrained_layout=True)
 for column, body in zip(axes.T, BODIES):
-    tried = searched(rows_of([c for c in search_bodies() if c.body == body]))
     for ax, (method, at) in zip(column, choices_of(body).items()):
-        grid = tried[tried["method"] == method].pivot_table("reward", "lr", "beta")
+        grid = tried[body].query("method == @method").pivot_table("reward", "lr", "beta")
         sns.heatmap(grid, annot=True, fmt=".2f", annot_kws=dict(size=8), cmap="viridis", vmin=0.5, vmax=0.9, cbar=False, ax=ax); ax.set_title(f"{body}, {method}", fontsize="medium")
         ax.add_patch(plt.Rectangle((list(grid.columns).index(at["beta"]), list(grid.index).index(at["lr"])), 1, 1, fill=False, color="red", lw=2))
 for ax in axes.flat: ax.tick_params(axis="y", rotation=0); ax.label_outer()
@@ -60,13 +60,12 @@ for ax in axes.flat: ax.tick_params(axis="y", rotation=0); ax.label_outer()
 # ## Stepwise minus plain, within each body
 
 # %%
-gain = {what: differences({body: outcome(found[f"{body}, sDPO"], what) - outcome(found[f"{body}, DPO"], what) for body in KINDS}) for what in ("sampled", "greedy", "kl")}
-fig, axes = plt.subplots(1, 3, figsize=(12, 2.8), sharey=True, constrained_layout=True)
-for ax, (what, table), unit in zip(axes, gain.items(), ("true reward, sampled", "true reward, greedy", "KL from S (nats)")): plot_contrasts(table, f"sDPO minus DPO: {unit}", same=0.02 * (what != "kl"), ax=ax)
+gain = {what: differences({body: outcome(found[f"{body}, sDPO"], what) - outcome(found[f"{body}, DPO"], what) for body in KINDS}) for what in OUTCOMES}
+plot_outcomes(gain, "sDPO minus DPO");
 
 # %%
 table = gain["sampled"].set_index("question")
-others = {what: interval(np.mean([outcome(found[f"{body}, sDPO"], what) - outcome(found[f"{body}, DPO"], what) for body in BODIES], 0)) for what in ("sampled", "greedy", "kl")}
+others = {what: interval(np.mean([outcome(found[f"{body}, sDPO"], what) - outcome(found[f"{body}, DPO"], what) for body in BODIES], 0)) for what in OUTCOMES}
 assert np.abs(others["sampled"]).max() < 0.02 and (table.loc[["llama", "gpt2", "opt"], ["low", "high"]].abs() < 0.02).all(axis=None) and 0 < table.loc["qwen3", "low"] and table.loc["qwen3", "high"] < 0.02 and table.loc["bloom", "high"] < 0
 pd.Series({what: as_text(v) for what, v in others.items()}, name="sDPO minus DPO, mean of the four").to_frame()
 
@@ -78,8 +77,7 @@ pd.Series({what: as_text(v) for what, v in others.items()}, name="sDPO minus DPO
 
 # %%
 def two_best(body, method):
-    tried = rows_of([c for c in search_bodies() if c.body == body and c.method == method])
-    best = searched(tried).assign(kl=[np.mean(v) for v in tried["kl"]]).nlargest(2, "reward")
+    best = tried[body].query("method == @method").nlargest(2, "reward")
     return {f"{name}: {what}": best[what].iloc[i] for i, name in enumerate(("chosen", "next")) for what in ("beta", "lr", "reward", "kl")}
 ties = pd.DataFrame({f"{body}, {m}": two_best(body, m) for body in BODIES for m in ("DPO", "sDPO")}).T
 assert (ties.loc[["opt, sDPO", "bloom, sDPO"], "chosen: reward"] - ties.loc[["opt, sDPO", "bloom, sDPO"], "next: reward"]).max() < 0.001

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import differences, load_grid, means, outcome, plot_contrasts, unfolded
+from sdpo_nb.experiments import OUTCOMES, differences, load_grid, means, outcome, plot_outcomes, unfolded
 
 # %% [markdown]
 # ## Who writes, who labels?
@@ -41,9 +41,8 @@ LABELS = ("true", "judge, 0 % wrong", "judge, 20 % wrong", "implicit")
 WRITERS = {"S": "S", "policy": "M"}        # name in the grid -> here
 COMPARED = {label: ("S, " + label) for label in LABELS} | {f"{label}, as many pairs": f"S, as many, {label}" for label in LABELS[:2]}
 def minus(a, b, what="sampled"): return outcome(found[a], what) - outcome(found[b], what)
-fresh = {what: differences({name: minus(f"policy, {name.removesuffix(', as many pairs')}", row, what) for name, row in COMPARED.items()}) for what in ("sampled", "greedy", "kl")}
-fig, axes = plt.subplots(1, 3, figsize=(12, 3), sharey=True, constrained_layout=True)
-for ax, (what, table), unit in zip(axes, fresh.items(), ("true reward, sampled", "true reward, greedy", "KL from S (nats)")): plot_contrasts(table, f"M minus S: {unit}", same=0.02 * (what != "kl"), ax=ax)
+fresh = {what: differences({name: minus(f"policy, {name.removesuffix(', as many pairs')}", row, what) for name, row in COMPARED.items()}) for what in OUTCOMES}
+plot_outcomes(fresh, "M minus S");
 
 # %%
 by_label = {what: t.set_index("question") for what, t in fresh.items()}
@@ -58,7 +57,7 @@ pd.DataFrame({what: {q: as_text(r) for q, r in zip(t["question"], t[["mean", "lo
 
 # %%
 LARGER = {f"{label}: M minus S at {f} times beta": (f"policy, {label}", f"S, {label}, {f} beta") for label in LABELS[:2] for f in (2, 4)}
-larger = {q: {what: minus(*ab, what) for what in ("sampled", "greedy", "kl")} for q, ab in LARGER.items()}
+larger = {q: {what: minus(*ab, what) for what in OUTCOMES} for q, ab in LARGER.items()}
 first, second = (larger[q] for q in list(larger)[::2])
 assert interval(first["kl"])[1] < 0 < interval(first["kl"])[2] and all(interval(d[what])[1] > 0 for d in (first, second) for what in ("sampled", "greedy")) and interval(second["kl"])[2] < 0
 pd.DataFrame({q: {what: as_text(interval(v)) for what, v in d.items()} for q, d in larger.items()}).T
