@@ -96,7 +96,7 @@ def test_layers_that_are_no_attention():
 def test_wrong_numbers_are_caught(monkeypatch):
     "Each half of the comparison by numbers, with an error put in."
     model = model_of("llama")
-    monkeypatch.setattr(packing, "_of_row", lambda m, row, n, f=packing._of_row: tuple(x + 0.01 for x in f(m, row, n)))
+    monkeypatch.setattr(packing, "of_row", lambda m, row, n, f=packing.of_row: tuple(x + 0.01 for x in f(m, row, n)))
     assert "log-probabilities differ" in why_not_packed(model, PAIRS)
     monkeypatch.undo()
     monkeypatch.setattr(packing, "packed_logprobs", lambda m, pairs, f=packed_logprobs: tuple(x * 1.01 for x in f(m, pairs)))

@@ -26,9 +26,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 # %%
 import itertools, tempfile
@@ -37,7 +38,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 import transformers
 from torch.testing import assert_close
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.world import load_base, load_world, prompt_ids, respond
@@ -165,28 +166,22 @@ def token_logprobs(logits: Tensor, # (m, V) in any dtype
                    ids: Tensor,    # (m,) the tokens that came next
                   ) -> Tensor:     # (m,) fp32, nats
     "Log-probability of each token, in fp32."
-    return logits.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    return -F.cross_entropy(logits.float(), ids, reduction="none")
 
 
 # %% [markdown]
 # The logits are the model's own `.logits`, not a product of hidden states and the output matrix made here: some architectures scale or cap
 # them, and whoever skips that scores another model. The price is the largest tensor of the pass, rows by length by
-# vocabulary. [Chapter 04](04_packing.ipynb) avoids it, and is checked against this.
+# vocabulary. [Chapter 04](04_packing.ipynb) avoids it, and is checked against this. (This cell is not exported yet. It gets one more line below, for half precision.)
 
 # %%
-#| export
-def response_logprobs(model,       # a causal LM; gradients flow
-                      pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
-                     ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
-    "Summed log-probabilities of both responses of each pair: the padded version that everybody can read. Source: equation (1)."
+def response_logprobs(model, pairs): # -> (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
     ids, seen, scored = collate(pairs, model.device)
     logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
     ids, scored = ids[:, 1:], scored[:, 1:]
     logp = token_logprobs(logits[:, :-1][scored], ids[scored])
     rows = torch.zeros(ids.shape, device=logp.device).masked_scatter(scored, logp)
     return tuple(rows.sum(1).chunk(2))
-
-response_logprobs.tokens = padded_tokens
 
 
 # %% [markdown]
@@ -382,9 +377,155 @@ batch_shape(real, eight).style.format("{:.1g}")
 
 
 # %% [markdown]
-# So a log-probability computed in bf16 moves by tenths of a nat with its neighbours and lies about a nat away from the fp32 one. Two passes that must agree (reference and policy
-# before the first step) agree only as well as that. Hence two rules:
-# softmax and sum are always fp32, and a table remembers the precision it was computed in.
+# ### Where the noise comes from
+#
+# Three things are rounded to eight bits: the weights, the activations inside the layers, and the logits. The logits of a language model lie around 20, where the numbers of bf16 are
+# 0.125 apart. That is a coarse ruler for a quantity that we are going to add up 400 times. And it is the cheapest of the three to avoid: only the *last* matrix product has to leave its result in fp32. Its factors
+# may stay in half precision, since a product is summed up in fp32 anyway, and rounded when it is stored.
+
+# %%
+#| export
+def _wide_product(a: Tensor, # (m, d) in half precision
+                  b: Tensor, # (V, d) in half precision
+                 ) -> Tensor: # (m, V) fp32
+    "a times b transposed, without the rounding at the end."
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and WIDE_ON_CUDA: return torch.mm(a, b.T, out_dtype=torch.float32)
+        return a.float() @ b.float().T
+
+WIDE_ON_CUDA = torch.__version__ >= torch.torch_version.TorchVersion("2.8")
+
+class _WideLinear(torch.autograd.Function):
+    "A linear layer: factors in half precision, result in fp32. The backward pass is the usual one of autocast."
+    @staticmethod
+    def forward(ctx, hidden, weight, half):
+        ctx.save_for_backward(hidden, half)
+        return _wide_product(hidden, half)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, half = ctx.saved_tensors
+        grad = grad.to(half.dtype)
+        of_weight = (grad.T @ hidden).float() if ctx.needs_input_grad[1] else None
+        return grad @ half, of_weight, None
+
+
+# %% [markdown]
+# `grad` is cast down before its two products, as autocast does. The gradient of the weight comes back in fp32, so that pieces of a batch add up without another rounding.
+#
+# How does a model come to use it? We lend its output layer another `forward`, for a while. Scaling and capping of logits, where an architecture has them, come after that layer and so act on fp32, too. An output layer that is not
+# plain (adapted, quantised) keeps its own way, and so does everything outside autocast.
+
+# %%
+#| export
+def _half(model):
+    "The dtype that autocast computes in at the moment, or None."
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+def is_plain(head) -> bool:
+    "Whether an output layer is a linear layer with a weight of its own, and nothing else."
+    return type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
+
+@contextlib.contextmanager
+def fp32_logits(model):
+    "For a while, let a model under autocast answer with logits that were never rounded to half precision."
+    head, dtype = model.get_output_embeddings(), _half(model)
+    if dtype is None or not is_plain(head):
+        yield
+        return
+    half = head.weight.detach().to(dtype)
+    def forward(hidden):
+        rows = hidden.flatten(0, -2).to(dtype)
+        logits = _WideLinear.apply(rows, head.weight, half).unflatten(0, hidden.shape[:-1])
+        return logits if head.bias is None else logits + head.bias
+    head.forward = forward
+    try: yield
+    finally: del head.forward
+
+
+# %% [markdown]
+# The readable function gets its one more line, and is finished. Outside autocast the line does nothing. (The version before it keeps a name, to compare with.)
+
+# %%
+usual_logprobs = response_logprobs
+
+
+# %%
+#| export
+def response_logprobs(model,       # a causal LM; gradients flow
+                      pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
+                     ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    "Summed log-probabilities of both responses of each pair: the padded version that everybody can read. Source: equation (1)."
+    ids, seen, scored = collate(pairs, model.device)
+    with fp32_logits(model):
+        logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+    ids, scored = ids[:, 1:], scored[:, 1:]
+    logp = token_logprobs(logits[:, :-1][scored], ids[scored])
+    rows = torch.zeros(ids.shape, device=logp.device).masked_scatter(scored, logp)
+    return tuple(rows.sum(1).chunk(2))
+
+response_logprobs.tokens = padded_tokens
+
+# %%
+assert_close(response_logprobs(S, mixed), by_rows(S, mixed))
+with autocast("cpu", "bf16"):
+    usual, wider = S(input_ids=ids).logits, response_logprobs(S, mixed)[0]
+    with fp32_logits(S): ours = S(input_ids=ids).logits
+assert (usual.dtype, ours.dtype) == (torch.bfloat16, torch.float32)
+{"a logit of autocast": usual[0, 0, 5].item(), "the same, in fp32": round(ours[0, 0, 5].item(), 6)}
+
+
+# %% [markdown]
+# What does each rounding cost? Round one thing after the other, and look at the distance from the log-probability that nothing was rounded for.
+
+# %%
+@contextlib.contextmanager
+def rounded_weights(model): # for a while; computing stays in fp32
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters(): p.data = p.data.bfloat16().float()
+    try: yield
+    finally:
+        for n, p in model.named_parameters(): p.data = kept[n]
+
+@torch.no_grad()
+def where_from(model, pairs): # root mean square distance from fp32, nats per response
+    def ask(logprobs): return torch.cat([torch.cat(logprobs(model, [p])) for p in pairs])
+    exact, rows = ask(response_logprobs), {}
+    with rounded_weights(model): rows["rounded weights, computed in fp32"] = ask(response_logprobs)
+    with autocast("cpu", "bf16"):
+        rows["bf16, logits in fp32"] = ask(response_logprobs)
+        rows["bf16, logits too"] = ask(usual_logprobs)
+    return pd.Series({name: (got - exact).square().mean().sqrt().item() for name, got in rows.items()})
+
+where = where_from(wide, [random_pair(n) for n in range(60, 100, 5)])
+where.round(3).to_frame("random Llama (nats)")
+
+# %% [markdown]
+# Here fp32 logits buy nothing, because a random model's logits are small. A trained one is sure of itself: its logits are large, and so is their rounding. Real pairs, cut at two lengths:
+
+# %%
+#| slow
+more = {n: list(tokenize_pairs(load_pairs(data, columns={"question": "prompt"}).select(range(40)), real_tok, "orca", max_length=n).pairs)[:12] for n in (256, 768)}
+torch.set_num_threads(os.cpu_count())
+asked = {f"{n} tokens at most": where_from(real, pairs) for n, pairs in more.items()}
+torch.set_num_threads(1)
+found = pd.DataFrame(asked)
+assert (found.loc["bf16, logits in fp32"] < found.loc["bf16, logits too"]).all()
+found.round(2)
+
+# %% [markdown]
+# Errors that are independent of each other add up in squares. So a response is the further off the longer it is, by the square root of its length; and with the logits in fp32 a part of it is gone, while that of weights and activations stays. How
+# much do neighbours still matter? The eight pairs again, with the finished function:
+
+# %%
+#| slow
+batch_shape(real, eight).style.format("{:.1g}")
+
+
+# %% [markdown]
+# Two passes that must agree (reference and policy before the first step) agree only as well as that. [Chapter 06](06_trainer.ipynb) measures how well before it calls a table wrong. Hence two rules:
+# logits, softmax and sum are always fp32, and a table remembers the precision it was computed in.
 #
 # ## Dropout off, in all its forms
 #
@@ -473,24 +614,33 @@ def _find_model(model):
 
 # %% [markdown]
 # A folder saved in bf16 comes back in bf16 when nobody objects, and weights in bf16 hardly move at learning rate 5e-7 while the loss looks
-# fine. So trained weights are fp32, always.
+# fine. So trained weights are fp32, always, and `stored_dtype` tells what the folder had. A model as tiny as ours stays on the CPU, also beside a graphics card: there, starting a kernel takes longer than the arithmetic in it.
 
 # %%
 #| export
+SMALL = 5_000_000 # parameters; below, a CPU is faster than a graphics card
+
+def best_device(model) -> str: # cuda or cpu
+    "Where a loaded model goes when nobody says where: to the graphics card, if there is one and the model is not tiny."
+    tiny = sum(p.numel() for p in model.parameters()) < SMALL
+    return "cuda" if torch.cuda.is_available() and not tiny else "cpu"
+
 def load_model(model: str, # hub id or folder
-               device: str=None, # default: `best_device()`
+               device: str=None, # default: `best_device` of the model
               ):           # causal LM with fp32 weights and no dropout, in eval mode
     "Load in fp32 whatever the folder's dtype. Raises ValueError for a folder that is not a model."
     m = AutoModelForCausalLM.from_pretrained(_find_model(model), dtype=torch.float32)
-    return freeze_dropout(m).to(device or best_device())
+    return freeze_dropout(m).to(device or best_device(m))
+
+def stored_dtype(model: str, # hub id or folder
+                ) -> torch.dtype: # fp32 where the config does not say
+    "The dtype in which a model lies on disk."
+    dtype = AutoConfig.from_pretrained(_find_model(model)).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 def load_tokenizer(model: str): # hub id or folder
     "The tokenizer that lies with a model."
     return AutoTokenizer.from_pretrained(_find_model(model))
-
-def best_device() -> str: # cuda or cpu
-    "Where a model goes when nobody says where."
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # %%
@@ -500,7 +650,7 @@ transformers.AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.bfloat
 usual_way, ours = transformers.AutoModelForCausalLM.from_pretrained(home / "half"), load_model(home / "half", "cpu")
 assert ours.dtype == torch.float32
 pd.DataFrame({"weights": [str(m.dtype) for m in (usual_way, ours)], "0.5 + 5e-7, in these weights": [f"{torch.tensor(0.5, dtype=m.dtype) + 5e-7:.7f}" for m in (usual_way, ours)]},
-             index=["from_pretrained", "load_model"])
+             index=["from_pretrained", "load_model"]).assign(stored=[str(stored_dtype(home / "half"))] * 2)
 
 
 # %% [markdown]
@@ -572,7 +722,7 @@ def pairs_hash(*sets) -> str: # 16 hex digits
 
 @dataclass
 class LogprobTable:
-    "Log-probabilities of one model for many pairs, and how they were computed."
+    "Log-probabilities of one model for many pairs, and how they were computed. Its numbers are on the CPU; what compares them with a policy moves them to the policy (chapter 03)."
     kind: dict         # weights, config, precision, device, attention, logprobs
     rows: pd.DataFrame # index: pair key; columns chosen, rejected (nats, fp32)
 

@@ -20,17 +20,20 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import contextlib
-from dataclasses import dataclass, field
+import contextlib, inspect
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from sdpo_nb.logprobs import check_prompts, response_logprobs, token_logprobs
+from sdpo_nb.logprobs import autocast, check_prompts, fp32_logits, is_plain, response_logprobs, token_logprobs
 
 # %%
 import json, math, os
@@ -38,7 +41,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.colors import ListedColormap
@@ -101,25 +103,38 @@ table.style.format({"cells": "{:,.0f}", "cells / needed tokens": "{:.2f}"})
 #| export
 @dataclass
 class Row:
-    "Pairs, packed. All tensors of tokens are (N,)."
-    ids: Tensor; position: Tensor; pair: Tensor; side: Tensor # side: 0 prompt, 1 chosen, 2 rejected
-    read: Tensor       # (m,) where the logits for each response token stand
-    blocks: list[int]  # lengths of the stretches that attend among themselves
+    "Pairs, packed. Tensors of tokens are (N,), those of response tokens (m,)."
+    ids: Tensor
+    position: Tensor
+    pair: Tensor
+    side: Tensor       # 0 prompt, 1 chosen, 2 rejected
+    scored: Tensor     # (m,) where the response tokens stand
+    read: Tensor       # (m,) where the logits for each of them stand
+    sizes: list        # of each pair: tokens of prompt, chosen, rejected
+    blocks: list       # lengths of the stretches that attend among themselves
     masks: dict = field(default_factory=dict)
     windows: set = field(default_factory=set) # sliding windows that the layers have asked for
+    plan: object = None # how a graphics card attends; see below
 
-def _flat(values, device): return torch.cat([torch.as_tensor(v) for v in values]).to(device)
+PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+def _stretches(starts, lengths): # (sum of lengths,) start, start + 1, ...; one stretch after the other
+    return np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths)])
 
 def pack(pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
-         device="cpu") -> Row:
+        ) -> Row:     # on the CPU
     "One row of all pairs: prompt, chosen, rejected, next pair. Raises ValueError for a pair without a prompt."
     check_prompts(pairs)
-    sizes = [[len(p[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")] for p in pairs]
-    ids = _flat([list(p[k]) for p in pairs for k in ("prompt_ids", "chosen_ids", "rejected_ids")], device)
-    position = _flat([torch.arange(n) + start for x, c, r in sizes for n, start in ((x, 0), (c, x), (r, x))], device)
-    pair = _flat([torch.full((sum(s),), i) for i, s in enumerate(sizes)], device)
-    side = _flat([torch.full((n,), k) for s in sizes for k, n in enumerate(s)], device)
-    return Row(ids, position, pair, side, _read(sizes, device), _blocks([sum(s) for s in sizes]))
+    sizes = [[len(p[part]) for part in PARTS] for p in pairs]
+    lengths = np.array(sizes).flatten()
+    ids = np.concatenate([np.asarray(p[part], "int64") for p in pairs for part in PARTS])
+    begins = [start for x, _, _ in sizes for start in (0, x, x)]
+    position = _stretches(begins, lengths)
+    pair = np.repeat(np.arange(len(pairs)), [sum(size) for size in sizes])
+    side = np.repeat(np.tile([0, 1, 2], len(pairs)), lengths)
+    scored = np.flatnonzero(side)
+    tokens = [torch.from_numpy(t) for t in (ids, position, pair, side, scored, _read(sizes))]
+    return Row(*tokens, sizes, _blocks([sum(size) for size in sizes]))
 
 
 # %% [markdown]
@@ -128,14 +143,14 @@ def pack(pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
 
 # %%
 #| export
-def _read(sizes, device):
+def _read(sizes):
     "Positions whose logits predict the response tokens, in the order of the tokens."
     out, start = [], 0
     for x, c, r in sizes:
         last = start + x - 1
-        out += [torch.arange(last, last + c), torch.tensor([last]), torch.arange(last + c + 1, last + c + r)]
+        out += [np.arange(last, last + c), [last], np.arange(last + c + 1, last + c + r)]
         start += x + c + r
-    return _flat(out, device)
+    return np.concatenate(out).astype("int64")
 
 def _blocks(lengths, merge_up_to=256):
     "Neighbours that are short attend in one block, which saves calls; a long pair is a block of its own."
@@ -222,16 +237,28 @@ def _attend(q, k, v, bias, scaling, softcap):
 
 # %%
 #| export
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row: Row=None, sliding_window=None, softcap=None, **rest):
-    "Attention of a packed row, block by block; transformers calls it in every layer. Raises NotImplementedError for what it cannot do."
-    unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None] + ["dropout"] * bool(dropout)
-    if row is None or unknown: raise NotImplementedError(f"its attention wants {', '.join(unknown)}" if unknown else "its layers do not pass the row to the attention")
-    row.windows.add(sliding_window)
-    scaling, start, out = scaling or query.shape[-1] ** -0.5, 0, []
-    for n, q, k, v in zip(row.blocks, *(x[0].split(row.blocks, 1) for x in (query, key, value))):
-        out.append(_attend(q, k, v, _bias(row, slice(start, start + n), sliding_window, q.dtype), scaling, softcap))
+@torch.compiler.disable
+def by_blocks(q, k, v, row: Row, scaling: float, window: int=None, softcap: float=None) -> Tensor: # (N, heads, d)
+    "Attention of a packed row, one block after the other: the version to read. q is (heads, N, d), k and v (key heads, N, d)."
+    out, start = [], 0
+    for n, *block in zip(row.blocks, *(x.split(row.blocks, 1) for x in (q, k, v))):
+        bias = _bias(row, slice(start, start + n), window, q.dtype)
+        out.append(_attend(*block, bias, scaling, softcap))
         start += n
-    return torch.cat(out)[None], None
+    return torch.cat(out)
+
+
+# %%
+#| export
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row: Row=None, sliding_window=None, softcap=None, **rest):
+    "What transformers calls in every layer of a packed row. Raises NotImplementedError for what a layer wants and cannot have."
+    unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None] + ["dropout"] * bool(dropout)
+    if unknown: raise NotImplementedError(f"its attention wants {', '.join(unknown)}")
+    if row is None: raise NotImplementedError("its layers do not pass the row to the attention")
+    if not torch.compiler.is_compiling(): row.windows.add(sliding_window)
+    attend = by_blocks if row.plan is None else row.plan.attend
+    scaling = scaling or query.shape[-1] ** -0.5
+    return attend(query.squeeze(0), key.squeeze(0), value.squeeze(0), row, scaling, sliding_window, softcap)[None], None
 
 AttentionInterface.register("sdpo_packed", packed_attention)
 
@@ -266,7 +293,13 @@ def recompute_alike(model):
 
 # %%
 #| export
-PIECE = 64 * 2**20 # bytes of the fp32 logits of one piece; two or three such tensors exist at a time
+PIECE = 64 * 2**20 # bytes of the fp32 logits of one piece on a CPU; two or three such tensors exist at a time
+
+def piece_bytes(device) -> int:
+    "How large the logits of one piece may be: `PIECE`, and on a graphics card a sixteenth of its memory, since a card wants few, large products."
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available(): return PIECE
+    return torch.cuda.get_device_properties(device).total_memory // 16
 
 @contextlib.contextmanager
 def _answering(decoder, hidden):
@@ -276,21 +309,25 @@ def _answering(decoder, hidden):
     finally: del decoder.forward
 
 def _head(model, hidden, ids):
-    with _answering(model.get_decoder(), hidden[None]): logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    with fp32_logits(model), _answering(model.get_decoder(), hidden[None]):
+        logits = model(input_ids=ids[None], use_cache=False).logits.squeeze(0)
     return token_logprobs(logits, ids)
 
 def head_logprobs(model, hidden: Tensor, # (m, d) hidden states
                   ids: Tensor,           # (m,) the tokens that came next
                  ) -> Tensor:            # (m,) fp32, nats
-    "Log-probability of each token by the model's own output layer, in pieces of bounded size that the backward pass makes again."
-    size = max(1, PIECE // (4 * model.get_output_embeddings().weight.shape[0]))
-    return torch.cat([checkpoint(_head, model, h, t, use_reentrant=False) for h, t in zip(hidden.split(size), ids.split(size))])
+    "Log-probability of each token by the model's own output layer. What does not fit into one piece is done in several, which the backward pass makes again."
+    size = max(1, piece_bytes(hidden.device) // (4 * model.get_output_embeddings().weight.shape[0]))
+    if len(ids) <= size: return _head(model, hidden, ids)
+    pieces = zip(hidden.split(size), ids.split(size))
+    return torch.cat([checkpoint(_head, model, h, t, use_reentrant=False) for h, t in pieces])
 
 
 # %% [markdown]
 # ## The same function, packed
 #
-# `packed_logprobs` takes and returns what `response_logprobs` does, so the two are interchangeable. Two facts travel with it: what a batch costs, in tokens, and which attention it used.
+# `packed_logprobs` takes and returns what `response_logprobs` does, so the two are interchangeable. Three things travel with it: what a batch costs, in tokens, which attention it used, and how a row is made beforehand. (`padded_plan` is for
+# graphics cards, and comes below.)
 
 # %%
 #| export
@@ -299,20 +336,34 @@ def packed_tokens(pairs: list) -> int:
     return sum(len(p[k]) for p in pairs for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 def packed_logprobs(model,       # a causal LM whose attention can be set; gradients flow
-                    pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
+                    pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids; or the `Row` that `packed_row` makes of them
                    ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
     "What `response_logprobs` of chapter 02 computes, from one packed row."
-    return _of_row(model, pack(pairs, model.device), len(pairs))
+    return of_row(model, pairs if isinstance(pairs, Row) else packed_row(model, pairs))
 
-packed_logprobs.tokens, packed_logprobs.attention = packed_tokens, "packed"
+def packed_row(model, pairs: list) -> Row:
+    "The row of `packed_logprobs`. It can be made while the model is busy with another one."
+    row = pack(pairs)
+    if model.device.type == "cuda": row.plan = padded_plan(row)
+    return row
 
-def _of_row(model, row, n):
+packed_logprobs.tokens, packed_logprobs.attention, packed_logprobs.prepare = packed_tokens, "packed", packed_row
+
+def of_row(model, row: Row) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    "Log-probabilities of a packed row, wherever it lies."
+    row = to_device(row, model.device)
     with attention(model, "sdpo_packed"):
-        hidden = model.get_decoder()(input_ids=row.ids[None], position_ids=row.position[None], row=row, use_cache=False).last_hidden_state[0]
-    scored = row.side > 0
-    logp = head_logprobs(model, hidden[row.read], row.ids[scored])
-    sums = logp.new_zeros(2 * n).index_add(0, 2 * row.pair[scored] + row.side[scored] - 1, logp)
+        hidden = model.get_decoder()(input_ids=row.ids[None], position_ids=row.position[None], row=row, use_cache=False).last_hidden_state.squeeze(0)
+    logp = head_logprobs(model, hidden.index_select(0, row.read), row.ids[row.scored])
+    response = 2 * row.pair[row.scored] + row.side[row.scored] - 1      # 0, 1: chosen and rejected of the first pair
+    sums = logp.new_zeros(2 * len(row.sizes)).index_add(0, response, logp)
     return sums[0::2], sums[1::2]
+
+def to_device(value, device):
+    "A tensor, or a dataclass with its tensors, on a device; what is neither stays as it is."
+    if isinstance(value, Tensor): return value.to(device, non_blocking=True)
+    if not is_dataclass(value): return value
+    return replace(value, **{f.name: to_device(getattr(value, f.name), device) for f in fields(value)})
 
 
 # %% [markdown]
@@ -345,8 +396,9 @@ errors.style.format("{:.0e}")
 # %%
 def broken(change): # packed_logprobs with a change to the row
     def logprobs(model, pairs):
-        row = pack(pairs, model.device); change(row)
-        return _of_row(model, row, len(pairs))
+        row = pack(pairs)
+        change(row)
+        return of_row(model, row)
     return logprobs
 
 # all three pairs fit into one block, so there is one mask, and writing it beforehand is enough to change who sees whom
@@ -381,13 +433,335 @@ off = {name: half(f, pairs) for name, f in (("padded", response_logprobs), ("pac
 assert off["packed"] < 1.2 * off["padded"]
 pd.Series({"with checkpointing, gradient (relative)": checkpointed[1], "bf16 - fp32, padded (nats)": off["padded"], "bf16 - fp32, packed (nats)": off["packed"]}).map("{:.1e}".format).to_frame("")
 
+
 # %% [markdown]
 # With six responses this says little more than that the two are alike; real pairs are asked below.
+
+# %% [markdown]
+# ## A graphics card wants few, large calls
 #
+# The loop over blocks is easy to read, and on a CPU it costs little. On a graphics card it is the slowest way there is: each small call has to be started, in every layer, and a card has finished it before the next one
+# arrives. Its arithmetic is free, its starts are not. So the question is how to attend to all pairs *at once*, whatever their lengths.
+#
+# Look at the triangle with the notch again, and cut it below the chosen response. Above the cut is an ordinary causal sequence: prompt and chosen. Below it are the queries of the rejected response. They see the prompt and themselves, causally:
+# put a second copy of the prompt's keys in front of theirs, and this, too, is an ordinary causal sequence. It has fewer queries than keys, and both end together. Nothing is left of the tree.
+
+# %%
+def halves(x, c, r): # of one pair: which keys, in which order, each of the two sequences of queries sees
+    row = pack([random_pair(x, c, r)])
+    tree = visible(row, slice(None)).numpy() * (1 + row.side.numpy())
+    again = np.r_[0:x, x + c:x + c + r]
+    return {"the tree": tree, "prompt + chosen": tree[:x + c, :x + c], "rejected": tree[x + c:][:, again]}
+
+def random_pair(*sizes): return {k: torch.randint(2, 96, (n,)).tolist() for k, n in zip(PARTS, sizes)}
+
+drawn = halves(20, 12, 16)
+fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), gridspec_kw=dict(width_ratios=[48, 32, 36], wspace=0.3))
+for ax, (title, cells) in zip(axes, drawn.items()):
+    sns.heatmap(cells, cmap=ListedColormap(["white", *seen.values()]), vmin=0, vmax=3, cbar=False, square=True, xticklabels=False, yticklabels=False, ax=ax)
+    sns.despine(ax=ax, left=False, bottom=False, top=False, right=False)
+    ax.set(title=title, xlabel="keys", ylabel="queries")
+n = {name: np.arange(cells.shape[1])[None] <= np.arange(len(cells))[:, None] + cells.shape[1] - len(cells) for name, cells in drawn.items()}
+assert all((n[name] == (drawn[name] > 0)).all() for name in ("prompt + chosen", "rejected")) and (n["the tree"] != (drawn["the tree"] > 0)).any()
+
+
+# %% [markdown]
+# The second and the third are causal, aligned at their ends; the cell checks it. So no mask has to exist at all, and the two kinds of sequences of all pairs can go through one kernel that was made for sequences of many lengths.
+#
+# ### Copies
+#
+# What is needed is a copy of some tokens in another order: every key once, and those of a prompt a second time. An index does that. Its gradient adds up the copies of a token, and here PyTorch would let thousands of threads add into the same
+# memory, in an order that changes from run to run. We know more than it does: a token has at most two copies. So the backward pass *reads* both and adds them, and comes out the same every time. A number one past the end stands for "none", and reads zeros.
+
+# %%
+#| export
+@dataclass
+class Copies:
+    "Which tokens are copied where. Numbers one past the end mean none."
+    take: Tensor    # (...) the token that stands in each place
+    first: Tensor   # (tokens,) the place of a token's first copy
+    second: Tensor  # (tokens,) and of its second one
+
+    def __call__(self, x: Tensor) -> Tensor: # (tokens, ...) -> (places, ...)
+        return _Copy.apply(x, self.take, self.first, self.second)
+
+def _pick(x, index):
+    "Rows of x by number; one past the end is a row of zeros."
+    more = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return more.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, take, first, second):
+        ctx.save_for_backward(first, second)
+        ctx.places = take.ndim
+        return _pick(x, take)
+
+    @staticmethod
+    def backward(ctx, grad):
+        first, second = ctx.saved_tensors
+        grad = grad.flatten(0, ctx.places - 1)
+        return _pick(grad, first) + _pick(grad, second), None, None, None
+
+def copies(take: np.ndarray, # (...) token of each place; `tokens` where there is none
+           tokens: int) -> Copies:
+    "The way there and back. No token may have more than two copies."
+    places = take.flatten()
+    used = np.flatnonzero(places < tokens)
+    first, second = np.full((2, tokens), len(places))
+    first[places[used][::-1]] = used[::-1]              # of several places the first one stays
+    others = used[first[places[used]] != used]
+    second[places[others]] = others
+    return Copies(*(torch.from_numpy(a.astype("int64")) for a in (take, first, second)))
+
+
+# %%
+three_tokens = torch.tensor([[1.], [2.], [3.]], requires_grad=True)
+c = copies(np.array([0, 1, 0, 2, 3]), 3)                 # 3 is one past the end
+got = c(three_tokens)
+(got * torch.tensor([1, 10, 100, 1000, 10000])[:, None]).sum().backward()
+assert got.flatten().tolist() == [1, 2, 1, 3, 0] and three_tokens.grad.flatten().tolist() == [101, 10, 1000]
+{"copied": got.flatten().tolist(), "gradient": three_tokens.grad.flatten().tolist()}
+
+
+# %% [markdown]
+# ### One call
+#
+# The kernel is PyTorch's variable-length flash attention. It takes all queries in one tensor, all keys in another, and two lists of where the sequences begin. The plan of a row is made once, on the processor, from the lengths alone; the layers only use it. The kernel
+# also wants the length of the longest sequence, which decides how much work it lays out. It is rounded up, so that a compiled layer, which remembers the numbers it has seen, sees few of them.
+
+# %%
+#| export
+def _rounded_up(n, to=256): return to * -(-int(n) // to) # a plain int: a compiled layer would take numpy's for a tensor
+
+@dataclass
+class FlashPlan:
+    "A row as causal sequences that end together: prompt + chosen, rejected, next pair."
+    keys: Copies
+    query_starts: Tensor # (2n + 1,) int32; the queries are the row itself
+    key_starts: Tensor   # (2n + 1,) int32
+    most_queries: int
+    most_keys: int
+
+    def attend(self, q, k, v, row, scaling, window, softcap):
+        if softcap: raise NotImplementedError("the flash kernel has no soft-cap")
+        half = torch.get_autocast_dtype(q.device.type)   # rotary embeddings leave q and k in fp32
+        q, k, v = (x.transpose(0, 1).to(half) for x in (q, k, v))
+        return flash(q, self.keys(k), self.keys(v), self, scaling, window)
+
+def flash_plan(row: Row) -> FlashPlan:
+    "From the lengths of the pairs."
+    x, c, r = np.array(row.sizes).T
+    starts = np.r_[0, np.cumsum(x + c + r)[:-1]]
+    queries, keys = (np.stack(lengths, 1).flatten() for lengths in ((x + c, r), (x + c, x + r)))
+    key_begins = np.stack([starts, starts, starts + x + c], 1).flatten()
+    take = _stretches(key_begins, np.stack([x + c, x, r], 1).flatten())
+    begins = [torch.from_numpy(np.r_[0, np.cumsum(lengths)].astype("int32")) for lengths in (queries, keys)]
+    return FlashPlan(copies(take, len(row.ids)), *begins, _rounded_up(queries.max()), _rounded_up(keys.max()))
+
+
+# %% [markdown]
+# Its name and its arguments have moved from version to version of PyTorch, so it is called in one place. A window of $w$ tokens is $w - 1$ to the left and none to the right.
+
+# %%
+#| export
+try: from torch.nn.attention.varlen import varlen_attn
+except ImportError: varlen_attn = None
+KNOWN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+
+def flash(q, k, v, plan: FlashPlan, scaling: float, window: int=None) -> Tensor: # (N, heads, d)
+    "Causal attention of sequences that end together. q is (N, heads, d), k and v (K, key heads, d), in half precision."
+    grouped = dict(enable_gqa=True) if "enable_gqa" in KNOWN else {}
+    left = window - 1 if window else -1
+    return varlen_attn(q, k, v, plan.query_starts, plan.key_starts, plan.most_queries, plan.most_keys, scale=scaling, window_size=(left, 0), **grouped)
+
+def flash_logprobs(model,       # as for `packed_logprobs`, under autocast on a graphics card that has the kernel
+                   pairs: list, # n pairs, or the `Row` that `flash_row` makes of them
+                  ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    "`packed_logprobs` with one call of attention for each layer."
+    return of_row(model, pairs if isinstance(pairs, Row) else flash_row(model, pairs))
+
+def flash_row(model, pairs: list) -> Row:
+    "The row of `flash_logprobs`."
+    row = pack(pairs)
+    row.plan = flash_plan(row)
+    return row
+
+flash_logprobs.tokens, flash_logprobs.attention, flash_logprobs.prepare = packed_tokens, "flash", flash_row
+flash_logprobs.exact = packed_logprobs # the same in fp32
+
+
+# %% [markdown]
+# A CPU does not have this kernel. But the plan can be tested anywhere: here is what the kernel promises, in six lines, sequence by sequence. Put in its place, it must give the numbers and gradients of chapter 02.
+
+# %%
+def flash_by_hand(q, k, v, plan, scaling, window=None):
+    out, q, k, v = [], q.float(), k.float(), v.float()
+    for a, b, c, d in zip(plan.query_starts, plan.query_starts[1:], plan.key_starts, plan.key_starts[1:]):
+        sees = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        if window: sees = sees.triu(d - c - (b - a) - window + 1)
+        bias = torch.zeros(sees.shape).masked_fill(~sees, -1e30)
+        out.append(_attend(q[a:b].transpose(0, 1), k[c:d].transpose(0, 1), v[c:d].transpose(0, 1), bias, scaling, None))
+    return torch.cat(out)
+
+def flash_stand_in(model, pairs): # in fp32: autocast is asked for its dtype, but switched off
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        torch.set_autocast_dtype("cpu", torch.float32)
+        return flash_logprobs(model, pairs)
+
+kernel, flash = flash, flash_by_hand
+by_flash = {f"{len(p)} pairs": compare(S, p, flash_stand_in) for p in (pairs[:1], three, pairs[:64])}
+by_flash = pd.DataFrame(by_flash, index=["log-probability (nats)", "gradient (relative)"]).T
+assert (by_flash < 1e-4).all(axis=None)
+by_flash.style.format("{:.0e}")
+
+# %% [markdown]
+# ### Without that kernel
+#
+# It works in half precision only, on cards from 2020 on, and knows no soft-caps. A T4, the free card of Colab, does not have it; neither does fp32. There the sequences are padded, but only *inside* attention, where padding is cheap: everything else in the model still
+# sees the packed row. The first kind of sequence needs no mask, since padding on the right is out of sight of a causal query. The second one does, because its prompts end at different places. A padded query may look wherever it likes; nobody reads it. But it
+# must see something, or its softmax is not a number, and so is the gradient.
+
+# %%
+#| export
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] # cuDNN would plan anew for every new length
+
+@dataclass
+class Padded:
+    "Sequences of one kind, as a batch (n, length)."
+    queries: Copies
+    keys: Copies
+    query_at: Tensor # (n, longest) positions
+    key_at: Tensor   # (n, longest)
+    causal: bool     # whether queries and keys begin together, so that causal attention needs no mask
+
+    def attend(self, q, k, v, scaling, window, softcap): # (N, heads, d) -> (n longest, heads, d)
+        q, k, v = (where(x).transpose(1, 2) for where, x in ((self.queries, q), (self.keys, k), (self.keys, v)))
+        plain = self.causal and not window and not softcap
+        mask = None if plain else self.visible(window)
+        if softcap: out = _capped(q, k, v, mask, scaling, softcap)
+        else:
+            with sdpa_kernel(BACKENDS): out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def visible(self, window): # (n, 1, queries, keys)
+        ahead = self.query_at[:, None, :, None] - self.key_at[:, None, None, :]
+        return (ahead >= 0) & (ahead < window) if window else ahead >= 0
+
+def _capped(q, k, v, mask, scaling, softcap):
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+# %%
+#| export
+@dataclass
+class PaddedPlan:
+    "A row as two batches of padded sequences, and the way back."
+    chosen: Padded
+    rejected: Padded
+    back: Copies
+
+    def attend(self, q, k, v, row, scaling, window, softcap):
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        parts = [kind.attend(q, k, v, scaling, window, softcap) for kind in (self.chosen, self.rejected)]
+        return self.back(torch.cat(parts))
+
+def _grid(rows, none): # lists of numbers -> (n, longest), filled up with `none`
+    out = np.full((len(rows), max(map(len, rows))), none)
+    for line, row in zip(out, rows): line[:len(row)] = row
+    return out
+
+def padded_plan(row: Row) -> PaddedPlan:
+    "From the lengths of the pairs."
+    tokens = len(row.ids)
+    starts = np.r_[0, np.cumsum([sum(size) for size in row.sizes])[:-1]]
+    first = [np.arange(s, s + x + c) for s, (x, c, r) in zip(starts, row.sizes)]
+    second = [np.arange(s + x + c, s + x + c + r) for s, (x, c, r) in zip(starts, row.sizes)]
+    seen = [np.r_[s:s + x, own] for s, (x, c, r), own in zip(starts, row.sizes, second)]
+    position = np.r_[row.position.numpy(), 0]           # a query that is padding stands at 0, and sees the first token of its prompt
+    def kind(queries, keys, causal):
+        q, k = _grid(queries, tokens), _grid(keys, tokens)
+        key_at = np.where(k < tokens, position[k], 2**30) # a key that is padding is ahead of everyone
+        return Padded(copies(q, tokens), copies(k, tokens), torch.from_numpy(position[q]), torch.from_numpy(key_at), causal)
+    batches = kind(first, first, True), kind(second, seen, False)
+    places = np.r_[tuple(b.queries.take.numpy().flatten() for b in batches)]
+    back = np.empty(tokens, "int64")
+    back[places[places < tokens]] = np.flatnonzero(places < tokens)
+    return PaddedPlan(*batches, copies(back, len(places)))
+
+
+# %%
+def padded_inside(model, pairs): # what `packed_logprobs` does on a graphics card, anywhere
+    row = pack(pairs)
+    row.plan = padded_plan(row)
+    return of_row(model, row)
+
+by_padding = {f"{len(p)} pairs": compare(S, p, padded_inside) for p in (pairs[:1], three, pairs[:64])}
+by_padding = pd.DataFrame(by_padding, index=["log-probability (nats)", "gradient (relative)"]).T
+assert (by_padding < 1e-4).all(axis=None)
+by_padding.style.format("{:.0e}")
+
+
+# %% [markdown]
+# Three ways to attend, one set of numbers. None but the first has a loop over pairs, and none of them cares how many different lengths there are.
+#
+# ### Compiled layers
+#
+# What is left between the large products (norms, rotations, activations, casts) is a dozen small calls for each layer. `torch.compile` turns them into a few. Layers are compiled one by one, since they are all alike: one compilation serves all. The
+# number of tokens is declared to be variable. If layers are recomputed in the backward pass, it is their parts that are compiled, and the recomputation stays outside.
+#
+# The first call is the one that compiles, for some seconds. It is made on two pairs of fixed lengths, not on data: a run that was killed and goes on must end with the same kernels, whichever batch it meets first. If it fails (no compiler, an unknown operation), the layers are used as they were,
+# and the reason is printed.
+
+# %%
+#| export
+def _layers(model): return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+def uncompile(model):
+    "Every layer as it was."
+    for layer in _layers(model):
+        for module in (layer, *layer.children()): module._compiled_call_impl = None
+
+def compile_layers(model, logprobs, precision: str="fp32") -> str|None: # why not, or None
+    "Compile the layers of a model for this function, in the mode (train or eval) that it is in, and try it. Returns why it could not be done."
+    uncompile(model)
+    for layer in _layers(model):
+        recomputed = layer.training and getattr(layer, "gradient_checkpointing", False)
+        for module in (layer.children() if recomputed else [layer]): module.compile(dynamic=True)
+    try: _try_out(model, logprobs, precision)
+    except Exception as e:                               # whatever a compiler may raise
+        uncompile(model)
+        return _first_line(e)
+
+def _first_line(e):
+    "What an exception says, shortly."
+    said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    return " ".join(said[:2]) if said[0].endswith(":") else said[0]
+
+def _try_out(model, logprobs, precision: str):
+    "One pass over two pairs of fixed lengths, with gradients if the model is in train mode."
+    pairs = [dict(zip(PARTS, ([1] * 40, [2] * 30, [1] * 50))), dict(zip(PARTS, ([2] * 17, [1] * 9, [2] * 5)))]
+    with autocast(model.device, precision), torch.set_grad_enabled(model.training): chosen, rejected = logprobs(model, pairs)
+    if model.training: torch.autograd.grad((chosen - rejected).sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+
+# %%
+#| slow
+compiled = load_model(world.base, "cpu").train()
+why = compile_layers(compiled, packed_logprobs)
+errors = compare(compiled, three, lambda model, pairs: packed_logprobs(model, pairs))
+uncompile(compiled)
+assert why is None and max(errors) < 1e-4
+pd.Series(errors, index=["log-probability (nats)", "gradient (relative)"]).map("{:.0e}".format).to_frame("compiled")
+
+# %% [markdown]
 # ## Other architectures, with settings that bite
 #
 # A check on a model that does not use its window says nothing about windows. So these tiny random models have large weights, and small windows, strong soft-caps and scales wherever their
-# architecture knows them. The last column says what ignoring them would cost.
+# architecture knows them. One column says what ignoring them would cost.
 
 # %%
 usual = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=0)
@@ -408,12 +782,11 @@ def random_model(kind, **kw):
         if p.ndim > 1: torch.nn.init.normal_(p, std=0.3)
     return model
 
-def random_pair(*sizes): return {k: torch.randint(2, 96, (n,)).tolist() for k, n in zip(("prompt_ids", "chosen_ids", "rejected_ids"), sizes)}
 random_pairs = [random_pair(*s) for s in ((9, 7, 12), (3, 15, 2), (1, 1, 6), (12, 5, 5))]
 
-def attempt(kind):
-    try: return compare(random_model(kind), random_pairs)
-    except TypeError as e: return str(e)
+def attempt(kind, logprobs=packed_logprobs):
+    try: return compare(random_model(kind), random_pairs, logprobs)
+    except (TypeError, NotImplementedError) as e: return str(e)
 
 @torch.no_grad()
 def bite(kind): # the same weights, with and without the settings
@@ -425,8 +798,16 @@ tried = pd.Series({kind: attempt(kind) for kind in kinds})
 good = pd.DataFrame(tried[[k for k in kinds if k not in ("bloom", "falcon", "gptj")]].tolist(), index=list(kinds)[:11], columns=["log-probability (nats)", "gradient (relative)"])
 assert (good < 1e-4).all(axis=None)
 good["ignored settings (nats)"] = [bite(kind) for kind in good.index]
+others = {name: {kind: attempt(kind, f) for kind in good.index} for name, f in (("padded inside", padded_inside), ("flash, by hand", flash_stand_in))}
+assert all(max(e) < 1e-4 for e in others["padded inside"].values())
+assert all(kind == "gemma2" if isinstance(e, str) else max(e) < 1e-4 for kind, e in others["flash, by hand"].items())
+for name, found in others.items(): good[name + " (nats)"] = [None if isinstance(e, str) else e[0] for e in found.values()]
 assert good["ignored settings (nats)"].min() > 0.1
-good.style.format("{:.0e}", subset=list(good)[:2]).format("{:.1f}", subset=list(good)[2:], na_rep="")
+ignored = "ignored settings (nats)"
+good.style.format("{:.0e}", subset=[c for c in good if c != ignored], na_rep="refused").format("{:.1f}", subset=[ignored], na_rep="")
+
+# %%
+flash = kernel
 
 # %% [markdown]
 # ## The guard
@@ -450,7 +831,7 @@ def _config_refuses(model):
     head, c = model.get_output_embeddings(), model.config.get_text_config()
     odd = set(getattr(c, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if odd: return f"it has layers of {', '.join(sorted(odd))}"
-    if type(head) is not torch.nn.Linear or type(head.weight) is not torch.nn.Parameter: return "its output layer is adapted, quantised or sharded"
+    if not is_plain(head): return "its output layer is adapted, quantised or sharded"
 
 def _window(config):
     "The sliding window that a config puts to use, or None."
@@ -466,19 +847,26 @@ def _plain(model, x, y):
 
 # %%
 #| export
+def _gradient(model, logprobs, pair):
+    "Of the chosen response, for one weight of the model; None where nothing is trained."
+    weight = next((p for p in model.parameters() if p.requires_grad), None)
+    return None if weight is None else torch.autograd.grad(logprobs(model, [pair])[0].sum(), weight)[0]
+
+def _plain_pairs(model, pairs):
+    "Both responses of each pair by the model's own logits, row by row."
+    sides = "chosen_ids", "rejected_ids"
+    return tuple(torch.stack([_plain(model, p["prompt_ids"], p[side]).sum() for p in pairs]) for side in sides)
+
 def _numbers_refuse(model, probe):
     "Where packed numbers differ from the model's own on two pairs, the second of them short; None where they agree."
-    row = pack(probe, model.device)
-    with torch.no_grad():
-        got = torch.stack(_of_row(model, row, 2), 1)
-        want = torch.tensor([[_plain(model, p["prompt_ids"], p[side]).sum() for side in ("chosen_ids", "rejected_ids")] for p in probe], device=got.device)
-    off = (got - want).abs() - 1e-5 * want.abs()
-    if not off.max() < 1e-3: return f"packed log-probabilities differ from its own by {(got - want).abs().max().item():.2g} nats"
-    if (window := _window(model.config.get_text_config())) not in row.windows | {None}: return f"its window of {window} does not reach the attention"
-    weight, p = next((p for p in model.parameters() if p.requires_grad), None), probe[1]
-    if weight is None: return None
-    g = torch.autograd.grad(packed_logprobs(model, [p])[0].sum(), weight)[0]
-    h = torch.autograd.grad(_plain(model, p["prompt_ids"], p["chosen_ids"]).sum(), weight)[0]
+    row = packed_row(model, probe)
+    with torch.no_grad(): got, want = (torch.stack(both, 1) for both in (of_row(model, row), _plain_pairs(model, probe)))
+    off = (got - want).abs()
+    if not (off - 1e-5 * want.abs()).max() < 1e-3: return f"packed log-probabilities differ from its own by {off.max().item():.2g} nats"
+    window = _window(model.config.get_text_config())
+    if window not in row.windows | {None}: return f"its window of {window} does not reach the attention"
+    g, h = (_gradient(model, f, probe[1]) for f in (packed_logprobs, _plain_pairs))
+    if g is None: return None
     if not (g - h).norm() <= 1e-3 * h.norm(): return f"a packed gradient differs from its own by {((g - h).norm() / h.norm()).item():.1%}"
 
 
@@ -487,24 +875,64 @@ def _numbers_refuse(model, probe):
 
 # %%
 #| export
+REFUSED = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError)
+
+def _extremes(pairs):
+    "The longest and the shortest."
+    by_length = sorted(pairs, key=lambda p: packed_tokens([p]))
+    return [by_length[-1], by_length[0]]
+
 def why_not_packed(model, pairs: list) -> str|None:
     "Why packed log-probabilities cannot be used for this model, or None; looks at the longest and the shortest of these pairs, without autocast."
     if refused := _config_refuses(model): return refused
-    by_length = sorted(pairs, key=lambda p: packed_tokens([p]))
-    device = model.device.type
     try:
-        with torch.autocast(device, enabled=False): return _numbers_refuse(model, [by_length[-1], by_length[0]])
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as e: return f"a packed row cannot be computed: {(str(e) or type(e).__name__).splitlines()[0]}"
+        with torch.autocast(model.device.type, enabled=False): return _numbers_refuse(model, _extremes(pairs))
+    except REFUSED as e: return f"a packed row cannot be computed: {_first_line(e)}"
 
+
+# %% [markdown]
+# The flash kernel is asked for only where packing is right already, and in half precision, where "equal" means as near to fp32 as the other way of packing is. It must be there, it must know the size of the heads, and its error may be one and a half times that of
+# the exact path, in value and in gradient.
+
+# %%
+#| export
+def why_not_flash(model, pairs: list, precision: str) -> str|None:
+    "Why the flash kernel cannot be used, or None. Supposes that packing can."
+    if precision == "fp32": return "it does not know fp32"
+    if model.device.type != "cuda": return "there is no graphics card"
+    if not {"scale", "window_size"} <= set(KNOWN): return "this version of PyTorch does not have it"
+    if torch.cuda.get_device_capability(model.device) < (8, 0): return "this graphics card does not have it"
+    return _flash_numbers_refuse(model, _extremes(pairs), precision)
+
+def _flash_numbers_refuse(model, probe, precision):
+    "Where flash is further from fp32 than the exact path is; None where it is not."
+    def ask(f): return torch.cat(f(model, probe)).detach()
+    def slope(f): return _gradient(model, f, probe[1])
+    try:
+        with torch.autocast(model.device.type, enabled=False): value, g = ask(packed_logprobs), slope(packed_logprobs)
+        with autocast(model.device, precision): off = {f: ask(f) - value for f in (packed_logprobs, flash_logprobs)}
+        with autocast(model.device, precision): apart = {f: 0 if g is None else (slope(f) - g).norm() / g.norm() for f in off}
+    except REFUSED as e: return f"it cannot be computed: {_first_line(e)}"
+    error = {f: d.square().mean().sqrt() for f, d in off.items()}
+    if not error[flash_logprobs] <= 1.5 * error[packed_logprobs] + 0.05: return f"it is off by {error[flash_logprobs].item():.2g} nats, the exact path by {error[packed_logprobs].item():.2g}"
+    if not apart[flash_logprobs] <= 1.5 * apart[packed_logprobs] + 0.01: return f"its gradient is off by {apart[flash_logprobs]:.1%}, that of the exact path by {apart[packed_logprobs]:.1%}"
+
+
+# %%
+#| export
 def choose_logprobs(model, pairs: list, # some of those that will be scored
                     packing="auto",     # auto or off
-                   ):                   # `packed_logprobs` or `response_logprobs`
-    "Packing where it is known to give the model's own numbers, else padding, saying why."
+                    precision="fp32",   # of the forward passes: fp32, bf16 or fp16
+                   ):                   # `flash_logprobs`, `packed_logprobs` or `response_logprobs`
+    "Packing where it is known to give the model's own numbers, by the flash kernel where there is one; else padding, saying why."
     if packing not in ("auto", "off"): raise ValueError(f"packing: {packing!r} is neither auto nor off")
     if packing == "off": return response_logprobs
-    why = why_not_packed(model, pairs)
-    if why: print(f"packing is off: {why}; padded batches are used")
-    return response_logprobs if why else packed_logprobs
+    if why := why_not_packed(model, pairs):
+        print(f"packing is off: {why}; padded batches are used")
+        return response_logprobs
+    why = why_not_flash(model, pairs, precision)
+    if why and model.device.type == "cuda" and precision != "fp32": print(f"the flash kernel is not used: {why}; attention is padded instead, which is slower")
+    return packed_logprobs if why else flash_logprobs
 
 
 # %%
