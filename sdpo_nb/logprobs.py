@@ -6,10 +6,11 @@
 __all__ = ['WIDE_ON_CUDA', 'SMALL', 'check_prompts', 'collate', 'padded_tokens', 'token_logprobs', 'gamma', 'autocast',
            'is_plain', 'fp32_logits', 'response_logprobs', 'dropouts', 'freeze_dropout', 'best_device', 'load_model',
            'stored_dtype', 'load_tokenizer', 'weights_hash', 'pick_precision', 'keys_of', 'pairs_hash', 'LogprobTable',
-           'table_kind', 'write_json', 'read_table', 'micro_batches', 'score_pairs']
+           'table_kind', 'write_json', 'read_table', 'micro_batches', 'ahead', 'prepared', 'same_bits', 'score_pairs']
 
 # %% ../nbs/02_logprobs.ipynb #b095fbfd
 import contextlib, hashlib, json, os, re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -295,11 +296,46 @@ def micro_batches(pairs: list,  # tokenised pairs
         else: out.append([p])
     return out
 
+# %% ../nbs/02_logprobs.ipynb #4d8c3f7a
+def ahead(make,   # item -> what is wanted
+          items): # yields make(item) for each, in order
+    "The next one is made in a thread while the last one is in use."
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for item in items:
+            after, coming = coming, thread.submit(make, item)
+            if after: yield after.result()
+        if coming: yield coming.result()
+
+def prepared(model, parts, logprobs): # yields (pairs, what `logprobs` takes for them)
+    "Batches one after the other; a function that can make its input beforehand (`prepare`) does."
+    make = getattr(logprobs, "prepare", lambda model, pairs: pairs)
+    return ahead(lambda pairs: (pairs, make(model, pairs)), parts)
+
+# %% ../nbs/02_logprobs.ipynb #2cd4d8e0
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # what the matrix products of a card need for it, read when they are first used
+
+@contextlib.contextmanager
+def same_bits(device,        # of the model
+              on: bool=True,
+              strict: bool=False): # raise RuntimeError where an operation cannot, instead of a warning
+    "For a while, a graphics card computes the same bits every time. A CPU does so anyway."
+    if not on or torch.device(device).type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    torch.utils.deterministic.fill_uninitialized_memory = False   # new memory need not be filled: it is written before it is read
+    try: yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
 # %% ../nbs/02_logprobs.ipynb #94200140
 def _score_piece(model, part, precision, logprobs, budget, bar):
     out = {}
-    for batch in micro_batches(part, budget, logprobs):
-        with autocast(model.device, precision): both = torch.stack(logprobs(model, batch), 1)
+    for batch, inputs in prepared(model, micro_batches(part, budget, logprobs), logprobs):
+        with autocast(model.device, precision): both = torch.stack(logprobs(model, inputs), 1)
         bad = [p["key"] for p, ok in zip(batch, both.isfinite().all(1).tolist()) if not ok]
         if bad: raise ValueError(f"log-probability of pair {bad[0]} is not finite in {precision}; look at this pair and at the weights")
         out |= dict(zip([p["key"] for p in batch], both.tolist()))
@@ -326,7 +362,7 @@ def score_pairs(model,            # any causal LM
     todo = [i for k, i in first.items() if k not in done.index]
     was_training = model.training; model.eval()
     try:
-        with tqdm(total=len(todo), desc=desc, unit="pair", leave=False) as bar:
+        with same_bits(model.device), tqdm(total=len(todo), desc=desc, unit="pair", leave=False) as bar:
             for start in range(0, len(todo), piece):
                 rows = _score_piece(model, [pairs[i] for i in todo[start:start+piece]], precision, logprobs, token_budget, bar)
                 done = pd.concat([done, rows])

@@ -21,6 +21,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 # %%
 #| export
 import contextlib, hashlib, json, os, re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -837,14 +838,62 @@ assert max(map(padded_tokens, parts)) <= 400 and sorted(p["key"] for b in parts 
 
 
 # %% [markdown]
+# While a graphics card computes, the processor has nothing to do; it may as well put together what the card gets next. `ahead` makes one thing while the one before it is in use.
+
+# %%
+#| export
+def ahead(make,   # item -> what is wanted
+          items): # yields make(item) for each, in order
+    "The next one is made in a thread while the last one is in use."
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for item in items:
+            after, coming = coming, thread.submit(make, item)
+            if after: yield after.result()
+        if coming: yield coming.result()
+
+def prepared(model, parts, logprobs): # yields (pairs, what `logprobs` takes for them)
+    "Batches one after the other; a function that can make its input beforehand (`prepare`) does."
+    make = getattr(logprobs, "prepare", lambda model, pairs: pairs)
+    return ahead(lambda pairs: (pairs, make(model, pairs)), parts)
+
+
+# %%
+assert list(ahead(lambda n: n * n, range(4))) == [0, 1, 4, 9] and list(ahead(str, [])) == []
+
+# %% [markdown]
+# A run that is killed and goes on must find the same bits. On a CPU it does. Some kernels of a graphics card add up in an order of their own, unless they are told not to; where one has no other way, PyTorch warns, and [chapter 06](06_trainer.ipynb) finds out beforehand.
+
+# %%
+#| export
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # what the matrix products of a card need for it, read when they are first used
+
+@contextlib.contextmanager
+def same_bits(device,        # of the model
+              on: bool=True,
+              strict: bool=False): # raise RuntimeError where an operation cannot, instead of a warning
+    "For a while, a graphics card computes the same bits every time. A CPU does so anyway."
+    if not on or torch.device(device).type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    torch.utils.deterministic.fill_uninitialized_memory = False   # new memory need not be filled: it is written before it is read
+    try: yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+# %% [markdown]
 # The pass itself. A batch that does not fit into memory fails at the beginning of its piece.
 
 # %%
 #| export
 def _score_piece(model, part, precision, logprobs, budget, bar):
     out = {}
-    for batch in micro_batches(part, budget, logprobs):
-        with autocast(model.device, precision): both = torch.stack(logprobs(model, batch), 1)
+    for batch, inputs in prepared(model, micro_batches(part, budget, logprobs), logprobs):
+        with autocast(model.device, precision): both = torch.stack(logprobs(model, inputs), 1)
         bad = [p["key"] for p, ok in zip(batch, both.isfinite().all(1).tolist()) if not ok]
         if bad: raise ValueError(f"log-probability of pair {bad[0]} is not finite in {precision}; look at this pair and at the weights")
         out |= dict(zip([p["key"] for p in batch], both.tolist()))
@@ -873,7 +922,7 @@ def score_pairs(model,            # any causal LM
     todo = [i for k, i in first.items() if k not in done.index]
     was_training = model.training; model.eval()
     try:
-        with tqdm(total=len(todo), desc=desc, unit="pair", leave=False) as bar:
+        with same_bits(model.device), tqdm(total=len(todo), desc=desc, unit="pair", leave=False) as bar:
             for start in range(0, len(todo), piece):
                 rows = _score_piece(model, [pairs[i] for i in todo[start:start+piece]], precision, logprobs, token_budget, bar)
                 done = pd.concat([done, rows])

@@ -150,15 +150,24 @@ pd.DataFrame({f"beta {b:g}": {"reward r": (p.exp() * ew.reward).sum(-1).mean().i
 # $$k\,r(x,y) = \beta \log\frac{\pi^*(y|x)}{S(y|x)} + \beta \log Z(x), \tag{5}$$
 #
 # and $\beta \log Z(x)$ is just the constant of a prompt that preferences do not see. What remains is the *implicit reward*.
+#
+# One rule of the whole book belongs here, where policy and reference meet: *the reference follows the policy*. The reference is a table of numbers on the CPU ([chapter 02](02_logprobs.ipynb)), the policy may be on a graphics card. Whatever
+# compares the two moves the numbers of the reference, and nobody else has to think of it.
 
 # %%
 #| export
+def follow(reference,      # numbers of the reference: a tensor, or one number for all
+           policy: Tensor, # the same numbers of the policy
+          ):               # those of the reference, on the policy's device
+    "The reference follows the policy."
+    return reference.to(policy.device) if isinstance(reference, Tensor) else reference
+
 def reward(logp: Tensor,     # (n,) log pi_theta(y|x), nats
            logp_ref: Tensor, # (n,) log pi_ref(y|x), nats
            beta: float,      # per nat
           ) -> Tensor:       # (n,) implicit reward, up to a constant of the prompt
     "beta (log pi_theta - log pi_ref)."
-    return beta * (logp - logp_ref)
+    return beta * (logp - follow(logp_ref, logp))
 
 
 # %%
@@ -187,7 +196,7 @@ def _gain(gamma_theta, gamma_ref):
     "gamma_theta - gamma_ref, pair by pair; unequal shapes would broadcast to every pair against every other."
     if isinstance(gamma_ref, Tensor) and gamma_ref.shape != gamma_theta.shape:
         raise ValueError(f"gamma_theta has shape {tuple(gamma_theta.shape)}, gamma_ref {tuple(gamma_ref.shape)}; they must be equal, one number per pair")
-    return gamma_theta - gamma_ref
+    return gamma_theta - follow(gamma_ref, gamma_theta)
 
 def dpo_loss(gamma_theta: Tensor, # (n,) log-ratio of the policy, nats
              gamma_ref: Tensor,   # (n,) log-ratio of the reference, nats

@@ -713,7 +713,7 @@ by_padding.style.format("{:.0e}")
 # What is left between the large products (norms, rotations, activations, casts) is a dozen small calls for each layer. `torch.compile` turns them into a few. Layers are compiled one by one, since they are all alike: one compilation serves all. The
 # number of tokens is declared to be variable. If layers are recomputed in the backward pass, it is their parts that are compiled, and the recomputation stays outside.
 #
-# The first call is the one that compiles, for some seconds. It is made on two pairs of fixed lengths, not on data: a run that was killed and goes on must end with the same kernels, whichever batch it meets first. If it fails (no compiler, an unknown operation), the layers are used as they were,
+# The first call in each mode is the one that compiles, for some seconds. It is made on two pairs of fixed lengths, not on data: a run that was killed and goes on must end with the same kernels, whichever batch it meets first. If it fails (no compiler, an unknown operation), the layers are used as they were,
 # and the reason is printed.
 
 # %%
@@ -722,26 +722,35 @@ def _layers(model): return [m for m in model.modules() if isinstance(m, Gradient
 
 def uncompile(model):
     "Every layer as it was."
+    model._compiled_for = None
     for layer in _layers(model):
         for module in (layer, *layer.children()): module._compiled_call_impl = None
 
-def compile_layers(model, logprobs, precision: str="fp32") -> str|None: # why not, or None
-    "Compile the layers of a model for this function, in the mode (train or eval) that it is in, and try it. Returns why it could not be done."
+def compile_layers(model, logprobs,
+                   precision: str="fp32",
+                   recompute: bool=False, # whether layers are recomputed in the backward pass (gradient checkpointing)
+                  ) -> str|None: # why not, or None
+    "Compile the layers of a model for this function, once, and try them in eval and in train mode. Returns why it could not be done."
+    wanted = logprobs, precision, recompute
+    if getattr(model, "_compiled_for", None) == wanted: return None
     uncompile(model)
     for layer in _layers(model):
-        recomputed = layer.training and getattr(layer, "gradient_checkpointing", False)
-        for module in (layer.children() if recomputed else [layer]): module.compile(dynamic=True)
-    try: _try_out(model, logprobs, precision)
+        for module in (layer.children() if recompute else [layer]): module.compile(dynamic=True)
+    was_training = model.training
+    try:
+        for training in (False, True): try_out(model.train(training), logprobs, precision)
     except Exception as e:                               # whatever a compiler may raise
         uncompile(model)
         return _first_line(e)
+    finally: model.train(was_training)
+    model._compiled_for = wanted
 
 def _first_line(e):
     "What an exception says, shortly."
     said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
     return " ".join(said[:2]) if said[0].endswith(":") else said[0]
 
-def _try_out(model, logprobs, precision: str):
+def try_out(model, logprobs, precision: str):
     "One pass over two pairs of fixed lengths, with gradients if the model is in train mode."
     pairs = [dict(zip(PARTS, ([1] * 40, [2] * 30, [1] * 50))), dict(zip(PARTS, ([2] * 17, [1] * 9, [2] * 5)))]
     with autocast(model.device, precision), torch.set_grad_enabled(model.training): chosen, rejected = logprobs(model, pairs)

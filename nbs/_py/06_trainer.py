@@ -22,24 +22,28 @@ if not importlib.util.find_spec("sdpo_nb"):
 #| export
 import hashlib, json, math, numbers, os, time
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
 
-from sdpo_nb.logprobs import LogprobTable, autocast, freeze_dropout, gamma, micro_batches, pairs_hash, pick_precision, response_logprobs, score_pairs, weights_hash
-from sdpo_nb.loss import dpo_loss, reward, reward_accuracy
-from sdpo_nb.packing import choose_logprobs, recompute_alike
+from sdpo_nb.logprobs import LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pairs_hash, pick_precision, prepared, response_logprobs, same_bits, weights_hash
+from sdpo_nb.loss import dpo_loss, follow, reward, reward_accuracy
+from sdpo_nb.packing import PARTS, choose_logprobs, compile_layers, flash_plan, of_row, pack, padded_plan, piece_bytes, recompute_alike, try_out
 
 # %%
 import copy, tempfile
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from sdpo_nb.logprobs import load_model, load_tokenizer
+from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.world import load_world
@@ -137,7 +141,7 @@ class TrainConfig:
     beta: float = setting(0.1, "strength of the pull to the reference, per nat", 0, open_low=True)
     lr: float = setting(5e-7, "peak learning rate of AdamW", 0, open_low=True)
     batch_size: int = setting(32, "pairs per optimizer step", 1)
-    token_budget: int = setting(4096, "tokens per forward pass: memory and speed, not the gradient", 1)
+    token_budget: int = setting(0, "tokens per forward pass: memory and speed, not the gradient; 0: what suits the device", 0)
     packing: str = setting("auto", "packed rows where they give the model's own numbers, or off: padded batches", choices=("auto", "off"))
     epochs: int = setting(1, "passes over a chunk per stage", 1)
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
@@ -145,6 +149,8 @@ class TrainConfig:
     label_smoothing: float = setting(0.0, "assumed share of flipped labels: the target is 1 minus it", 0, 0.499)
     precision: str = setting("auto", "precision of the forward pass; weights stay fp32", choices=("auto", "bf16", "fp16", "fp32"))
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    compile: str = setting("auto", "compile the layers: auto on a graphics card, on, or off", choices=("auto", "on", "off"))
+    deterministic: bool = setting(True, "on a graphics card: the same bits every time, for some of the speed")
     shuffle: bool = setting(True, "a new order of the chunk in every epoch; off keeps the partition's order")
     seed: int = setting(0, "seed of the data order", 0)
     save_every: int = setting(50, "optimizer steps between checkpoints", 1)
@@ -272,10 +278,12 @@ pd.Series(rounding, name="relative difference of the gradient").map("{:.1e}".for
 # %%
 #| export
 def make_accelerator(precision: str="fp32", # fp32, bf16 or fp16
+                     device: str=None, # of the model; None: the graphics card, if there is one
                     ) -> Accelerator:
     "An Accelerator of this precision; a process may make several, one after the other."
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    on_cpu = device is not None and torch.device(device).type == "cpu"
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
     accelerator.gradient_accumulation_steps = 1 # `backward` divides by it, and ACCELERATE_GRADIENT_ACCUMULATION_STEPS is stronger than the argument
     if precision == "fp16" and accelerator.scaler is None:
         accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler(accelerator.device.type), True
@@ -290,15 +298,25 @@ def batch_gradients(model, batch: list,   # tokenised pairs of one optimizer bat
                     config: TrainConfig, accelerator: Accelerator,
                     precision: str="fp32",
                     logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected)
+                    parts: list=None,     # the micro-batches, where they have been made: (pairs, what `logprobs` takes for them)
                    ) -> dict:             # every metric, as a mean over the batch; lambda_hist as counts
     "Add the gradient of the batch's mean loss to the parameters."
     total = {}
-    for part in micro_batches(batch, config.token_budget, logprobs):
-        with autocast(model.device, precision): chosen, rejected = logprobs(model, part)
-        sums = measure(chosen, rejected, *(x.to(chosen.device) for x in table.lookup(part)), config)
+    for pairs, inputs in parts or prepared(model, cut(batch, config, logprobs), logprobs):
+        with autocast(model.device, precision): chosen, rejected = logprobs(model, inputs)
+        reference = [follow(numbers, chosen) for numbers in table.lookup(pairs)]
+        sums = measure(chosen, rejected, *reference, config)
         accelerator.backward(sums["loss"] / len(batch))
         for k, v in sums.items(): total[k] = total.get(k, 0) + v.detach()
-    return {k: v.tolist() if k == "lambda_hist" else v.item() / len(batch) for k, v in total.items()}
+    histogram = total.pop("lambda_hist").tolist()
+    sums = torch.stack(list(total.values())).tolist()                   # one transfer from a graphics card, not ten
+    return {name: value / len(batch) for name, value in zip(total, sums)} | dict(lambda_hist=histogram)
+
+USUAL_BUDGET = 2048 # tokens in a forward pass with gradients, where no setting says otherwise and no graphics card has room for more
+
+def cut(batch: list, config: TrainConfig, logprobs) -> list[list]:
+    "Micro-batches of an optimizer batch."
+    return micro_batches(batch, config.token_budget or USUAL_BUDGET, logprobs)
 
 
 # %%
@@ -381,6 +399,180 @@ peak = {c: float(subprocess.run([sys.executable, "-c", program, c], capture_outp
 assert peak["on"] < peak["off"]
 pd.Series(peak, name="peak memory, GiB").rename_axis("checkpointing").round(1)
 
+# %% [markdown]
+# ## What fits?
+#
+# Weights, gradients and the two moments of AdamW are four numbers of four bytes for each parameter: 16 bytes, before a single token is read. Activations come on top, and they grow with the tokens of a forward pass. One need not load a model to know how much. PyTorch can run it on *fake tensors*, which have a shape
+# and a dtype and no memory; we let it read a row of pairs, and add up what autograd would keep.
+
+# %%
+#| export
+GIB = 2**30
+KERNELS = dict(cpu=lambda row: None, padded=padded_plan, flash=flash_plan) # how a row attends; see chapter 04
+
+def kept_bytes(config,          # of a transformers model
+               tokens: int,     # of a packed row: pairs of 256 + 128 + 128
+               precision: str="fp32",
+               kernel: str="cpu", # cpu, padded or flash
+               recompute: bool=False, # gradient checkpointing
+              ) -> tuple[int, int]: # parameters, bytes
+    "What a forward pass with gradients leaves in memory for the backward pass, counted on fake tensors. Copies of weights in half precision are part of it."
+    kept, sizes = [], {}
+    def note(x):
+        kept.append(x)                           # alive, or its address would be given away again
+        sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+    pair = dict(zip(PARTS, ([1] * 256, [1] * 128, [1] * 128)))
+    row = pack([pair] * max(1, tokens // 512))
+    row.plan = KERNELS[kernel](row)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        activation_checkpointing(freeze_dropout(model), recompute)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast("cpu", precision): of_row(model, row)
+        for p in model.parameters(): sizes.pop(p.untyped_storage()._cdata, None)
+        return sum(p.numel() for p in model.parameters()), sum(sizes.values())
+
+def memory_plan(config,        # of a transformers model
+                train: TrainConfig,
+                precision: str="fp32",
+                kernel: str="cpu", # how it attends: cpu, padded or flash
+                piece: int=None, # bytes of one piece of logits; default: a CPU's
+               ) -> dict:      # name -> GiB
+    "Memory of a training step, beyond the process itself."
+    tokens = train.token_budget or USUAL_BUDGET
+    n, kept = kept_bytes(config, tokens, precision, kernel, train.gradient_checkpointing)
+    layer = 0                                    # what a recomputed layer keeps while its turn lasts
+    if train.gradient_checkpointing: layer = kept_bytes(config, tokens, precision, kernel)[1] / config.get_text_config().num_hidden_layers
+    text = config.get_text_config()
+    vocabulary = text.vocab_size
+    logits = min(4 * vocabulary * tokens // 2, piece or piece_bytes("cpu"))
+    output_matrix = 4 * vocabulary * text.hidden_size
+    found = dict(weights=4 * n, gradients=4 * n, moments=8 * n, activations=kept + layer, logits=3 * logits, output_gradient=output_matrix)
+    return {name: size / GIB for name, size in found.items()}
+
+
+# %%
+from transformers import LlamaConfig
+smol_shape = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+plans = {f"{tokens} tokens, {precision}{', recomputed' if again else ''}": memory_plan(smol_shape, TrainConfig(token_budget=tokens, gradient_checkpointing=again), precision)
+         for tokens, precision, again in ((2048, "fp32", False), (4096, "fp32", False), (2048, "bf16", False), (2048, "fp32", True))}
+plans = pd.DataFrame(plans).T
+plans["all"] = plans.sum(axis=1)
+assert abs(plans["weights"] - 0.5).max() < 0.01 and plans["all"].iloc[1] > plans["all"].iloc[0] > plans["all"].iloc[2] > plans["all"].iloc[3]
+plans.style.format("{:.2f}")
+
+# %% [markdown]
+# From it follow the tokens of a forward pass on a graphics card: as many as fit into the part of its memory that the parameters leave, and activations are recomputed where not even the longest pair would. It goes by the card's memory, not by what is free at the moment, so that a run that goes on computes
+# as it did before. On a CPU a forward pass of 2,048 tokens is as fast as a longer one.
+
+# %%
+#| export
+MOST = 65_536 # tokens in a forward pass; more are not faster
+
+def fit(model, pairs, config: TrainConfig, precision: str, logprobs) -> TrainConfig:
+    "The config with a token budget, where the card is to choose it; says so where activations must be recomputed for it."
+    if config.token_budget or model.device.type != "cuda": return config
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    longest = max(sum(len(pairs[i][part]) for part in PARTS) for i in range(min(len(pairs), 256)))
+    kernel = "flash" if getattr(logprobs, "attention", "") == "flash" else "padded"
+    for recompute in sorted({config.gradient_checkpointing, True}):
+        budget = tokens_that_fit(model.config, memory, precision, kernel, recompute)
+        if budget >= longest: break
+    if recompute and not config.gradient_checkpointing: print(f"activations are recomputed: without that, {memory / GIB:.0f} GiB do not hold the longest pair, {longest} tokens")
+    return replace(config, token_budget=max(budget, 1), gradient_checkpointing=recompute)
+
+def tokens_that_fit(config, memory: int, precision: str, kernel: str, recompute: bool=False) -> int:
+    "Tokens of a forward pass with gradients that go into this many bytes; in thousands, at most `MOST`."
+    def need(tokens): return GIB * sum(memory_plan(config, TrainConfig(token_budget=tokens, gradient_checkpointing=recompute), precision, kernel, memory // 16).values())
+    few, many = need(2048), need(4096)
+    each = (many - few) / 2048
+    room = 0.85 * memory - few
+    return min(MOST, max(0, 1024 * int((2048 + room / each) // 1024)))
+
+
+# %%
+cards = {"T4, 15 GB": 15 * 2**30, "H100, 80 GB": 80 * 2**30}
+shapes = {"135M": smol_shape, "1.2B": LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)}
+def row_of(memory, shape, kernel, precision): return {f"{'recomputed' if again else 'kept'}": tokens_that_fit(shape, memory, precision, kernel, again) for again in (False, True)}
+fits = pd.DataFrame({(card, name): row_of(memory, shape, *(("flash", "bf16") if "H100" in card else ("padded", "fp16"))) for card, memory in cards.items() for name, shape in shapes.items()}).T
+fits
+
+
+# %% [markdown]
+# Zero says that not even the parameters fit: 1.2 billion of them, trained in full, want 20 GB. There the way is LoRA or a smaller model. It is better to know that before an hour of scoring than after it, so a run asks first.
+
+# %%
+#| export
+def free_memory(device) -> int: # bytes
+    "What a process could still have: of a card, or of the machine and its container."
+    if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    free = psutil.virtual_memory().available
+    if limit.exists() and limit.read_text().strip().isdigit(): free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+def plan_for(config,         # of a transformers model
+             train: TrainConfig, precision: str, device) -> dict: # name -> GiB
+    "The memory plan on this device. On a card that chooses its own token budget, that of the smallest useful one."
+    if torch.device(device).type != "cuda": return memory_plan(config, train, precision)
+    half = precision != "fp32" and torch.cuda.get_device_capability(device) >= (8, 0)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return memory_plan(config, train, precision, "flash" if half else "padded", memory // 16)
+
+def as_line(plan: dict) -> str:
+    "A memory plan in words."
+    return f"about {sum(plan.values()):.1f} GiB: " + ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in plan.items())
+
+def check_memory(plan: dict,  # name -> GiB
+                 device,
+                 loaded: bool=True): # whether the weights are in memory already
+    "Raise ValueError for what cannot fit."
+    need = sum(plan.values()) - loaded * plan["weights"]
+    free = free_memory(device) / GIB
+    if need <= free: return
+    raise ValueError(f"memory: training needs {as_line(plan)}; {free:.1f} GiB are free on {torch.device(device).type}. Take gradient_checkpointing, a smaller token_budget or a smaller model")
+
+
+# %%
+try: check_memory({name: 1e6 for name in plans.columns[:-1]}, "cpu")
+except ValueError as e: print(str(e).split("; ")[0])
+
+
+# %% [markdown]
+# ## Compiled layers
+#
+# On a graphics card the layers are compiled ([chapter 04](04_packing.ipynb)), unless a setting says otherwise. On a CPU it does not pay, but can be asked for.
+
+# %%
+#| export
+def wants_compiling(config: TrainConfig, device) -> bool:
+    "Whether the layers should be compiled on this device."
+    return config.compile == "on" or config.compile == "auto" and torch.device(device).type == "cuda"
+
+def compile_for(model, logprobs, precision: str, config: TrainConfig):
+    "Compile the layers of a model once, and say so where it cannot be done."
+    if why := compile_layers(model, logprobs, precision, config.gradient_checkpointing): print(f"compile is off: {why}")
+
+
+# %% [markdown]
+# ## The same bits on a card
+#
+# `same_bits` of [chapter 02](02_logprobs.ipynb) asks every kernel for its deterministic form. Does every operation of *this* model have one? A pass over two short pairs, in the strict form of the switch, finds out before the run begins, and a run writes down what it found.
+
+# %%
+#| export
+def why_not_same_bits(model, logprobs, precision: str) -> str|None:
+    "Which operation of this model has no deterministic form on its device, or None."
+    try:
+        with same_bits(model.device, strict=True): try_out(model, logprobs, precision)
+    except RuntimeError as e:
+        if "deterministic" not in str(e): raise
+        return str(e).split(". ")[0]
+
+
+# %%
+assert why_not_same_bits(policy.train(), response_logprobs, "fp32") is None  # a CPU always computes the same bits
+
 
 # %% [markdown]
 # ## The order of the data
@@ -447,10 +639,11 @@ def make_optimizer(model, config: TrainConfig, accelerator: Accelerator):
 
 def one_step(model, batch, table, config, accelerator, optimizer, lr: float, precision="fp32", logprobs=response_logprobs,
              look=lambda batch, loss: None, # sees the loss before the update, may raise
+             parts=None,             # as for `batch_gradients`
             ) -> dict:               # metrics of the batch
     "One optimizer step. Raises ValueError where the gradient is not finite and no scaler skips the step."
     for group in optimizer.param_groups: group["lr"] = lr
-    metrics = batch_gradients(model, batch, table, config, accelerator, precision, logprobs)
+    metrics = batch_gradients(model, batch, table, config, accelerator, precision, logprobs, parts)
     look(batch, metrics["loss"])
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip).item()
     if not math.isfinite(norm) and not accelerator.scaler:
@@ -460,30 +653,96 @@ def one_step(model, batch, table, config, accelerator, optimizer, lr: float, pre
 
 
 # %% [markdown]
-# ## What the first loss knows of the reference
+# ## Before the first update
 #
-# Before the first update the loss must be $\mathbb{E}\,\mathrm{softplus}(-\beta(\gamma_{start} - \gamma_{ref}))$. A table whose weights hash is the policy's own stands on
-# both sides, and the loss must be $\ln 2$: it is not, if the numbers are another model's, of other tokens, or in other rows. With any other table the policy is scored for
-# $\gamma_{start}$, and $\gamma_{ref}$ is the same number on both sides. Then the check says only that scoring and training compute the same $\gamma$. *Which* model the
-# table is of, `table.kind["weights"]` says. And no row outside the first batch is seen.
+# A wrong reference does not raise an error. The loss falls, the model learns something, and nobody knows against what. The first batch is the last moment to notice, since nothing has been changed yet. Two questions can be asked.
 #
-# How near? At half precision, [chapter 02](02_logprobs.ipynb) saw $\gamma$ of real pairs move by up to 0.2 nats with their company. A pair's loss moves by at most $\beta$
-# per nat, and the mean of $n$ pairs, if they move independently, by $0.2\,\beta/\sqrt n$.
+# **Is the model the same twice?** Score the batch once more, by the same function, in the same micro-batches, without gradients and in eval mode. Shapes are equal, so roundings are equal, and the loss must be the same *exactly*, in any precision. It is not where something in the model is random in training:
+# dropout under a name that nobody knew, noise in a router.
 
 # %%
 #| export
-def check_first_loss(loss: float,       # of the first batch, before any update
-                     gamma_start,       # (n,) of the model that training starts from, nats
-                     gamma_ref,         # (n,) of the reference, nats
-                     config: TrainConfig,
+@torch.no_grad()
+def batch_logprobs(model, batch: list, # tokenised pairs of one optimizer batch
+                   config: TrainConfig,
+                   precision: str="fp32",
+                   logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected)
+                  ) -> Tensor:         # (n, 2) log-probabilities of chosen and rejected, nats
+    "What the model says about a batch, in the micro-batches that it is trained in, in eval mode."
+    said, was_training = {}, model.training
+    model.eval()
+    try:
+        for pairs, inputs in prepared(model, cut(batch, config, logprobs), logprobs):
+            with autocast(model.device, precision): both = torch.stack(logprobs(model, inputs), 1)
+            said |= zip([p["key"] for p in pairs], both.cpu())
+    finally: model.train(was_training)
+    return torch.stack([said[p["key"]] for p in batch])
+
+
+# %%
+first = [pairs[i] for i in range(16)]
+for precision in ("fp32", "bf16"):
+    _, metrics = with_accelerate(policy.train(), first, precision)
+    said = batch_logprobs(policy, first, TrainConfig(), precision)
+    assert abs(dpo_loss(gamma(*said.T), table.gamma(first), 0.5).mean().item() - metrics["loss"]) < 1e-6
+
+
+# %% [markdown]
+# **Is the table this model's?** A table that carries the hash of this model's weights must hold the numbers that the model says. But it was made in batches of another shape, and in half precision that changes every number ([chapter 02](02_logprobs.ipynb)). How far may they be apart? No constant can say it:
+# it depends on the model, the precision and the length of the responses. So we measure. How far half precision is from fp32, on these very responses, is one pass away. Errors of tokens are nearly independent, so the error of a response grows with the root of its length, and it is compared
+# as nats per root of a token:
+#
+# $$\sigma^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{half}(y) - \log\pi^{fp32}(y))^2}{|y|}, \qquad
+# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 2\,\sigma\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
+#
+# Two healthy passes have the rounded weights in common, so they are *nearer* to each other than to fp32. The last factor is for small batches, where $\sigma$ itself is a guess.
+
+# %%
+#| export
+def per_root_token(off: Tensor, # (n, 2) differences of log-probabilities, nats
+                   batch: list, # n pairs
+                  ) -> float:   # root mean square, nats per root of a token
+    "How far log-probabilities are apart, whatever the lengths: equation (1)."
+    tokens = torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in batch])
+    return (off.square() / tokens).mean().sqrt().item()
+
+SLACK = 2.0 # how many times the measured rounding a healthy table may be off; below is measured what healthy and wrong ones are
+
+def rounding_limit(said: Tensor,  # (n, 2) log-probabilities in the precision of training
+                   exact: Tensor, # (n, 2) the same in fp32
+                   batch: list,
+                  ) -> float:     # nats per root of a token
+    "How far a healthy table may be from what the model says: equation (1). In fp32, where nothing is rounded but the last digits, a thousandth of a nat and 1e-5 of the number."
+    last_digits = per_root_token(1e-3 + 1e-5 * exact.abs(), batch)
+    return max(last_digits, SLACK * per_root_token(said - exact, batch) * (1 + 6 / (2 * len(batch))))
+
+
+# %% [markdown]
+# Where the table says that it is another model's, there is nothing to compare it with: a moving reference and a target that starts at S differ, and should. Then `table.kind` says whose it is. And no row outside the first batch is seen.
+
+# %%
+#| export
+def check_table(table: LogprobTable, # one that claims to be of this model
+                batch: list,
+                said: Tensor,        # (n, 2) what the model says about the batch
+                limit: float,        # nats per root of a token
+                precision: str="fp32",
+               ) -> float:           # how far they are apart, nats per root of a token
+    "Raise ValueError unless the table holds what the model says."
+    off = said - torch.stack(table.lookup(batch), 1)
+    apart = per_root_token(off, batch)
+    if apart <= limit: return apart
+    nats = off.square().mean().sqrt().item()
+    raise ValueError(f"the table of reference log-probabilities is {nats:.2g} nats a response from what this model says in {precision}, {apart / limit:.0f} times as far as rounding allows: "
+                     "it is of other weights, of other pairs, or was changed. Remove it (in a run, the folder logprobs or reference that holds it) and start again: it is computed anew")
+
+def check_same_twice(loss: float,  # of the first batch, in training
+                     again: float, # of the same batch, scored once more
                      precision: str="fp32",
-                    ) -> float:         # the loss that the tables imply
-    "Raise ValueError unless the first loss is the implied one: to 1e-4 in fp32, else to 0.05 beta, or 0.2 beta / sqrt(n) for fewer than 16 pairs."
-    want = dpo_loss(gamma_start, gamma_ref, config.beta, config.label_smoothing).mean().item()
-    near = 1e-4 if precision == "fp32" else config.beta * max(0.05, 0.2 / len(gamma_ref) ** 0.5)
-    if not abs(loss - want) <= near:
-        raise ValueError(f"the first loss is {loss:.5f} but the tables imply {want:.5f}: a table does not belong to its model, or not to these pairs")
-    return want
+                     near: float=1e-4):
+    "Raise ValueError unless a batch has the same loss twice."
+    if abs(loss - again) <= near: return
+    raise ValueError(f"the first batch has a loss of {loss:.5f} in training and of {again:.5f} when it is scored once more, both in {precision}: something in this model is random in training mode. Look for dropout or noise in its config")
 
 
 # %% [markdown]
@@ -558,7 +817,7 @@ def train_stage(model,               # causal LM, trained in place
                 config: TrainConfig,
                 folder,              # metrics.jsonl and checkpoint/; an interrupted stage goes on
                 stage: int=1,        # enters the seed of the data order
-                start: LogprobTable=None, # of the model as it comes in; None: `table` if it is this model's, else the first batch is scored
+                start: LogprobTable=None, # of the model as it comes in; None: `table`, if it is this model's
                 logprobs=None,       # (model, pairs) -> (chosen, rejected); None: packed where `config.packing` allows and the guard agrees
                 previous=None,       # folder of the stage whose optimizer goes on; None: a new one
                 schedule: tuple=None, # (steps before this stage, steps in all); None: this stage alone
@@ -568,18 +827,25 @@ def train_stage(model,               # causal LM, trained in place
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     precision, batches = pick_precision(config.precision, model.device), all_batches(len(pairs), config, stage)
     done, total = schedule or (0, len(batches))
-    logprobs = logprobs or choose_logprobs(model, [pairs[i] for i in batches[0][1]], config.packing)
+    some = [pairs[i] for i in batches[0][1]]
+    logprobs = logprobs or choose_logprobs(model, some, config.packing, precision)
     identity = _identity(pairs, table, config, precision, stage, (done, total))
-    accelerator = make_accelerator(precision)
-    optimizer = _begin(model, config, accelerator, previous)
+    config = fit(model, pairs, config, precision, logprobs)
+    accelerator = make_accelerator(precision, model.device)
+    optimizer = _begin(model, config, accelerator, previous, logprobs, precision)
     state = dict(identity=identity, batch=0, step=0, skips=0, log=0, first_loss=None, implied=None)
     state = load_checkpoint(folder, model, optimizer, accelerator.scaler, identity) or state
     def look(batch, loss):
-        if state["batch"] == 0: state.update(first_loss=loss, implied=_implied(loss, model, batch, table, start, config, precision, logprobs))
-    def step(batch, lr): return one_step(model, batch, table, config, accelerator, optimizer, lr, precision, logprobs, look)
-    with closing(MetricsLog(folder / "metrics.jsonl", state["log"])) as log:
-        for epoch, rows in tqdm(batches[state["batch"]:], initial=state["batch"], total=len(batches), desc=f"stage {stage}", unit="step"):
-            _advance(state, step, [pairs[i] for i in rows], epoch, learning_rate(done + state["step"], total, config), log)
+        if state["batch"] == 0: state.update(first_loss=loss, implied=_first_look(loss, model, batch, pairs, table, start, config, precision, logprobs))
+    def step(batch, parts, lr): return one_step(model, batch, table, config, accelerator, optimizer, lr, precision, logprobs, look, parts)
+    def ready(epoch_rows): # made while the batch before it is computed
+        batch = [pairs[i] for i in epoch_rows[1]]
+        return epoch_rows[0], batch, list(prepared(model, cut(batch, config, logprobs), logprobs))
+    todo = batches[state["batch"]:]
+    bar = tqdm(ahead(ready, todo), initial=state["batch"], total=len(batches), desc=f"stage {stage}", unit="step")
+    with closing(MetricsLog(folder / "metrics.jsonl", state["log"])) as log, same_bits(model.device, config.deterministic):
+        for epoch, batch, parts in bar:
+            _advance(state, step, batch, parts, epoch, learning_rate(done + state["step"], total, config), log)
             if state["batch"] % config.save_every == 0 or state["batch"] == len(batches):
                 save_checkpoint(folder, model, optimizer, accelerator.scaler, state | dict(log=log.size))
     activation_checkpointing(model, False); model.eval()
@@ -593,10 +859,10 @@ def train_stage(model,               # causal LM, trained in place
 #| export
 MAX_SKIPS = 20
 
-def _advance(state, step, batch, epoch, lr, log):
+def _advance(state, step, batch, parts, epoch, lr, log):
     "Train on one batch, count it, write its line."
     clock = time.perf_counter()
-    metrics = step(batch, lr)
+    metrics = step(batch, parts, lr)
     skipped = metrics["skipped"]
     state.update(batch=state["batch"] + 1, step=state["step"] + (not skipped), skips=state["skips"] + 1 if skipped else 0)
     log.add(dict(step=state["step"], epoch=epoch, pairs=len(batch), **metrics, **_speed(batch, clock)))
@@ -611,10 +877,11 @@ def _speed(batch, clock):
 
 # %%
 #| export
-def _begin(model, config, accelerator, previous):
+def _begin(model, config, accelerator, previous, logprobs, precision):
     "Model and optimizer as the first step needs them. Gradients that an interrupted call left behind go."
     trainable(model).zero_grad()
     activation_checkpointing(model, config.gradient_checkpointing)
+    if wants_compiling(config, model.device): compile_for(model, logprobs, precision, config)
     optimizer = make_optimizer(model, config, accelerator)
     if previous:
         saved = torch.load(Path(previous) / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
@@ -622,10 +889,32 @@ def _begin(model, config, accelerator, previous):
         if accelerator.scaler and saved["scaler"]: accelerator.scaler.load_state_dict(saved["scaler"])
     return optimizer
 
-def _implied(loss, model, batch, table, start, config, precision, logprobs):
-    "The first loss by the tables. Where the table says that it is this very model's, it stands for both sides and implies ln 2."
-    if start is None: start = table if table.kind["weights"] == weights_hash(model) else score_pairs(model, batch, precision=precision, logprobs=logprobs)
-    return check_first_loss(loss, start.gamma(batch), table.gamma(batch), config, precision)
+def _first_look(loss, model, batch, pairs, table, start, config, precision, logprobs):
+    "Both checks; returns the first loss by the tables."
+    said = batch_logprobs(model, batch, config, precision, logprobs)
+    own = start or (table if table.kind["weights"] == weights_hash(model) else None)
+    again, gamma_ref = gamma(*said.T), table.gamma(batch)
+    def implied(gamma_start): return dpo_loss(gamma_start, gamma_ref, config.beta, config.label_smoothing).mean().item()
+    limit = _limit(model, batch, pairs, said, config, precision, logprobs)
+    check_same_twice(loss, implied(again), precision, _near(limit, batch, config, precision, model.device))
+    if own is None: return implied(again)
+    check_table(own, batch, said, limit, precision)
+    return implied(own.gamma(batch))
+
+def _near(limit, batch, config, precision, device):
+    "How near two losses must be. Two compiled graphs, with gradients and without, round half precision each in its own way."
+    if precision == "fp32" or not wants_compiling(config, device): return 1e-4
+    tokens = [len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in batch]
+    return 1e-4 + config.beta * limit * (sum(tokens) / len(tokens)) ** 0.5
+
+def _limit(model, batch, pairs, said, config, precision, logprobs):
+    "What rounding allows, measured on this batch, or on sixteen pairs if it is smaller."
+    if precision == "fp32": return rounding_limit(said, said, batch)
+    exact = getattr(logprobs, "exact", logprobs)
+    if len(batch) < 16:
+        batch = [pairs[i] for i in range(min(16, len(pairs)))]
+        said = batch_logprobs(model, batch, config, precision, logprobs)
+    return rounding_limit(said, batch_logprobs(model, batch, config, "fp32", exact), batch)
 
 
 # %% [markdown]
@@ -656,7 +945,7 @@ swapped = table.rows.rename(columns={"chosen": "rejected", "rejected": "chosen"}
 try: message = run(load_model(w.base), LogprobTable(table.kind, swapped))
 except ValueError as e: message = str(e)
 passed, _ = run(load_model(w.base), LogprobTable(table.kind | dict(weights="another"), swapped))
-assert "does not belong" in message and abs(passed["first_loss"] - math.log(2)) > 0.05
+assert "other weights" in message and abs(passed["first_loss"] - math.log(2)) > 0.05
 {"hash of this model": message, "another hash": {k: round(passed[k], 5) for k in ("first_loss", "implied_first_loss")}}
 
 
@@ -667,8 +956,9 @@ assert "does not belong" in message and abs(passed["first_loss"] - math.log(2)) 
 # %%
 def overflow_at(call):
     def logprobs(model, batch):
-        logprobs.met.append(weights_hash(model))
         c, r = response_logprobs(model, batch)
+        if not model.training: return c, r                       # the first look
+        logprobs.met.append(weights_hash(model))
         return (c + (c - c.detach()) * 1e38, r) if len(logprobs.met) == call else (c, r)   # same value, gradient beyond any float
     logprobs.met = []
     return logprobs
@@ -689,7 +979,7 @@ def stop_at(call):
     calls = 0
     def logprobs(model, batch):
         nonlocal calls
-        calls += 1
+        calls += model.training          # not those of the first look
         if calls == call: raise KeyboardInterrupt
         return packed_logprobs(model, batch)
     return logprobs

@@ -37,12 +37,12 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from sdpo_nb.evaluate import failure_signs
 from sdpo_nb.figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash, pick_precision, read_table, score_pairs, weights_hash, write_json
+from sdpo_nb.logprobs import SMALL, load_model, load_tokenizer, pairs_hash, pick_precision, read_table, score_pairs, stored_dtype, weights_hash, write_json
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import ORDERS, partition
 from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
-from sdpo_nb.trainer import TrainConfig, make_accelerator, setting, train_stage
+from sdpo_nb.trainer import COMPUTED_ALIKE, TrainConfig, check_memory, MOST, compile_for, plan_for, setting, train_stage, wants_compiling, why_not_same_bits
 from sdpo_nb.world import mean_interval
 
 # %%
@@ -104,6 +104,7 @@ class StepwiseConfig(TrainConfig):
     max_length: int = setting(1024, "longest prompt + response in tokens; the response's tail is cut", 2)
     max_prompt_length: int = setting(512, "longest prompt in tokens; its end is kept", 1)
     probe: int = setting(512, "pairs of each chunk on which every model is measured for the report", 1)
+    device: str = setting("auto", "auto: the graphics card, if there is one and the model is not tiny; cpu; or cuda", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -207,11 +208,15 @@ class Run:
 
 # %% [markdown]
 # A folder belongs to one run. Called again with the same settings it goes on; with others it refuses, naming the setting. Only how often a checkpoint is written may change.
-# `precision="auto"` is recorded as what it meant on this machine, so that another machine cannot go on in another precision unnoticed.
+# `precision="auto"` is recorded as what it meant on this machine, so that another machine cannot go on in another precision unnoticed. As long as nothing has been trained, there is nothing to protect: then *how* things are computed may still change, and the partition is measured anew.
 
 # %%
 #| export
 FREE = {"save_every"}
+
+HOW = {"precision"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
+
+def _has_trained(folder): return any(any(folder.glob(f"stage-*/{name}")) for name in ("checkpoint/state.pt", "stage.json"))
 
 def _recorded(v):
     "A setting as config.yaml can hold it: of a function, the name."
@@ -219,7 +224,7 @@ def _recorded(v):
 
 def _compared(config):
     "What must agree between two calls on one folder."
-    return {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "device", "model"}}
+    return {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "device", "model", "not_deterministic"}}
 
 def _open_folder(folder, config, precision, identity):
     "Write config.yaml, or compare with the one that is there; raises ValueError naming the first difference."
@@ -227,10 +232,13 @@ def _open_folder(folder, config, precision, identity):
     new = identity | dict(settings=settings, versions={p: version(p) for p in ("torch", "transformers", "datasets", "accelerate")})
     path = folder / "config.yaml"
     if path.exists():
-        old = _compared(yaml.safe_load(path.read_text()))
-        for k, v in _compared(new).items():
-            if old.get(k) != v: raise ValueError(f"{folder}: this run was started with {k} = {old.get(k)}, not {v}; use that or another folder")
-        return
+        old, now = _compared(yaml.safe_load(path.read_text())), _compared(new)
+        differs = [k for k in now if old.get(k) != now[k]]
+        if not differs: return
+        k = next((k for k in differs if k not in HOW), differs[0])
+        if k not in HOW or _has_trained(folder): raise ValueError(f"{folder}: this run was started with {k} = {old.get(k)}, not {now[k]}; use that or another folder")
+        print(f"{folder}: nothing was trained here yet; goes on with " + ", ".join(f"{k} = {now[k]}" for k in differs))
+        (folder / "partition.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(yaml.safe_dump(new, sort_keys=False)); os.replace(path.with_suffix(".tmp"), path)
 
@@ -239,15 +247,29 @@ def _open_folder(folder, config, precision, identity):
 # ## Models are folders, too
 #
 # One mistake with DPO in stages is easy to make and hard to see, a reference that silently is another model: a trainer that reloads "the" model by its name gets S instead
-# of $M_1$. Here a model that comes in as an object is first saved into the run, and from then on every model is a path. A folder appears under its name only when it is complete.
+# of $M_1$. Here a model that comes in as an object is first saved into the run, and from then on every model is a path. A folder appears under its name only when it is complete. Models are written in the dtype of S: who brings a bf16 model gets one back. Inside the run they stay fp32, so the checkpoint of the
+# last stage is kept until the next one is finished, and a run that goes on starts from there, not from the rounded file.
 
 # %%
 #| export
-def save_model(model, tokenizer, path):
+def save_model(model, tokenizer, path,
+               dtype: torch.dtype=None): # of the file; default: the model's own
     "`save_pretrained` under a temporary name, then renamed."
     tmp = Path(path).with_name(Path(path).name + ".tmp")
     for p in (tmp, path): shutil.rmtree(p, ignore_errors=True)
-    model.save_pretrained(tmp); tokenizer.save_pretrained(tmp); os.replace(tmp, path)
+    if dtype in (None, model.dtype): model.save_pretrained(tmp)
+    else: _save_rounded(model, tmp, dtype)
+    tokenizer.save_pretrained(tmp)
+    os.replace(tmp, path)
+
+def _save_rounded(model, path, dtype):
+    "The model stays as it is; the file, and what its config says of it, are of another dtype."
+    rounded = {id(p): p.detach().to(dtype) for p in model.parameters()}      # tied weights stay one tensor
+    state = {name: rounded.get(id(p), p) for name, p in model.state_dict(keep_vars=True).items()}
+    model.save_pretrained(path, state_dict=state)
+    config = json.loads((path / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    write_json(path / "config.json", config | dict(dtype=str(dtype).removeprefix("torch.")))
 
 def _base(model, tokenizer, folder):
     "The path of S, and its tokenizer."
@@ -284,21 +306,31 @@ def _foreign(reference, tokenizer):
 class _Context:
     "What every stage needs to know."
     config: StepwiseConfig; folder: Path; base: str; tokenizer: object; device: object; precision: str; logprobs: object
+    dtype: torch.dtype # of S on disk, and so of every M_t
     chosen: dict = field(default_factory=dict)
 
     def at(self, t): return self.folder / (f"stage-{t}" if t else "base")
-    def load(self, t): return load_model(str(self.at(t) / "model") if t else self.base, self.device)
+    def load(self, t):
+        model = load_model(str(self.at(t) / "model") if t else self.base, self.device)
+        exact = self.at(t) / "checkpoint" / "state.pt"
+        if t and self.dtype != torch.float32 and exact.exists(): model.load_state_dict(torch.load(exact, map_location="cpu", weights_only=True)["model"])
+        return model
     def table(self, t): return read_table(self.at(t) / "logprobs")
     def score(self, t, model, pairs, what): # the table of M_t, once it holds these pairs
         return self.score_to(self.at(t) / "logprobs", model, pairs, f"M_{t} on {what}")
     def how(self, model, pairs): # packed or padded: asked once for each kind of model
-        if self.logprobs: return self.logprobs
-        kind = type(model).__name__
-        if kind not in self.chosen: self.chosen[kind] = choose_logprobs(model, [pairs[i] for i in range(min(len(pairs), 64))], self.config.packing)
+        kind, some = type(model).__name__, [pairs[i] for i in range(min(len(pairs), 64))]
+        if kind not in self.chosen: self.chosen[kind] = self.logprobs or choose_logprobs(model, some, self.config.packing, self.precision)
+        if wants_compiling(self.config, model.device): compile_for(model, self.chosen[kind], self.precision, self.config)
         return self.chosen[kind]
-    def score_to(self, folder, model, pairs, desc): # no gradients are kept, so a packed row may be longer
+    def score_to(self, folder, model, pairs, desc):
         how = self.how(model, pairs)
-        return score_pairs(model, pairs, folder, self.precision, how, self.config.token_budget * (4 if getattr(how, "attention", "") == "packed" else 1), desc=desc)
+        return score_pairs(model, pairs, folder, self.precision, how, _scoring_budget(self.config, how, model.device), desc=desc)
+
+def _scoring_budget(config, logprobs, device):
+    "Tokens of a forward pass without gradients. Nothing is kept for a backward pass, so a packed row may be longer than in training."
+    tokens = config.token_budget or (MOST // 4 if torch.device(device).type == "cuda" else 4096)
+    return tokens * (4 if getattr(logprobs, "attention", "") in ("packed", "flash") else 1)
 
 
 # %% [markdown]
@@ -408,9 +440,10 @@ def _stage(t, chunks, policy, ctx):
     came_in = weights_hash(policy)
     summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.how(policy, chunk.pairs), **_going_on(t, chunks, ctx))
     for d in chunks: ctx.score(t, policy, d.probe(c.probe), d.name)
-    save_model(policy, ctx.tokenizer, folder / "model")
+    save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
+    saved = dict(dtype=str(ctx.dtype).removeprefix("torch."), weights=weights_hash(policy, ctx.dtype))
     write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
-                                           end=weights_hash(policy), probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
+                                           end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
     return policy
 
 def _going_on(t, chunks, ctx):
@@ -455,18 +488,20 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
     if t: _free(policy); policy = ctx.load(t)
     if made: chunks = [_made(i, None, ctx) for i in range(1, t + 1)]
     while True:
-        _drop_checkpoints(ctx)
         if made and (new := _made(t + 1, policy, ctx)): chunks.append(new)
+        _drop_checkpoints(ctx, last=t == len(chunks))
         if t == len(chunks): break
         t += 1; policy = _stage(t, chunks, policy, ctx)
     if not t: raise ValueError("chunks: the function returned no pairs for stage 1")
     run = Run(ctx.folder); run.report()
     return run
 
-def _drop_checkpoints(ctx):
-    "Those of finished stages, unless the next stage takes over the optimizer."
-    if ctx.config.restart == "stage":
-        for p in _numbered(ctx.folder, "stage.json"): shutil.rmtree(p.parent / "checkpoint", ignore_errors=True)
+def _drop_checkpoints(ctx, last):
+    "Those of finished stages, unless the next stage takes over the optimizer. The last stage's holds its exact weights, where the model on disk is rounded, and stays until no other follows."
+    if ctx.config.restart != "stage": return
+    finished = _numbered(ctx.folder, "stage.json")
+    if ctx.dtype != torch.float32 and not last: finished = finished[:-1]
+    for p in finished: shutil.rmtree(p.parent / "checkpoint", ignore_errors=True)
 
 
 # %%
@@ -481,12 +516,23 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs):
     if made and sources: raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
     base, tokenizer = _base(model, tokenizer, folder)
     loaded = [] if made else _check_chunks(config.chunks, load_sources(sources, tokenizer, config))
-    theirs, device = _foreign(config.reference, tokenizer), make_accelerator().device
-    policy, precision = load_model(base, device), pick_precision(config.precision, device)
+    theirs = _foreign(config.reference, tokenizer)
+    policy = load_model(base, None if config.device == "auto" else config.device)
+    device, precision = policy.device, pick_precision(config.precision, policy.device)
+    if policy.num_parameters() >= SMALL: check_memory(plan_for(policy.config, config, precision, device), device)
+    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base))
     _open_folder(folder, config, precision, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded], reference_weights=theirs, device=device.type,
-                                                 pairs=pairs_hash(*(s.pairs for s in loaded))))
-    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs)
+                                                 pairs=pairs_hash(*(s.pairs for s in loaded)), not_deterministic=_not_deterministic(policy, loaded, ctx)))
     return ctx, [] if made else _partitioned(loaded, policy, ctx), policy
+
+
+def _not_deterministic(policy, loaded, ctx):
+    "What keeps a graphics card from computing the same bits again, if anything does and it matters; said in one line."
+    if ctx.device.type == "cpu" or not ctx.config.deterministic or not loaded: return None
+    if why := why_not_same_bits(policy.train(), ctx.how(policy, loaded[0].pairs), ctx.precision):
+        print(f"a run that is killed and goes on will not end in the same bits: {why}")
+    policy.eval()
+    return why
 
 
 # %% [markdown]

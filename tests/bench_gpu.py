@@ -1,0 +1,429 @@
+"""How fast is one graphics card? `make bench-gpu` writes data/results/gpu.json: optimizer steps of this package beside TRL's DPOTrainer, in at most eight minutes.
+
+Needed: the package, TRL, one card and a small file of token ids. No model, no tokenizer and no network: weights are random, in the shape of a real model.
+
+    python tests/bench_gpu.py prepare [FILE]   where tokenizer and data are (SDPO_MODEL, SDPO_DATA): writes runs/gpu_ids.parquet, 1.3 MiB, in ten seconds; needs no card
+    python tests/bench_gpu.py all [FILE]       on the card; SDPO_RESULTS names another file for the results, SDPO_COMMIT the commit where there is no git
+    python tests/bench_gpu.py dry [FILE]       the same path on a CPU, in under a minute: a tiny model, few pairs, random ids where FILE is missing; results in a temporary file
+    python tests/bench_gpu.py show [RESULTS]   the results, as tables
+
+On an H100, by what was measured before: imports, matmul and equality half a minute; HH on 135M one minute and a half (a step takes 0.1 to 0.2 s here, 0.8 to 1 s in TRL; three sides are compiled,
+10 to 15 s each); UltraFeedback on 135M two minutes; on 1.2B two and a half. Rows are printed and stored as they come. What does not fit is stored as "skipped: time": optional rows (checkpointing,
+and the same bits without compiling) past their setting's share, and any row that would leave later settings less than 70 % of theirs. A row that gets slow times fewer steps.
+
+What is compared. A step is plan or collator, copies to the card, forward, backward, clipping and fused AdamW on 32 pairs, from lists of ids; fp32 weights, bf16 autocast.
+The reference is precomputed on both sides: uniform over the vocabulary, -n ln V, so that no pair is scored before its turn. TRL runs as its `train` runs it: the model is prepared by
+its Accelerator (without that there is no autocast), its own collator and training step; its metrics are part of it.
+Batches: pairs are sorted by length, and every batch gets one of each stratum. So all batches have nearly the same tokens, but other lengths: each timed step's batch is new to its side.
+Sides take disjoint batches until all pairs are used; then pairs are dealt anew into other batches (`dealt` counts that; optional rows come last). Shared by all sides are the warm-up batch,
+whose loss ("loss") shows that all sides compute the same, and two batches of the reference pass, the first untimed. Micro-batches of other sizes are other shapes: no plan of cuDNN is inherited.
+"Useful" work is 6 x parameters x packed tokens, for TRL too; rows are compared by tokens a second. "first" is the warm-up step, "new" the first timed one, "plan" what is made on the host;
+"compile" is cold in the first row of a new machine, later rows find the compiler's files; "same bits" asks whether a gradient comes out alike twice. GiB is the peak of a step, weights included.
+CUBLAS_WORKSPACE_CONFIG is set throughout: on an H100 it is what PyTorch takes anyway.
+"""
+import contextlib, gc, json, math, os, signal, subprocess, sys, tempfile, time, traceback, warnings
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ |= dict(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+BEGAN = time.perf_counter()
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sdpo_nb.logprobs import LogprobTable, autocast, pick_precision, prepared, response_logprobs, same_bits, write_json
+from sdpo_nb.packing import choose_logprobs, compile_layers, packed_logprobs, packed_tokens
+from sdpo_nb.trainer import TrainConfig, activation_checkpointing, batch_gradients, cut, make_accelerator, trainable
+
+SECONDS = 465                                            # for everything, so that eight minutes hold the start of Python, too
+ROW_SECONDS = 60                                         # for one row: after half of them no further step is timed, after all of them it is given up
+SEED, BETA, LR, CLIP = 0, 0.1, 1e-6, 1.0
+HERE = Path(__file__).resolve().parents[1]
+IDS = HERE / "runs/gpu_ids.parquet"
+RESULTS = Path(os.environ.get("SDPO_RESULTS", HERE / "data/results/gpu.json"))
+SOURCES = {"hh_harmless": (1100, 384), "ultrafeedback_binarized": (1000, 256)} # pairs, longest prompt; rows are cut at 512
+GIB = 2**30
+warnings.filterwarnings("ignore", category=FutureWarning) # transformers renames its settings
+
+SHAPES = {
+    "135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                 max_position_embeddings=8192, initializer_range=0.041666, rope_parameters=dict(rope_type="default", rope_theta=100_000.)), # SmolLM2-135M
+    "1.2B": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+                 max_position_embeddings=8192, rope_parameters=dict(rope_type="default", rope_theta=500_000.)),                             # Llama-3.2-1B
+    "tiny": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+}
+
+@dataclass
+class Setting:
+    source: str
+    shape: str
+    budget: int             # tokens of a forward pass here; halved where memory ends
+    steps: int              # timed
+    share: int              # seconds; past them optional rows are skipped, and rows that would take most of a later setting's
+    batch: int = 32         # pairs of an optimizer step
+    sizes: tuple = (16, 8, 32, 4) # micro-batches of TRL
+
+ON_CARD = [Setting("hh_harmless", "135M", 65536, 4, 120), Setting("ultrafeedback_binarized", "135M", 65536, 4, 150), Setting("ultrafeedback_binarized", "1.2B", 16384, 3, 160)]
+DRY = [Setting("hh_harmless", "tiny", 1024, 2, 60, 4, (4, 2)), Setting("ultrafeedback_binarized", "tiny", 1024, 1, 0, 4, (4, 2))] # no time for the second one's optional rows
+
+class TimeUp(BaseException): "No Exception: the package would take it for a compiler's."
+
+@contextlib.contextmanager
+def limit(seconds):
+    "Raise TimeUp in the middle of what takes longer."
+    def stop(*_): raise TimeUp
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, seconds), 5) # again, where somebody has caught the first one
+    try: yield
+    finally: signal.setitimer(signal.ITIMER_REAL, 0)
+
+def time_left(): return SECONDS - (time.perf_counter() - BEGAN)
+
+def timed(f, *args):
+    "(seconds, result); the card has finished before and after."
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    start = time.perf_counter()
+    out = f(*args)
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter() - start, out
+
+def free():
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+def allocated(peak=False): # GiB
+    if not torch.cuda.is_available(): return None
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / GIB
+
+
+# The ids
+
+def prepare(path=IDS):
+    from sdpo_nb.logprobs import load_tokenizer
+    from sdpo_nb.preferences import load_pairs, tokenize_pairs
+    model = os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")
+    data = Path(os.environ.get("SDPO_DATA", HERE.parent / "shared/data")) / "preferences"
+    tok, found = load_tokenizer(str(Path(model).expanduser())), []
+    for source, (n, longest) in SOURCES.items():
+        raw = load_pairs(data / f"{source}.jsonl.gz")
+        pairs = tokenize_pairs(raw.select(range(min(n, len(raw)))), tok, source, 512, longest, chat=True).pairs
+        found += [dict(source=source, key=p["key"], **{k: np.array(p[k], "uint16") for k in ("prompt_ids", "chosen_ids", "rejected_ids")}) for p in pairs]
+    path = Path(path); path.parent.mkdir(exist_ok=True)
+    table = pd.DataFrame(found)
+    table.to_parquet(path, compression="zstd")
+    tokens = [packed_tokens([p]) for p in found]
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; packed tokens a pair:", pd.Series(tokens).groupby(table["source"]).describe()[["count", "mean", "min", "max"]].round().T.to_dict())
+
+def load(path, source, vocabulary):
+    "Pairs of a source as lists of ids; without a file, random ones."
+    if Path(path).exists():
+        table = pd.read_parquet(path)
+        rows = table[table["source"] == source].to_dict("records")
+        return [dict(key=r["key"]) | {k: (r[k].astype(int) % vocabulary).tolist() for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in rows]
+    g = np.random.default_rng(SEED)
+    def ids(): return g.integers(3, vocabulary, int(g.integers(8, 200))).tolist()
+    return [dict(key=f"{source} {i}", prompt_ids=ids(), chosen_ids=ids(), rejected_ids=ids()) for i in range(96)]
+
+def deal(pairs, size, seed):
+    "Batches of much the same tokens: one pair of every stratum of length each, in random order."
+    g, count = np.random.default_rng(seed), len(pairs) // size
+    some = g.permutation(len(pairs))[:count * size]
+    by_length = sorted(some, key=lambda i: packed_tokens([pairs[i]]))
+    strata = g.permuted(np.reshape(by_length, (size, count)), axis=1)
+    return [[pairs[i] for i in g.permutation(batch)] for batch in strata.T]
+
+class Batches:
+    "Always one that has not been there."
+    def __init__(self, pairs, size): self.pairs, self.size, self.dealt, self.left = pairs, size, 0, []
+    def __call__(self):
+        if not self.left:
+            self.left = deal(self.pairs, self.size, SEED + self.dealt)
+            self.dealt += 1
+        return self.left.pop()
+
+
+# The sides
+
+def random_model(shape, device):
+    torch.manual_seed(SEED)
+    with torch.device(device): return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, **SHAPES[shape]))
+
+def uniform_table(pairs, vocabulary):
+    "The reference that finds all tokens alike."
+    numbers = {side: [-len(p[f"{side}_ids"]) * math.log(vocabulary) for p in pairs] for side in ("chosen", "rejected")}
+    return LogprobTable({}, pd.DataFrame(numbers, index=[p["key"] for p in pairs], dtype="float32"))
+
+class Ours:
+    "The package's way through a step. Its API, but for the choice of `logprobs`, is used here only."
+    def __init__(self, model, table, precision, logprobs, budget, compiled=False, deterministic=False, checkpointing=False):
+        self.model, self.table, self.precision, self.logprobs, self.deterministic = trainable(model), table, precision, logprobs, deterministic
+        self.config = TrainConfig(beta=BETA, token_budget=budget, gradient_checkpointing=checkpointing)
+        self.accelerator = make_accelerator(precision, model.device)
+        activation_checkpointing(model, checkpointing)
+        self.about = dict(logprobs=logprobs.__name__)
+        if not compiled: return
+        torch.compiler.reset()                           # nothing of the side before helps, but for the compiler's files
+        with same_bits(model.device, deterministic): seconds, why = timed(compile_layers, model, logprobs, precision, checkpointing)
+        if why: raise RuntimeError(f"not compiled: {why}")
+        self.about["compile"] = seconds
+    def ready(self, batch): return batch
+    def parts(self, batch): return prepared(self.model, cut(batch, self.config, self.logprobs), self.logprobs)
+    def plan(self, batch): return list(self.parts(batch))
+    def gradients(self, batch):
+        self.model.train()
+        with same_bits(self.model.device, self.deterministic):
+            return batch_gradients(self.model, batch, self.table, self.config, self.accelerator, self.precision, self.logprobs)["loss"]
+    def reference(self, batch):
+        self.model.eval()
+        with torch.no_grad(), same_bits(self.model.device, self.deterministic), autocast(self.model.device, self.precision):
+            for _, inputs in self.parts(batch): self.logprobs(self.model, inputs)
+    def smaller(self):
+        "After memory has ended: half the budget, if that can help."
+        self.config.token_budget //= 2
+        self.about["budget"] = self.config.token_budget
+        return self.config.token_budget >= 1024
+
+class TRL:
+    "DPOTrainer, with a precomputed reference. `ready` is what its dataset holds, and is not timed."
+    def __init__(self, trainer, table, size): self.trainer, self.model, self.table, self.size, self.about = trainer, trainer.model, table, size, {}
+    def ready(self, batch):
+        references = zip(*(x.tolist() for x in self.table.lookup(batch)))
+        return [p | dict(ref_chosen_logps=c, ref_rejected_logps=r) for p, (c, r) in zip(batch, references)]
+    def plan(self, rows): return [self.trainer.data_collator(rows[i:i+self.size]) for i in range(0, len(rows), self.size)]
+    def gradients(self, rows):
+        self.trainer.current_gradient_accumulation_steps = len(rows) // self.size
+        return sum(self.trainer.training_step(self.model, self.trainer.data_collator(rows[i:i+self.size])) for i in range(0, len(rows), self.size))
+    def reference(self, rows):
+        for i in range(0, len(rows), self.size):
+            inputs = self.trainer._prepare_inputs(self.trainer.data_collator(rows[i:i+self.size]))
+            self.trainer.compute_ref_log_probs(self.model, inputs)
+    def smaller(self): return False
+
+def tokenizer():
+    "Words and an end, enough for the one row that a DPOTrainer must be given."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c"])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+def trl_trainer(model, precision):
+    import datasets
+    from accelerate.state import AcceleratorState
+    from trl import DPOConfig, DPOTrainer
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cpu = model.device.type == "cpu"
+    args = DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, max_length=512, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=cpu, report_to="none", disable_tqdm=True,
+                     per_device_train_batch_size=1, gradient_checkpointing=False, precompute_ref_log_probs=True, save_strategy="no")
+    row = datasets.Dataset.from_list([dict(prompt="a", chosen=" b </s>", rejected=" c </s>")])
+    small = random_model("tiny", "cpu" if cpu else "cuda") # scores that one row; TRL hashes all weights of its reference
+    trainer = DPOTrainer(model=model, ref_model=small, args=args, train_dataset=row, processing_class=tokenizer())
+    trainer.ref_model = None
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model) # autocast, as in `train`
+    return trainer
+
+
+# The measurements
+
+def matmul_peak(device): # TFLOP/s in bf16, the best of a few square products
+    n = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    return max(2 * n**3 / timed(torch.mm, a, b)[0] for _ in range(20)) / 1e12
+
+@torch.no_grad()
+def equality(model, pairs, precision, logprobs):
+    "Nats between ways to compute the log-probabilities of some pairs, max and root mean square over both responses; none of them in TF32."
+    torch.set_float32_matmul_precision("highest")
+    def ask(f, precision):
+        with autocast(model.device, precision): return torch.cat(f(model.eval(), pairs)).double()
+    exact = ask(response_logprobs, "fp32")
+    ways = {"packed, fp32": (packed_logprobs, "fp32"), f"padded, {precision}": (response_logprobs, precision), f"{logprobs.__name__}, {precision}": (logprobs, precision)}
+    off = {name: ask(*way) - exact for name, way in ways.items()}
+    return dict(largest=exact.abs().max().item(), nats={name: dict(max=d.abs().max().item(), rms=d.square().mean().sqrt().item()) for name, d in off.items()})
+
+def same_twice(side, batch):
+    "Whether the gradient of a batch has the same bits again."
+    def gradient():
+        side.model.zero_grad(); side.gradients(batch)
+        return [p.grad for p in side.model.parameters()]
+    first, second = gradient(), gradient()
+    return all(torch.equal(a, b) for a, b in zip(first, second))
+
+def measure_steps(row, side, warm, batches, steps, references):
+    "Put the numbers of a side into its row, as they come."
+    began, seconds, tokens = time.perf_counter(), [], []
+    optimizer = torch.optim.AdamW(side.model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    def step(batch):
+        loss = side.gradients(batch)
+        torch.nn.utils.clip_grad_norm_(side.model.parameters(), CLIP)
+        optimizer.step(); optimizer.zero_grad()
+        return loss
+    first, loss = timed(step, side.ready(warm))
+    row.update(first=first, loss=float(loss))
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    while len(seconds) < steps and not (seconds and time.perf_counter() - began > ROW_SECONDS / 2):
+        batch = batches()
+        seconds.append(timed(step, side.ready(batch))[0])
+        tokens.append(packed_tokens(batch))
+    median, rate = float(np.median(seconds)), float(np.median(np.divide(tokens, seconds)))
+    row.update(step=median, steps=seconds, tokens=tokens, first_new=seconds[0], pairs_per_second=len(warm) / median, tokens_per_second=rate, peak_gib=allocated(peak=True))
+    row.update(plan=timed(side.plan, side.ready(batch))[0])
+    for batch in references: row.update(reference=timed(side.reference, side.ready(batch))[0]) # the last one stays
+    if isinstance(side, Ours): row.update(same_bits_again=same_twice(side, side.ready(warm)))
+
+def make_row(seconds, make, *args):
+    "One row, whatever happens: memory that ends, an error, time that is up. `make` builds the side; what was measured before the end stays."
+    side, row, began = None, dict(step=None), time.perf_counter()
+    try:
+        with limit(seconds):
+            side = make()
+            while True:
+                try: measure_steps(row, side, *args); break
+                except torch.OutOfMemoryError:
+                    if row["step"] or not side.smaller(): raise
+                side.model.zero_grad(); free()
+    except torch.OutOfMemoryError: row["why"] = "out of memory"
+    except TimeUp: row["why"] = f"given up after {time.perf_counter() - began:.0f} s"
+    except Exception as e:
+        traceback.print_exc()
+        row["why"] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+    if side:
+        side.model.zero_grad()
+        row.update(side.about)
+    return row | dict(all_seconds=time.perf_counter() - began)
+
+
+# The table
+
+COLUMNS = {"s/step": ("step", "{:.3f}"), "pairs/s": ("pairs_per_second", "{:.1f}"), "TFLOP/s": ("useful_tflops", "{:.2f}"), "of peak": ("of_peak", "{:.1%}"), "GiB": ("peak_gib", "{:.1f}"), "first": ("first", "{:.2f}"),
+           "compile": ("compile", "{:.1f}"), "new": ("first_new", "{:.3f}"), "reference": ("reference", "{:.3f}"), "plan": ("plan", "{:.4f}"), "same bits": ("same_bits_again", "{}"), "loss": ("loss", "{:.4f}"), "x TRL": ("times_trl", "{:.2f}")}
+
+def say(*words): print(*words, flush=True)
+def head(name): say(f"\n{name}\n{'':32}" + "".join(f"{c:>10}" for c in COLUMNS))
+
+def line(name, row):
+    if row["step"] is None: return f"{name:32}{row['why']}" + ("" if row.get("first") is None else f"; first step {row['first']:.2f} s")
+    cells = ["" if row.get(key) is None else form.format(row[key]) for key, form in COLUMNS.values()]
+    return f"{name:32}" + "".join(f"{c:>10}" for c in cells) + (f"  {row['why']}" if row.get("why") else "")
+
+def compare(found):
+    "TRL's best row, and how many times its tokens a second every row makes."
+    rates = {name: r["tokens_per_second"] for name, r in found["rows"].items() if r["step"]}
+    theirs = {name: rate for name, rate in rates.items() if name.startswith("TRL")}
+    if not theirs: return
+    found["best_trl"] = max(theirs, key=theirs.get)
+    for name, rate in rates.items(): found["rows"][name]["times_trl"] = rate / theirs[found["best_trl"]]
+
+def ratios(found):
+    against = {name: f"{r['times_trl']:.2f}" for name, r in found["rows"].items() if r.get("times_trl")}
+    say(f"times {found.get('best_trl', 'TRL, of which nothing was measured')}: {against}; pairs dealt {found['dealt']} time(s), {found['seconds']:.0f} s")
+
+def show(path=RESULTS):
+    found = json.loads(Path(path).read_text())
+    say(json.dumps({k: v for k, v in found.items() if k not in ("settings", "equality")}, indent=1))
+    for name, e in found["equality"].items(): say(equal(name, e))
+    for name, s in found["settings"].items():
+        head(name)
+        for side, row in s["rows"].items(): say(line(side, row))
+        ratios(s)
+
+def equal(name, e):
+    return f"{name}, nats from padded fp32 (largest {e['largest']:.0f}): " + "; ".join(f"{way} max {n['max']:.2g}, rms {n['rms']:.2g}" for way, n in e["nats"].items())
+
+
+# Everything
+
+def card(device):
+    if device == "cpu": return dict(name="CPU", capability=None, memory_gib=None)
+    p = torch.cuda.get_device_properties(0)
+    return dict(name=p.name, capability=f"{p.major}.{p.minor}", memory_gib=p.total_memory / GIB, cuda=torch.version.cuda)
+
+def installed(package):
+    try: return version(package)
+    except PackageNotFoundError: return None
+
+def commit():
+    git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return os.environ.get("SDPO_COMMIT") or git.stdout.strip() or None
+
+def made(device, precision):
+    versions = {p: installed(p) for p in ("torch", "transformers", "trl", "accelerate", "sdpo_nb")}
+    return dict(command=" ".join(["python tests/bench_gpu.py", *sys.argv[1:]]), seed=SEED, date=time.strftime("%Y-%m-%d"), commit=commit(), precision=precision, card=card(device), versions=versions)
+
+def run(settings, path, results, device):
+    torch.manual_seed(SEED)
+    precision = pick_precision("auto", device)
+    found = made(device, precision) | dict(matmul_tflops=matmul_peak(device), equality={}, settings={})
+    def keep(): found["seconds"] = time.perf_counter() - BEGAN; write_json(results, found)
+    keep()
+    say(found["card"], found["versions"], f"bf16 matmul {found['matmul_tflops']:.1f} TFLOP/s; {found['seconds']:.0f} s so far")
+    for s in settings[:2]:
+        pairs, model = load(path, s.source, SHAPES[s.shape]["vocab_size"])[:8], random_model(s.shape, device)
+        found["equality"][s.source] = equality(model, pairs, precision, choose_logprobs(model, pairs, "auto", precision))
+        say(equal(s.source, found["equality"][s.source])); keep()
+        del model; free()
+    for i, s in enumerate(settings): measure(s, path, found, keep, device, precision, later=0.7 * sum(t.share for t in settings[i+1:]))
+    say(f"\n{results}: {time.perf_counter() - BEGAN:.0f} s in all")
+
+def measure(s, path, found, keep, device, precision, later):
+    "All rows of a setting: what matters first, then what is optional. So many seconds are left to later settings."
+    began = time.perf_counter()
+    vocabulary = SHAPES[s.shape]["vocab_size"]
+    pairs = load(path, s.source, vocabulary)
+    table, batches = uniform_table(pairs, vocabulary), Batches(pairs, s.batch)
+    warm, *references = [batches() for _ in range(3)]
+    model = random_model(s.shape, device)
+    n = sum(p.numel() for p in model.parameters())
+    guard, logprobs = timed(choose_logprobs, model, warm, "auto", precision)
+    del model; free()
+    here = dict(parameters=n, pairs=len(pairs), batch=s.batch, budget=s.budget, guard=guard, tokens_per_batch=float(np.mean([packed_tokens([p]) for p in pairs]) * s.batch), rows={})
+    found["settings"][f"{s.source}, {s.shape}"] = here
+    head(f"{s.source}, {s.shape}: {n / 1e6:.0f}M parameters, {s.batch} pairs of {here['tokens_per_batch']:.0f} tokens a step, {logprobs.__name__}, guard {guard:.1f} s")
+
+    def keep_row(name, make, references=(), optional=False):
+        seconds = min(ROW_SECONDS, time_left() - later)
+        late = seconds < 10 or optional and time.perf_counter() - began > s.share
+        row = dict(step=None, why="skipped: time") if late else make_row(seconds, make, warm, batches, s.steps, references)
+        if row["step"]:
+            useful = 6 * n * row["tokens_per_second"] / 1e12
+            row |= dict(useful_tflops=useful, of_peak=useful / found["matmul_tflops"])
+        free()
+        row["left_gib"] = allocated()
+        here["rows"][name] = row
+        compare(here)
+        here.update(dealt=batches.dealt, seconds=time.perf_counter() - began)
+        keep(); say(line(name, row))
+
+    def ours(**kind): return lambda: Ours(random_model(s.shape, device), table, precision, logprobs, s.budget, **kind)
+    keep_row("ours, compiled", ours(compiled=True), references)
+    keep_row("ours, compiled, same bits", ours(compiled=True, deterministic=True), references)
+    keep_row("ours", ours(), references)
+    theirs = []                                          # one trainer for all sizes of micro-batch
+    def trl(size):
+        if not theirs: theirs.append(trl_trainer(random_model(s.shape, device), precision))
+        return TRL(theirs[0], table, size)
+    for size in s.sizes: keep_row(f"TRL, {size}", lambda: trl(size), references)
+    theirs.clear(); free()
+    keep_row("ours, same bits", ours(deterministic=True), optional=True)
+    keep_row("ours, compiled, checkpointing", ours(compiled=True, checkpointing=True), optional=True)
+    ratios(here)
+
+
+if __name__ == "__main__":
+    verb, *rest = sys.argv[1:] or ["all"]
+    file = rest[0] if rest else IDS
+    if verb == "prepare": prepare(file)
+    elif verb == "all":
+        if not torch.cuda.is_available(): sys.exit("no graphics card; `dry` is for a CPU")
+        if not Path(file).exists(): sys.exit(f"{file} is missing: `prepare` makes it where tokenizer and data are")
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        run(ON_CARD, file, RESULTS, "cuda")
+    elif verb == "dry":
+        torch.set_num_threads(1)
+        run(DRY, file, Path(tempfile.mkdtemp()) / "gpu.json", "cpu")
+    elif verb == "show": show(*rest)
+    else: sys.exit(__doc__)
