@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WIDE_ON_CUDA', 'SMALL', 'check_prompts', 'collate', 'padded_tokens', 'token_logprobs', 'gamma', 'autocast',
            'is_plain', 'fp32_logits', 'response_logprobs', 'dropouts', 'freeze_dropout', 'best_device', 'load_model',
-           'stored_dtype', 'load_tokenizer', 'weights_hash', 'pick_precision', 'keys_of', 'pairs_hash', 'LogprobTable',
-           'table_kind', 'write_json', 'read_table', 'micro_batches', 'ahead', 'prepared', 'same_bits', 'score_pairs']
+           'load_config', 'stored_dtype', 'load_tokenizer', 'weights_hash', 'pick_precision', 'keys_of', 'pairs_hash',
+           'LogprobTable', 'table_kind', 'write_json', 'read_table', 'micro_batches', 'ahead', 'prepared', 'same_bits',
+           'score_pairs']
 
 # %% ../nbs/02_logprobs.ipynb #b095fbfd
 import contextlib, hashlib, json, os, re
@@ -175,10 +176,14 @@ def load_model(model: str, # hub id or folder
     m = AutoModelForCausalLM.from_pretrained(_find_model(model), dtype=torch.float32)
     return freeze_dropout(m).to(device or best_device(m))
 
+def load_config(model: str): # hub id or folder
+    "What a model is made of, without its weights."
+    return AutoConfig.from_pretrained(_find_model(model))
+
 def stored_dtype(model: str, # hub id or folder
                 ) -> torch.dtype: # fp32 where the config does not say
     "The dtype in which a model lies on disk."
-    dtype = AutoConfig.from_pretrained(_find_model(model)).dtype
+    dtype = load_config(model).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 def load_tokenizer(model: str): # hub id or folder

@@ -136,7 +136,7 @@ def _sft_rows(tokenizer, rows):
 def sft(model, tokenizer, rows: list, # (prompt, response)
         epochs: int=12, batch: int=128, lr: float=2e-3, seed: int=0):
     "Fine-tune in place on (prompt, response) rows; returns the model."
-    ids, labels = _sft_rows(tokenizer, rows)
+    ids, labels = (t.to(model.device) for t in _sft_rows(tokenizer, rows))
     g, per_epoch = torch.Generator().manual_seed(seed), max(1, len(rows) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(11, epochs * per_epoch), pct_start=0.1)

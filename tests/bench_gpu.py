@@ -354,6 +354,15 @@ def made(device, precision):
     versions = {p: installed(p) for p in ("torch", "transformers", "trl", "accelerate", "sdpo_nb")}
     return dict(command=" ".join(["python tests/bench_gpu.py", *sys.argv[1:]]), seed=SEED, date=time.strftime("%Y-%m-%d"), commit=commit(), precision=precision, card=card(device), versions=versions)
 
+def survive(found, keep, seconds, f, *args):
+    "An error outside of the rows is noted, and does not end the others."
+    try:
+        with limit(seconds) if seconds else contextlib.nullcontext(): f(*args)
+    except (Exception, TimeUp) as e:
+        traceback.print_exc()
+        found.setdefault("errors", []).append(f"{f.__name__}: {type(e).__name__}: {e}"[:300])
+    free(); keep()
+
 def run(settings, path, results, device):
     torch.manual_seed(SEED)
     precision = pick_precision("auto", device)
@@ -361,12 +370,14 @@ def run(settings, path, results, device):
     def keep(): found["seconds"] = time.perf_counter() - BEGAN; write_json(results, found)
     keep()
     say(found["card"], found["versions"], f"bf16 matmul {found['matmul_tflops']:.1f} TFLOP/s; {found['seconds']:.0f} s so far")
-    for s in settings[:2]:
+    def compare_ways(s):
         pairs, model = load(path, s.source, SHAPES[s.shape]["vocab_size"])[:8], random_model(s.shape, device)
         found["equality"][s.source] = equality(model, pairs, precision, choose_logprobs(model, pairs, "auto", precision))
-        say(equal(s.source, found["equality"][s.source])); keep()
-        del model; free()
-    for i, s in enumerate(settings): measure(s, path, found, keep, device, precision, later=0.7 * sum(t.share for t in settings[i+1:]))
+        say(equal(s.source, found["equality"][s.source]))
+    for s in settings[:2]: survive(found, keep, 30, compare_ways, s)
+    for i, s in enumerate(settings):
+        later = 0.7 * sum(t.share for t in settings[i+1:])
+        survive(found, keep, None, measure, s, path, found, keep, device, precision, later)
     say(f"\n{results}: {time.perf_counter() - BEGAN:.0f} s in all")
 
 def measure(s, path, found, keep, device, precision, later):
@@ -378,7 +389,7 @@ def measure(s, path, found, keep, device, precision, later):
     warm, *references = [batches() for _ in range(3)]
     model = random_model(s.shape, device)
     n = sum(p.numel() for p in model.parameters())
-    guard, logprobs = timed(choose_logprobs, model, warm, "auto", precision)
+    with limit(ROW_SECONDS): guard, logprobs = timed(choose_logprobs, model, warm, "auto", precision)
     del model; free()
     here = dict(parameters=n, pairs=len(pairs), batch=s.batch, budget=s.budget, guard=guard, tokens_per_batch=float(np.mean([packed_tokens([p]) for p in pairs]) * s.batch), rows={})
     found["settings"][f"{s.source}, {s.shape}"] = here

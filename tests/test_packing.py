@@ -1,4 +1,6 @@
 "Packed rows give the numbers of the padded path, or the guard refuses."
+import shutil
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -6,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sdpo_nb.packing as packing
 from sdpo_nb.logprobs import freeze_dropout, micro_batches, response_logprobs, table_kind
-from sdpo_nb.packing import choose_logprobs, pack, packed_logprobs, packed_tokens, visible, why_not_packed
+from sdpo_nb.packing import choose_logprobs, compile_layers, pack, packed_logprobs, packed_tokens, visible, why_not_packed
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.trainer import activation_checkpointing
@@ -96,7 +98,7 @@ def test_layers_that_are_no_attention():
 def test_wrong_numbers_are_caught(monkeypatch):
     "Each half of the comparison by numbers, with an error put in."
     model = model_of("llama")
-    monkeypatch.setattr(packing, "of_row", lambda m, row, n, f=packing.of_row: tuple(x + 0.01 for x in f(m, row, n)))
+    monkeypatch.setattr(packing, "of_row", lambda m, row, f=packing.of_row: tuple(x + 0.01 for x in f(m, row)))
     assert "log-probabilities differ" in why_not_packed(model, PAIRS)
     monkeypatch.undo()
     monkeypatch.setattr(packing, "packed_logprobs", lambda m, pairs, f=packed_logprobs: tuple(x * 1.01 for x in f(m, pairs)))
@@ -122,9 +124,10 @@ def test_pieces_of_the_output_layer(monkeypatch, piece):
     assert_same(model_of("gemma2", head_dim=8, final_logit_softcapping=5.0))
 
 
-def test_no_logits_are_kept_for_the_backward_pass():
+def test_no_more_logits_than_a_piece_are_kept_for_the_backward_pass(monkeypatch):
     "What autograd keeps does not grow with the vocabulary, beyond one hidden state a token."
     def kept(vocab):
+        monkeypatch.setattr(packing, "PIECE", 4 * vocab * 20)
         model, sizes = model_of("llama", vocab_size=vocab), []
         def note(x): sizes.append(x.numel()); return x
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): packed_logprobs(model, PAIRS)
@@ -145,6 +148,70 @@ def test_half_precision(precision):
         exact = torch.cat(response_logprobs(model, PAIRS))
         with torch.autocast("cpu", precision): padded, packed = (torch.cat(f(model, PAIRS)) for f in (response_logprobs, packed_logprobs))
     assert packed.dtype == torch.float32 and (packed - exact).abs().mean() < 2 * (padded - exact).abs().mean() + 1e-3
+
+
+def by_plan(make): # what a graphics card does, anywhere
+    def logprobs(model, pairs):
+        row = pack(pairs)
+        row.plan = make(row)
+        return packing.of_row(model, row)
+    return logprobs
+
+
+@pytest.mark.parametrize("kind, more", [("llama", {}), ("mistral", dict(sliding_window=4)), ("gemma2", dict(head_dim=8, sliding_window=4, attn_logit_softcapping=0.05)), ("gpt2", {})])
+def test_padded_inside_attention(kind, more):
+    usual = dict(n_embd=32, n_layer=2, n_head=4) if kind == "gpt2" else {}
+    assert_same(model_of(kind, **usual, **more), PAIRS[:4] if kind == "gpt2" else PAIRS, by_plan(packing.padded_plan))
+
+
+def by_hand(q, k, v, plan, scaling, window=None):
+    "What the flash kernel promises: each sequence causal, aligned at the end."
+    out = []
+    for a, b, c, d in zip(plan.query_starts, plan.query_starts[1:], plan.key_starts, plan.key_starts[1:]):
+        assert b - a <= plan.most_queries and d - c <= plan.most_keys
+        ahead = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
+        hidden = (ahead < 0) | (ahead >= window if window else False)
+        scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[c:d].float().repeat_interleave(q.shape[1] // k.shape[1], 1)) * scaling
+        weights = scores.masked_fill(hidden, -1e30).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v[c:d].float().repeat_interleave(q.shape[1] // v.shape[1], 1)))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kind, more", [("llama", {}), ("mistral", dict(sliding_window=4)), ("granite", dict(attention_multiplier=0.3))])
+def test_the_plan_of_the_flash_kernel(monkeypatch, kind, more):
+    monkeypatch.setattr(packing, "flash", by_hand)
+    def fp32(model, pairs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            torch.set_autocast_dtype("cpu", torch.float32)
+            return packing.flash_logprobs(model, pairs)
+    assert_same(model_of(kind, **more), PAIRS, fp32)
+    assert type(packing.flash_plan(pack(PAIRS)).most_queries) is int, "a compiled layer takes numpy's numbers for tensors"
+
+
+def test_a_soft_cap_is_refused_by_the_flash_kernel():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(NotImplementedError, match="soft-cap"): packing.flash_logprobs(model_of("gemma2", head_dim=8, attn_logit_softcapping=5.0), PAIRS)
+
+
+def test_rows_made_beforehand():
+    model = model_of("llama")
+    assert_close(packed_logprobs(model, packed_logprobs.prepare(model, PAIRS)), packed_logprobs(model, PAIRS))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no compiler")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers(recompute):
+    model = model_of("llama").train()
+    activation_checkpointing(model, recompute)
+    assert compile_layers(model, packed_logprobs, recompute=recompute) is None and model.training
+    assert_same(model, PAIRS)
+    packing.uncompile(model)
+    assert_same(model, PAIRS)
+
+
+def test_what_cannot_be_compiled_falls_back_and_says_why(monkeypatch):
+    model = model_of("llama")
+    def broken(model, pairs, *rest): raise RuntimeError("no kernel\nand more")
+    assert compile_layers(model, broken) == "no kernel" and all(m._compiled_call_impl is None for m in model.modules())
 
 
 def test_a_row_of_one_pair_equals_the_row_of_many():

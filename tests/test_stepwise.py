@@ -1,5 +1,6 @@
 "What the paper's experiments turn on: the order of the chunks, which model is the reference, what a stage starts from, and how chunks are given."
 import functools, json, math, shutil
+from pathlib import Path
 
 import pytest
 import torch, yaml
@@ -265,8 +266,28 @@ def test_precision_is_recorded_as_what_it_meant(tmp_path, monkeypatch):
     monkeypatch.setattr(stepwise, "pick_precision", lambda precision, device: meant)
     sdpo_partition(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="auto")), tmp_path / "run")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["settings"]["precision"] == "fp32"
+    sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="auto")), tmp_path / "run")
     meant = "bf16"
     with pytest.raises(ValueError, match="precision = fp32, not bf16"): sdpo_partition(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="auto")), tmp_path / "run")
+
+
+def test_before_the_first_update_a_run_may_be_computed_otherwise(tmp_path, capsys):
+    "The partition is measured anew; what is trained may not change."
+    def config(**kw): return StepwiseConfig(**SETTINGS | kw)
+    sdpo_partition(BASE, TWO, config(precision="bf16"), tmp_path / "run")
+    with pytest.raises(ValueError, match="lr = 0.001, not 0.002"): sdpo_partition(BASE, TWO, config(precision="fp32", lr=2e-3), tmp_path / "run")
+    changed = sdpo(BASE, TWO, config(precision="fp32", token_budget=300), tmp_path / "run")
+    assert "nothing was trained here yet; goes on with token_budget = 300, precision = fp32" in capsys.readouterr().out
+    fresh = sdpo(BASE, TWO, config(precision="fp32", token_budget=300), tmp_path / "fresh")
+    assert [s["end"] for s in changed.stages] == [s["end"] for s in fresh.stages] and changed.partition().equals(fresh.partition())
+
+
+def test_a_run_that_was_stopped_by_the_first_look_goes_on_in_another_precision(tmp_path, monkeypatch):
+    "As it happens to somebody whose model does something in half precision that nobody foresaw."
+    import sdpo_nb.trainer as trainer
+    monkeypatch.setattr(trainer, "rounding_limit", lambda said, exact, batch: 1e-9 if said is not exact else 1.0)
+    with pytest.raises(ValueError, match="table of reference log-probabilities"): sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="bf16")), tmp_path / "run")
+    assert len(sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="fp32")), tmp_path / "run").stages) == 2
 
 
 class Maker:
@@ -409,14 +430,50 @@ def test_one_stage_is_plain_dpo(tmp_path):
     assert weights_hash(got.model) == got.stages[0]["end"]
 
 
-def test_a_bf16_folder_is_trained_in_fp32(tmp_path):
-    "transformers loads a bf16 folder in bf16, where small updates vanish: here the weights are fp32 and all of them move."
+@pytest.fixture
+def half(tmp_path):
+    "S, as a folder in bf16."
     S, tok = load_base(load_world())
-    S.to(torch.bfloat16).save_pretrained(tmp_path / "half"); tok.save_pretrained(tmp_path / "half")
-    got = sdpo(str(tmp_path / "half"), {"primer": TWO["primer"]}, StepwiseConfig(**SETTINGS | dict(lr=5e-7)), tmp_path / "run")
-    before, after = load_model(str(tmp_path / "half")), got.model
+    S.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    tok.save_pretrained(tmp_path / "half")
+    return str(tmp_path / "half")
+
+
+def test_a_bf16_folder_is_trained_in_fp32(tmp_path, half):
+    "transformers loads a bf16 folder in bf16, where small updates vanish: here the weights are fp32 and all of them move."
+    got = sdpo(half, {"primer": TWO["primer"]}, StepwiseConfig(**SETTINGS | dict(lr=5e-7, save_dtype="fp32")), tmp_path / "run")
+    before, after = load_model(half), got.model
     moved = [(a != b).float().mean().item() for a, b in zip(before.parameters(), after.parameters())]
     assert {p.dtype for p in after.parameters()} == {torch.float32} and min(moved) > 0.5
+
+
+def test_models_are_saved_in_the_dtype_of_S(tmp_path, half, capsys):
+    got = sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
+    for s, stage in zip(got.stages, (1, 2)):
+        folder = got.model_folder(stage)
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16 and json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+        saved = load_model(str(folder), "cpu")
+        assert s["saved"]["dtype"] == "bfloat16" and s["saved"]["weights"] == weights_hash(saved, torch.bfloat16) and s["end"] != weights_hash(saved)
+    assert got.stages[0]["end"] == got.stages[1]["start"] == got.stages[1]["reference_kind"]["weights"], "M_1 is the fp32 model, not the file"
+    sizes = [sum(p.stat().st_size for p in Path(f).glob("*.safetensors")) for f in (half, got.model_folder(2))]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02) and not list((tmp_path / "run").glob("stage-*/checkpoint"))
+    capsys.readouterr()
+    sdpo(half, {"primer": TWO["primer"]}, StepwiseConfig(**SETTINGS | dict(lr=5e-7)), tmp_path / "small")
+    assert "save_dtype = fp32 keeps the rest" in capsys.readouterr().out
+
+
+def test_a_bf16_run_that_goes_on_starts_from_the_exact_weights(tmp_path, half, monkeypatch):
+    whole = sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "whole")
+    train, calls = stepwise.train_stage, []
+    def once(*args, **kw):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return train(*args, **kw)
+    monkeypatch.setattr(stepwise, "train_stage", once)
+    with pytest.raises(KeyboardInterrupt): sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "killed")
+    assert (tmp_path / "killed/stage-1/checkpoint/state.pt").exists()
+    again = sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "killed")
+    assert [s["end"] for s in again.stages] == [s["end"] for s in whole.stages]
 
 
 # ---- the report

@@ -11,8 +11,9 @@ import yaml
 from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.trainer import TrainConfig, all_batches, check_first_loss, learning_rate, train_stage
+from sdpo_nb.trainer import TrainConfig, all_batches, check_memory, fit, learning_rate, memory_plan, per_root_token, rounding_limit, tokens_that_fit, train_stage
 from sdpo_nb.world import load_world
+from tiny import perturbed
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_a_table_of_another_model_under_this_name_is_refused(pairs, tmp_path):
     model = load_model(load_world().base, "cpu")
     table = score_pairs(model, pairs)
     wrong = LogprobTable(table.kind, table.rows + [0.5, -0.5])
-    with pytest.raises(ValueError, match="first loss"): stage(tmp_path, pairs, model=model, table=wrong)
+    with pytest.raises(ValueError, match="table of reference"): stage(tmp_path, pairs, model=model, table=wrong)
     assert weights_hash(model) == weights_hash(load_model(load_world().base, "cpu"))
 
 
@@ -145,14 +146,73 @@ def test_what_does_not_fit_is_refused(given):
 
 # ---- the first loss
 
-@pytest.mark.parametrize("precision, n, off, fine", [("bf16", 1, 0.19, True), ("bf16", 1, 0.21, False), ("bf16", 4, 0.09, True), ("bf16", 64, 0.049, True), ("bf16", 64, 0.051, False), ("fp32", 1, 0.01, False)])
-def test_how_near_the_first_loss_must_be(precision, n, off, fine):
-    "`off` in units of beta."
-    zero, config = torch.zeros(n), TrainConfig(beta=0.1)
-    def check(): return check_first_loss(math.log(2) + off * config.beta, zero, zero, config, precision)
-    if fine: check()
-    else:
-        with pytest.raises(ValueError, match="first loss"): check()
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("n", [1, 2, 8, 45])
+def test_a_table_made_in_another_shape_is_accepted(pairs, tmp_path, precision, n):
+    "Of every size of batch, by the packed function, while the table was made by the padded one, pair by pair."
+    model = load_model(load_world().base, "cpu")
+    table = score_pairs(model, pairs, precision=precision, token_budget=1)
+    *_, m = stage(tmp_path, pairs.select(range(n)), model=model, table=table, logprobs=packed_logprobs, precision=precision, batch_size=n)
+    assert m["loss"][0] == pytest.approx(math.log(2), abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("wrong", ["other weights", "other pairs", "swapped"])
+def test_a_wrong_table_is_stopped_before_the_first_update(pairs, tmp_path, precision, wrong):
+    model = load_model(load_world().base, "cpu")
+    other = perturbed(load_model(load_world().base, "cpu"), 0.1) if wrong == "other weights" else model
+    table, rows = score_pairs(model, pairs, precision=precision), score_pairs(other, pairs, precision=precision).rows
+    if wrong == "other pairs": rows = pd.DataFrame(np.roll(rows.to_numpy(), 1, axis=0), rows.index, rows.columns)
+    if wrong == "swapped": rows = rows.rename(columns={"chosen": "rejected", "rejected": "chosen"})
+    with pytest.raises(ValueError, match=f"in {precision}.*computed anew"): stage(tmp_path, pairs, model=model, table=LogprobTable(table.kind, rows), precision=precision)
+    assert weights_hash(model) == weights_hash(load_model(load_world().base, "cpu")) and not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_is_random_in_training_is_stopped(pairs, tmp_path, precision):
+    def noisy(model, batch):
+        c, r = response_logprobs(model, batch)
+        return (c + 0.5 * torch.randn(len(c)), r) if model.training else (c, r)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=f"both in {precision}: something in this model is random"): stage(tmp_path, pairs, logprobs=noisy, precision=precision)
+
+
+def test_the_limit_by_hand():
+    batch = [dict(chosen_ids=[1] * 4, rejected_ids=[1] * 16), dict(chosen_ids=[1] * 9, rejected_ids=[1] * 25)]
+    off = torch.tensor([[2.0, -4.0], [3.0, 5.0]])            # one nat per root of a token, everywhere
+    assert per_root_token(off, batch) == pytest.approx(1)
+    exact = torch.zeros(2, 2)
+    assert rounding_limit(exact + off, exact, batch) == pytest.approx(1.5 * (1 + 6 / 4))
+    assert rounding_limit(exact, exact, batch) == pytest.approx(per_root_token(torch.full((2, 2), 1e-3), batch))
+
+
+# ---- memory
+
+def test_memory_plan_counts_parameters_and_grows_with_tokens():
+    model = load_model(load_world().base, "cpu")
+    n = sum(p.numel() for p in model.parameters()) / 2**30
+    one, two = (memory_plan(model.config, TrainConfig(token_budget=tokens)) for tokens in (512, 1024))
+    assert one["weights"] == one["gradients"] == one["moments"] / 2 == pytest.approx(4 * n) and two["activations"] == pytest.approx(2 * one["activations"], rel=0.05)
+    assert memory_plan(model.config, TrainConfig(token_budget=1024, gradient_checkpointing=True))["activations"] < 0.7 * two["activations"]
+    for kernel, precision in (("padded", "fp32"), ("flash", "bf16")): assert memory_plan(model.config, TrainConfig(token_budget=512), precision, kernel)["activations"] > 0
+
+
+def test_what_cannot_fit_is_refused_with_the_number(monkeypatch):
+    plan = memory_plan(load_model(load_world().base, "cpu").config, TrainConfig())
+    check_memory(plan, "cpu")
+    with pytest.raises(ValueError, match="memory: training needs about 6144.. GiB: .*GiB are free on cpu"): check_memory({k: 1024.0 for k in plan} | dict(weights=1024.0), "cpu", loaded=False)
+
+
+def test_more_memory_holds_more_tokens():
+    config = load_model(load_world().base, "cpu").config
+    some = [tokens_that_fit(config, gib * 2**30, "bf16", "flash") for gib in (0.05, 0.2, 1)]
+    assert some == sorted(some) and some[0] < some[-1] and all(n % 1024 == 0 for n in some)
+    assert tokens_that_fit(config, 2**20, "fp32", "padded") == 0
+
+
+def test_on_a_cpu_the_budget_is_left_alone(pairs):
+    config = TrainConfig()
+    assert fit(load_model(load_world().base, "cpu"), pairs, config, "fp32", packed_logprobs) is config
 
 
 # ---- gradients that are not finite
@@ -172,7 +232,7 @@ def test_skipping_for_ever_is_an_error(pairs, tmp_path):
 def test_gradients_left_by_a_refused_call_are_not_added(pairs, tmp_path):
     model = load_model(load_world().base, "cpu")
     table = score_pairs(model, pairs)
-    with pytest.raises(ValueError, match="first loss"): stage(tmp_path / "a", pairs, model=model, table=LogprobTable(table.kind, table.rows + [5.0, -5.0]))
+    with pytest.raises(ValueError, match="table of reference"): stage(tmp_path / "a", pairs, model=model, table=LogprobTable(table.kind, table.rows + [5.0, -5.0]))
     assert weights_hash(stage(tmp_path / "b", pairs, model=model)[0]) == weights_hash(stage(tmp_path / "c", pairs)[0])
 
 

@@ -633,10 +633,14 @@ def load_model(model: str, # hub id or folder
     m = AutoModelForCausalLM.from_pretrained(_find_model(model), dtype=torch.float32)
     return freeze_dropout(m).to(device or best_device(m))
 
+def load_config(model: str): # hub id or folder
+    "What a model is made of, without its weights."
+    return AutoConfig.from_pretrained(_find_model(model))
+
 def stored_dtype(model: str, # hub id or folder
                 ) -> torch.dtype: # fp32 where the config does not say
     "The dtype in which a model lies on disk."
-    dtype = AutoConfig.from_pretrained(_find_model(model)).dtype
+    dtype = load_config(model).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 def load_tokenizer(model: str): # hub id or folder

@@ -205,6 +205,7 @@ def measure(chosen, rejected,         # (n,) log pi_theta of both responses, nat
             ref_chosen, ref_rejected, # (n,) the same of the reference
             config) -> dict:          # name -> sum over the pairs; `loss` carries the gradient
     "The loss of some pairs and every metric, as sums."
+    ref_chosen, ref_rejected = follow(ref_chosen, chosen), follow(ref_rejected, rejected)
     gamma_theta, gamma_ref = gamma(chosen, rejected), gamma(ref_chosen, ref_rejected)
     loss = dpo_loss(gamma_theta, gamma_ref, config.beta, config.label_smoothing).sum()
     with torch.no_grad():
@@ -304,8 +305,7 @@ def batch_gradients(model, batch: list,   # tokenised pairs of one optimizer bat
     total = {}
     for pairs, inputs in parts or prepared(model, cut(batch, config, logprobs), logprobs):
         with autocast(model.device, precision): chosen, rejected = logprobs(model, inputs)
-        reference = [follow(numbers, chosen) for numbers in table.lookup(pairs)]
-        sums = measure(chosen, rejected, *reference, config)
+        sums = measure(chosen, rejected, *table.lookup(pairs), config)
         accelerator.backward(sums["loss"] / len(batch))
         for k, v in sums.items(): total[k] = total.get(k, 0) + v.detach()
     histogram = total.pop("lambda_hist").tolist()
@@ -693,9 +693,9 @@ for precision in ("fp32", "bf16"):
 # as nats per root of a token:
 #
 # $$\sigma^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{half}(y) - \log\pi^{fp32}(y))^2}{|y|}, \qquad
-# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 2\,\sigma\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
+# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 1.5\,\sigma\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
 #
-# Two healthy passes have the rounded weights in common, so they are *nearer* to each other than to fp32. The last factor is for small batches, where $\sigma$ itself is a guess.
+# Two healthy passes have the rounded weights in common, so they are *nearer* to each other than to fp32. A look takes 32 pairs, if there are as many; the last factor is for fewer, where $\sigma$ itself is a guess.
 
 # %%
 #| export
@@ -704,9 +704,9 @@ def per_root_token(off: Tensor, # (n, 2) differences of log-probabilities, nats
                   ) -> float:   # root mean square, nats per root of a token
     "How far log-probabilities are apart, whatever the lengths: equation (1)."
     tokens = torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in batch])
-    return (off.square() / tokens).mean().sqrt().item()
+    return (off.square() / tokens.to(off.device)).mean().sqrt().item()
 
-SLACK = 2.0 # how many times the measured rounding a healthy table may be off; below is measured what healthy and wrong ones are
+SLACK = 1.5 # how many times the measured rounding a healthy table may be off; below is measured what healthy and wrong ones are
 
 def rounding_limit(said: Tensor,  # (n, 2) log-probabilities in the precision of training
                    exact: Tensor, # (n, 2) the same in fp32
@@ -718,7 +718,7 @@ def rounding_limit(said: Tensor,  # (n, 2) log-probabilities in the precision of
 
 
 # %% [markdown]
-# Where the table says that it is another model's, there is nothing to compare it with: a moving reference and a target that starts at S differ, and should. Then `table.kind` says whose it is. And no row outside the first batch is seen.
+# Where the table says that it is another model's, there is nothing to compare it with: a moving reference and a target that starts at S differ, and should. Then `table.kind` says whose it is. And rows that no look falls on are not seen.
 
 # %%
 #| export
@@ -889,16 +889,21 @@ def _begin(model, config, accelerator, previous, logprobs, precision):
         if accelerator.scaler and saved["scaler"]: accelerator.scaler.load_state_dict(saved["scaler"])
     return optimizer
 
+LOOK_AT = 32 # pairs; with fewer, rounding can only be guessed at
+
 def _first_look(loss, model, batch, pairs, table, start, config, precision, logprobs):
-    "Both checks; returns the first loss by the tables."
+    "Both checks; returns the first loss by the tables. A small batch borrows pairs from the chunk for the second one."
     said = batch_logprobs(model, batch, config, precision, logprobs)
     own = start or (table if table.kind["weights"] == weights_hash(model) else None)
     again, gamma_ref = gamma(*said.T), table.gamma(batch)
     def implied(gamma_start): return dpo_loss(gamma_start, gamma_ref, config.beta, config.label_smoothing).mean().item()
-    limit = _limit(model, batch, pairs, said, config, precision, logprobs)
+    more = batch if len(batch) >= LOOK_AT else [pairs[i] for i in range(min(LOOK_AT, len(pairs)))]
+    if more is not batch: said = batch_logprobs(model, more, config, precision, logprobs)
+    exact = said if precision == "fp32" else batch_logprobs(model, more, config, "fp32", getattr(logprobs, "exact", logprobs))
+    limit = rounding_limit(said, exact, more)
     check_same_twice(loss, implied(again), precision, _near(limit, batch, config, precision, model.device))
     if own is None: return implied(again)
-    check_table(own, batch, said, limit, precision)
+    check_table(own, more, said, limit, precision)
     return implied(own.gamma(batch))
 
 def _near(limit, batch, config, precision, device):
@@ -906,15 +911,6 @@ def _near(limit, batch, config, precision, device):
     if precision == "fp32" or not wants_compiling(config, device): return 1e-4
     tokens = [len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in batch]
     return 1e-4 + config.beta * limit * (sum(tokens) / len(tokens)) ** 0.5
-
-def _limit(model, batch, pairs, said, config, precision, logprobs):
-    "What rounding allows, measured on this batch, or on sixteen pairs if it is smaller."
-    if precision == "fp32": return rounding_limit(said, said, batch)
-    exact = getattr(logprobs, "exact", logprobs)
-    if len(batch) < 16:
-        batch = [pairs[i] for i in range(min(16, len(pairs)))]
-        said = batch_logprobs(model, batch, config, precision, logprobs)
-    return rounding_limit(said, batch_logprobs(model, batch, config, "fp32", exact), batch)
 
 
 # %% [markdown]

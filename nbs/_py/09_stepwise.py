@@ -104,6 +104,7 @@ class StepwiseConfig(TrainConfig):
     max_length: int = setting(1024, "longest prompt + response in tokens; the response's tail is cut", 2)
     max_prompt_length: int = setting(512, "longest prompt in tokens; its end is kept", 1)
     probe: int = setting(512, "pairs of each chunk on which every model is measured for the report", 1)
+    save_dtype: str = setting("S", "dtype of the models on disk: that of S, or fp32", choices=("S", "fp32"))
     device: str = setting("auto", "auto: the graphics card, if there is one and the model is not tiny; cpu; or cuda", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
@@ -248,7 +249,7 @@ def _open_folder(folder, config, precision, identity):
 #
 # One mistake with DPO in stages is easy to make and hard to see, a reference that silently is another model: a trainer that reloads "the" model by its name gets S instead
 # of $M_1$. Here a model that comes in as an object is first saved into the run, and from then on every model is a path. A folder appears under its name only when it is complete. Models are written in the dtype of S: who brings a bf16 model gets one back. Inside the run they stay fp32, so the checkpoint of the
-# last stage is kept until the next one is finished, and a run that goes on starts from there, not from the rounded file.
+# last stage is kept until the next one is finished, and a run that goes on starts from there, not from the rounded file. Rounding may also swallow what was learned: a weight of bf16 moves only if it moved by half the distance to its neighbour. A stage counts how many did, and says so where most did not.
 
 # %%
 #| export
@@ -282,6 +283,17 @@ def _base(model, tokenizer, folder):
     return str(path), tokenizer
 
 def _free(model): model.to("meta") # gives the memory back, whoever still holds the object
+
+
+# %%
+#| export
+def share_changed(model,         # M_t, in fp32
+                  before: str,   # folder or hub id of the model that it came from
+                  dtype: torch.dtype) -> float:
+    "Share of the weights that differ between two models, once both are rounded."
+    old = dict(load_model(before, "cpu").named_parameters())
+    moved = sum((p.detach().cpu().to(dtype) != old[name].to(dtype)).sum().item() for name, p in model.named_parameters())
+    return moved / model.num_parameters()
 
 
 # %% [markdown]
@@ -441,10 +453,19 @@ def _stage(t, chunks, policy, ctx):
     summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.how(policy, chunk.pairs), **_going_on(t, chunks, ctx))
     for d in chunks: ctx.score(t, policy, d.probe(c.probe), d.name)
     save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
-    saved = dict(dtype=str(ctx.dtype).removeprefix("torch."), weights=weights_hash(policy, ctx.dtype))
+    saved = _saved(t, policy, ctx)
     write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
                                            end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
     return policy
+
+def _saved(t, policy, ctx):
+    "What stage.json says about the model on disk."
+    saved = dict(dtype=str(ctx.dtype).removeprefix("torch."), weights=weights_hash(policy, ctx.dtype))
+    if ctx.dtype == torch.float32: return saved
+    before = ctx.base if t == 1 or ctx.config.init_target == "S" else str(ctx.at(t-1) / "model")
+    changed = share_changed(policy, before, ctx.dtype)
+    if changed < 0.5: print(f"stage {t}: in {saved['dtype']}, the dtype of S, only {changed:.1%} of the saved weights differ from those before the stage; save_dtype = fp32 keeps the rest of what was learned")
+    return saved | dict(changed=changed)
 
 def _going_on(t, chunks, ctx):
     "With restart = never: the folder whose optimizer goes on, and where this stage stands in the one schedule."
@@ -520,7 +541,7 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs):
     policy = load_model(base, None if config.device == "auto" else config.device)
     device, precision = policy.device, pick_precision(config.precision, policy.device)
     if policy.num_parameters() >= SMALL: check_memory(plan_for(policy.config, config, precision, device), device)
-    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base))
+    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base) if config.save_dtype == "S" else torch.float32)
     _open_folder(folder, config, precision, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded], reference_weights=theirs, device=device.type,
                                                  pairs=pairs_hash(*(s.pairs for s in loaded)), not_deterministic=_not_deterministic(policy, loaded, ctx)))
     return ctx, [] if made else _partitioned(loaded, policy, ctx), policy

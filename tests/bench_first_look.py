@@ -1,0 +1,141 @@
+"""How often does the first look of chapter 06 stop a healthy run, and does it stop a wrong table? `make bench-first-look` writes data/results/first_look.json, which the chapter shows.
+
+A first look compares a table with what the model says about 32 pairs, in the micro-batches of training. Here many are made from real pairs; the tables come from the pass that `sdpo` makes, in rows of another shape. Healthy: the table of the
+model, by the same function and (far stricter than anything that happens in a run) by the padded one. Wrong: weights after one AdamW step of 1e-4 on HH; M_1 after an epoch on 96 Orca pairs at 5e-6 (a reference of another stage); the next pair's
+row; sides swapped; pairs cut at three quarters. The model and the data are looked for in SDPO_MODEL and SDPO_DATA. Works on a CPU and on a graphics card (cut fp16 short on a CPU: it has no hardware for it).
+
+    python tests/bench_first_look.py run [LOOKS]   LOOKS first looks for each source at 256 and bf16, a sixth of it at 1,024 tokens and at fp16; goes on where it stopped (runs/first_look)
+    python tests/bench_first_look.py show          the results, as a table
+"""
+import copy, json, os, random, sys, tempfile
+os.environ.setdefault("OMP_WAIT_POLICY", "passive"); os.environ.setdefault("HF_HUB_OFFLINE", "1"); os.environ.setdefault("TQDM_DISABLE", "1")
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from sdpo_nb.logprobs import LogprobTable, autocast, load_model, load_tokenizer, micro_batches, response_logprobs, score_pairs
+from sdpo_nb.packing import choose_logprobs, packed_logprobs
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.trainer import TrainConfig, batch_gradients, batch_logprobs, make_accelerator, per_root_token, rounding_limit, train_stage
+
+MODEL = str(Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser())
+DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")).resolve() / "preferences"
+RESULTS, RAW = Path(__file__).parents[1] / "data/results/first_look.json", Path("runs/first_look")
+SOURCES = "hh_harmless", "ultrafeedback_binarized", "orca_dpo_pairs"
+POOL, SAMPLE = {256: 96, 1024: 40}, 32
+
+
+def pool(source, length):
+    raw = load_pairs(DATA / f"{source}.jsonl.gz").select(range(160))
+    return list(tokenize_pairs(raw, load_tokenizer(MODEL), source, length, length // 2, chat=True).pairs)[:POOL[length]]
+
+
+def shortened(pair, length):
+    "Another truncation of the same pair."
+    prompt = pair["prompt_ids"][-(length // 2 * 3 // 4):]
+    room = 3 * length // 4 - len(prompt)
+    return dict(key=pair["key"], prompt_ids=prompt, chosen_ids=pair["chosen_ids"][:room], rejected_ids=pair["rejected_ids"][:room])
+
+
+@torch.no_grad()
+def table(model, pairs, precision, logprobs, budget=16384):
+    "Numbers of every pair, in rows of the size that `sdpo` scores with."
+    out = {}
+    for part in micro_batches(pairs, budget, logprobs):
+        with autocast(model.device, precision): both = torch.stack(logprobs(model, part), 1)
+        out |= zip([p["key"] for p in part], both.tolist())
+    return [out[p["key"]] for p in pairs]
+
+
+def kept(name, make):
+    "Made once; raw numbers stay in runs/first_look."
+    path = RAW / f"{name}.json"
+    if not path.exists():
+        path.write_text(json.dumps(make()))
+        print(name, flush=True)
+    return json.loads(path.read_text())
+
+
+def after_one_step(S, logprobs):
+    model, batch = copy.deepcopy(S).train(), pool("hh_harmless", 256)[80:88]
+    reference = LogprobTable({}, pd.DataFrame(table(model, batch, "fp32", packed_logprobs), columns=["chosen", "rejected"], index=[p["key"] for p in batch], dtype="float32"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    batch_gradients(model, batch, reference, TrainConfig(), make_accelerator("fp32", model.device), "fp32", packed_logprobs)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return model.eval()
+
+
+def after_one_stage(S, logprobs):
+    model, pairs = copy.deepcopy(S), pool("orca_dpo_pairs", 256)
+    reference = score_pairs(model, pairs, precision="bf16", logprobs=logprobs)
+    train_stage(model, pairs, reference, TrainConfig(lr=5e-6, batch_size=8, precision="bf16"), tempfile.mkdtemp(), logprobs=logprobs)
+    return model
+
+
+WRONG_WEIGHTS = dict(step=after_one_step, M1=after_one_stage)
+
+def run(looks=333):
+    RAW.mkdir(parents=True, exist_ok=True)
+    S, made = load_model(MODEL), {}
+    def other(name, logprobs):
+        if name not in made: made[name] = WRONG_WEIGHTS[name](S, logprobs)
+        return made[name]
+    plan = [(length, precision, source) for length in (256, 1024) for precision in ("bf16", "fp16") for source in SOURCES]
+    for length, precision, source in plan:
+        pairs = pool(source, length)
+        logprobs = choose_logprobs(S, pairs[:8], "auto", precision)
+        name, exact = f"{precision}-{source}-{length}", getattr(logprobs, "exact", logprobs)
+        kept(f"len-{source}-{length}", lambda: [[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in pairs])
+        kept(f"fp32-{source}-{length}", lambda: table(S, pairs, "fp32", exact, 4096))
+        kept(name, lambda: table(S, pairs, precision, logprobs))
+        if (length, precision) == (256, "bf16"):
+            kept(f"padded-{name}", lambda: table(S, pairs, precision, response_logprobs, 4096))
+            kept(f"short-{name}", lambda: table(S, [shortened(p, length) for p in pairs], precision, logprobs))
+            for wrong in WRONG_WEIGHTS: kept(f"{wrong}-{name}", lambda: table(other(wrong, logprobs), pairs, precision, logprobs))
+        many = looks if (length, precision) == (256, "bf16") else max(1, looks // 6)
+        lines = RAW / f"looks-{name}.jsonl"
+        done = len(lines.read_text().splitlines()) if lines.exists() else 0
+        for i in range(done, many):
+            rows = random.Random(f"{name}{i}").sample(range(len(pairs)), min(SAMPLE, len(pairs)))
+            said = batch_logprobs(S, [pairs[r] for r in rows], TrainConfig(), precision, logprobs).tolist()
+            with open(lines, "a") as f: f.write(json.dumps(dict(rows=rows, values=said)) + "\n")
+        summarise(S.device.type)
+
+
+def summarise(device="cpu"):
+    "How far each table is off, in units of the limit: a look stops the run above 1."
+    found = []
+    for path in sorted(RAW.glob("looks-*.jsonl")):
+        _, precision, source, length = path.stem.split("-")
+        name = f"{precision}-{source}-{length}"
+        def read(n): return torch.tensor(json.loads((RAW / f"{n}.json").read_text()))
+        lengths, exact, right = read(f"len-{source}-{length}"), read(f"fp32-{source}-{length}"), read(name)
+        others = {k: read(f"{k}-{name}") for k in ("padded", "short", "step", "M1") if (RAW / f"{k}-{name}.json").exists()}
+        tables = dict(healthy=right, swapped=right.flip(1), pairs=right.roll(-1, 0)) | others
+        for line in path.read_text().splitlines():
+            look = json.loads(line)
+            rows, said = look["rows"], torch.tensor(look["values"])
+            batch = [dict(chosen_ids=range(c), rejected_ids=range(r)) for c, r in lengths[rows].tolist()]
+            limit = rounding_limit(said, exact[rows], batch)
+            off = {k: round(per_root_token(said - t[rows], batch) / limit, 4) for k, t in tables.items()}
+            found.append(dict(precision=precision, source=source, length=int(length), sigma=round(per_root_token(said - exact[rows], batch), 5)) | off)
+    made = dict(command="make bench-first-look", device=device, model=Path(MODEL).name, versions={p: version(p) for p in ("torch", "transformers")})
+    RESULTS.write_text(json.dumps(dict(made=made, looks=found), indent=None, separators=(",", ":")).replace('},{"prec', '},\n{"prec') + "\n")
+
+
+def show():
+    looks = pd.DataFrame(json.loads(RESULTS.read_text())["looks"])
+    table = looks.melt(["precision", "source", "length", "sigma"], var_name="table", value_name="off").dropna()
+    print(table.groupby(["precision", "length", "table"])["off"].agg(["count", "min", "median", "max"]).to_string())
+    print(f"{len(looks)} looks; healthy tables stopped: {(looks['healthy'] > 1).sum()}")
+
+
+if __name__ == "__main__":
+    verb, *rest = sys.argv[1:] or ["show"]
+    if verb == "run": run(*map(int, rest))
+    elif verb == "summarise": summarise()
+    elif verb == "show": show()
+    else: sys.exit(__doc__)
