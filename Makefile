@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check notebooks sync world bench experiments-small experiments clean
+.PHONY: demo test check notebooks sync world bench bench-gpu bench-first-look experiments-small experiments clean
 
 .venv/.run: settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,12 @@ world: .venv/.run           ## rebuild the tiny world and compare it with data/
 
 bench: .venv/.dev           ## chapter 04 against padding and TRL, on a real model (SDPO_MODEL, SDPO_DATA); an hour or two
 	$(PY) tests/bench_packing.py all
+
+bench-gpu: .venv/.dev       ## chapter 04 on a graphics card, at most eight minutes (needs runs/gpu_ids.parquet: tests/bench_gpu.py prepare)
+	$(PY) tests/bench_gpu.py all
+
+bench-first-look: .venv/.run ## chapter 06: false alarms and wrong tables, on a real model (SDPO_MODEL, SDPO_DATA); hours on a CPU, goes on where it stopped
+	$(PY) tests/bench_first_look.py run
 
 experiments-small: .venv/.run ## every method of the experiments once, on few pairs
 	$(PY) -m sdpo_nb.experiments small

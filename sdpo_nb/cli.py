@@ -59,18 +59,7 @@ def _show(run):
 
 def _run(args):
     from sdpo_nb.stepwise import sdpo
-    config = _config(args)
-    _say_memory(args.model, config)
-    _show(sdpo(args.model, _sources(args), config, args.folder))
-
-def _say_memory(model, config):
-    "One line: what training will need, and what there is."
-    import torch
-    from sdpo_nb.logprobs import load_config, pick_precision
-    from sdpo_nb.trainer import GIB, as_line, free_memory, plan_for
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    plan = plan_for(load_config(model), config, pick_precision(config.precision, device), device)
-    print(f"memory on {device}: {as_line(plan)}; {free_memory(device) / GIB:.1f} GiB are free")
+    _show(sdpo(args.model, _sources(args), _config(args), args.folder))
 
 def _partition(args):
     from sdpo_nb.stepwise import sdpo_partition

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['USUAL_BUDGET', 'GIB', 'KERNELS', 'MOST', 'SLACK', 'COMPUTED_ALIKE', 'MAX_SKIPS', 'LOOK_AT', 'setting', 'TrainConfig',
            'check_settings', 'measure', 'trainable', 'make_accelerator', 'batch_gradients', 'cut',
-           'activation_checkpointing', 'kept_bytes', 'memory_plan', 'fit', 'tokens_that_fit', 'free_memory', 'plan_for',
-           'as_line', 'check_memory', 'wants_compiling', 'compile_for', 'why_not_same_bits', 'epoch_order',
-           'all_batches', 'learning_rate', 'make_optimizer', 'one_step', 'batch_logprobs', 'per_root_token',
-           'rounding_limit', 'check_table', 'check_same_twice', 'save_checkpoint', 'load_checkpoint', 'MetricsLog',
-           'train_stage']
+           'return_large_blocks', 'activation_checkpointing', 'kept_bytes', 'memory_plan', 'fit', 'tokens_that_fit',
+           'free_memory', 'plan_for', 'as_line', 'check_memory', 'wants_compiling', 'compile_for', 'why_not_same_bits',
+           'epoch_order', 'all_batches', 'learning_rate', 'make_optimizer', 'one_step', 'batch_logprobs',
+           'per_root_token', 'rounding_limit', 'check_table', 'check_same_twice', 'save_checkpoint', 'load_checkpoint',
+           'MetricsLog', 'train_stage']
 
 # %% ../nbs/06_trainer.ipynb #ac302dad
-import hashlib, json, math, numbers, os, time
+import ctypes, hashlib, json, math, numbers, os, time
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from .logprobs import LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pairs_hash, pick_precision, prepared, response_logprobs, same_bits, weights_hash
 from .loss import dpo_loss, follow, reward, reward_accuracy
-from .packing import PARTS, choose_logprobs, compile_layers, flash_plan, of_row, pack, padded_plan, piece_bytes, recompute_alike, try_out
+from .packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack, padded_plan, piece_bytes, recompute_alike, try_out
 
 # %% ../nbs/06_trainer.ipynb #85d55dad
 def setting(default, help: str, low=None, high=None, choices=None, open_low=False):
@@ -134,8 +134,15 @@ def cut(batch: list, config: TrainConfig, logprobs) -> list[list]:
     return micro_batches(batch, config.token_budget or USUAL_BUDGET, logprobs)
 
 # %% ../nbs/06_trainer.ipynb #aa0a23ae
+def return_large_blocks(size: int=4 * 2**20):
+    "Let the C library return freed blocks of this many bytes to the system at once; where it is not glibc, nothing happens."
+    M_MMAP_THRESHOLD = -3
+    try: ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, size)
+    except OSError: pass
+
 def activation_checkpointing(model, on: bool):
     "Switch gradient checkpointing, not reentrant, on or off; it acts in train mode only."
+    if on and model.device.type == "cpu": return_large_blocks()
     new = hasattr(model, "activation_checkpointing_enable")
     how = {"use_reentrant": False, "context_fn": lambda: recompute_alike(model)}
     if on: (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(how)
@@ -163,7 +170,11 @@ def kept_bytes(config,          # of a transformers model
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
         activation_checkpointing(freeze_dropout(model), recompute)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast("cpu", precision): of_row(model, row)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast("cpu", precision):
+            try: of_row(model, row)
+            except REFUSED:                      # a model that cannot be packed reads both responses in rows of their own
+                kept.clear(), sizes.clear()
+                model(input_ids=torch.ones(max(1, tokens // 384), 384, dtype=torch.long), use_cache=False)
         for p in model.parameters(): sizes.pop(p.untyped_storage()._cdata, None)
         return sum(p.numel() for p in model.parameters()), sum(sizes.values())
 
@@ -183,6 +194,7 @@ def memory_plan(config,        # of a transformers model
     logits = min(4 * vocabulary * tokens // 2, piece or piece_bytes("cpu"))
     output_matrix = 4 * vocabulary * text.hidden_size
     found = dict(weights=4 * n, gradients=4 * n, moments=8 * n, activations=kept + layer, logits=3 * logits, output_gradient=output_matrix)
+    if kernel == "cpu" and not train.gradient_checkpointing: found["allocator"] = (kept + 3 * logits) // 5 # what the C library keeps for later
     return {name: size / GIB for name, size in found.items()}
 
 # %% ../nbs/06_trainer.ipynb #f50cf914
@@ -348,6 +360,7 @@ def check_table(table: LogprobTable, # one that claims to be of this model
     raise ValueError(f"the table of reference log-probabilities is {nats:.2g} nats a response from what this model says in {precision}, {apart / limit:.0f} times as far as rounding allows: "
                      "it is of other weights, of other pairs, or was changed. Remove it (in a run, the folder logprobs or reference that holds it) and start again: it is computed anew")
 
+# %% ../nbs/06_trainer.ipynb #5be61ff6
 def check_same_twice(loss: float,  # of the first batch, in training
                      again: float, # of the same batch, scored once more
                      precision: str="fp32",

@@ -9,6 +9,7 @@ of TRL then go on, with packing, to the 12 measured steps; micro-batch 8 of each
     python tests/bench_packing.py memory SIDE SOURCE       peak memory, in GiB, of one step in this process
     python tests/bench_packing.py vocabulary V             memory that log-probabilities add, in MiB, for a model of V tokens (random, hidden size 576)
     python tests/bench_packing.py pairs N                  peak memory, in GiB, of loading and tokenising N pairs and scoring 16 of them
+    python tests/bench_packing.py plan SHAPE TOKENS PRECISION RECOMPUTE   peak memory, in GiB beyond the process itself, of training steps of a random model, beside what chapter 06 plans
     python tests/bench_packing.py whole SIDE               a run of two stages, 32 HH and 32 ultrafeedback pairs: seconds, peak memory, losses
     python tests/bench_packing.py show                     the results, as tables
 """
@@ -83,7 +84,9 @@ def trl_trainer(model, tok, precision):
     args = DPOConfig(output_dir=tempfile.mkdtemp(), beta=BETA, max_length=512, bf16=precision == "bf16", fp16=False, use_cpu=True, report_to="none", disable_tqdm=True,
                      per_device_train_batch_size=1, precompute_ref_log_probs=True, save_strategy="no")
     rows = [dict(prompt=[dict(role="user", content="Hi")], chosen=[dict(role="assistant", content="Hello.")], rejected=[dict(role="assistant", content="No.")])]
-    return DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tok)
+    trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tok)
+    trainer.model = trainer.accelerator.prepare_model(trainer.model)      # as `train` does; without it there is no autocast, and bf16=True computes in fp32
+    return trainer
 
 
 def by_pairs(logprobs): # the same function, its budget counted in pairs
@@ -191,6 +194,41 @@ def vocabulary(size):
     return out
 
 
+def shape(name): # of a model with random weights
+    from transformers import GPT2Config, LlamaConfig
+    if name == "gpt2": return GPT2Config()
+    if name == "smol": return LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+    return LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=8)
+
+PLANS = [("smol", 2048, "fp32", 0), ("smol", 2048, "bf16", 0), ("smol", 4096, "fp32", 1), ("gpt2", 2048, "fp32", 0), ("wide", 2048, "bf16", 1), ("wide", 4096, "fp32", 0)]
+
+def plan(name, tokens, precision, recompute):
+    "Two optimizer steps of one full forward pass each, in this fresh process."
+    from transformers import AutoModelForCausalLM
+    from sdpo_nb.logprobs import LogprobTable
+    from sdpo_nb.trainer import make_optimizer, memory_plan, trainable
+    import pandas as pd
+    config, settings = shape(name), TrainConfig(token_budget=int(tokens), gradient_checkpointing=recompute == "1")
+    planned = memory_plan(config, settings, precision)
+    before, accelerator, g = resident(), make_accelerator(precision, "cpu"), torch.Generator().manual_seed(0)
+    model = trainable(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    activation_checkpointing(model, settings.gradient_checkpointing)
+    def ids(low, high): return torch.randint(0, 30000, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
+    pairs, room = [], int(tokens)
+    while room:                                  # the row is full to the last token
+        sides = [ids(60, 200), ids(60, 200)]
+        prompt = ids(60, 300) if room > 1500 else [1] * (room - sum(map(len, sides)))
+        pairs.append(dict(key=str(len(pairs)), prompt_ids=prompt, chosen_ids=sides[0], rejected_ids=sides[1]))
+        room -= packed_logprobs.tokens(pairs[-1:])
+    table = LogprobTable({}, pd.DataFrame(-500.0, [p["key"] for p in pairs], ["chosen", "rejected"], "float32"))
+    optimizer = make_optimizer(model, settings, accelerator)
+    for _ in range(2):
+        batch_gradients(model, pairs, table, settings, accelerator, precision, packed_logprobs)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(); optimizer.zero_grad()
+    return dict(planned=sum(planned.values()), measured=peak_resident() - before)
+
+
 def many_pairs(n):
     "Peak memory of a source of n pairs, tokenised whole and scored in part."
     n, folder = int(n), Path(tempfile.mkdtemp())
@@ -258,6 +296,7 @@ def all_of_it(*sources):
         for p in precisions: keep(f"{source} {p}", fresh, "time", source, p)
     sides = [f"{kind}, {n}{c}" for n in (2, 8) for kind, c in (("packed", ""), ("padded", ""), ("TRL", ""), ("packed", ", checkpointing"), ("TRL", ", checkpointing"))]
     keep("memory_gib", lambda: {s: fresh("memory", s, "hh_harmless") for s in sides})
+    keep("plan_gib", lambda: {" ".join(map(str, p)): fresh("plan", *p) for p in PLANS})
     keep("vocabulary_mib", lambda: {v: fresh("vocabulary", v) for v in (49_152, 262_144)})
     keep("pairs_gib", lambda: {n: fresh("pairs", n)["gib"] for n in (1_000, 1_000_000)})
     for side in ("packed", "padded", found["hh_harmless fp32"]["best_trl"]): keep(f"whole {side}", fresh, "whole", side)
@@ -283,6 +322,6 @@ if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["all"]
     if verb == "all": all_of_it(*rest)
     elif verb == "time": print(json.dumps(measure(*rest)))
-    elif verb in (one := dict(memory=memory, vocabulary=vocabulary, pairs=many_pairs, whole=whole)): print(json.dumps(one[verb](*rest)))
+    elif verb in (one := dict(memory=memory, vocabulary=vocabulary, pairs=many_pairs, whole=whole, plan=plan)): print(json.dumps(one[verb](*rest)))
     elif verb == "show": show()
     else: sys.exit(__doc__)

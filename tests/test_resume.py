@@ -8,7 +8,7 @@ import torch
 import sdpo_nb, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, weights_hash
 from sdpo_nb.packing import packed_logprobs
-from sdpo_nb.stepwise import StepwiseConfig, sdpo
+from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, metrics, perturbed, rows
 
@@ -30,12 +30,17 @@ sdpo(a["model"], a["sources"], StepwiseConfig(**a["config"]), a["folder"], logpr
 """
 
 
-def start_and_kill(folder, when, tmp):
-    "Start the run in a process of its own and kill it with SIGKILL as soon as `when()` holds."
+def start(folder, tmp, config=CONFIG):
+    "The run in a process of its own."
     args = Path(tmp) / "args.json"
-    args.write_text(json.dumps(dict(model=load_world().base, sources=SOURCES, config=CONFIG, folder=str(folder))))
+    args.write_text(json.dumps(dict(model=load_world().base, sources=SOURCES, config=config, folder=str(folder))))
     path = os.pathsep.join([str(Path(sdpo_nb.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | dict(PYTHONPATH=path))
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | dict(PYTHONPATH=path))
+
+
+def start_and_kill(folder, when, tmp, config=CONFIG):
+    "Start the run and kill it with SIGKILL as soon as `when()` holds."
+    child = start(folder, tmp, config)
     deadline = time.time() + 90
     while not when():
         if child.poll() is not None: pytest.fail(f"the run ended before it could be killed:\n{child.stderr.read().decode()[-2000:]}")
@@ -90,6 +95,19 @@ def test_killed_three_times(alone, tmp_path):
     start_and_kill(folder, lambda: lines(folder / "stage-2" / "metrics.jsonl") >= 1, tmp_path)
     assert not (folder / "stage-2" / "checkpoint" / "state.pt").exists()
     same_run(run(folder), alone)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no compiler")
+def test_killed_with_compiled_layers(alone, tmp_path):
+    "A process that goes on compiles again, and meets another batch first; the kernels must be the same."
+    compiled = CONFIG | dict(compile="on")
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    def finish(folder):
+        said = start(folder, tmp_path, compiled).communicate()[1].decode()
+        return Run(folder) if (folder / "report.md").exists() else pytest.fail(said[-2000:])
+    start_and_kill(folder, lambda: lines(folder / "stage-2" / "metrics.jsonl") >= 5, tmp_path, compiled)
+    same_run(finish(folder), finish(whole))
+    assert abs(Run(whole).metrics["loss"] - alone.metrics["loss"]).max() < 1e-3
 
 
 def test_one_optimizer_over_all_stages_resumes_too(tmp_path):

@@ -286,7 +286,7 @@ def recompute_alike(model):
 # ## Only responses reach the output layer
 #
 # The output layer is a matrix from the hidden size to the vocabulary, and its result is often the largest tensor of a training step. Prompts need none of it, and only a piece of it
-# has to exist at a time. The piece is made again in the backward pass, so nothing of the size [positions, vocabulary] is kept.
+# has to exist at a time. Where one piece does not hold all, pieces are made again in the backward pass, so no more than one of the size [positions, vocabulary] is ever kept. And logits are fp32 in any precision ([chapter 02](02_logprobs.ipynb)).
 #
 # One does not simply multiply by that matrix: Gemma 2 caps the logits, Granite and Cohere scale them, and whoever multiplies by hand scores another model. So we ask the *model's own*
 # forward pass, with its decoder replaced, for that moment, by the hidden states that are already there.
@@ -1030,7 +1030,7 @@ bf16.round(3).to_frame("mean |bf16 - fp32| (nats)")
 #
 # `make bench` asks SmolLM2-135M-Instruct. An optimizer batch is eight pairs, cut at 512 tokens; a step is forward, backward, clipping and AdamW. TRL's `DPOTrainer` has its reference precomputed, as we have, and is shown at
 # the fastest of micro-batches of 1, 2, 4 and 8 pairs with and without gradient checkpointing, beside micro-batches of 8. All sides take turns step by step, in one process, so that a busy machine slows all alike. It
-# was run on two CPU cores in fp32. No GPU has been measured.
+# was run on two CPU cores in fp32. (Measured before attention was also written for graphics cards; on a CPU the path is the same.)
 
 # %%
 bench = json.loads((files("sdpo_nb.data") / "results/packing.json").read_text())
@@ -1101,10 +1101,21 @@ assert len(packed) == 8 and np.ptp(packed) > 0.01 and abs(packed - padded).max()
 pd.DataFrame({side: [f"{w.seconds / 60:.1f}", f"{w.gib:.1f}", *(f"{x:.4f}" for x in w.losses)] for side, w in whole.iterrows()}, index=["minutes", "peak memory (GiB)", *(f"loss of step {t}" for t in range(1, 9))])
 
 # %% [markdown]
+# ## On a graphics card
+#
+# `make bench-gpu` asks the same of a card: random weights of two shapes, 32 pairs an optimizer step, bf16, TRL at its best of four micro-batches, batches whose lengths the card has not seen, eight minutes in all. What is written above for cards is tested here through its plan, by hand, and by tensors that only pretend to be on
+# a card (`tests/test_devices.py`); whether it is *fast* only a card can say.
+
+# %%
+gpu = files("sdpo_nb.data") / "results/gpu.json"
+"no card has been measured yet" if not gpu.is_file() else json.loads(gpu.read_text())
+
+# %% [markdown]
 # ## What you now have
 #
 # - `packed_logprobs`: the numbers and gradients of chapter 02, without padding, without a second reading of the prompt, without logits that nobody asks for.
-# - `choose_logprobs`: a guard that uses it only where it has been seen to be right.
+# - `flash_logprobs`, the same in one call of attention a layer, where the card has the kernel; and attention padded inside where it has not.
+# - `choose_logprobs`: a guard that uses each only where it has been seen to be right.
 # - A budget of tokens in place of a number of pairs.
 #
 # ## Questions to test yourself

@@ -20,7 +20,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import hashlib, json, math, numbers, os, time
+import ctypes, hashlib, json, math, numbers, os, time
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -36,10 +36,11 @@ from transformers import AutoModelForCausalLM
 
 from sdpo_nb.logprobs import LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pairs_hash, pick_precision, prepared, response_logprobs, same_bits, weights_hash
 from sdpo_nb.loss import dpo_loss, follow, reward, reward_accuracy
-from sdpo_nb.packing import PARTS, choose_logprobs, compile_layers, flash_plan, of_row, pack, padded_plan, piece_bytes, recompute_alike, try_out
+from sdpo_nb.packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack, padded_plan, piece_bytes, recompute_alike, try_out
 
 # %%
 import copy, tempfile
+from importlib.resources import files
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -353,11 +354,20 @@ def kept_bytes(model, batch):
 
 # %% [markdown]
 # Layers must be recomputed with the attention of their forward pass ([chapter 04](04_packing.ipynb)). transformers renamed the switch in version 5; older ones know it by the old name.
+#
+# On a CPU there is a second half to it. The C library keeps freed memory for the next request, and requests of ever other sizes do not fit into what it kept; the process holds twice what the tensors need. Told to, it returns large blocks at once. That costs some time, so it is asked only where memory is what counts.
 
 # %%
 #| export
+def return_large_blocks(size: int=4 * 2**20):
+    "Let the C library return freed blocks of this many bytes to the system at once; where it is not glibc, nothing happens."
+    M_MMAP_THRESHOLD = -3
+    try: ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, size)
+    except OSError: pass
+
 def activation_checkpointing(model, on: bool):
     "Switch gradient checkpointing, not reentrant, on or off; it acts in train mode only."
+    if on and model.device.type == "cpu": return_large_blocks()
     new = hasattr(model, "activation_checkpointing_enable")
     how = {"use_reentrant": False, "context_fn": lambda: recompute_alike(model)}
     if on: (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(how)
@@ -428,7 +438,11 @@ def kept_bytes(config,          # of a transformers model
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
         activation_checkpointing(freeze_dropout(model), recompute)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast("cpu", precision): of_row(model, row)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast("cpu", precision):
+            try: of_row(model, row)
+            except REFUSED:                      # a model that cannot be packed reads both responses in rows of their own
+                kept.clear(), sizes.clear()
+                model(input_ids=torch.ones(max(1, tokens // 384), 384, dtype=torch.long), use_cache=False)
         for p in model.parameters(): sizes.pop(p.untyped_storage()._cdata, None)
         return sum(p.numel() for p in model.parameters()), sum(sizes.values())
 
@@ -448,6 +462,7 @@ def memory_plan(config,        # of a transformers model
     logits = min(4 * vocabulary * tokens // 2, piece or piece_bytes("cpu"))
     output_matrix = 4 * vocabulary * text.hidden_size
     found = dict(weights=4 * n, gradients=4 * n, moments=8 * n, activations=kept + layer, logits=3 * logits, output_gradient=output_matrix)
+    if kernel == "cpu" and not train.gradient_checkpointing: found["allocator"] = (kept + 3 * logits) // 5 # what the C library keeps for later
     return {name: size / GIB for name, size in found.items()}
 
 
@@ -460,6 +475,15 @@ plans = pd.DataFrame(plans).T
 plans["all"] = plans.sum(axis=1)
 assert abs(plans["weights"] - 0.5).max() < 0.01 and plans["all"].iloc[1] > plans["all"].iloc[0] > plans["all"].iloc[2] > plans["all"].iloc[3]
 plans.style.format("{:.2f}")
+
+# %% [markdown]
+# Is it true? The peak of a fresh process that makes two optimizer steps, beyond what the process holds before it has a model (`make bench`, on a CPU):
+
+# %%
+measured = pd.DataFrame(json.loads((files("sdpo_nb.data") / "results/packing.json").read_text())["plan_gib"]).T
+measured["planned / measured"] = measured["planned"] / measured["measured"]
+assert measured["planned / measured"].between(0.85, 1.15).all()
+measured.rename_axis("model, tokens, precision, recomputed").style.format("{:.2f}")
 
 # %% [markdown]
 # From it follow the tokens of a forward pass on a graphics card: as many as fit into the part of its memory that the parameters leave, and activations are recomputed where not even the longest pair would. It goes by the card's memory, not by what is free at the moment, so that a run that goes on computes
@@ -736,6 +760,32 @@ def check_table(table: LogprobTable, # one that claims to be of this model
     raise ValueError(f"the table of reference log-probabilities is {nats:.2g} nats a response from what this model says in {precision}, {apart / limit:.0f} times as far as rounding allows: "
                      "it is of other weights, of other pairs, or was changed. Remove it (in a run, the folder logprobs or reference that holds it) and start again: it is computed anew")
 
+
+# %% [markdown]
+# Does it cry wolf, and does it see the wolf? `make bench-first-look` makes many first looks with SmolLM2-135M-Instruct and real pairs. Two kinds of tables are healthy: the model's own, in rows of another shape, and (stricter than anything that happens in a run) the one that padded batches give. Five kinds are wrong: the weights after
+# *one* step of AdamW at $10^{-4}$; the reference of another stage, $M_1$ after an epoch on Orca at $5\cdot10^{-6}$; the numbers of the next pair; chosen and rejected swapped; pairs cut at three quarters. How far is each from what the model says, in units of the limit?
+
+# %%
+looks = pd.DataFrame(json.loads((files("sdpo_nb.data") / "results/first_look.json").read_text())["looks"])
+called = dict(healthy="its own", padded="its own, padded", M1="another stage", step="one step later", short="cut otherwise", swapped="swapped", pairs="other pairs")
+off = looks.rename(columns=called).melt(["precision", "source", "length"], list(called.values()), var_name="table", value_name="off").dropna()
+fig, ax = plt.subplots(figsize=(7, 2.8))
+sns.stripplot(off.assign(off=off["off"].clip(lower=1e-2)), x="off", y="table", hue="precision", size=3, jitter=0.25, ax=ax)
+ax.axvline(1, color="black", lw=1); ax.set_xscale("log")
+ax.set(xlabel="distance, in units of the limit (right of the line: stopped)", ylabel=""); sns.despine()
+
+# %%
+right = off["table"].isin(["its own", "its own, padded"])
+counted = off.assign(stopped=off["off"] > 1).groupby(["table", "precision"])["stopped"].agg(["size", "sum"]).rename(columns=dict(size="looks", sum="stopped"))
+assert not off[right]["off"].gt(1).any() and off[~right]["off"].gt(1).mean() > 0.98
+counted.unstack("precision").fillna(0).astype(int).loc[list(called.values())]
+
+
+# %% [markdown]
+# No healthy table came near the line, and the wrong ones lie beyond it, most by orders of magnitude. The nearest is $M_1$ on a source that it was not trained on: one epoch on Orca hardly changed what it says about HH. A table that wrong is wrong by little more than its own rounding.
+
+# %%
+#| export
 def check_same_twice(loss: float,  # of the first batch, in training
                      again: float, # of the same batch, scored once more
                      precision: str="fp32",
@@ -934,7 +984,7 @@ pd.DataFrame({"plain loop": losses, "stage": metrics["loss"]}).round(5)
 
 # %% [markdown]
 # A wrong table that claims to be this model's is caught before the first update. Here chosen and rejected of the reference are swapped. Under another hash the same
-# numbers pass: they might well be another model's. Whoever meant this model reads `kind`, or sees that the first loss is not $\ln 2$.
+# numbers pass: they might well be another model's. If you meant this model, read `kind`, or notice that the first loss is not $\ln 2$.
 
 # %%
 swapped = table.rows.rename(columns={"chosen": "rejected", "rejected": "chosen"})
@@ -1022,13 +1072,14 @@ shares.round(2)
 #
 # - `train_stage`, which trains any causal LM against a table, at any precision, and survives being killed. Without its refinements it is six lines, and agrees with them.
 # - A folder that belongs to one stage, and refuses other settings, pairs or another reference.
-# - A first loss that must be $\ln 2$ when the table claims to be this model's.
+# - A look at the first batch, before anything is changed: the model must say the same twice, and a table that claims to be this model's must hold what it says, as near as rounding allows.
+# - `memory_plan`, which knows what fits before a weight is loaded.
 #
 # ## Questions to test yourself
 #
 # 1. Why does the mean of micro-batch means weigh pairs differently?
 # 2. Why must the scaler be undone before clipping?
-# 3. The first loss is the implied one. Which mistakes in the reference does it *not* see, and which wrong $\beta$? Where would you look for them?
+# 3. The first look passes. Which mistakes in the reference does it *not* see, and which wrong $\beta$? Where would you look for them?
 # 4. Why may a folder go on with another `save_every`, but not with another `precision`?
 #
 # ## Try this

@@ -42,7 +42,7 @@ from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import ORDERS, partition
 from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
-from sdpo_nb.trainer import COMPUTED_ALIKE, TrainConfig, check_memory, MOST, compile_for, plan_for, setting, train_stage, wants_compiling, why_not_same_bits
+from sdpo_nb.trainer import COMPUTED_ALIKE, GIB, MOST, TrainConfig, as_line, check_memory, compile_for, free_memory, plan_for, setting, train_stage, wants_compiling, why_not_same_bits
 from sdpo_nb.world import mean_interval
 
 # %%
@@ -540,12 +540,21 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs):
     theirs = _foreign(config.reference, tokenizer)
     policy = load_model(base, None if config.device == "auto" else config.device)
     device, precision = policy.device, pick_precision(config.precision, policy.device)
-    if policy.num_parameters() >= SMALL: check_memory(plan_for(policy.config, config, precision, device), device)
+    if policy.num_parameters() >= SMALL: _say_memory(policy.config, config, precision, device)
     ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base) if config.save_dtype == "S" else torch.float32)
     _open_folder(folder, config, precision, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded], reference_weights=theirs, device=device.type,
                                                  pairs=pairs_hash(*(s.pairs for s in loaded)), not_deterministic=_not_deterministic(policy, loaded, ctx)))
     return ctx, [] if made else _partitioned(loaded, policy, ctx), policy
 
+
+def _say_memory(model_config, config, precision, device):
+    "One line on what training will need; an error, if that is not there."
+    try: plan = plan_for(model_config, config, precision, device)
+    except Exception as e:                       # a plan is made from the config alone, which not every model allows
+        print(f"memory: cannot be planned for this model ({type(e).__name__})")
+        return
+    check_memory(plan, device)
+    print(f"memory on {device}: {as_line(plan)}; {free_memory(device) / GIB:.1f} GiB are free")
 
 def _not_deterministic(policy, loaded, ctx):
     "What keeps a graphics card from computing the same bits again, if anything does and it matters; said in one line."

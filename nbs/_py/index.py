@@ -125,6 +125,28 @@ for key, name in {"hh_harmless fp32": "HH-RLHF harmless", "ultrafeedback_binariz
 Markdown(as_markdown(pd.DataFrame(lines).T))
 
 # %% [markdown]
+# ## What fits?
+#
+# Full fine-tuning keeps weights, gradients and two moments of AdamW in fp32: 16 bytes a parameter, before a token is read. The rest of the memory decides how many tokens a forward pass may have ([06](06_trainer.ipynb) counts them, on models that are not loaded). Planned, not yet measured on a card; "recomputed" is
+# `gradient_checkpointing`. `sdpo run` prints its plan, and stops at once where it cannot fit.
+
+# %%
+from transformers import LlamaConfig
+from sdpo_nb.trainer import tokens_that_fit
+
+def shape(hidden, inner, layers, heads, key_heads, vocabulary):
+    return LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads, vocab_size=vocabulary, tie_word_embeddings=True)
+
+models = {"135M": shape(576, 1536, 30, 9, 3, 49152), "360M": shape(960, 2560, 32, 15, 5, 49152), "1.2B": shape(2048, 8192, 16, 32, 8, 128256)}
+cards = {"T4, 15 GB, fp16": (15, "fp16", "padded"), "L4, 24 GB, bf16": (24, "bf16", "flash"), "A100 or H100, 80 GB, bf16": (80, "bf16", "flash")}
+
+def fitting(model, gib, precision, kernel):
+    kept, recomputed = (tokens_that_fit(model, gib * 2**30, precision, kernel, again) for again in (False, True))
+    return f"{kept:,} ({recomputed:,} recomputed)" if recomputed else "does not fit"
+
+Markdown(as_markdown(pd.DataFrame({card: {name: fitting(model, *how) for name, model in models.items()} for card, how in cards.items()}).rename_axis("tokens in a forward pass")))
+
+# %% [markdown]
 # ## Your model, your pairs
 #
 # ```
