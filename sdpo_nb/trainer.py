@@ -142,7 +142,6 @@ def return_large_blocks(size: int=4 * 2**20):
 
 def activation_checkpointing(model, on: bool):
     "Switch gradient checkpointing, not reentrant, on or off; it acts in train mode only."
-    if on and model.device.type == "cpu": return_large_blocks()
     new = hasattr(model, "activation_checkpointing_enable")
     how = {"use_reentrant": False, "context_fn": lambda: recompute_alike(model)}
     if on: (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(how)
@@ -194,7 +193,7 @@ def memory_plan(config,        # of a transformers model
     logits = min(4 * vocabulary * tokens // 2, piece or piece_bytes("cpu"))
     output_matrix = 4 * vocabulary * text.hidden_size
     found = dict(weights=4 * n, gradients=4 * n, moments=8 * n, activations=kept + layer, logits=3 * logits, output_gradient=output_matrix)
-    if kernel == "cpu" and not train.gradient_checkpointing: found["allocator"] = (kept + 3 * logits) // 5 # what the C library keeps for later
+    if kernel == "cpu" and not train.gradient_checkpointing: found["allocator"] = (kept + 3 * logits) // 7 # what the C library keeps for later
     return {name: size / GIB for name, size in found.items()}
 
 # %% ../nbs/06_trainer.ipynb #f50cf914
@@ -335,7 +334,7 @@ def per_root_token(off: Tensor, # (n, 2) differences of log-probabilities, nats
     tokens = torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in batch])
     return (off.square() / tokens.to(off.device)).mean().sqrt().item()
 
-SLACK = 1.5 # how many times the measured rounding a healthy table may be off; below is measured what healthy and wrong ones are
+SLACK = 1.25 # how many times the measured rounding a healthy table may be off; below is measured what healthy and wrong ones are
 
 def rounding_limit(said: Tensor,  # (n, 2) log-probabilities in the precision of training
                    exact: Tensor, # (n, 2) the same in fp32
@@ -472,6 +471,7 @@ def _begin(model, config, accelerator, previous, logprobs, precision):
     "Model and optimizer as the first step needs them. Gradients that an interrupted call left behind go."
     trainable(model).zero_grad()
     activation_checkpointing(model, config.gradient_checkpointing)
+    if config.gradient_checkpointing and model.device.type == "cpu": return_large_blocks()
     if wants_compiling(config, model.device): compile_for(model, logprobs, precision, config)
     optimizer = make_optimizer(model, config, accelerator)
     if previous:

@@ -25,13 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdpo_nb.logprobs import autocast, load_model, load_tokenizer, micro_batches, pick_precision, response_logprobs, score_pairs
 from sdpo_nb.packing import choose_logprobs, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.trainer import TrainConfig, activation_checkpointing, batch_gradients, make_accelerator
+from sdpo_nb.trainer import TrainConfig, activation_checkpointing, batch_gradients, make_accelerator, return_large_blocks
 
 MODEL = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser()
 DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")).resolve() / "preferences"
 RESULTS = Path(__file__).parents[1] / "data/results/packing.json"
 SOURCES = {"hh_harmless": 384, "ultrafeedback_binarized": 256} # longest prompt; rows are cut at 512
-BATCH, STEPS, BETA = 8, 12, 0.1
+BATCH, STEPS, BETA = 8, int(os.environ.get("STEPS", 12)), 0.1
 
 
 def load(source, steps=STEPS):
@@ -151,7 +151,8 @@ def measure(source, precision):
     rows = {n: dict(steps=len(seconds[n]), step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,
                     slower=interval(over(seconds, n)), reference_slower=interval(over(reference, n)),
                     of_peak=work[n] * BATCH / seconds[n][0] / peak[0]) for n in chosen}
-    return dict(screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
+    made = dict(cpu=platform.processor() or platform.machine(), avx512_bf16=torch.cpu._is_avx512_bf16_supported(), torch=version("torch"), trl=version("trl"))
+    return dict(made=made, screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
                 pairs=len(pairs), tokens_per_pair=float(np.mean([packed_logprobs.tokens([p]) for p in pairs])))
 
 
@@ -213,11 +214,12 @@ def plan(name, tokens, precision, recompute):
     before, accelerator, g = resident(), make_accelerator(precision, "cpu"), torch.Generator().manual_seed(0)
     model = trainable(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     activation_checkpointing(model, settings.gradient_checkpointing)
+    if settings.gradient_checkpointing: return_large_blocks()
     def ids(low, high): return torch.randint(0, 30000, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
     pairs, room = [], int(tokens)
     while room:                                  # the row is full to the last token
-        sides = [ids(60, 200), ids(60, 200)]
-        prompt = ids(60, 300) if room > 1500 else [1] * (room - sum(map(len, sides)))
+        last = room <= 900
+        prompt, *sides = [[1] * (room - 2 * (room // 4)), *[[2] * (room // 4)] * 2] if last else [ids(60, 300), ids(60, 200), ids(60, 200)]
         pairs.append(dict(key=str(len(pairs)), prompt_ids=prompt, chosen_ids=sides[0], rejected_ids=sides[1]))
         room -= packed_logprobs.tokens(pairs[-1:])
     table = LogprobTable({}, pd.DataFrame(-500.0, [p["key"] for p in pairs], ["chosen", "rejected"], "float32"))

@@ -367,7 +367,6 @@ def return_large_blocks(size: int=4 * 2**20):
 
 def activation_checkpointing(model, on: bool):
     "Switch gradient checkpointing, not reentrant, on or off; it acts in train mode only."
-    if on and model.device.type == "cpu": return_large_blocks()
     new = hasattr(model, "activation_checkpointing_enable")
     how = {"use_reentrant": False, "context_fn": lambda: recompute_alike(model)}
     if on: (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(how)
@@ -402,6 +401,7 @@ model, tok = load_model(folder, "cpu"), load_tokenizer(folder)
 batch = list(tokenize_pairs(load_pairs(data), tok, "uf", 384, 256, chat=True).pairs.select(range(4)))
 table = score_pairs(model, batch, token_budget=1024)
 activation_checkpointing(trainable(model), sys.argv[1] == "on")
+if sys.argv[1] == "on": return_large_blocks()
 batch_gradients(model, batch, table, TrainConfig(token_budget=4096), make_accelerator(), "fp32")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
@@ -462,7 +462,7 @@ def memory_plan(config,        # of a transformers model
     logits = min(4 * vocabulary * tokens // 2, piece or piece_bytes("cpu"))
     output_matrix = 4 * vocabulary * text.hidden_size
     found = dict(weights=4 * n, gradients=4 * n, moments=8 * n, activations=kept + layer, logits=3 * logits, output_gradient=output_matrix)
-    if kernel == "cpu" and not train.gradient_checkpointing: found["allocator"] = (kept + 3 * logits) // 5 # what the C library keeps for later
+    if kernel == "cpu" and not train.gradient_checkpointing: found["allocator"] = (kept + 3 * logits) // 7 # what the C library keeps for later
     return {name: size / GIB for name, size in found.items()}
 
 
@@ -472,6 +472,7 @@ smol_shape = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=15
 plans = {f"{tokens} tokens, {precision}{', recomputed' if again else ''}": memory_plan(smol_shape, TrainConfig(token_budget=tokens, gradient_checkpointing=again), precision)
          for tokens, precision, again in ((2048, "fp32", False), (4096, "fp32", False), (2048, "bf16", False), (2048, "fp32", True))}
 plans = pd.DataFrame(plans).T
+plans = plans.fillna(0)                 # recomputed activations come and go in large blocks, which the C library gives back
 plans["all"] = plans.sum(axis=1)
 assert abs(plans["weights"] - 0.5).max() < 0.01 and plans["all"].iloc[1] > plans["all"].iloc[0] > plans["all"].iloc[2] > plans["all"].iloc[3]
 plans.style.format("{:.2f}")
@@ -717,7 +718,7 @@ for precision in ("fp32", "bf16"):
 # as nats per root of a token:
 #
 # $$\sigma^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{half}(y) - \log\pi^{fp32}(y))^2}{|y|}, \qquad
-# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 1.5\,\sigma\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
+# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 1.25\,\sigma\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
 #
 # Two healthy passes have the rounded weights in common, so they are *nearer* to each other than to fp32. A look takes 32 pairs, if there are as many; the last factor is for fewer, where $\sigma$ itself is a guess.
 
@@ -730,7 +731,7 @@ def per_root_token(off: Tensor, # (n, 2) differences of log-probabilities, nats
     tokens = torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in batch])
     return (off.square() / tokens.to(off.device)).mean().sqrt().item()
 
-SLACK = 1.5 # how many times the measured rounding a healthy table may be off; below is measured what healthy and wrong ones are
+SLACK = 1.25 # how many times the measured rounding a healthy table may be off; below is measured what healthy and wrong ones are
 
 def rounding_limit(said: Tensor,  # (n, 2) log-probabilities in the precision of training
                    exact: Tensor, # (n, 2) the same in fp32
@@ -782,7 +783,8 @@ counted.unstack("precision").fillna(0).astype(int).loc[list(called.values())]
 
 
 # %% [markdown]
-# No healthy table came near the line, and the wrong ones lie beyond it, most by orders of magnitude. The nearest is $M_1$ on a source that it was not trained on: one epoch on Orca hardly changed what it says about HH. A table that wrong is wrong by little more than its own rounding.
+# No healthy table is stopped, and the wrong ones lie beyond the line, most by orders of magnitude. The nearest is $M_1$ on a source that it was not trained on: one epoch on Orca hardly changed what it says about HH, and a table that wrong is wrong by little more than its own rounding. The factor 1.25 was chosen with the first 67 of these
+# looks in view, between the two clouds; the others were drawn afterwards. They are fewer than the thousand that a rate of false alarms deserves, and all from one CPU; `tests/bench_first_look.py` goes on from them.
 
 # %%
 #| export
@@ -931,6 +933,7 @@ def _begin(model, config, accelerator, previous, logprobs, precision):
     "Model and optimizer as the first step needs them. Gradients that an interrupted call left behind go."
     trainable(model).zero_grad()
     activation_checkpointing(model, config.gradient_checkpointing)
+    if config.gradient_checkpointing and model.device.type == "cpu": return_large_blocks()
     if wants_compiling(config, model.device): compile_for(model, logprobs, precision, config)
     optimizer = make_optimizer(model, config, accelerator)
     if previous:
