@@ -285,7 +285,7 @@ def test_before_the_first_update_a_run_may_be_computed_otherwise(tmp_path, capsy
 def test_a_run_that_was_stopped_by_the_first_look_goes_on_in_another_precision(tmp_path, monkeypatch):
     "As it happens to somebody whose model does something in half precision that nobody foresaw."
     import sdpo_nb.trainer as trainer
-    monkeypatch.setattr(trainer, "rounding_limit", lambda said, exact, batch: 1e-9 if said is not exact else 1.0)
+    monkeypatch.setattr(trainer, "rounding_limit", lambda said, exact, batch: -1.0 if said is not exact else 1.0)
     with pytest.raises(ValueError, match="table of reference log-probabilities"): sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="bf16")), tmp_path / "run")
     assert len(sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="fp32")), tmp_path / "run").stages) == 2
 
