@@ -783,8 +783,8 @@ counted.unstack("precision").fillna(0).astype(int).loc[list(called.values())]
 
 
 # %% [markdown]
-# No healthy table is stopped, and the wrong ones lie beyond the line, most by orders of magnitude. The nearest is $M_1$ on a source that it was not trained on: one epoch on Orca hardly changed what it says about HH, and a table that wrong is wrong by little more than its own rounding. The factor 1.25 was chosen with the first 67 of these
-# looks in view, between the two clouds; the others were drawn afterwards. They are fewer than the thousand that a rate of false alarms deserves, and all from one CPU; `tests/bench_first_look.py` goes on from them.
+# No healthy table is stopped, and the wrong ones lie beyond the line, most by orders of magnitude. The nearest is $M_1$ on a source that it was not trained on: one epoch on Orca hardly changed what it says about HH, and a table that wrong is wrong by little more than its own rounding. The factor 1.25 was chosen with all 67 of these
+# looks in view, between the two clouds. They are fewer than the thousand that a rate of false alarms deserves, and all from one CPU in bf16; `make bench-first-look` makes more.
 
 # %%
 #| export
