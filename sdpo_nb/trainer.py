@@ -424,8 +424,7 @@ def train_stage(model,               # causal LM, trained in place
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     precision, batches = pick_precision(config.precision, model.device), all_batches(len(pairs), config, stage)
     done, total = schedule or (0, len(batches))
-    some = [pairs[i] for i in batches[0][1]]
-    logprobs = logprobs or choose_logprobs(model, some, config.packing, precision)
+    logprobs = logprobs or choose_logprobs(model, [pairs[i] for i in batches[0][1]], config.packing, precision)
     identity = _identity(pairs, table, config, precision, stage, (done, total))
     config = fit(model, pairs, config, precision, logprobs)
     accelerator = make_accelerator(precision, model.device)

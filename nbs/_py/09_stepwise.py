@@ -331,8 +331,8 @@ class _Context:
     def score(self, t, model, pairs, what): # the table of M_t, once it holds these pairs
         return self.score_to(self.at(t) / "logprobs", model, pairs, f"M_{t} on {what}")
     def how(self, model, pairs): # packed or padded: asked once for each kind of model
-        kind, some = type(model).__name__, [pairs[i] for i in range(min(len(pairs), 64))]
-        if kind not in self.chosen: self.chosen[kind] = self.logprobs or choose_logprobs(model, some, self.config.packing, self.precision)
+        kind = type(model).__name__
+        if kind not in self.chosen: self.chosen[kind] = self.logprobs or choose_logprobs(model, [pairs[i] for i in range(min(len(pairs), 64))], self.config.packing, self.precision)
         if wants_compiling(self.config, model.device): compile_for(model, self.chosen[kind], self.precision, self.config)
         return self.chosen[kind]
     def score_to(self, folder, model, pairs, desc):
