@@ -127,7 +127,7 @@ def batch_gradients(model, batch: list,   # tokenised pairs of one optimizer bat
     sums = torch.stack(list(total.values())).tolist()                   # one transfer from a graphics card, not ten
     return {name: value / len(batch) for name, value in zip(total, sums)} | dict(lambda_hist=histogram)
 
-USUAL_BUDGET = 2048 # tokens in a forward pass with gradients, where no setting says otherwise and no graphics card has room for more
+USUAL_BUDGET = 1536 # tokens in a forward pass with gradients, where no setting says otherwise and no graphics card has room for more
 
 def cut(batch: list, config: TrainConfig, logprobs) -> list[list]:
     "Micro-batches of an optimizer batch."
@@ -193,7 +193,6 @@ def memory_plan(config,        # of a transformers model
     logits = min(4 * vocabulary * tokens // 2, piece or piece_bytes("cpu"))
     output_matrix = 4 * vocabulary * text.hidden_size
     found = dict(weights=4 * n, gradients=4 * n, moments=8 * n, activations=kept + layer, logits=3 * logits, output_gradient=output_matrix)
-    if kernel == "cpu" and not train.gradient_checkpointing: found["allocator"] = (kept + 3 * logits) // 7 # what the C library keeps for later
     return {name: size / GIB for name, size in found.items()}
 
 # %% ../nbs/06_trainer.ipynb #f50cf914
@@ -223,10 +222,14 @@ def tokens_that_fit(config, memory: int, precision: str, kernel: str, recompute:
 def free_memory(device) -> int: # bytes
     "What a process could still have: of a card, or of the machine and its container."
     if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     free = psutil.virtual_memory().available
-    if limit.exists() and limit.read_text().strip().isdigit(): free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if not limit.exists() or not limit.read_text().strip().isdigit(): return free
+    used = int((group / "memory.current").read_text())
+    parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    cache = int(parts["inactive_file"]) + int(parts["active_file"]) # files read before; the system drops them when memory is wanted
+    return min(free, int(limit.read_text()) - used + cache)
 
 def plan_for(config,         # of a transformers model
              train: TrainConfig, precision: str, device) -> dict: # name -> GiB
@@ -470,7 +473,7 @@ def _begin(model, config, accelerator, previous, logprobs, precision):
     "Model and optimizer as the first step needs them. Gradients that an interrupted call left behind go."
     trainable(model).zero_grad()
     activation_checkpointing(model, config.gradient_checkpointing)
-    if config.gradient_checkpointing and model.device.type == "cpu": return_large_blocks()
+    if model.device.type == "cpu": return_large_blocks()
     if wants_compiling(config, model.device): compile_for(model, logprobs, precision, config)
     optimizer = make_optimizer(model, config, accelerator)
     if previous:

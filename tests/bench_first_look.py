@@ -1,11 +1,11 @@
 """How often does the first look of chapter 06 stop a healthy run, and does it stop a wrong table? `make bench-first-look` writes data/results/first_look.json, which the chapter shows.
 
-A first look compares a table with what the model says about 32 pairs, in the micro-batches of training. Here many are made from real pairs; the tables come from the pass that `sdpo` makes, in rows of another shape. Healthy: the table of the
+A first look compares a table with what the model says about 32 pairs (8 in a chunk that has no more), in the micro-batches of training. Here many are made from real pairs; the tables come from the pass that `sdpo` makes, in rows of another shape. Healthy: the table of the
 model, by the same function and (far stricter than anything that happens in a run) by the padded one. Wrong: weights after one AdamW step of 1e-4 on HH; M_1 after an epoch on 96 Orca pairs at 5e-6 (a reference of another stage); the next pair's
-row; sides swapped; pairs cut at three quarters. The model and the data are looked for in SDPO_MODEL and SDPO_DATA. Works on a CPU and on a graphics card (cut fp16 short on a CPU: it has no hardware for it).
+row; sides swapped; pairs cut at three quarters. The model and the data are looked for in SDPO_MODEL and SDPO_DATA. Works on a CPU and on a graphics card. fp16 has few looks: a CPU has no hardware for it and takes fifteen times as long.
 
-    python tests/bench_first_look.py run [LOOKS]   LOOKS first looks for each source at 256 and bf16, a sixth of it at 1,024 tokens and at fp16; goes on where it stopped (runs/first_look)
-    python tests/bench_first_look.py show          the results, as a table
+    python tests/bench_first_look.py run    the 1,005 looks of PLAN; goes on where it stopped (runs/first_look)
+    python tests/bench_first_look.py show   the results, as a table
 """
 import copy, json, os, random, sys, tempfile
 os.environ.setdefault("OMP_WAIT_POLICY", "passive"); os.environ.setdefault("HF_HUB_OFFLINE", "1"); os.environ.setdefault("TQDM_DISABLE", "1")
@@ -24,12 +24,17 @@ MODEL = str(Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-ins
 DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")).resolve() / "preferences"
 RESULTS, RAW = Path(__file__).parents[1] / "data/results/first_look.json", Path("runs/first_look")
 SOURCES = "hh_harmless", "ultrafeedback_binarized", "orca_dpo_pairs"
-POOL, SAMPLE = {256: 96, 1024: 40}, 32
+PLAN = { # (tokens, precision) -> pairs to draw from, and the looks for each source: pairs in a look -> looks
+    (256, "bf16"): (96, {8: 240, 32: 70}),
+    (1024, "bf16"): (40, {8: 14, 32: 6}),
+    (256, "fp16"): (24, {8: 4}),
+    (1024, "fp16"): (8, {8: 1}),
+}
 
 
-def pool(source, length):
+def pool(source, length, many=96):
     raw = load_pairs(DATA / f"{source}.jsonl.gz").select(range(160))
-    return list(tokenize_pairs(raw, load_tokenizer(MODEL), source, length, length // 2, chat=True).pairs)[:POOL[length]]
+    return list(tokenize_pairs(raw, load_tokenizer(MODEL), source, length, length // 2, chat=True).pairs)[:many]
 
 
 def shortened(pair, length):
@@ -77,65 +82,70 @@ def after_one_stage(S, logprobs):
 
 WRONG_WEIGHTS = dict(step=after_one_step, M1=after_one_stage)
 
-def run(looks=333):
+def tables(S, source, length, precision, made):
+    "Make the tables of a source, where they are not there yet; returns the pairs and the function that scores them."
+    pairs, name = pool(source, length, PLAN[length, precision][0]), f"{precision}-{source}-{length}"
+    logprobs = choose_logprobs(S, pairs[:8], "auto", precision)
+    kept(f"len-{name}", lambda: [[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in pairs])
+    kept(f"fp32-{name}", lambda: table(S, pairs, "fp32", getattr(logprobs, "exact", logprobs), 4096))
+    kept(name, lambda: table(S, pairs, precision, logprobs))
+    if (length, precision) != (256, "bf16"): return pairs, logprobs
+    def other(wrong):
+        if wrong not in made: made[wrong] = WRONG_WEIGHTS[wrong](S, logprobs)
+        return made[wrong]
+    kept(f"padded-{name}", lambda: table(S, pairs, precision, response_logprobs, 4096))
+    kept(f"short-{name}", lambda: table(S, [shortened(p, length) for p in pairs], precision, logprobs))
+    for wrong in WRONG_WEIGHTS: kept(f"{wrong}-{name}", lambda: table(other(wrong), pairs, precision, logprobs))
+    return pairs, logprobs
+
+
+def run():
     RAW.mkdir(parents=True, exist_ok=True)
     S, made = load_model(MODEL), {}
-    def other(name, logprobs):
-        if name not in made: made[name] = WRONG_WEIGHTS[name](S, logprobs)
-        return made[name]
-    plan = [(length, precision, source) for length in (256, 1024) for precision in ("bf16", "fp16") for source in SOURCES]
-    for length, precision, source in plan:
-        pairs = pool(source, length)
-        logprobs = choose_logprobs(S, pairs[:8], "auto", precision)
-        name, exact = f"{precision}-{source}-{length}", getattr(logprobs, "exact", logprobs)
-        kept(f"len-{source}-{length}", lambda: [[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in pairs])
-        kept(f"fp32-{source}-{length}", lambda: table(S, pairs, "fp32", exact, 4096))
-        kept(name, lambda: table(S, pairs, precision, logprobs))
-        if (length, precision) == (256, "bf16"):
-            kept(f"padded-{name}", lambda: table(S, pairs, precision, response_logprobs, 4096))
-            kept(f"short-{name}", lambda: table(S, [shortened(p, length) for p in pairs], precision, logprobs))
-            for wrong in WRONG_WEIGHTS: kept(f"{wrong}-{name}", lambda: table(other(wrong, logprobs), pairs, precision, logprobs))
-        many = looks if (length, precision) == (256, "bf16") else max(1, looks // 6)
-        lines = RAW / f"looks-{name}.jsonl"
+    ready = {(source, *of): tables(S, source, *of, made) for of in PLAN for source in SOURCES}
+    jobs = [(i / many, i, source, *of, size) for of, (_, looks) in PLAN.items() for size, many in looks.items() for i in range(many) for source in SOURCES]
+    for _, i, source, length, precision, size in sorted(jobs): # every kind at the same pace: a run cut short has some of each
+        pairs, logprobs = ready[source, length, precision]
+        lines = RAW / f"looks-{precision}-{source}-{length}-{size}.jsonl"
         done = len(lines.read_text().splitlines()) if lines.exists() else 0
-        for i in range(done, many):
-            rows = random.Random(f"{name}{i}").sample(range(len(pairs)), min(SAMPLE, len(pairs)))
-            said = batch_logprobs(S, [pairs[r] for r in rows], TrainConfig(), precision, logprobs).tolist()
-            with open(lines, "a") as f: f.write(json.dumps(dict(rows=rows, values=said)) + "\n")
-        summarise(S.device.type)
+        if i < done: continue
+        rows = random.Random(f"{lines.name}{i}").sample(range(len(pairs)), size)
+        said = batch_logprobs(S, [pairs[r] for r in rows], TrainConfig(), precision, logprobs).tolist()
+        with open(lines, "a") as f: f.write(json.dumps(dict(rows=rows, values=said)) + "\n")
+    summarise(S.device.type)
 
 
 def summarise(device="cpu"):
     "How far each table is off, in units of the limit: a look stops the run above 1."
     found = []
     for path in sorted(RAW.glob("looks-*.jsonl")):
-        _, precision, source, length = path.stem.split("-")
+        _, precision, source, length, size = path.stem.split("-")
         name = f"{precision}-{source}-{length}"
         def read(n): return torch.tensor(json.loads((RAW / f"{n}.json").read_text()))
-        lengths, exact, right = read(f"len-{source}-{length}"), read(f"fp32-{source}-{length}"), read(name)
+        lengths, exact, right = read(f"len-{name}"), read(f"fp32-{name}"), read(name)
         others = {k: read(f"{k}-{name}") for k in ("padded", "short", "step", "M1") if (RAW / f"{k}-{name}.json").exists()}
-        tables = dict(healthy=right, swapped=right.flip(1), pairs=right.roll(-1, 0)) | others
+        compared = dict(healthy=right, swapped=right.flip(1), others=right.roll(-1, 0)) | others
         for line in path.read_text().splitlines():
             look = json.loads(line)
             rows, said = look["rows"], torch.tensor(look["values"])
             batch = [dict(chosen_ids=range(c), rejected_ids=range(r)) for c, r in lengths[rows].tolist()]
             limit = rounding_limit(said, exact[rows], batch)
-            off = {k: round(per_root_token(said - t[rows], batch) / limit, 4) for k, t in tables.items()}
-            found.append(dict(precision=precision, source=source, length=int(length), sigma=round(per_root_token(said - exact[rows], batch), 5)) | off)
+            off = {k: round(per_root_token(said - t[rows], batch) / limit, 4) for k, t in compared.items()}
+            found.append(dict(precision=precision, source=source, length=int(length), pairs=int(size), sigma=round(per_root_token(said - exact[rows], batch), 5)) | off)
     made = dict(command="make bench-first-look", device=device, model=Path(MODEL).name, versions={p: version(p) for p in ("torch", "transformers")})
     RESULTS.write_text(json.dumps(dict(made=made, looks=found), indent=None, separators=(",", ":")).replace('},{"prec', '},\n{"prec') + "\n")
 
 
 def show():
     looks = pd.DataFrame(json.loads(RESULTS.read_text())["looks"])
-    table = looks.melt(["precision", "source", "length", "sigma"], var_name="table", value_name="off").dropna()
-    print(table.groupby(["precision", "length", "table"])["off"].agg(["count", "min", "median", "max"]).to_string())
+    table = looks.melt(["precision", "source", "length", "pairs", "sigma"], var_name="table", value_name="off").dropna()
+    print(table.groupby(["precision", "length", "pairs", "table"])["off"].agg(["count", "min", "median", "max"]).to_string())
     print(f"{len(looks)} looks; healthy tables stopped: {(looks['healthy'] > 1).sum()}")
 
 
 if __name__ == "__main__":
-    verb, *rest = sys.argv[1:] or ["show"]
-    if verb == "run": run(*map(int, rest))
+    verb = (sys.argv[1:] or ["show"])[0]
+    if verb == "run": run()
     elif verb == "summarise": summarise()
     elif verb == "show": show()
     else: sys.exit(__doc__)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdpo_nb.logprobs import autocast, load_model, load_tokenizer, micro_batches, pick_precision, response_logprobs, score_pairs
 from sdpo_nb.packing import choose_logprobs, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.trainer import TrainConfig, activation_checkpointing, batch_gradients, make_accelerator, return_large_blocks
+from sdpo_nb.trainer import USUAL_BUDGET, TrainConfig, activation_checkpointing, batch_gradients, make_accelerator, return_large_blocks
 
 MODEL = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser()
 DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")).resolve() / "preferences"
@@ -51,6 +51,7 @@ class Ours:
         self.model, self.table, self.accelerator, self.precision, self.logprobs, self.checkpointing = model, table, accelerator, precision, logprobs, checkpointing
         self.config = TrainConfig(beta=BETA, token_budget=budget)
     def gradients(self, batch):
+        return_large_blocks()                            # as a stage does
         activation_checkpointing(self.model.train(), self.checkpointing)
         batch_gradients(self.model, batch, self.table, self.config, self.accelerator, self.precision, self.logprobs)
     def reference(self, batch):
@@ -70,6 +71,7 @@ class TRL:
             yield self.trainer.data_collator([{k: list(p[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")} | dict(ref_chosen_logps=a.item(), ref_rejected_logps=b.item())
                                               for p, a, b in zip(part, c, r)])
     def gradients(self, batch):
+        return_large_blocks(32 * 2**20)                  # glibc's own limit
         if self.checkpointing: self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
         else: self.model.gradient_checkpointing_disable()
         self.trainer.current_gradient_accumulation_steps = len(batch) // self.size
@@ -125,11 +127,11 @@ def measure(source, precision):
     torch.manual_seed(0)
     model, tok, pairs, batches = load(source)
     assert choose_logprobs(model, batches[0]) is packed_logprobs
-    table = score_pairs(model, pairs, precision=precision, logprobs=packed_logprobs, token_budget=2048)
+    table = score_pairs(model, pairs, precision=precision, logprobs=packed_logprobs, token_budget=USUAL_BUDGET)
     accelerator = make_accelerator(precision)
     theirs = trl_trainer(load_model(str(MODEL), "cpu"), tok, precision)
     optimizers = {id(m): optimizer_of(m) for m in (model, theirs.model)}
-    sides = {"packed": Ours(model, table, accelerator, precision, packed_logprobs, 2048)}
+    sides = {"packed": Ours(model, table, accelerator, precision, packed_logprobs, USUAL_BUDGET)}
     sides |= {f"padded, {n}": Ours(model, table, accelerator, precision, by_pairs(response_logprobs), n) for n in (1, 2, 4, 8)}
     sides |= {f"TRL, {n}{', checkpointing' if c else ''}": TRL(theirs, table, n, c) for c in (False, True) for n in (1, 2, 4, 8)}
     run = lambda name, batch: timed(step, sides[name], optimizers[id(sides[name].model)], batch)
@@ -214,7 +216,7 @@ def plan(name, tokens, precision, recompute):
     before, accelerator, g = resident(), make_accelerator(precision, "cpu"), torch.Generator().manual_seed(0)
     model = trainable(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     activation_checkpointing(model, settings.gradient_checkpointing)
-    if settings.gradient_checkpointing: return_large_blocks()
+    return_large_blocks()
     def ids(low, high): return torch.randint(0, 30000, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
     pairs, room = [], int(tokens)
     while room:                                  # the row is full to the last token

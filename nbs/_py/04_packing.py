@@ -1100,8 +1100,8 @@ many.round(2).to_frame()
 
 # %% [markdown]
 # Last, a whole run: two stages of 32 pairs each, from loading S to the last file, by `sdpo` packed and padded, and by hand with one TRL trainer per stage. Packed and padded are the same run, loss by loss. (TRL draws its
-# batches in another order and starts its warm-up at 0, so its losses are others.) What `sdpo` spends on the partition, on the models between the stages and on the report is in its time; its memory is that of 4096 tokens at a
-# time, the default when this was measured (2,048 now), where TRL takes one pair.
+# batches in another order and starts its warm-up at 0, so its losses are others.) What `sdpo` spends on the partition, on the models between the stages and on the report is in its time; its memory is that of a
+# forward pass of 1,536 tokens, where TRL takes one pair.
 
 # %%
 whole = pd.DataFrame({called(name.removeprefix("whole ")): v for name, v in bench.items() if name.startswith("whole")}).T
