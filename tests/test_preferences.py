@@ -335,7 +335,7 @@ def test_drops_are_counted():
     def row(c, r, p="ab"): return dict(prompt=p, chosen=c, rejected=r)
     rows = [row("x", "y"), row("", "y"), row(" \n", "y"), row("</s>", "y"), row("x", "x"), row("xyzxyzxyz1", "xyzxyzxyz2"), row("x", "y", ""), row("xyzxyzxyz", "y")]
     s = tokenize_pairs(load_pairs(rows), toy(), "s", max_length=8)
-    assert s.counts == dict(rows=8, usable=2, empty=3, equal=2, no_prompt=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0)
+    assert s.counts == dict(rows=8, usable=2, empty=3, equal=1, no_prompt=1, no_room=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0, duplicates=0, both_labels=0)
     assert len(s) == 2 and s.pairs["truncated"][:] == [False, True]
     assert s.pairs.column_names == ["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"]
     assert counts_table([s]).loc["s", "empty"] == 3 and json.dumps(s.counts)
@@ -470,7 +470,7 @@ def test_real_files(name, rows, chat):
     data, t = load_pairs(REAL / f"{name}.jsonl.gz"), toy(CHATML, byte_level=True)
     assert len(data) == rows
     some = data.select(range(0, rows, 40))
-    s = tokenize_pairs(some, t, name, max_length=100_000, max_prompt_length=100_000)
+    s = tokenize_pairs(some, t, name, max_length=200_000, max_prompt_length=100_000)
     assert s.counts["usable"] == len(some) and s.counts["chat"] == chat * len(some) and s.counts["truncated"] == 0
     for raw, pair in zip(some, s.pairs):
         text = t.decode(pair["prompt_ids"] + pair["chosen_ids"])
@@ -485,3 +485,145 @@ def test_real_files(name, rows, chat):
 def test_large_sources_are_tokenised_in_parallel(monkeypatch):
     monkeypatch.setattr(P.os, "cpu_count", lambda: 4)
     assert [P._processes(n) for n in (1, 9_999, 10_000, 35_000, 10**6)] == [None, None, 1, 3, 4]
+
+
+# ---- found by outsiders: nothing that a model was meant to read is lost, nothing is read twice
+
+TWO_ENDS = CHATML.replace("<|im_end|>\n", "<|eot_id|><|im_end|>")
+TOOL = {"type": "function", "function": {"name": "w", "arguments": {}}}
+LOST = {
+    "tools": (dict(TEXT, tools=[TOOL]), "tools"),
+    "images": (dict(TEXT, images=["a.png"]), "images"),
+    "alpaca input": (dict(TEXT, input="hello"), "input"),
+    "tool call before": (dict(prompt=[user("a"), assistant("") | {"tool_calls": [TOOL]}], chosen=[assistant("b")], rejected=[assistant("c")]), "prompt[1].tool_calls"),
+    "tool call chosen": (dict(prompt=[user("a")], chosen=[assistant("") | {"tool_calls": [TOOL]}], rejected=[assistant("c")]), "chosen[0].tool_calls"),
+    "reasoning": (dict(prompt=[user("a")], chosen=[assistant("4") | {"reasoning_content": "so"}], rejected=[assistant("4")]), "chosen[0].reasoning_content"),
+    "surrogate": (dict(TEXT, chosen="b \ud83d"), "chosen"),
+    "messages as text": (dict(TEXT, chosen=str([assistant("b")]), rejected=str([assistant("c")])), "chosen"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_model_should_read_is_not_lost(tmp_path, name):
+    row, field = LOST[name]
+    first = TEXT if isinstance(row["chosen"], str) else dict(prompt=[user("a")], chosen=[assistant("b")], rejected=[assistant("c")])
+    sources = [[first, row], write(tmp_path / "p.jsonl", [first, row])]
+    if name != "surrogate": sources.append(Dataset.from_list([{k: None for k in row} | first, row]))
+    for source in sources:
+        with pytest.raises(ValueError) as e: load_pairs(source)
+        assert "row 1" in str(e.value) and f"field '{field}'" in str(e.value), e.value
+    harmless = dict(first, tools=None, images=[], input="see ", id=3, score_chosen=None)
+    if first is TEXT: assert len(load_pairs([harmless])) == 1
+
+
+@pytest.mark.parametrize("sides", ["turns", "strings"])
+def test_messages_that_hold_the_answer_are_not_read_twice(sides):
+    whole = lambda a: [user("2+2?"), assistant(a)]
+    row = dict(prompt="2+2?", chosen="4", rejected="5", messages=whole("4"))
+    if sides == "turns": row |= dict(chosen=whole("4"), rejected=whole("5"))
+    assert normalise(row)["prompt"] == [user("2+2?")]
+    longer = dict(row, messages=[user("hi"), assistant("ho"), *whole("4")])
+    assert normalise(longer)["prompt"] == [user("hi"), assistant("ho"), user("2+2?")]
+    with pytest.raises(ValueError, match="'messages': holds the prompt"): normalise(dict(row, messages=whole("6")))
+
+
+def test_a_source_is_a_chat_or_it_is_not(tmp_path):
+    rows = [dict(prompt="q", chosen="x", rejected="y", system=s) for s in (None, "be brief", None)]
+    (tmp_path / "p.csv").write_text("system,prompt,chosen,rejected\n,q,x,y\nbe brief,q,x,y\n,q,x,y\n")
+    for data in (load_pairs(rows), load_pairs(tmp_path / "p.csv"), load_pairs(rows).select([2, 1])):
+        s = tokenize_pairs(data, toy(CHATML), "s")
+        assert s.counts["chat"] == len(data)
+    mixed = [dict(chosen="see x", rejected="see y", system=None), dict(prompt="q", chosen="x", rejected="y", system="s")]
+    data = load_pairs([dict(prompt=None) | m for m in mixed[:1]]).to_list() + [mixed[1]]
+    with pytest.raises(ValueError, match="source 's', row 0.*row 1 has a system message"): tokenize_pairs(Dataset.from_list(data), toy(CHATML), "s")
+    assert tokenize_pairs(load_pairs(rows).select([0]), toy(CHATML), "s").counts["chat"] == 0
+
+
+def test_a_turn_may_end_with_two_tokens():
+    t = toy(TWO_ENDS)
+    assert turn_end(t) == ([], 0)
+    pair = tokenize_pairs(load_pairs([dict(prompt=[user("a")], chosen=[assistant("b")], rejected=[assistant("c")])]), t).pairs[0]
+    assert t.decode(pair["chosen_ids"]) == "b<|eot_id|><|im_end|>"
+    phi = toy(CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add"))   # the end of the text is no end of a turn
+    assert turn_end(phi) == ([], 2)
+
+
+def test_templates_that_cannot_be_asked(tmp_path):
+    chat = [dict(prompt=[user("a")], chosen=[assistant("b")], rejected=[assistant("c")])]
+    needs_system = toy("{% if messages[0].role != 'system' %}{{ raise_exception('a system message is needed') }}{% endif %}" + CHATML)
+    broken, parts = toy("{% for m in messages %}{{ m.role }"), toy("{% for m in messages %}{{ m.role }}: {% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>{% endfor %}")
+    for t in (needs_system, broken, parts): assert tokenize_pairs(load_pairs([TEXT]), t).counts["usable"] == 1    # text asks no template
+    assert tokenize_pairs(load_pairs([dict(TEXT, system="s")]), needs_system).counts["usable"] == 1
+    for t, why in ((needs_system, "row 0: a system message"), (broken, "cannot be rendered"), (parts, "content in parts")):
+        with pytest.raises(ValueError, match=f"source 's'.*{why}"): tokenize_pairs(load_pairs(chat), t, "s")
+
+
+def test_a_template_with_a_clock_says_the_same_every_day(monkeypatch):
+    t = toy("today {{ strftime_now('%d %b %Y') }}" + CHATML, byte_level=True)
+    ids = tokenize_pairs(load_pairs([dict(prompt=[user("a")], chosen=[assistant("b")], rejected=[assistant("c")])]), t).pairs[0]["prompt_ids"]
+    assert t.decode(ids).startswith("today 26 Jul 2024")
+
+
+def test_one_bos_where_the_text_has_one():
+    t = toy(bos=True)
+    s = tokenize_pairs(load_pairs([dict(prompt="<s>see ", chosen="a", rejected="b"), dict(prompt="see ", chosen="a", rejected="b")]), t)
+    assert [p["prompt_ids"] for p in s.pairs][0] == s.pairs[1]["prompt_ids"] and s.counts["duplicates"] == 1
+
+
+def test_names_with_glob_characters_are_names(tmp_path):
+    good, evil = [dict(TEXT)], [dict(prompt="see ", chosen=TEXT["rejected"], rejected=TEXT["chosen"])]
+    for kind, save in (("parquet", "to_parquet"), ("csv", "to_csv")):
+        for name, rows in (("p1", evil), ("p[1]", good), ("star", evil), ("st*r", good)): getattr(Dataset.from_list(rows), save)(str(tmp_path / f"{name}.{kind}"))
+        for name in ("p[1]", "st*r"):
+            data = load_pairs(tmp_path / f"{name}.{kind}")
+            assert len(data) == 1 and data[0]["chosen"] == TEXT["chosen"]
+
+
+def test_words_that_a_csv_reader_takes_for_nothing(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,chosen,rejected\nis it so?,None,Yes\nand this?,NA,null\n")
+    assert [r["chosen"] for r in load_pairs(tmp_path / "p.csv")] == ["None", "NA"]
+
+
+def test_columns_that_get_one_name():
+    row = dict(question="a", instruction="b", chosen="c", rejected="d")
+    for source in ([row], Dataset.from_list([row])):
+        with pytest.raises(ValueError, match="both 'question' and 'instruction' the name 'prompt'"): load_pairs(source, columns=dict(question="prompt", instruction="prompt"))
+    assert load_pairs([dict(question="a", chosen="c", rejected="d")], columns=dict(question="prompt", instruction="prompt"))[0]["prompt"] == "a"
+
+
+def test_odd_files(tmp_path, capsys):
+    Dataset.from_list([TEXT]).select([]).to_parquet(str(tmp_path / "none.parquet"))
+    with pytest.raises(ValueError, match="none.parquet: no rows"): load_pairs(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match=r"deep.jsonl, row 1 \(line 2\): not JSON"): load_pairs(write(tmp_path / "deep.jsonl", [TEXT, "[" * 50_000 + "]" * 50_000]))
+    with pytest.raises(ValueError, match=r"long.jsonl, row 0 \(line 1\): not JSON"): load_pairs(write(tmp_path / "long.jsonl", ['{"prompt": ' + "1" * 10_000 + "}"]))
+    assert len(load_pairs(write(tmp_path / "UPPER.JSONL", [TEXT]))) == 1
+    folder = tmp_path / "mixed"; folder.mkdir()
+    write(folder / "a.jsonl", [TEXT]), (folder / "c.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    assert len(load_pairs(folder)) == 1 and "not read" in (said := capsys.readouterr().out) and "c.csv" in said
+
+
+@pytest.mark.parametrize("source", [Dataset.from_list([TEXT]).to_iterable_dataset(), {"prompt": ["a"]}, 3, iter([TEXT])], ids=["iterable", "dict of columns", "number", "iterator"])
+def test_other_containers_are_refused(source):
+    with pytest.raises(ValueError, match="expected a file, a folder"): load_pairs(source)
+
+
+def test_a_cache_that_cannot_be_used_is_not_the_files_fault(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "taken" / "cache")
+    path = write(tmp_path / "p.jsonl", [dict(TEXT, prompt=f"unseen {random.random()}")])
+    with pytest.raises(ValueError, match="the cache of datasets"): load_pairs(path)
+
+
+def test_the_prompt_leaves_room(tiny):
+    rows = [dict(prompt="copy " + "a" * 60, chosen="ab", rejected="ba"), dict(prompt="copy a", chosen="ab" * 30, rejected="ab" * 30 + "c")]
+    s = tokenize_pairs(load_pairs(rows), tiny, "s", max_length=32)
+    assert s.counts["usable"] == 1 and s.counts["prompt_truncated"] == 1 and s.dropped() == dict(no_room=1)
+    assert len(s.pairs[0]["prompt_ids"]) == 16 and len(s.pairs[0]["chosen_ids"]) == 3
+    for given in (32, 40):
+        with pytest.raises(ValueError, match="max_prompt_length.*below max_length = 32"): tokenize_pairs(load_pairs(rows), tiny, "s", 32, given)
+
+
+def test_duplicates_and_both_labels_are_counted(tiny):
+    a, b = dict(prompt="copy ab", chosen="ab", rejected="ba"), dict(prompt="copy ab", chosen="ba", rejected="ab")
+    counts = tokenize_pairs(load_pairs([a, a, b, dict(a, prompt="copy abc")]), tiny, "s").counts
+    assert (counts["duplicates"], counts["both_labels"]) == (1, 3)

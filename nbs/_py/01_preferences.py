@@ -24,14 +24,17 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import gzip, hashlib, json, os
+import glob, gzip, hashlib, json, os, re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import datasets
 import jinja2
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
 
 # %%
@@ -86,6 +89,45 @@ def _check_prompt(row, where, chat):
 
 
 # %% [markdown]
+# Scores, ids and dates may stand beside a preference; nobody reads them. But some fields are meant for the model: tools, images, a chain of thought. A pair without them
+# is another pair, so they are refused rather than left out. Text can be broken, too: half of a surrogate, or a conversation that a CSV file has turned into one string.
+
+# %%
+#| export
+_FOR_THE_MODEL = dict(
+    row="tools functions images image videos video audios audio chat_template_kwargs".split(),
+    message="tool_calls tool_call_id function_call reasoning_content reasoning thinking images".split())
+
+def _said(row):
+    "(field, value) of everything in a row that a model would read."
+    for field in _SCHEMA:
+        value = row.get(field)
+        if isinstance(value, str): yield field, value
+        elif isinstance(value, (list, tuple)): yield from ((f"{field}[{i}].content", m["content"]) for i, m in enumerate(value))
+
+def _check_lost(row, where):
+    "Raise ValueError for what a model was meant to read and would not."
+    found = {field: row.get(field) for field in _FOR_THE_MODEL["row"]}
+    for field in _SCHEMA:
+        if not isinstance(row.get(field), (list, tuple)): continue
+        found |= {f"{field}[{i}].{key}": m.get(key) for i, m in enumerate(row[field]) for key in _FOR_THE_MODEL["message"]}
+    for field, value in found.items():
+        if value: raise ValueError(f"{where}, field '{field}': is meant for the model and cannot be rendered here; write it into the text, or remove it; got {_short(value)}")
+    extra, prompt = row.get("input"), row.get("prompt")
+    if isinstance(extra, str) and isinstance(prompt, str) and extra.strip() not in prompt:
+        raise ValueError(f"{where}, field 'input': is not part of 'prompt' and would be lost; write the two into one column")
+
+def _check_text(row, where):
+    "Raise ValueError for text that is none."
+    for field, text in _said(row):
+        try: text.encode()
+        except UnicodeEncodeError as e: raise ValueError(f"{where}, field '{field}': half a character, {text[e.start]!r}, at position {e.start}") from None
+    answers = [row["chosen"], row["rejected"]]
+    if all(isinstance(x, str) and x.lstrip().startswith("[{") and "role" in x[:20] for x in answers):
+        raise ValueError(f"{where}, field 'chosen': messages, written as text; keep conversations in JSONL or Parquet")
+
+
+# %% [markdown]
 # A row that does not fit is an error, never a skipped row: skipping would hide that a column was misnamed or a file half written.
 # The message says where, what, and what would be right.
 
@@ -105,11 +147,13 @@ def _check(row: dict,  # one raw row
                          + " (messages are a list of {'role': string, 'content': string})" * isinstance(value, (list, dict)))
     if _shape(row["chosen"]) != _shape(row["rejected"]):
         raise ValueError(f"{where}, field 'rejected': expected {_shape(row['chosen'])} as in 'chosen', got {_short(row['rejected'])}")
+    _check_lost(row, where)
+    _check_text(row, where)
     _check_prompt(row, where, chat)
 
 
 # %% [markdown]
-# Five wrong rows and what is said about them. A number is not turned into its digits: whoever wrote `4` in one row and `"4"` in
+# Seven wrong rows and what is said about them. A number is not turned into its digits: whoever wrote `4` in one row and `"4"` in
 # another may have meant a score.
 
 # %%
@@ -119,7 +163,8 @@ def complaint(f, *args, **kw):
     raise AssertionError("nothing was wrong")
 
 bad = [dict(prompt="sort gace", chosen="aceg"), dict(prompt="add 1 2", chosen="3", rejected=4), dict(question="add 2 2", chosen="4", rejected="5"),
-       dict(prompt=[], chosen="a", rejected="b"), dict(chosen=[{"role": "assistant", "content": None}], rejected="b")]
+       dict(prompt=[], chosen="a", rejected="b"), dict(chosen=[{"role": "assistant", "content": None}], rejected="b"),
+       dict(prompt="what is this?", chosen="a cat", rejected="a dog", images=["cat.png"]), dict(prompt="translate", input="hello", chosen="bonjour", rejected="salut")]
 pd.DataFrame({"the message": [complaint(_check, row, f"pairs.jsonl, row {i}") for i, row in enumerate(bad)]}).style.hide().set_uuid("bad")
 
 
@@ -169,14 +214,23 @@ def _split_turns(prompt, chosen, rejected, where):
 
 
 # %% [markdown]
-# `messages` comes in two readings: the turns *before* the prompt, or the *whole* conversation of which `prompt` is a flat copy
-# (Anthropic's HH). Its last role tells them apart: after a user's turn no second user's turn can follow.
+# `messages` comes in three readings: the turns *before* the prompt; the conversation up to the answer, of which `prompt` is a flat copy
+# (Anthropic's HH); or the conversation *with* the chosen answer (UltraFeedback). Its end tells them apart. After a user's turn no second user's turn can follow, and the question of this row cannot have been
+# answered before it was asked.
 
 # %%
 #| export
-def _context(row, turns, where):
+def _without_answer(before, turns, sides, where):
+    "Earlier turns; a whole conversation loses the answer, which is one of the row's own."
+    if len(before) < 2 or not turns or before[-1]["role"] != "assistant": return before
+    if before[-2]["content"].strip() != turns[-1]["content"].strip(): return before
+    if before[-1]["content"] not in [s["content"] for s in sides]:
+        raise ValueError(f"{where}, field 'messages': holds the prompt, and an answer that is neither 'chosen' nor 'rejected'; leave the two out of it")
+    return before[:-1]
+
+def _context(row, turns, sides, where):
     "System message, earlier turns, then the prompt's own."
-    before = _messages(row.get("messages") or [])
+    before = _without_answer(_messages(row.get("messages") or []), turns, sides, where)
     if before and before[-1]["role"] == "user":
         if turns and before[-1]["content"].strip() not in turns[-1]["content"]:
             raise ValueError(f"{where}, field 'messages': ends with a user turn that 'prompt' does not repeat; end it with the assistant turn before the prompt")
@@ -207,11 +261,11 @@ def normalise(row: dict,         # a raw row: prompt (may be missing), chosen, r
     for field, side in zip(("chosen", "rejected"), sides):
         if [m["role"] for m in side] != ["assistant"]:
             raise ValueError(f"{where}, field '{field}': expected one assistant turn after the prompt, got roles {[m['role'] for m in side]}")
-    return dict(chat=True, prompt=_context(row, turns, where), chosen=sides[0][0], rejected=sides[1][0])
+    return dict(chat=True, prompt=_context(row, turns, [sides[0][0], sides[1][0]], where), chosen=sides[0][0], rejected=sides[1][0])
 
 
 # %% [markdown]
-# Seven spellings of one pair. The first stays text; the other six must come out as the same conversation, apart from the turns
+# Eight spellings of one pair. The first stays text; the other seven must come out as the same conversation, apart from the turns
 # that only some of them carry.
 
 # %%
@@ -226,7 +280,8 @@ spellings = {
     "string + conversations": dict(prompt=ask, chosen=[user(ask), assistant(good)], rejected=[user(ask), assistant(bad)]),
     "system":            dict(prompt=ask, chosen=good, rejected=bad, system="be brief"),
     "messages before":   dict(prompt=ask, chosen=good, rejected=bad, messages=[user("hi"), assistant("hello")]),
-    "messages, whole":   dict(prompt=f"Human: {ask} Assistant:", chosen=good, rejected=bad, messages=[user(ask)]),
+    "messages, to the answer": dict(prompt=f"Human: {ask} Assistant:", chosen=good, rejected=bad, messages=[user(ask)]),
+    "messages, whole":   dict(prompt=ask, chosen=[user(ask), assistant(good)], rejected=[user(ask), assistant(bad)], messages=[user(ask), assistant(good)]),
 }
 
 
@@ -256,42 +311,65 @@ def toy_tokenizer(lines, template=None, size=58, **kw):
 
 LINES = ["see http://a.org", "the page is http://b.org", "is it http://a.org or http://b.org?"] * 4
 
-
 # %% [markdown]
 # A template closes the assistant's turn with an end token, and some write more after it: ChatML a line feed. In generation
 # the model is stopped at the end token and never asked for the rest, so the rest must not be scored.
 
 # %%
 #| export
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+def _without_clock(template):
+    "A chat template in which every day is the one that Llama 3's own takes where no clock is at hand."
+    return _CLOCK.sub(lambda m: m[1] + datetime(2024, 7, 26).strftime(m[2]) + m[1], template)
+
 def _render(tokenizer, messages, **kw):
+    "Ids of a conversation. A template that asks for today's date is told another: pairs must not depend on the day."
     if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
+    if "strftime_now" in tokenizer.chat_template: kw["chat_template"] = _without_clock(tokenizer.chat_template)
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
+
+def _after_answer(tokenizer, later=()):
+    "Ids that follow an assistant's turn, whatever it says."
+    asked = {"role": "user", "content": "x"}
+    def rendered(before, said): return _render(tokenizer, [*before, asked, {"role": "assistant", "content": said}, *later])
+    try: a, b = (rendered([], said) for said in ("a", "b b"))
+    except jinja2.TemplateError:         # it may insist on a system message
+        try: a, b = (rendered([{"role": "system", "content": "x"}], said) for said in ("a", "b b"))
+        except jinja2.TemplateError as e: raise ValueError(f"the chat template cannot be rendered ({e})") from e
+    if a == b: raise ValueError("the chat template leaves out what a message says: it wants content in parts, not a string")
+    return a[len(a) - _shared(a[::-1], b[::-1]):]
 
 def turn_end(tokenizer, # a tokenizer with a chat template
             ) -> tuple[list[int], int]: # (ids that must be appended, number of ids to cut) after a rendered assistant turn
-    "How a rendered assistant turn has to be mended so that it ends with the turn's end token."
-    a, b = (_render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": c}]) for c in ("a", "b b"))
-    tail = a[len(a) - _shared(a[::-1], b[::-1]):]
+    "How a rendered assistant turn has to be mended so that it ends with the turn's end token, or tokens. Raises ValueError for a template that cannot be rendered."
+    tail = _after_answer(tokenizer)
     ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()} | set(tokenizer.all_special_ids)
-    first = next((i for i, t in enumerate(tail) if t in ends - {tokenizer.unk_token_id}), None)
-    return ([tokenizer.eos_token_id], len(tail)) if first is None else ([], len(tail) - first - 1)
+    ends -= {tokenizer.unk_token_id}
+    first = next((i for i, t in enumerate(tail) if t in ends), None)
+    if first is None: return [tokenizer.eos_token_id], len(tail)
+    n = first + 1
+    if n < len(tail) and tail[n] in ends:    # the turn's, if it stands between two turns as well
+        between = _after_answer(tokenizer, [{"role": "user", "content": "y"}])
+        while n < len(tail) and tail[n] in ends and tail[:n+1] == between[:n+1]: n += 1
+    return [], len(tail) - n
 
 
 # %% [markdown]
 # What follows the response is found like an implicit prompt, from the other end: two renderings that differ only in the
-# response share the tail. Llama 3 ends turns with a token that is not its EOS; a template without any end token gets EOS.
+# response share the tail. Llama 3 ends turns with a token that is not its EOS; a template without any end token gets EOS. Cohere's ends a turn with two tokens, and both count, since both stand between turns as well.
 
 # %%
 chatml = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-templates = {"ChatML": chatml, "Llama-3-like": chatml.replace("<|im_end|>\n", "<|eot_id|>"), "no end token": chatml.replace("<|im_end|>", "")}
+templates = {"ChatML": chatml, "Llama-3-like": chatml.replace("<|im_end|>\n", "<|eot_id|>"), "no end token": chatml.replace("<|im_end|>", ""), "two end tokens": chatml.replace("<|im_end|>\n", "<|eot_id|><|im_end|>")}
 rows = {}
 for name, template in templates.items():
     t = toy_tokenizer(LINES, template)
     add, cut = turn_end(t)
     full = t.apply_chat_template([user("is it?"), assistant("yes")], tokenize=True, return_dict=False)
     rows[name] = dict(template_writes=repr(t.decode(full[-2:])), cut=cut, append=t.decode(add), scored_end=t.decode((full[:len(full) - cut] + add)[-1:]))
-assert [r["scored_end"] for r in rows.values()] == ["<|im_end|>", "<|eot_id|>", "</s>"]
+assert [r["scored_end"] for r in rows.values()] == ["<|im_end|>", "<|eot_id|>", "</s>", "<|im_end|>"]
 pd.DataFrame(rows).T
 
 # %% [markdown]
@@ -310,14 +388,18 @@ pd.DataFrame([glued, joint], index=["glued", "tokenised together"]).fillna("")
 
 
 # %% [markdown]
-# So the whole row is tokenised, prompt and response together, once for each side. Plain text gets exactly one EOS, whether the
+# So the whole row is tokenised, prompt and response together, once for each side. Plain text gets exactly one EOS, and at most one BOS, whether the
 # tokenizer, the data or nobody wrote one.
 
 # %%
 #| export
 def _text_ids(pair, tokenizer):
     "Ids of the prompt and of both full rows."
-    def ids(text): return list(tokenizer(text).input_ids)
+    bos = tokenizer.bos_token_id
+    def ids(text):
+        found = list(tokenizer(text).input_ids)
+        twice = bos is not None and found[:2] == [bos, bos]
+        return found[twice:]
     def bare(ids): return bare(ids[:-1]) if ids[-1:] == [tokenizer.eos_token_id] else ids
     prompt = ids(pair["prompt"])
     if not pair["prompt"].endswith(tokenizer.eos_token): prompt = bare(prompt) # some tokenizers append EOS to everything
@@ -330,17 +412,20 @@ def _chat_ids(pair, tokenizer, end):
 
 
 # %% [markdown]
-# Three kinds of valid rows teach nothing: a response without text (its EOS alone is no answer), two equal responses, and a prompt
-# of no token at all, after which nothing predicts the response's first token.
+# Four kinds of valid rows teach nothing: a response without text (its EOS alone is no answer), two equal responses, a prompt
+# of no token at all, after which nothing predicts the response's first token, and a row too short for the place where the two responses part.
 
 # %%
 #| export
-def _why_dropped(pair, tokenizer, prompt, sides) -> str: # empty where the pair is usable
-    "The reason for which a valid pair carries no signal."
+DROPPED = "empty", "equal", "no_prompt", "no_room" # reasons
+
+def _why_dropped(pair, tokenizer, prompt, whole, kept) -> str: # empty where the pair is usable
+    "The reason for which a valid pair carries no signal, or not after the cut."
     texts = [pair[s]["content"] if pair["chat"] else pair[s] for s in ("chosen", "rejected")]
-    if not all(sides) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
-    if sides[0] == sides[1]: return "equal"
-    return "" if prompt else "no_prompt"
+    if not all(whole) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
+    if whole[0] == whole[1]: return "equal"
+    if not prompt: return "no_prompt"
+    return "" if all(kept) and kept[0] != kept[1] else "no_room"
 
 
 # %% [markdown]
@@ -349,25 +434,37 @@ def _why_dropped(pair, tokenizer, prompt, sides) -> str: # empty where the pair 
 # $$n = \min\big(\mathrm{lcp}(x, z_w),\ \mathrm{lcp}(x, z_l)\big). \tag{1}$$
 #
 # What merged across the prompt's end counts as response, on both sides: the two are always read after the same prompt. The `key` of a pair is a
-# hash of its ids and boundary; reference tables will be kept under it.
+# hash of its ids and boundary; reference tables will be kept under it. `swapped` is the key of the same pair with the opposite label.
 
 # %%
 #| export
+def prompt_limit(max_length: int,  # longest prompt + response, in tokens
+                 given: int=None,  # longest prompt, if somebody said so
+                ) -> int:          # half of max_length, where nobody did
+    "The longest prompt. Raises ValueError where it could fill the row and leave nothing to score."
+    if max_length < 2: raise ValueError(f"max_length: must be at least 2, got {max_length}")
+    if not given: return max_length // 2
+    if not 1 <= given < max_length: raise ValueError(f"max_prompt_length: must be at least 1 and below max_length = {max_length}, got {given}; a longer prompt leaves no room for a response")
+    return given
+
+def _key(prompt, first, second): return hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
+
 def encode(pair: dict,             # what `normalise` returns
            tokenizer,              # a transformers tokenizer
            max_length: int=1024,   # longest prompt + response, in tokens
-           max_prompt_length: int=512, # longest prompt; its end is kept
+           max_prompt_length: int=None, # longest prompt, its end is kept; None: half of max_length
            end: tuple=None,        # `turn_end(tokenizer)`, asked for where it is not given
           ) -> dict:               # prompt_ids, chosen_ids, rejected_ids and what was done to them
     "Token ids of one pair. The prompt is the longest common prefix of the prompt's ids and both full rows."
     prompt, full = _chat_ids(pair, tokenizer, end) if pair["chat"] else _text_ids(pair, tokenizer)
     n = min(_shared(prompt, f) for f in full) # (1)
-    kept = prompt[max(0, n - max_prompt_length):n]
-    sides = [f[n:][:max(0, max_length - len(kept))] for f in full]
-    return dict(key=hashlib.sha256(json.dumps([kept, *sides]).encode()).hexdigest()[:16],
-                prompt_ids=kept, chosen_ids=sides[0], rejected_ids=sides[1], drop=_why_dropped(pair, tokenizer, kept, sides), chat=pair["chat"],
-                truncated=len(kept) + max(len(f) - n for f in full) > max_length,
-                prompt_truncated=n > max_prompt_length, boundary_moved=n < len(prompt))
+    longest = prompt_limit(max_length, max_prompt_length)
+    kept = prompt[max(0, n - longest):n]
+    whole = [f[n:] for f in full]
+    sides = [w[:max_length - len(kept)] for w in whole]
+    return dict(key=_key(kept, *sides), swapped=_key(kept, *sides[::-1]), prompt_ids=kept, chosen_ids=sides[0], rejected_ids=sides[1],
+                drop=_why_dropped(pair, tokenizer, kept, whole, sides), chat=pair["chat"],
+                truncated=len(kept) + max(map(len, whole)) > max_length, prompt_truncated=n > longest, boundary_moved=n < len(prompt))
 
 
 # %%
@@ -412,20 +509,21 @@ ax.set(xlabel="position (characters)"); sns.despine(ax=ax, left=True)
 # %%
 long = dict(chat=False, prompt="see http://a.org ", chosen="is it http://b.org", rejected="is it 42")
 cuts = {}
-for max_length, max_prompt in ((64, 64), (64, 4), (12, 4), (8, 4), (4, 4)):
+for max_length, max_prompt in ((64, 60), (64, 4), (12, 4), (8, 4), (5, 4)):
     e = encode(long, tok, max_length, max_prompt)
     assert len(e["prompt_ids"]) <= max_prompt and all(len(e["prompt_ids"]) + len(e[s]) <= max_length for s in ("chosen_ids", "rejected_ids"))
     cuts[max_length, max_prompt] = {k: tok.decode(e[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")} | {k: e[k] for k in ("truncated", "drop")}
-assert [c["drop"] for c in cuts.values()] == ["", "", "", "equal", "empty"]
+assert [c["drop"] for c in cuts.values()] == ["", "", "", "no_room", "no_room"]
 asked = dict(prompt=[user("is it?")], chosen=[assistant("yes")], rejected=[assistant("no")])
 whole, cut = (tok.decode(encode(normalise(asked), toy_tokenizer(LINES, chatml), max_prompt_length=n)["prompt_ids"]) for n in (64, 15))
+assert "no room for a response" in complaint(encode, long, tok, 64, 64)
 assert whole.startswith("<|im_start|>user") and whole.endswith(cut) and not cut.startswith("<|im_start|>user")
 pd.DataFrame(cuts.values(), index=pd.MultiIndex.from_tuples(cuts, names=["max_length", "max_prompt_length"]))
 
 
 # %% [markdown]
-# A cut can remove the signal: in the fourth row both sides begin alike, in the last nothing is left of them. Such pairs are
-# dropped, and counted by reason.
+# A cut can remove the signal: in the last two rows what is left of both sides is the same. Such pairs are
+# dropped, and counted by reason. A prompt may never fill the row, so a limit for prompts at or above `max_length` is an error.
 #
 # ## Anything `datasets` reads
 #
@@ -442,8 +540,16 @@ def _rename(names, columns): # old name -> new name, for the columns that stay
 
 def _check_columns(columns, names, where):
     "Raise ValueError where a rename finds neither its old nor its new name."
-    if absent := [c for c in columns if c not in names and columns[c] not in names]:
+    there = {*names, *(columns[c] for c in columns if c in names)}
+    if absent := [c for c in columns if c not in names and columns[c] not in there]:
         raise ValueError(f"{where}: columns= names {sorted(absent)}, but the rows have {sorted(names)}")
+
+def _check_one_each(columns, names, where):
+    "Raise ValueError where two columns of a row would get one name."
+    old = [c for c in columns if c in names]
+    for c in old:
+        if both := [other for other in old if other != c and columns[other] == columns[c]]:
+            raise ValueError(f"{where}: columns= gives both '{c}' and '{both[0]}' the name '{columns[c]}'")
 
 
 # %% [markdown]
@@ -458,12 +564,13 @@ def _checked(rows, columns: dict): # rows: (where, row)
     for where, row in rows:
         if isinstance(row, dict):
             seen |= set(row)
+            _check_one_each(columns, row, where)
             row = {new: row[old] for old, new in _rename(row, columns).items()}
         _check(row, where)
         for field in ("prompt", "chosen", "rejected"):
-            before = shapes.setdefault(field, _shape(row.get(field)))
+            before, first = shapes.setdefault(field, (_shape(row.get(field)), where))
             if _shape(row.get(field)) != before:
-                raise ValueError(f"{where}, field '{field}': expected {before} as in the rows before, got {_short(row.get(field))}")
+                raise ValueError(f"{where}, field '{field}': expected {before} as in row {first.split(', row ')[-1]}, got {_short(row.get(field))}")
         yield {f: _messages(row[f]) if isinstance(row.get(f), (list, tuple)) else row.get(f) for f in _SCHEMA}
     if seen: _check_columns(columns, seen, where.split(", row")[0])
 
@@ -476,7 +583,10 @@ def _checked(rows, columns: dict): # rows: (where, row)
 #| export
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
-def _suffix(path): return Path(path.stem if path.suffix == ".gz" else path).suffix
+def _suffix(path):
+    "Kind of a file, without .gz."
+    path = Path(str(path).lower())
+    return Path(path.stem if path.suffix == ".gz" else path).suffix
 
 
 # %% [markdown]
@@ -486,25 +596,30 @@ def _suffix(path): return Path(path.stem if path.suffix == ".gz" else path).suff
 #| export
 def _json_rows(path):
     "One object a line, or, in a .json file, one list of objects."
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+    def parsed(text, where):
+        try: return json.loads(text)
+        except (ValueError, RecursionError) as e: raise ValueError(f"{where}: not JSON ({str(e).splitlines()[0]})") from None
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
         whole = _suffix(path) == ".json" and f.read(1) == "["
         f.seek(0)
-        if whole: yield from ((f"{path}, row {i}", row) for i, row in enumerate(json.load(f)))
+        if whole: yield from ((f"{path}, row {i}", row) for i, row in enumerate(parsed(f.read(), path)))
         else:
             for i, (n, line) in enumerate((n, line) for n, line in enumerate(f, 1) if line.strip()):
                 where = f"{path}, row {i} (line {n})"
-                try: row = json.loads(line)
-                except json.JSONDecodeError as e: raise ValueError(f"{where}: not JSON ({e})") from None
-                yield where, row
+                yield where, parsed(line, where)
 
 
 # %%
 #| export
 def _file_rows(path: Path):
-    "(where, row) of every row of a file."
+    "(where, row) of every row of a file. In a CSV only an empty cell is nothing: None and NA are words."
     kind = _READERS[_suffix(path)]
     if kind == "json": yield from _json_rows(path)
-    else: yield from ((f"{path}, row {i}", row) for i, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True)))
+    elif kind == "parquet" and not pq.read_metadata(path).num_rows: return
+    else:
+        how = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}
+        rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **how)
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 
 # %% [markdown]
@@ -513,7 +628,7 @@ def _file_rows(path: Path):
 
 # %%
 #| export
-_VERSION = 2 # of what is cached: raise it when the same file or row would give something else
+_VERSION = 3 # of what is cached: raise it when the same file or row would give something else
 
 def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
 
@@ -523,7 +638,7 @@ def _features(row):
 
 def _read_file(path: Path, columns: dict) -> Dataset:
     "The checked rows of one file, memory-mapped."
-    if _suffix(path) not in _READERS: raise ValueError(f"{path}: cannot read '{path.suffix}' files; use one of {sorted(_READERS)}, also with .gz")
+    if _suffix(path) not in _READERS: raise ValueError(f"{path}: cannot read '{path.suffix}' files; use one of {sorted(_READERS)}; the text formats may end in .gz")
     try:
         first = next(_checked(_file_rows(path), columns), None)
         if first is None: raise ValueError(f"{path}: no rows")
@@ -531,12 +646,15 @@ def _read_file(path: Path, columns: dict) -> Dataset:
         return Dataset.from_generator(_generate, features=_features(first), gen_kwargs=dict(path=str(path), columns=columns, digest=f"{_VERSION}-{digest}"))
     except Exception as e:
         e = e.__cause__ or e # datasets wraps what the generator raises
-        raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {(str(e) or repr(e)).splitlines()[0]}") from e
+        why = (str(e) or repr(e)).splitlines()[0]
+        ours = isinstance(e, json.JSONDecodeError) or isinstance(e, OSError) and e.filename and str(e.filename) != str(path) # the file itself has been read by then
+        if ours: raise ValueError(f"the cache of datasets, {datasets.config.HF_DATASETS_CACHE}, cannot be used ({why}); delete it, or name another folder in HF_DATASETS_CACHE") from e
+        raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {why}") from e
 
 
 # %% [markdown]
 # A folder is read file by file, so that a message can name the file; which file belongs to which split is left to `datasets`.
-# Splits that do not exist are one line, not a traceback.
+# It takes files of one kind. What it leaves aside is said.
 
 # %%
 #| export
@@ -546,7 +664,10 @@ def _pick(splits, split, where):
 
 def _read_folder(path, split, columns):
     try: files = {str(s): fs for s, fs in load_dataset_builder(str(path)).config.data_files.items()}
-    except Exception as e: raise ValueError(f"{path}: no files in this folder that datasets can read ({str(e).splitlines()[0]})") from e
+    except Exception as e: raise ValueError(f"{path}: no files in this folder that datasets can read ({' '.join(str(e).split())[:300]})") from e
+    used = {Path(f) for fs in files.values() for f in fs}
+    if aside := sorted(str(f.relative_to(path)) for f in path.rglob("*") if _suffix(f) in _READERS and f not in used and not f.name.startswith(".")):
+        print(f"{path}: not read, as the folder's data are of another kind: {', '.join(aside)}")
     parts = [_read_file(Path(f), columns) for f in _pick(files, split, path)]
     for f, part in zip(files[split], parts):
         if part.features != parts[0].features: raise ValueError(f"{f}: its fields hold other things than those of {files[split][0]}; load the two as two sources")
@@ -563,11 +684,12 @@ def _from_dataset(data, split, columns, where):
     if isinstance(data, DatasetDict): data = _pick(data, split, where)
     names = _rename(data.column_names, columns)
     _check_columns(columns, data.column_names, where)
+    _check_one_each(columns, data.column_names, where)
     data = data.with_format(None).select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
     if len(data): _check(data[0], f"{where}, row 0")
-    data = data.select_columns([c for c in _SCHEMA if c in data.column_names])
-    for _ in _checked(((f"{where}, row {i}", row) for i, row in enumerate(data)), {}): pass
-    return data
+    looked_at = [c for c in (*_SCHEMA, *_FOR_THE_MODEL["row"], "input") if c in data.column_names]
+    for _ in _checked(((f"{where}, row {i}", row) for i, row in enumerate(data.select_columns(looked_at))), {}): pass
+    return data.select_columns([c for c in _SCHEMA if c in data.column_names])
 
 
 # %% [markdown]
@@ -602,6 +724,7 @@ def load_pairs(source,              # file (.jsonl, .json, .parquet, .arrow, .cs
         rows = list(_checked(((f"<list>, row {i}", row) for i, row in enumerate(source)), columns))
         if not rows: raise ValueError("<list>: no rows")
         return Dataset.from_list(rows, features=_features(rows[0]))
+    if not isinstance(source, (str, Path)): raise ValueError(f"<{type(source).__name__}>: expected a file, a folder, a hub id, a list of rows or a Dataset; Dataset.from_list(list(...)) makes one of most things")
     path = Path(source).expanduser()
     if path.is_file(): return _read_file(path, columns)
     if any((path / f"dataset_{kind}.json").exists() for kind in ("info", "dict")): return _from_dataset(load_from_disk(str(path)), split, columns, str(path))
@@ -646,6 +769,7 @@ class Source:
     counts: dict   # rows read, dropped by reason, truncated, ...
 
     def __len__(self): return len(self.pairs)
+    def dropped(self) -> dict: return {why: n for why in DROPPED if (n := self.counts[why])} # reason -> rows
 
 def counts_table(sources) -> pd.DataFrame:
     "What was read, dropped and cut, one source a row."
@@ -654,12 +778,11 @@ def counts_table(sources) -> pd.DataFrame:
 
 # %% [markdown]
 # Ids are made once and kept under a hash of what decides them: the rows' content, the tokenizer, the template, the lengths. A probe shows what a tokenizer
-# written in Python adds by itself. Padding and truncation are left out: they are what the last caller happened to ask for. What escapes is a template
-# that writes the date: its ids keep the day on which they were made, and a run can go on after midnight.
+# written in Python adds by itself. Padding and truncation are left out: they are what the last caller happened to ask for.
 
 # %%
 #| export
-_FEATURES = datasets.Features({"key": datasets.Value("string"),
+_FEATURES = datasets.Features({"key": datasets.Value("string"), "swapped": datasets.Value("string"),
     **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
     **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
 
@@ -685,13 +808,30 @@ def _digest(data, tokenizer, *settings) -> str:
 #| export
 def _usable(name, out):
     "The pairs that carry signal, and the counts."
-    t = out.select_columns(["drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
+    t = out.select_columns(["key", "swapped", "drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
     keep, dropped = t["drop"] == "", t["drop"].value_counts()
     if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows, dropped {dropped.to_dict()}")
-    counts = dict(rows=len(t), usable=keep.sum(), **{why: dropped.get(why, 0) for why in ("empty", "equal", "no_prompt")},
-                  **{k: t.loc[keep, k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")})
+    usable = t[keep]
+    counts = dict(rows=len(t), usable=len(usable), **{why: dropped.get(why, 0) for why in DROPPED},
+                  **{k: usable[k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")},
+                  duplicates=usable["key"].duplicated().sum(), both_labels=usable["swapped"].isin(usable["key"]).sum())
     pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
     return Source(name, pairs if keep.all() else pairs.select(keep.to_numpy().nonzero()[0]), {k: int(v) for k, v in counts.items()})
+
+
+# %% [markdown]
+# Whether strings are text or the turns of a chat is asked once for a source, not for every row. One row with a system message or with earlier turns says that all of them are turns,
+# or half a file would go through the template and half of it would not.
+
+# %%
+#| export
+def _first_turns(data) -> int|None:
+    "The first row that has a system message or earlier turns."
+    columns = [c for c in ("system", "messages") if c in data.column_names]
+    if not columns: return None
+    for n, table in enumerate(data.select_columns(columns).with_format("arrow").iter(1000)):
+        at = [i for c in table.columns if (i := pc.index(pc.is_valid(c), True).as_py()) >= 0]
+        if at: return 1000 * n + min(at)
 
 
 # %% [markdown]
@@ -703,18 +843,25 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
                    tokenizer,            # a transformers tokenizer
                    name: str="pairs",    # of the source
                    max_length: int=1024, # longest prompt + response, in tokens; the response's tail is cut
-                   max_prompt_length: int=512, # longest prompt; its end is kept
-                   chat: bool=False,     # read string fields as turns of a chat
+                   max_prompt_length: int=None, # longest prompt, its end is kept; None: half of max_length
+                   chat: bool=False,     # read string fields as turns of a chat, also where no row has a system message or earlier turns
                    num_proc: int=None,   # processes; None: one for every 10,000 rows, at most one a core
                   ) -> Source:           # usable pairs, with counts of the others
     "Tokenise once. Raises ValueError for a row that breaks the schema or a source without a usable pair."
     if not len(data): raise ValueError(f"source '{name}': no rows")
     if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
-    if min(max_length, max_prompt_length) < 1: raise ValueError(f"max_length={max_length} and max_prompt_length={max_prompt_length} must be at least 1")
-    end = turn_end(tokenizer) if tokenizer.chat_template else None
+    max_prompt_length = prompt_limit(max_length, max_prompt_length)
+    turns = _first_turns(data)
+    conversational = isinstance(data[0]["chosen"], list)
+    rendered = chat or turns is not None or conversational
+    try: end = turn_end(tokenizer) if rendered and tokenizer.chat_template else None
+    except ValueError as e: raise ValueError(f"source '{name}': {e}") from e
     def one(row, i):
         where = f"source '{name}', row {i}"
-        pair = normalise(dict(row), where, chat)
+        try: pair = normalise(dict(row), where, rendered)
+        except ValueError as e:
+            if turns is None or conversational: raise
+            raise ValueError(f"{e} (row {turns} has a system message or earlier turns, so every row of this source is a conversation)") from e
         try: return encode(pair, tokenizer, max_length, max_prompt_length, end)
         except (ValueError, jinja2.TemplateError) as e: raise ValueError(f"{where}: {e}") from e
     digest = _digest(data, tokenizer, max_length, max_prompt_length, chat)
@@ -727,13 +874,15 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
 # %% [markdown]
 # | count | what it says |
 # |---|---|
-# | `rows` | read; always `usable + empty + equal + no_prompt` |
-# | `empty` | a response has no text, or none is left after the cut |
-# | `equal` | both responses have the same ids, perhaps only after the cut |
+# | `rows` | read; always `usable + empty + equal + no_prompt + no_room` |
+# | `empty` | a response has no text |
+# | `equal` | both responses have the same ids |
 # | `no_prompt` | no token stands before the responses |
-# | `chat` | usable pairs rendered by the chat template; neither 0 nor all of them is worth a look |
+# | `no_room` | what is left of the responses after the cut is the same |
+# | `chat` | usable pairs rendered by the chat template: all or none |
 # | `truncated`, `prompt_truncated` | usable pairs that lost a response's tail, or the prompt's beginning |
 # | `boundary_moved` | usable pairs with $n$ of (1) shorter than the prompt |
+# | `duplicates`, `both_labels` | usable pairs that occurred before, and pairs that occur with the opposite label, too |
 #
 # The world's three sources, and one made of trouble:
 
@@ -741,11 +890,13 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
 world = load_world()
 base = AutoTokenizer.from_pretrained(world.base)
 sources = [tokenize_pairs(load_pairs(file), base, name) for name, file in world.sources.items()]
-trouble = [dict(prompt="copy ab", chosen=c, rejected=r) for c, r in (("ab", "ba"), ("ab", "ab"), ("", "ba"), ("<|end|>", "ba"), ("abcdefghij", "ba"))] + [dict(prompt="", chosen="ab", rejected="ba")]
-counts = counts_table(sources + [tokenize_pairs(load_pairs(trouble), base, "trouble", max_length=16)])
-assert (counts["rows"] == counts[["usable", "empty", "equal", "no_prompt"]].sum(axis=1)).all()
-assert counts.loc["trouble"].to_dict() == dict(rows=6, usable=2, empty=2, equal=1, no_prompt=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0)
-counts
+answers = ("ab", "ba"), ("ba", "ab"), ("ab", "ba"), ("ab", "ab"), ("", "ba"), ("<|end|>", "ba"), ("abcdefghij", "ba"), ("abcdefghija", "abcdefghijb")
+trouble = [dict(prompt="copy ab", chosen=c, rejected=r) for c, r in answers] + [dict(prompt="", chosen="ab", rejected="ba")]
+counts = counts_table(sources + [tokenize_pairs(load_pairs(trouble), base, "trouble", max_length=16, max_prompt_length=8)])
+assert (counts["rows"] == counts[["usable", *DROPPED]].sum(axis=1)).all()
+found = dict(rows=9, usable=4, empty=2, equal=1, no_prompt=1, no_room=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0, duplicates=1, both_labels=3)
+assert counts.loc["trouble"].to_dict() == found
+counts.T
 
 
 # %% [markdown]
@@ -768,13 +919,23 @@ seen = pd.Series({"first call": renders(few), "the same again": renders(few), "o
 assert seen.tolist() == [32, 2, 2, 32, 32]
 seen.to_frame()
 
+
 # %% [markdown]
 # Thirty renderings are three for each of ten rows; two find the turn's end and are always needed. What is kept is small, and
 # this is all that the chapters to come will see of a preference:
 
 # %%
-pair = sources[0].pairs[0]
-pd.DataFrame({k: [len(pair[k]), base.decode(pair[k])] for k in ("prompt_ids", "chosen_ids", "rejected_ids")}, index=["tokens", "text"]).T
+#| export
+def decoded(source: Source, tokenizer,
+            n: int=3,       # pairs, the first ones
+           ) -> list[dict]: # prompt, chosen, rejected: what is read, and what is scored after it, special tokens included
+    "Some pairs of a source, as text."
+    first = source.pairs.select(range(min(n, len(source))))
+    return [{side: tokenizer.decode(pair[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")} for pair in first]
+
+
+# %%
+pd.DataFrame(decoded(sources[0], base))
 
 # %% [markdown]
 # ## The same ids as TRL, but for five things
@@ -783,7 +944,7 @@ pd.DataFrame({k: [len(pair[k]), base.decode(pair[k])] for k in ("prompt_ids", "c
 #
 # - ChatML's line feed after the end token is scored there and not here.
 # - Where the tokenizer appends EOS by itself, there are two there and one here.
-# - A prompt that is too long loses its beginning here; there the response alone pays, and the pair goes if the prompt fills `max_length`.
+# - A prompt that is too long loses its beginning here; there the response alone pays, and the pair goes if the prompt fills `max_length`. Pairs whose responses part behind the cut go here.
 # - Empty, equal and promptless pairs are dropped and counted here; there they are trained on.
 # - `system` and `messages` columns are read here; there they are ignored.
 
