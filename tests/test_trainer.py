@@ -1,5 +1,5 @@
 """One stage: every precision, from every kind of folder, interrupted anywhere."""
-import math
+import math, resource
 from dataclasses import asdict
 
 import numpy as np
@@ -292,3 +292,82 @@ def test_the_scaler_goes_on_with_the_optimizer(pairs, tmp_path):
     train_stage(model, some, table, TrainConfig(beta=0.5, lr=1e-4, batch_size=8, precision="fp16"), tmp_path / "2", 2, previous=tmp_path / "1")
     scale = [torch.load(tmp_path / t / "checkpoint" / "state.pt", weights_only=True)["scaler"]["scale"] for t in "12"]
     assert scale[0] == scale[1] == 2 ** 15
+
+
+# ---- what lies on the disk
+
+def interrupted(folder, pairs, call=9):
+    "A stage that was stopped, with a checkpoint after every second step."
+    with pytest.raises(Stop): stage(folder, pairs, save_every=2, logprobs=stops_at(call))
+    return folder / "checkpoint" / "state.pt"
+
+
+def flipped(data, at): return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+
+@pytest.mark.parametrize("change", [lambda d: b"", lambda d: d[:len(d) // 2], lambda d: b"null", lambda d: bytes(len(d)), lambda d: flipped(d, len(d) // 4), lambda d: flipped(d, 3 * len(d) // 4)],
+                         ids=["empty", "cut", "null", "zeros", "a bit of the model", "a bit of the moments"])
+def test_a_broken_checkpoint_is_one_line_and_can_be_removed(pairs, tmp_path, change):
+    path = interrupted(tmp_path / "s", pairs)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match="cannot be used.*remove it") as e: stage(tmp_path / "s", pairs)
+    assert str(path) in str(e.value) and len(str(e.value).splitlines()) == 1
+    path.unlink()
+    assert weights_hash(stage(tmp_path / "s", pairs)[0]) == weights_hash(stage(tmp_path / "alone", pairs)[0])
+
+
+def test_weights_that_are_not_those_of_the_checkpoint(pairs, tmp_path):
+    "A whole file, with checksums that agree, in which somebody changed a weight."
+    path = interrupted(tmp_path, pairs)
+    saved = torch.load(path, weights_only=True)
+    next(iter(saved["model"].values())).view(-1)[0] += 1
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match="its weights are .*, not "): stage(tmp_path, pairs)
+
+
+def test_a_full_disk_at_a_checkpoint(pairs, tmp_path):
+    "One line; the checkpoint before it stays, nothing half-written does, and the stage goes on to the same bits."
+    path = interrupted(tmp_path / "s", pairs)
+    before, whole = path.read_bytes(), (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(OSError) as e: stage(tmp_path / "s", pairs, save_every=2)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    assert str(e.value) == f"{path.with_suffix('.tmp')}: could not be written (disk full?)"
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["state.pt"]
+    assert weights_hash(stage(tmp_path / "s", pairs)[0]) == weights_hash(stage(tmp_path / "alone", pairs)[0])
+
+
+def test_links_are_not_written_through(pairs, tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "s"
+    victim.write_text("mine")
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint" / "state.tmp").symlink_to(victim)
+    stage(folder, pairs)
+    (tmp_path / "t").mkdir(); (tmp_path / "t" / "metrics.jsonl").symlink_to(victim)
+    with pytest.raises(ValueError, match="metrics.jsonl: is a link"): stage(tmp_path / "t", pairs)
+    assert victim.read_text() == "mine"
+
+
+def test_one_optimizer_wants_the_checkpoint_before_it(pairs, tmp_path):
+    config = TrainConfig(precision="fp32")
+    model = load_model(load_world().base, "cpu")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'gone'}: its checkpoint is missing"): train_stage(model, pairs, score_pairs(model, pairs), config, tmp_path / "s", 2, previous=tmp_path / "gone", schedule=(1, 3))
+
+
+@pytest.mark.parametrize("given", [dict(seed=2**63), dict(seed=99999999999999999999), dict(beta=1e7), dict(lr=1e39), dict(epochs=100_000_000)])
+def test_what_could_not_be_computed_is_refused_at_once(given):
+    name = next(iter(given))
+    with pytest.raises(ValueError, match=f"^{name}: must be at most"): TrainConfig(**given)
+
+
+@pytest.mark.parametrize("beta", [1e4, 1e6])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_large_beta_makes_no_false_alarm(pairs, tmp_path, beta, precision):
+    "Against its own table, and against another model's, where the loss has five digits before the point."
+    model = load_model(load_world().base, "cpu")
+    own = score_pairs(model, pairs, precision=precision)
+    stage(tmp_path / "own", pairs, model=model, table=own, beta=beta, precision=precision)
+    model = load_model(load_world().base, "cpu")
+    away = LogprobTable(own.kind | dict(weights="another"), own.rows + [0.5, -0.5])
+    stage(tmp_path / "away", pairs, model=model, table=away, beta=beta, precision=precision)

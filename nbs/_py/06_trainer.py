@@ -20,8 +20,8 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import ctypes, hashlib, json, math, numbers, os, time
-from contextlib import closing
+import ctypes, errno, hashlib, json, math, numbers, os, shutil, time, zipfile
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
@@ -139,12 +140,12 @@ def setting(default, help: str, low=None, high=None, choices=None, open_low=Fals
 @dataclass
 class TrainConfig:
     "Settings of one stage. The defaults are the sDPO paper's where it names any."
-    beta: float = setting(0.1, "strength of the pull to the reference, per nat", 0, open_low=True)
-    lr: float = setting(5e-7, "peak learning rate of AdamW", 0, open_low=True)
+    beta: float = setting(0.1, "strength of the pull to the reference, per nat", 0, 1e6, open_low=True)
+    lr: float = setting(5e-7, "peak learning rate of AdamW", 0, 1e3, open_low=True)
     batch_size: int = setting(32, "pairs per optimizer step", 1)
     token_budget: int = setting(0, "tokens per forward pass: memory and speed, not the gradient; 0: what suits the device", 0)
     packing: str = setting("auto", "packed rows where they give the model's own numbers, or off: padded batches", choices=("auto", "off"))
-    epochs: int = setting(1, "passes over a chunk per stage", 1)
+    epochs: int = setting(1, "passes over a chunk per stage", 1, 10_000)
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
     clip: float = setting(1.0, "largest gradient norm", 0, open_low=True)
     label_smoothing: float = setting(0.0, "assumed share of flipped labels: the target is 1 minus it", 0, 0.499)
@@ -153,7 +154,7 @@ class TrainConfig:
     compile: str = setting("auto", "compile the layers: auto on a graphics card, on, or off", choices=("auto", "on", "off"))
     deterministic: bool = setting(True, "on a graphics card: the same bits every time, for some of the speed")
     shuffle: bool = setting(True, "a new order of the chunk in every epoch; off keeps the partition's order")
-    seed: int = setting(0, "seed of the data order", 0)
+    seed: int = setting(0, "seed of the data order", 0, 2**63 - 1)
     save_every: int = setting(50, "optimizer steps between checkpoints", 1)
 
     def __post_init__(self): check_settings(self)
@@ -188,7 +189,7 @@ def complaint(**kw):
     try: TrainConfig(**kw)
     except ValueError as e: return str(e)
 
-[complaint(beta=0), complaint(lr="fast"), complaint(batch_size=2.5), complaint(precision="half")]
+[complaint(beta=0), complaint(lr="fast"), complaint(batch_size=2.5), complaint(precision="half"), complaint(seed=2**63)]
 
 # %%
 assert repr(TrainConfig(batch_size=4.0, seed=0.0, lr=1)) == repr(TrainConfig(batch_size=4, seed=0, lr=1.0))
@@ -276,21 +277,35 @@ pd.Series(rounding, name="relative difference of the gradient").map("{:.1e}".for
 # Accelerate knows the device, owns the scaler, and unscales before clipping. Three traps. It keeps the precision in a process-wide state that must be
 # reset to make a second one; asked for fp16 on a CPU it agrees but makes no scaler, so that the first overflow is final; and it divides every loss by a number of
 # accumulation steps that an environment variable can set, over any argument. The model itself is not wrapped: Accelerate would turn all logits into fp32.
+#
+# A launcher may start several processes. Without a graphics card Accelerate takes each of them for the only one, and all would write the same files. So we ask the variable by which the launcher tells a process how many there are.
 
 # %%
 #| export
+def check_one_process():
+    "Raise ValueError where a launcher such as torchrun started several processes."
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > 1: raise ValueError(f"{started} processes were started (WORLD_SIZE), but sdpo_nb trains in one process so far; start it without a launcher")
+
 def make_accelerator(precision: str="fp32", # fp32, bf16 or fp16
                      device: str=None, # of the model; None: the graphics card, if there is one
                     ) -> Accelerator:
     "An Accelerator of this precision; a process may make several, one after the other."
+    check_one_process()
     AcceleratorState._reset_state(reset_partial_state=True)
     on_cpu = device is not None and torch.device(device).type == "cpu"
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
     accelerator.gradient_accumulation_steps = 1 # `backward` divides by it, and ACCELERATE_GRADIENT_ACCUMULATION_STEPS is stronger than the argument
     if precision == "fp16" and accelerator.scaler is None:
         accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler(accelerator.device.type), True
-    if accelerator.num_processes > 1: raise ValueError("sdpo_nb trains in one process so far; start it without a launcher")
     return accelerator
+
+
+# %%
+os.environ["WORLD_SIZE"] = "2"
+try: make_accelerator()
+except ValueError as e: print(e)
+finally: del os.environ["WORLD_SIZE"]
 
 
 # %%
@@ -794,23 +809,105 @@ def check_same_twice(loss: float,  # of the first batch, in training
                      again: float, # of the same batch, scored once more
                      precision: str="fp32",
                      near: float=1e-4):
-    "Raise ValueError unless a batch has the same loss twice."
-    if abs(loss - again) <= near: return
+    "Raise ValueError unless a batch has the same loss twice. A large beta makes a large loss, whose last digits are larger, too."
+    if abs(loss - again) <= near * max(1, abs(again)): return
     raise ValueError(f"the first batch has a loss of {loss:.5f} in training and of {again:.5f} when it is scored once more, both in {precision}: something in this model is random in training mode. Look for dropout or noise in its config")
+
+
+# %% [markdown]
+# ## Files that are whole or not there
+#
+# What a run writes, it writes under another name and renames at the end. A kill then leaves the old file or the new one, never half of one. The other name is not trusted: what lies there goes first, so a link is not written through. And a full disk, which every library reports in its own way, becomes one line.
+
+# %%
+#| export
+@contextmanager
+def replacing(path, # of a file or a folder
+             ):     # yields a name in the same folder, where nothing is
+    "Write a file or folder under another name; it then takes the place of the old one. Raises OSError where it cannot be written, and leaves nothing half-written."
+    path = Path(path)
+    tmp = path.with_suffix(".tmp")
+    try:
+        _remove(tmp)
+        yield tmp
+        if path.is_dir(): _remove(path)          # a folder cannot be renamed over another one
+        os.replace(tmp, path)
+    except (OSError, RuntimeError, SafetensorError) as e: raise OSError(f"{tmp}: could not be written ({_why(e)})") from e
+    finally: _remove(tmp)
+
+def _remove(path):
+    "A file, a folder or a link, if there is one. What a link points to stays."
+    if path.is_symlink() or path.is_file(): path.unlink()
+    elif path.is_dir(): shutil.rmtree(path)
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+def _why(e) -> str:
+    "What went wrong in writing. torch raises a RuntimeError while it handles the true error; safetensors says the number in its text."
+    cause = e
+    while cause and not isinstance(cause, OSError): cause = cause.__context__
+    said = str(e).splitlines()[0]
+    full = getattr(cause, "errno", None) in FULL or any(f"os error {n})" in said for n in FULL)
+    return "disk full?" if full else getattr(cause, "strerror", None) or said
+
+
+# %% [markdown]
+# A limit on the size of a file does what a full disk does. The old file stays, and nothing else.
+
+# %%
+import resource
+with tempfile.TemporaryDirectory() as tmp:
+    old = Path(tmp) / "state.pt"
+    old.write_text("the old one")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    try:
+        with replacing(old) as new, open(new, "xb") as f: torch.save(policy.state_dict(), f)
+    except OSError as e: message = str(e).removeprefix(tmp)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert old.read_text() == "the old one" and [p.name for p in Path(tmp).iterdir()] == ["state.pt"]
+message
 
 
 # %% [markdown]
 # ## Checkpoints
 #
-# Everything the next step depends on goes into one file, written under another name and renamed, so that a kill leaves the old one or the new one.
+# Everything the next step depends on goes into one file, with the hash of the weights.
 
 # %%
 #| export
 def save_checkpoint(folder, model, optimizer, scaler, state: dict):
     "Model, optimizer, scaler and position of a stage, in folder/checkpoint/state.pt."
     path = Path(folder) / "checkpoint"; path.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler and scaler.state_dict(), state=state), path / "state.tmp")
-    os.replace(path / "state.tmp", path / "state.pt")
+    state = state | dict(weights=weights_hash(model))
+    all_of_it = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler and scaler.state_dict(), state=state)
+    with replacing(path / "state.pt") as tmp, open(tmp, "xb") as f: torch.save(all_of_it, f) # through a file of Python's, which keeps the system's error
+
+
+# %% [markdown]
+# Disks and copies change bits. PyTorch loads such a file without a word. But the file is a zip archive with a checksum for each tensor, so we can ask, the moments of the optimizer included.
+
+# %%
+#| export
+def read_checkpoint(folder, # of a stage
+                   ) -> dict|None: # model, optimizer, scaler, state; None where there is no checkpoint
+    "What a checkpoint holds. Raises ValueError, saying what to do, where it cannot be read or was changed."
+    path = Path(folder) / "checkpoint" / "state.pt"
+    if not path.exists(): return None
+    with _useless(path):
+        if damaged := zipfile.ZipFile(path).testzip(): raise ValueError(f"{damaged} in it was changed")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if absent := {"model", "optimizer", "scaler", "state"} - set(saved): raise ValueError(f"it has no {', '.join(sorted(absent))}")
+    return saved
+
+@contextmanager
+def _useless(path):
+    "Any exception means that the checkpoint cannot be used."
+    try: yield
+    except Exception as e:
+        why = str(e).strip().splitlines() or [type(e).__name__]
+        end = path.parent.parent / "stage.json"
+        also = f" and {end.name} beside its folder" if end.exists() else ""
+        raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); remove it{also}, and run again: the stage is trained anew, to the same bits") from e
 
 
 # %% [markdown]
@@ -829,15 +926,32 @@ def _identity(pairs, table, config, precision, stage, schedule) -> dict:
 
 def load_checkpoint(folder, model, optimizer, scaler, identity: dict=None) -> dict|None:
     "Put the last checkpoint back; returns the position, or None where there is none. Raises ValueError, naming what differs, if it is of another identity."
-    path = Path(folder) / "checkpoint" / "state.pt"
-    if not path.exists(): return None
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    old = saved["state"].get("identity") or {}
+    saved = read_checkpoint(folder)
+    if saved is None: return None
+    path, state = Path(folder) / "checkpoint" / "state.pt", saved["state"]
+    old = state.get("identity") or {}
     differs = [f"{k} = {old.get(k)}, not {v}" for k, v in (identity or {}).items() if old.get(k) != v]
     if differs: raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; use that or another folder")
-    model.load_state_dict(saved["model"]); optimizer.load_state_dict(saved["optimizer"])
-    if scaler: scaler.load_state_dict(saved["scaler"])
-    return saved["state"]
+    with _useless(path):
+        model.load_state_dict(saved["model"]); optimizer.load_state_dict(saved["optimizer"])
+        if scaler: scaler.load_state_dict(saved["scaler"])
+        if (found := weights_hash(model)) != state.get("weights", found): raise ValueError(f"its weights are {found}, not {state['weights']}")
+    return state
+
+
+# %%
+def complaint_of(change): # what is said of a checkpoint after this change of its bytes
+    with tempfile.TemporaryDirectory() as tmp:
+        save_checkpoint(tmp, policy, torch.optim.AdamW(policy.parameters()), None, dict(batch=3))
+        assert read_checkpoint(tmp)["state"] == dict(batch=3, weights=weights_hash(policy))
+        path = Path(tmp, "checkpoint/state.pt")
+        path.write_bytes(change(path.read_bytes()))
+        try: read_checkpoint(tmp)
+        except ValueError as e: return str(e).removeprefix(tmp).split(";")[0]
+
+def flip(data): return data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
+
+[complaint_of(flip), complaint_of(lambda data: data[:1000]), complaint_of(lambda data: b"")]
 
 
 # %% [markdown]
@@ -848,6 +962,7 @@ def load_checkpoint(folder, model, optimizer, scaler, identity: dict=None) -> di
 class MetricsLog:
     "metrics.jsonl: one optimizer step a line."
     def __init__(self, path, size: int=0): # cut back to `size` bytes first
+        if Path(path).is_symlink(): raise ValueError(f"{path}: is a link, which a run does not write through; remove it")
         self.file = open(path, "ab")
         if (found := self.size) < size: self.close(); raise ValueError(f"{path}: {found} bytes, but {size} at the checkpoint; lines were lost, use another folder")
         self.file.truncate(size)
@@ -938,7 +1053,8 @@ def _begin(model, config, accelerator, previous, logprobs, precision):
     if wants_compiling(config, model.device): compile_for(model, logprobs, precision, config)
     optimizer = make_optimizer(model, config, accelerator)
     if previous:
-        saved = torch.load(Path(previous) / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+        saved = read_checkpoint(previous)
+        if saved is None: raise ValueError(f"{previous}: its checkpoint is missing, whose optimizer was to go on; put it back or use another folder")
         optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler and saved["scaler"]: accelerator.scaler.load_state_dict(saved["scaler"])
     return optimizer
