@@ -105,6 +105,7 @@ def model(kind="llama", layers=1, **kw):
     return m
 
 def capped(): return model("gemma2", 2, head_dim=8, sliding_window=4, attn_logit_softcapping=0.5, final_logit_softcapping=0.5)
+def stretched(): return model(max_position_embeddings=4, rope_parameters=dict(rope_type="dynamic", factor=2., rope_theta=1e4))
 def scored(f):
     m = model()
     with logprobs.autocast(m.device, "bf16"): return f(m, PAIRS)
@@ -144,8 +145,10 @@ CASES = {
     "logprobs.fp32_logits": lambda: scored(wide),
     "logprobs.fp32_logits, backward": wide_backward,
     "logprobs.response_logprobs": lambda: logprobs.response_logprobs(model(), PAIRS),
+    "logprobs.response_logprobs, read alone": lambda: logprobs.response_logprobs(stretched(), PAIRS),
     "logprobs.response_logprobs, bf16": lambda: scored(logprobs.response_logprobs),
     "logprobs.weights_hash": lambda: bool(logprobs.weights_hash(model(), torch.bfloat16)),
+    "logprobs.check_model": lambda: logprobs._looks_ahead(model()),
     "logprobs.table_kind": lambda: logprobs.table_kind(model(), "bf16", packing.packed_logprobs),
     "logprobs.LogprobTable": lambda: [loss.reward(policy(2), numbers, 0.1) for numbers in TABLE.lookup(PAIRS)],
     "logprobs.LogprobTable, gamma": lambda: loss.dpo_loss(policy(2), TABLE.gamma(PAIRS), 0.1),
@@ -170,6 +173,7 @@ CASES = {
     "packing.packed_logprobs": lambda: packing.packed_logprobs(model(), PAIRS),
     "packing.packed_logprobs, bf16": lambda: scored(packing.packed_logprobs),
     "packing.packed_logprobs, window and soft-cap": lambda: packing.packed_logprobs(capped(), PAIRS),
+    "packing.packed_logprobs, read alone": lambda: packing.packed_logprobs(stretched(), PAIRS),
     "packing.packed_row": lambda: packing.of_row(model(), packing.packed_row(model(), PAIRS)),
     "packing.of_row": lambda: packing.of_row(model(), packing.pack(PAIRS)),
     "packing.of_row, window and soft-cap": lambda: packing.of_row(capped(), packing.pack(PAIRS)),
@@ -225,7 +229,7 @@ NOT_WALKED = {
         plan_for as_line check_memory wants_compiling epoch_order all_batches learning_rate check_same_twice MetricsLog bootstrap interval as_text excess plot_frontier win_rate
         forgetting stability failure_signs answer edit_distance true_reward split_of make_prompts misled demonstration make_tokenizer make_model prompt_ids text_of source_prompts
         world_texts content_hash World load_world load_base EnumerableWorld enumerable_world""",
-    "sets or reads attributes, computes nothing": "is_plain dropouts freeze_dropout best_device same_bits attention recompute_alike uncompile activation_checkpointing",
+    "sets or reads attributes, computes nothing": "is_plain must_read_alone check_rows dropouts freeze_dropout best_device same_bits attention recompute_alike uncompile activation_checkpointing",
     "the compiler wants a CUDA build": "compile_layers compile_for",
     "files hold real numbers": "replacing save_checkpoint read_checkpoint load_checkpoint",
     "trains until real numbers are good enough": "train_base freeze_world check_world"}

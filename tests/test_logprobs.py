@@ -1,15 +1,20 @@
 "Guards of chapter 02: bad input, kills, tables of another kind, equality with other computations."
-import json
+import copy, json, os, shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM, set_seed
 
-from sdpo_nb.logprobs import (LogprobTable, autocast, collate, dropouts, freeze_dropout, gamma, load_model, load_tokenizer, pick_precision,
-                              read_table, response_logprobs, score_pairs, table_kind, token_logprobs, weights_hash, write_json)
+from sdpo_nb import logprobs
+from sdpo_nb.logprobs import (LogprobTable, autocast, check_model, check_rows, collate, dropouts, freeze_dropout, gamma, load_config, load_model, load_tokenizer,
+                              must_read_alone, pick_precision, read_table, response_logprobs, score_pairs, stored_dtype, table_kind, token_logprobs, weights_hash, write_json)
+from sdpo_nb.packing import choose_logprobs, packed_logprobs
+from sdpo_nb.world import load_world
 
 torch.set_num_threads(1)
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -117,7 +122,266 @@ def test_dropout_module_written_by_hand():
     assert (odd.a.p, odd.encoder_layerdrop, odd.drop_path_rate, odd.p) == (0, 0, 0, 0.7)      # `p` of another module is not dropout
 
 
+@pytest.mark.parametrize("kind, settings", [("phimoe", {}), ("mixtral", dict(router_jitter_noise=0.1)), ("phimoe", dict(input_jitter_noise=0.1))])
+def test_noise_of_experts_is_off(kind, settings):
+    "bugs F9. What eval mode computes stays as it was: PhiMoE reads the same number there."
+    set_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL, num_key_value_heads=2, num_local_experts=4, pad_token_id=0, initializer_range=0.5, **settings)
+    model, pairs = AutoModelForCausalLM.from_config(config).eval(), make_pairs(9)
+    before = torch.cat(response_logprobs(model, pairs))
+    noisy = copy.deepcopy(model).train()
+    assert not torch.equal(torch.cat(response_logprobs(noisy, pairs)), torch.cat(response_logprobs(noisy, pairs)))
+    quiet = copy.deepcopy(freeze_dropout(freeze_dropout(model))).train()
+    for _ in range(2): assert torch.equal(torch.cat(response_logprobs(quiet, pairs)), before)
+    assert quiet.training and max(len(m._forward_pre_hooks) for m in quiet.modules()) == 1
+
+
+# rows that change their neighbours
+
+LONGROPE = dict(rope_type="longrope", short_factor=[1.] * 4, long_factor=[8., 16., 32., 64.])
+STRETCHED = {"phi3": dict(num_key_value_heads=4, max_position_embeddings=256, original_max_position_embeddings=32, rope_scaling=LONGROPE),
+             "llama": dict(max_position_embeddings=32, rope_parameters=dict(rope_type="dynamic", factor=4., rope_theta=1e4))}
+SHORT = dict(key="short", prompt_ids=[*range(3, 9)], chosen_ids=[*range(9, 16)], rejected_ids=[*range(20, 26)])
+LONG = dict(key="long", prompt_ids=[*range(3, 23)], chosen_ids=[*range(9, 39)], rejected_ids=[*range(5, 33)])
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_rotary_positions_do_not_depend_on_neighbours(kind):
+    "bugs F8: padded, packed and scored, in any order, against plain rows of a model that has read nothing yet."
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **STRETCHED[kind])).eval()
+    fresh = copy.deepcopy(model)
+    want = {p["key"]: [by_cross_entropy(copy.deepcopy(fresh), [p], s).item() for s in ("chosen_ids", "rejected_ids")] for p in (SHORT, LONG)}
+    def near(got, pairs): assert_close(torch.stack(got, 1), torch.tensor([want[p["key"]] for p in pairs]), atol=1e-3, rtol=0)
+    for pairs in ([SHORT, LONG], [LONG, SHORT], [SHORT], [LONG], [SHORT, LONG]):
+        assert must_read_alone(model, pairs) == (LONG in pairs)
+        for f in (response_logprobs, packed_logprobs): near(f(model, pairs), pairs)
+    near(score_pairs(model, [SHORT, LONG], logprobs=packed_logprobs).lookup([LONG, SHORT]), [LONG, SHORT])
+    gamma(*response_logprobs(model, [SHORT, LONG])).sum().backward()
+    assert choose_logprobs(model, [SHORT, LONG]) is response_logprobs and choose_logprobs(model, [SHORT]) is packed_logprobs
+
+
+def test_other_models_are_read_in_one_batch(model, asked):
+    assert not must_read_alone(model, [LONG]) and not must_read_alone(make("gpt2"), [LONG])
+    response_logprobs(model, [SHORT, LONG])
+    assert asked == [2]
+
+
 # loading, hashing, precision
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+
+@pytest.fixture
+def broken(tmp_path):
+    "Makes a copy of S with one file changed: other text, other bytes, other settings, or gone."
+    def make_broken(file, content=None, **settings):
+        folder = tmp_path / "broken"
+        shutil.copytree(load_world().base, folder)
+        if settings: content = json.dumps(json.loads((folder / file).read_text()) | settings)
+        if content is None: (folder / file).unlink()
+        elif isinstance(content, bytes): (folder / file).write_bytes(content)
+        else: (folder / file).write_text(content)
+        return str(folder)
+    return make_broken
+
+def refused(load, folder):
+    "The only line of the ValueError, without the folder that it begins with."
+    with pytest.raises(ValueError) as e: load(folder)
+    said = str(e.value)
+    assert said.startswith(f"{folder}: ") and "\n" not in said and len(said) < 600, said
+    return said[len(folder) + 2:]
+
+@pytest.mark.parametrize("content, word", [(POINTER, "Git-LFS pointer.*git lfs pull"), (b"", "not complete"), (b"\x01" * 99, "not complete")])
+def test_broken_weights(broken, content, word):
+    "bugs F16, trust F7"
+    said = refused(load_model, broken("model.safetensors", content))
+    assert said.startswith("model.safetensors is ") and pd.Series([said]).str.contains(word).all()
+
+def test_half_of_the_weights(broken):
+    "bugs F16"
+    whole = (Path(load_world().base) / "model.safetensors").read_bytes()
+    assert "model.safetensors is broken or not complete" in refused(load_model, broken("model.safetensors", whole[:len(whole) // 2]))
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(vocab_size=57), "embed_tokens.weight is (50, 96) in the checkpoint, but config.json asks for (57, 96)"), (dict(hidden_size=64), "asks for (50, 64)"),
+    (dict(num_attention_heads=7), "not a multiple"), (dict(vocab_size="many"), "expected int"), (dict(hidden_act="none such"), "none such"), (dict(model_type="none such"), "does not recognize"),
+    (dict(quantization_config=dict(quant_method="bitsandbytes", load_in_4bit=True)), "bitsandbytes")])
+def test_config_that_does_not_belong_to_the_weights(broken, settings, words):
+    "bugs F17, trust F7"
+    assert words in refused(load_model, broken("config.json", **settings))
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, load_config, stored_dtype])
+@pytest.mark.parametrize("content", ["[]", POINTER, "{"])
+def test_broken_config(broken, load, content): refused(load, broken("config.json", content))
+
+@pytest.mark.parametrize("content, words", [(POINTER, "tokenizer.json is a Git-LFS pointer"), ("{", "tokenizer.json is broken"), ("{}", "added_tokens"), (None, "has no tokenizer")])
+def test_broken_tokenizer(broken, content, words):
+    "bugs F40, trust F7"
+    folder = broken("tokenizer.json", content)
+    if content is None: os.remove(f"{folder}/tokenizer_config.json")
+    assert words in refused(load_tokenizer, folder)
+
+def test_weights_are_not_blamed_for_a_tokenizer(broken):
+    folder = broken("model.safetensors", POINTER)
+    load_tokenizer(folder)
+    os.remove(f"{folder}/tokenizer.json"); os.remove(f"{folder}/tokenizer_config.json")
+    assert "has no tokenizer" in refused(load_tokenizer, folder)
+
+def test_weights_that_no_checkpoint_holds(broken, tmp_path):
+    "trust F7: a pickle, and no weights at all"
+    folder = broken("model.safetensors")
+    assert "no file named model.safetensors" in refused(load_model, folder)
+    (tmp_path / "broken" / "pytorch_model.bin").write_text("hello")
+    assert "pytorch_model.bin is broken" in refused(load_model, folder)
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_hub_that_cannot_be_reached(load, monkeypatch):
+    "trust F7"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "hub cannot be reached" in refused(load, "nobody/nothing-here")
+
+def test_memory_errors_are_not_the_folder_s_fault(monkeypatch):
+    def full(*args, **kw): raise MemoryError
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", full)
+    with pytest.raises(MemoryError): load_tokenizer(load_world().base)
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_no_output_layer(kind, tmp_path):
+    "bugs F10: a decoder alone, and a reward model"
+    kind.from_config(AutoConfig.for_model("llama", **SMALL)).save_pretrained(tmp_path)
+    assert "the checkpoint has no lm_head.weight (1 missing)" in refused(load_model, str(tmp_path))
+
+def test_missing_and_unused_tensors(broken, capsys):
+    "trust F2: more layers than there are, and fewer; tied weights are not missing"
+    folder = broken("config.json", num_hidden_layers=5)
+    assert "has no model.layers.3.input_layernorm.weight (18 missing)" in refused(load_model, folder)
+    capsys.readouterr()
+    load_model(load_world().base)
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(folder)
+    load_model(broken("config.json", num_hidden_layers=2))
+    assert capsys.readouterr().out == f"{folder}: 9 tensors of the checkpoint are not used, the first is model.layers.2.input_layernorm.weight\n"
+
+def test_code_of_a_model_is_never_run(broken, tmp_path, monkeypatch):
+    "trust F12, bugs F30: not even where somebody would say yes"
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    own = dict(AutoConfig="evil.Config", AutoModelForCausalLM="evil.Model")
+    folder = broken("config.json", model_type="evil", auto_map=own)
+    (tmp_path / "broken" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for load in (load_model, load_config, stored_dtype): assert "Python code of its own" in refused(load, folder)
+    with pytest.raises(ValueError): load_tokenizer(broken_tokenizer(tmp_path / "tokenizer"))
+    assert not (tmp_path / "ran").exists()
+
+def broken_tokenizer(folder):
+    "A tokenizer that only its own code could load."
+    shutil.copytree(load_world().base, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | dict(tokenizer_class="Evil", auto_map=dict(AutoTokenizer=["evil.Evil", None]))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')"); (folder / "tokenizer.json").unlink()
+    return str(folder)
+
+def test_revision_reaches_the_hub(monkeypatch):
+    "A folder has none."
+    seen = []
+    def noted(model, **kw): seen.append((model, kw.get("revision", "none"), kw["trust_remote_code"])); raise OSError("asked")
+    for kind in (AutoTokenizer, AutoConfig, AutoModelForCausalLM): monkeypatch.setattr(kind, "from_pretrained", noted)
+    for load in (load_model, load_tokenizer, load_config, stored_dtype):
+        for kw in ({}, dict(revision="v1")):
+            with pytest.raises(ValueError, match="asked"): load("some/model", **kw)
+            with pytest.raises(ValueError, match="asked"): load(str(load_world().base), **kw)
+    base = str(load_world().base)
+    assert seen == [("some/model", "none", False), (base, "none", False), ("some/model", "v1", False), (base, "none", False)] * 4
+
+
+# a model in memory
+
+def test_a_sound_model_passes():
+    for kind in KINDS: check_model(make(kind))
+    check_model(load_model(load_world().base).train())
+    check_model(make().bfloat16())
+
+@pytest.mark.parametrize("how", ["PeftModel", "add_adapter"])
+def test_adapters_in_memory(how):
+    "bugs F21"
+    model = SimpleNamespace(peft_config={}) if how == "PeftModel" else make()
+    if how == "add_adapter": model._hf_peft_config_loaded = True
+    with pytest.raises(ValueError, match="PEFT adapter; merge it first: merge_and_unload"): check_model(model)
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("gone", [(), ("config.json", "model.safetensors")])
+def test_adapters_in_a_folder(broken, load, gone):
+    "bugs F22"
+    folder = broken("adapter_config.json", "{}")
+    for file in gone: os.remove(f"{folder}/{file}")
+    assert "PEFT adapter; merge it first: merge_and_unload" in refused(load, folder)
+
+def test_frozen_weights():
+    "bugs F23; a table that never requires a gradient is not meant"
+    model = make()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight has requires_grad=False \(1 such\), and would be trained all the same"): check_model(model)
+    check_model(model.requires_grad_(True))
+    check_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("pegasus", vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, is_decoder=True)))
+
+def test_classes_that_would_not_come_back():
+    "bugs F30"
+    class Mine(LlamaForCausalLM): pass
+    config = AutoConfig.for_model("llama", **SMALL)
+    with pytest.raises(ValueError, match="Mine comes back as LlamaForCausalLM: a model with code of its own"): check_model(Mine(config))
+    class Config(type(config)): model_type = "known-to-this-test"
+    with pytest.raises(ValueError, match="Mine cannot be loaded again"): check_model(Mine(Config(**SMALL)))
+    class Registered(LlamaForCausalLM): config_class = Config      # a class that this program knows comes back; one that came with a model does not
+    AutoConfig.register(Config.model_type, Config); AutoModelForCausalLM.register(Config, Registered)
+    check_model(Registered(Config(**SMALL)))
+    Registered.__module__ = "transformers_modules.somebody.modeling_mine"
+    with pytest.raises(ValueError, match="cannot be loaded again: a model with code of its own"): check_model(Registered(Config(**SMALL)))
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
+def test_a_model_that_reads_the_answer(kind):
+    "bugs F36, trust F11"
+    set_seed(0)
+    def build(**kw): return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **kw)).train()
+    bad = build()
+    with pytest.raises(ValueError, match="is not causal"): check_model(bad)
+    assert bad.training
+    check_model(build(is_decoder=True))
+
+def test_rows_beyond_the_positions(capsys):
+    "bugs F18, trust F4: a table ends, rotation does not"
+    for model in (make("gpt2", n_positions=32), make("opt", max_position_embeddings=32)):
+        check_rows(model, 32, 63)
+        with pytest.raises(ValueError, match="rows of up to 47 tokens, but it has 32 positions; set max_length=32"): check_rows(model, 47, 63)
+    for model in (make("bloom"), make("mpt")): check_rows(model, 4000, 63)
+    assert capsys.readouterr().out == ""
+    S = load_model(load_world().base)
+    check_rows(S, 128, 49)
+    assert capsys.readouterr().out == ""
+    check_rows(S, 500, 49)
+    assert capsys.readouterr().out == "model: rows of up to 500 tokens go beyond the 128 that it was made for; max_length=128 keeps within\n"
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_beyond_the_embedding(kind):
+    "bugs F19, trust F4"
+    check_rows(make(kind), 9, 63)
+    with pytest.raises(ValueError, match="token 64 is in the pairs, but the embedding has 64 rows"): check_rows(make(kind), 9, 64)
+
+def test_a_saved_model_keeps_its_table(broken, tmp_path):
+    "trust F1: saving writes the class into the config; what changes a number is still told apart"
+    folder = broken("config.json", architectures=None, id2label={"0": "good"}, label2id={"good": 0})
+    base = load_model(folder)
+    def kind(model): return table_kind(model, "fp32", response_logprobs)
+    before = kind(base)
+    base.save_pretrained(tmp_path / "saved")
+    assert kind(base) == before == kind(load_model(tmp_path / "saved")) == kind(load_model(load_world().base))
+    base.config.rope_parameters["rope_theta"] = 500.
+    assert kind(base)["config"] != before["config"]
+    nested = AutoConfig.for_model("gemma3")
+    nested.text_config.architectures, other = ["one"], copy.deepcopy(nested)
+    other.text_config.architectures = ["another"]
+    assert nested.to_dict() != other.to_dict() and logprobs._of_numbers(nested.to_dict()) == logprobs._of_numbers(other.to_dict())
+
+def test_the_numbers_of_S_are_what_they_were():
+    S = load_model(load_world().base, "cpu")
+    assert weights_hash(S) == "deaa236d6026a690"
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_what_is_no_model_is_said_before_the_hub_is_asked(load, tmp_path):

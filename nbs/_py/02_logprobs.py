@@ -20,7 +20,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import contextlib, hashlib, json, os, re
+import contextlib, hashlib, json, logging, os, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 # %%
-import itertools, tempfile
+import itertools, shutil, tempfile
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -446,7 +447,44 @@ def fp32_logits(model):
 
 
 # %% [markdown]
-# The readable function gets its one more line, and is finished. Outside autocast the line does nothing. (The version before it keeps a name, to compare with.)
+# One kind of model reads its neighbours even in fp32. Rotary positions that are stretched for long texts ("dynamic", "longrope") are stretched by the longest row of
+# the batch, so a short row beside a long one is read at positions that are not its own. Such a model gets each row alone, as soon as a row is long enough for that.
+
+# %%
+#| export
+def _configs(config):
+    "A config and the configs inside it."
+    if not isinstance(config, PretrainedConfig): return []
+    return [config] + [c for inner in vars(config).values() for c in _configs(inner)]
+
+def _stretched_from(config):
+    "Lengths of a row from which the rotary positions of a config depend on the longest row."
+    for c in _configs(config):
+        rope = getattr(c, "rope_parameters", None) or getattr(c, "rope_scaling", None) or {}
+        for r in [rope, *rope.values()]:                     # one for all layers, or one for each kind of layer
+            kind = (r.get("rope_type") or r.get("type") or "") if isinstance(r, dict) else ""
+            if "dynamic" in kind: yield c.max_position_embeddings
+            if kind == "longrope":
+                yield r.get("original_max_position_embeddings") or getattr(c, "original_max_position_embeddings", None) or c.max_position_embeddings
+
+def must_read_alone(model,       # any causal LM
+                    pairs: list, # those of one batch
+                   ) -> bool:
+    "Whether a row of these pairs would be read differently beside the others."
+    limit = min(_stretched_from(getattr(model, "config", None)), default=None)
+    return limit is not None and max(map(_longest, pairs)) >= limit
+
+def _one_by_one(model, pairs, ids, seen, scored):
+    "The rows of a batch, each without its padding; what the model remembers of the longest row so far is forgotten."
+    lengths = [len(p["prompt_ids"]) + len(p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
+    for i, n in enumerate(lengths):
+        for module in model.modules():
+            for name in [k for k in vars(module) if k.endswith("max_seq_len_cached")]: setattr(module, name, 0)
+        yield ids[i:i+1, :n], seen[i:i+1, :n], scored[i:i+1, :n]
+
+
+# %% [markdown]
+# The readable function gets these two things, and is finished. Outside autocast, and for other models, they do nothing. (The version before it keeps a name, to compare with.)
 
 # %%
 usual_logprobs = response_logprobs
@@ -454,17 +492,20 @@ usual_logprobs = response_logprobs
 
 # %%
 #| export
+def _row_sums(model, ids, seen, scored): # (rows,)
+    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+    ids, scored = ids[:, 1:], scored[:, 1:]
+    logp = token_logprobs(logits[:, :-1][scored], ids[scored])
+    return torch.zeros(ids.shape, device=logp.device).masked_scatter(scored, logp).sum(1)
+
 def response_logprobs(model,       # a causal LM; gradients flow
                       pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
                      ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
     "Summed log-probabilities of both responses of each pair: the padded version that everybody can read. Source: equation (1)."
-    ids, seen, scored = collate(pairs, model.device)
-    with fp32_logits(model):
-        logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
-    ids, scored = ids[:, 1:], scored[:, 1:]
-    logp = token_logprobs(logits[:, :-1][scored], ids[scored])
-    rows = torch.zeros(ids.shape, device=logp.device).masked_scatter(scored, logp)
-    return tuple(rows.sum(1).chunk(2))
+    batch = collate(pairs, model.device)
+    parts = _one_by_one(model, pairs, *batch) if must_read_alone(model, pairs) else [batch]
+    with fp32_logits(model): sums = torch.cat([_row_sums(model, *part) for part in parts])
+    return tuple(sums.chunk(2))
 
 response_logprobs.tokens = padded_tokens
 
@@ -475,6 +516,19 @@ with autocast("cpu", "bf16"):
     with fp32_logits(S): ours = S(input_ids=ids).logits
 assert (usual.dtype, ours.dtype) == (torch.bfloat16, torch.float32)
 {"a logit of autocast": usual[0, 0, 5].item(), "the same, in fp32": round(ours[0, 0, 5].item(), 6)}
+
+# %% [markdown]
+# And a model whose positions stretch beyond 32 tokens, asked about a short pair beside a long one:
+
+# %%
+rope = dict(rope_type="dynamic", factor=4., rope_theta=1e4)
+config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32, rope_parameters=rope, initializer_range=0.2)
+stretched = transformers.LlamaForCausalLM(config).requires_grad_(False).eval()
+beside = [dict(prompt_ids=[5] * 6, chosen_ids=[6, 7, 8], rejected_ids=[9, 10]), dict(prompt_ids=[5] * 20, chosen_ids=[6, 7] * 15, rejected_ids=[8, 9] * 15)]
+shown = pd.DataFrame({name: f(stretched, beside)[0] for name, f in (("one batch", usual_logprobs), ("alone", response_logprobs), ("plain rows", by_rows))}, index=["short", "long"])
+assert_close(response_logprobs(stretched, beside), by_rows(stretched, beside))
+assert abs(shown.loc["short", "one batch"] - shown.loc["short", "plain rows"]) > 1e-2
+shown.round(2)
 
 
 # %% [markdown]
@@ -536,11 +590,6 @@ batch_shape(real, eight).style.format("{:.1g}")
 
 # %%
 #| export
-def _configs(config):
-    "A config and the configs inside it."
-    if not isinstance(config, PretrainedConfig): return []
-    return [config] + [c for inner in vars(config).values() for c in _configs(inner)]
-
 def _is_dropout(owner, name):
     return bool(re.search("dropout|pdrop|layerdrop|drop_prob|drop_path", name)) or name == "p" and isinstance(owner, torch.nn.modules.dropout._DropoutNd)
 
@@ -549,15 +598,26 @@ def dropouts(model) -> list[tuple]: # (config or module, name of its attribute)
     owners = _configs(getattr(model, "config", None)) + list(model.modules())
     return [(o, name) for o in owners for name, value in vars(o).items() if type(value) in (int, float) and _is_dropout(o, name)]
 
+def _in_eval_mode(module, inputs): module.training = False
+
+def _is_noisy(module):
+    "Whether a module has an amplitude of noise."
+    return any(type(value) in (int, float) and re.search("jitter|noise", name) for name, value in vars(module).items())
+
 def freeze_dropout(model):
-    "Set every dropout probability of the model to zero, in the config and in the modules; returns the model."
+    "Set every dropout probability of the model to zero, in the config and in the modules, and keep its noisy modules in eval mode; returns the model."
     for owner, name in dropouts(model): setattr(owner, name, type(getattr(owner, name))(0))
+    for module in filter(_is_noisy, model.modules()):
+        if _in_eval_mode not in module._forward_pre_hooks.values(): module.register_forward_pre_hook(_in_eval_mode)
     return model
 
 
 # %% [markdown]
 # `dropouts` only looks, so one can see what was found before it is changed. Names are matched by a pattern: architectures agree on the word but not on what
-# they write around it. The lesson runs on eight architectures, tiny and random, each with every dropout of its config at 0.1. Two questions: do two
+# they write around it. A model with experts may shake its router as well, in train mode only ("jitter"). Zero is no cure there: PhiMoE uses the same number to decide in eval mode, too.
+# So a module with such a number is held in eval mode, whatever the rest is in.
+#
+# The lesson runs on eight architectures, tiny and random, each with every dropout of its config at 0.1. Two questions: do two
 # forwards in train mode agree to the last bit? Does the padded batch still equal single rows?
 
 # %%
@@ -591,12 +651,14 @@ asked = pd.DataFrame({kind: ask(kind) for kind in kinds}).T
 assert not asked["same before"].any() and asked["same after"].all() and asked["padded - single (nats)"].max() < 1e-4
 asked.style.format({"padded - single (nats)": "{:.0e}"}).set_properties(**{"text-align": "left"})
 
+# %%
+kinds["phimoe"] = usual | dict(num_key_value_heads=2, num_local_experts=4)
+kinds["mixtral"] = kinds["phimoe"] | dict(router_jitter_noise=0.1)
+experts = pd.DataFrame({kind: ask(kind) for kind in ("phimoe", "mixtral")}).T
+assert experts["same after"].all() and experts["padded - single (nats)"].max() < 1e-4
+experts[["same before", "same after"]]
 
 # %% [markdown]
-# What to see: every model disagreed with itself before and none does afterwards, and padding costs at most the last digits of fp32, whether positions
-# are learned (GPT-2, OPT), rotated (Llama) or added to the attention (BLOOM). `p` belongs to `nn.Dropout`: rows without it would have been missed by anyone who zeroes only those modules. For an architecture that is not in this table the guard stands
-# elsewhere: the first loss of a stage is compared with the one that the reference table implies (chapter 06).
-#
 # ## A model, loaded for this
 #
 # A mistyped path must not be taken for the name of a model on the hub: the answer would be a long wait and a message about the network. Two
@@ -604,13 +666,81 @@ asked.style.format({"padded - single (nats)": "{:.0e}"}).set_properties(**{"text
 
 # %%
 #| export
+MERGE = "has a PEFT adapter; merge it first: merge_and_unload()"
+
 def _find_model(model):
     "A folder that is a model, or what can only be a hub id: a local path never reaches the hub."
     p = Path(model).expanduser()
+    if (p / "adapter_config.json").exists(): raise ValueError(f"{model}: {MERGE}, then save_pretrained into a folder of its own")
     if p.is_dir() and not (p / "config.json").exists(): raise ValueError(f"{model}: a folder without config.json is not a model")
     if not p.is_dir() and (p.exists() or p.is_absolute() or str(model).startswith((".", "~")) or len(p.parts) > 2):
         raise ValueError(f"{model}: no such model folder; give a folder with config.json, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
     return str(p) if p.is_dir() else str(model)
+
+
+# %% [markdown]
+# Much can be wrong with a folder, and the libraries have an exception of their own for everything, seldom with the name of a file in it. Here all become one line
+# that begins with the folder. Where a file is to blame it is looked for: one that Git LFS never fetched, half a file, broken JSON.
+
+# %%
+#| export
+def _is_pointer(path):
+    "Whether a file is what Git LFS leaves in the place of a large one."
+    with open(path, "rb") as f: return f.read(40).startswith(b"version https://git-lfs")
+
+WEIGHTS = ".safetensors", ".bin"
+
+def _read_whole(path): # raises where a file is not what its name says
+    if path.suffix == ".json": json.loads(path.read_text())
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt"): pass
+    if path.suffix == ".bin": torch.load(path, "meta", weights_only=True)
+
+def _broken_file(folder, weights):
+    "What is wrong with the first broken file of a folder, or None; weights only where they were wanted."
+    for path in sorted(p for p in Path(folder).glob("*") if p.is_file() and (weights or p.suffix not in WEIGHTS)):
+        try:
+            if _is_pointer(path): return f"{path.name} is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"
+            _read_whole(path)
+        except Exception as e: return f"{path.name} is broken or not complete ({type(e).__name__}); copy or download it again"
+
+def _one_line(text):
+    words = " ".join(text.split())
+    return words if len(words) < 300 else words[:words.rfind(" ", 0, 300)] + " ..."
+
+def _reason(e):
+    "What an exception of a library means."
+    said = str(e)
+    if "trust_remote_code" in said: return "wants Python code of its own (auto_map in its config), which is never run here; take an architecture that transformers has"
+    if "couldn't connect" in said.lower(): return "is no folder here, and the hub cannot be reached (or HF_HUB_OFFLINE is set); download the model, and give its folder"
+    if "backend tokenizer" in said: return "has no tokenizer that can be read (no tokenizer.json); save one beside the model: tokenizer.save_pretrained(folder)"
+    return f"cannot be loaded ({type(e).__name__}: {_one_line(said)})"
+
+@contextlib.contextmanager
+def _loading(model, weights):
+    "What the libraries throw, as a ValueError of one line that begins with the model; their own report is silent meanwhile."
+    report = logging.getLogger("transformers.modeling_utils")
+    before, report.disabled = report.disabled, True
+    try: yield
+    except (MemoryError, torch.OutOfMemoryError): raise
+    except Exception as e: raise ValueError(f"{model}: {_broken_file(Path(model).expanduser(), weights) or _reason(e)}") from e
+    finally: report.disabled = before
+
+
+# %% [markdown]
+# A tensor that the checkpoint lacks is worse than an error. The library fills it with random numbers and goes on; that happens to every folder without an output layer, such as a reward model.
+
+# %%
+#| export
+def _check_report(model, report):
+    "Raise ValueError for a tensor that a checkpoint lacks or has in another shape; print one line about those that are left over."
+    mismatched = sorted((name, tuple(there), tuple(wanted)) for name, there, wanted in report["mismatched_keys"])
+    for name, there, wanted in mismatched[:1]:
+        raise ValueError(f"{model}: {name} is {there} in the checkpoint, but config.json asks for {wanted} ({len(mismatched)} such); the two do not belong together")
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        raise ValueError(f"{model}: the checkpoint has no {missing[0]} ({len(missing)} missing); it would be random. Give a complete causal language model")
+    if unused: print(f"{model}: {len(unused)} tensors of the checkpoint are not used, the first is {unused[0]}")
 
 
 # %% [markdown]
@@ -626,26 +756,40 @@ def best_device(model) -> str: # cuda or cpu
     tiny = sum(p.numel() for p in model.parameters()) < SMALL
     return "cuda" if torch.cuda.is_available() and not tiny else "cpu"
 
+def _from_pretrained(kind, model, revision, **kw):
+    "Never with code that comes from the model."
+    found = _find_model(model)
+    if revision and not Path(found).is_dir(): kw["revision"] = revision
+    with _loading(model, kind is AutoModelForCausalLM): return kind.from_pretrained(found, trust_remote_code=False, **kw)
+
 def load_model(model: str, # hub id or folder
                device: str=None, # default: `best_device` of the model
+               revision: str=None, # of a hub id: a branch, a tag or a commit
               ):           # causal LM with fp32 weights and no dropout, in eval mode
-    "Load in fp32 whatever the folder's dtype. Raises ValueError for a folder that is not a model."
-    m = AutoModelForCausalLM.from_pretrained(_find_model(model), dtype=torch.float32)
+    "Load in fp32 whatever the folder's dtype. Raises ValueError, in one line, for what is not a complete causal language model."
+    m, report = _from_pretrained(AutoModelForCausalLM, model, revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    _check_report(model, report)
+    if _has_adapter(m): raise ValueError(f"{model}: {MERGE}")
     return freeze_dropout(m).to(device or best_device(m))
 
-def load_config(model: str): # hub id or folder
+def _has_adapter(model): return getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
+
+def load_config(model: str, # hub id or folder
+                revision: str=None): # of a hub id
     "What a model is made of, without its weights."
-    return AutoConfig.from_pretrained(_find_model(model))
+    return _from_pretrained(AutoConfig, model, revision)
 
 def stored_dtype(model: str, # hub id or folder
+                 revision: str=None, # of a hub id
                 ) -> torch.dtype: # fp32 where the config does not say
     "The dtype in which a model lies on disk."
-    dtype = load_config(model).dtype
+    dtype = load_config(model, revision).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
-def load_tokenizer(model: str): # hub id or folder
+def load_tokenizer(model: str, # hub id or folder
+                   revision: str=None): # of a hub id
     "The tokenizer that lies with a model."
-    return AutoTokenizer.from_pretrained(_find_model(model))
+    return _from_pretrained(AutoTokenizer, model, revision)
 
 
 # %%
@@ -656,6 +800,30 @@ usual_way, ours = transformers.AutoModelForCausalLM.from_pretrained(home / "half
 assert ours.dtype == torch.float32
 pd.DataFrame({"weights": [str(m.dtype) for m in (usual_way, ours)], "0.5 + 5e-7, in these weights": [f"{torch.tensor(0.5, dtype=m.dtype) + 5e-7:.7f}" for m in (usual_way, ours)]},
              index=["from_pretrained", "load_model"]).assign(stored=[str(stored_dtype(home / "half"))] * 2)
+
+
+# %% [markdown]
+# Five folders that are no model, and what is said about each:
+
+# %%
+def spoil(name, file, content=None, **settings): # a copy of S with one file changed
+    folder = Path(shutil.copytree(world.base, name))
+    if content is None: content = json.dumps(json.loads((folder / file).read_text()) | settings)
+    (folder / file).write_text(content)
+
+def refusal(f, *args):
+    try: f(*args)
+    except ValueError as e: return str(e)
+    raise AssertionError("not refused")
+
+with contextlib.chdir(home):
+    spoil("not-fetched", "model.safetensors", "version https://git-lfs.github.com/spec/v1\n")
+    spoil("cut", "tokenizer.json", "{")
+    spoil("other-sizes", "config.json", vocab_size=56)
+    spoil("more-layers", "config.json", num_hidden_layers=4)
+    spoil("own-code", "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+    said = [refusal(load_tokenizer if name == "cut" else load_model, name) for name in ("not-fetched", "cut", "other-sizes", "more-layers", "own-code")]
+print("\n".join(said))
 
 
 # %% [markdown]
@@ -683,6 +851,89 @@ with torch.no_grad(): moved.model.norm.weight[0] *= 1 + 2 ** -23   # the last bi
 hashes.append(weights_hash(moved))
 assert hashes[0] == hashes[1] != hashes[2]
 pd.Series(hashes, index=["S", "saved and loaded", "one bit changed"], name="weights_hash").to_frame()
+
+
+# %% [markdown]
+# ## Can it be trained?
+#
+# A folder is not the only way in: a run also takes a model that lies in memory, saves it, and loads it again before the first stage. Whatever the folder cannot hold would be lost on the way:
+# an adapter, a class of one's own, what was frozen. And nobody has looked yet whether the model is causal. An encoder such as BERT can be loaded as a causal language model, and then reads the very answer that it is asked about.
+
+# %%
+#| export
+def _not_reloaded(model):
+    "What would not come back if this model were saved and loaded, or None."
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
+    known = known if isinstance(known, tuple) else (known,)
+    if name.startswith("transformers_modules."): known = ()         # loaded with its own code, which a folder is not trusted with
+    if type(model) not in known:
+        back = f"comes back as {known[0].__name__}" if known else "cannot be loaded again"
+        return f"its class {name} {back}: a model with code of its own, or with another head, cannot be trained here"
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    if not frozen: return None
+    with torch.device("meta"): fresh = type(model)(model.config)    # what never requires a gradient is not meant
+    frozen -= {n for n, p in fresh.named_parameters() if not p.requires_grad}
+    if frozen: return f"{sorted(frozen)[0]} has requires_grad=False ({len(frozen)} such), and would be trained all the same: every stage trains all weights. model.requires_grad_(True) allows it"
+
+@torch.no_grad()
+def _looks_ahead(model, prefix=4, rest=8):
+    "How far the logits of a prefix move with what follows, relative to how far those of what follows move."
+    ends = [getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]     # may mean more than a token
+    usual = [i for i in range(3, 60) if i not in ends]
+    size = model.get_input_embeddings().weight.shape[0]
+    a, b = ([i % size for i in [*usual[:prefix], *[last] * rest]] for last in usual[prefix:prefix + 2])
+    was_training = model.training; model.eval()
+    try: logits = model(input_ids=torch.tensor([a, b], device=model.device), use_cache=False).logits.float()
+    finally: model.train(was_training)
+    moved = (logits[0] - logits[1]).abs().amax(-1)
+    return (moved[:prefix].max() / moved[prefix:].max().clamp(min=1e-9)).item()
+
+def check_model(model): # a model in memory
+    "Raise ValueError for a model with an adapter, one that would not come back from a folder as it is, and one that is not causal."
+    if _has_adapter(model): raise ValueError(f"model: {MERGE}, then requires_grad_(True)")
+    if lost := _not_reloaded(model): raise ValueError(f"model: {lost}")
+    if _looks_ahead(model) > (1e-3 if model.dtype == torch.float32 else 0.05):
+        raise ValueError(f"model: {type(model).__name__} is not causal: what it says about a token changes with the tokens after it. Take a decoder")
+
+
+# %%
+check_model(moved)
+moved.model.embed_tokens.requires_grad_(False)
+bert = transformers.AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **usual))
+print(refusal(check_model, moved), refusal(check_model, bert), sep="\n")
+
+
+# %% [markdown]
+# The last two questions need the pairs. A model whose positions are a table has no row for a longer text, and one whose embedding is shorter than its tokenizer has no row for the last tokens. On a graphics card both end the process, an hour into a run.
+# Rotary positions have no end; there, a row beyond what the model was made for is worth a line.
+
+# %%
+#| export
+def _has_position_table(model, limit):
+    "Whether the positions of a model are rows of a table; some begin with a few that are never used."
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    return any(re.search(r"wpe|pos\w*_embed|embed_pos|pos_encoding", name) and t.ndim == 2 and limit <= t.shape[0] <= limit + 8 for name, t in tables)
+
+def check_rows(model,           # a model in memory
+               longest: int,    # tokens of the longest row: a prompt with one response
+               largest_id: int, # of any token in them
+              ):
+    "Raise ValueError for rows longer than the model's table of positions, and for a token that its embedding lacks; print a line for rows beyond its context."
+    tokens, limit = model.get_input_embeddings().weight.shape[0], getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if largest_id >= tokens:
+        raise ValueError(f"model: token {largest_id} is in the pairs, but the embedding has {tokens} rows; take the model's own tokenizer, or resize_token_embeddings(len(tokenizer))")
+    if not limit or longest <= limit: return
+    if _has_position_table(model, limit): raise ValueError(f"model: rows of up to {longest} tokens, but it has {limit} positions; set max_length={limit}")
+    print(f"model: rows of up to {longest} tokens go beyond the {limit} that it was made for; max_length={limit} keeps within")
+
+
+# %%
+longest = max(map(_longest, pairs))
+check_rows(S, longest, len(tok) - 1)
+check_rows(S, 500, len(tok) - 1)
+gpt2 = transformers.AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **kinds["gpt2"], n_positions=32))
+print(refusal(check_rows, gpt2, 47, 0), refusal(check_rows, gpt2, 12, 64), sep="\n")
 
 
 # %% [markdown]
@@ -743,14 +994,21 @@ class LogprobTable:
 
 # %% [markdown]
 # Rows are found by the pair's key, a hash of its token ids (chapter 01): another tokenizer, boundary or length limit makes other
-# keys, and a pair without a row is an error. The rest of what must agree is the table's *kind*: which weights under which config (a window is no weight), computed how. The size of a batch is
-# not part of it, since in fp32 it does not matter; in bf16 one table is as good as another to the tenths of a nat seen above.
+# keys, and a pair without a row is an error. The rest of what must agree is the table's *kind*: which weights under which config (a window is no weight), computed how. Saving a model writes into its config, its class for
+# one; what changes no number is left out, or a model would lose its table by being saved. The size of a batch is not part of the kind either, since in fp32 it does not matter; in bf16 one table is as good as another to the tenths of a nat seen above.
 
 # %%
 #| export
+NO_NUMBER = """_name_or_path architectures auto_map dtype torch_dtype transformers_version id2label label2id problem_type
+    output_attentions output_hidden_states return_dict use_cache initializer_range task_specific_params""".split() # of a config: changes no log-probability
+
+def _of_numbers(config): # also of the configs inside
+    if not isinstance(config, dict): return config
+    return {k: _of_numbers(v) for k, v in config.items() if k not in NO_NUMBER}
+
 def table_kind(model, precision: str, logprobs) -> dict:
     "What must agree for two tables to be the same."
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "dtype", "transformers_version")}
+    config = _of_numbers(model.config.to_dict())
     return dict(weights=weights_hash(model), config=hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16], precision=precision,
                 device=model.device.type, attention=getattr(logprobs, "attention", getattr(model.config, "_attn_implementation", None)), logprobs=logprobs.__name__)
 
@@ -1003,6 +1261,7 @@ tmp.cleanup()
 #
 # - `response_logprobs`: the log-probability of both responses of a pair, in fp32, equal to a loop over single rows on eight architectures.
 # - `gamma`, their difference, the one number that the loss, the partition and the report are made of.
+# - `load_model`, `check_model` and `check_rows`: a model that is whole, can be trained, and has room for the pairs; or one line that says why not.
 # - `score_pairs` and `read_table`: the reference as a table that knows which weights it came from and goes on after a kill.
 #
 # ## Questions to test yourself

@@ -33,7 +33,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from sdpo_nb.logprobs import autocast, check_prompts, fp32_logits, is_plain, response_logprobs, token_logprobs
+from sdpo_nb.logprobs import autocast, check_prompts, fp32_logits, is_plain, must_read_alone, response_logprobs, token_logprobs
 
 # %%
 import json, math, os
@@ -341,16 +341,18 @@ def packed_logprobs(model,       # a causal LM whose attention can be set; gradi
     "What `response_logprobs` of chapter 02 computes, from one packed row."
     return of_row(model, pairs if isinstance(pairs, Row) else packed_row(model, pairs))
 
-def packed_row(model, pairs: list) -> Row:
-    "The row of `packed_logprobs`. It can be made while the model is busy with another one."
+def packed_row(model, pairs: list) -> Row|list:
+    "The row of `packed_logprobs`, or the pairs where their rows must be read alone. It can be made while the model is busy with another one."
+    if must_read_alone(model, pairs): return pairs
     row = pack(pairs)
     if model.device.type == "cuda": row.plan = padded_plan(row)
     return row
 
 packed_logprobs.tokens, packed_logprobs.attention, packed_logprobs.prepare = packed_tokens, "packed", packed_row
 
-def of_row(model, row: Row) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
-    "Log-probabilities of a packed row, wherever it lies."
+def of_row(model, row: Row|list) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    "Log-probabilities of a packed row, wherever it lies; of pairs that were not packed, those of chapter 02."
+    if not isinstance(row, Row): return response_logprobs(model, row)
     row = to_device(row, model.device)
     with attention(model, "sdpo_packed"):
         hidden = model.get_decoder()(input_ids=row.ids[None], position_ids=row.position[None], row=row, use_cache=False).last_hidden_state.squeeze(0)
@@ -581,8 +583,9 @@ def flash_logprobs(model,       # as for `packed_logprobs`, under autocast on a 
     "`packed_logprobs` with one call of attention for each layer."
     return of_row(model, pairs if isinstance(pairs, Row) else flash_row(model, pairs))
 
-def flash_row(model, pairs: list) -> Row:
-    "The row of `flash_logprobs`."
+def flash_row(model, pairs: list) -> Row|list:
+    "The row of `flash_logprobs`, or the pairs, as in `packed_row`."
+    if must_read_alone(model, pairs): return pairs
     row = pack(pairs)
     row.plan = flash_plan(row)
     return row
@@ -894,6 +897,7 @@ def _extremes(pairs):
 def why_not_packed(model, pairs: list) -> str|None:
     "Why packed log-probabilities cannot be used for this model, or None; looks at the longest and the shortest of these pairs, without autocast."
     if refused := _config_refuses(model): return refused
+    if must_read_alone(model, pairs): return "its rotary positions depend on the longest row of a batch"
     try:
         with torch.autocast(model.device.type, enabled=False): return _numbers_refuse(model, _extremes(pairs))
     except REFUSED as e: return f"a packed row cannot be computed: {_first_line(e)}"
