@@ -1,14 +1,14 @@
 "A run that was killed with SIGKILL, wherever, ends with the weights of one that was left alone; a finished one trains nothing."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, stat, subprocess, sys, time
 from pathlib import Path
 
 import pytest
-import torch
+import torch, yaml
 
 import sdpo_nb, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, weights_hash
 from sdpo_nb.packing import packed_logprobs
-from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo
+from sdpo_nb.stepwise import Run, StepwiseConfig, alone_in, gamma_table, sdpo
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, metrics, perturbed, rows
 
@@ -145,7 +145,7 @@ def test_settings_that_change_no_weight_may_differ(alone, monkeypatch):
     assert run(alone.folder, save_every=7).stages == alone.stages
 
 
-@pytest.mark.parametrize("name, value", [("beta", 0.2), ("lr", 2e-3), ("seed", 1), ("order", "random"), ("reference", "fixed"), ("init_target", "S"), ("max_length", 32), ("probe", 7)])
+@pytest.mark.parametrize("name, value", [("beta", 0.2), ("lr", 2e-3), ("seed", 1), ("order", "random"), ("reference", "fixed"), ("init_target", "S"), ("max_length", 48), ("probe", 7)])
 def test_a_setting_that_differs_is_named(alone, name, value):
     with pytest.raises(ValueError) as e: run(alone.folder, **{name: value})
     assert name in str(e.value) and str(alone.folder) in str(e.value) and str(value) in str(e.value)
@@ -171,3 +171,220 @@ def test_a_checkpoint_that_outlived_its_stage_is_removed(alone, tmp_path):
 
 def test_save_every_changes_nothing(alone, tmp_path):
     same_run(run(tmp_path / "run", save_every=1), alone)
+
+
+# ---- a folder that was changed in between
+
+def copy_of(alone, tmp_path, finished=2):
+    "The run after so many stages: stage 2 is not begun, or all is finished."
+    folder = tmp_path / "run"
+    shutil.copytree(alone.folder, folder)
+    if finished == 1: shutil.rmtree(folder / "stage-2")
+    return folder
+
+
+def complaint(call, *args, **kw):
+    with pytest.raises((ValueError, OSError)) as e: call(*args, **kw)
+    assert len(str(e.value).splitlines()) == 1
+    return str(e.value)
+
+
+@pytest.mark.parametrize("lost", ["kind.json", "pieces", "everything", "another device"])
+def test_a_lost_table_of_the_last_model_is_made_again(alone, tmp_path, capsys, lost):
+    "Also of the chunks that stage 2 does not train on, and in the same batches, so to the same bits."
+    folder = copy_of(alone, tmp_path, 1); table = folder / "stage-1" / "logprobs"
+    kind = json.loads((table / "kind.json").read_text())
+    if lost == "another device": (table / "kind.json").write_text(json.dumps(kind | dict(device="cuda")))
+    if lost == "kind.json": (table / lost).unlink()
+    if lost == "everything": shutil.rmtree(table)
+    if lost == "pieces":
+        for piece in table.glob("*.parquet"): piece.unlink()
+    same_run(run(folder), alone)
+    assert gamma_table(Run(folder)).equals(gamma_table(alone)) and (folder / "report.md").exists()
+
+
+def test_a_lost_table_of_a_finished_run_is_named(alone, tmp_path):
+    folder = copy_of(alone, tmp_path)
+    for piece in (folder / "stage-1" / "logprobs").glob("*.parquet"): piece.unlink()
+    said = complaint(Run(folder).report)
+    assert f"{folder / 'stage-1' / 'logprobs'}: the table of M_1 lacks" in said and "remove stage-1" in said
+    shutil.rmtree(folder / "stage-1"); shutil.rmtree(folder / "stage-2")     # as it says
+    same_run(run(folder), alone)
+
+
+def test_a_model_that_was_replaced_is_not_trained_on(alone, tmp_path):
+    one, two = copy_of(alone, tmp_path / "a", 1), copy_of(alone, tmp_path / "b")
+    model = load_model(str(one / "stage-1" / "model"))
+    with torch.no_grad(): next(model.parameters())[0] *= 1.01
+    for folder in (one / "stage-1", two / "stage-2"):
+        model.save_pretrained(folder / "model")
+        said = complaint(run, folder.parent)
+        assert f"{folder / 'model'}: has weights {weights_hash(model)}" in said and f"remove {folder.name}" in said
+    assert not (one / "stage-2").exists()
+    assert complaint(lambda: Run(two).model) == said
+    shutil.rmtree(one / "stage-1")
+    same_run(run(one), alone)
+
+
+@pytest.mark.parametrize("left", ["base", "stage-1"])
+def test_parts_of_a_run_without_its_settings(alone, tmp_path, left):
+    folder = copy_of(alone, tmp_path)
+    (folder / "config.yaml").unlink()
+    shutil.rmtree(folder / dict(base="stage-1")[left] if left == "base" else folder / "base")
+    if left == "base": shutil.rmtree(folder / "stage-2")
+    said = complaint(run, folder, lr=1e-2)
+    assert f"{folder}: not empty and not a run" in said and left in said and not (folder / "config.yaml").exists()
+
+
+def test_another_config_of_the_base(alone, tmp_path):
+    "Its weights are the same, its numbers are not."
+    S, folder = tmp_path / "S", tmp_path / "run"
+    shutil.copytree(load_world().base, S)
+    stepwise.sdpo_partition(str(S), SOURCES, StepwiseConfig(**CONFIG), folder)
+    config = json.loads((S / "config.json").read_text())
+    (S / "config.json").write_text(json.dumps(config | dict(rope_theta=500.0, rope_parameters=dict(rope_theta=500.0, rope_type="default"))))
+    assert "started with a config of S with the hash" in complaint(stepwise.sdpo_partition, str(S), SOURCES, StepwiseConfig(**CONFIG), folder)
+
+
+def test_the_number_of_a_stage_counts(alone, tmp_path):
+    folder = copy_of(alone, tmp_path)
+    shutil.copytree(folder / "stage-1", folder / "stage-1-backup")
+    shutil.copytree(folder / "stage-1", folder / "stage-old")
+    same_run(run(folder), alone)
+    shutil.rmtree(folder / "stage-1")
+    got = Run(folder)
+    assert got.model_folder() == folder / "stage-2" / "model" and weights_hash(got.model) == alone.stages[-1]["end"]
+    missing = f"{folder / 'stage-1' / 'stage.json'}: is missing, but stage 2 is finished"
+    for call in (lambda: run(folder), got.report, lambda: got.stages, lambda: got.metrics): assert missing in complaint(call)
+
+
+BROKEN = {"config.yaml": ["", "null", "a: [", "a: 1\na: 2", b"\xff\xfe", "{}", None], "partition.json": ["", "null", '{"names": ["', "{}", '{"measures": [], "names": ["a"], "chunks": [[0, 1]]}', None],
+          "stage-1/stage.json": ["", "null", "[]", '{"stage": 1}', b"\x00\xff", None], "stage-1/metrics.jsonl": ["", "null", '{"step"', b"\x00\xff", None]}
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name, contents in BROKEN.items() for content in contents])
+def test_a_broken_file_is_named(alone, tmp_path, name, content):
+    "None: a folder lies in its place."
+    folder = copy_of(alone, tmp_path); path = folder / name
+    path.unlink()
+    if content is None: path.mkdir()
+    else: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = complaint(run, folder)
+    assert said.startswith(f"{path}: cannot be used (") and ("remove" in said or "use another folder" in said)
+
+
+def test_a_partition_is_made_again(alone, tmp_path):
+    folder = copy_of(alone, tmp_path, 1)
+    (folder / "partition.json").unlink()
+    same_run(run(folder), alone)
+
+
+def test_a_full_disk_while_a_model_is_saved(alone, tmp_path):
+    import resource
+    folder = copy_of(alone, tmp_path, 1); size = (folder / "stage-1" / "model" / "model.safetensors").stat().st_size
+    save = stepwise.save_model
+    def full(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+        try: save(*args)
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepwise, "save_model", full)
+        assert complaint(run, folder) == f"{folder / 'stage-2' / 'model.tmp'}: could not be written (disk full?)"
+    assert not list(folder.rglob("*.tmp"))
+    same_run(run(folder), alone)
+
+
+def test_two_processes_in_one_folder(alone, tmp_path):
+    "The second one is refused, and the lock of one that was killed is free."
+    folder, refused = tmp_path / "run", []
+    def meet():
+        if lines(folder / "stage-1" / "metrics.jsonl") < 3: return False
+        refused.append(complaint(run, folder))
+        return True
+    start_and_kill(folder, meet, tmp_path)
+    assert refused == [f"{folder}: another process works in this folder; wait until it has ended, or use another folder"]
+    same_run(run(folder), alone)
+
+
+def test_a_folder_is_free_again_after_an_error(tmp_path):
+    for _ in range(2):
+        with pytest.raises(KeyError), alone_in(tmp_path): raise KeyError
+
+
+def test_where_there_are_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(stepwise, "fcntl", None)
+    with alone_in(tmp_path), alone_in(tmp_path): pass
+
+
+def test_two_processes_of_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "2 processes were started" in complaint(run, tmp_path / "run") and not (tmp_path / "run").exists()
+
+
+def test_another_machine_goes_on_and_says_so(alone, tmp_path, capsys):
+    folder = copy_of(alone, tmp_path, 1); path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert config["machine"] == dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+    config["machine"]["threads"] += 6; config["versions"]["accelerate"] = "0.1"
+    path.write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    same_run(run(folder), alone)
+    said = [line for line in capsys.readouterr().out.splitlines() if "goes on" in line]
+    assert len(said) == 1 and f"goes on with {torch.get_num_threads()} thread" in said[0] and "started with 0.1" in said[0] and said[0].endswith("the last bits may differ")
+    run(folder)
+    assert "goes on" not in capsys.readouterr().out, "a finished run does not go on"
+
+
+def test_a_seed_that_cannot_be_does_not_mark_a_folder(tmp_path):
+    assert complaint(run, tmp_path / "run", seed=99999999999999999999, order="random") == "seed: must be at most 9223372036854775807, got 99999999999999999999"
+    assert not (tmp_path / "run").exists()
+
+
+def test_colleagues_may_read_the_models(alone):
+    for t in (1, 2):
+        modes = {stat.S_IMODE(p.stat().st_mode) for p in alone.model_folder(t).iterdir()}
+        assert len(modes) == 1 and modes == {stat.S_IMODE((alone.folder / "config.yaml").stat().st_mode)}
+
+
+def test_nothing_is_written_through_a_link(alone, tmp_path):
+    folder, victim, victims = copy_of(alone, tmp_path, 1), tmp_path / "victim", tmp_path / "victims"
+    victim.write_text("mine"); victims.mkdir()
+    (folder / "stage-2" / "checkpoint").mkdir(parents=True)
+    for name in ("report.md", "figures/loss.png"): (folder / name).unlink()
+    for name in ("report.md", "report.tmp", "figures/loss.png", "figures/loss.tmp", "stage-2/stage.tmp", "stage-2/checkpoint/state.tmp"): (folder / name).symlink_to(victim)
+    (folder / "stage-2" / "model.tmp").symlink_to(victims)
+    same_run(run(folder), alone)
+    assert victim.read_text() == "mine" and not list(victims.iterdir())
+    shutil.rmtree(folder / "figures"); (folder / "figures").symlink_to(victims)
+    run(folder)
+    assert not list(victims.iterdir()) and (folder / "figures" / "loss.png").exists()
+
+
+def test_a_finished_run_on_a_disk_that_can_only_be_read(alone, tmp_path, monkeypatch, capsys):
+    "Its tables are shown; that there is no new report takes one line."
+    def read_only(path): raise OSError(30, "Read-only file system")
+    folder = copy_of(alone, tmp_path)
+    monkeypatch.setattr(stepwise, "replacing", read_only); monkeypatch.setattr(stepwise, "_open_lock", lambda path: None)
+    capsys.readouterr()
+    assert run(folder).table().equals(alone.table())
+    assert "no new report: [Errno 30] Read-only file system" in capsys.readouterr().out
+
+
+NAMES = ["a$\\frac{$", "$x$", "a|b", "<script>", "![](http://x)", "_y"]
+
+
+def test_names_are_only_names(tmp_path):
+    folder = tmp_path / "run"
+    got = sdpo(load_world().base, {name: rows("primer", 4, 4 * i) for i, name in enumerate(NAMES)}, StepwiseConfig(**CONFIG), folder)
+    assert list(got.partition().index) and sorted(got.partition().index) == sorted(NAMES)
+    text = (folder / "report.md").read_text()
+    assert r"a\|b" in text and r"\<script>" in text and r"!\[](http://x)" in text and "a|b" not in text.replace(r"a\|b", "") and "| <script>" not in text
+    for part in ("## Partition under S", "## Stages"):
+        table = [line.replace(r"\|", "") for line in text.split(part)[1].split("##")[0].splitlines() if line.startswith("| ")]
+        assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\tb", "bell\x07", "\ud800"])
+def test_names_that_cannot_be_printed(tmp_path, name):
+    said = complaint(sdpo, load_world().base, {name: rows("primer", 4)}, StepwiseConfig(**CONFIG), tmp_path / "run")
+    assert said.startswith(f"sources: the name {name!r} has a control character") and not (tmp_path / "run" / "config.yaml").exists()

@@ -24,7 +24,8 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import base64, difflib, json, math, os, re, shutil
+import base64, difflib, json, math, os, re, shutil, unicodedata
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -35,14 +36,18 @@ import torch
 import yaml
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
+try: import fcntl
+except ImportError: fcntl = None # Windows
+
 from sdpo_nb.evaluate import failure_signs
 from sdpo_nb.figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from sdpo_nb.logprobs import SMALL, load_model, load_tokenizer, pairs_hash, pick_precision, read_table, score_pairs, stored_dtype, weights_hash, write_json
+from sdpo_nb.logprobs import SMALL, load_model, load_tokenizer, pairs_hash, pick_precision, read_table, response_logprobs, score_pairs, stored_dtype, table_kind, weights_hash, write_json
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import ORDERS, partition
 from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
-from sdpo_nb.trainer import COMPUTED_ALIKE, GIB, MOST, TrainConfig, as_line, check_memory, compile_for, free_memory, plan_for, setting, train_stage, wants_compiling, why_not_same_bits
+from sdpo_nb.trainer import COMPUTED_ALIKE, GIB, MOST, TrainConfig, as_line, check_memory, check_one_process, compile_for, free_memory, plan_for, read_checkpoint, replacing, setting
+from sdpo_nb.trainer import train_stage, wants_compiling, why_not_same_bits
 from sdpo_nb.world import mean_interval
 
 # %%
@@ -145,14 +150,18 @@ defaults_table()
 
 # %%
 #| export
+def no_such_setting(name) -> str:
+    "What to say of a setting that does not exist: its nearest neighbour, or all there are."
+    known = [f.name for f in fields(StepwiseConfig)]
+    near = difflib.get_close_matches(str(name), known, 1)
+    return f"unknown setting '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"settings are {', '.join(known)}")
+
 def make_config(settings: dict, # names and values, from a file or a command line
                ) -> StepwiseConfig:
     "A StepwiseConfig; raises ValueError for an unknown setting, naming its nearest neighbour."
     known = {f.name: f.type for f in fields(StepwiseConfig)}
-    for name, v in settings.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"unknown setting '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"settings are {', '.join(known)}"))
+    for name in settings:
+        if name not in known: raise ValueError(no_such_setting(name))
     return StepwiseConfig(**{name: _number(v) if known[name] in (int, float) else v for name, v in settings.items()})
 
 def _number(v):
@@ -175,9 +184,112 @@ def _number(v):
 #
 # Every model has *one* table of log-probabilities. The table of $M_{t-1}$ is the reference of stage $t$; so "which model is the reference?" is answered by a path and a hash of weights.
 
+# %% [markdown]
+# All of it is read again: by the call that goes on, by the report, in a year by you. By then a file may be missing, empty or cut. One function reads them all, so that every complaint says which file it is, what is wrong and what to do.
+
 # %%
 #| export
-def _numbered(folder, name): return sorted(Path(folder).glob(f"stage-*/{name}"), key=lambda p: int(p.parent.name.split("-")[1]))
+class _Once(yaml.SafeLoader):
+    "A name that is given twice is an error; YAML lets the later value win."
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1: raise yaml.constructor.ConstructorError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+def read_yaml(path): # -> whatever it holds
+    "A YAML file. Raises ValueError, with file and line, for what is not YAML and for a name that is given twice."
+    try: return yaml.load(Path(path).read_text(encoding="utf-8"), _Once)
+    except UnicodeDecodeError as e: raise ValueError(f"{path}: is not text in UTF-8 ({e.reason})") from e
+    except yaml.YAMLError as e:
+        mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
+        raise ValueError(f"{path}: " + (f"line {mark.line + 1}: " if mark else "") + problem) from e
+
+NEEDED = {"config.yaml": {"model", "weights", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes"}}
+
+def read_part(path) -> dict: # config.yaml, partition.json or a stage.json
+    "A file of a run. Raises ValueError: which file, what is wrong with it, what to do."
+    path = Path(path)
+    with _named(path):
+        found = read_yaml(path) if path.suffix == ".yaml" else json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict): raise ValueError("holds no names and values")
+        if absent := NEEDED[path.name] - set(found): raise ValueError(f"lacks {', '.join(sorted(absent))}")
+    return found
+
+@contextmanager
+def _named(path):
+    "Whatever goes wrong in reading says where, and what to do."
+    try: yield
+    except Exception as e:
+        why = getattr(e, "strerror", None) or str(e).removeprefix(f"{path}: ").split("\n")[0] or type(e).__name__
+        raise ValueError(f"{path}: cannot be used ({why}); {_cure(path)}") from e
+
+def _cure(path):
+    "What to do about a file of a run."
+    if path.name == "config.yaml": return "put a copy of it back, or use another folder"
+    if path.name == "partition.json": return "remove it and run again: the partition is made anew"
+    return f"put it back, or remove {path.parent.name} and the stages after it, and run again: they are trained anew"
+
+
+# %%
+stage = tmp / "stage-1"
+stage.mkdir()
+for text in ("", "null", '{"stage": 1'):
+    (stage / "stage.json").write_text(text)
+    try: read_part(stage / "stage.json")
+    except ValueError as e: print(str(e).removeprefix(str(tmp)))
+
+
+# %% [markdown]
+# A stage is finished when its `stage.json` is there. Its number counts: with stage 1 gone, the last of two stages is still stage 2. And a copy that you made, `stage-1-before`, is no stage.
+
+# %%
+#| export
+def finished_stages(folder) -> list[int]:
+    "Numbers of the finished stages in a run folder, in order. Another folder beside them is no stage."
+    return [t for t in _stage_numbers(folder) if (Path(folder) / f"stage-{t}" / "stage.json").exists()]
+
+def _stage_numbers(folder):
+    found = [re.fullmatch(r"stage-([1-9]\d*)", p.name) for p in Path(folder).glob("stage-*")]
+    return sorted(int(m[1]) for m in found if m)
+
+def _without_gap(folder):
+    "The finished stages, which must be 1, 2, ... for a run to go on or be reported."
+    done = finished_stages(folder)
+    for t, found in enumerate(done, 1):
+        if t != found: raise ValueError(f"{Path(folder) / f'stage-{t}' / 'stage.json'}: is missing, but stage {done[-1]} is finished; put it back, or remove the stages after {t} and run again: they are trained anew")
+    return done
+
+
+# %%
+for name in ("stage-2", "stage-10", "stage-1-before"):
+    (tmp / name).mkdir()
+    (tmp / name / "stage.json").write_text("{}")
+assert finished_stages(tmp) == [1, 2, 10]
+try: _without_gap(tmp)
+except ValueError as e: print(str(e).removeprefix(str(tmp)))
+for folder in tmp.glob("stage-*"): shutil.rmtree(folder)
+
+
+# %% [markdown]
+# A model on disk may have been replaced, and nothing else would show it. Each stage wrote down the hash of what it saved; whoever loads the model compares.
+
+# %%
+#| export
+def load_stage(folder, # of a finished stage
+               device: str=None, # as for `load_model`
+              ):       # M_t as it lies on disk
+    "The model that a stage saved. Raises ValueError where another one lies there."
+    folder = Path(folder)
+    ended = read_part(folder / "stage.json")
+    saved = ended.get("saved") or dict(dtype="float32", weights=ended["end"])
+    model = load_model(str(folder / "model"), device)
+    _compare(model, getattr(torch, saved["dtype"]), saved["weights"], folder / "model")
+    return model
+
+def _compare(model, dtype, weights, path):
+    found = weights_hash(model, dtype)
+    if found != weights: raise ValueError(f"{path}: has weights {found}, but the stage ended with {weights}; {_cure(path)}")
 
 @dataclass
 class Run:
@@ -186,25 +298,33 @@ class Run:
 
     def __post_init__(self): self.folder = Path(self.folder)
     @property
-    def config(self) -> dict: return yaml.safe_load((self.folder / "config.yaml").read_text())
+    def config(self) -> dict: return read_part(self.folder / "config.yaml")
     @property
-    def stages(self) -> list[dict]: return [json.loads(p.read_text()) for p in _numbered(self.folder, "stage.json")]
+    def stages(self) -> list[dict]: return [read_part(self.folder / f"stage-{t}" / "stage.json") for t in _without_gap(self.folder)]
     @property
-    def model(self): return load_model(str(self.model_folder()))
+    def model(self): return load_stage(self.model_folder().parent)
     @property
     def tokenizer(self): return load_tokenizer(str(self.model_folder()))
     @property
     def metrics(self) -> pd.DataFrame: # one optimizer step of a finished stage a row
-        return pd.concat([pd.read_json(p.with_name("metrics.jsonl"), lines=True).assign(stage=t) for t, p in enumerate(_numbered(self.folder, "stage.json"), 1)], ignore_index=True)
+        return pd.concat([_steps(self.folder / f"stage-{t}" / "metrics.jsonl").assign(stage=t) for t in _without_gap(self.folder)], ignore_index=True)
 
     def model_folder(self, t: int=None) -> Path: # of M_t; 0: S, perhaps a hub id; none: of the last finished stage
         "Where a model lies, as `from_pretrained` reads it."
         if t == 0: return Path(self.config["model"])
-        return self.folder / f"stage-{len(self.stages) if t is None else t}" / "model"
-    def partition(self) -> pd.DataFrame: return pd.DataFrame(json.loads((self.folder / "partition.json").read_text())["measures"]).set_index("source")
+        if t is None and not finished_stages(self.folder): raise ValueError(f"{self.folder}: no stage is finished, so there is no model yet")
+        return self.folder / f"stage-{t or finished_stages(self.folder)[-1]}" / "model"
+    def partition(self) -> pd.DataFrame: return pd.DataFrame(read_part(self.folder / "partition.json")["measures"]).set_index("source")
     def table(self) -> pd.DataFrame: return stage_table(self)
     def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics)
     def report(self): return write_report(self)
+
+def _steps(path):
+    "metrics.jsonl as a data frame."
+    with _named(path):
+        steps = pd.read_json(path, lines=True)
+        if "loss" not in steps: raise ValueError("it holds no steps")
+    return steps
 
 
 # %% [markdown]
@@ -217,31 +337,106 @@ FREE = {"save_every"}
 
 HOW = {"precision"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
 
-def _has_trained(folder): return any(any(folder.glob(f"stage-*/{name}")) for name in ("checkpoint/state.pt", "stage.json"))
+def _has_trained(folder): return any((folder / f"stage-{t}" / name).exists() for t in _stage_numbers(folder) for name in ("checkpoint/state.pt", "stage.json"))
 
 def _recorded(v):
     "A setting as config.yaml can hold it: of a function, the name."
     return v if isinstance(v, (int, float, str, list, type(None))) else getattr(v, "__qualname__", type(v).__name__)
 
+SAID = {"base": "a config of S with the hash"} # of what has no name that people know
+
 def _compared(config):
     "What must agree between two calls on one folder."
-    return {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "device", "model", "not_deterministic"}}
+    return {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "machine", "device", "model", "not_deterministic"}}
 
-def _open_folder(folder, config, precision, identity):
-    "Write config.yaml, or compare with the one that is there; raises ValueError naming the first difference."
+def _open_folder(folder, config, precision, identity) -> str:
+    "Write config.yaml, or compare with the one that is there; raises ValueError naming the first difference. Returns what may change the last bits."
     settings = {f.name: _recorded(getattr(config, f.name)) for f in fields(config)} | dict(precision=precision)
     new = identity | dict(settings=settings, versions={p: version(p) for p in ("torch", "transformers", "datasets", "accelerate")})
     path = folder / "config.yaml"
     if path.exists():
-        old, now = _compared(yaml.safe_load(path.read_text())), _compared(new)
+        there = read_part(path)
+        old, now = _compared(there), _compared(new)
+        if there["versions"].get("transformers") != new["versions"]["transformers"]: old["base"] = now["base"] # another version may give a config more fields
+        old.setdefault("base", now["base"])      # a folder from before it was recorded
         differs = [k for k in now if old.get(k) != now[k]]
-        if not differs: return
+        if not differs: return _otherwise(there, new)
         k = next((k for k in differs if k not in HOW), differs[0])
-        if k not in HOW or _has_trained(folder): raise ValueError(f"{folder}: this run was started with {k} = {old.get(k)}, not {now[k]}; use that or another folder")
+        if k not in HOW or _has_trained(folder): raise ValueError(f"{folder}: this run was started with {SAID.get(k, k)} = {old.get(k)}, not {now[k]}; use that or another folder")
         print(f"{folder}: nothing was trained here yet; goes on with " + ", ".join(f"{k} = {now[k]}" for k in differs))
         (folder / "partition.json").unlink(missing_ok=True)
+    with replacing(path) as tmp: tmp.write_text(yaml.safe_dump(new, sort_keys=False))
+    return ""
+
+
+# %% [markdown]
+# What is left is the machine. With another number of threads a sum is added up in another order, and other versions may compute in another way. That is no mistake, so a run goes on; but it says so.
+
+# %%
+#| export
+def _machine(device):
+    "What the last bits depend on, beside the settings."
+    if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
+    return dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+
+def _otherwise(old, new):
+    "A sentence, where two calls on one folder compute on different machines."
+    def facts(config): return dict(device=config["device"]) | config.get("machine", {}) | config["versions"]
+    was, now = facts(old), facts(new)
+    def said(k): return f"{now[k]} {'thread' if now[k] == 1 else 'threads'}" if k == "threads" else f"{k} {now[k]}"
+    differs = [f"{said(k)}, started with {was[k]}" for k in now if k in was and was[k] != now[k]]
+    return f"goes on with {'; with '.join(differs)}: the last bits may differ" if differs else ""
+
+
+# %%
+here = dict(device="cpu", machine=dict(threads=1, cpu="AVX2"), versions=dict(torch="2.13.0"))
+assert _otherwise(here, here) == ""
+_otherwise(here, here | dict(machine=dict(threads=2, cpu="AVX2"), versions=dict(torch="2.14.0")))
+
+
+# %% [markdown]
+# Two processes in one folder would write the same checkpoint and each other's metrics. So a call holds a lock while it works. The system gives the lock back when a process dies, however it dies; there is nothing to clean up. A folder that holds stages but no `config.yaml` is refused, too: nobody knows with which settings they were trained.
+
+# %%
+#| export
+@contextmanager
+def alone_in(folder): # of a run
+    "Hold a folder's lock. Raises ValueError where another process has it, or where a launcher started several. On Windows, and on a disk that cannot be written to, there is none."
+    check_one_process()
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(yaml.safe_dump(new, sort_keys=False)); os.replace(path.with_suffix(".tmp"), path)
+    lock = _open_lock(folder / ".lock") if fcntl else None
+    try:
+        if lock is not None and not _take(lock): raise ValueError(f"{folder}: another process works in this folder; wait until it has ended, or use another folder")
+        yield
+    finally:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)     # said, not left to closing: a process that was forked may still hold a copy
+            os.close(lock)
+
+def _open_lock(path):
+    try: return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError: return None
+
+def _take(lock) -> bool:
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: pass                         # a file system without locks
+    return True
+
+def _check_fresh(folder):
+    "Raise ValueError for parts of a run without config.yaml. A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written anew."
+    if (folder / "config.yaml").exists(): return
+    parts = [folder / f"stage-{t}" for t in _stage_numbers(folder)] + [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
+    if parts: raise ValueError(f"{folder}: not empty and not a run, there is {parts[0].relative_to(folder)} but no config.yaml; use another folder")
+
+
+# %%
+with alone_in(tmp / "once"):
+    try:
+        with alone_in(tmp / "once"): pass
+    except ValueError as e: print(str(e).removeprefix(str(tmp)))
+with alone_in(tmp / "once"): pass                # it has been given back
 
 
 # %% [markdown]
@@ -255,13 +450,13 @@ def _open_folder(folder, config, precision, identity):
 #| export
 def save_model(model, tokenizer, path,
                dtype: torch.dtype=None): # of the file; default: the model's own
-    "`save_pretrained` under a temporary name, then renamed."
-    tmp = Path(path).with_name(Path(path).name + ".tmp")
-    for p in (tmp, path): shutil.rmtree(p, ignore_errors=True)
-    if dtype in (None, model.dtype): model.save_pretrained(tmp)
-    else: _save_rounded(model, tmp, dtype)
-    tokenizer.save_pretrained(tmp)
-    os.replace(tmp, path)
+    "`save_pretrained` under a temporary name, then renamed. Everybody may read it who may read your files; safetensors alone would write for you only."
+    with replacing(path) as tmp:
+        if dtype in (None, model.dtype): model.save_pretrained(tmp)
+        else: _save_rounded(model, tmp, dtype)
+        tokenizer.save_pretrained(tmp)
+        usual = (tmp / "config.json").stat().st_mode
+        for file in tmp.glob("*.safetensors"): file.chmod(usual)
 
 def _save_rounded(model, path, dtype):
     "The model stays as it is; the file, and what its config says of it, are of another dtype."
@@ -319,13 +514,17 @@ class _Context:
     "What every stage needs to know."
     config: StepwiseConfig; folder: Path; base: str; tokenizer: object; device: object; precision: str; logprobs: object
     dtype: torch.dtype # of S on disk, and so of every M_t
+    otherwise: str = "" # what may change the last bits, said when training goes on
     chosen: dict = field(default_factory=dict)
 
     def at(self, t): return self.folder / (f"stage-{t}" if t else "base")
-    def load(self, t):
-        model = load_model(str(self.at(t) / "model") if t else self.base, self.device)
-        exact = self.at(t) / "checkpoint" / "state.pt"
-        if t and self.dtype != torch.float32 and exact.exists(): model.load_state_dict(torch.load(exact, map_location="cpu", weights_only=True)["model"])
+    def load(self, t): # M_t in fp32; where the model on disk is rounded, the checkpoint has it exactly
+        if not t: return load_model(self.base, self.device)
+        model = load_stage(self.at(t), self.device)
+        exact = read_checkpoint(self.at(t)) if self.dtype != torch.float32 else None
+        if exact:
+            model.load_state_dict(exact["model"])
+            _compare(model, None, read_part(self.at(t) / "stage.json")["end"], self.at(t) / "checkpoint")
         return model
     def table(self, t): return read_table(self.at(t) / "logprobs")
     def score(self, t, model, pairs, what): # the table of M_t, once it holds these pairs
@@ -386,14 +585,19 @@ class Chunk:
         if len(self.pairs) <= n: return self.pairs
         return self.pairs.select(sorted(torch.randperm(len(self.pairs), generator=torch.Generator().manual_seed(0))[:n].tolist()))
 
+def _write_json(path, data):
+    with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1) + "\n")
+
 def _partitioned(loaded, policy, ctx):
     "Chunks by the partition under M_0; its pass over the pairs is kept, and is stage 1's reference table."
     c, path = ctx.config, ctx.folder / "partition.json"
     for s in loaded: table = ctx.score(0, policy, s.pairs, s.name)
     if not path.exists():
         part = partition(loaded, table, c.order, c.chunks if isinstance(c.chunks, int) else None, c.seed)
-        write_json(path, dict(order=c.order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks, counts=counts_table(loaded).reset_index().to_dict("records")))
-    decided, pairs = json.loads(path.read_text()), concatenate_datasets([s.pairs for s in loaded])
+        _write_json(path, dict(order=c.order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks, counts=counts_table(loaded).reset_index().to_dict("records")))
+    decided, pairs = read_part(path), concatenate_datasets([s.pairs for s in loaded])
+    with _named(path):
+        if sorted(sum(decided["chunks"], [])) != list(range(len(pairs))) or len(decided["names"]) != len(decided["chunks"]): raise ValueError("its chunks do not hold every pair once")
     return [Chunk(name, pairs.select(rows)) for name, rows in zip(decided["names"], decided["chunks"])]
 
 
@@ -415,7 +619,7 @@ def _made(t, policy, ctx):
         got = ctx.config.chunks(t, policy)
         if got is None: return None
         if not isinstance(got, Source): got = tokenize_pairs(load_pairs(got), ctx.tokenizer, f"chunk {t}", ctx.config.max_length, ctx.config.max_prompt_length)
-        got.pairs.save_to_disk(f"{path}.tmp"); os.replace(f"{path}.tmp", path)
+        with replacing(path) as tmp: got.pairs.save_to_disk(str(tmp))
     return Chunk(f"chunk {t}", load_from_disk(str(path)))
 
 
@@ -423,7 +627,7 @@ def _made(t, policy, ctx):
 # ## One stage
 #
 # The order of these lines is the point. The reference table is computed with the model that *is* the reference at this moment, before the target is reset or trained. There
-# is never a second model in memory: a foreign reference is loaded in the policy's place and given back.
+# is never a second model in memory: a foreign reference is loaded in the policy's place and given back. What $M_{t-1}$ says about the probes was written down when its stage ended. Should that table be lost, or be of another kind on this machine, it is made again first, in the same order.
 
 # %%
 #| export
@@ -446,6 +650,9 @@ def _reference(t, chunks, policy, ctx):
 def _stage(t, chunks, policy, ctx):
     "Train M_t, measure it, save it; returns it."
     c, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
+    if ctx.otherwise: print(f"{ctx.folder}: {ctx.otherwise}"); ctx.otherwise = ""
+    if t > 1:
+        for d in chunks[:t-1] if callable(c.chunks) else chunks: ctx.score(t-1, policy, d.probe(c.probe), d.name)
     table, reference, policy = _reference(t, chunks, policy, ctx)
     ctx.score(t-1, policy, chunk.probe(c.probe), chunk.name)
     if c.init_target == "S" and t > 1: _free(policy); policy = ctx.load(0)
@@ -454,8 +661,8 @@ def _stage(t, chunks, policy, ctx):
     for d in chunks: ctx.score(t, policy, d.probe(c.probe), d.name)
     save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     saved = _saved(t, policy, ctx)
-    write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
-                                           end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
+    _write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
+                                            end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
     return policy
 
 def _saved(t, policy, ctx):
@@ -504,8 +711,14 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
          logprobs=None, # (model, pairs) -> (chosen, rejected); None: packed where `config.packing` allows and the guard agrees
         ) -> Run:
     "Stepwise DPO (arXiv 2403.19270, section 3): one DPO stage per chunk, the reference moving up."
-    ctx, chunks, policy = _prepare(model, sources, config, folder, tokenizer, logprobs)
-    made, t = callable(ctx.config.chunks), len(_numbered(ctx.folder, "stage.json"))
+    with alone_in(folder):
+        run = _all_stages(*_prepare(model, sources, config, folder, tokenizer, logprobs))
+        run.report()
+    return run
+
+def _all_stages(ctx, chunks, policy):
+    "From the last finished stage to the end."
+    made, t = callable(ctx.config.chunks), len(_without_gap(ctx.folder))
     if t: _free(policy); policy = ctx.load(t)
     if made: chunks = [_made(i, None, ctx) for i in range(1, t + 1)]
     while True:
@@ -514,27 +727,28 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
         if t == len(chunks): break
         t += 1; policy = _stage(t, chunks, policy, ctx)
     if not t: raise ValueError("chunks: the function returned no pairs for stage 1")
-    run = Run(ctx.folder); run.report()
-    return run
+    return Run(ctx.folder)
 
 def _drop_checkpoints(ctx, last):
     "Those of finished stages, unless the next stage takes over the optimizer. The last stage's holds its exact weights, where the model on disk is rounded, and stays until no other follows."
     if ctx.config.restart != "stage": return
-    finished = _numbered(ctx.folder, "stage.json")
+    finished = finished_stages(ctx.folder)
     if ctx.dtype != torch.float32 and not last: finished = finished[:-1]
-    for p in finished: shutil.rmtree(p.parent / "checkpoint", ignore_errors=True)
+    for t in finished: shutil.rmtree(ctx.at(t) / "checkpoint", ignore_errors=True)
 
 
 # %%
 #| export
 def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=None) -> Run:
     "The beginning of `sdpo`: the pass of M_0 and the partition. `sdpo` with the same arguments goes on from here."
-    return Run(_prepare(model, sources, config, folder, tokenizer, logprobs)[0].folder)
+    with alone_in(folder): return Run(_prepare(model, sources, config, folder, tokenizer, logprobs)[0].folder)
 
 def _prepare(model, sources, config, folder, tokenizer, logprobs):
     config, folder = config or StepwiseConfig(), Path(folder)
     made = callable(config.chunks)
     if made and sources: raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
+    _check_fresh(folder)
+    _check_names(sources)
     base, tokenizer = _base(model, tokenizer, folder)
     loaded = [] if made else _check_chunks(config.chunks, load_sources(sources, tokenizer, config))
     theirs = _foreign(config.reference, tokenizer)
@@ -542,10 +756,18 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs):
     device, precision = policy.device, pick_precision(config.precision, policy.device)
     if policy.num_parameters() >= SMALL: _say_memory(policy.config, config, precision, device)
     ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base) if config.save_dtype == "S" else torch.float32)
-    _open_folder(folder, config, precision, dict(model=base, weights=weights_hash(policy), sources=[s.name for s in loaded], reference_weights=theirs, device=device.type,
-                                                 pairs=pairs_hash(*(s.pairs for s in loaded)), not_deterministic=_not_deterministic(policy, loaded, ctx)))
+    of_S = table_kind(policy, precision, response_logprobs)
+    identity = dict(model=base, weights=of_S["weights"], base=of_S["config"], sources=[s.name for s in loaded], reference_weights=theirs, device=device.type, machine=_machine(device),
+                    pairs=pairs_hash(*(s.pairs for s in loaded)), not_deterministic=_not_deterministic(policy, loaded, ctx))
+    ctx.otherwise = _open_folder(folder, config, precision, identity)
     return ctx, [] if made else _partitioned(loaded, policy, ctx), policy
 
+
+def _check_names(sources):
+    "Raise ValueError for a source whose name cannot be printed in one line: it goes into tables, figures and messages."
+    if not isinstance(sources, dict): return     # `load_sources` says what is wrong
+    for name in (what.name if isinstance(what, Source) else str(name) for name, what in sources.items()):
+        if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name): raise ValueError(f"sources: the name {name!r} has a control character or a new line; use one that can be printed")
 
 def _say_memory(model_config, config, precision, device):
     "One line on what training will need; an error, if that is not there."
@@ -581,10 +803,16 @@ def stage_table(run: Run) -> pd.DataFrame:
 
 def gamma_table(run: Run) -> pd.DataFrame: # model, chunk, gamma: one probe pair a row
     "gamma of every model on the probe of every chunk that it was measured on."
-    folders = [run.folder / "base"] + [p.parent for p in _numbered(run.folder, "stage.json")]
-    tables = {f"M_{t}": read_table(f / "logprobs").rows for t, f in enumerate(folders)}
-    return pd.concat([pd.DataFrame(dict(model=m, chunk=chunk, gamma=(r.loc[keys, "chosen"] - r.loc[keys, "rejected"]).to_numpy()))
-                      for chunk, keys in run.stages[-1]["probes"].items() for m, r in tables.items() if set(keys) <= set(r.index)], ignore_index=True)
+    stages = run.stages
+    folders = [run.folder / "base", *(run.folder / f"stage-{t}" for t in range(1, len(stages) + 1))]
+    rows = [read_table(f / "logprobs").rows for f in folders]
+    probes = stages[-1]["probes"]
+    for t, stage in enumerate(stages, 1):
+        for m in (t - 1, t, len(stages)):        # what the signs of failure compare
+            absent = set(probes[stage["chunk"]]) - set(rows[m].index)
+            if absent: raise ValueError(f"{folders[m] / 'logprobs'}: the table of M_{m} lacks {len(absent)} pairs of '{stage['chunk']}'; " + (_cure(folders[m] / "logprobs") if m else "run again: they are computed anew"))
+    return pd.concat([pd.DataFrame(dict(model=f"M_{m}", chunk=chunk, gamma=(r.loc[keys, "chosen"] - r.loc[keys, "rejected"]).to_numpy()))
+                      for chunk, keys in probes.items() for m, r in enumerate(rows) if set(keys) <= set(r.index)], ignore_index=True)
 
 
 # %%
@@ -594,33 +822,65 @@ class Report:
     "report.md of a run; a notebook shows it with its figures."
     path: Path
     def _repr_markdown_(self):
+        if not self.path.exists(): return f"{self.path}: not written"
         def embed(m): return f"![](data:image/png;base64,{base64.b64encode((self.path.parent / m[1]).read_bytes()).decode()})"
-        return re.sub(r"!\[\]\((figures/\w+\.png)\)", embed, self.path.read_text())
+        return re.sub(r"!\[\]\((figures/\w+\.png)\)", embed, self.path.read_text(encoding="utf-8"))
+
+def _escaped(v) -> str:
+    "A value as text in which nothing is markdown or HTML."
+    text = " ".join((f"{v:.3f}" if isinstance(v, float) else str(v)).splitlines())
+    for mark, plain in (("|", r"\|"), ("<", r"\<"), ("![", r"!\[")): text = text.replace(mark, plain)
+    return text
 
 def as_markdown(frame: pd.DataFrame) -> str:
     "A data frame as a markdown table."
-    def show(v): return f"{v:.3f}" if isinstance(v, float) else str(v)
     rows = [[frame.index.name or "", *frame.columns], ["---"] * (len(frame.columns) + 1), *([i, *r] for i, r in zip(frame.index, frame.to_numpy(dtype=object)))]
-    return "\n".join("| " + " | ".join(map(show, r)) + " |" for r in rows)
+    return "\n".join("| " + " | ".join(map(_escaped, r)) + " |" for r in rows)
 
+
+# %%
+print(as_markdown(pd.DataFrame({"accuracy": [0.5]}, index=["a|b <img>"])))
+
+
+# %% [markdown]
+# A finished run may lie on a disk that can only be read. Then there is nothing to write, but much to show. And a name may hold a dollar sign, which Matplotlib would take for the beginning of a formula.
 
 # %%
 #| export
 def write_report(run: Run) -> Report:
-    "report.md: partition, stages, figures, settings."
+    "report.md: partition, stages, figures, settings. Where it cannot be written, this is said in one line."
     metrics, gammas = run.metrics, gamma_table(run)
-    drawn = dict(loss=plot_loss(metrics), gamma=plot_gamma(gammas), drift=plot_drift(metrics))
-    c, parted = run.config, (run.folder / "partition.json").exists()
-    if parted: drawn["partition"] = plot_partition(run.partition().reset_index())
-    (run.folder / "figures").mkdir(exist_ok=True)
-    for name, fig in drawn.items(): fig.savefig(run.folder / "figures" / f"{name}.png", dpi=110, bbox_inches="tight"); plt.close(fig)
+    measures = run.partition() if (run.folder / "partition.json").exists() else None
+    text, figures, path = _report_text(run, metrics, gammas, measures), run.folder / "figures", run.folder / "report.md"
+    drawn = _drawn(metrics, gammas, measures)
+    try:
+        if figures.is_symlink(): figures.unlink()
+        figures.mkdir(exist_ok=True)
+        for name, fig in drawn.items():
+            with replacing(figures / f"{name}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
+        with replacing(path) as tmp: tmp.write_text(text, encoding="utf-8")
+    except OSError as e: print(f"no new report: {e}")
+    finally:
+        for fig in drawn.values(): plt.close(fig)
+    return Report(path)
+
+def _drawn(metrics, gammas, measures):
+    "The figures of a report; names in them are no formulas."
+    def plain(names): return names.str.replace("$", r"\$", regex=False)
+    drawn = dict(loss=plot_loss(metrics), gamma=plot_gamma(gammas.assign(chunk=plain(gammas["chunk"]))), drift=plot_drift(metrics))
+    if measures is None: return drawn
+    sources = measures.reset_index()
+    return drawn | dict(partition=plot_partition(sources.assign(source=plain(sources["source"]))))
+
+def _report_text(run, metrics, gammas, measures):
+    c = run.config
+    settings = pd.DataFrame([(k, str(v)) for k, v in (c["settings"] | c["versions"] | c.get("machine", {})).items()], columns=["setting", "value"]).set_index("setting")
+    signs = [f"- {_escaped(sign)}" for sign in failure_signs(gammas, metrics)]
     text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}; on {c['device']}"]
-    if parted: text += ["## Partition under S", as_markdown(run.partition()), "![](figures/partition.png)"]
-    text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift")),
-             "## Signs of failure", "\n".join(f"- {sign}" for sign in failure_signs(gammas, metrics)) or "None of forgetting, instability, minimal improvement.", "## Settings",
-             as_markdown(pd.DataFrame([(k, str(v)) for k, v in (c["settings"] | c["versions"]).items()], columns=["setting", "value"]).set_index("setting"))]
-    (run.folder / "report.md").write_text("\n\n".join(text) + "\n")
-    return Report(run.folder / "report.md")
+    if measures is not None: text += ["## Partition under S", as_markdown(measures), "![](figures/partition.png)"]
+    text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift"))]
+    text += ["## Signs of failure", "\n".join(signs) or "None of forgetting, instability, minimal improvement.", "## Settings", as_markdown(settings)]
+    return "\n\n".join(text) + "\n"
 
 
 # %% [markdown]
