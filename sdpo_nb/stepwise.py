@@ -75,7 +75,8 @@ def defaults_table() -> pd.DataFrame:
     return pd.DataFrame([(f.name, str(f.default), f.metadata["help"]) for f in fields(StepwiseConfig)], columns=["setting", "default", "meaning"]).set_index("setting")
 
 # %% ../nbs/09_stepwise.ipynb #c08d40ed
-def no_such_setting(name) -> str:
+def no_such_setting(name, # as it was typed
+                   ) -> str:
     "What to say of a setting that does not exist: its nearest neighbour, or all there are."
     known = [f.name for f in fields(StepwiseConfig)]
     near = difflib.get_close_matches(str(name), known, 1)
@@ -103,7 +104,8 @@ class _Once(yaml.SafeLoader):
             if names.count(key.value) > 1: raise yaml.constructor.ConstructorError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
-def read_yaml(path): # -> whatever it holds
+def read_yaml(path, # of any YAML file
+             ):     # whatever it holds; None where it is empty
     "A YAML file. Raises ValueError, with file and line, for what is not YAML and for a name that is given twice."
     try: return yaml.load(Path(path).read_text(encoding="utf-8"), _Once)
     except UnicodeDecodeError as e: raise ValueError(f"{path}: is not text in UTF-8 ({e.reason})") from e
@@ -113,7 +115,8 @@ def read_yaml(path): # -> whatever it holds
 
 NEEDED = {"config.yaml": {"model", "weights", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes"}}
 
-def read_part(path) -> dict: # config.yaml, partition.json or a stage.json
+def read_part(path, # of a config.yaml, partition.json or stage.json
+             ) -> dict:
     "A file of a run. Raises ValueError: which file, what is wrong with it, what to do."
     path = Path(path)
     with _named(path):
@@ -137,7 +140,8 @@ def _cure(path):
     return f"put it back, or remove {path.parent.name} and the stages after it, and run again: they are trained anew"
 
 # %% ../nbs/09_stepwise.ipynb #ec52b281
-def finished_stages(folder) -> list[int]:
+def finished_stages(folder, # of a run
+                   ) -> list[int]:
     "Numbers of the finished stages in a run folder, in order. Another folder beside them is no stage."
     return [t for t in _stage_numbers(folder) if (Path(folder) / f"stage-{t}" / "stage.json").exists()]
 
@@ -255,7 +259,8 @@ def _otherwise(old, new):
 
 # %% ../nbs/09_stepwise.ipynb #1286ccb6
 @contextmanager
-def alone_in(folder): # of a run
+def alone_in(folder, # of a run; made where it is missing
+            ):       # a context, for as long as the work takes
     "Hold a folder's lock. Raises ValueError where another process has it, or where a launcher started several. On Windows, and on a disk that cannot be written to, there is none."
     check_one_process()
     folder = Path(folder)
@@ -282,7 +287,7 @@ def _take(lock) -> bool:
 def _check_fresh(folder):
     "Raise ValueError for parts of a run without config.yaml. A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written anew."
     if (folder / "config.yaml").exists(): return
-    parts = [folder / f"stage-{t}" for t in _stage_numbers(folder)] + [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
+    parts = [folder / f"stage-{t}" for t in _stage_numbers(folder)] + list(folder.glob("partition.json")) + [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
     if parts: raise ValueError(f"{folder}: not empty and not a run, there is {parts[0].relative_to(folder)} but no config.yaml; use another folder")
 
 # %% ../nbs/09_stepwise.ipynb #15257b5d

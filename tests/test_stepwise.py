@@ -476,6 +476,24 @@ def test_a_bf16_run_that_goes_on_starts_from_the_exact_weights(tmp_path, half, m
     assert [s["end"] for s in again.stages] == [s["end"] for s in whole.stages]
 
 
+@pytest.mark.parametrize("other", ["model", "checkpoint"])
+def test_a_bf16_run_does_not_go_on_from_another_model(tmp_path, half, monkeypatch, other):
+    "The model on disk is rounded, the checkpoint beside it is exact: each is compared with a hash of its own."
+    train = stepwise.train_stage
+    def one_stage(*args, **kw):
+        if (tmp_path / "run/stage-1/stage.json").exists(): raise KeyboardInterrupt
+        return train(*args, **kw)
+    monkeypatch.setattr(stepwise, "train_stage", one_stage)
+    with pytest.raises(KeyboardInterrupt): sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
+    stage = tmp_path / "run" / "stage-1"
+    if other == "model": perturbed(load_model(half)).to(torch.bfloat16).save_pretrained(stage / "model")
+    else:
+        saved = torch.load(stage / "checkpoint" / "state.pt", weights_only=True)
+        next(iter(saved["model"].values())).view(-1)[0] += 1e-6                  # rounding swallows it
+        torch.save(saved, stage / "checkpoint" / "state.pt")
+    with pytest.raises(ValueError, match=f"{stage / other}: has weights"): sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
+
+
 # ---- the report
 
 def test_report(tmp_path, monkeypatch):

@@ -150,7 +150,8 @@ defaults_table()
 
 # %%
 #| export
-def no_such_setting(name) -> str:
+def no_such_setting(name, # as it was typed
+                   ) -> str:
     "What to say of a setting that does not exist: its nearest neighbour, or all there are."
     known = [f.name for f in fields(StepwiseConfig)]
     near = difflib.get_close_matches(str(name), known, 1)
@@ -174,7 +175,7 @@ def _number(v):
 # ## A run is a folder
 #
 # ```
-# run/config.yaml     settings, hashes of S and of the pairs, versions
+# run/config.yaml     settings, hashes of S and of the pairs, machine, versions
 #     partition.json  measures of each source, chunks
 #     base/logprobs/  what M_0 says about every pair
 #     stage-1/        metrics.jsonl, checkpoint/, model/, logprobs/, stage.json
@@ -197,7 +198,8 @@ class _Once(yaml.SafeLoader):
             if names.count(key.value) > 1: raise yaml.constructor.ConstructorError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
-def read_yaml(path): # -> whatever it holds
+def read_yaml(path, # of any YAML file
+             ):     # whatever it holds; None where it is empty
     "A YAML file. Raises ValueError, with file and line, for what is not YAML and for a name that is given twice."
     try: return yaml.load(Path(path).read_text(encoding="utf-8"), _Once)
     except UnicodeDecodeError as e: raise ValueError(f"{path}: is not text in UTF-8 ({e.reason})") from e
@@ -207,7 +209,8 @@ def read_yaml(path): # -> whatever it holds
 
 NEEDED = {"config.yaml": {"model", "weights", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes"}}
 
-def read_part(path) -> dict: # config.yaml, partition.json or a stage.json
+def read_part(path, # of a config.yaml, partition.json or stage.json
+             ) -> dict:
     "A file of a run. Raises ValueError: which file, what is wrong with it, what to do."
     path = Path(path)
     with _named(path):
@@ -245,7 +248,8 @@ for text in ("", "null", '{"stage": 1'):
 
 # %%
 #| export
-def finished_stages(folder) -> list[int]:
+def finished_stages(folder, # of a run
+                   ) -> list[int]:
     "Numbers of the finished stages in a run folder, in order. Another folder beside them is no stage."
     return [t for t in _stage_numbers(folder) if (Path(folder) / f"stage-{t}" / "stage.json").exists()]
 
@@ -400,7 +404,8 @@ _otherwise(here, here | dict(machine=dict(threads=2, cpu="AVX2"), versions=dict(
 # %%
 #| export
 @contextmanager
-def alone_in(folder): # of a run
+def alone_in(folder, # of a run; made where it is missing
+            ):       # a context, for as long as the work takes
     "Hold a folder's lock. Raises ValueError where another process has it, or where a launcher started several. On Windows, and on a disk that cannot be written to, there is none."
     check_one_process()
     folder = Path(folder)
@@ -427,7 +432,7 @@ def _take(lock) -> bool:
 def _check_fresh(folder):
     "Raise ValueError for parts of a run without config.yaml. A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written anew."
     if (folder / "config.yaml").exists(): return
-    parts = [folder / f"stage-{t}" for t in _stage_numbers(folder)] + [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
+    parts = [folder / f"stage-{t}" for t in _stage_numbers(folder)] + list(folder.glob("partition.json")) + [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
     if parts: raise ValueError(f"{folder}: not empty and not a run, there is {parts[0].relative_to(folder)} but no config.yaml; use another folder")
 
 
