@@ -140,7 +140,7 @@ def cut(batch: list, config: TrainConfig, logprobs) -> list[list]:
     return micro_batches(batch, config.token_budget or USUAL_BUDGET, logprobs)
 
 # %% ../nbs/06_trainer.ipynb #aa0a23ae
-def return_large_blocks(size: int=4 * 2**20):
+def return_large_blocks(size: int=2**20):
     "Let the C library return freed blocks of this many bytes to the system at once; where it is not glibc, nothing happens."
     M_MMAP_THRESHOLD = -3
     try: ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, size)

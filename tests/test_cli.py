@@ -1,5 +1,5 @@
 "The command line: bad input is exit status 2 and one line that says what to do; good input does what the functions do."
-import os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -86,10 +86,66 @@ def test_missing_source_file(bad):
         assert source in said and "no such file" in said.lower()
 
 
-@pytest.mark.parametrize("word", ["a.jsonl", "a="])
-def test_source_without_a_name_or_a_place(bad, word):
-    said = bad(sources=[word])
-    assert "--sources" in said and f"'{word}'" in said and "name=" in said.lower()
+def test_source_without_a_place(bad):
+    said = bad(sources=["a="])
+    assert "--sources" in said and "'a='" in said and "name=" in said.lower()
+
+
+def test_source_without_a_name_is_called_by_its_own(bad): assert "source 'a'" in bad(sources=["nowhere/a.jsonl.gz"])
+
+
+# ---- a run as one file, and what a newcomer types
+
+def test_a_run_as_one_file(sdpo, tmp_path, monkeypatch):
+    a, b = (write_jsonl(tmp_path / f"{n}.jsonl", rows(n, 12)) for n in ("primer", "digest"))
+    run = dict(model=BASE, folder=str(tmp_path / "run"), sources=dict(easy=str(a), hard=dict(source=str(b), max_pairs=10)), lr=1e-3, max_length=64, precision="fp32")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    status, out, err = sdpo("partition", "--config", tmp_path / "run.yaml")
+    assert status == 0 , err
+    assert json.loads((tmp_path / "run/partition.json").read_text())["counts"][1]["rows"] == 10
+    written = tmp_path / "run" / "config.yaml"                     # what a run writes is such a file
+    assert yaml.safe_load(written.read_text())["sources"]["hard"] == dict(source=str(b), max_pairs=10)
+    assert sdpo("partition", "--config", written, "--folder", tmp_path / "run")[0] == 0
+    status, _, err = sdpo("partition", "--config", written, "--folder", tmp_path / "run", "--lr", "1e-2")
+    assert status == 2 and "lr = 0.001, not 0.01" in err           # an option wins
+    del run["model"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    status, _, err = sdpo("partition", "--config", tmp_path / "run.yaml")
+    assert status == 2 and "--model: is missing" in err
+
+
+def test_data_shows_what_is_scored(sdpo, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", rows("primer", 8) + [rows("primer", 1)[0] | dict(rejected=[{"role": "assistant", "content": ""}])])
+    status, out, err = sdpo("data", "--model", BASE, "--sources", path)
+    assert status == 0 and "a: 9 rows read, 8 used, dropped: 1 empty; conversations" in out and "warning: 11% of a are dropped" in out, err
+    assert out.count(">>> chosen: ") == 3 and rows("primer", 1)[0]["chosen"][0]["content"] in out and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("typed, meant", [("--learning-rate", "lr"), ("--num_train_epochs", "epochs"), ("--max-grad-norm", "clip"), ("--betta", "beta")])
+def test_options_that_others_have_are_understood(sdpo, tmp_path, typed, meant):
+    status, _, err = sdpo("run", "--model", BASE, "--sources", "a=a.jsonl", "--folder", tmp_path / "run", typed, "1")
+    assert status == 2 and f"did you mean '{meant}'" in err
+
+
+def test_version(sdpo):
+    status, out, _ = sdpo("--version")
+    assert status == 0 and out.startswith("sdpo_nb ") and "torch" in out
+
+
+def test_a_fault_that_nobody_expected_is_one_line(sdpo, tmp_path, monkeypatch):
+    def broken(*a, **kw): raise KeyError("x")
+    monkeypatch.setattr(stepwise, "load_sources", broken)
+    status, _, err = sdpo("run", "--model", BASE, "--sources", "a=a.jsonl", "--folder", tmp_path / "run")
+    assert status == 1 and "KeyError" in err and "SDPO_TRACEBACK" in err and "Traceback" not in err
+
+
+def test_vanishing_pairs_are_announced(sdpo, tmp_path):
+    long = [r | dict(prompt=[{"role": "user", "content": "copy " + "a" * 90}], chosen=[{"role": "assistant", "content": "ab" * 30}], rejected=[{"role": "assistant", "content": "ab" * 30 + "c"}]) for r in rows("primer", 4)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows("primer", 8) + long)
+    status, out, err = sdpo("partition", "--model", BASE, "--sources", path, "--folder", tmp_path / "run", "--max-length", "48", "--precision", "fp32")
+    assert status == 0 and "4 no_room" in out and "33% of a are dropped; a larger max_length keeps more" in out, err
+    status, _, err = sdpo("partition", "--model", BASE, "--sources", path, "--folder", tmp_path / "other", "--max-length", "48", "--max-prompt-length", "48")
+    assert status == 2 and "max_prompt_length" in err and "leaves no room" in err and not (tmp_path / "other" / "config.yaml").exists()
 
 
 def test_two_sources_of_one_name(bad, tmp_path):
@@ -194,7 +250,7 @@ def test_report_before_the_first_stage(sdpo, tmp_path):
     assert status in (0, 2) and "Traceback" not in err and ("primer" in out or "| a |" in out or len(err.splitlines()) == 1)
 
 
-@pytest.mark.parametrize("words, said", [(("--order", "upwards"), "easy_to_hard"), (("--beta", "much"), "--beta"), (("--no-such",), "--no-such"), (("--chunks", "two"), "--chunks")])
+@pytest.mark.parametrize("words, said", [(("--order", "upwards"), "easy_to_hard"), (("--beta", "much"), "--beta"), (("--no-such",), "unrecognized arguments: --no-such"), (("--chunks", "two"), "--chunks")])
 def test_what_argparse_refuses(sdpo, tmp_path, words, said):
     status, out, err = sdpo("run", "--model", BASE, "--sources", "a=b.jsonl", "--folder", tmp_path / "run", *words)
     assert status == 2 and "Traceback" not in err and said in err.splitlines()[-1]

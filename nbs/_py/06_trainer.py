@@ -370,11 +370,11 @@ def kept_bytes(model, batch):
 # %% [markdown]
 # Layers must be recomputed with the attention of their forward pass ([chapter 04](04_packing.ipynb)). transformers renamed the switch in version 5; older ones know it by the old name.
 #
-# On a CPU there is a second half to it. The C library keeps freed memory for the next request, and requests of ever other sizes do not fit into what it kept; the process holds up to twice what the tensors need. Told to, it returns large blocks at once, and a stage on a CPU tells it. That costs next to nothing: six steps of SmolLM2-135M on UltraFeedback pairs took 1.02 [0.97, 1.06] times as long.
+# On a CPU there is a second half to it. The C library keeps freed memory for the next request, and requests of ever other sizes do not fit into what it kept; the process holds up to twice what the tensors need. Told to, it returns large blocks at once, and a stage on a CPU tells it. That costs nothing that could be measured: six steps of SmolLM2-135M on HH pairs took 0.97 [0.80, 1.04] times as long.
 
 # %%
 #| export
-def return_large_blocks(size: int=4 * 2**20):
+def return_large_blocks(size: int=2**20):
     "Let the C library return freed blocks of this many bytes to the system at once; where it is not glibc, nothing happens."
     M_MMAP_THRESHOLD = -3
     try: ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, size)
@@ -785,23 +785,26 @@ def check_table(table: LogprobTable, # one that claims to be of this model
 
 # %%
 looks = pd.DataFrame(json.loads((files("sdpo_nb.data") / "results/first_look.json").read_text())["looks"])
-called = dict(healthy="its own", padded="its own, padded", M1="another stage", step="one step later", short="cut otherwise", swapped="swapped", pairs="other pairs")
-off = looks.rename(columns=called).melt(["precision", "source", "length"], list(called.values()), var_name="table", value_name="off").dropna()
-fig, ax = plt.subplots(figsize=(7, 2.8))
-sns.stripplot(off.assign(off=off["off"].clip(lower=1e-2)), x="off", y="table", hue="precision", size=3, jitter=0.25, ax=ax)
+called = dict(healthy="its own", padded="its own, padded", M1="another stage", step="one step later", short="cut otherwise", swapped="swapped", others="other pairs")
+off = looks.rename(columns=called).melt(["precision", "source", "length", "pairs"], list(called.values()), var_name="table", value_name="off").dropna()
+fig, ax = plt.subplots(figsize=(7, 3.4))
+sns.stripplot(off.assign(off=off["off"].clip(lower=1e-2)), x="off", y="table", hue="pairs", palette="colorblind", dodge=True, size=2.5, jitter=0.3, ax=ax)
+sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title="pairs in the look", frameon=False)
 ax.axvline(1, color="black", lw=1); ax.set_xscale("log")
 ax.set(xlabel="distance, in units of the limit (right of the line: stopped)", ylabel=""); sns.despine()
 
 # %%
 right = off["table"].isin(["its own", "its own, padded"])
-counted = off.assign(stopped=off["off"] > 1).groupby(["table", "precision"])["stopped"].agg(["size", "sum"]).rename(columns=dict(size="looks", sum="stopped"))
-assert not off[right]["off"].gt(1).any() and off[~right]["off"].gt(1).mean() > 0.98
-counted.unstack("precision").fillna(0).astype(int).loc[list(called.values())]
+counted = off.assign(stopped=off["off"] > 1).groupby(["table", "precision", "length", "pairs"])["stopped"].agg(["sum", "size"])
+counted = counted.apply(lambda r: f"{r['sum']} of {r['size']}", axis=1)
+assert not off[right]["off"].gt(1).any() and off[~right & (off["pairs"] == 32)]["off"].gt(1).all()
+assert off[~right & (off["table"] != "another stage")]["off"].gt(1).all()
+counted.rename("stopped").unstack(["precision", "length", "pairs"]).fillna("").loc[list(called.values())]
 
 
 # %% [markdown]
-# No healthy table is stopped, and the wrong ones lie beyond the line, most by orders of magnitude. The nearest is $M_1$ on a source that it was not trained on: one epoch on Orca hardly changed what it says about HH, and a table that wrong is wrong by little more than its own rounding. The factor 1.25 was chosen with all 67 of these
-# looks in view, between the two clouds. They are fewer than the thousand that a rate of false alarms deserves, and all from one CPU in bf16; `make bench-first-look` makes more.
+# No healthy table is stopped, in none of 327 looks, and with 32 pairs every wrong one is. With eight pairs, which is all that a chunk of eight has, one kind of wrong table can pass: $M_1$ on a source that it was not trained on. One epoch on Orca hardly changed what it says about HH,
+# and a table that wrong is wrong by little more than its own rounding. (In a run such a table is refused before, by the hash of its weights.) The factor 1.25 was chosen with 67 other looks in view, at pairs drawn from the same 96 of each source. None of 327 means a rate below 0.9 % (95 %), not zero. Not shown: other models, and half precision on a graphics card; fp16 has few looks, as a CPU has no hardware for it. `make bench-first-look` goes on.
 
 # %%
 #| export

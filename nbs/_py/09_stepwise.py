@@ -41,11 +41,11 @@ except ImportError: fcntl = None # Windows
 
 from sdpo_nb.evaluate import failure_signs
 from sdpo_nb.figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from sdpo_nb.logprobs import SMALL, load_model, load_tokenizer, pairs_hash, pick_precision, read_table, response_logprobs, score_pairs, stored_dtype, table_kind, weights_hash, write_json
+from sdpo_nb.logprobs import SMALL, check_model, check_rows, load_model, load_tokenizer, pairs_hash, pick_precision, read_table, response_logprobs, score_pairs, stored_dtype, table_kind, weights_hash, write_json
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import ORDERS, partition
-from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
+from sdpo_nb.preferences import Source, counts_table, load_pairs, prompt_limit, tokenize_pairs
 from sdpo_nb.trainer import COMPUTED_ALIKE, GIB, MOST, TrainConfig, as_line, check_memory, check_one_process, compile_for, free_memory, plan_for, read_checkpoint, replacing, setting
 from sdpo_nb.trainer import train_stage, wants_compiling, why_not_same_bits
 from sdpo_nb.world import mean_interval
@@ -107,13 +107,14 @@ class StepwiseConfig(TrainConfig):
     reference: str = setting("moving", "moving (M_{t-1}), fixed (S), or the folder of a model")
     restart: str = setting("stage", "optimizer and schedule: new in every stage, or never", choices=("stage", "never"))
     max_length: int = setting(1024, "longest prompt + response in tokens; the response's tail is cut", 2)
-    max_prompt_length: int = setting(512, "longest prompt in tokens; its end is kept", 1)
+    max_prompt_length: int = setting(0, "longest prompt in tokens, its end is kept; 0: half of max_length", 0)
     probe: int = setting(512, "pairs of each chunk on which every model is measured for the report", 1)
     save_dtype: str = setting("S", "dtype of the models on disk: that of S, or fp32", choices=("S", "fp32"))
     device: str = setting("auto", "auto: the graphics card, if there is one and the model is not tiny; cpu; or cuda", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
         super().__post_init__()
+        self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
         if isinstance(self.chunks, (list, tuple)): self.chunks = _groups(self.chunks)
         elif not (self.chunks is None or callable(self.chunks) or type(self.chunks) is int and self.chunks >= 1):
             raise ValueError(f"chunks: must be a whole number from 1, a list of source names or a function, got {self.chunks!r}")
@@ -143,18 +144,20 @@ def defaults_table() -> pd.DataFrame:
 pd.set_option("display.max_colwidth", 90)
 defaults_table()
 
-
 # %% [markdown]
 # The defaults are the paper's recipe for models of billions of parameters and tens of thousands of pairs. With a few hundred pairs, $5\cdot10^{-7}$ for ten steps changes nothing:
-# small runs need a larger rate. A misspelt setting is an error that guesses what was meant.
+# small runs need a larger rate. A misspelt setting is an error that guesses what was meant; it also knows what other trainers call it.
 
 # %%
 #| export
+CALLED = dict(learning_rate="lr", num_train_epochs="epochs", num_epochs="epochs", max_grad_norm="clip", warmup_ratio="warmup", per_device_train_batch_size="token_budget", gradient_accumulation_steps="token_budget",
+              train_batch_size="batch_size", bf16="precision", fp16="precision", dtype="precision", torch_dtype="precision", torch_compile="compile", max_seq_length="max_length", save_steps="save_every") # elsewhere
+
 def no_such_setting(name, # as it was typed
                    ) -> str:
     "What to say of a setting that does not exist: its nearest neighbour, or all there are."
     known = [f.name for f in fields(StepwiseConfig)]
-    near = difflib.get_close_matches(str(name), known, 1)
+    near = [CALLED[name]] if name in CALLED else difflib.get_close_matches(str(name), known, 1)
     return f"unknown setting '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"settings are {', '.join(known)}")
 
 def make_config(settings: dict, # names and values, from a file or a command line
@@ -207,7 +210,7 @@ def read_yaml(path, # of any YAML file
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
         raise ValueError(f"{path}: " + (f"line {mark.line + 1}: " if mark else "") + problem) from e
 
-NEEDED = {"config.yaml": {"model", "weights", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes"}}
+NEEDED = {"config.yaml": {"model", "weights", "sources", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes"}}
 
 def read_part(path, # of a config.yaml, partition.json or stage.json
              ) -> dict:
@@ -351,7 +354,8 @@ SAID = {"base": "a config of S with the hash"} # of what has no name that people
 
 def _compared(config):
     "What must agree between two calls on one folder."
-    return {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "machine", "device", "model", "not_deterministic"}}
+    compared = {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "machine", "device", "model", "revision", "not_deterministic"}}
+    return compared | dict(sources=list(config["sources"])) # the names; where the data lie may change, what they are may not
 
 def _open_folder(folder, config, precision, identity) -> str:
     "Write config.yaml, or compare with the one that is there; raises ValueError naming the first difference. Returns what may change the last bits."
@@ -472,9 +476,10 @@ def _save_rounded(model, path, dtype):
     config.pop("torch_dtype", None)
     write_json(path / "config.json", config | dict(dtype=str(dtype).removeprefix("torch.")))
 
-def _base(model, tokenizer, folder):
+def _base(model, tokenizer, folder, revision=None):
     "The path of S, and its tokenizer."
-    if isinstance(model, (str, Path)): return str(model), tokenizer or load_tokenizer(str(model))
+    if isinstance(model, (str, Path)): return str(model), tokenizer or load_tokenizer(str(model), revision)
+    check_model(model)
     if tokenizer is None: raise ValueError("model: a loaded model needs its tokenizer, sdpo(model=..., tokenizer=...)")
     path, started = folder / "base" / "model", (folder / "config.yaml").exists()
     if started and (mine := weights_hash(model, torch.float32)) != (theirs := Run(folder).config["weights"]):
@@ -489,9 +494,11 @@ def _free(model): model.to("meta") # gives the memory back, whoever still holds 
 #| export
 def share_changed(model,         # M_t, in fp32
                   before: str,   # folder or hub id of the model that it came from
-                  dtype: torch.dtype) -> float:
+                  dtype: torch.dtype,
+                  revision: str=None, # of a hub id
+                 ) -> float:
     "Share of the weights that differ between two models, once both are rounded."
-    old = dict(load_model(before, "cpu").named_parameters())
+    old = dict(load_model(before, "cpu", revision).named_parameters())
     moved = sum((p.detach().cpu().to(dtype) != old[name].to(dtype)).sum().item() for name, p in model.named_parameters())
     return moved / model.num_parameters()
 
@@ -519,12 +526,13 @@ class _Context:
     "What every stage needs to know."
     config: StepwiseConfig; folder: Path; base: str; tokenizer: object; device: object; precision: str; logprobs: object
     dtype: torch.dtype # of S on disk, and so of every M_t
+    revision: str = None # of S on the hub
     otherwise: str = "" # what may change the last bits, said when training goes on
     chosen: dict = field(default_factory=dict)
 
     def at(self, t): return self.folder / (f"stage-{t}" if t else "base")
     def load(self, t): # M_t in fp32; where the model on disk is rounded, the checkpoint has it exactly
-        if not t: return load_model(self.base, self.device)
+        if not t: return load_model(self.base, self.device, self.revision)
         model = load_stage(self.at(t), self.device)
         exact = read_checkpoint(self.at(t)) if self.dtype != torch.float32 else None
         if exact:
@@ -552,13 +560,13 @@ def _scoring_budget(config, logprobs, device):
 # %% [markdown]
 # ## Sources
 #
-# A source may come as a path, a hub id, rows in memory, or a dict with the arguments of `load_pairs` when columns need other names.
+# A source may come as a path, a hub id, rows in memory, or a dict with the arguments of `load_pairs` when columns need other names. What was read, dropped and cut is said before anything is computed, and again in the report.
 
 # %%
 #| export
-_SPEC = {"source", "split", "revision", "columns", "chat"}
+_SPEC = {"source", "split", "revision", "columns", "chat", "max_pairs"}
 
-def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or dict(source=, split=, revision=, columns=, chat=)
+def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or dict(source=, split=, revision=, columns=, chat=, max_pairs=)
                  tokenizer, config: StepwiseConfig) -> list[Source]:
     "Tokenise every source; raises ValueError naming the one that cannot be used."
     if not sources or not isinstance(sources, dict): raise ValueError("sources: expected {'name': 'file, folder or hub id'}, with at least one name")
@@ -566,9 +574,38 @@ def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`,
     for name, what in sources.items():
         spec = dict(what) if isinstance(what, dict) else dict(source=what)
         if not {"source"} <= set(spec) <= _SPEC: raise ValueError(f"source '{name}': a dict needs 'source' and may have {', '.join(sorted(_SPEC - {'source'}))}; got {', '.join(map(str, spec))}")
-        chat = spec.pop("chat", False)
-        out.append(what if isinstance(what, Source) else tokenize_pairs(load_pairs(**spec), tokenizer, name, config.max_length, config.max_prompt_length, chat))
+        if isinstance(what, Source): out.append(what); continue
+        chat, most = spec.pop("chat", False), spec.pop("max_pairs", None)
+        if most is not None and not (type(most) is int and most >= 1): raise ValueError(f"source '{name}': max_pairs must be a whole number from 1, got {most!r}")
+        try: data = load_pairs(**spec)
+        except (ValueError, OSError) as e: raise ValueError(f"source '{name}': {e}") from e
+        data = data.select(range(min(most or len(data), len(data))))
+        out.append(tokenize_pairs(data, tokenizer, name, config.max_length, config.max_prompt_length, chat))
     return out
+
+def data_notes(source: Source,
+               templated: bool=False, # whether the tokenizer has a chat template
+              ) -> list[str]: # first what was read and used, then whatever is worth a second look
+    "What was read, dropped and cut, in words."
+    c, name = source.counts, source.name
+    if not c: return []                          # a source that somebody made by hand
+    used, rows = c["usable"], c["rows"]
+    lost = ", ".join(f"{n} {why}" for why, n in source.dropped().items())
+    parts = [f"{rows} rows read", f"{used} used", *(["dropped: " + lost] if lost else []), *([f"{c['truncated']} cut"] if c["truncated"] else [])]
+    out = [f"{name}: {', '.join(parts)}; {'conversations' if c['chat'] else 'plain text'}"]
+    if used < 0.95 * rows: out.append(f"  warning: {1 - used / rows:.0%} of {name} are dropped" + ("; a larger max_length keeps more" if c["no_room"] else ""))
+    if c["truncated"] > 0.3 * used: out.append(f"  warning: {c['truncated'] / used:.0%} of the pairs of {name} lose the end of a response; a larger max_length keeps it")
+    if c["prompt_truncated"] > 0.05 * used: out.append(f"  warning: {c['prompt_truncated'] / used:.0%} of the prompts of {name} lose their beginning; max_prompt_length is too small for them")
+    if c["both_labels"]: out.append(f"  warning: {c['both_labels']} pairs of {name} occur with the opposite label, too")
+    if templated and not c["chat"]: out.append(f"  note: {name} is plain text, so the model's chat template is not used; chat = true (--chat) uses it")
+    if c["duplicates"]: out.append(f"  note: {c['duplicates']} pairs of {name} occur more than once")
+    return out
+
+
+# %%
+made_up = [dict(prompt=p, chosen=c, rejected="ba") for p, c in (("copy ab", "ab"), ("copy ab", "ab"), ("copy ab", ""), ("copy abcdefghij", "abcdefghij"))]
+made_up, = load_sources(dict(made_up=made_up), load_tokenizer(w.base), StepwiseConfig(max_length=16))
+print("\n".join(data_notes(made_up, templated=True)))
 
 
 # %% [markdown]
@@ -675,7 +712,7 @@ def _saved(t, policy, ctx):
     saved = dict(dtype=str(ctx.dtype).removeprefix("torch."), weights=weights_hash(policy, ctx.dtype))
     if ctx.dtype == torch.float32: return saved
     before = ctx.base if t == 1 or ctx.config.init_target == "S" else str(ctx.at(t-1) / "model")
-    changed = share_changed(policy, before, ctx.dtype)
+    changed = share_changed(policy, before, ctx.dtype, ctx.revision)
     if changed < 0.5: print(f"stage {t}: in {saved['dtype']}, the dtype of S, only {changed:.1%} of the saved weights differ from those before the stage; save_dtype = fp32 keeps the rest of what was learned")
     return saved | dict(changed=changed)
 
@@ -714,10 +751,11 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
          folder="runs/sdpo", # the run's; the same call on the same folder goes on where it stopped
          tokenizer=None,
          logprobs=None, # (model, pairs) -> (chosen, rejected); None: packed where `config.packing` allows and the guard agrees
+         revision: str=None, # commit of a model on the hub
         ) -> Run:
     "Stepwise DPO (arXiv 2403.19270, section 3): one DPO stage per chunk, the reference moving up."
     with alone_in(folder):
-        run = _all_stages(*_prepare(model, sources, config, folder, tokenizer, logprobs))
+        run = _all_stages(*_prepare(model, sources, config, folder, tokenizer, logprobs, revision))
         run.report()
     return run
 
@@ -744,35 +782,58 @@ def _drop_checkpoints(ctx, last):
 
 # %%
 #| export
-def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=None) -> Run:
+def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=None, revision: str=None) -> Run:
     "The beginning of `sdpo`: the pass of M_0 and the partition. `sdpo` with the same arguments goes on from here."
-    with alone_in(folder): return Run(_prepare(model, sources, config, folder, tokenizer, logprobs)[0].folder)
+    with alone_in(folder): return Run(_prepare(model, sources, config, folder, tokenizer, logprobs, revision)[0].folder)
 
-def _prepare(model, sources, config, folder, tokenizer, logprobs):
+def _prepare(model, sources, config, folder, tokenizer, logprobs, revision):
     config, folder = config or StepwiseConfig(), Path(folder)
     made = callable(config.chunks)
     if made and sources: raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
     _check_fresh(folder)
     _check_names(sources)
-    base, tokenizer = _base(model, tokenizer, folder)
-    loaded = [] if made else _check_chunks(config.chunks, load_sources(sources, tokenizer, config))
+    base, tokenizer = _base(model, tokenizer, folder, revision)
+    read = [] if made else load_sources(sources, tokenizer, config)
+    loaded = [] if made else _check_chunks(config.chunks, read)
     theirs = _foreign(config.reference, tokenizer)
-    policy = load_model(base, None if config.device == "auto" else config.device)
+    policy = load_model(base, None if config.device == "auto" else config.device, revision)
+    check_model(policy)
+    for s in loaded: check_rows(policy, *_extent(s.pairs))
     device, precision = policy.device, pick_precision(config.precision, policy.device)
     if policy.num_parameters() >= SMALL: _say_memory(policy.config, config, precision, device)
-    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base) if config.save_dtype == "S" else torch.float32)
+    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base, revision) if config.save_dtype == "S" else torch.float32, revision)
     of_S = table_kind(policy, precision, response_logprobs)
-    identity = dict(model=base, weights=of_S["weights"], base=of_S["config"], sources=[s.name for s in loaded], reference_weights=theirs, device=device.type, machine=_machine(device),
+    identity = dict(model=base, revision=revision, weights=of_S["weights"], base=of_S["config"], sources={s.name: _written(sources[s.name]) for s in read}, reference_weights=theirs, device=device.type, machine=_machine(device),
                     pairs=pairs_hash(*(s.pairs for s in loaded)), not_deterministic=_not_deterministic(policy, loaded, ctx))
     ctx.otherwise = _open_folder(folder, config, precision, identity)
+    for s in read: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=policy.num_parameters() >= SMALL)
     return ctx, [] if made else _partitioned(loaded, policy, ctx), policy
 
+
+def _written(source):
+    "A source as a run file says it; nothing for what was only in memory."
+    if isinstance(source, (str, Path)): return str(source)
+    if not isinstance(source, dict): return None
+    return {k: str(v) if isinstance(v, Path) else v for k, v in source.items()} if isinstance(source["source"], (str, Path)) else None
+
+def _extent(pairs):
+    "The longest prompt with a response, and the largest token id, over all pairs."
+    longest = largest = 0
+    for some in pairs.with_format("numpy").iter(1000):
+        for prompt, *sides in zip(some["prompt_ids"], some["chosen_ids"], some["rejected_ids"]):
+            longest = max(longest, len(prompt) + max(map(len, sides)))
+            largest = max(largest, *(int(x.max()) for x in (prompt, *sides)))
+    return longest, largest
 
 def _check_names(sources):
     "Raise ValueError for a source whose name cannot be printed in one line: it goes into tables, figures and messages."
     if not isinstance(sources, dict): return     # `load_sources` says what is wrong
     for name in (what.name if isinstance(what, Source) else str(name) for name, what in sources.items()):
         if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name): raise ValueError(f"sources: the name {name!r} has a control character or a new line; use one that can be printed")
+
+def _say_data(notes, always):
+    "Print them. Of the sources of a tiny model, which come by the hundred, only those with a warning."
+    if always or any("warning" in line for line in notes): print("\n".join(notes))
 
 def _say_memory(model_config, config, precision, device):
     "One line on what training will need; an error, if that is not there."
@@ -877,11 +938,18 @@ def _drawn(metrics, gammas, measures):
     sources = measures.reset_index()
     return drawn | dict(partition=plot_partition(sources.assign(source=plain(sources["source"]))))
 
+def _read_from(run) -> pd.DataFrame|None:
+    "What was read, dropped and cut, a source a column; of chunks that a function makes, nothing is known."
+    path = run.folder / "partition.json"
+    counts = read_part(path).get("counts") if path.exists() else None
+    return pd.DataFrame(counts).set_index("source").T.rename_axis("rows") if counts and "rows" in counts[0] else None
+
 def _report_text(run, metrics, gammas, measures):
     c = run.config
     settings = pd.DataFrame([(k, str(v)) for k, v in (c["settings"] | c["versions"] | c.get("machine", {})).items()], columns=["setting", "value"]).set_index("setting")
     signs = [f"- {_escaped(sign)}" for sign in failure_signs(gammas, metrics)]
     text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}; on {c['device']}"]
+    if (read := _read_from(run)) is not None: text += ["## Data", as_markdown(read)]
     if measures is not None: text += ["## Partition under S", as_markdown(measures), "![](figures/partition.png)"]
     text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift"))]
     text += ["## Signs of failure", "\n".join(signs) or "None of forgetting, instability, minimal improvement.", "## Settings", as_markdown(settings)]

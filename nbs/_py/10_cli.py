@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The command line
-# > `sdpo run`, `sdpo partition`, `sdpo report` and `sdpo demo`.
+# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report` and `sdpo demo`.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/10_cli.ipynb)
 #
@@ -51,19 +51,38 @@ def _add_settings(parser):
         else: how |= dict(type=f.type if f.type in (int, float, str) else int, choices=f.metadata["choices"])
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
-def _config(args):
-    "StepwiseConfig from --config FILE and from options; options win."
-    import yaml
-    from dataclasses import fields
-    from sdpo_nb.stepwise import StepwiseConfig, make_config
-    try: given = yaml.safe_load(Path(args.config).read_text()) or {} if args.config else {}
-    except yaml.YAMLError as e: raise ValueError(f"{args.config}: not YAML ({' '.join(str(e).split())})") from e
-    if not isinstance(given, dict): raise ValueError(f"{args.config}: expected lines of the form 'setting: value'")
-    return make_config(given | {f.name: v for f in fields(StepwiseConfig) if (v := getattr(args, f.name)) is not None})
 
 
 # %% [markdown]
-# A source is given as `name=data`; column renames apply to all of them.
+# ## A run as one file
+#
+# A run is a model, sources, settings and a folder. All of it can stand in one YAML file, where each source may have its own split and columns; an option on the command line is stronger than
+# a line of the file. The `config.yaml` that a run writes into its folder is such a file, too: what it adds (weights, versions, ...) is skipped.
+
+# %%
+#| export
+_WRITTEN = "weights reference_weights pairs base versions device not_deterministic machine command".split() # by a run, into config.yaml
+
+def _run_file(path) -> dict:
+    "model, revision, sources, folder and settings from a YAML file, as far as they are there."
+    from sdpo_nb.stepwise import read_yaml
+    if path is None: return dict(settings={})
+    given = read_yaml(path) or {}
+    if not isinstance(given, dict): raise ValueError(f"{path}: expected lines of the form 'setting: value'")
+    found = {name: given.pop(name) for name in ("model", "revision", "sources", "folder") if name in given}
+    nested = given.pop("settings", None) or {}
+    if not isinstance(nested, dict): raise ValueError(f"{path}: settings: expected lines of the form 'setting: value'")
+    return found | dict(settings=nested | {k: v for k, v in given.items() if k not in _WRITTEN})
+
+def _config(args, settings):
+    "StepwiseConfig from a file's settings and from options; options win."
+    from dataclasses import fields
+    from sdpo_nb.stepwise import StepwiseConfig, make_config
+    return make_config(settings | {f.name: v for f in fields(StepwiseConfig) if (v := getattr(args, f.name)) is not None})
+
+
+# %% [markdown]
+# On the command line a source is `name=data`, or data alone, which is then called by its own name; a split, column renames and the rest apply to all sources given there.
 
 # %%
 #| export
@@ -76,14 +95,28 @@ def _pairs_of(words, option) -> dict:
         if names.count(name) > 1: raise ValueError(f"{option}: '{name}' is given twice")
     return dict(word.split("=", 1) for word in words)
 
+def _stem(data): return Path(data).name.split(".")[0]
+
 def _sources(args) -> dict:
     "What `sdpo` takes as sources."
-    how = dict(split=args.split, revision=args.revision, columns=_pairs_of(args.columns, "--columns") or None, chat=args.chat)
-    return {name: dict(source=data, **how) for name, data in _pairs_of(args.sources, "--sources").items()}
+    how = dict(split=args.split, revision=args.revision, columns=_pairs_of(args.columns, "--columns"), chat=args.chat, max_pairs=args.max_pairs)
+    how = {name: value for name, value in how.items() if value}
+    named = [word if "=" in word else f"{_stem(word)}={word}" for word in args.sources]
+    return {name: dict(source=data, **how) for name, data in _pairs_of(named, "--sources").items()}
+
+def _what(args) -> dict:
+    "model, sources, config, folder and revision, as `sdpo` takes them, from the file and the options."
+    given = _run_file(args.config)
+    for name in ("model", "folder", "model_revision"):
+        if getattr(args, name, None): given[name.removeprefix("model_")] = getattr(args, name)
+    if args.sources: given["sources"] = _sources(args)
+    for name in ("model", "sources", "folder"):
+        if not given.get(name): raise ValueError(f"--{name}: is missing; give it, or write it into the file of --config")
+    return dict(model=given["model"], sources=given["sources"], config=_config(args, given["settings"]), folder=given["folder"], revision=given.get("revision"))
 
 
 # %%
-_sources(argparse.Namespace(sources=["orca=a.jsonl", "uf=trl-lib/ultrafeedback_binarized"], columns=["question=prompt"], split="train", revision=None, chat=True))
+_sources(argparse.Namespace(sources=["orca=a.jsonl", "trl-lib/ultrafeedback_binarized"], columns=["question=prompt"], split="", revision=None, chat=True, max_pairs=None))
 
 
 # %% [markdown]
@@ -97,13 +130,26 @@ def _show(run):
     if (run.folder / "partition.json").exists(): print(f"Partition under S\n\n{as_markdown(run.partition())}\n")
     if run.stages: print(f"Stages\n\n{as_markdown(run.table())}\n\nreport: {run.folder / 'report.md'}\nmodel:  {run.model_folder()}")
 
+def _data(args):
+    "Print what would be read and scored, without a model."
+    from sdpo_nb.logprobs import load_tokenizer
+    from sdpo_nb.preferences import decoded
+    from sdpo_nb.stepwise import data_notes, load_sources
+    what = _what(args)
+    tokenizer = load_tokenizer(what["model"], what["revision"])
+    for source in load_sources(what["sources"], tokenizer, what["config"]):
+        print("\n".join(data_notes(source, bool(tokenizer.chat_template))) + "\n  the first pairs; what stands after >>> is scored")
+        for i, pair in enumerate(decoded(source, tokenizer)):
+            print(f"\n--- {source.name}, pair {i}\n{pair['prompt']}")
+            for side in ("chosen", "rejected"): print(f">>> {side}: {pair[side]}")
+
 def _run(args):
     from sdpo_nb.stepwise import sdpo
-    _show(sdpo(args.model, _sources(args), _config(args), args.folder))
+    _show(sdpo(**_what(args)))
 
 def _partition(args):
     from sdpo_nb.stepwise import sdpo_partition
-    _show(sdpo_partition(args.model, _sources(args), _config(args), args.folder))
+    _show(sdpo_partition(**_what(args)))
 
 def _report(args):
     from sdpo_nb.stepwise import Run
@@ -192,38 +238,69 @@ def _demo(args):
 
 # %%
 #| export
+class _Version(argparse.Action):
+    "Print the versions of what computes, and end."
+    def __call__(self, parser, *_):
+        from importlib.metadata import version
+        print(", ".join(f"{p} {version(p)}" for p in ("sdpo_nb", "torch", "transformers", "datasets", "accelerate")))
+        parser.exit()
+
+class _Parser(argparse.ArgumentParser):
+    "An option that is unknown is told its nearest neighbour, as a setting in a file is."
+    def error(self, message):
+        if message.startswith("unrecognized arguments: --"):
+            from sdpo_nb.stepwise import no_such_setting
+            word = message.split("--", 1)[1].split()[0].split("=")[0]
+            message += "; " + no_such_setting(word.replace("-", "_"))
+        super().error(message)
+
 def _parser(argv):
-    p = argparse.ArgumentParser("sdpo", description="Stepwise DPO (sDPO, arXiv 2403.19270): align a model on chunks of preference data, the reference moving up.")
+    p = _Parser("sdpo", description="Stepwise DPO (sDPO, arXiv 2403.19270): align a model on chunks of preference data, the reference moving up.")
+    p.add_argument("--version", action=_Version, nargs=0, help="versions of sdpo_nb and of what it is built on")
     sub = p.add_subparsers(dest="command", required=True)
-    for name, text in (("run", "partition the sources, then train one DPO stage per chunk"), ("partition", "only measure and partition; `run` with the same options goes on")):
+    commands = dict(run="partition the sources, then train one DPO stage per chunk", partition="only measure and partition; `run` with the same options goes on",
+                    data="show what would be read, dropped and scored, and three pairs of each source; computes nothing")
+    for name, text in commands.items():
         c = sub.add_parser(name, help=text, description=text)
-        c.add_argument("--model", required=True, help="hub id or folder")
-        c.add_argument("--sources", required=True, nargs="+", metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
-        c.add_argument("--folder", required=True, help="of the run; the same call on it continues")
+        c.add_argument("--config", metavar="FILE", help="YAML file: model, sources, folder and settings, any of them; options win")
+        c.add_argument("--model", help="hub id or folder"); c.add_argument("--model-revision", help="commit of a model on the hub")
+        c.add_argument("--sources", nargs="+", metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
+        c.add_argument("--folder", help="of the run; the same call on it continues", **(dict(default="runs/none") if name == "data" else {}))
         c.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="columns that have another name in the data")
         c.add_argument("--chat", action="store_true", help="read string fields as turns of a chat")
-        c.add_argument("--split", default="train", help="of hub data"); c.add_argument("--revision", help="commit of hub data")
-        c.add_argument("--config", metavar="FILE", help="YAML file of settings; options win")
+        c.add_argument("--split", help="of hub data (default: train)"); c.add_argument("--revision", help="commit of hub data")
+        c.add_argument("--max-pairs", type=int, metavar="N", help="the first N rows of each source")
         if argv[:1] == [name]: _add_settings(c)
     sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
     sub.add_parser("demo", help="the tiny world, from partition to true reward, in a minute or two").add_argument("--folder", default="runs/demo")
     return p
 
 
+# %% [markdown]
+# Whatever goes wrong ends in one line. Wrong input, a missing file and a full disk are errors of kinds that we know and name ourselves, and have status 2; any other exception is a fault of this package or of one below it, and
+# says so, with the way to see where it happened.
+
 # %%
 #| export
 def main(argv: list=None):
-    "The command `sdpo`. Bad input ends in one line and exit status 2, Ctrl-C in one line and 130; SDPO_TRACEBACK=1 shows where it came from."
+    "The command `sdpo`. Bad input ends in one line and exit status 2, any other fault in one and 1, Ctrl-C in one and 130; SDPO_TRACEBACK=1 shows where it came from."
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv).parse_args(argv)
-    from transformers.utils import logging
-    logging.disable_progress_bar()      # those of every file read; the bars of long work stay
-    try: dict(run=_run, partition=_partition, report=_report, demo=_demo)[args.command](args)
-    except (ValueError, OSError, KeyboardInterrupt) as e:
+    try:
+        args = _parser(argv).parse_args(argv)
+        from transformers.utils import logging
+        logging.disable_progress_bar()      # those of every file read; the bars of long work stay
+        dict(run=_run, partition=_partition, data=_data, report=_report, demo=_demo)[args.command](args)
+    except (Exception, KeyboardInterrupt) as e:
         if os.environ.get("SDPO_TRACEBACK"): raise
-        stopped = isinstance(e, KeyboardInterrupt)
-        why = "stopped; the same command goes on" if stopped else (str(e).strip() or type(e).__name__).splitlines()[0]
-        print(f"sdpo: {why}", file=sys.stderr); sys.exit(130 if stopped else 2)
+        status, said = _last_words(e)
+        print(f"sdpo: {said}", file=sys.stderr); sys.exit(status)
+
+def _last_words(e) -> tuple[int, str]:
+    "Exit status and the line."
+    if isinstance(e, KeyboardInterrupt): return 130, "stopped; the same command goes on"
+    why = next(iter(str(e).strip().splitlines()), type(e).__name__)
+    if isinstance(e, (ValueError, OSError)): return 2, why
+    return 1, f"{type(e).__name__}: {why} (not your input's fault, as far as sdpo can tell; SDPO_TRACEBACK=1 shows where)"
 
 
 # %%
@@ -248,10 +325,11 @@ w, tmp = load_world(), tempfile.mkdtemp()
 Path(tmp, "settings.yaml").write_text("bta: 0.2\n")
 start = f"run --model {w.base} --sources riddle={w.sources['riddle']} --folder {tmp}/run"
 wrong = {"beta of zero": start + " --beta 0", "a misspelt setting": start + f" --config {tmp}/settings.yaml", "too many stages": start + " --chunks 1000 --max-length 64",
-         "no source name": start.replace("riddle=", ""), "no such model": start.replace(w.base, "./nowhere")}
+         "a name people know": start + " --learning-rate 1e-5", "no sources": start.replace(f"--sources riddle={w.sources['riddle']}", ""), "no such model": start.replace(w.base, "./nowhere")}
 said = {what: sdpo_says(line) for what, line in wrong.items()}
-assert all(status == 2 and "\n" not in text for status, text in said.values())
-for what, (_, text) in said.items(): print(f"{what:20} {text.replace(str(Path(w.base).parent), 'data').replace(tmp, '.')}")
+last = {what: text.splitlines()[-1] for what, (status, text) in said.items() if status == 2}
+assert list(last) == list(wrong)
+for what, text in last.items(): print(f"{what:20} {text.replace(str(Path(w.base).parent), 'data').replace(tmp, '.')}")
 
 # %% [markdown]
 # And what goes right: measure one source, without training anything.
