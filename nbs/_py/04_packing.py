@@ -1104,14 +1104,18 @@ many.round(2).to_frame()
 
 # %% [markdown]
 # Last, a whole run: two stages of 32 pairs each, from loading S to the last file, by `sdpo` packed and padded, and by hand with one TRL trainer per stage. Packed and padded are the same run, loss by loss. (TRL draws its
-# batches in another order and starts its warm-up at 0, so its losses are others.) What `sdpo` spends on the partition, on the models between the stages and on the report is in its time; its memory is that of a
-# forward pass of 1,536 tokens, where TRL takes one pair.
+# batches in another order and starts its warm-up at 0, so its losses are others.) What `sdpo` spends on the partition, on the models between the stages and on the report is in its time; Minutes and memory are those of a default of 4,096
+# tokens; the last row is a later pair of runs, on another machine, with today's 1,536 tokens against TRL's one pair.
 
 # %%
 whole = pd.DataFrame({called(name.removeprefix("whole ")): v for name, v in bench.items() if name.startswith("whole")}).T
 packed, padded = (np.array(whole.loc[side, "losses"]) for side in ("packed", "padded"))
+today = bench["gib_today"]
+assert today["packed"] < today["TRL, 1"]
 assert len(packed) == 8 and np.ptp(packed) > 0.01 and abs(packed - padded).max() < 1e-3
-pd.DataFrame({side: [f"{w.seconds / 60:.1f}", f"{w.gib:.1f}", *(f"{x:.4f}" for x in w.losses)] for side, w in whole.iterrows()}, index=["minutes", "peak memory (GiB)", *(f"loss of step {t}" for t in range(1, 9))])
+later = {called(side): f"{gib:.1f}" for side, gib in today.items()}
+rows = {side: [f"{w.seconds / 60:.1f}", f"{w.gib:.1f}", *(f"{x:.4f}" for x in w.losses), later.get(side, "")] for side, w in whole.iterrows()}
+pd.DataFrame(rows, index=["minutes", "peak memory (GiB)", *(f"loss of step {t}" for t in range(1, 9)), "peak memory today (GiB)"])
 
 # %% [markdown]
 # ## On a graphics card

@@ -470,13 +470,14 @@ def memory_plan(config,        # of a transformers model
     "Memory of a training step, beyond the process itself."
     tokens = train.token_budget or USUAL_BUDGET
     n, kept = kept_bytes(config, tokens, precision, kernel, train.gradient_checkpointing)
-    layer = 0                                    # what a recomputed layer keeps while its turn lasts
+    layer = 0                                    # what a recomputed layer keeps while its turn lasts; the logits are gone by then
     if train.gradient_checkpointing: layer = kept_bytes(config, tokens, precision, kernel)[1] / config.get_text_config().num_hidden_layers
     text = config.get_text_config()
     vocabulary = text.vocab_size
     logits = min(4 * vocabulary * tokens // 2, piece or piece_bytes("cpu"))
     output_matrix = 4 * vocabulary * text.hidden_size
-    found = dict(weights=4 * n, gradients=4 * n, moments=8 * n, activations=kept + layer, logits=3 * logits, output_gradient=output_matrix)
+    beyond = max(0, layer - 3 * logits - output_matrix)
+    found = dict(weights=4 * n, gradients=4 * n, moments=8 * n, activations=kept + beyond, logits=3 * logits, output_gradient=output_matrix)
     return {name: size / GIB for name, size in found.items()}
 
 
