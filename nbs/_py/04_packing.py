@@ -1104,7 +1104,7 @@ many.round(2).to_frame()
 
 # %% [markdown]
 # Last, a whole run: two stages of 32 pairs each, from loading S to the last file, by `sdpo` packed and padded, and by hand with one TRL trainer per stage. Packed and padded are the same run, loss by loss. (TRL draws its
-# batches in another order and starts its warm-up at 0, so its losses are others.) What `sdpo` spends on the partition, on the models between the stages and on the report is in its time; Minutes and memory are those of a default of 4,096
+# batches in another order and starts its warm-up at 0, so its losses are others.) What `sdpo` spends on the partition, on the models between the stages and on the report is in its time. Minutes and memory are those of a default of 4,096
 # tokens; the last row is a later pair of runs, on another machine, with today's 1,536 tokens against TRL's one pair.
 
 # %%
