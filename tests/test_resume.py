@@ -324,7 +324,7 @@ def test_another_machine_goes_on_and_says_so(alone, tmp_path, capsys):
     config = yaml.safe_load(path.read_text())
     assert config["machine"] == dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
     config["machine"]["threads"] += 6; config["versions"]["accelerate"] = "0.1"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     capsys.readouterr()
     same_run(run(folder), alone)
     said = [line for line in capsys.readouterr().out.splitlines() if "goes on" in line]

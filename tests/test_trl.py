@@ -58,7 +58,7 @@ def our_step(policy, reference, pairs, token_budget=250, logprobs=response_logpr
 
 
 def our_pairs(data, tok, max_length=64):
-    return list(tokenize_pairs(load_pairs(data), tok, "both", max_length, max_length).pairs)
+    return list(tokenize_pairs(load_pairs(data), tok, "both", max_length, max_length - 1).pairs)
 
 
 def ids(pairs): return [tuple(tuple(p[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")) for p in pairs]
