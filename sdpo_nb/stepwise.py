@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import pyarrow.compute as pc
 import torch
 import yaml
 from datasets import Dataset, concatenate_datasets, load_from_disk
@@ -26,12 +27,12 @@ except ImportError: fcntl = None # Windows
 
 from .evaluate import failure_signs
 from .figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from .logprobs import SMALL, check_model, check_rows, load_model, load_tokenizer, pairs_hash, pick_precision, read_table, response_logprobs, score_pairs, stored_dtype, table_kind, weights_hash, write_json
+from .logprobs import SMALL, check_model, check_rows, load_model, load_tokenizer, pairs_hash, pick_precision, read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind, weights_hash, write_json
 from .loss import certificate, dpo_loss, reward_accuracy
 from .packing import choose_logprobs
 from .partition import ORDERS, partition
 from .preferences import Source, counts_table, load_pairs, prompt_limit, tokenize_pairs
-from .trainer import COMPUTED_ALIKE, GIB, MOST, TrainConfig, as_line, check_memory, check_one_process, compile_for, free_memory, plan_for, read_checkpoint, replacing, setting
+from .trainer import COMPUTED_ALIKE, GIB, MOST, TrainConfig, as_line, check_memory, check_one_process, compile_for, free_memory, plan_for, read_checkpoint, setting
 from .trainer import train_stage, wants_compiling, why_not_same_bits
 from .world import mean_interval
 
@@ -434,16 +435,13 @@ class Chunk:
         if len(self.pairs) <= n: return self.pairs
         return self.pairs.select(sorted(torch.randperm(len(self.pairs), generator=torch.Generator().manual_seed(0))[:n].tolist()))
 
-def _write_json(path, data):
-    with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1) + "\n")
-
 def _partitioned(loaded, policy, ctx):
     "Chunks by the partition under M_0; its pass over the pairs is kept, and is stage 1's reference table."
     c, path = ctx.config, ctx.folder / "partition.json"
     for s in loaded: table = ctx.score(0, policy, s.pairs, s.name)
     if not path.exists():
         part = partition(loaded, table, c.order, c.chunks if isinstance(c.chunks, int) else None, c.seed)
-        _write_json(path, dict(order=c.order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks, counts=counts_table(loaded).reset_index().to_dict("records")))
+        write_json(path, dict(order=c.order, measures=part.measures.to_dict("records"), names=part.names, chunks=part.chunks, counts=counts_table(loaded).reset_index().to_dict("records")))
     decided, pairs = read_part(path), concatenate_datasets([s.pairs for s in loaded])
     with _named(path):
         if sorted(sum(decided["chunks"], [])) != list(range(len(pairs))) or len(decided["names"]) != len(decided["chunks"]): raise ValueError("its chunks do not hold every pair once")
@@ -498,8 +496,8 @@ def _stage(t, chunks, policy, ctx):
     for d in chunks: ctx.score(t, policy, d.probe(c.probe), d.name)
     save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     saved = _saved(t, policy, ctx)
-    _write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
-                                            end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
+    write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
+                                           end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
     return policy
 
 def _saved(t, policy, ctx):
@@ -585,7 +583,7 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs, revision):
     if policy.num_parameters() >= SMALL: _say_memory(policy.config, config, precision, device)
     ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base, revision) if config.save_dtype == "S" else torch.float32, revision)
     of_S = table_kind(policy, precision, response_logprobs)
-    identity = dict(model=base, revision=revision, weights=of_S["weights"], base=of_S["config"], sources={s.name: _written(sources[s.name]) for s in read}, reference_weights=theirs, device=device.type, machine=_machine(device),
+    identity = dict(model=base, revision=revision, weights=of_S["weights"], base=of_S["config"], sources={s.name: _written(what) for s, what in zip(read, (sources or {}).values())}, reference_weights=theirs, device=device.type, machine=_machine(device),
                     pairs=pairs_hash(*(s.pairs for s in loaded)), not_deterministic=_not_deterministic(policy, loaded, ctx))
     ctx.otherwise = _open_folder(folder, config, precision, identity)
     for s in read: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=policy.num_parameters() >= SMALL)
@@ -600,12 +598,12 @@ def _written(source):
 
 def _extent(pairs):
     "The longest prompt with a response, and the largest token id, over all pairs."
-    longest = largest = 0
-    for some in pairs.with_format("numpy").iter(1000):
-        for prompt, *sides in zip(some["prompt_ids"], some["chosen_ids"], some["rejected_ids"]):
-            longest = max(longest, len(prompt) + max(map(len, sides)))
-            largest = max(largest, *(int(x.max()) for x in (prompt, *sides)))
-    return longest, largest
+    longest, largest = [], []
+    for some in pairs.select_columns([f"{part}_ids" for part in ("prompt", "chosen", "rejected")]).with_format("arrow").iter(1000):
+        prompt, *sides = (pc.list_value_length(ids) for ids in some.columns)
+        longest.append(pc.max(pc.add(prompt, pc.max_element_wise(*sides))).as_py())
+        largest += [pc.max(pc.list_flatten(ids)).as_py() for ids in some.columns]
+    return max(longest), max(largest)
 
 def _check_names(sources):
     "Raise ValueError for a source whose name cannot be printed in one line: it goes into tables, figures and messages."

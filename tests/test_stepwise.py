@@ -7,7 +7,7 @@ import torch, yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sdpo_nb.stepwise as stepwise
-from sdpo_nb.logprobs import load_model, response_logprobs, score_pairs, weights_hash
+from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo_partition, sdpo
@@ -492,6 +492,13 @@ def test_a_bf16_run_does_not_go_on_from_another_model(tmp_path, half, monkeypatc
         next(iter(saved["model"].values())).view(-1)[0] += 1e-6                  # rounding swallows it
         torch.save(saved, stage / "checkpoint" / "state.pt")
     with pytest.raises(ValueError, match=f"{stage / other}: has weights"): sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
+
+
+def test_a_source_may_have_a_name_of_its_own(tmp_path):
+    tok = load_tokenizer(load_world().base)
+    made = stepwise.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))
+    run = sdpo_partition(load_world().base, dict(outer=made[0]), StepwiseConfig(**SETTINGS), tmp_path / "run")
+    assert run.config["sources"] == dict(inner=None) and run.partition().index.tolist() == ["inner"]
 
 
 # ---- the report

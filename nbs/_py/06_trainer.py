@@ -20,7 +20,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import ctypes, errno, hashlib, json, math, numbers, os, shutil, time, zipfile
+import ctypes, hashlib, json, math, numbers, os, time, zipfile
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -29,13 +29,12 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors import SafetensorError
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from sdpo_nb.logprobs import LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pairs_hash, pick_precision, prepared, response_logprobs, same_bits, weights_hash
+from sdpo_nb.logprobs import LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pairs_hash, pick_precision, prepared, replacing, response_logprobs, same_bits, weights_hash
 from sdpo_nb.loss import dpo_loss, follow, reward, reward_accuracy
 from sdpo_nb.packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack, padded_plan, piece_bytes, recompute_alike, try_out
 
@@ -819,63 +818,9 @@ def check_same_twice(loss: float,  # of the first batch, in training
 
 
 # %% [markdown]
-# ## Files that are whole or not there
-#
-# What a run writes, it writes under another name and renames at the end. A kill then leaves the old file or the new one, never half of one. The other name is not trusted: what lies there goes first, so a link is not written through. And a full disk, which every library reports in its own way, becomes one line.
-
-# %%
-#| export
-@contextmanager
-def replacing(path, # of a file or a folder
-             ):     # yields a name in the same folder, where nothing is
-    "Write a file or folder under another name; it then takes the place of the old one. Raises OSError where it cannot be written, and leaves nothing half-written."
-    path = Path(path)
-    tmp = path.with_suffix(".tmp")
-    try:
-        _remove(tmp)
-        yield tmp
-        if path.is_dir(): _remove(path)          # a folder cannot be renamed over another one
-        os.replace(tmp, path)
-    except (OSError, RuntimeError, SafetensorError) as e: raise OSError(f"{tmp}: could not be written ({_why(e)})") from e
-    finally: _remove(tmp)
-
-def _remove(path):
-    "A file, a folder or a link, if there is one. What a link points to stays."
-    if path.is_symlink() or path.is_file(): path.unlink()
-    elif path.is_dir(): shutil.rmtree(path)
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-def _why(e) -> str:
-    "What went wrong in writing. torch raises a RuntimeError while it handles the true error; safetensors says the number in its text."
-    cause = e
-    while cause and not isinstance(cause, OSError): cause = cause.__context__
-    said = str(e).splitlines()[0]
-    full = getattr(cause, "errno", None) in FULL or any(f"os error {n})" in said for n in FULL)
-    return "disk full?" if full else getattr(cause, "strerror", None) or said
-
-
-# %% [markdown]
-# A limit on the size of a file does what a full disk does. The old file stays, and nothing else.
-
-# %%
-import resource
-with tempfile.TemporaryDirectory() as tmp:
-    old = Path(tmp) / "state.pt"
-    old.write_text("the old one")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-    try:
-        with replacing(old) as new, open(new, "xb") as f: torch.save(policy.state_dict(), f)
-    except OSError as e: message = str(e).removeprefix(tmp)
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert old.read_text() == "the old one" and [p.name for p in Path(tmp).iterdir()] == ["state.pt"]
-message
-
-
-# %% [markdown]
 # ## Checkpoints
 #
-# Everything the next step depends on goes into one file, with the hash of the weights.
+# Everything the next step depends on goes into one file, which is whole or not there (`replacing`, [chapter 02](02_logprobs.ipynb)), with the hash of the weights.
 
 # %%
 #| export

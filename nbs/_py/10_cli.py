@@ -61,7 +61,7 @@ def _add_settings(parser):
 
 # %%
 #| export
-_WRITTEN = "weights reference_weights pairs base versions device not_deterministic machine command".split() # by a run, into config.yaml
+_WRITTEN = "weights reference_weights pairs base versions device not_deterministic machine".split() # by a run, into config.yaml
 
 def _run_file(path) -> dict:
     "model, revision, sources, folder and settings from a YAML file, as far as they are there."
@@ -104,15 +104,15 @@ def _sources(args) -> dict:
     named = [word if "=" in word else f"{_stem(word)}={word}" for word in args.sources]
     return {name: dict(source=data, **how) for name, data in _pairs_of(named, "--sources").items()}
 
-def _what(args) -> dict:
+def _what(args, needed=("model", "sources", "folder")) -> dict:
     "model, sources, config, folder and revision, as `sdpo` takes them, from the file and the options."
     given = _run_file(args.config)
     for name in ("model", "folder", "model_revision"):
         if getattr(args, name, None): given[name.removeprefix("model_")] = getattr(args, name)
     if args.sources: given["sources"] = _sources(args)
-    for name in ("model", "sources", "folder"):
+    for name in needed:
         if not given.get(name): raise ValueError(f"--{name}: is missing; give it, or write it into the file of --config")
-    return dict(model=given["model"], sources=given["sources"], config=_config(args, given["settings"]), folder=given["folder"], revision=given.get("revision"))
+    return dict(model=given["model"], sources=given["sources"], config=_config(args, given["settings"]), folder=given.get("folder"), revision=given.get("revision"))
 
 
 # %%
@@ -135,7 +135,7 @@ def _data(args):
     from sdpo_nb.logprobs import load_tokenizer
     from sdpo_nb.preferences import decoded
     from sdpo_nb.stepwise import data_notes, load_sources
-    what = _what(args)
+    what = _what(args, needed=("model", "sources"))
     tokenizer = load_tokenizer(what["model"], what["revision"])
     for source in load_sources(what["sources"], tokenizer, what["config"]):
         print("\n".join(data_notes(source, bool(tokenizer.chat_template))) + "\n  the first pairs; what stands after >>> is scored")
@@ -265,7 +265,7 @@ def _parser(argv):
         c.add_argument("--config", metavar="FILE", help="YAML file: model, sources, folder and settings, any of them; options win")
         c.add_argument("--model", help="hub id or folder"); c.add_argument("--model-revision", help="commit of a model on the hub")
         c.add_argument("--sources", nargs="+", metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
-        c.add_argument("--folder", help="of the run; the same call on it continues", **(dict(default="runs/none") if name == "data" else {}))
+        c.add_argument("--folder", help="of the run; the same call on it continues")
         c.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="columns that have another name in the data")
         c.add_argument("--chat", action="store_true", help="read string fields as turns of a chat")
         c.add_argument("--split", help="of hub data (default: train)"); c.add_argument("--revision", help="commit of hub data")
