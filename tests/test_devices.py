@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sdpo_nb import evaluate, logprobs, loss, packing, trainer, world
 
 torch.set_num_threads(1)
-CARD, MIXED, REAL = "cuda:0", "same device|two devices", torch.zeros(2)
+CARD, MIXED, REAL = "cuda:0", "same device|two (different )?devices", torch.zeros(2)
 PAIRS = [dict(key=str(i), prompt_ids=[3] * x, chosen_ids=[4] * c, rejected_ids=[5] * r) for i, (x, c, r) in enumerate([(9, 5, 7), (3, 6, 2)])]
 TABLE = logprobs.LogprobTable(dict(weights="0"), pd.DataFrame(dict(chosen=-1., rejected=-2.), index=["0", "1"]))
 PROMPTS, TOK, CONFIG = ["sort ba", "copy ab"], world.make_tokenizer(), trainer.TrainConfig(precision="bf16", shuffle=False)

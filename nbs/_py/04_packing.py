@@ -252,7 +252,8 @@ def by_blocks(q, k, v, row: Row, scaling: float, window: int=None, softcap: floa
 #| export
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row: Row=None, sliding_window=None, softcap=None, **rest):
     "What transformers calls in every layer of a packed row. Raises NotImplementedError for what a layer wants and cannot have."
-    unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None] + ["dropout"] * bool(dropout)
+    unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None]
+    if dropout: unknown.append("dropout")
     if unknown: raise NotImplementedError(f"its attention wants {', '.join(unknown)}")
     if row is None: raise NotImplementedError("its layers do not pass the row to the attention")
     if not torch.compiler.is_compiling(): row.windows.add(sliding_window)
