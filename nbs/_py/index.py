@@ -110,7 +110,7 @@ Markdown(as_markdown(found.assign(where=found["where"].map("[{0}](experiments/{0
 # ## Faster, with the same gradients
 #
 # The trainer reads each prompt once and pads nothing ([04](04_packing.ipynb)); where a model does not allow it, it falls back to padded batches and says so. Seconds per optimizer step of 8 pairs, SmolLM2-135M-Instruct, fp32, two CPU cores,
-# against TRL's `DPOTrainer` with a precomputed reference at its fastest micro-batch and at micro-batch 8 (`make bench`; no GPU has been measured):
+# against TRL's `DPOTrainer` with a precomputed reference at its fastest micro-batch and at micro-batch 8 (`make bench`):
 
 # %%
 import json
@@ -122,6 +122,17 @@ for key, name in {"hh_harmless fp32": "HH-RLHF harmless", "ultrafeedback_binariz
     r = bench[key]["rows"]
     best, eight = r[bench[key]["best_trl"]], next(v for side, v in r.items() if side.startswith("TRL, 8"))
     lines[name] = {"packed": seconds(r["packed"]["step"]), "TRL at its best": seconds(best["step"]), "slower by": ratio(*best["slower"]), "TRL, 8 pairs": seconds(eight["step"]), "slower by ": ratio(*eight["slower"])}
+Markdown(as_markdown(pd.DataFrame(lines).T))
+
+# %% [markdown]
+# And on one NVIDIA H200, bf16, 32 pairs a step, against TRL at its best micro-batch of 4, 8, 16 and 32 (`make bench-gpu`, random weights in the shape of SmolLM2-135M and Llama-3.2-1B). Small models wait for Python on such a card, and gain less:
+
+# %%
+gpu = json.loads((files("sdpo_nb.data") / "results/gpu.json").read_text())
+lines = {}
+for name, setting in gpu["settings"].items():
+    ours, theirs = setting["rows"]["ours, compiled"], setting["rows"][setting["best_trl"]]
+    lines[name] = {"packed, compiled": f"{ours['step']:.2f} s", "TRL at its best": f"{theirs['step']:.2f} s", "tokens a second, x": f"{ours['times_trl']:.2f}", "memory": f"{ours['peak_gib']:.0f} GiB", "TRL's": f"{theirs['peak_gib']:.0f} GiB", "of the card's bf16 peak": f"{ours['of_peak']:.0%}"}
 Markdown(as_markdown(pd.DataFrame(lines).T))
 
 # %% [markdown]
