@@ -50,11 +50,15 @@ def test_compiled_layers(recompute):
         with autocast("cuda", precision): c, r = logprobs(model, PAIRS)
         model.zero_grad(); (c.sum() - 2 * r.sum()).backward()
         return torch.cat([c, r]).detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
-    want, slope = ask()
+    way, half, logprobs, precision = logprobs, precision, packed_logprobs, "fp32"
+    exact, true_slope = ask()
+    logprobs, precision = way, half
+    plain, slope = ask()
     assert compile_layers(model, logprobs, precision, recompute) is None
-    got, other = ask()
+    compiled, other = ask()
     uncompile(model)
-    assert (got - want).abs().max() < 0.5 and (other - slope).norm() < 0.05 * slope.norm()
+    assert (compiled - exact).square().mean() < 1.5 * (plain - exact).square().mean() + 0.01
+    assert (other - true_slope).norm() < 1.2 * (slope - true_slope).norm() + 0.01 * true_slope.norm() # compiled layers round elsewhere, and no more
 
 
 @pytest.mark.parametrize("precision", ["fp32"] + HALF)
