@@ -46,16 +46,14 @@ def test_compiled_layers(recompute):
     model = model_of("llama", **WIDE).cuda().train()
     logprobs = choose_logprobs(model, PAIRS, "auto", precision)
     activation_checkpointing(model, recompute)
-    def ask():
-        with autocast("cuda", precision): c, r = logprobs(model, PAIRS)
+    def ask(f, precision):
+        with autocast("cuda", precision): c, r = f(model, PAIRS)
         model.zero_grad(); (c.sum() - 2 * r.sum()).backward()
         return torch.cat([c, r]).detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
-    way, half, logprobs, precision = logprobs, precision, packed_logprobs, "fp32"
-    exact, true_slope = ask()
-    logprobs, precision = way, half
-    plain, slope = ask()
+    exact, true_slope = ask(packed_logprobs, "fp32")
+    plain, slope = ask(logprobs, precision)
     assert compile_layers(model, logprobs, precision, recompute) is None
-    compiled, other = ask()
+    compiled, other = ask(logprobs, precision)
     uncompile(model)
     assert (compiled - exact).square().mean() < 1.5 * (plain - exact).square().mean() + 0.01
     assert (other - true_slope).norm() < 1.2 * (slope - true_slope).norm() + 0.01 * true_slope.norm() # compiled layers round elsewhere, and no more
