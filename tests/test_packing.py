@@ -21,7 +21,8 @@ WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=0)
 
 def model_of(kind, **kw):
     torch.manual_seed(0)
-    model = freeze_dropout(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **USUAL | kw))).eval()
+    eager = dict(attn_implementation="eager") if kind == "gemma2" else {} # some versions of transformers drop its soft-cap in the other
+    model = freeze_dropout(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **USUAL | kw), **eager)).eval()
     for p in model.parameters():
         if p.ndim > 1: torch.nn.init.normal_(p, std=0.3)
     return model
