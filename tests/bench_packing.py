@@ -225,7 +225,7 @@ def plan(name, tokens, precision, recompute):
         pairs.append(dict(key=str(len(pairs)), prompt_ids=prompt, chosen_ids=sides[0], rejected_ids=sides[1]))
         room -= packed_logprobs.tokens(pairs[-1:])
     table = LogprobTable({}, pd.DataFrame(-500.0, [p["key"] for p in pairs], ["chosen", "rejected"], "float32"))
-    optimizer = make_optimizer(model, settings, accelerator)
+    optimizer = make_optimizer(model, settings)
     for _ in range(2):
         batch_gradients(model, pairs, table, settings, accelerator, precision, packed_logprobs)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

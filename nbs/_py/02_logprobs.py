@@ -20,21 +20,24 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import contextlib, errno, hashlib, json, logging, os, re, shutil
+import contextlib, errno, hashlib, json, logging, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 # %%
-import itertools, resource, tempfile
+import io, itertools, resource, tempfile
 
 import matplotlib.pyplot as plt
 import seaborn as sns
@@ -1204,17 +1207,98 @@ def same_bits(device,        # of the model
 
 
 # %% [markdown]
+# ## What you see while it runs
+#
+# A bar shows where one pass is. What you want to know is when *all* of it will be done, and that is a matter of counting: tokens that are left, and seconds that a token took so far.
+
+# %%
+#| export
+def pair_tokens(pairs) -> np.ndarray: # (n,) of a list or a Dataset
+    "Tokens of each pair: prompt, chosen and rejected response."
+    names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    if not hasattr(pairs, "column_names"): return np.array([sum(len(p[name]) for name in names) for p in pairs], int)
+    blocks = pairs.select_columns(names).with_format("arrow").iter(10_000)
+    counts = [sum(pc.list_value_length(ids).to_numpy() for ids in block.columns) for block in blocks]
+    return np.concatenate(counts) if counts else np.zeros(0, int)
+
+@dataclass
+class Clock:
+    "How long the work still takes, told by how long it took so far."
+    left: float      # tokens that are still to be computed
+    done: float = 0. # tokens
+    spent: float = 0. # seconds
+
+    def tick(self, tokens: float, seconds: float):
+        "So many tokens more are done, and took so long."
+        self.left, self.done, self.spent = max(0., self.left - tokens), self.done + tokens, self.spent + seconds
+    def skip(self, tokens: float):
+        "So many were done before."
+        self.left = max(0., self.left - tokens)
+    def __str__(self): return f"{tqdm.format_interval(self.left * self.spent / self.done)} left" if self.done else "time left unknown"
+
+
+# %%
+clock = Clock(left=1000)
+clock.tick(tokens=100, seconds=7)
+assert str(clock) == "01:03 left" and str(Clock(5)) == "time left unknown"
+assert pair_tokens(pairs[:5]).tolist() == [len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs[:5]]
+str(clock)
+
+
+# %% [markdown]
+# A bar draws itself by returning to the beginning of its line. In a file, where the log of a night's run goes, nothing returns: all the bars stand one behind the other, in a line of some kilobytes. So where the output is no terminal, plain lines are written, one every half a minute. And a pass that has nothing to do shows no bar.
+
+# %%
+#| export
+class _Lines:
+    "A file that tqdm writes to where there is no terminal: each state that it shows becomes a line."
+    def write(self, text):
+        if text := text.replace("\r", "").strip(): print(text, file=sys.stderr, flush=True)
+    def flush(self): sys.stderr.flush()
+
+EVERY = 30 # seconds between two lines of a log
+
+def progress(total: int, desc: str, unit: str,
+             done: int=0,      # of the total, before
+             leave: bool=False, # the full bar stays on the screen
+            ): # a tqdm bar; what `set_postfix_str` gets stands behind it
+    "A bar in a terminal or a notebook, lines elsewhere, nothing where nothing is left to do."
+    how = dict(total=total, initial=done, desc=desc, unit=unit)
+    if total == done: return tqdm(**how, disable=True)
+    if sys.stderr.isatty(): return tqdm(**how, leave=leave, ncols=shutil.get_terminal_size().columns or 80, bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
+    if issubclass(tqdm, tqdm_notebook): return tqdm(**how, leave=leave, bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix}")
+    return tqdm(**how, leave=False, file=_Lines(), delay=EVERY, mininterval=EVERY, bar_format="{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}")
+
+
+# %% [markdown]
+# The same bar, in a terminal and in a log. Every `\r` is a return to the beginning of the line.
+
+# %%
+def heard(file=None):
+    log = io.StringIO()
+    with contextlib.redirect_stderr(log):
+        for _ in tqdm(range(2), "S reads digest", file=file, mininterval=0, ncols=60, disable=False): time.sleep(0.01)
+    return re.sub(r"\[.*\]", "[...]", log.getvalue())
+
+assert "\r" not in heard(_Lines()) and progress(7, "", "pair", done=7).disable
+print("terminal:", repr(heard()), heard(_Lines()), sep="\n")
+
+
+# %% [markdown]
 # The pass itself. A batch that does not fit into memory fails at the beginning of its piece.
 
 # %%
 #| export
-def _score_piece(model, part, precision, logprobs, budget, bar):
-    out = {}
+def _score_piece(model, part, precision, logprobs, budget, bar, clock):
+    out, start = {}, time.perf_counter()
     for batch, inputs in prepared(model, micro_batches(part, budget, logprobs), logprobs):
         with autocast(model.device, precision): both = torch.stack(logprobs(model, inputs), 1)
         bad = [p["key"] for p, ok in zip(batch, both.isfinite().all(1).tolist()) if not ok]
         if bad: raise ValueError(f"log-probability of pair {bad[0]} is not finite in {precision}; look at this pair and at the weights")
         out |= dict(zip([p["key"] for p in batch], both.tolist()))
+        start, before = time.perf_counter(), start
+        clock.tick(pair_tokens(batch).sum(), start - before)
+        bar.set_postfix_str(str(clock), refresh=False)
         bar.update(len(batch))
     return pd.DataFrame.from_dict(out, orient="index", columns=["chosen", "rejected"], dtype="float32")
 
@@ -1230,6 +1314,7 @@ def score_pairs(model,            # any causal LM
                 token_budget=4096, # tokens in a forward pass
                 piece=512,        # pairs a file
                 desc="scoring",
+               clock: Clock=None, # of the work that this pass is a part of; None: this pass alone
                ) -> LogprobTable: # these pairs, and whatever else the folder holds
     "One pass of a model over pairs. A folder that holds a table of another kind is computed again, saying so."
     precision = pick_precision(precision, model.device)
@@ -1238,11 +1323,14 @@ def score_pairs(model,            # any causal LM
     first = {}
     for i, k in enumerate(keys_of(pairs)): first.setdefault(k, i)
     todo = [i for k, i in first.items() if k not in done.index]
+    tokens = pair_tokens(pairs)
+    if clock: clock.skip(tokens.sum() - tokens[todo].sum())
+    else: clock = Clock(tokens[todo].sum())
     was_training = model.training; model.eval()
     try:
-        with same_bits(model.device), tqdm(total=len(todo), desc=desc, unit="pair", leave=False) as bar:
+        with same_bits(model.device), progress(len(first), desc, "pair", len(first) - len(todo)) as bar:
             for start in range(0, len(todo), piece):
-                rows = _score_piece(model, [pairs[i] for i in todo[start:start+piece]], precision, logprobs, token_budget, bar)
+                rows = _score_piece(model, [pairs[i] for i in todo[start:start+piece]], precision, logprobs, token_budget, bar, clock)
                 done = pd.concat([done, rows])
                 if folder: _write_piece(folder, rows)
     finally: model.train(was_training)

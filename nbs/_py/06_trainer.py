@@ -29,13 +29,11 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from sdpo_nb.logprobs import LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pairs_hash, pick_precision, prepared, replacing, response_logprobs, same_bits, weights_hash
+from sdpo_nb.logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress, replacing, response_logprobs, same_bits, weights_hash
 from sdpo_nb.loss import dpo_loss, follow, reward, reward_accuracy
 from sdpo_nb.packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack, padded_plan, piece_bytes, recompute_alike, try_out
 
@@ -275,9 +273,8 @@ pd.Series(rounding, name="relative difference of the gradient").map("{:.1e}".for
 # %% [markdown]
 # ## The same, with Accelerate
 #
-# Accelerate knows the device, owns the scaler, and unscales before clipping. Three traps. It keeps the precision in a process-wide state that must be
-# reset to make a second one; asked for fp16 on a CPU it agrees but makes no scaler, so that the first overflow is final; and it divides every loss by a number of
-# accumulation steps that an environment variable can set, over any argument. The model itself is not wrapped: Accelerate would turn all logits into fp32.
+# Accelerate starts the backward pass, clips, and will carry several processes. It also has a precision, but one for the whole process, which a launcher or another trainer may have set; asked for fp16 on a CPU it agrees and makes no scaler, so that the first overflow is final. So the precision stays ours, by hand as above:
+# autocast around the forward pass, and PyTorch's own scaler in Accelerate's place for one, which does nothing unless it is fp16. One more trap: every loss is divided by a number of accumulation steps that an environment variable can set, over any argument. The model itself is not wrapped: Accelerate would turn all logits into fp32.
 #
 # A launcher may start several processes. Without a graphics card Accelerate takes each of them for the only one, and all would write the same files. So we ask the variable by which the launcher tells a process how many there are.
 
@@ -289,16 +286,13 @@ def check_one_process():
     if started > 1: raise ValueError(f"{started} processes were started (WORLD_SIZE), but sdpo_nb trains in one process so far; start it without a launcher")
 
 def make_accelerator(precision: str="fp32", # fp32, bf16 or fp16
-                     device: str=None, # of the model; None: the graphics card, if there is one
-                    ) -> Accelerator:
-    "An Accelerator of this precision; a process may make several, one after the other."
+                     device: str="cpu",     # of the model
+                    ) -> Accelerator:       # its `scaler` works in fp16 only, and passes everything through otherwise
+    "An Accelerator whose scaler is ours; a process may make several, one after the other."
     check_one_process()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    on_cpu = device is not None and torch.device(device).type == "cpu"
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu)
+    accelerator = Accelerator()
     accelerator.gradient_accumulation_steps = 1 # `backward` divides by it, and ACCELERATE_GRADIENT_ACCUMULATION_STEPS is stronger than the argument
-    if precision == "fp16" and accelerator.scaler is None:
-        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler(accelerator.device.type), True
+    accelerator.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
     return accelerator
 
 
@@ -341,8 +335,7 @@ def with_accelerate(model, batch, precision, **kw):
     accelerator = make_accelerator(precision)
     model.zero_grad()
     metrics = batch_gradients(model, batch, table, TrainConfig(beta=0.5, **kw), accelerator, precision)
-    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.
-    return {n: p.grad / scale for n, p in model.named_parameters()}, metrics
+    return {n: p.grad / accelerator.scaler.get_scale() for n, p in model.named_parameters()}, metrics
 
 got = {(p, m): difference(with_accelerate(policy, batch, p, token_budget=m)[0], by_hand(policy, batch, p)) for p in ("fp32", "bf16", "fp16") for m in (4096, 200)}
 assert all(d < (1e-5 if p == "fp32" else 0.3 * rounding[p]) for (p, m), d in got.items())
@@ -677,10 +670,9 @@ pd.Series({i: lrs[i] for i in (0, 1, 2, 3, 4, 20, 39)}, name="learning rate").re
 
 # %%
 #| export
-def make_optimizer(model, config: TrainConfig, accelerator: Accelerator):
-    "AdamW without weight decay. Under fp16 it is not fused: a fused step hides from the scaler that it was skipped."
-    adam = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=accelerator.scaler is None)
-    return accelerator.prepare_optimizer(adam)
+def make_optimizer(model, config: TrainConfig):
+    "AdamW without weight decay."
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
 
 def one_step(model, batch, table, config, accelerator, optimizer, lr: float, precision="fp32", logprobs=response_logprobs,
              look=lambda batch, loss: None, # sees the loss before the update, may raise
@@ -690,11 +682,17 @@ def one_step(model, batch, table, config, accelerator, optimizer, lr: float, pre
     for group in optimizer.param_groups: group["lr"] = lr
     metrics = batch_gradients(model, batch, table, config, accelerator, precision, logprobs, parts)
     look(batch, metrics["loss"])
+    scaler = accelerator.scaler
+    scale = scaler.get_scale()
+    scaler.unscale_(optimizer)                   # before clipping, or the norm would be that of the scaled gradient
     norm = accelerator.clip_grad_norm_(model.parameters(), config.clip).item()
-    if not math.isfinite(norm) and not accelerator.scaler:
+    finite = math.isfinite(norm)
+    if not finite and not scaler.is_enabled():
         raise ValueError(f"the gradient is not finite in {precision}, the loss is {metrics['loss']:.5g}; no weight was changed. Look at this batch, or lower lr")
-    optimizer.step(); optimizer.zero_grad()
-    return metrics | dict(grad_norm=norm if math.isfinite(norm) else None, lr=lr, skipped=bool(accelerator.optimizer_step_was_skipped))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return metrics | dict(grad_norm=norm if finite else None, lr=lr, skipped=scaler.get_scale() < scale)
 
 
 # %% [markdown]
@@ -831,7 +829,7 @@ def save_checkpoint(folder, model, optimizer, scaler, state: dict):
     "Model, optimizer, scaler and position of a stage, in folder/checkpoint/state.pt."
     path = Path(folder) / "checkpoint"; path.mkdir(parents=True, exist_ok=True)
     state = state | dict(weights=weights_hash(model))
-    all_of_it = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler and scaler.state_dict(), state=state)
+    all_of_it = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), state=state)
     with replacing(path / "state.pt") as tmp, open(tmp, "xb") as f: torch.save(all_of_it, f) # through a file of Python's, which keeps the system's error
 
 
@@ -886,7 +884,7 @@ def load_checkpoint(folder, model, optimizer, scaler, identity: dict=None) -> di
     if differs: raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; use that or another folder")
     with _useless(path):
         model.load_state_dict(saved["model"]); optimizer.load_state_dict(saved["optimizer"])
-        if scaler: scaler.load_state_dict(saved["scaler"])
+        scaler.load_state_dict(saved["scaler"])
         if (found := weights_hash(model)) != state.get("weights", found): raise ValueError(f"its weights are {found}, not {state['weights']}")
     return state
 
@@ -894,7 +892,7 @@ def load_checkpoint(folder, model, optimizer, scaler, identity: dict=None) -> di
 # %%
 def complaint_of(change): # what is said of a checkpoint after this change of its bytes
     with tempfile.TemporaryDirectory() as tmp:
-        save_checkpoint(tmp, policy, torch.optim.AdamW(policy.parameters()), None, dict(batch=3))
+        save_checkpoint(tmp, policy, torch.optim.AdamW(policy.parameters()), torch.amp.GradScaler("cpu"), dict(batch=3))
         assert read_checkpoint(tmp)["state"] == dict(batch=3, weights=weights_hash(policy))
         path = Path(tmp, "checkpoint/state.pt")
         path.write_bytes(change(path.read_bytes()))
@@ -942,6 +940,8 @@ def train_stage(model,               # causal LM, trained in place
                 logprobs=None,       # (model, pairs) -> (chosen, rejected); None: packed where `config.packing` allows and the guard agrees
                 previous=None,       # folder of the stage whose optimizer goes on; None: a new one
                 schedule: tuple=None, # (steps before this stage, steps in all); None: this stage alone
+                clock: Clock=None,   # of the run; None: of this stage
+                on_step=None,        # called after each step, with its line of metrics.jsonl as a dict
                ) -> dict:            # steps, first loss, the loss it had to be, precision
     "Train one stage of DPO against a table of reference log-probabilities. Raises ValueError for a folder of another stage, a wrong first loss or a gradient that is not finite."
     if not len(pairs): raise ValueError("pairs: none; a stage needs at least one")
@@ -961,12 +961,18 @@ def train_stage(model,               # causal LM, trained in place
     def ready(epoch_rows): # made while the batch before it is computed
         batch = [pairs[i] for i in epoch_rows[1]]
         return epoch_rows[0], batch, list(prepared(model, cut(batch, config, logprobs), logprobs))
-    todo = batches[state["batch"]:]
+    todo, tokens = batches[state["batch"]:], TRAINING * pair_tokens(pairs)
+    todo_tokens = sum(tokens[rows].sum() for _, rows in todo)
+    if clock: clock.skip(config.epochs * tokens.sum() - todo_tokens)
+    else: clock = Clock(todo_tokens)
     strict = config.deterministic and why_not_same_bits(model.train(), logprobs, precision) is None # the flash kernel is deterministic in the strict form only
-    bar = tqdm(ahead(ready, todo), initial=state["batch"], total=len(batches), desc=f"stage {stage}", unit="step")
-    with closing(MetricsLog(folder / "metrics.jsonl", state["log"])) as log, same_bits(model.device, config.deterministic, strict):
-        for epoch, batch, parts in bar:
-            _advance(state, step, batch, parts, epoch, learning_rate(done + state["step"], total, config), log)
+    bar = progress(len(batches), f"stage {stage}", "step", state["batch"], leave=True)
+    with bar, closing(MetricsLog(folder / "metrics.jsonl", state["log"])) as log, same_bits(model.device, config.deterministic, strict):
+        for epoch, batch, parts in ahead(ready, todo):
+            row = _advance(state, step, batch, parts, epoch, learning_rate(done + state["step"], total, config), log, clock)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, accuracy {row['reward_accuracy']:.2f}, margin {row['margin']:+.2f}, lr {row['lr']:.1e}, {clock}", refresh=False)
+            bar.update()
+            if on_step: on_step(row)
             if state["batch"] % config.save_every == 0 or state["batch"] == len(batches):
                 save_checkpoint(folder, model, optimizer, accelerator.scaler, state | dict(log=log.size))
     activation_checkpointing(model, False); model.eval()
@@ -979,21 +985,25 @@ def train_stage(model,               # causal LM, trained in place
 # %%
 #| export
 MAX_SKIPS = 20
+TRAINING = 3 # times as long as a forward pass alone: the backward pass computes two products for each of its one
 
-def _advance(state, step, batch, parts, epoch, lr, log):
-    "Train on one batch, count it, write its line."
-    clock = time.perf_counter()
+def _advance(state, step, batch, parts, epoch, lr, log, clock):
+    "Train on one batch, count it, write its line; returns the line."
+    start = time.perf_counter()
     metrics = step(batch, parts, lr)
-    skipped = metrics["skipped"]
+    seconds, skipped = time.perf_counter() - start, metrics["skipped"]
+    clock.tick(TRAINING * pair_tokens(batch).sum(), seconds)
     state.update(batch=state["batch"] + 1, step=state["step"] + (not skipped), skips=state["skips"] + 1 if skipped else 0)
-    log.add(dict(step=state["step"], epoch=epoch, pairs=len(batch), **metrics, **_speed(batch, clock)))
+    row = dict(step=state["step"], epoch=epoch, pairs=len(batch), **metrics, **_speed(batch, seconds))
+    log.add(row)
     if state["skips"] == MAX_SKIPS:
         raise ValueError(f"{MAX_SKIPS} steps in a row were skipped, the loss is {metrics['loss']:.5g}: no scale makes the gradient finite; use bf16 or fp32")
+    return row
 
-def _speed(batch, clock):
+def _speed(batch, seconds):
     "Tokens of the batch, each response with its prompt, and how many went through in a second."
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in batch)
-    return dict(tokens=tokens, tokens_per_second=round(tokens / (time.perf_counter() - clock), 1))
+    return dict(tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
 
 
 # %%
@@ -1004,12 +1014,12 @@ def _begin(model, config, accelerator, previous, logprobs, precision):
     activation_checkpointing(model, config.gradient_checkpointing)
     if model.device.type == "cpu": return_large_blocks()
     if wants_compiling(config, model.device): compile_for(model, logprobs, precision, config)
-    optimizer = make_optimizer(model, config, accelerator)
+    optimizer = make_optimizer(model, config)
     if previous:
         saved = read_checkpoint(previous)
         if saved is None: raise ValueError(f"{previous}: its checkpoint is missing, whose optimizer was to go on; put it back or use another folder")
         optimizer.load_state_dict(saved["optimizer"])
-        if accelerator.scaler and saved["scaler"]: accelerator.scaler.load_state_dict(saved["scaler"])
+        accelerator.scaler.load_state_dict(saved["scaler"])
     return optimizer
 
 LOOK_AT = 32 # pairs; with fewer, rounding can only be guessed at
