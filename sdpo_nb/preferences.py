@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DROPPED', 'normalise', 'turn_end', 'prompt_limit', 'encode', 'load_pairs', 'Source', 'counts_table', 'tokenize_pairs',
-           'decoded']
+           'decoded', 'hold_out']
 
 # %% ../nbs/01_preferences.ipynb #a95ddeea
 import glob, gzip, hashlib, json, os, re
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import jinja2
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -502,3 +503,20 @@ def decoded(source: Source, tokenizer,
     "Some pairs of a source, as text."
     first = source.pairs.select(range(min(n, len(source))))
     return [{side: tokenizer.decode(pair[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")} for pair in first]
+
+# %% ../nbs/01_preferences.ipynb #ac6122c4
+def _lot(ids) -> float:
+    "A number from 0 to 1 that only these ids have."
+    return int(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12], 16) / 16**12
+
+def hold_out(source: Source,
+             share: float,  # of the prompts, from 0 to below 1
+            ) -> tuple[Source, Source|None]: # to train on, and never to train on; None where there are no such pairs
+    "Part a source by prompt. Raises ValueError where nothing is left to train on."
+    if not 0 <= share < 1: raise ValueError(f"source '{source.name}': eval_share must be from 0 to below 1, got {share}")
+    if not share: return source, None
+    held = np.array([_lot(ids) < share for ids in source.pairs["prompt_ids"]])
+    if held.all(): raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} pairs; a smaller one leaves some to train on")
+    if not held.any(): return source, None
+    parts = (source.pairs.select((~held).nonzero()[0]), source.pairs.select(held.nonzero()[0]))
+    return Source(source.name, parts[0], source.counts | dict(held_out=int(held.sum()))), Source(source.name, parts[1], {})

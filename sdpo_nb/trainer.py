@@ -6,13 +6,13 @@
 __all__ = ['USUAL_BUDGET', 'GIB', 'KERNELS', 'MOST', 'SLACK', 'COMPUTED_ALIKE', 'MAX_SKIPS', 'TRAINING', 'LOOK_AT', 'setting',
            'TrainConfig', 'check_settings', 'measure', 'trainable', 'check_one_process', 'make_accelerator',
            'batch_gradients', 'cut', 'return_large_blocks', 'activation_checkpointing', 'kept_bytes', 'memory_plan',
-           'fit', 'tokens_that_fit', 'free_memory', 'plan_for', 'as_line', 'check_memory', 'wants_compiling',
-           'compile_for', 'why_not_same_bits', 'epoch_order', 'all_batches', 'learning_rate', 'make_optimizer',
-           'one_step', 'batch_logprobs', 'per_root_token', 'rounding_limit', 'check_table', 'check_same_twice',
-           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'MetricsLog', 'train_stage']
+           'fit', 'tokens_that_fit', 'free_memory', 'peak_memory', 'plan_for', 'as_line', 'check_memory',
+           'wants_compiling', 'compile_for', 'why_not_same_bits', 'epoch_order', 'all_batches', 'learning_rate',
+           'make_optimizer', 'one_step', 'batch_logprobs', 'per_root_token', 'rounding_limit', 'check_table',
+           'check_same_twice', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'MetricsLog', 'train_stage']
 
 # %% ../nbs/06_trainer.ipynb #ac302dad
-import ctypes, hashlib, json, math, numbers, os, time, zipfile
+import ctypes, hashlib, json, math, numbers, os, sys, time, zipfile
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -24,6 +24,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
+
+try: import resource
+except ImportError: resource = None # Windows
 
 from .logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress, replacing, response_logprobs, same_bits, weights_hash
 from .loss import dpo_loss, follow, reward, reward_accuracy
@@ -233,6 +236,12 @@ def free_memory(device) -> int: # bytes
     parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     cache = int(parts["inactive_file"]) + int(parts["active_file"]) # files read before; the system drops them when memory is wanted
     return min(free, int(limit.read_text()) - used + cache)
+
+def peak_memory(device) -> int: # bytes
+    "The most that this process has had: of a card, or of the machine; 0 where the system does not say."
+    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
+    if resource is None: return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def plan_for(config,         # of a transformers model
              train: TrainConfig, precision: str, device) -> dict: # name -> GiB

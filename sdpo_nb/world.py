@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -284,11 +285,12 @@ def load_base(world: World):
     return AutoModelForCausalLM.from_pretrained(world.base).eval(), AutoTokenizer.from_pretrained(world.base)
 
 # %% ../nbs/00_world.ipynb #2c161b8e
-def mean_interval(values, z: float=1.96) -> tuple[float, float, float]:
-    "Mean of independent values and its 95 % interval, from the normal approximation."
+def mean_interval(values) -> tuple[float, float, float]:
+    "Mean of independent values and its 95 % interval by Student's t; of one value, no interval (NaN)."
     v = torch.as_tensor(values, dtype=torch.float64)
-    half = z * v.std().item() / math.sqrt(len(v)) if len(v) > 1 else math.nan
-    return v.mean().item(), v.mean().item() - half, v.mean().item() + half
+    mean, n = v.mean().item(), len(v)
+    half = student.ppf(0.975, n - 1) * v.std().item() / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
 
 def true_rewards(model, tokenizer, prompts: list, tau: float=1., seed: int=0) -> list[float]:
     "True reward of one response per prompt."

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdpo_nb import evaluate as ev
-from sdpo_nb.logprobs import response_logprobs
+from sdpo_nb.logprobs import LogprobTable, response_logprobs
 from sdpo_nb.world import load_base, load_world, prompt_ids, respond, respond_ids
 
 
@@ -81,12 +81,17 @@ def test_win_rate_counts():
 
 
 def test_held_out_names_columns_and_pairs(base):
-    class Table:
-        def __init__(self, g): self.g = torch.tensor(g)
-        def gamma(self, pairs): return self.g
-    got = ev.held_out(dict(S=Table([-1., 1., 2.]), M=Table([1., 1., 1.])), [1, 2, 3], beta=0.5)
-    assert got.loc["M", "change of gamma"][0] == pytest.approx(1 / 3) and got.loc["M", "margin"][0] == pytest.approx(1 / 6)
-    assert got.loc["M", "prefers chosen"][0] == 1 and got.loc["M", "reward accuracy"][0] == pytest.approx(0.5)   # up, equal, down
+    def table(chosen, rejected): return LogprobTable({}, pd.DataFrame(dict(chosen=chosen, rejected=rejected), index=["a", "b", "c"], dtype="float32"))
+    pairs = [dict(key=k) for k in "abc"]
+    now, before = table([1., 1., 1.], [0., 0., 0.]), table([0., 2., 2.], [1., 1., 0.])   # gamma: 1 1 1, and before -1 1 2
+    got = ev.held_out(now, before, pairs, beta=0.5)
+    assert got["change of gamma"][0] == pytest.approx(1 / 3) and got["prefers chosen"][0] == 1
+    assert got["log-ratio of chosen"][0] == pytest.approx(-1 / 3) and got["log-ratio of rejected"][0] == pytest.approx(-2 / 3)
+    assert got["reward accuracy"][0] == pytest.approx(0.5)                               # up, equal, down
+    losses = [math.log1p(math.exp(-0.5 * change)) for change in (2, 0, -1)]
+    assert got["loss"][0] == pytest.approx(sum(losses) / 3)
+    mean, low, high = got["change of gamma"]
+    assert high - mean == pytest.approx(4.302653 * np.std([2, 0, -1], ddof=1) / math.sqrt(3), rel=1e-5) and low < mean   # t with 2 degrees of freedom
 
 
 def test_signs_of_a_run_with_one_stage_and_one_pair():

@@ -508,7 +508,7 @@ def test_report(tmp_path, monkeypatch):
     got = run(tmp_path / "run", lr=5e-7)
     text = (tmp_path / "run" / "report.md").read_text()
     for word in ("M_0", "M_1", "primer", "digest", "| beta | 0.1", "| lr | 5e-07", "![](figures/loss.png)"): assert word in text
-    for name in ("loss", "gamma", "drift", "partition"): assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 5000
+    for name in ("loss", "change", "drift", "partition"): assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 5000
     table = got.table()
     assert list(table.columns) == ["stage 1", "stage 2"] and list(table.loc["chunk"]) == [s["chunk"] for s in got.stages]
     assert set(got.metrics["stage"]) == {1, 2} and len(got.metrics) == 6

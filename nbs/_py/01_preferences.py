@@ -31,6 +31,7 @@ from pathlib import Path
 
 import datasets
 import jinja2
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -936,6 +937,36 @@ def decoded(source: Source, tokenizer,
 
 # %%
 pd.DataFrame(decoded(sources[0], base))
+
+
+# %% [markdown]
+# ## Held out
+#
+# Whether training helped is asked with pairs that it has not seen. The prompt decides which, not the pair: two pairs of one prompt have too much in common. A number between 0 and 1 is made from the prompt's ids. So a prompt falls on the same side in every source, and rows that are added to a file later move no other row.
+
+# %%
+#| export
+def _lot(ids) -> float:
+    "A number from 0 to 1 that only these ids have."
+    return int(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12], 16) / 16**12
+
+def hold_out(source: Source,
+             share: float,  # of the prompts, from 0 to below 1
+            ) -> tuple[Source, Source|None]: # to train on, and never to train on; None where there are no such pairs
+    "Part a source by prompt. Raises ValueError where nothing is left to train on."
+    if not 0 <= share < 1: raise ValueError(f"source '{source.name}': eval_share must be from 0 to below 1, got {share}")
+    if not share: return source, None
+    held = np.array([_lot(ids) < share for ids in source.pairs["prompt_ids"]])
+    if held.all(): raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} pairs; a smaller one leaves some to train on")
+    if not held.any(): return source, None
+    parts = (source.pairs.select((~held).nonzero()[0]), source.pairs.select(held.nonzero()[0]))
+    return Source(source.name, parts[0], source.counts | dict(held_out=int(held.sum()))), Source(source.name, parts[1], {})
+
+
+# %%
+train, test = hold_out(sources[0], 0.5)
+assert len(train) + len(test) == len(sources[0]) and not {tuple(x) for x in train.pairs["prompt_ids"]} & {tuple(x) for x in test.pairs["prompt_ids"]}
+{"to train on": len(train), "held out": len(test)}
 
 # %% [markdown]
 # ## The same ids as TRL, but for five things

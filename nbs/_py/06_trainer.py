@@ -20,7 +20,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import ctypes, hashlib, json, math, numbers, os, time, zipfile
+import ctypes, hashlib, json, math, numbers, os, sys, time, zipfile
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -32,6 +32,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
+
+try: import resource
+except ImportError: resource = None # Windows
 
 from sdpo_nb.logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress, replacing, response_logprobs, same_bits, weights_hash
 from sdpo_nb.loss import dpo_loss, follow, reward, reward_accuracy
@@ -547,6 +550,12 @@ def free_memory(device) -> int: # bytes
     parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     cache = int(parts["inactive_file"]) + int(parts["active_file"]) # files read before; the system drops them when memory is wanted
     return min(free, int(limit.read_text()) - used + cache)
+
+def peak_memory(device) -> int: # bytes
+    "The most that this process has had: of a card, or of the machine; 0 where the system does not say."
+    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
+    if resource is None: return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def plan_for(config,         # of a transformers model
              train: TrainConfig, precision: str, device) -> dict: # name -> GiB

@@ -23,8 +23,11 @@ if not importlib.util.find_spec("sdpo_nb"):
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
+
+from sdpo_nb.world import mean_interval
 
 # %%
 import tempfile
@@ -130,12 +133,13 @@ plot_partition(pd.concat([plan.measures, pd.DataFrame([wordy])], ignore_index=Tr
 def _stages(metrics): # (steps in order, window of the running averages, colours)
     "Optimizer steps counted over the whole run; the window is a quarter of a stage."
     m = metrics.sort_values("stage", kind="stable").reset_index(drop=True)
+    m.index += 1
     return m, max(5, len(m) // (4 * m["stage"].nunique())), dict(zip(m["stage"].unique(), _model_colors(m["stage"].nunique())[1:]))
 
 def _borders(ax, m):
     "A line where a stage begins."
     for start in m.groupby("stage").head(1).index[1:]: ax.axvline(start - 0.5, color="0.5", lw=0.8)
-    ax.set(xlabel="optimizer step", xlim=(-0.5, len(m) - 0.5)); sns.despine(ax.figure)
+    ax.set(xlabel="optimizer step", xlim=(0.5, len(m) + 0.5)); sns.despine(ax.figure)
 
 
 # %%
@@ -203,6 +207,39 @@ means.round(2)
 
 # %%
 plot_gamma(gammas);
+
+
+# %% [markdown]
+# Pairs differ far more from each other than a model differs from the one before it. With real pairs a box reaches from -250 to 150 nats, and a gain of 4 cannot be seen in it. But the pairs are the same for every model, so look at what changed, pair by pair, and at the mean of that.
+
+# %%
+#| export
+def plot_change(gammas: pd.DataFrame, # model, chunk, gamma: one pair a row, the same pairs in the same order for every model; from M_0 on
+               ) -> plt.Figure:
+    "Mean change of gamma since M_0 on every chunk, with 95 % intervals; hollow where the model was not yet trained on it."
+    models, chunks = list(dict.fromkeys(gammas["model"])), list(dict.fromkeys(gammas["chunk"]))
+    of = {key: rows["gamma"].to_numpy() for key, rows in gammas.groupby(["model", "chunk"], sort=False)}
+    fig, ax = plt.subplots(figsize=(6.5, 3))
+    for t, (chunk, color) in enumerate(zip(chunks, sns.color_palette("colorblind", len(chunks))), 1):
+        seen = [s for s, m in enumerate(models) if (m, chunk) in of and (models[0], chunk) in of]
+        change = [mean_interval(of[models[s], chunk] - of[models[0], chunk]) for s in seen]
+        x = [s + 0.06 * (t - (len(chunks) + 1) / 2) for s in seen]   # side by side, or intervals hide each other
+        mean, low, high = (np.array(v) for v in zip(*change)) if change else ([], [], [])
+        ax.errorbar(x, mean, [mean - low, high - mean] if change else None, color=color, capsize=3, lw=1.5, label=chunk)
+        for s, at, y in zip(seen, x, mean): ax.plot(at, y, "o", color=color, mfc=color if s >= t else "white", ms=6)
+    ax.axhline(0, color="black", lw=1, ls=":")
+    ax.set(ylabel="change of $\\gamma$ since S\n(nats; up is better)", xticks=range(len(models)), xticklabels=["S"] + [f"after stage {s}" for s in range(1, len(models))])
+    sns.despine(fig); _above(ax, ncol=4)
+    return fig
+
+
+# %% [markdown]
+# What to see: both lines rise at every stage, also the one of chunk 2 during stage 1, when only chunk 1 was trained on.
+
+# %%
+by_model = gammas.groupby(["chunk", "model"])["gamma"].mean().unstack()
+assert (by_model.diff(axis=1).iloc[:, 1:] > 0).all(axis=None)
+plot_change(gammas);
 
 
 # %% [markdown]

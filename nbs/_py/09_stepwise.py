@@ -24,7 +24,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import base64, difflib, json, math, os, re, shutil, unicodedata
+import base64, difflib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time, unicodedata, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
@@ -35,24 +35,26 @@ import pandas as pd
 import pyarrow.compute as pc
 import torch
 import yaml
+from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets, load_from_disk
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
-from sdpo_nb.evaluate import failure_signs
-from sdpo_nb.figures import plot_drift, plot_gamma, plot_loss, plot_partition
-from sdpo_nb.logprobs import SMALL, check_model, check_rows, load_model, load_tokenizer, pairs_hash, pick_precision, read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind, weights_hash, write_json
+from sdpo_nb.evaluate import FALSE_ALARMS, as_text, failure_signs, greedy_answers, held_out
+from sdpo_nb.figures import plot_change, plot_drift, plot_loss, plot_partition
+from sdpo_nb.logprobs import SMALL, Clock, check_model, check_rows, load_model, load_tokenizer, pair_tokens, pairs_hash, pick_precision, read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind, weights_hash, write_json
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import ORDERS, partition
-from sdpo_nb.preferences import Source, counts_table, load_pairs, prompt_limit, tokenize_pairs
-from sdpo_nb.trainer import COMPUTED_ALIKE, GIB, MOST, TrainConfig, as_line, check_memory, check_one_process, compile_for, free_memory, plan_for, read_checkpoint, setting
+from sdpo_nb.preferences import Source, counts_table, hold_out, load_pairs, prompt_limit, tokenize_pairs
+from sdpo_nb.trainer import COMPUTED_ALIKE, GIB, MOST, TRAINING, TrainConfig, as_line, check_memory, check_one_process, compile_for, free_memory, peak_memory, plan_for, read_checkpoint, setting
 from sdpo_nb.trainer import train_stage, wants_compiling, why_not_same_bits
 from sdpo_nb.world import mean_interval
 
 # %%
-import tempfile
+from sdpo_nb.figures import plot_gamma
 from sdpo_nb.packing import packed_logprobs
 import seaborn as sns
 import torch.nn.functional as F
@@ -110,6 +112,8 @@ class StepwiseConfig(TrainConfig):
     max_length: int = setting(1024, "longest prompt + response in tokens; the response's tail is cut", 2)
     max_prompt_length: int = setting(0, "longest prompt in tokens, its end is kept; 0: half of max_length", 0)
     probe: int = setting(512, "pairs of each chunk on which every model is measured for the report", 1)
+    eval_share: float = setting(0.0, "share of the prompts of each source that is held out: never trained on, measured after every stage", 0, 0.9)
+    log_with: str = setting("none", "a tracker that gets every step, if it is installed: tensorboard, wandb, trackio, or none")
     save_dtype: str = setting("S", "dtype of the models on disk: that of S, or fp32", choices=("S", "fp32"))
     device: str = setting("auto", "auto: the graphics card, if there is one and the model is not tiny; cpu; or cuda", choices=("auto", "cpu", "cuda"))
 
@@ -211,7 +215,8 @@ def read_yaml(path, # of any YAML file
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
         raise ValueError(f"{path}: " + (f"line {mark.line + 1}: " if mark else "") + problem) from e
 
-NEEDED = {"config.yaml": {"model", "weights", "sources", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes"}}
+NEEDED = {"config.yaml": {"model", "weights", "sources", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes"},
+          "held_out.json": set(), "answers.json": {"prompts", "answers"}, "cost.json": {"seconds", "peak_gib"}}
 
 def read_part(path, # of a config.yaml, partition.json or stage.json
              ) -> dict:
@@ -234,7 +239,8 @@ def _named(path):
 def _cure(path):
     "What to do about a file of a run."
     if path.name == "config.yaml": return "put a copy of it back, or use another folder"
-    if path.name == "partition.json": return "remove it and run again: the partition is made anew"
+    if path.name in ("partition.json", "held_out.json"): return f"remove it and run again: the {path.stem.replace('_', '-')} is made anew" if path.stem == "partition" else "remove it and run again: it is made anew"
+    if path.name in ("answers.json", "cost.json"): return "remove it: the report does without"
     return f"put it back, or remove {path.parent.name} and the stages after it, and run again: they are trained anew"
 
 
@@ -324,8 +330,11 @@ class Run:
         return self.folder / f"stage-{t or finished_stages(self.folder)[-1]}" / "model"
     def partition(self) -> pd.DataFrame: return pd.DataFrame(read_part(self.folder / "partition.json")["measures"]).set_index("source")
     def table(self) -> pd.DataFrame: return stage_table(self)
+    def held_out(self) -> pd.DataFrame: return held_out_table(self)
     def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics)
     def report(self): return write_report(self)
+    def export(self, folder) -> Path: return export_model(self, folder)
+    def push(self, repo_id: str, private: bool=True) -> str: return push_model(self, repo_id, private)
 
 def _steps(path):
     "metrics.jsonl as a data frame."
@@ -336,12 +345,12 @@ def _steps(path):
 
 
 # %% [markdown]
-# A folder belongs to one run. Called again with the same settings it goes on; with others it refuses, naming the setting. Only how often a checkpoint is written may change.
+# A folder belongs to one run. Called again with the same settings it goes on; with others it refuses, naming the setting. Only how often a checkpoint is written, and who is told of each step, may change.
 # `precision="auto"` is recorded as what it meant on this machine, so that another machine cannot go on in another precision unnoticed. As long as nothing has been trained, there is nothing to protect: then *how* things are computed may still change, and the partition is measured anew.
 
 # %%
 #| export
-FREE = {"save_every"}
+FREE = {"save_every", "log_with"}
 
 HOW = {"precision"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
 
@@ -351,24 +360,26 @@ def _recorded(v):
     "A setting as config.yaml can hold it: of a function, the name."
     return v if isinstance(v, (int, float, str, list, type(None))) else getattr(v, "__qualname__", type(v).__name__)
 
-SAID = {"base": "a config of S with the hash"} # of what has no name that people know
+SAID = {"base": "a config of S with the hash", "held_out": "held-out pairs with the hash"} # of what has no name that people know
+
+RECORDED = "weights reference_weights pairs held_out base versions device not_deterministic machine command".split() # in config.yaml, beside what was asked for
 
 def _compared(config):
     "What must agree between two calls on one folder."
-    compared = {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "machine", "device", "model", "revision", "not_deterministic"}}
+    compared = {k: v for k, v in (config | config["settings"]).items() if k not in FREE | {"settings", "versions", "machine", "device", "model", "revision", "not_deterministic", "command"}}
     return compared | dict(sources=list(config["sources"])) # the names; where the data lie may change, what they are may not
 
 def _open_folder(folder, config, precision, identity) -> str:
     "Write config.yaml, or compare with the one that is there; raises ValueError naming the first difference. Returns what may change the last bits."
     settings = {f.name: _recorded(getattr(config, f.name)) for f in fields(config)} | dict(precision=precision)
-    new = identity | dict(settings=settings, versions={p: version(p) for p in ("torch", "transformers", "datasets", "accelerate")})
+    new = identity | dict(settings=settings, versions=_versions(), command=_command())
     path = folder / "config.yaml"
     if path.exists():
         there = read_part(path)
         old, now = _compared(there), _compared(new)
         if there["versions"].get("transformers") != new["versions"]["transformers"]: old["base"] = now["base"] # another version may give a config more fields
-        old.setdefault("base", now["base"])      # a folder from before it was recorded
-        differs = [k for k in now if old.get(k) != now[k]]
+        old = {k: now[k] for k in ("base", "held_out", "eval_share")} | old      # a folder from before they were recorded
+        differs = sorted((k for k in now if old.get(k) != now[k]), key=lambda k: k not in settings) # a setting says more than the hash that it changed
         if not differs: return _otherwise(there, new)
         k = next((k for k in differs if k not in HOW), differs[0])
         if k not in HOW or _has_trained(folder): raise ValueError(f"{folder}: this run was started with {SAID.get(k, k)} = {old.get(k)}, not {now[k]}; use that or another folder")
@@ -383,6 +394,20 @@ def _open_folder(folder, config, precision, identity) -> str:
 
 # %%
 #| export
+def _versions():
+    "Of what computes, and of this package with the commit that it is at, where that can be known."
+    found = {p: version(p) for p in ("torch", "transformers", "datasets", "accelerate", "sdpo_nb")}
+    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    try: commit = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError): return found
+    if commit.returncode == 0 and "site-packages" not in here.parts: found["sdpo_nb"] += f" at {commit.stdout.strip()}"
+    return found
+
+def _command():
+    "What was typed; of a call from Python, the script."
+    name = Path(sys.argv[0]).name
+    return shlex.join(["sdpo" if name in ("sdpo", "cli.py") else name, *sys.argv[1:]])
+
 def _machine(device):
     "What the last bits depend on, beside the settings."
     if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
@@ -529,7 +554,14 @@ class _Context:
     dtype: torch.dtype # of S on disk, and so of every M_t
     revision: str = None # of S on the hub
     otherwise: str = "" # what may change the last bits, said when training goes on
+    held: list = field(default_factory=list) # sources that are never trained on
+    talks: bool = False # of a tiny model, whose runs come by the hundred, nothing is said
+    clock: Clock = None
     chosen: dict = field(default_factory=dict)
+    before: int = 0 # optimizer steps of the stages that are finished
+    tracker: object = None
+    on_step: object = None
+    on_stage: object = None
 
     def at(self, t): return self.folder / (f"stage-{t}" if t else "base")
     def load(self, t): # M_t in fp32; where the model on disk is rounded, the checkpoint has it exactly
@@ -542,7 +574,13 @@ class _Context:
         return model
     def table(self, t): return read_table(self.at(t) / "logprobs")
     def score(self, t, model, pairs, what): # the table of M_t, once it holds these pairs
-        return self.score_to(self.at(t) / "logprobs", model, pairs, f"M_{t} on {what}")
+        return self.score_to(self.at(t) / "logprobs", model, pairs, f"{'the model of stage ' + str(t) if t else 'S'} reads {what}")
+    def score_all(self, t, model, chunks): # on what every model is measured on
+        for d in chunks: self.score(t, model, d.probe(self.config.probe), d.name)
+        for s in self.held: self.score(t, model, s.pairs, f"{s.name}, held out")
+    def after_step(self, t, row):
+        if self.tracker: self.tracker.log({k: float(v) for k, v in row.items() if isinstance(v, (int, float))} | dict(stage=t), step=self.before + row["step"])
+        if self.on_step: self.on_step(dict(stage=t) | row)
     def how(self, model, pairs): # packed or padded: asked once for each kind of model
         kind = type(model).__name__
         if kind not in self.chosen: self.chosen[kind] = self.logprobs or choose_logprobs(model, [pairs[i] for i in range(min(len(pairs), 64))], self.config.packing, self.precision)
@@ -550,7 +588,7 @@ class _Context:
         return self.chosen[kind]
     def score_to(self, folder, model, pairs, desc):
         how = self.how(model, pairs)
-        return score_pairs(model, pairs, folder, self.precision, how, _scoring_budget(self.config, how, model.device), desc=desc)
+        return score_pairs(model, pairs, folder, self.precision, how, _scoring_budget(self.config, how, model.device), desc=desc, clock=self.clock)
 
 def _scoring_budget(config, logprobs, device):
     "Tokens of a forward pass without gradients. Nothing is kept for a backward pass, so a packed row may be longer than in training."
@@ -565,9 +603,9 @@ def _scoring_budget(config, logprobs, device):
 
 # %%
 #| export
-_SPEC = {"source", "split", "revision", "columns", "chat", "max_pairs"}
+_SPEC = {"source", "split", "revision", "columns", "chat", "max_pairs", "eval_share"}
 
-def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or dict(source=, split=, revision=, columns=, chat=, max_pairs=)
+def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or dict(source=, split=, revision=, columns=, chat=, max_pairs=, eval_share=)
                  tokenizer, config: StepwiseConfig) -> list[Source]:
     "Tokenise every source; raises ValueError naming the one that cannot be used."
     if not sources or not isinstance(sources, dict): raise ValueError("sources: expected {'name': 'file, folder or hub id'}, with at least one name")
@@ -576,7 +614,7 @@ def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`,
         spec = dict(what) if isinstance(what, dict) else dict(source=what)
         if not {"source"} <= set(spec) <= _SPEC: raise ValueError(f"source '{name}': a dict needs 'source' and may have {', '.join(sorted(_SPEC - {'source'}))}; got {', '.join(map(str, spec))}")
         if isinstance(what, Source): out.append(what); continue
-        chat, most = spec.pop("chat", False), spec.pop("max_pairs", None)
+        chat, most, _ = spec.pop("chat", False), spec.pop("max_pairs", None), spec.pop("eval_share", None)
         if most is not None and not (type(most) is int and most >= 1): raise ValueError(f"source '{name}': max_pairs must be a whole number from 1, got {most!r}")
         try: data = load_pairs(**spec)
         except (ValueError, OSError) as e: raise ValueError(f"source '{name}': {e}") from e
@@ -592,8 +630,11 @@ def data_notes(source: Source,
     if not c: return []                          # a source that somebody made by hand
     used, rows = c["usable"], c["rows"]
     lost = ", ".join(f"{n} {why}" for why, n in source.dropped().items())
-    parts = [f"{rows} rows read", f"{used} used", *(["dropped: " + lost] if lost else []), *([f"{c['truncated']} cut"] if c["truncated"] else [])]
-    out = [f"{name}: {', '.join(parts)}; {'conversations' if c['chat'] else 'plain text'}"]
+    parts = [f"{rows} rows read", f"{used} used"]
+    if lost: parts.append(f"dropped: {lost}")
+    if c["truncated"]: parts.append(f"{c['truncated']} cut")
+    if "held_out" in c: parts.append(f"{c['held_out']} held out")
+    out = [f"{name}: {', '.join(parts)}; {'conversations' if c['chat'] else 'plain text'}; {pair_tokens(source.pairs).sum():,} tokens"]
     if used < 0.95 * rows: out.append(f"  warning: {1 - used / rows:.0%} of {name} are dropped" + ("; a larger max_length keeps more" if c["no_room"] else ""))
     if c["truncated"] > 0.3 * used: out.append(f"  warning: {c['truncated'] / used:.0%} of the pairs of {name} lose the end of a response; a larger max_length keeps it")
     if c["prompt_truncated"] > 0.05 * used: out.append(f"  warning: {c['prompt_truncated'] / used:.0%} of the prompts of {name} lose their beginning; max_prompt_length is too small for them")
@@ -607,6 +648,37 @@ def data_notes(source: Source,
 made_up = [dict(prompt=p, chosen=c, rejected="ba") for p, c in (("copy ab", "ab"), ("copy ab", "ab"), ("copy ab", ""), ("copy abcdefghij", "abcdefghij"))]
 made_up, = load_sources(dict(made_up=made_up), load_tokenizer(w.base), StepwiseConfig(max_length=16))
 print("\n".join(data_notes(made_up, templated=True)))
+
+
+# %% [markdown]
+# Some pairs may be kept aside: a share of each source ([by prompt](01_preferences.ipynb)), or sources of their own. They are measured after every stage, and lead the report. A source of one's own may hold prompts that are trained on, too; that is said.
+
+# %%
+#| export
+def part_sources(read: list,    # of `load_sources`
+                 sources: dict, # what it was given
+                 config: StepwiseConfig,
+                ) -> tuple[list[Source], list[Source]]: # to train on, held out
+    "Hold out a share of every source; one that names an `eval_share` of its own has that."
+    asked = [what.get("eval_share", config.eval_share) if isinstance(what, dict) else config.eval_share for what in sources.values()]
+    parts = [hold_out(s, share) for s, share in zip(read, asked)]
+    return [train for train, _ in parts], [held for _, held in parts if held]
+
+def _check_held(held, loaded) -> list[str]:
+    "A line for each held-out source whose prompts are trained on as well. Raises ValueError for a name that occurs twice."
+    names = [s.name for s in held]
+    for n in names:
+        if names.count(n) > 1: raise ValueError(f"held_out: '{n}' is also the name of a source of which a share is held out; give it another name")
+    trained = {tuple(ids) for s in loaded if held for ids in s.pairs["prompt_ids"]}
+    seen = {s.name: sum(tuple(ids) in trained for ids in s.pairs["prompt_ids"]) for s in held}
+    return [f"  warning: {n} of the {len(s)} held-out pairs of {s.name} have a prompt that is trained on" for s in held if (n := seen[s.name])]
+
+
+# %%
+riddle, = load_sources(dict(riddle=w.sources["riddle"]), tok, StepwiseConfig())
+(train,), (held,) = part_sources([riddle], dict(riddle=w.sources["riddle"]), StepwiseConfig(eval_share=0.1))
+assert len(train) + len(held) == len(riddle) and _check_held([held], [train]) == []
+data_notes(train) + _check_held([held], [riddle])
 
 
 # %% [markdown]
@@ -659,6 +731,8 @@ def _made(t, policy, ctx):
         got = ctx.config.chunks(t, policy)
         if got is None: return None
         if not isinstance(got, Source): got = tokenize_pairs(load_pairs(got), ctx.tokenizer, f"chunk {t}", ctx.config.max_length, ctx.config.max_prompt_length)
+        check_rows(policy, *_extent(got.pairs))
+        _say_data(data_notes(got, bool(ctx.tokenizer.chat_template)), ctx.talks)
         with replacing(path) as tmp: got.pairs.save_to_disk(str(tmp))
     return Chunk(f"chunk {t}", load_from_disk(str(path)))
 
@@ -691,19 +765,50 @@ def _stage(t, chunks, policy, ctx):
     "Train M_t, measure it, save it; returns it."
     c, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
     if ctx.otherwise: print(f"{ctx.folder}: {ctx.otherwise}"); ctx.otherwise = ""
-    if t > 1:
-        for d in chunks[:t-1] if callable(c.chunks) else chunks: ctx.score(t-1, policy, d.probe(c.probe), d.name)
+    start, ctx.clock.left = time.time(), _tokens_ahead(t, chunks, ctx)
+    if t > 1: ctx.score_all(t-1, policy, chunks[:t-1] if callable(c.chunks) else chunks)
+    if t == 1: _answer(0, policy, chunks, ctx)
     table, reference, policy = _reference(t, chunks, policy, ctx)
     ctx.score(t-1, policy, chunk.probe(c.probe), chunk.name)
     if c.init_target == "S" and t > 1: _free(policy); policy = ctx.load(0)
     came_in = weights_hash(policy)
-    summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.how(policy, chunk.pairs), **_going_on(t, chunks, ctx))
-    for d in chunks: ctx.score(t, policy, d.probe(c.probe), d.name)
+    summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.how(policy, chunk.pairs), clock=ctx.clock, on_step=lambda row: ctx.after_step(t, row), **_going_on(t, chunks, ctx))
+    ctx.score_all(t, policy, chunks)
+    _answer(t, policy, chunks, ctx)
+    write_json(folder / "cost.json", dict(seconds=round(time.time() - start), peak_gib=round(peak_memory(ctx.device) / GIB, 2)))
     save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     saved = _saved(t, policy, ctx)
     write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
                                            end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
+    ctx.before += summary["steps"]
+    if ctx.talks: print(_stage_line(Run(ctx.folder).stages[-1], len(chunks)))
+    if ctx.on_stage: ctx.on_stage(Run(ctx.folder))
     return policy
+
+def _stage_line(s, T):
+    "One line about a stage that has ended."
+    mean, low, high = s["gamma_change"]
+    return f"stage {s['stage']} of {T}, {s['chunk']}: {s['steps']} steps against {s['reference']}, first loss {s['first_loss']:.3f}; gamma changed by {mean:+.2f} [{low:+.2f}, {high:+.2f}] nats; chosen preferred in {s['accuracy_before']:.0%}, now {s['accuracy']:.0%}"
+
+ASKED = 4 # prompts that every model answers, for the report
+
+def _answer(t, model, chunks, ctx):
+    "What M_t answers to a few prompts, held-out ones if there are any, into answers.json. A model that cannot generate has none."
+    path = ctx.at(t) / "answers.json"
+    if path.exists(): return
+    sets = [s.pairs for s in ctx.held] or [d.pairs for d in chunks]
+    ids = [pairs[i]["prompt_ids"] for i in range(ASKED) for pairs in sets if i < len(pairs)][:ASKED]
+    try: said = greedy_answers(model, ctx.tokenizer, ids, precision=ctx.precision)
+    except Exception as e: print(f"no answers for the report: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+    else: write_json(path, dict(prompts=[ctx.tokenizer.decode(x) for x in ids], answers=said))
+
+def _tokens_ahead(t, chunks, ctx) -> float:
+    "Tokens of forward passes from stage t to the end; training counts threefold."
+    c, every, probed = ctx.config, [pair_tokens(d.pairs).sum() for d in chunks], [pair_tokens(d.probe(ctx.config.probe)).sum() for d in chunks]
+    first = max(t, 2) - 1                        # the reference of stage 1 was computed for the partition
+    reference = sum(every[first:]) - sum(probed[first:])          # and of every later one, the probes when the stage before it ended
+    measured = sum(probed) + sum(pair_tokens(s.pairs).sum() for s in ctx.held)
+    return reference + TRAINING * c.epochs * sum(every[t-1:]) + (len(chunks) - t + 1) * measured
 
 def _saved(t, policy, ctx):
     "What stage.json says about the model on disk."
@@ -740,6 +845,38 @@ def _measures(t, chunks, table, ctx):
 
 # %% [markdown]
 # ## The loop
+#
+# Who wants to follow a run elsewhere names a tracker that Accelerate knows; whoever wants to do something after each step or stage gives a function. Neither can change what is computed.
+
+# %%
+#| export
+@contextmanager
+def tracking(config: StepwiseConfig, folder):
+    "An Accelerator with the tracker of `log_with` begun, or None."
+    accelerator = _tracker(config, folder)
+    if accelerator is None:
+        yield None
+        return
+    settings = {f.name: _recorded(getattr(config, f.name)) for f in fields(config)}
+    accelerator.init_trackers("sdpo", {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()})
+    try: yield accelerator
+    finally: accelerator.end_training()
+
+def _tracker(config, folder):
+    "An Accelerator that knows the tracker, or None. Raises ValueError for one that is unknown or not installed."
+    if config.log_with == "none": return None
+    with warnings.catch_warnings(action="ignore"):
+        try: accelerator = Accelerator(log_with=config.log_with, project_dir=Path(folder) / "tracker")
+        except ValueError as e: raise ValueError(f"log_with: {str(e).splitlines()[0]}") from e
+    if not accelerator.log_with: raise ValueError(f"log_with: {config.log_with} is not installed; pip install {config.log_with}, or take none")
+    return accelerator
+
+
+# %%
+try:
+    with tracking(StepwiseConfig(log_with="paper"), tmp): pass
+except ValueError as e: print(e)
+
 
 # %%
 #| export
@@ -750,10 +887,15 @@ def sdpo(model,              # hub id, folder, or a loaded causal LM (then with 
          tokenizer=None,
          logprobs=None, # (model, pairs) -> (chosen, rejected); None: packed where `config.packing` allows and the guard agrees
          revision: str=None, # commit of a model on the hub
+         held_out: dict=None, # sources of their own that are measured after every stage and never trained on
+         on_step=None,  # called after each optimizer step, with its line of metrics.jsonl and the stage, as a dict
+         on_stage=None, # called after each stage, with the run as it stands
         ) -> Run:
     "Stepwise DPO (arXiv 2403.19270, section 3): one DPO stage per chunk, the reference moving up."
     with alone_in(folder):
-        run = _all_stages(*_prepare(model, sources, config, folder, tokenizer, logprobs, revision))
+        ctx, chunks, policy = _prepare(model, sources, config, folder, tokenizer, logprobs, revision, held_out)
+        ctx.on_step, ctx.on_stage = on_step, on_stage
+        with tracking(ctx.config, ctx.folder) as ctx.tracker: run = _all_stages(ctx, chunks, policy)
         run.report()
     return run
 
@@ -762,6 +904,7 @@ def _all_stages(ctx, chunks, policy):
     made, t = callable(ctx.config.chunks), len(_without_gap(ctx.folder))
     if t: _free(policy); policy = ctx.load(t)
     if made: chunks = [_made(i, None, ctx) for i in range(1, t + 1)]
+    ctx.before = sum(s["steps"] for s in Run(ctx.folder).stages)
     while True:
         if made and (new := _made(t + 1, policy, ctx)): chunks.append(new)
         _drop_checkpoints(ctx, last=t == len(chunks))
@@ -780,32 +923,58 @@ def _drop_checkpoints(ctx, last):
 
 # %%
 #| export
-def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=None, revision: str=None) -> Run:
+def sdpo_partition(model, sources: dict=None, config: StepwiseConfig=None, folder="runs/sdpo", tokenizer=None, logprobs=None, revision: str=None, held_out: dict=None) -> Run:
     "The beginning of `sdpo`: the pass of M_0 and the partition. `sdpo` with the same arguments goes on from here."
-    with alone_in(folder): return Run(_prepare(model, sources, config, folder, tokenizer, logprobs, revision)[0].folder)
+    with alone_in(folder): return Run(_prepare(model, sources, config, folder, tokenizer, logprobs, revision, held_out)[0].folder)
 
-def _prepare(model, sources, config, folder, tokenizer, logprobs, revision):
+def _prepare(model, sources, config, folder, tokenizer, logprobs, revision, held_out):
     config, folder = config or StepwiseConfig(), Path(folder)
+    _tracker(config, folder)                     # an impossible one is found out before anything is computed
     made = callable(config.chunks)
     if made and sources: raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
     _check_fresh(folder)
     _check_names(sources)
+    _check_names(held_out)
     base, tokenizer = _base(model, tokenizer, folder, revision)
-    read = [] if made else load_sources(sources, tokenizer, config)
+    read, held = ([], []) if made else part_sources(load_sources(sources, tokenizer, config), sources, config)
     loaded = [] if made else _check_chunks(config.chunks, read)
+    held = held + (load_sources(held_out, tokenizer, config) if held_out else [])
     theirs = _foreign(config.reference, tokenizer)
     policy = load_model(base, None if config.device == "auto" else config.device, revision)
     check_model(policy)
-    for s in loaded: check_rows(policy, *_extent(s.pairs))
+    for s in loaded + held: check_rows(policy, *_extent(s.pairs))
     device, precision = policy.device, pick_precision(config.precision, policy.device)
-    if policy.num_parameters() >= SMALL: _say_memory(policy.config, config, precision, device)
-    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base, revision) if config.save_dtype == "S" else torch.float32, revision)
+    talks = policy.num_parameters() >= SMALL
+    if talks: _say_memory(policy.config, config, precision, device)
+    ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base, revision) if config.save_dtype == "S" else torch.float32, revision, held=held, talks=talks, clock=Clock(0))
     of_S = table_kind(policy, precision, response_logprobs)
     identity = dict(model=base, revision=revision, weights=of_S["weights"], base=of_S["config"], sources={s.name: _written(what) for s, what in zip(read, (sources or {}).values())}, reference_weights=theirs, device=device.type, machine=_machine(device),
-                    pairs=pairs_hash(*(s.pairs for s in loaded)), not_deterministic=_not_deterministic(policy, loaded, ctx))
+                    pairs=pairs_hash(*(s.pairs for s in loaded)), held_out=pairs_hash(*(s.pairs for s in held)) if held else None, not_deterministic=_not_deterministic(policy, loaded, ctx))
     ctx.otherwise = _open_folder(folder, config, precision, identity)
-    for s in read: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=policy.num_parameters() >= SMALL)
-    return ctx, [] if made else _partitioned(loaded, policy, ctx), policy
+    for s in read + [s for s in held if s.counts]: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=talks)
+    _say_data(_check_held(held, loaded), always=True)
+    if talks and loaded: _say_model(policy, loaded[0].pairs, ctx)
+    sets = [Chunk(s.name, s.pairs) for s in loaded]
+    ctx.clock.left = sum(pair_tokens(d.pairs).sum() for d in sets) + _tokens_ahead(1, sets, ctx)
+    chunks = [] if made else _partitioned(loaded, policy, ctx)
+    ctx.score_all(0, policy, [])
+    if held and not (folder / "held_out.json").exists(): write_json(folder / "held_out.json", {s.name: dict(keys=s.pairs["key"][:], tokens=_mean_tokens(s.pairs)) for s in held})
+    if talks and chunks: print(_plan_line(chunks, ctx))
+    return ctx, chunks, policy
+
+def _mean_tokens(pairs): return {side: sum(map(len, pairs[f"{side}_ids"])) / len(pairs) for side in ("chosen", "rejected")}
+
+def _say_model(policy, pairs, ctx):
+    "What computes, and how."
+    rows = {"packed": "packed rows", "flash": "packed rows, flash attention"}.get(getattr(ctx.how(policy, pairs), "attention", ""), "padded batches")
+    print(f"model: {ctx.base}, {policy.num_parameters() / 1e6:.0f} million parameters; on {ctx.device.type} in {ctx.precision}, {rows}")
+
+def _plan_line(chunks, ctx):
+    "The stages that will come."
+    c = ctx.config
+    steps = [c.epochs * math.ceil(len(d.pairs) / c.batch_size) for d in chunks]
+    stages = ", ".join(f"{t}. {d.name} ({len(d.pairs)} pairs, {n} steps)" for t, (d, n) in enumerate(zip(chunks, steps), 1))
+    return f"stages: {stages}; each step becomes a line of {ctx.at(1).parent}/stage-1/metrics.jsonl, and so on"
 
 
 def _written(source):
@@ -867,8 +1036,7 @@ def stage_table(run: Run) -> pd.DataFrame:
 
 def gamma_table(run: Run) -> pd.DataFrame: # model, chunk, gamma: one probe pair a row
     "gamma of every model on the probe of every chunk that it was measured on."
-    stages = run.stages
-    folders = [run.folder / "base", *(run.folder / f"stage-{t}" for t in range(1, len(stages) + 1))]
+    stages, folders = run.stages, _model_folders(run)
     rows = [read_table(f / "logprobs").rows for f in folders]
     probes = stages[-1]["probes"]
     for t, stage in enumerate(stages, 1):
@@ -877,6 +1045,23 @@ def gamma_table(run: Run) -> pd.DataFrame: # model, chunk, gamma: one probe pair
             if absent: raise ValueError(f"{folders[m] / 'logprobs'}: the table of M_{m} lacks {len(absent)} pairs of '{stage['chunk']}'; " + (_cure(folders[m] / "logprobs") if m else "run again: they are computed anew"))
     return pd.concat([pd.DataFrame(dict(model=f"M_{m}", chunk=chunk, gamma=(r.loc[keys, "chosen"] - r.loc[keys, "rejected"]).to_numpy()))
                       for chunk, keys in probes.items() for m, r in enumerate(rows) if set(keys) <= set(r.index)], ignore_index=True)
+
+def _model_folders(run): return [run.folder / "base", *(run.folder / f"stage-{t}" for t in range(1, len(run.stages) + 1))]
+
+def _held(run) -> dict: # name -> keys, tokens
+    path = run.folder / "held_out.json"
+    return read_part(path) if path.exists() else {}
+
+def held_out_table(run: Run) -> pd.DataFrame: # source, model, against: the index; a column a measure; (mean, low, high) in each cell
+    "What every model says about held-out pairs, against S and against the stage before. Empty where no pairs are held out."
+    tables, beta, found = [read_table(f / "logprobs") for f in _model_folders(run)], run.config["settings"]["beta"], {}
+    for name, held in _held(run).items():
+        pairs = [dict(key=key) for key in held["keys"]]
+        found[name, "S", "S"] = held_out(tables[0], tables[0], pairs, beta)
+        for t, table in enumerate(tables[1:], 1):
+            found[name, f"after stage {t}", "S"] = held_out(table, tables[0], pairs, beta)
+            if t > 1: found[name, f"after stage {t}", f"stage {t-1}"] = held_out(table, tables[t-1], pairs, beta)
+    return pd.DataFrame(found, dtype=object).T.rename_axis(["source", "model", "against"]) if found else pd.DataFrame()
 
 
 # %%
@@ -912,7 +1097,7 @@ print(as_markdown(pd.DataFrame({"accuracy": [0.5]}, index=["a|b <img>"])))
 # %%
 #| export
 def write_report(run: Run) -> Report:
-    "report.md: partition, stages, figures, settings. Where it cannot be written, this is said in one line."
+    "report.md: what came of it, what was read, the stages, what to worry about, how it was run. Where it cannot be written, this is said in one line."
     metrics, gammas = run.metrics, gamma_table(run)
     measures = run.partition() if (run.folder / "partition.json").exists() else None
     text, figures, path = _report_text(run, metrics, gammas, measures), run.folder / "figures", run.folder / "report.md"
@@ -931,27 +1116,159 @@ def write_report(run: Run) -> Report:
 def _drawn(metrics, gammas, measures):
     "The figures of a report; names in them are no formulas."
     def plain(names): return names.str.replace("$", r"\$", regex=False)
-    drawn = dict(loss=plot_loss(metrics), gamma=plot_gamma(gammas.assign(chunk=plain(gammas["chunk"]))), drift=plot_drift(metrics))
+    drawn = dict(loss=plot_loss(metrics), change=plot_change(gammas.assign(chunk=plain(gammas["chunk"]))), drift=plot_drift(metrics))
     if measures is None: return drawn
     sources = measures.reset_index()
     return drawn | dict(partition=plot_partition(sources.assign(source=plain(sources["source"]))))
 
-def _read_from(run) -> pd.DataFrame|None:
+def _report_text(run, metrics, gammas, measures):
+    "One section after the other, the answer first."
+    c, T = run.config, len(run.stages)
+    text = [f"# Stepwise DPO of {_escaped(c['model'])} in {T} {'stage' if T == 1 else 'stages'}",
+            f"The trained model lies in `{run.model_folder().relative_to(run.folder)}`. Intervals are 95 % intervals: Student's for means, Wilson's for the shares of the partition.",
+            *_held_out_text(run), *_answers_text(run), *_data_text(run), *_partition_text(measures, c["settings"]["order"]),
+            "## Stages", "Stage t trains on the chunk D_t and ends in the model M_t; M_0 is S. Gamma is how much more likely the chosen response is than the rejected one, in nats. All of it is measured on pairs that were trained on: a check of the training, not of its success.", as_markdown(run.table()),
+            *(f"![](figures/{name}.png)" for name in ("change", "loss", "drift")),
+            *_signs_text(gammas, metrics), *_run_text(run, metrics)]
+    return "\n\n".join(text) + "\n"
+
+
+# %% [markdown]
+# Each section is a few lines. *Held out* leads: it is what the reader came for. Where nothing was held out, that is the first thing to know.
+
+# %%
+#| export
+def _held_out_text(run):
+    "One table for each comparison."
+    found = run.held_out()
+    if found.empty: return ["## Held-out pairs", "None: everything below is about pairs that were trained on. `eval_share` keeps some aside."]
+    sizes = ", ".join(f"{_escaped(name)} ({len(held['keys'])} pairs; responses of {held['tokens']['chosen']:.0f} and {held['tokens']['rejected']:.0f} tokens in the mean, chosen and rejected)" for name, held in _held(run).items())
+    text = ["## Held-out pairs", f"Never trained on: {sizes}. Log-probabilities in nats; *loss* and *reward accuracy* take the model that is compared with as the reference."]
+    shown = found.map(as_text).reset_index()
+    shown["model"] = [f"{source}, {model}" for source, model in zip(shown["source"], shown["model"])]
+    against = shown["against"] == "S"
+    for title, rows in (("Against S", shown[against]), ("Against the stage before", shown[~against])):
+        if len(rows): text += [f"### {title}", as_markdown(rows.drop(columns=["source", "against"]).set_index("model"))]
+    return text
+
+def _answers_text(run):
+    "What each model answers to the same prompts."
+    parts = [read_part(f / "answers.json") for f in _model_folders(run) if (f / "answers.json").exists()]
+    if not parts: return []
+    names = ["S", *(f"after stage {t}" for t in range(1, len(parts)))]
+    text = ["## Answers", "The likeliest token each time, 64 at most; the prompts are held-out ones where there are any."]
+    for i, prompt in enumerate(parts[0]["prompts"]):
+        said = {name: part["answers"][i] for name, part in zip(names, parts)}
+        text += [f"**{_escaped(prompt.strip())}**", as_markdown(pd.DataFrame({"answer": said}).rename_axis("model"))]
+    return text
+
+def _data_text(run):
     "What was read, dropped and cut, a source a column; of chunks that a function makes, nothing is known."
     path = run.folder / "partition.json"
     counts = read_part(path).get("counts") if path.exists() else None
-    return pd.DataFrame(counts).set_index("source").T.rename_axis("rows") if counts and "rows" in counts[0] else None
+    if not counts or "rows" not in counts[0]: return []
+    return ["## Data", as_markdown(pd.DataFrame(counts).set_index("source").T.rename_axis("rows"))]
 
-def _report_text(run, metrics, gammas, measures):
-    c = run.config
-    settings = pd.DataFrame([(k, str(v)) for k, v in (c["settings"] | c["versions"] | c.get("machine", {})).items()], columns=["setting", "value"]).set_index("setting")
-    signs = [f"- {_escaped(sign)}" for sign in failure_signs(gammas, metrics)]
-    text = ["# Stepwise DPO, T = " + str(len(run.stages)), f"S: `{c['model']}`, weights {c['weights']}; pairs {c['pairs']}; on {c['device']}"]
-    if (read := _read_from(run)) is not None: text += ["## Data", as_markdown(read)]
-    if measures is not None: text += ["## Partition under S", as_markdown(measures), "![](figures/partition.png)"]
-    text += ["## Stages", as_markdown(run.table()), *(f"![](figures/{n}.png)" for n in ("loss", "gamma", "drift"))]
-    text += ["## Signs of failure", "\n".join(signs) or "None of forgetting, instability, minimal improvement.", "## Settings", as_markdown(settings)]
-    return "\n\n".join(text) + "\n"
+
+# %% [markdown]
+# The partition is an order, and an order looks decided. So a sentence says where it is not: where intervals overlap, and where the mean per token would have ordered the sources otherwise.
+
+# %%
+#| export
+def undecided(measures: pd.DataFrame, # of a partition, in the order of training; indexed by source
+             ) -> list[str]:
+    "What the order of the sources does not say."
+    rows, out = list(measures.iterrows()), []
+    for (a, x), (b, y) in zip(rows, rows[1:]):
+        if x["low"] <= y["high"] and y["low"] <= x["high"]: out.append(f"The intervals of {a} and {b} overlap: which of them comes first is not decided by these pairs.")
+    rising = measures["accuracy"].is_monotonic_increasing and len(measures) > 1
+    by_token = measures.sort_values("accuracy_per_token", ascending=rising, kind="stable").index.tolist()
+    if by_token != measures.index.tolist(): out.append(f"By the mean log-probability of a token, not the sum, the order would be {', '.join(map(str, by_token))}.")
+    return out
+
+def _partition_text(measures, order):
+    if measures is None: return []
+    words = [_escaped(s) for s in undecided(measures)] if order in ("easy_to_hard", "hard_to_easy") else []
+    return ["## Partition under S", as_markdown(measures), *words, "![](figures/partition.png)"]
+
+
+# %%
+measures = pd.DataFrame(dict(accuracy=[0.6, 0.55], low=[0.5, 0.5], high=[0.7, 0.6], accuracy_per_token=[0.4, 0.6]), index=["short", "mixed"])
+assert undecided(measures.assign(low=[0.59, 0.5], high=[0.7, 0.56], accuracy_per_token=[0.6, 0.4])) == []
+undecided(measures)
+
+
+# %% [markdown]
+# Last, how it was run: enough to run it again, and to know what it cost.
+
+# %%
+#| export
+def _signs_text(gammas, metrics):
+    signs = failure_signs(gammas, metrics)
+    return ["## Signs of failure", "\n".join(f"- {_escaped(sign)}" for sign in signs) or "None of forgetting, instability, minimal improvement.", FALSE_ALARMS]
+
+def _run_text(run, metrics):
+    "The command, versions, tokens, time and memory; then all settings."
+    c, costs = run.config, [read_part(f / "cost.json") for f in _model_folders(run) if (f / "cost.json").exists()]
+    seconds, peak = sum(x["seconds"] for x in costs), max((x["peak_gib"] for x in costs), default=0)
+    facts = {"command": c.get("command", "unknown"), "model": c["model"], "revision of the model": c.get("revision") or "none", "weights of S": c["weights"], "hash of the pairs": c["pairs"],
+             "sources": "; ".join(f"{name}: {what or 'from memory'}" for name, what in c["sources"].items()) or "made by a function",
+             "device": c["device"], **{f"version of {name}": v for name, v in c["versions"].items()}, **c.get("machine", {}),
+             "tokens trained on": f"{metrics['tokens'].sum():,}", "optimizer steps": f"{len(metrics):,}",
+             "time of the stages": f"{seconds // 60} min {seconds % 60} s (of a stage that was interrupted, of its last call)" if costs else "unknown",
+             "peak memory": f"{peak:.1f} GiB" if peak else "unknown"}
+    def table(values, name): return as_markdown(pd.DataFrame({"value": {k: str(v) for k, v in values.items()}}).rename_axis(name))
+    return ["## How it was run", table(facts, "what"), "## Settings", table(c["settings"], "setting")]
+
+
+# %% [markdown]
+# ## To give away
+#
+# A model that leaves its run needs a card: what it was made of, by which method, and what came out. `sdpo push` writes one and uploads both; `export` does the same into a folder, to look at first.
+
+# %%
+#| export
+def _hub_ids(config):
+    "What a run used that others can find by name: the base model, the data sets. A path says nothing to them."
+    def on_hub(name): return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    sources = [what.get("source") if isinstance(what, dict) else what for what in config["sources"].values()]
+    return config["model"] if on_hub(config["model"]) else None, [s for s in sources if on_hub(s)]
+
+def model_card(run: Run) -> ModelCard:
+    "The card of the last stage's model, for the hub."
+    base, data = _hub_ids(run.config)
+    about = ModelCardData(base_model=base, datasets=data or None, library_name="transformers", tags=["dpo", "stepwise-dpo", "sdpo", "alignment"])
+    c, T = run.config["settings"], len(run.stages)
+    text = [f"# {_escaped(Path(run.config['model']).name)}, aligned by stepwise DPO",
+            f"Trained by stepwise DPO (sDPO, [arXiv 2403.19270](https://arxiv.org/abs/2403.19270)) in {T} {'stage' if T == 1 else 'stages'} with [sdpo_nb](https://github.com/sdpo-nb/sdpo_nb): the model that a stage leaves behind is the reference of the next. "
+            f"beta = {c['beta']}, learning rate {c['lr']}, {c['batch_size']} pairs a step, {c['epochs']} epoch(s) a stage, {c['precision']}.",
+            *_held_out_text(run), "## Stages", as_markdown(run.table()), "![](figures/change.png)", *_data_text(run)]
+    return ModelCard(f"---\n{about.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n")
+
+def export_model(run: Run,
+                 folder, # must not exist
+                ) -> Path:
+    "The last stage's model with its card and figure, as it would be pushed."
+    folder = Path(folder)
+    if folder.exists(): raise ValueError(f"{folder}: is there already; give a folder that does not exist")
+    load_stage(run.model_folder().parent, "cpu")                 # it must be the model that the stage saved
+    run.report()
+    with replacing(folder) as tmp:
+        shutil.copytree(run.model_folder(), tmp)
+        shutil.copytree(run.folder / "figures", tmp / "figures", ignore=lambda _, names: [n for n in names if n != "change.png"])
+        model_card(run).save(tmp / "README.md")
+    return folder
+
+def push_model(run: Run,
+               repo_id: str, # on the hub, as user/name; made if it is not there
+               private: bool=True) -> str: # its address
+    "Upload what `export_model` makes. You must be logged in (hf auth login)."
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = export_model(run, Path(tmp) / "model")
+        hub = HfApi()
+        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Stepwise DPO with sdpo_nb")
+    return str(address)
 
 
 # %% [markdown]

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The command line
-# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report` and `sdpo demo`.
+# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push` and `sdpo demo`.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/10_cli.ipynb)
 #
@@ -61,18 +61,17 @@ def _add_settings(parser):
 
 # %%
 #| export
-_WRITTEN = "weights reference_weights pairs base versions device not_deterministic machine".split() # by a run, into config.yaml
-
 def _run_file(path) -> dict:
-    "model, revision, sources, folder and settings from a YAML file, as far as they are there."
-    from sdpo_nb.stepwise import read_yaml
+    "model, revision, sources, held_out, folder and settings from a YAML file, as far as they are there."
+    from sdpo_nb.stepwise import RECORDED, read_yaml
     if path is None: return dict(settings={})
     given = read_yaml(path) or {}
     if not isinstance(given, dict): raise ValueError(f"{path}: expected lines of the form 'setting: value'")
-    found = {name: given.pop(name) for name in ("model", "revision", "sources", "folder") if name in given}
+    if isinstance(given.get("held_out"), str): given.pop("held_out")   # a run's own config.yaml has a hash there
+    found = {name: given.pop(name) for name in ("model", "revision", "sources", "held_out", "folder") if name in given}
     nested = given.pop("settings", None) or {}
     if not isinstance(nested, dict): raise ValueError(f"{path}: settings: expected lines of the form 'setting: value'")
-    return found | dict(settings=nested | {k: v for k, v in given.items() if k not in _WRITTEN})
+    return found | dict(settings=nested | {k: v for k, v in given.items() if k not in RECORDED})
 
 def _config(args, settings):
     "StepwiseConfig from a file's settings and from options; options win."
@@ -97,26 +96,27 @@ def _pairs_of(words, option) -> dict:
 
 def _stem(data): return Path(data).name.split(".")[0]
 
-def _sources(args) -> dict:
-    "What `sdpo` takes as sources."
+def _sources(args, words, option) -> dict:
+    "What `sdpo` takes as sources, from the words after an option."
     how = dict(split=args.split, revision=args.revision, columns=_pairs_of(args.columns, "--columns"), chat=args.chat, max_pairs=args.max_pairs)
     how = {name: value for name, value in how.items() if value}
-    named = [word if "=" in word else f"{_stem(word)}={word}" for word in args.sources]
-    return {name: dict(source=data, **how) for name, data in _pairs_of(named, "--sources").items()}
+    named = [word if "=" in word else f"{_stem(word)}={word}" for word in words]
+    return {name: dict(source=data, **how) for name, data in _pairs_of(named, option).items()}
 
 def _what(args, needed=("model", "sources", "folder")) -> dict:
-    "model, sources, config, folder and revision, as `sdpo` takes them, from the file and the options."
+    "model, sources, config, folder, revision and held_out, as `sdpo` takes them, from the file and the options."
     given = _run_file(args.config)
     for name in ("model", "folder", "model_revision"):
         if getattr(args, name, None): given[name.removeprefix("model_")] = getattr(args, name)
-    if args.sources: given["sources"] = _sources(args)
+    if args.sources: given["sources"] = _sources(args, args.sources, "--sources")
+    if args.held_out: given["held_out"] = _sources(args, args.held_out, "--held-out")
     for name in needed:
         if not given.get(name): raise ValueError(f"--{name}: is missing; give it, or write it into the file of --config")
-    return dict(model=given["model"], sources=given["sources"], config=_config(args, given["settings"]), folder=given.get("folder"), revision=given.get("revision"))
+    return dict(model=given["model"], sources=given["sources"], config=_config(args, given["settings"]), folder=given.get("folder"), revision=given.get("revision"), held_out=given.get("held_out"))
 
 
 # %%
-_sources(argparse.Namespace(sources=["orca=a.jsonl", "trl-lib/ultrafeedback_binarized"], columns=["question=prompt"], split="", revision=None, chat=True, max_pairs=None))
+_sources(argparse.Namespace(columns=["question=prompt"], split="", revision=None, chat=True, max_pairs=None), ["orca=a.jsonl", "trl-lib/ultrafeedback_binarized"], "--sources")
 
 
 # %% [markdown]
@@ -134,10 +134,11 @@ def _data(args):
     "Print what would be read and scored, without a model."
     from sdpo_nb.logprobs import load_tokenizer
     from sdpo_nb.preferences import decoded
-    from sdpo_nb.stepwise import data_notes, load_sources
+    from sdpo_nb.stepwise import data_notes, load_sources, part_sources
     what = _what(args, needed=("model", "sources"))
     tokenizer = load_tokenizer(what["model"], what["revision"])
-    for source in load_sources(what["sources"], tokenizer, what["config"]):
+    sources, _ = part_sources(load_sources(what["sources"], tokenizer, what["config"]), what["sources"], what["config"])
+    for source in sources + (load_sources(what["held_out"], tokenizer, what["config"]) if what["held_out"] else []):
         print("\n".join(data_notes(source, bool(tokenizer.chat_template))) + "\n  the first pairs; what stands after >>> is scored")
         for i, pair in enumerate(decoded(source, tokenizer)):
             print(f"\n--- {source.name}, pair {i}\n{pair['prompt']}")
@@ -151,11 +152,21 @@ def _partition(args):
     from sdpo_nb.stepwise import sdpo_partition
     _show(sdpo_partition(**_what(args)))
 
-def _report(args):
+def _finished(args):
     from sdpo_nb.stepwise import Run
     run = Run(Path(args.folder))
     if not run.stages: raise ValueError(f"{args.folder}: no finished stage of a run in this folder")
-    run.report(); _show(run)
+    return run
+
+def _report(args):
+    run = _finished(args)
+    run.report()
+    _show(run)
+
+def _push(args):
+    run = _finished(args)
+    if args.to: print(f"pushed to {run.push(args.to, private=not args.public)}")
+    else: print(f"written to {run.export(args.export)}, as it would be pushed")
 
 
 # %% [markdown]
@@ -265,6 +276,7 @@ def _parser(argv):
         c.add_argument("--config", metavar="FILE", help="YAML file: model, sources, folder and settings, any of them; options win")
         c.add_argument("--model", help="hub id or folder"); c.add_argument("--model-revision", help="commit of a model on the hub")
         c.add_argument("--sources", nargs="+", metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
+        c.add_argument("--held-out", nargs="+", metavar="NAME=DATA", help="pairs that are never trained on and measured after every stage; see also --eval-share")
         c.add_argument("--folder", help="of the run; the same call on it continues")
         c.add_argument("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="columns that have another name in the data")
         c.add_argument("--chat", action="store_true", help="read string fields as turns of a chat")
@@ -272,6 +284,12 @@ def _parser(argv):
         c.add_argument("--max-pairs", type=int, metavar="N", help="the first N rows of each source")
         if argv[:1] == [name]: _add_settings(c)
     sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
+    push = sub.add_parser("push", help="upload the model of the last stage with a model card", description="Upload the model of the last stage, with a card that says what it was made of and what came out.")
+    push.add_argument("folder", help="of the run")
+    where = push.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", metavar="USER/NAME", help="repository on the hub; made, and private, if it is not there")
+    where.add_argument("--export", metavar="FOLDER", help="only write there what would be uploaded")
+    push.add_argument("--public", action="store_true", help="a new repository is one that everybody sees")
     sub.add_parser("demo", help="the tiny world, from partition to true reward, in a minute or two").add_argument("--folder", default="runs/demo")
     return p
 
@@ -289,11 +307,16 @@ def main(argv: list=None):
         args = _parser(argv).parse_args(argv)
         from transformers.utils import logging
         logging.disable_progress_bar()      # those of every file read; the bars of long work stay
-        dict(run=_run, partition=_partition, data=_data, report=_report, demo=_demo)[args.command](args)
+        if not sys.stderr.isatty(): _no_bars_in_a_log()
+        dict(run=_run, partition=_partition, data=_data, report=_report, push=_push, demo=_demo)[args.command](args)
     except (Exception, KeyboardInterrupt) as e:
         if os.environ.get("SDPO_TRACEBACK"): raise
         status, said = _last_words(e)
         print(f"sdpo: {said}", file=sys.stderr); sys.exit(status)
+
+def _no_bars_in_a_log():
+    import datasets
+    datasets.disable_progress_bars()
 
 def _last_words(e) -> tuple[int, str]:
     "Exit status and the line."
@@ -344,7 +367,7 @@ print(text)
 import shutil; shutil.rmtree(tmp)
 
 # %% [markdown]
-# **What you now have.** Four commands, and no setting that the library does not have. The output of the demo is in [the index](index.ipynb).
+# **What you now have.** Six commands, and no setting that the library does not have. The output of the demo is in [the index](index.ipynb).
 #
 # **Questions to test yourself.** Why does `--config` use the same checks as Python code? What would the table of the demo look like if alignment were only sharpening?
 #

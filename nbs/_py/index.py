@@ -174,12 +174,26 @@ Markdown(as_markdown(pd.DataFrame({card: {name: fitting(model, *how) for name, m
 # run = sdpo(model="HuggingFaceTB/SmolLM2-135M-Instruct",
 #            sources={"orca": dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}),
 #                     "uf": "trl-lib/ultrafeedback_binarized"},
-#            config=StepwiseConfig(beta=0.1, lr=5e-6), folder="runs/first")
-# run.report()    # partition, stages, figures
+#            config=StepwiseConfig(beta=0.1, lr=5e-6, eval_share=0.05), folder="runs/first")
+# run.report()    # held-out pairs, answers, data, partition, stages, figures
 # run.model       # an ordinary transformers model
+# run.push("me/aligned")  # to the hub, with a model card
 # ```
 #
-# Sources are files (JSONL, Parquet, ...), folders or hub ids, in [any of the usual formats](01_preferences.ipynb). A run that is killed and started again ends in the same weights, bit for bit.
+# Sources are files (JSONL, Parquet, ...), folders or hub ids, in [any of the usual formats](01_preferences.ipynb). `sdpo data` shows what would be read, dropped and scored, and trains nothing. Plain text stays plain text; `--chat` sends it through the model's chat template. `eval_share` keeps some prompts aside, which every stage is
+# then measured on; `--log-with tensorboard` (or `wandb`, `trackio`) tells a tracker of every step. The same run can stand in one YAML file, where each source may have a split and columns of its own:
+#
+# ```yaml
+# model: HuggingFaceTB/SmolLM2-135M-Instruct
+# folder: runs/first
+# sources:
+#   orca: {source: Intel/orca_dpo_pairs, columns: {question: prompt}, max_pairs: 2000}
+#   uf: {source: trl-lib/ultrafeedback_binarized, split: train}
+# lr: 5.0e-6
+# eval_share: 0.05
+# ```
+#
+# `sdpo run --config first.yaml` starts it, and the same command goes on after whatever stopped it. A run that is killed and started again ends in the same weights, bit for bit, on the same kind of CPU with as many threads and the same versions; where one of them differs, it goes on and says so.
 
 # %% [markdown]
 # ## The chapters

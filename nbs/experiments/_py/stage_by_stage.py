@@ -129,7 +129,8 @@ models = {f"M_{t}": load_model(str(run.model_folder(t))) for t in range(5)}
 rows = [r for i in range(3) for r in make_pairs(copy.deepcopy(base).double(), tok, world.validation + world.test, seed=900 + i) if r["chosen"][0]["content"] and r["rejected"][0]["content"]]
 pairs = tokenize_pairs(load_pairs(rows), tok, "held out", COMMON["max_length"], COMMON["max_length"] // 2).pairs
 tables = {name: score_pairs(m, pairs) for name, m in models.items()}
-held_out(tables, pairs, config.beta).map(as_text)
+first = next(iter(tables.values()))
+pd.DataFrame({name: held_out(table, first, pairs, config.beta) for name, table in tables.items()}, dtype=object).T.map(as_text)
 
 
 # %%
