@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALSE_ALARMS', 'bootstrap', 'interval', 'held_out', 'as_text', 'greedy_answers', 'kl_along', 'response_kl',
-           'frontier', 'excess', 'plot_frontier', 'win_rate', 'forgetting', 'stability', 'failure_signs']
+           'frontier', 'excess', 'plot_frontier', 'win_rate', 'forgetting', 'stability', 'failure_signs', 'ends_above']
 
 # %% ../nbs/08_evaluate.ipynb #8e137023
 import math
@@ -185,9 +185,14 @@ def failure_signs(gammas: pd.DataFrame,  # model, chunk, gamma: one pair a row, 
         elif gain[1] <= 0.01: signs.append(f"minimal improvement: stage {t} changed gamma on {chunk} by {as_text(gain)} nats")
         if lost[1] > 0: signs.append(f"forgetting: {models[-1]} prefers the chosen response of {chunk} less often than {after}, by {as_text(lost)}")
         loss = metrics.loc[metrics["stage"] == t, "loss"]
-        level = loss.rolling(max(5, len(loss) // 8), center=True).median().max()
-        if level > loss.iloc[0] + stability(loss)["robust_sd"]: signs.append(f"instability: the loss of stage {t} began at {loss.iloc[0]:.3f}, and its running median rose to {level:.3f}")
+        if (end := ends_above(loss)): signs.append(f"instability: the loss of stage {t} began at {loss.iloc[0]:.3f}, and its last quarter is at {as_text(end)}")
     return signs
 
+def ends_above(loss: pd.Series) -> tuple|None: # (mean, low, high) of the last quarter
+    "Whether the losses of a stage end above the one that it began with, by more than chance."
+    end = mean_interval(loss.iloc[-max(3, len(loss) // 4):].tolist())
+    return end if end[1] > loss.iloc[0] else None
 
-FALSE_ALARMS = ""
+# %% ../nbs/08_evaluate.ipynb #61d632ca
+FALSE_ALARMS = ("How far to trust these signs. *Instability*: in the tiny world it appeared in 2 of 2,630 runs that ended well, and in 19 of 136 that ended badly. "
+                "*Forgetting*, *made worse* and *minimal improvement* are comparisons at 2.5 %: with nothing wrong, chance shows one in every fortieth chunk. No sign is no proof that all is well.")

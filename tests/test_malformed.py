@@ -103,6 +103,12 @@ def drops(n, **why):
 def data(*sources, words=()): return ["data", "--model", BASE, "--sources", *sources, *words]
 
 
+def with_setting(name, tmp, words):
+    "The cheapest command that looks at a setting: a tracker is only begun by a run."
+    found = data(*lines(tmp, PLAIN), words=words)
+    return ["run", *found[1:], "--folder", tmp / "run", "--precision", "fp32"] if name == "log_with" else found
+
+
 # ---- one field of one row
 
 def user(x): return {"role": "user", "content": x}
@@ -431,7 +437,7 @@ def options():
         if f.name == "chunks": values = ["0", "-1", "1.5", "x", "", "7x", "[a]"]
         else: values = beyond(f)
         for value in RNG.sample(values, min(5, len(values))):
-            yield Case(f"{said(f.name)}={value}", lambda tmp, f=f, value=value: data(*lines(tmp, PLAIN), words=[f"{said(f.name)}={value}"]), refused((f.name, said(f.name))))
+            yield Case(f"{said(f.name)}={value}", lambda tmp, f=f, value=value: with_setting(f.name, tmp, [f"{said(f.name)}={value}"]), refused((f.name, said(f.name))))
         if f.type is bool: yield Case(f"{said(f.name)}=yes", lambda tmp, f=f: data(*lines(tmp, PLAIN), words=[f"{said(f.name)}=yes"]), refused(said(f.name)))
     for words, named in ((["--max-length", "16", "--max-prompt-length", "16"], "max_prompt_length"), (["--max-length", "8", "--max-prompt-length", "20"], "max_prompt_length"),
                          (["--betta", "1"], "beta"), (["--learning-rate", "1"], "lr"), (["--model"], "--model"), (["--sources"], "--sources"), (["--lr"], "--lr"), (["--lr", "1", "2"], "2"), (["extra"], "extra")):
@@ -448,7 +454,7 @@ FILE_VALUES = dict(null=None, list=[1], mapping={"a": 1}, text="nonsense", yes=T
 
 def allows(f, name):
     "Whether a setting may have one of the values above."
-    if f.name == "chunks": return name == "null"
+    if f.name == "chunks": return name in ("null", "huge")                 # how many pairs there are is seen later
     if f.type is bool: return name == "yes"
     if f.metadata["choices"] or f.type is str: return False
     low, high = f.metadata["low"], f.metadata["high"]
@@ -465,8 +471,10 @@ def run_files():
         return Case(name, make, want)
     every = [(f, name) for f in fields(StepwiseConfig) for name in FILE_VALUES]
     for f, name in RNG.sample(every, 90):
-        text = yaml.safe_dump({f.name: FILE_VALUES[name]})
-        yield case(f"{f.name}: {name}", text, reads(6) if allows(f, name) else refused(f.name))
+        def make(tmp, f=f, name=name):
+            (tmp / "c.yaml").write_text(yaml.safe_dump({f.name: FILE_VALUES[name]}))
+            return with_setting(f.name, tmp, ["--config", tmp / "c.yaml"])
+        yield Case(f"{f.name}: {name}", make, reads(6) if allows(f, name) else refused(f.name))
     for name, text in {"syntax": "beta: [", "tab": "beta:\t1\n\tlr: 1", "list": "- beta\n- lr", "words": "just words", "number": "5", "unpickles": "beta: !!python/object/apply:os.getcwd []", "two documents": "beta: 1\n---\nlr: 1",
                        "no mapping in settings": "settings: 5", "list in settings": "settings: [beta]", "twice": "beta: 1\nbeta: 2", "anchor": "beta: *x", "UTF-16": "beta: 1".encode("utf-16"), "latin-1": "beta: \xe9".encode("latin-1"), "zeros": bytes(20)}.items():
         yield case(name, text, refused("TMP/c.yaml"))
@@ -479,6 +487,11 @@ def run_files():
                                 ("max_pairs true", "{a: {source: TMP/a.jsonl, max_pairs: true}}", "max_pairs"), ("source null", "{a: {source: null}}", "'a'"), ("source empty", "{a: {source: ''}}", "'a'"),
                                 ("chat as text", "{a: {source: TMP/a.jsonl, chat: nonsense}}", "chat"), ("twice", "{a: TMP/a.jsonl, a: TMP/b.jsonl}", "'a'"), ("a number as name", "{1: TMP/nowhere.jsonl}", "'1'")):
         yield case(f"sources {name}", f"model: BASE\nsources: {sources}", refused(want), "--beta", "1")
+    if "eval_share" in [f.name for f in fields(StepwiseConfig)]:
+        for value in ("x", "null", "2", "1", "-0.1", "[1]", "true", ".nan"): yield case(f"eval_share of a source {value}", f"model: BASE\nsources: {{a: {{source: TMP/a.jsonl, eval_share: {value}}}}}", refused("'a'", "eval_share"), "--beta", "1")
+        for value, want in (("TMP/a.jsonl", "held_out"), ("5", "held_out"), ("[TMP/a.jsonl]", "held_out"), ("{h: null}", "'h'"), ("{h: TMP/nowhere.jsonl}", "TMP/nowhere.jsonl"), ("{h: {source: TMP/a.jsonl, chat: 1}}", "'h'")):
+            yield case(f"held_out {value}", f"model: BASE\nsources: {{a: TMP/a.jsonl}}\nheld_out: {value}", refused(want), "--beta", "1")
+        yield case("held_out good", "model: BASE\nsources: {a: TMP/a.jsonl}\nheld_out: {h: {source: TMP/a.jsonl, max_pairs: 2}}", reads(6, "h: 2 rows read"), "--beta", "1")
     yield case("sources good", "model: BASE\nsources: {a: TMP/a.jsonl, b: {source: TMP/a.jsonl, max_pairs: 2}}", reads(6, "b: 2 rows read"), "--beta", "1")
     for name, model, want in (("null", "null", "--model"), ("number", "5", "5"), ("list", "[BASE]", "model"), ("mapping", "{a: 1}", "model"), ("empty", "''", "--model"), ("nowhere", "/nowhere/model", "/nowhere/model")):
         yield case(f"model {name}", f"model: {model}\nsources: {{a: TMP/a.jsonl}}", refused(want), "--beta", "1")
@@ -656,6 +669,9 @@ def run_folders():
     for i, (state, command, part, how) in enumerate(picked): yield Case(f"{state}-{command}-{part}-{how}", (state, command, part, how, i), None)
 
 
+def _one_stage(out): assert "stage 1" in out and "stage 2" not in out and "M_2" not in out
+
+
 @params("run folders")
 def test_run_folders(ask, home, tmp_path, capsys, case):
     "One line that names the part, or the same run and the same tables as if nothing had happened."
@@ -669,6 +685,7 @@ def test_run_folders(ask, home, tmp_path, capsys, case):
         assert status == 0 and not err, f"status {status}"
         if command == "run" and not (state == "finished" and part == "stage-1/model/model.safetensors"): assert outcome(folder) == outcome(home / "finished")
         if "/model/" in part and command == "run": assert "tokenizer" in part or part.startswith("stage-1") and state == "finished", "a damaged model was passed over"
+        if (command, part, how) == ("report", "stage-2/stage.json", "gone"): return _one_stage(out)    # as after a kill
         assert shown(out, folder) == shown((home / "shown.txt").read_text(), home / "finished"), "the tables are others"
     ask(Case(case.name, lambda tmp: words, want))
 
