@@ -8,6 +8,7 @@ __all__ = ['DROPPED', 'normalise', 'turn_end', 'prompt_limit', 'encode', 'load_p
 
 # %% ../nbs/01_preferences.ipynb #a95ddeea
 import glob, gzip, hashlib, json, os, re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 # %% ../nbs/01_preferences.ipynb #805704c1
 def _shape(x) -> str:
@@ -338,6 +340,15 @@ def _features(row):
     text = datasets.Value("string")
     return datasets.Features({f: datasets.List({"role": text, "content": text}) if f == "messages" or isinstance(x, list) else text for f, x in row.items()})
 
+@contextmanager
+def _no_bar():
+    "Reading a file is not the long work; the bar of tokenising it is enough."
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try: yield
+    finally:
+        if shown: enable_progress_bars()
+
 def _read_file(path: Path, columns: dict) -> Dataset:
     "The checked rows of one file, memory-mapped."
     if _suffix(path) not in _READERS: raise ValueError(f"{path}: cannot read '{path.suffix}' files; use one of {sorted(_READERS)}; the text formats may end in .gz")
@@ -345,7 +356,7 @@ def _read_file(path: Path, columns: dict) -> Dataset:
         first = next(_checked(_file_rows(path), columns), None)
         if first is None: raise ValueError(f"{path}: no rows")
         with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
-        return Dataset.from_generator(_generate, features=_features(first), gen_kwargs=dict(path=str(path), columns=columns, digest=f"{_VERSION}-{digest}"))
+        with _no_bar(): return Dataset.from_generator(_generate, features=_features(first), gen_kwargs=dict(path=str(path), columns=columns, digest=f"{_VERSION}-{digest}"))
     except Exception as e:
         e = e.__cause__ or e # datasets wraps what the generator raises
         why = (str(e) or repr(e)).splitlines()[0]

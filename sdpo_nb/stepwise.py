@@ -551,9 +551,9 @@ def _stage(t, chunks, policy, ctx):
     if ctx.otherwise: print(f"{ctx.folder}: {ctx.otherwise}"); ctx.otherwise = ""
     start, ctx.clock.left = time.time(), _tokens_ahead(t, chunks, ctx)
     if t > 1: ctx.score_all(t-1, policy, chunks[:t-1] if callable(c.chunks) else chunks)
-    if t == 1: _answer(0, policy, chunks, ctx)
     table, reference, policy = _reference(t, chunks, policy, ctx)
     ctx.score(t-1, policy, chunk.probe(c.probe), chunk.name)
+    if t == 1: _answer(0, policy, chunks, ctx)
     if c.init_target == "S" and t > 1: _free(policy); policy = ctx.load(0)
     came_in = weights_hash(policy)
     summary = train_stage(policy, chunk.pairs, table, c, folder, t, logprobs=ctx.how(policy, chunk.pairs), clock=ctx.clock, on_step=lambda row: ctx.after_step(t, row), **_going_on(t, chunks, ctx))
