@@ -80,7 +80,9 @@ def _bytes(path):
 
 def child(job, tell):
     "One run, killed or not; never returns."
+    import torch
     try:
+        torch.set_num_threads(1)                                            # first, in one thread: two that meet a forked pool at once break it
         out = os.open(os.devnull if job.get("how") == "write" else job["log"], os.O_WRONLY | os.O_CREAT)
         os.dup2(out, 1); os.dup2(out, 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
