@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check notebooks sync world bench bench-gpu bench-first-look experiments-small experiments clean
+.PHONY: demo test test-oldest test-newest check notebooks sync world bench bench-gpu bench-first-look experiments-small experiments clean
 
 .venv/.run: settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,21 @@ demo: .venv/.run            ## the tiny world: partition, DPO, stepwise DPO, rep
 
 test: check                 ## drift, every notebook, tests/
 	$(PY) -m pytest -q tests
+
+test-oldest: .venv-oldest/.dev ## the suite with the lower bounds of settings.ini (PYTHON=python3.11: newer ones lack wheels); without TRL, which wants more
+	.venv-oldest/bin/python -m pytest -q -rs tests
+
+test-newest:                ## the suite with whatever pip finds today
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q -U --upgrade-strategy eager -e '.[dev]'
+	.venv-newest/bin/python -m pytest -q -W default tests
+
+.venv-oldest/.dev: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | sed 's/>=/==/' > .venv-oldest/bounds.txt
+	sed -n 's/^dev_requirements = //p' settings.ini | tr ' ' '\n' | grep -v '^trl' > .venv-oldest/tools.txt
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/bounds.txt -r .venv-oldest/tools.txt -e .
+	touch $@
 
 check: .venv/.dev           ## notebooks, modules, twins and README say the same
 	$(PY) .ci/book.py check
@@ -50,4 +65,4 @@ experiments: .venv/.run      ## the grids of the experiments: hours, goes on whe
 	$(PY) -m sdpo_nb.experiments
 
 clean:
-	rm -rf .venv runs _proc build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest runs _proc build dist *.egg-info

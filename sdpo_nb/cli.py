@@ -36,9 +36,12 @@ def _run_file(path) -> dict:
     if not isinstance(given, dict): raise ValueError(f"{path}: expected lines of the form 'setting: value'")
     if isinstance(given.get("held_out"), str): given.pop("held_out")   # a run's own config.yaml has a hash there
     found = {name: given.pop(name) for name in ("model", "revision", "sources", "held_out", "folder") if name in given}
+    for name in ("model", "revision", "folder"):
+        if not isinstance(found.get(name) or "", str): raise ValueError(f"{path}: {name}: must be text, got {found[name]!r}")
     nested = given.pop("settings", None) or {}
     if not isinstance(nested, dict): raise ValueError(f"{path}: settings: expected lines of the form 'setting: value'")
-    return found | dict(settings=nested | {k: v for k, v in given.items() if k not in RECORDED})
+    written = RECORDED if "versions" in given else ()   # a device that somebody else wrote is a setting
+    return found | dict(settings=nested | {k: v for k, v in given.items() if k not in written})
 
 def _config(args, settings):
     "StepwiseConfig from a file's settings and from options; options win."
@@ -60,8 +63,8 @@ def _stem(data): return Path(data).name.split(".")[0]
 
 def _sources(args, words, option) -> dict:
     "What `sdpo` takes as sources, from the words after an option."
-    how = dict(split=args.split, revision=args.revision, columns=_pairs_of(args.columns, "--columns"), chat=args.chat, max_pairs=args.max_pairs)
-    how = {name: value for name, value in how.items() if value}
+    how = dict(split=args.split, revision=args.revision, columns=_pairs_of(args.columns, "--columns") or None, chat=args.chat or None, max_pairs=args.max_pairs)
+    how = {name: value for name, value in how.items() if value is not None}
     named = [word if "=" in word else f"{_stem(word)}={word}" for word in words]
     return {name: dict(source=data, **how) for name, data in _pairs_of(named, option).items()}
 

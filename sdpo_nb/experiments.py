@@ -117,7 +117,7 @@ def _baseline(cell, base, tokenizer, world, sources):
 def _usable(rows): return [r for r in rows if r["chosen"][-1]["content"].strip() and r["rejected"][-1]["content"].strip()] # as tokenisation would
 
 def _texts(world): # every pair of a world, with its source and whether its label is wrong
-    return _usable([json.loads(line) | dict(source=n) for n, f in world.sources.items() for line in open(f)])
+    return _usable([json.loads(line) | dict(source=n) for n, f in world.sources.items() for line in Path(f).read_text().splitlines()])
 
 def _by(key, rows): # key of a row -> rows
     out = {}

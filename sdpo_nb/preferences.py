@@ -177,7 +177,9 @@ def _render(tokenizer, messages, **kw):
     "Ids of a conversation. A template that asks for today's date is told another: pairs must not depend on the day."
     if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
     if "strftime_now" in tokenizer.chat_template: kw["chat_template"] = _without_clock(tokenizer.chat_template)
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
+    try: return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
+    except (ValueError, jinja2.TemplateError): raise
+    except Exception as e: raise jinja2.TemplateError(f"{type(e).__name__}: {e}") from e  # a template may do anything that Python can
 
 def _after_answer(tokenizer, later=()):
     "Ids that follow an assistant's turn, whatever it says."
@@ -306,13 +308,20 @@ def _suffix(path):
     return Path(path.stem if path.suffix == ".gz" else path).suffix
 
 # %% ../nbs/01_preferences.ipynb #c93f8c7f
+def _once(pairs):
+    "An object of JSON. A name that is given twice is an error; json lets the later value win."
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"'{name}' is given twice")
+    return dict(pairs)
+
 def _json_rows(path):
     "One object a line, or, in a .json file, one list of objects."
     def parsed(text, where):
-        try: return json.loads(text)
+        try: return json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError) as e: raise ValueError(f"{where}: not JSON ({str(e).splitlines()[0]})") from None
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
-        whole = _suffix(path) == ".json" and f.read(1) == "["
+        whole = _suffix(path) == ".json" and f.read(1000).lstrip().startswith("[")
         f.seek(0)
         if whole: yield from ((f"{path}, row {i}", row) for i, row in enumerate(parsed(f.read(), path)))
         else:
@@ -393,6 +402,10 @@ def _from_dataset(data, split, columns, where):
     return data.select_columns([c for c in _SCHEMA if c in data.column_names])
 
 # %% ../nbs/01_preferences.ipynb #9d9d59d1
+def _from_disk(path):
+    try: return load_from_disk(str(path))
+    except Exception as e: raise ValueError(f"{path}: what save_to_disk wrote here cannot be read ({type(e).__name__}: {(str(e) or 'empty').splitlines()[0]})") from e
+
 def _from_hub(name, split, revision):
     path = Path(name).expanduser()
     if _suffix(path) in _READERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
@@ -416,7 +429,7 @@ def load_pairs(source,              # file (.jsonl, .json, .parquet, .arrow, .cs
     if not isinstance(source, (str, Path)): raise ValueError(f"<{type(source).__name__}>: expected a file, a folder, a hub id, a list of rows or a Dataset; Dataset.from_list(list(...)) makes one of most things")
     path = Path(source).expanduser()
     if path.is_file(): return _read_file(path, columns)
-    if any((path / f"dataset_{kind}.json").exists() for kind in ("info", "dict")): return _from_dataset(load_from_disk(str(path)), split, columns, str(path))
+    if any((path / f"dataset_{kind}.json").exists() for kind in ("info", "dict")): return _from_dataset(_from_disk(path), split, columns, str(path))
     if path.is_dir(): return _read_folder(path, split, columns)
     return _from_dataset(_from_hub(str(source), split, revision), split, columns, str(source))
 

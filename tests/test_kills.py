@@ -5,9 +5,10 @@ A kill comes at an event (just before a file is opened to be written, renamed or
 write (the system kills a process whose file grows beyond a limit), or some milliseconds after an event. All are drawn with the seed that is printed.
 Events are counted in a run that is left alone, so that no kill comes too late.
 
-A process that has imported everything, and computed nothing, forks every run: torch takes seconds to import.
+A process that has imported everything, and computed nothing, forks two workers, and they every run: torch takes seconds to import.
 """
-import hashlib, json, os, random, resource, select, shutil, signal, subprocess, sys, threading, time, traceback
+import hashlib, json, os, queue, random, select, signal, subprocess, sys, threading, time, traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,7 @@ import sdpo_nb
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, metrics, rows
 
-try: import fcntl
-except ImportError: pytest.skip("no fork here", allow_module_level=True)
+resource = pytest.importorskip("resource", reason="no limits and no fork here")
 
 CONFIG = dict(SETTINGS, batch_size=4, save_every=2)
 SOURCES = {n: rows(n, 12) for n in ("primer", "digest")}     # 3 steps a stage
@@ -36,7 +36,8 @@ RUNS = {
     "a function and a loaded model": dict(chunks="function"),
     "S in bf16": dict(dtype="bfloat16"),
 }
-HOW = "event", "write", "moment"
+DEATHS = dict(event=-signal.SIGKILL, write=-signal.SIGXFSZ, moment=-signal.SIGKILL)
+HOW, WORKERS = list(DEATHS), 2
 KILLS = [(run, how) for run in RUNS for how in HOW] + [("defaults", "event")]
 CLOCK = "| time of the stages", "| peak memory"  # lines of a report that no two runs share
 TOO_LONG = 60 # seconds
@@ -109,8 +110,8 @@ def wait(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def serve():
-    "Jobs come in and return codes go out, a line each. What every run does first is done here, once, as long as it starts no thread."
+def serve(*pipes): # (where jobs are read, where return codes are written): one pair for each worker
+    "What every run does first is done here, once, as long as it starts no thread; then come the workers."
     import torch
     import accelerate.accelerator, matplotlib.pyplot as plt, sdpo_nb.logprobs, sdpo_nb.stepwise, tqdm
     torch.set_num_threads(1)
@@ -118,9 +119,17 @@ def serve():
     sdpo_nb.logprobs.load_model(load_world().base), sdpo_nb.logprobs.load_tokenizer(load_world().base)
     def drawn(*args): return {name: plt.figure(figsize=(1, 1)) for name in ("loss", "gamma", "drift", "partition")}
     sdpo_nb.stepwise._drawn, sdpo_nb.stepwise.failure_signs = drawn, lambda gammas, metrics: [] # half of the time of a small run
+    sdpo_nb.stepwise.ASKED = 1
     for fig in drawn().values(): fig.savefig(os.devnull, format="png", bbox_inches="tight"); plt.close(fig)
     assert threading.active_count() == 1
-    for line in sys.stdin:
+    for jobs, codes in pipes:
+        if not os.fork(): work(os.fdopen(jobs), os.fdopen(codes, "w"))
+    for _ in pipes: os.wait()
+
+
+def work(jobs, codes):
+    "Jobs come in and return codes go out, a line each."
+    for line in jobs:
         job = json.loads(line)
         hear, tell = os.pipe()
         pid = os.fork()
@@ -130,35 +139,57 @@ def serve():
             time.sleep(job["later"])
             os.kill(pid, signal.SIGKILL)
         os.close(hear)
-        print(wait(pid), flush=True)
+        print(wait(pid), file=codes, flush=True)
+    os._exit(0)
 
 
 # ---- in the process that tests
 
 @pytest.fixture(scope="module")
 def fork():
-    "job -> return code of a process."
+    "job -> return code of a process; two may ask at once."
     path = os.pathsep.join([str(Path(sdpo_nb.__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    server = subprocess.Popen([sys.executable, "-c", "import test_kills; test_kills.serve()"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              env=os.environ | dict(PYTHONPATH=path, OPENBLAS_NUM_THREADS="1"))
+    jobs, codes = [os.pipe() for _ in range(WORKERS)], [os.pipe() for _ in range(WORKERS)]
+    theirs = [(j[0], c[1]) for j, c in zip(jobs, codes)]
+    server = subprocess.Popen([sys.executable, "-c", f"import test_kills; test_kills.serve(*{theirs})"], pass_fds=sum(theirs, ()), env=os.environ | dict(PYTHONPATH=path, OPENBLAS_NUM_THREADS="1"))
+    for fd in sum(theirs, ()): os.close(fd)
+    free = queue.SimpleQueue()
+    for j, c in zip(jobs, codes): free.put((os.fdopen(j[1], "w"), os.fdopen(c[0])))
     def ask(**job):
-        print(json.dumps(job), file=server.stdin, flush=True)
-        return int(server.stdout.readline())
+        worker = free.get()
+        try:
+            print(json.dumps(job), file=worker[0], flush=True)
+            return int(worker[1].readline())
+        finally: free.put(worker)
     yield ask
-    server.stdin.close(); server.wait(); server.stdout.close()
+    for _ in range(WORKERS):
+        for end in free.get(): end.close()
+    server.wait()
 
 
 @pytest.fixture(scope="module")
-def alone(fork, tmp_path_factory):
-    "run -> (its folder, its events) of a run that nobody killed, made when it is first asked for."
-    made = {}
-    def get(run):
-        if run not in made:
-            folder, events = tmp_path_factory.mktemp("alone") / "run", tmp_path_factory.mktemp("events") / "events.json"
-            finish(fork, run, folder, events=str(events))
-            made[run] = folder, json.loads(events.read_text())
-        return made[run]
-    return get
+def begun(fork, request, tmp_path_factory):
+    "What the chosen tests need, begun in their order, two at a time: run -> (folder, events) of a run that nobody killed, seed -> a kill."
+    chosen = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    pool, alone = ThreadPoolExecutor(WORKERS), {}
+    for run in dict.fromkeys(c["run"] for c in chosen): alone[run] = pool.submit(left_alone, fork, run, tmp_path_factory.mktemp("alone"))
+    kills = {c["seed"]: pool.submit(killed, fork, tmp_path_factory.mktemp("killed"), alone[c["run"]], **c) for c in chosen if "seed" in c}
+    yield alone, kills
+    pool.shutdown(cancel_futures=True)
+
+
+def left_alone(fork, run, tmp):
+    "A run that goes to its end, and what it did to its folder."
+    finish(fork, run, tmp / "run", events=str(tmp / "events.json"))
+    return tmp / "run", json.loads((tmp / "events.json").read_text())
+
+
+def killed(fork, tmp, alone, seed, run, how):
+    "A run that is killed and goes on: (where it was killed, its return code, what it said, its folder)."
+    where, words = draw(how, alone.result()[1], seed)
+    code = fork(run=run, folder=str(tmp / "run"), how=how, log=str(tmp / "killed.txt"), **where)
+    if code == DEATHS[how]: finish(fork, run, tmp / "run")
+    return words, code, (tmp / "killed.txt").read_text()[-3000:] if (tmp / "killed.txt").exists() else "", tmp / "run"
 
 
 def finish(fork, run, folder, **more):
@@ -190,7 +221,7 @@ def writes(events):
         if event in ("open", "os.mkdir"): begun.setdefault(path, at)
         kind = path.split("/")[0 if path.startswith("figures") else -1]
         if event == "open" and kind == "metrics.jsonl": found.setdefault(kind, []).append((at, path, 1000))
-        if event == "os.rename" and path in begun: found.setdefault(kind, []).append((begun.pop(path), path, size))
+        if event == "os.rename": found.setdefault(kind, []).append((begun.pop(path, at - 1), path, size))   # Parquet is opened unseen
     return [same for _, same in sorted(found.items())]
 
 
@@ -204,10 +235,10 @@ def story(folder):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_alone(alone, run):
+def test_alone(begun, run):
     "What the others are compared with has trained, in every stage, and left nothing behind but what belongs there."
     from sdpo_nb.logprobs import load_model, weights_hash
-    folder, events = alone(run)
+    folder, events = begun[0][run].result()
     stages = [json.loads(p.read_text()) for p in sorted(folder.glob("stage-*/stage.json"))]
     assert len(stages) == RUNS[run].get("chunks", 2) or RUNS[run].get("chunks") == "function"
     assert len({stages[0]["start"], *(s["end"] for s in stages)}) == len(stages) + 1
@@ -219,14 +250,11 @@ def test_alone(alone, run):
 
 
 @pytest.mark.parametrize("seed, run, how", [(i, *kill) for i, kill in enumerate(KILLS)], ids=[f"{i:02}-{how}-{run}" for i, (run, how) in enumerate(KILLS)])
-def test_killed(fork, alone, tmp_path, seed, run, how):
-    whole, events = alone(run)
-    where, words = draw(how, events, seed)
+def test_killed(begun, seed, run, how):
+    whole, _ = begun[0][run].result()
+    words, code, said, folder = begun[1][seed].result()
     print(f"seed {seed}: {run}, killed {words}")
-    folder, log = tmp_path / "run", tmp_path / "killed.txt"
-    code = fork(run=run, folder=str(folder), how=how, log=str(log), **where)
-    assert code == -(signal.SIGXFSZ if how == "write" else signal.SIGKILL), f"the run was to be killed, and ended with {code}: {log.exists() and log.read_text()[-3000:]}"
-    finish(fork, run, folder)
+    assert code == DEATHS[how], f"the run was to be killed, and ended with {code}: {said}"
     assert story(folder) == story(whole)
 
 

@@ -73,7 +73,7 @@ def test_a_window_that_does_not_reach_the_attention_is_refused(monkeypatch):
     assert "window of 64 does not reach" in why_not_packed(model, PAIRS[:4])
 
 
-@pytest.mark.parametrize("kind, kw", [("bloom", dict(n_layer=2, n_head=4)), ("falcon", {}), ("gptj", dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4))])
+@pytest.mark.parametrize("kind, kw", [("bloom", dict(n_layer=2, n_head=4)), ("falcon", {}), ("gpt_neo", dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]))])
 def test_models_without_the_interface_are_caught(kind, kw, capsys):
     model = model_of(kind, **kw)
     before = model.config._attn_implementation

@@ -284,10 +284,11 @@ assert abs(after - math.log(11)) < 0.1 < before - after
 #| export
 def _continue(model, x, luck, tau): # (n, t) prompts of one length, (n, max_new) uniform numbers -> (n, max_new) new ids
     "Continue every row by one token a step, by its luck or, at tau 0, greedily."
-    cache, new = None, []
+    past, new = {}, []
     for t in range(luck.shape[1]):
-        step = model(input_ids=x, past_key_values=cache, use_cache=True)
-        cache, logits = step.past_key_values, step.logits[:, -1].double()
+        step = model(input_ids=x, use_cache=True, **past)
+        past = {k: v for k, v in step.items() if k in ("cache", "past_key_values")} # one of them: transformers renamed it in 5.24
+        logits = step.logits[:, -1].double()
         if tau == 0: x = logits.argmax(-1, keepdim=True)
         else: x = torch.searchsorted((logits / tau).softmax(-1).cumsum(-1), luck[:, t:t+1].contiguous()).clamp(max=logits.shape[-1] - 1)
         new.append(x)

@@ -170,7 +170,9 @@ class TrainConfig:
 def _fits(v, kind) -> bool:
     "Whether a value is one of this type. A whole number may be written 4.0; a truth value is no number."
     if kind not in (int, float): return isinstance(v, kind)
-    return isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v) and (kind is float or v == int(v))
+    if not isinstance(v, numbers.Real) or isinstance(v, bool): return False
+    try: return math.isfinite(v) and (kind is float or v == int(v))
+    except OverflowError: return False           # a whole number of hundreds of digits
 
 def check_settings(config):
     "Give every value its field's type. Raises ValueError, naming the setting and what would be right, for an impossible one."

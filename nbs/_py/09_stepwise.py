@@ -215,7 +215,7 @@ def read_yaml(path, # of any YAML file
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None) or str(e).splitlines()[0]
         raise ValueError(f"{path}: " + (f"line {mark.line + 1}: " if mark else "") + problem) from e
 
-NEEDED = {"config.yaml": {"model", "weights", "sources", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes"},
+NEEDED = {"config.yaml": {"model", "weights", "sources", "pairs", "device", "settings", "versions"}, "partition.json": {"measures", "names", "chunks"}, "stage.json": {"stage", "chunk", "end", "probes", "steps", "skipped"},
           "held_out.json": set(), "answers.json": {"prompts", "answers"}, "cost.json": {"seconds", "peak_gib"}}
 
 def read_part(path, # of a config.yaml, partition.json or stage.json
@@ -337,10 +337,13 @@ class Run:
     def push(self, repo_id: str, private: bool=True) -> str: return push_model(self, repo_id, private)
 
 def _steps(path):
-    "metrics.jsonl as a data frame."
+    "metrics.jsonl of a finished stage as a data frame."
+    ended = read_part(path.parent / "stage.json")
+    made = ended["steps"] + ended["skipped"]
     with _named(path):
         steps = pd.read_json(path, lines=True)
         if "loss" not in steps: raise ValueError("it holds no steps")
+        if len(steps) != made: raise ValueError(f"it holds {len(steps)} steps, and the stage made {made}")
     return steps
 
 
@@ -615,6 +618,7 @@ def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`,
         if not {"source"} <= set(spec) <= _SPEC: raise ValueError(f"source '{name}': a dict needs 'source' and may have {', '.join(sorted(_SPEC - {'source'}))}; got {', '.join(map(str, spec))}")
         if isinstance(what, Source): out.append(what); continue
         chat, most, _ = spec.pop("chat", False), spec.pop("max_pairs", None), spec.pop("eval_share", None)
+        if type(chat) is not bool: raise ValueError(f"source '{name}': chat must be true or false, got {chat!r}")
         if most is not None and not (type(most) is int and most >= 1): raise ValueError(f"source '{name}': max_pairs must be a whole number from 1, got {most!r}")
         try: data = load_pairs(**spec)
         except (ValueError, OSError) as e: raise ValueError(f"source '{name}': {e}") from e
@@ -1099,7 +1103,7 @@ print(as_markdown(pd.DataFrame({"accuracy": [0.5]}, index=["a|b <img>"])))
 def write_report(run: Run) -> Report:
     "report.md: what came of it, what was read, the stages, what to worry about, how it was run. Where it cannot be written, this is said in one line."
     metrics, gammas = run.metrics, gamma_table(run)
-    measures = run.partition() if (run.folder / "partition.json").exists() else None
+    measures = run.partition() if run.config["sources"] else None      # chunks that a function makes have none
     text, figures, path = _report_text(run, metrics, gammas, measures), run.folder / "figures", run.folder / "report.md"
     drawn = _drawn(metrics, gammas, measures)
     try:
