@@ -34,7 +34,6 @@ def _run_file(path) -> dict:
     if path is None: return dict(settings={})
     given = read_yaml(path) or {}
     if not isinstance(given, dict): raise ValueError(f"{path}: expected lines of the form 'setting: value'")
-    if isinstance(given.get("held_out"), str): given.pop("held_out")   # a run's own config.yaml has a hash there
     found = {name: given.pop(name) for name in ("model", "revision", "sources", "held_out", "folder") if name in given}
     for name in ("model", "revision", "folder"):
         if not isinstance(found.get(name) or "", str): raise ValueError(f"{path}: {name}: must be text, got {found[name]!r}")
@@ -94,7 +93,7 @@ def _data(args):
     what = _what(args, needed=("model", "sources"))
     tokenizer = load_tokenizer(what["model"], what["revision"])
     sources, _ = part_sources(load_sources(what["sources"], tokenizer, what["config"]), what["sources"], what["config"])
-    for source in sources + (load_sources(what["held_out"], tokenizer, what["config"]) if what["held_out"] else []):
+    for source in sources + (load_sources(what["held_out"], tokenizer, what["config"], "held_out") if what["held_out"] else []):
         print("\n".join(data_notes(source, bool(tokenizer.chat_template))) + "\n  the first pairs; what stands after >>> is scored")
         for i, pair in enumerate(decoded(source, tokenizer)):
             print(f"\n--- {source.name}, pair {i}\n{pair['prompt']}")

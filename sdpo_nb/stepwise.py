@@ -236,9 +236,9 @@ def _recorded(v):
     "A setting as config.yaml can hold it: of a function, the name."
     return v if isinstance(v, (int, float, str, list, type(None))) else getattr(v, "__qualname__", type(v).__name__)
 
-SAID = {"base": "a config of S with the hash", "held_out": "held-out pairs with the hash"} # of what has no name that people know
+SAID = {"base": "a config of S with the hash", "held_out_pairs": "held-out pairs with the hash"} # of what has no name that people know
 
-RECORDED = "weights reference_weights pairs held_out base versions device not_deterministic machine command".split() # in config.yaml, beside what was asked for
+RECORDED = "weights reference_weights pairs held_out_pairs base versions device not_deterministic machine command".split() # in config.yaml, beside what was asked for
 
 def _compared(config):
     "What must agree between two calls on one folder."
@@ -254,7 +254,7 @@ def _open_folder(folder, config, precision, identity) -> str:
         there = read_part(path)
         old, now = _compared(there), _compared(new)
         if there["versions"].get("transformers") != new["versions"]["transformers"]: old["base"] = now["base"] # another version may give a config more fields
-        old = {k: now[k] for k in ("base", "held_out", "eval_share")} | old      # a folder from before they were recorded
+        old = {k: now[k] for k in ("base", "held_out_pairs", "eval_share")} | old      # a folder from before they were recorded
         differs = sorted((k for k in now if old.get(k) != now[k]), key=lambda k: k not in settings) # a setting says more than the hash that it changed
         if not differs: return _otherwise(there, new)
         k = next((k for k in differs if k not in HOW), differs[0])
@@ -432,15 +432,17 @@ def _scoring_budget(config, logprobs, device):
 _SPEC = {"source", "split", "revision", "columns", "chat", "max_pairs", "eval_share"}
 
 def load_sources(sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or dict(source=, split=, revision=, columns=, chat=, max_pairs=, eval_share=)
-                 tokenizer, config: StepwiseConfig) -> list[Source]:
+                 tokenizer, config: StepwiseConfig,
+                 called: str="sources") -> list[Source]: # in messages
     "Tokenise every source; raises ValueError naming the one that cannot be used."
-    if not sources or not isinstance(sources, dict): raise ValueError("sources: expected {'name': 'file, folder or hub id'}, with at least one name")
+    if not sources or not isinstance(sources, dict): raise ValueError(f"{called}: expected {{'name': 'file, folder or hub id'}}, with at least one name")
     out = []
     for name, what in sources.items():
         spec = dict(what) if isinstance(what, dict) else dict(source=what)
         if not {"source"} <= set(spec) <= _SPEC: raise ValueError(f"source '{name}': a dict needs 'source' and may have {', '.join(sorted(_SPEC - {'source'}))}; got {', '.join(map(str, spec))}")
         if isinstance(what, Source): out.append(what); continue
-        chat, most, _ = spec.pop("chat", False), spec.pop("max_pairs", None), spec.pop("eval_share", None)
+        chat, most, share = spec.pop("chat", False), spec.pop("max_pairs", None), spec.pop("eval_share", 0)
+        if type(share) not in (int, float): raise ValueError(f"source '{name}': eval_share must be a number from 0 to below 1, got {share!r}")
         if type(chat) is not bool: raise ValueError(f"source '{name}': chat must be true or false, got {chat!r}")
         if most is not None and not (type(most) is int and most >= 1): raise ValueError(f"source '{name}': max_pairs must be a whole number from 1, got {most!r}")
         try: data = load_pairs(**spec)
@@ -703,7 +705,7 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs, revision, held
     base, tokenizer = _base(model, tokenizer, folder, revision)
     read, held = ([], []) if made else part_sources(load_sources(sources, tokenizer, config), sources, config)
     loaded = [] if made else _check_chunks(config.chunks, read)
-    held = held + (load_sources(held_out, tokenizer, config) if held_out else [])
+    held = held + (load_sources(held_out, tokenizer, config, "held_out") if held_out else [])
     theirs = _foreign(config.reference, tokenizer)
     policy = load_model(base, None if config.device == "auto" else config.device, revision)
     check_model(policy)
@@ -714,7 +716,7 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs, revision, held
     ctx = _Context(config, folder, base, tokenizer, device, precision, logprobs, stored_dtype(base, revision) if config.save_dtype == "S" else torch.float32, revision, held=held, talks=talks, clock=Clock(0))
     of_S = table_kind(policy, precision, response_logprobs)
     identity = dict(model=base, revision=revision, weights=of_S["weights"], base=of_S["config"], sources={s.name: _written(what) for s, what in zip(read, (sources or {}).values())}, reference_weights=theirs, device=device.type, machine=_machine(device),
-                    pairs=pairs_hash(*(s.pairs for s in loaded)), held_out=pairs_hash(*(s.pairs for s in held)) if held else None, not_deterministic=_not_deterministic(policy, loaded, ctx))
+                    pairs=pairs_hash(*(s.pairs for s in loaded)), held_out_pairs=pairs_hash(*(s.pairs for s in held)) if held else None, not_deterministic=_not_deterministic(policy, loaded, ctx))
     ctx.otherwise = _open_folder(folder, config, precision, identity)
     for s in read + [s for s in held if s.counts]: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=talks)
     _say_data(_check_held(held, loaded), always=True)
