@@ -616,7 +616,9 @@ PARTS = ["config.yaml", "partition.json", "base/logprobs/kind.json", "base/logpr
          "stage-1/model/tokenizer.json", "stage-1/logprobs/kind.json", "stage-1/logprobs/logprobs-00000.parquet"]
 OPEN = ["stage-2/checkpoint/state.pt", "stage-2/metrics.jsonl"]
 CLOSED = ["stage-2/stage.json", "stage-2/metrics.jsonl", "stage-2/model/model.safetensors", "stage-2/model/config.json", "stage-2/logprobs/kind.json", "stage-2/logprobs/logprobs-00000.parquet"]
-DAMAGES = ["empty", "cut", "garbage", "flip", "null", "folder", "gone", "zeros", "{}", "[]"]
+FLIPPED = [("stopped", "run", "stage-2/checkpoint/state.pt"), ("stopped", "run", "stage-1/model/model.safetensors"), ("finished", "run", "stage-2/model/model.safetensors"),
+           *((state, command, f"{folder}/logprobs/logprobs-00000.parquet") for state, command, folder in (("stopped", "run", "base"), ("stopped", "run", "stage-1"), ("finished", "report", "stage-1"), ("finished", "report", "stage-2")))]
+FLIPS, DAMAGES = 3, ["empty", "cut", "garbage", "flip", "null", "folder", "gone", "zeros", "{}", "[]"]
 
 
 @pytest.fixture(scope="module")
@@ -665,8 +667,8 @@ def damage(path, how, rng):
 def run_folders():
     "A name says: which folder, which command, which part, how damaged."
     every = [(state, command, part, how) for state, command, parts in (("stopped", "run", PARTS + OPEN), ("finished", "run", PARTS + CLOSED), ("finished", "report", PARTS + CLOSED)) for part in parts for how in DAMAGES]
-    picked = RNG.sample(every, 130) + [("finished", command, f"stage-{t}/metrics.jsonl", "a line less") for command in ("run", "report") for t in (1, 2)] + [("stopped", "run", f"stage-{t}/metrics.jsonl", "a line less") for t in (1, 2)]
-    for i, (state, command, part, how) in enumerate(picked): yield Case(f"{state}-{command}-{part}-{how}", (state, command, part, how, i), None)
+    picked = RNG.sample(every, 100) + [(*place, "flip") for place in FLIPPED for _ in range(FLIPS)] + [("finished", command, f"stage-{t}/metrics.jsonl", "a line less") for command in ("run", "report") for t in (1, 2)] + [("stopped", "run", f"stage-{t}/metrics.jsonl", "a line less") for t in (1, 2)]
+    for i, (state, command, part, how) in enumerate(picked): yield Case(f"{i:03}-{state}-{command}-{part}-{how}", (state, command, part, how, i), None)
 
 
 def _one_stage(out): assert "stage 1" in out and "stage 2" not in out and "M_2" not in out

@@ -236,12 +236,16 @@ def _named(path):
         why = getattr(e, "strerror", None) or str(e).removeprefix(f"{path}: ").split("\n")[0] or type(e).__name__
         raise ValueError(f"{path}: cannot be used ({why}); {_cure(path)}") from e
 
+_CURES = {
+    "config.yaml": "put a copy of it back, or use another folder",
+    "partition.json": "remove it and run again: the partition is made anew",
+    "held_out.json": "remove it and run again: it is made anew",
+    "answers.json": "remove it: the report does without",
+    "cost.json": "remove it: the report does without"}
+
 def _cure(path):
     "What to do about a file of a run."
-    if path.name == "config.yaml": return "put a copy of it back, or use another folder"
-    if path.name in ("partition.json", "held_out.json"): return f"remove it and run again: the {path.stem.replace('_', '-')} is made anew" if path.stem == "partition" else "remove it and run again: it is made anew"
-    if path.name in ("answers.json", "cost.json"): return "remove it: the report does without"
-    return f"put it back, or remove {path.parent.name} and the stages after it, and run again: they are trained anew"
+    return _CURES.get(path.name) or f"put it back, or remove {path.parent.name} and the stages after it, and run again: they are trained anew"
 
 
 # %%
