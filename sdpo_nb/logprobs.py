@@ -282,6 +282,7 @@ def load_model(model: str, # hub id or folder
     m, report = _from_pretrained(AutoModelForCausalLM, model, revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_report(model, report)
     if _has_adapter(m): raise ValueError(f"{model}: {MERGE}")
+    if getattr(m.config.get_text_config(), "attn_logit_softcapping", None): m.set_attn_implementation("eager") # before transformers 5.23, others leave out the soft-cap of Gemma 2
     return freeze_dropout(m).to(device or best_device(m))
 
 def _has_adapter(model): return getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")

@@ -1,5 +1,5 @@
 "Guards of chapter 02: bad input, kills, tables of another kind, equality with other computations."
-import copy, json, os, shutil
+import copy, json, os, shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -322,7 +322,7 @@ def test_frozen_weights():
     check_model(model.requires_grad_(True))
     check_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("pegasus", vocab_size=64, d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, is_decoder=True)))
 
-def test_classes_that_would_not_come_back():
+def test_classes_that_would_not_come_back(monkeypatch):
     "bugs F30"
     class Mine(LlamaForCausalLM): pass
     config = AutoConfig.for_model("llama", **SMALL)
@@ -333,6 +333,7 @@ def test_classes_that_would_not_come_back():
     AutoConfig.register(Config.model_type, Config); AutoModelForCausalLM.register(Config, Registered)
     check_model(Registered(Config(**SMALL)))
     Registered.__module__ = "transformers_modules.somebody.modeling_mine"
+    monkeypatch.setitem(sys.modules, Registered.__module__, sys.modules[__name__])
     with pytest.raises(ValueError, match="cannot be loaded again: a model with code of its own"): check_model(Registered(Config(**SMALL)))
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])

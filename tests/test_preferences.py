@@ -412,7 +412,7 @@ def test_processes():
 def trl_ids(rows, tokenizer):
     "What TRL's DPOTrainer makes of the rows: its own method, without a trainer around it."
     from types import SimpleNamespace
-    from trl import DPOConfig, DPOTrainer
+    DPOTrainer = pytest.importorskip("trl", reason="TRL is not installed here").DPOTrainer
     args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
     return DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, args, "train").select_columns(
         ["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()

@@ -41,7 +41,7 @@ def start(folder, tmp, config=CONFIG):
 def start_and_kill(folder, when, tmp, config=CONFIG):
     "Start the run and kill it with SIGKILL as soon as `when()` holds."
     child = start(folder, tmp, config)
-    deadline = time.time() + 90
+    deadline = time.time() + 600
     while not when():
         if child.poll() is not None: pytest.fail(f"the run ended before it could be killed:\n{child.stderr.read().decode()[-2000:]}")
         if time.time() > deadline: child.kill(); pytest.fail("the run never came to where it was to be killed")

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch.testing import assert_close
 from transformers import AutoTokenizer
+
+pytest.importorskip("trl", reason="TRL is not installed here")
 from trl import DPOConfig, DPOTrainer
 
 from sdpo_nb.logprobs import response_logprobs, score_pairs
