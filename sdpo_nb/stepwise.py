@@ -771,7 +771,7 @@ def _check_names(sources):
 
 def _say_data(notes, always):
     "Print them. Of the sources of a tiny model, which come by the hundred, only those with a warning."
-    if always or any("warning" in line for line in notes): print("\n".join(notes))
+    if notes and (always or any("warning" in line for line in notes)): print("\n".join(notes))
 
 def _say_memory(model_config, config, precision, device):
     "One line on what training will need; an error, if that is not there."
