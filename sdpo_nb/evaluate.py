@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from .logprobs import LogprobTable, autocast, gamma
 from .loss import dpo_loss, reward_accuracy
+from .partition import wilson
 from .world import K, answer, mean_interval, prompt_ids, respond_ids, text_of, true_reward
 
 # %% ../nbs/08_evaluate.ipynb #712978ab
@@ -46,14 +47,14 @@ def held_out(now: LogprobTable,    # of a model
     "What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals."
     (chosen, rejected), (chosen_0, rejected_0) = now.lookup(pairs), before.lookup(pairs)
     g, g_0 = gamma(chosen, rejected), gamma(chosen_0, rejected_0)
-    found = {"gamma": g,
-             "prefers chosen": reward_accuracy(g),
-             "loss": dpo_loss(g, g_0, beta),
-             "reward accuracy": reward_accuracy(g, g_0),
-             "change of gamma": g - g_0,
-             "log-ratio of chosen": chosen - chosen_0,
-             "log-ratio of rejected": rejected - rejected_0}
-    return {name: mean_interval(values) for name, values in found.items()}
+    def share(right): return right.mean().item(), *wilson(right.mean().item(), len(right))
+    return {"gamma": mean_interval(g),
+            "prefers chosen": share(reward_accuracy(g)),
+            "loss": mean_interval(dpo_loss(g, g_0, beta)),
+            "reward accuracy": share(reward_accuracy(g, g_0)),
+            "change of gamma": mean_interval(g - g_0),
+            "log-ratio of chosen": mean_interval(chosen - chosen_0),
+            "log-ratio of rejected": mean_interval(rejected - rejected_0)}
 
 def as_text(cell) -> str:
     "mean [low, high]"

@@ -31,6 +31,7 @@ from transformers import GenerationConfig
 
 from sdpo_nb.logprobs import LogprobTable, autocast, gamma
 from sdpo_nb.loss import dpo_loss, reward_accuracy
+from sdpo_nb.partition import wilson
 from sdpo_nb.world import K, answer, mean_interval, prompt_ids, respond_ids, text_of, true_reward
 
 # %%
@@ -123,7 +124,7 @@ coverage.map("{:.1%}".format).to_frame()
 #
 # The cheapest question needs no answers from the model, only its log-probabilities of pairs that it was not trained on: $\gamma$, the share of pairs with $\gamma>0$ (it finds the chosen response
 # more likely), and against S whatever changed, pair by pair. The last two columns are the two halves of the change of $\gamma$: did the chosen response become likelier, or only the rejected one less likely?
-# For means of many independent pairs there is a formula, Student's, and no need to draw.
+# For means of independent pairs there is a formula, Student's, and for shares [Wilson's](05_partition.ipynb), which does not shrink to nothing where all pairs agree; no need to draw.
 
 # %%
 #| export
@@ -133,14 +134,14 @@ def held_out(now: LogprobTable,    # of a model
     "What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals."
     (chosen, rejected), (chosen_0, rejected_0) = now.lookup(pairs), before.lookup(pairs)
     g, g_0 = gamma(chosen, rejected), gamma(chosen_0, rejected_0)
-    found = {"gamma": g,
-             "prefers chosen": reward_accuracy(g),
-             "loss": dpo_loss(g, g_0, beta),
-             "reward accuracy": reward_accuracy(g, g_0),
-             "change of gamma": g - g_0,
-             "log-ratio of chosen": chosen - chosen_0,
-             "log-ratio of rejected": rejected - rejected_0}
-    return {name: mean_interval(values) for name, values in found.items()}
+    def share(right): return right.mean().item(), *wilson(right.mean().item(), len(right))
+    return {"gamma": mean_interval(g),
+            "prefers chosen": share(reward_accuracy(g)),
+            "loss": mean_interval(dpo_loss(g, g_0, beta)),
+            "reward accuracy": share(reward_accuracy(g, g_0)),
+            "change of gamma": mean_interval(g - g_0),
+            "log-ratio of chosen": mean_interval(chosen - chosen_0),
+            "log-ratio of rejected": mean_interval(rejected - rejected_0)}
 
 def as_text(cell) -> str:
     "mean [low, high]"
@@ -152,7 +153,7 @@ tables = {name: score_pairs(m, sum(held.values(), []), logprobs=packed_logprobs)
 by_source = pd.DataFrame({(source, name): held_out(table, tables["S"], pairs, 0.3) for source, pairs in held.items() for name, table in tables.items()}, dtype=object).T
 of_S, of_M = by_source.xs("S", level=1), by_source.xs("M", level=1)
 assert all(v[1] > 0 for v in of_M["change of gamma"]) and (of_M["prefers chosen"] > of_S["prefers chosen"]).all()
-assert all(v == (0.5, 0.5, 0.5) for v in of_S["reward accuracy"])     # S against itself: ties, one half
+assert all(v[0] == 0.5 for v in of_S["reward accuracy"])     # S against itself: ties, one half
 by_source.map(as_text)
 
 

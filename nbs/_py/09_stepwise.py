@@ -1067,7 +1067,8 @@ def held_out_table(run: Run) -> pd.DataFrame: # source, model, against: the inde
     tables, beta, found = [read_table(f / "logprobs") for f in _model_folders(run)], run.config["settings"]["beta"], {}
     for name, held in _held(run).items():
         pairs = [dict(key=key) for key in held["keys"]]
-        found[name, "S", "S"] = held_out(tables[0], tables[0], pairs, beta)
+        of_S = held_out(tables[0], tables[0], pairs, beta)
+        found[name, "S", "S"] = {k: of_S[k] for k in ("gamma", "prefers chosen")}   # against itself, the rest is nothing
         for t, table in enumerate(tables[1:], 1):
             found[name, f"after stage {t}", "S"] = held_out(table, tables[0], pairs, beta)
             if t > 1: found[name, f"after stage {t}", f"stage {t-1}"] = held_out(table, tables[t-1], pairs, beta)
@@ -1135,7 +1136,7 @@ def _report_text(run, metrics, gammas, measures):
     "One section after the other, the answer first."
     c, T = run.config, len(run.stages)
     text = [f"# Stepwise DPO of {_escaped(c['model'])} in {T} {'stage' if T == 1 else 'stages'}",
-            f"The trained model lies in `{run.model_folder().relative_to(run.folder)}`. Intervals are 95 % intervals: Student's for means, Wilson's for the shares of the partition.",
+            f"The trained model lies in `{run.model_folder().relative_to(run.folder)}`. Intervals are 95 % intervals: Student's for means, Wilson's for shares.",
             *_held_out_text(run), *_answers_text(run), *_data_text(run), *_partition_text(measures, c["settings"]["order"]),
             "## Stages", "Stage t trains on the chunk D_t and ends in the model M_t; M_0 is S. Gamma is how much more likely the chosen response is than the rejected one, in nats. All of it is measured on pairs that were trained on: a check of the training, not of its success.", as_markdown(run.table()),
             *(f"![](figures/{name}.png)" for name in ("change", "loss", "drift")),
@@ -1152,9 +1153,9 @@ def _held_out_text(run):
     "One table for each comparison."
     found = run.held_out()
     if found.empty: return ["## Held-out pairs", "None: everything below is about pairs that were trained on. `eval_share` keeps some aside."]
-    sizes = ", ".join(f"{_escaped(name)} ({len(held['keys'])} pairs; responses of {held['tokens']['chosen']:.0f} and {held['tokens']['rejected']:.0f} tokens in the mean, chosen and rejected)" for name, held in _held(run).items())
+    sizes = ", ".join(f"{_escaped(name)} ({len(held['keys'])} pairs; responses of {held['tokens']['chosen']:.0f} and {held['tokens']['rejected']:.0f} tokens on average, chosen and rejected)" for name, held in _held(run).items())
     text = ["## Held-out pairs", f"Never trained on: {sizes}. Log-probabilities in nats; *loss* and *reward accuracy* take the model that is compared with as the reference."]
-    shown = found.map(as_text).reset_index()
+    shown = found.map(lambda cell: as_text(cell) if isinstance(cell, tuple) else "").reset_index()
     shown["model"] = [f"{source}, {model}" for source, model in zip(shown["source"], shown["model"])]
     against = shown["against"] == "S"
     for title, rows in (("Against S", shown[against]), ("Against the stage before", shown[~against])):
