@@ -20,15 +20,15 @@ demo: .venv/.run            ## the tiny world: partition, DPO, stepwise DPO, rep
 	$(PY) -m sdpo_nb.cli demo --folder runs/demo
 
 test: check                 ## drift, every notebook, tests/
-	$(PY) -m pytest -q -n 2 tests
+	$(PY) -m pytest -q -n 2 --dist worksteal tests
 
 test-oldest: .venv-oldest/.dev ## the suite with the lower bounds of settings.ini (PYTHON=python3.11: newer ones lack wheels); without TRL, which wants more
-	.venv-oldest/bin/python -m pytest -q -n 2 -rs tests
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -rs tests
 
 test-newest:                ## the suite with whatever pip finds today
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install -q -U --upgrade-strategy eager -e '.[dev]'
-	.venv-newest/bin/python -m pytest -q -n 2 -W default tests
+	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal -W default tests
 
 .venv-oldest/.dev: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv --clear .venv-oldest

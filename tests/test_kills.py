@@ -5,7 +5,7 @@ A kill comes at an event (just before a file is opened to be written, renamed or
 write (the system kills a process whose file grows beyond a limit), or some milliseconds after an event. All are drawn with the seed that is printed.
 Events are counted in a run that is left alone, so that no kill comes too late.
 
-A process that has imported everything, and computed nothing, forks two workers, and they every run: torch takes seconds to import.
+A process that has imported everything, and computed nothing, forks workers, and they every run: torch takes seconds to import.
 """
 import hashlib, json, os, queue, random, select, signal, subprocess, sys, threading, time, traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +37,8 @@ RUNS = {
     "S in bf16": dict(dtype="bfloat16"),
 }
 DEATHS = dict(event=-signal.SIGKILL, write=-signal.SIGXFSZ, moment=-signal.SIGKILL)
-HOW, WORKERS = list(DEATHS), 2
+XDIST = "PYTEST_XDIST_WORKER" in os.environ      # each of its workers has a part of the tests, and learns of it bit by bit
+HOW, WORKERS = list(DEATHS), 1 if XDIST else 2
 KILLS = [(run, how) for run in RUNS for how in HOW] + [("defaults", "event")]
 CLOCK = "| time of the stages", "| peak memory"  # lines of a report that no two runs share
 TOO_LONG = 60 # seconds
@@ -169,12 +170,19 @@ def fork():
 
 @pytest.fixture(scope="module")
 def begun(fork, request, tmp_path_factory):
-    "What the chosen tests need, begun in their order, two at a time: run -> (folder, events) of a run that nobody killed, seed -> a kill."
+    "Two functions, for a run that nobody killed and for one that was; what the chosen tests need is begun in their order, before they ask."
+    pool, found = ThreadPoolExecutor(WORKERS), {}
+    def whole(run):
+        if run not in found: found[run] = pool.submit(left_alone, fork, run, tmp_path_factory.mktemp("alone"))
+        return found[run]
+    def kill(seed, run, how):
+        alone = whole(run)
+        if seed not in found: found[seed] = pool.submit(killed, fork, tmp_path_factory.mktemp("killed"), alone, seed, run, how)
+        return found[seed]
     chosen = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    pool, alone = ThreadPoolExecutor(WORKERS), {}
-    for run in dict.fromkeys(c["run"] for c in chosen): alone[run] = pool.submit(left_alone, fork, run, tmp_path_factory.mktemp("alone"))
-    kills = {c["seed"]: pool.submit(killed, fork, tmp_path_factory.mktemp("killed"), alone[c["run"]], **c) for c in chosen if "seed" in c}
-    yield alone, kills
+    for c in chosen if not XDIST else []: whole(c["run"])
+    for c in chosen if not XDIST else []: kill(**c) if "seed" in c else None
+    yield whole, kill
     pool.shutdown(cancel_futures=True)
 
 
@@ -238,7 +246,7 @@ def story(folder):
 def test_alone(begun, run):
     "What the others are compared with has trained, in every stage, and left nothing behind but what belongs there."
     from sdpo_nb.logprobs import load_model, weights_hash
-    folder, events = begun[0][run].result()
+    folder, events = begun[0](run).result()
     stages = [json.loads(p.read_text()) for p in sorted(folder.glob("stage-*/stage.json"))]
     assert len(stages) == RUNS[run].get("chunks", 2) or RUNS[run].get("chunks") == "function"
     assert len({stages[0]["start"], *(s["end"] for s in stages)}) == len(stages) + 1
@@ -251,8 +259,8 @@ def test_alone(begun, run):
 
 @pytest.mark.parametrize("seed, run, how", [(i, *kill) for i, kill in enumerate(KILLS)], ids=[f"{i:02}-{how}-{run}" for i, (run, how) in enumerate(KILLS)])
 def test_killed(begun, seed, run, how):
-    whole, _ = begun[0][run].result()
-    words, code, said, folder = begun[1][seed].result()
+    whole, _ = begun[0](run).result()
+    words, code, said, folder = begun[1](seed, run, how).result()
     print(f"seed {seed}: {run}, killed {words}")
     assert code == DEATHS[how], f"the run was to be killed, and ended with {code}: {said}"
     assert story(folder) == story(whole)

@@ -263,6 +263,9 @@ def damaged(content, how, rng):
     if how == "zeros": return bytes(n)
     if how == "pointer": return b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
     if how == "twice": return content + content
+    if how == "hole":                    # a block of the disk is lost
+        i = rng.randrange(n // 2, 3 * n // 4)
+        return content[:i] + bytes(len(content[i:i+4096])) + content[i+4096:]
     if how == "flip":
         i = rng.randrange(n)
         return content[:i] + bytes([content[i] ^ (128 if content[i] < 128 else 1)]) + content[i+1:]
@@ -667,7 +670,7 @@ def damage(path, how, rng):
 def run_folders():
     "A name says: which folder, which command, which part, how damaged."
     every = [(state, command, part, how) for state, command, parts in (("stopped", "run", PARTS + OPEN), ("finished", "run", PARTS + CLOSED), ("finished", "report", PARTS + CLOSED)) for part in parts for how in DAMAGES]
-    picked = RNG.sample(every, 100) + [(*place, "flip") for place in FLIPPED for _ in range(FLIPS)] + [("finished", command, f"stage-{t}/metrics.jsonl", "a line less") for command in ("run", "report") for t in (1, 2)] + [("stopped", "run", f"stage-{t}/metrics.jsonl", "a line less") for t in (1, 2)]
+    picked = RNG.sample(every, 100) + [(*place, "flip") for place in FLIPPED for _ in range(FLIPS)] + [(*place, "hole") for place in FLIPPED[:3]] + [("finished", command, f"stage-{t}/metrics.jsonl", "a line less") for command in ("run", "report") for t in (1, 2)] + [("stopped", "run", f"stage-{t}/metrics.jsonl", "a line less") for t in (1, 2)]
     for i, (state, command, part, how) in enumerate(picked): yield Case(f"{i:03}-{state}-{command}-{part}-{how}", (state, command, part, how, i), None)
 
 
