@@ -455,15 +455,21 @@ def write_json(path, data):
 def _write_piece(folder, rows):
     numbers = [int(p.stem.split("-")[1]) for p in Path(folder).glob("logprobs-*.parquet")]
     path = Path(folder) / f"logprobs-{max(numbers, default=-1) + 1:05}.parquet"
-    with replacing(path) as tmp: rows.to_parquet(tmp)
+    with replacing(path) as tmp: rows.to_parquet(tmp, write_page_checksum=True)
 
 # %% ../nbs/02_logprobs.ipynb #4b71d4de
 def _no_rows(): return pd.DataFrame({"chosen": [], "rejected": []}, index=pd.Index([], dtype=str), dtype="float32")
 
+def _read_piece(path):
+    "A piece of a table. Its checksums are compared: a bit that flipped in a number makes another number."
+    rows = pd.read_parquet(path, page_checksum_verification=True)
+    if list(rows.columns) != ["chosen", "rejected"]: raise ValueError(f"its columns are {', '.join(map(repr, rows.columns))}")
+    return rows
+
 def _read_pieces(folder):
     parts = [_no_rows()]
     for p in sorted(Path(folder).glob("logprobs-*.parquet")):
-        try: parts.append(pd.read_parquet(p))
+        try: parts.append(_read_piece(p))
         except Exception as e: raise ValueError(f"{p}: cannot be read ({e}); delete this file and run again") from e
     rows = pd.concat(parts)
     return rows[~rows.index.duplicated()]

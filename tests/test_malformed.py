@@ -263,6 +263,9 @@ def damaged(content, how, rng):
     if how == "zeros": return bytes(n)
     if how == "pointer": return b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
     if how == "twice": return content + content
+    if how == "number":                  # a bit of a log-probability: the numbers of the first column stand at the beginning of a table
+        i = rng.randrange(40, 80)
+        return content[:i] + bytes([content[i] ^ 64]) + content[i+1:]
     if how == "hole":                    # a block of the disk is lost
         i = rng.randrange(n // 2, 3 * n // 4)
         return content[:i] + bytes(len(content[i:i+4096])) + content[i+4096:]
@@ -620,7 +623,7 @@ PARTS = ["config.yaml", "partition.json", "base/logprobs/kind.json", "base/logpr
 OPEN = ["stage-2/checkpoint/state.pt", "stage-2/metrics.jsonl"]
 CLOSED = ["stage-2/stage.json", "stage-2/metrics.jsonl", "stage-2/model/model.safetensors", "stage-2/model/config.json", "stage-2/logprobs/kind.json", "stage-2/logprobs/logprobs-00000.parquet"]
 FLIPPED = [("stopped", "run", "stage-2/checkpoint/state.pt"), ("stopped", "run", "stage-1/model/model.safetensors"), ("finished", "run", "stage-2/model/model.safetensors"),
-           *((state, command, f"{folder}/logprobs/logprobs-00000.parquet") for state, command, folder in (("stopped", "run", "base"), ("stopped", "run", "stage-1"), ("finished", "report", "stage-1"), ("finished", "report", "stage-2")))]
+           *((state, command, f"{folder}/logprobs/logprobs-00000.parquet") for state, command, folder in (("finished", "run", "base"), ("stopped", "run", "stage-1"), ("finished", "report", "stage-1"), ("finished", "report", "stage-2")))]
 FLIPS, DAMAGES = 3, ["empty", "cut", "garbage", "flip", "null", "folder", "gone", "zeros", "{}", "[]"]
 
 
@@ -670,7 +673,7 @@ def damage(path, how, rng):
 def run_folders():
     "A name says: which folder, which command, which part, how damaged."
     every = [(state, command, part, how) for state, command, parts in (("stopped", "run", PARTS + OPEN), ("finished", "run", PARTS + CLOSED), ("finished", "report", PARTS + CLOSED)) for part in parts for how in DAMAGES]
-    picked = RNG.sample(every, 100) + [(*place, "flip") for place in FLIPPED for _ in range(FLIPS)] + [(*place, "hole") for place in FLIPPED[:3]] + [("finished", command, f"stage-{t}/metrics.jsonl", "a line less") for command in ("run", "report") for t in (1, 2)] + [("stopped", "run", f"stage-{t}/metrics.jsonl", "a line less") for t in (1, 2)]
+    picked = RNG.sample(every, 100) + [(*place, "flip") for place in FLIPPED for _ in range(FLIPS)] + [(*place, "hole") for place in FLIPPED[:3]] + [(*place, "number") for place in FLIPPED[3:] for _ in range(FLIPS)] + [("finished", command, f"stage-{t}/metrics.jsonl", "a line less") for command in ("run", "report") for t in (1, 2)] + [("stopped", "run", f"stage-{t}/metrics.jsonl", "a line less") for t in (1, 2)]
     for i, (state, command, part, how) in enumerate(picked): yield Case(f"{i:03}-{state}-{command}-{part}-{how}", (state, command, part, how, i), None)
 
 
@@ -692,6 +695,7 @@ def test_run_folders(ask, home, tmp_path, capsys, case):
         if "/model/" in part and command == "run": assert "tokenizer" in part or part.startswith("stage-1") and state == "finished", "a damaged model was passed over"
         if (command, part, how) == ("report", "stage-2/stage.json", "gone"): return _one_stage(out)    # as after a kill
         assert shown(out, folder) == shown((home / "shown.txt").read_text(), home / "finished"), "the tables are others"
+        assert stepwise.gamma_table(stepwise.Run(folder)).equals(stepwise.gamma_table(stepwise.Run(home / "finished"))), "the figures are others"
     ask(Case(case.name, lambda tmp: words, want))
 
 
