@@ -309,16 +309,18 @@ def main(argv: list=None):
         args = _parser(argv).parse_args(argv)
         from transformers.utils import logging
         logging.disable_progress_bar()      # those of every file read; the bars of long work stay
-        if not sys.stderr.isatty(): _no_bars_in_a_log()
+        if not sys.stderr.isatty(): _as_a_log()
         dict(run=_run, partition=_partition, data=_data, report=_report, push=_push, demo=_demo)[args.command](args)
     except (Exception, KeyboardInterrupt) as e:
         if os.environ.get("SDPO_TRACEBACK"): raise
         status, said = _last_words(e)
         print(f"sdpo: {said}", file=sys.stderr); sys.exit(status)
 
-def _no_bars_in_a_log():
+def _as_a_log():
+    "No bars of other libraries, and each line is written when it is said."
     import datasets
     datasets.disable_progress_bars()
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(line_buffering=True)
 
 def _last_words(e) -> tuple[int, str]:
     "Exit status and the line."
