@@ -623,9 +623,10 @@ def score_pairs(model,            # any causal LM
     first = {}
     for i, k in enumerate(keys_of(pairs)): first.setdefault(k, i)
     todo = [i for k, i in first.items() if k not in done.index]
-    tokens = pair_tokens(pairs)
-    if clock is None: clock = Clock(tokens[todo].sum())
-    elif todo: clock.skip(tokens.sum() - tokens[todo].sum())
+    if todo: # most passes of a run find everything there, and need no count
+        tokens = pair_tokens(pairs)
+        if clock: clock.skip(tokens.sum() - tokens[todo].sum())
+        else: clock = Clock(tokens[todo].sum())
     was_training = model.training; model.eval()
     try:
         with same_bits(model.device), progress(len(first), desc, "pair", len(first) - len(todo)) as bar:

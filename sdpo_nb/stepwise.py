@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CALLED', 'NEEDED', 'FREE', 'HOW', 'SAID', 'RECORDED', 'ASKED', 'StepwiseConfig', 'defaults_table', 'no_such_setting',
            'make_config', 'read_yaml', 'read_part', 'finished_stages', 'load_stage', 'Run', 'alone_in', 'save_model',
-           'share_changed', 'load_sources', 'data_notes', 'part_sources', 'Chunk', 'tracking', 'sdpo', 'sdpo_partition',
-           'stage_table', 'gamma_table', 'held_out_table', 'Report', 'as_markdown', 'write_report', 'undecided',
-           'model_card', 'export_model', 'push_model']
+           'share_changed', 'load_sources', 'data_notes', 'part_sources', 'read_sources', 'Chunk', 'tracking', 'sdpo',
+           'sdpo_partition', 'stage_table', 'gamma_table', 'held_out_table', 'Report', 'as_markdown', 'write_report',
+           'undecided', 'model_card', 'export_model', 'push_model']
 
 # %% ../nbs/09_stepwise.ipynb #315febd9
 import base64, difflib, json, math, os, re, shlex, shutil, subprocess, sys, tempfile, time, unicodedata, warnings
@@ -486,6 +486,13 @@ def part_sources(read: list,    # of `load_sources`
     parts = [hold_out(s, share) for s, share in zip(read, asked)]
     return [train for train, _ in parts], [held for _, held in parts if held]
 
+def read_sources(sources: dict, held_out: dict, tokenizer, config: StepwiseConfig) -> tuple[list[Source], list[Source]]:
+    "What is trained on, and what is held out of it or comes as sources of its own."
+    read, held = part_sources(load_sources(sources, tokenizer, config), sources, config)
+    return read, held + _own(held_out, tokenizer, config)
+
+def _own(held_out, tokenizer, config): return load_sources(held_out, tokenizer, config, "held_out") if held_out else []
+
 def _check_held(held, loaded) -> list[str]:
     "A line for each held-out source whose prompts are trained on as well. Raises ValueError for a name that occurs twice."
     names = [s.name for s in held]
@@ -572,10 +579,11 @@ def _stage(t, chunks, policy, ctx):
     write_json(folder / "cost.json", dict(seconds=round(time.time() - start), peak_gib=round(peak_memory(ctx.device) / GIB, 2)))
     save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     saved = _saved(t, policy, ctx)
-    write_json(folder / "stage.json", dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
-                                           end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx)))
+    ended = dict(stage=t, chunk=chunk.name, pairs=len(chunk.pairs), reference=reference, reference_kind=table.kind, start=came_in,
+                                           end=weights_hash(policy), saved=saved, probes={d.name: d.probe(c.probe)["key"][:] for d in chunks}, **summary, **_measures(t, chunks, table, ctx))
+    write_json(folder / "stage.json", ended)
     ctx.before += summary["steps"]
-    if ctx.talks: print(_stage_line(Run(ctx.folder).stages[-1], len(chunks)))
+    if ctx.talks: print(_stage_line(ended, len(chunks)))
     if ctx.on_stage: ctx.on_stage(Run(ctx.folder))
     return policy
 
@@ -707,9 +715,8 @@ def _prepare(model, sources, config, folder, tokenizer, logprobs, revision, held
     _check_names(sources)
     _check_names(held_out)
     base, tokenizer = _base(model, tokenizer, folder, revision)
-    read, held = ([], []) if made else part_sources(load_sources(sources, tokenizer, config), sources, config)
+    read, held = ([], _own(held_out, tokenizer, config)) if made else read_sources(sources, held_out, tokenizer, config)
     loaded = [] if made else _check_chunks(config.chunks, read)
-    held = held + (load_sources(held_out, tokenizer, config, "held_out") if held_out else [])
     theirs = _foreign(config.reference, tokenizer)
     policy = load_model(base, None if config.device == "auto" else config.device, revision)
     check_model(policy)
@@ -812,7 +819,7 @@ def gamma_table(run: Run) -> pd.DataFrame: # model, chunk, gamma: one probe pair
     return pd.concat([pd.DataFrame(dict(model=f"M_{m}", chunk=chunk, gamma=(r.loc[keys, "chosen"] - r.loc[keys, "rejected"]).to_numpy()))
                       for chunk, keys in probes.items() for m, r in enumerate(rows) if set(keys) <= set(r.index)], ignore_index=True)
 
-def _model_folders(run): return [run.folder / "base", *(run.folder / f"stage-{t}" for t in range(1, len(run.stages) + 1))]
+def _model_folders(run): return [run.folder / "base", *(run.folder / f"stage-{t}" for t in _without_gap(run.folder))]
 
 def _held(run) -> dict: # name -> keys, tokens
     path = run.folder / "held_out.json"

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sdpo_nb.logprobs as logprobs, sdpo_nb.stepwise as stepwise
+import sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import Clock, load_model, load_tokenizer, pair_tokens, progress, score_pairs
-from sdpo_nb.preferences import hold_out, tokenize_pairs
+from sdpo_nb.preferences import hold_out, load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import Run, StepwiseConfig, model_card, sdpo, undecided
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, metrics, rows, write_jsonl
@@ -39,21 +39,16 @@ def test_the_prompt_decides(tmp_path):
     "Two pairs of one prompt fall on one side, in whatever source; more rows move no other."
     twice = TWO["primer"] + [dict(r, chosen=r["rejected"], rejected=r["chosen"]) for r in TWO["primer"]]
     tok = load_tokenizer(BASE)
-    sides = [hold_out(tokenize_pairs(logprobs_pairs(r), tok), 0.3) for r in (twice, TWO["primer"])]
+    sides = [hold_out(tokenize_pairs(load_pairs(r), tok), 0.3) for r in (twice, TWO["primer"])]
     prompts = [[{tuple(x) for x in part.pairs["prompt_ids"]} for part in parts] for parts in sides]
     assert prompts[0] == prompts[1] and not prompts[0][0] & prompts[0][1]
-
-
-def logprobs_pairs(rows):
-    from sdpo_nb.preferences import load_pairs
-    return load_pairs(rows)
 
 
 def test_the_table_says_what_the_models_say(held):
     "One cell, computed from the models and not from the run's tables."
     table = held.run.held_out()
     assert set(table.index.get_level_values("source")) == {"primer", "digest", "riddle"}
-    pairs = tokenize_pairs(logprobs_pairs(rows("riddle", 9)), load_tokenizer(BASE), max_length=64, max_prompt_length=32).pairs
+    pairs = tokenize_pairs(load_pairs(rows("riddle", 9)), load_tokenizer(BASE), max_length=64, max_prompt_length=32).pairs
     gamma_S, gamma_1, gamma_2 = (score_pairs(m, pairs).gamma(pairs) for m in (load_model(BASE), load_model(str(held.run.model_folder(1))), held.run.model))
     assert table.loc[("riddle", "after stage 2", "S"), "change of gamma"][0] == pytest.approx((gamma_2 - gamma_S).mean().item(), abs=1e-3)
     assert table.loc[("riddle", "after stage 2", "stage 1"), "change of gamma"][0] == pytest.approx((gamma_2 - gamma_1).mean().item(), abs=1e-3)
@@ -88,7 +83,7 @@ def test_an_impossible_share(share):
 
 
 def test_nothing_left_to_train_on():
-    source = tokenize_pairs(logprobs_pairs(TWO["primer"][:1]), load_tokenizer(BASE), "one")
+    source = tokenize_pairs(load_pairs(TWO["primer"][:1]), load_tokenizer(BASE), "one")
     with pytest.raises(ValueError, match="source 'one': eval_share = 0.999999 holds out all of its 1 pairs"): hold_out(source, 0.999999)
 
 
@@ -140,7 +135,7 @@ def test_no_bar_for_nothing():
 def test_the_clock_counts_all_that_is_left():
     "A pass that is there already is not waited for."
     S, tok = load_model(BASE), load_tokenizer(BASE)
-    pairs = tokenize_pairs(logprobs_pairs(TWO["primer"]), tok).pairs
+    pairs = tokenize_pairs(load_pairs(TWO["primer"]), tok).pairs
     tokens = pair_tokens(pairs)
     clock = Clock(left=2.0 * tokens.sum())
     score_pairs(S, pairs, clock=clock)
@@ -157,7 +152,7 @@ def test_the_clock_of_a_run_ends_near_zero(tmp_path, monkeypatch):
         return out
     monkeypatch.setattr(stepwise, "train_stage", watched)
     sdpo(BASE, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
-    measured = sum(pair_tokens(tokenize_pairs(logprobs_pairs(r), load_tokenizer(BASE), max_length=64, max_prompt_length=32).pairs).sum() for r in TWO.values())
+    measured = sum(pair_tokens(tokenize_pairs(load_pairs(r), load_tokenizer(BASE), max_length=64, max_prompt_length=32).pairs).sum() for r in TWO.values())
     assert left == sorted(left, reverse=True) and left[-1] == measured   # the last pass over the probes
 
 

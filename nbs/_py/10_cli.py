@@ -136,11 +136,11 @@ def _data(args):
     "Print what would be read and scored, without a model."
     from sdpo_nb.logprobs import load_tokenizer
     from sdpo_nb.preferences import decoded
-    from sdpo_nb.stepwise import data_notes, load_sources, part_sources
+    from sdpo_nb.stepwise import data_notes, read_sources
     what = _what(args, needed=("model", "sources"))
     tokenizer = load_tokenizer(what["model"], what["revision"])
-    sources, _ = part_sources(load_sources(what["sources"], tokenizer, what["config"]), what["sources"], what["config"])
-    for source in sources + (load_sources(what["held_out"], tokenizer, what["config"], "held_out") if what["held_out"] else []):
+    sources, held = read_sources(what["sources"], what["held_out"], tokenizer, what["config"])
+    for source in sources + [s for s in held if s.counts]:   # of a source that was parted, the counts are told once
         print("\n".join(data_notes(source, bool(tokenizer.chat_template))) + "\n  the first pairs; what stands after >>> is scored")
         for i, pair in enumerate(decoded(source, tokenizer)):
             print(f"\n--- {source.name}, pair {i}\n{pair['prompt']}")
