@@ -3,14 +3,14 @@
     python .ci/book.py sync          clean, export, write the twins and README.md
     python .ci/book.py check         the same, then puts every file back: fails and names those that would change
     python .ci/book.py run [NB ...]  run notebooks as nbdev_test would, store outputs, then sync
-    python .ci/book.py edit [PY ...] take edits made in nbs/_py/*.py into the notebooks, then sync
+    python .ci/book.py edit [PY ...] take edits made in .twins/**/*.py into the notebooks, then sync
 """
 import base64, hashlib, json, os, re, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
-NBS = Path("nbs")
+NBS, TWINS = Path("nbs"), Path(".twins")
 LINK = re.compile(r"\]\((?!http|#)([\w/]+\.ipynb)")
 COLAB = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path}"
 
@@ -20,7 +20,7 @@ def notebooks():
 
 
 def twin(nb):
-    return nb.parent / "_py" / f"{nb.stem}.py"
+    return TWINS / nb.relative_to(NBS).with_suffix(".py")
 
 
 def text(out):
@@ -64,7 +64,7 @@ def sync(only=()):
     for nb in notebooks():
         if only and nb.stem not in {Path(p).stem for p in only}:
             continue
-        twin(nb).parent.mkdir(exist_ok=True)
+        twin(nb).parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", "-o", twin(nb), nb], check=True)
     for path, data in readme().items():
         Path(path).parent.mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ def sync(only=()):
 
 
 def watched():
-    files = [*notebooks(), *NBS.rglob("_py/*.py"), *Path("sdpo_nb").glob("*.py"), *NBS.glob("index_files/*"), Path("README.md")]
+    files = [*notebooks(), *TWINS.rglob("*.py"), *Path("sdpo_nb").glob("*.py"), *NBS.glob("index_files/*"), Path("README.md")]
     return {p: p.read_bytes() for p in files if p.exists()}
 
 
@@ -89,11 +89,11 @@ def check():
         for p, data in before.items():
             p.write_bytes(data)
     wrong = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
-    stems = {nb.stem for nb in notebooks()}
+    twins = {twin(nb) for nb in notebooks()}
     modules = {json.loads(nb.read_text())["cells"] and m.group(1) for nb in notebooks()
                for m in [re.search(r"#\|\s*default_exp (\w+)", nb.read_text())] if m}
     extra = [str(p) for p in Path("sdpo_nb").glob("*.py") if p.stem not in modules | {"__init__", "_modidx"}]
-    extra += [str(p) for p in NBS.rglob("_py/*.py") if p.stem not in stems]
+    extra += [str(p) for p in TWINS.rglob("*.py") if p not in twins]
     ini = configparser.ConfigParser(delimiters=["="]); ini.read("settings.ini"); ini = ini["DEFAULT"]
     toml = tomllib.loads(Path("pyproject.toml").read_text())
     same = [(toml["project"]["name"], ini["lib_name"]), (toml["project"]["requires-python"], f">={ini['min_python']}"),
@@ -157,8 +157,8 @@ def tidy(out):
 
 
 def edit(paths):
-    for script in map(Path, paths or sorted(NBS.rglob("_py/*.py"))):
-        nb = script.parent.parent / f"{script.stem}.ipynb"
+    for script in map(Path, paths or sorted(TWINS.rglob("*.py"))):
+        nb = NBS / script.resolve().relative_to(ROOT / TWINS).with_suffix(".ipynb")
         same = nb.exists() and subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", "-o", "-", nb],
                                               capture_output=True, check=True).stdout == script.read_bytes()
         if not same:
