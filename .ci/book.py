@@ -37,8 +37,9 @@ def readme():
         if cell["cell_type"] == "markdown":
             parts.append(LINK.sub(r"](nbs/\1", src))
             continue
+        shown = not re.search(r"^#\s*\|\s*echo:\s*false", src, re.M)
         src = "\n".join(l for l in src.splitlines() if not re.match(r"#\s*\|", l)).strip()
-        if src:
+        if src and shown:
             parts.append(f"```python\n{src}\n```")
         for out in cell.get("outputs", []):
             data = out.get("data", {"text/plain": out.get("text", "")})
@@ -66,7 +67,11 @@ def sync(only=()):
             continue
         twin(nb).parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "jupytext", "-q", "--to", "py:percent", "-o", twin(nb), nb], check=True)
-    for path, data in readme().items():
+    written = readme()
+    for old in NBS.glob("index_files/*"):
+        if str(old) not in written:
+            old.unlink()
+    for path, data in written.items():
         Path(path).parent.mkdir(exist_ok=True)
         if not Path(path).exists() or Path(path).read_bytes() != data:
             Path(path).write_bytes(data)
@@ -87,6 +92,7 @@ def check():
         for p in watched().keys() - before.keys():
             p.unlink()
         for p, data in before.items():
+            p.parent.mkdir(exist_ok=True)
             p.write_bytes(data)
     wrong = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
     twins = {twin(nb) for nb in notebooks()}

@@ -58,10 +58,12 @@ def longest_run(cells):
 
 def measure(text):
     notebook = json.loads(text)
-    code, prose = [], 0
+    code, prose, words = [], 0, 0
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown": prose += len(source)
+        if cell["cell_type"] == "markdown":
+            prose += len(source)
+            words += len(source.split())
         if cell["cell_type"] == "code": code.append(source)
     cells = [("#| export" in source, source) for source in code if not source.startswith(("#| default_exp", "#| hide"))]
     plain = ["\n".join(x for x in s.splitlines() if not x.startswith("%")) for s in code]
@@ -79,6 +81,7 @@ def measure(text):
         "their lines": run[1],
         "parameters": sum(c for c, _ in counts),
         "told %": 100 * sum(t for _, t in counts) / max(1, sum(c for c, _ in counts)),
+        "minutes to read": round(words / 150 + len(lines) / 8),
         "prose/code": prose / max(1, sum(map(len, plain))),
     }
 

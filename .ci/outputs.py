@@ -16,7 +16,7 @@ def outputs(notebook):
     for cell in json.loads(notebook)["cells"]:
         for out in cell.get("outputs", []):
             data = out.get("data", {"text/plain": out.get("text", "")})
-            text = "".join(data.get("text/plain", ""))
+            text = "".join(data.get("text/markdown") or data.get("text/plain", ""))
             if not text.startswith("<Figure"): yield text
 
 

@@ -32,7 +32,7 @@ from transformers import GenerationConfig
 from sdpo_nb.logprobs import LogprobTable, autocast, gamma
 from sdpo_nb.loss import dpo_loss, reward_accuracy
 from sdpo_nb.partition import wilson
-from sdpo_nb.world import K, answer, mean_interval, prompt_ids, respond_ids, text_of, true_reward
+from sdpo_nb.world import K, answer, mean_interval, prompt_ids, respond, respond_ids, text_of, true_reward
 
 # %%
 import tempfile
@@ -191,6 +191,35 @@ asked = w.test[:4]
 answers = pd.DataFrame({name: greedy_answers(m, tok, [prompt_ids(tok, p) for p in asked]) for name, m in (("S", S), ("M", M))}, index=asked)
 assert answers["S"].tolist() == respond(S, tok, asked, tau=0)
 answers
+
+
+# %% [markdown]
+# Which prompts should a page show? If the author picks them, they prove nothing. So they are picked by a rule: of each skill of the tiny world, the first prompt that S gets wrong; then the first that S gets right and the aligned model gets wrong.
+
+# %%
+#| export
+def answers_beside(
+    S,             # the model that training began with
+    model,         # the aligned one
+    tokenizer,     # of both
+    prompts: list, # of the tiny world, as text
+) -> pd.DataFrame: # prompt: the index; S says, aligned, right
+    "Greedy answers of two models, on few prompts that a rule picks: what was mended, or not, and what was spoilt."
+    said = {"S says": respond(S, tokenizer, prompts, tau=0), "aligned": respond(model, tokenizer, prompts, tau=0)}
+    answers = pd.DataFrame(said, index=pd.Index(prompts, name="prompt"))
+    answers["right"] = [answer(p) for p in prompts]
+    was_right = answers["S says"] == answers["right"]
+    is_right = answers["aligned"] == answers["right"]
+
+    skills = pd.Series(prompts, index=answers.index).str.split().str[0]
+    wrong = answers[~was_right]
+    first_of_each = wrong[~skills[~was_right].duplicated()]
+    spoilt = answers[was_right & ~is_right].head(1)
+    return pd.concat([first_of_each, spoilt])
+
+
+# %%
+answers_beside(S, M, tok, w.test)
 
 # %% [markdown]
 # ## Right answers

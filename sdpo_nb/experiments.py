@@ -33,7 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .evaluate import as_text, excess, frontier, interval, kl_along, plot_frontier
 from .logprobs import load_model, score_pairs
 from .preferences import load_pairs, tokenize_pairs
-from .stepwise import StepwiseConfig, gamma_table, sdpo
+from .report import gamma_table
+from .stepwise import StepwiseConfig, sdpo
 from .trainer import learning_rate
 from .world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_model, make_prompts, make_tokenizer, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards, world_texts
 

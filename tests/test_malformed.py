@@ -13,7 +13,7 @@ import pytest
 import torch, yaml
 from datasets import Dataset, DatasetDict
 
-import sdpo_nb.logprobs as logprobs, sdpo_nb.stepwise as stepwise, sdpo_nb.trainer as trainer
+import sdpo_nb.logprobs as logprobs, sdpo_nb.report as report, sdpo_nb.trainer as trainer
 from sdpo_nb import cli
 from sdpo_nb.stepwise import StepwiseConfig
 from sdpo_nb.world import load_world
@@ -67,7 +67,7 @@ def quick(monkeypatch):
         if model != BASE: return load(model, revision)
         return known.setdefault(BASE, load(BASE)) if not known else known[BASE]
     monkeypatch.setattr(logprobs, "load_tokenizer", cached)
-    monkeypatch.setattr(stepwise, "_drawn", lambda *a: {name: plt.figure(figsize=(1, 1)) for name in ("loss", "gamma", "drift")})
+    monkeypatch.setattr(report, "_drawn", lambda *a: {name: plt.figure(figsize=(1, 1)) for name in ("loss", "gamma", "drift")})
 
 
 # ---- the three answers
@@ -637,7 +637,7 @@ def home(tmp_path_factory):
         save(*args); calls.append(1)
         if len(calls) == 3: raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepwise, "_drawn", lambda *a: {})
+        patch.setattr(report, "_drawn", lambda *a: {})
         patch.setattr(trainer, "save_checkpoint", stop)
         with pytest.raises(SystemExit) as e: cli.main([str(w) for w in run_words(tmp, tmp / "stopped")])
         assert e.value.code == 130 and (tmp / "stopped" / "stage-2" / "checkpoint" / "state.pt").exists()
@@ -695,7 +695,7 @@ def test_run_folders(ask, home, tmp_path, capsys, case):
         if "/model/" in part and command == "run": assert "tokenizer" in part or part.startswith("stage-1") and state == "finished", "a damaged model was passed over"
         if (command, part, how) == ("report", "stage-2/stage.json", "gone"): return _one_stage(out)    # as after a kill
         assert shown(out, folder) == shown((home / "shown.txt").read_text(), home / "finished"), "the tables are others"
-        assert stepwise.gamma_table(stepwise.Run(folder)).equals(stepwise.gamma_table(stepwise.Run(home / "finished"))), "the figures are others"
+        assert report.gamma_table(report.Run(folder)).equals(report.gamma_table(report.Run(home / "finished"))), "the figures are others"
     ask(Case(case.name, lambda tmp: words, want))
 
 

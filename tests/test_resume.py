@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch, yaml
 
-import sdpo_nb, sdpo_nb.stepwise as stepwise
+import sdpo_nb, sdpo_nb.folder, sdpo_nb.report, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, weights_hash
 from sdpo_nb.packing import packed_logprobs
-from sdpo_nb.stepwise import Run, StepwiseConfig, alone_in, gamma_table, sdpo
+from sdpo_nb.folder import alone_in
+from sdpo_nb.report import Run, gamma_table
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, metrics, perturbed, rows
 
@@ -310,7 +312,7 @@ def test_a_folder_is_free_again_after_an_error(tmp_path):
 
 
 def test_where_there_are_no_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(stepwise, "fcntl", None)
+    monkeypatch.setattr(sdpo_nb.folder, "fcntl", None)
     with alone_in(tmp_path), alone_in(tmp_path): pass
 
 
@@ -362,7 +364,8 @@ def test_a_finished_run_on_a_disk_that_can_only_be_read(alone, tmp_path, monkeyp
     "Its tables are shown; that there is no new report takes one line."
     def read_only(path): raise OSError(30, "Read-only file system")
     folder = copy_of(alone, tmp_path)
-    monkeypatch.setattr(stepwise, "replacing", read_only); monkeypatch.setattr(stepwise, "_open_lock", lambda path: None)
+    monkeypatch.setattr(sdpo_nb.report, "replacing", read_only)
+    monkeypatch.setattr(sdpo_nb.folder, "_open_lock", lambda path: None)
     capsys.readouterr()
     assert run(folder).table().equals(alone.table())
     assert "no new report: [Errno 30] Read-only file system" in capsys.readouterr().out

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sdpo_nb.stepwise as stepwise
+import sdpo_nb.report as report, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import Clock, load_model, load_tokenizer, pair_tokens, progress, score_pairs
 from sdpo_nb.preferences import hold_out, load_pairs, tokenize_pairs
-from sdpo_nb.stepwise import Run, StepwiseConfig, model_card, sdpo, undecided
+from sdpo_nb.report import Run, model_card, undecided
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, metrics, rows, write_jsonl
 
@@ -192,7 +193,7 @@ def test_pushed_is_what_is_exported(held, monkeypatch):
     class Hub:
         def create_repo(self, repo_id, private, exist_ok): sent.update(repo=repo_id, private=private); return f"https://hub/{repo_id}"
         def upload_folder(self, repo_id, folder_path, commit_message): sent.update(files={str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()})
-    monkeypatch.setattr(stepwise, "HfApi", Hub)
+    monkeypatch.setattr(report, "HfApi", Hub)
     assert held.run.push("me/aligned") == "https://hub/me/aligned"
     assert sent["repo"] == "me/aligned" and sent["private"] and {"README.md", "config.json", "model.safetensors", "tokenizer.json", "figures/change.png"} <= sent["files"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch, yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import sdpo_nb.stepwise as stepwise
+import sdpo_nb.report as report, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
@@ -21,7 +21,7 @@ TWO = {"primer": rows("primer", 24), "digest": rows("digest", 24)}
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch): monkeypatch.setattr(stepwise, "write_report", lambda run: None)   # most of the time of a small run
+def no_figures(monkeypatch): monkeypatch.setattr(report, "write_report", lambda run: None)   # most of the time of a small run
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sdpo_nb.evaluate import as_text, excess, frontier, interval, kl_along, plot_frontier
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
+from sdpo_nb.report import gamma_table
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.trainer import learning_rate
 from sdpo_nb.world import ALPHABET, SKILLS, content_hash, edit_distance, freeze_world, load_base, load_world, make_pairs, make_model, make_prompts, make_tokenizer, prompt_ids, respond_ids, sft, text_of, true_reward, true_rewards, world_texts
 

@@ -1,0 +1,699 @@
+# %% [markdown]
+# # A run is a folder
+# > Everything a run knows lies in files. Each file can be read again, and says what is wrong with it.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/09_folder.ipynb)
+#
+# **You should know** what [a table of log-probabilities](02_logprobs.ipynb) and [one stage of training](06_trainer.ipynb) are. If you came to learn what stepwise DPO *does*, skip this
+# chapter and read [11](11_stepwise.ipynb) first. **Time** an hour to read with its code, a few seconds to run.
+#
+# Stepwise DPO trains a model in stages: stage 1 turns the start model S into $M_1$, stage 2 turns $M_1$ into $M_2$, and each stage measures itself against the model before it. That takes
+# hours on a real model, and hours are long enough for a machine to stop, for a disk to fill up, or for a colleague to copy the folder and change one setting. So a run is a
+# folder, and the same command on the same folder goes on where it stopped:
+#
+# ```
+# run/config.yaml     what was asked for: settings, hashes of S and of the pairs, machine, versions
+#     partition.json  how the data was cut into chunks, and why
+#     base/logprobs/  what S says about every pair
+#     stage-1/        metrics.jsonl, checkpoint/, model/, logprobs/, stage.json
+#     stage-2/        the same for M_2, and so on
+#     report.md, figures/
+# ```
+#
+# This chapter holds what keeps such a folder honest. It answers five questions, one a section: what does a file say? which stages are finished? is this the model that the stage
+# saved? is this the same run? is anybody else at work here?
+
+# %%
+#| default_exp folder
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import functools, json, os, re, shlex, subprocess, sys
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+
+try: import fcntl
+except ImportError: fcntl = None # Windows
+
+from sdpo_nb.logprobs import check_model, load_model, load_tokenizer, replacing, weights_hash, write_json
+from sdpo_nb.trainer import COMPUTED_ALIKE, check_one_process, read_checkpoint
+
+# %%
+import contextlib, io, shutil, tempfile
+
+from sdpo_nb.trainer import TrainConfig
+from sdpo_nb.world import load_world
+
+torch.set_num_threads(1)
+w, tmp = load_world(), Path(tempfile.mkdtemp())
+
+
+# %% [markdown]
+# Most lessons here break something on purpose. This helper keeps what was said about it.
+
+# %%
+def complaint(call, *args):
+    "What a call says when it refuses."
+    try: call(*args)
+    except ValueError as e: return str(e).replace(str(tmp), "run")
+    raise AssertionError("it did not refuse")
+
+
+# %% [markdown]
+# ## What does a file say?
+#
+# People write YAML by hand, and by hand one writes a setting twice. YAML then takes the second value and says nothing. Here that is an error, and it names the line.
+
+# %%
+#| export
+class _Once(yaml.SafeLoader):
+    "A name that is given twice is an error; YAML lets the later value win."
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) == 1: continue
+            raise yaml.constructor.ConstructorError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+def read_yaml(
+    path, # of any YAML file
+):        # whatever it holds; None where it is empty
+    "A YAML file. Raises ValueError, with file and line, for what is not YAML and for a name that is given twice."
+    try: return yaml.load(Path(path).read_text(encoding="utf-8"), _Once)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: is not text in UTF-8 ({e.reason})") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        problem = getattr(e, "problem", None) or str(e).splitlines()[0]
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{path}: {line}{problem}") from e
+
+
+# %%
+file = tmp / "run.yaml"
+for text in ("beta: 0.1\nlr: 1e-5\nbeta: 0.3\n", "sources: [a.jsonl\n"):
+    file.write_text(text)
+    print(complaint(read_yaml, file))
+
+# %% [markdown]
+# The files that a run writes itself are read by one function. By the time they are read, in the next call or in a year, one may be missing, empty or cut. A complaint then says three things:
+# which file, what is wrong with it, and what to do about it.
+
+# %%
+#| export
+NEEDED = { # name of a file -> what it must hold
+    "config.yaml": {"model", "weights", "sources", "pairs", "device", "settings", "versions"},
+    "partition.json": {"measures", "names", "chunks"},
+    "stage.json": {"stage", "chunk", "end", "probes", "steps", "skipped"},
+    "held_out.json": set(),
+    "answers.json": {"prompts", "answers"},
+    "cost.json": {"seconds", "peak_gib"},
+}
+
+_CURES = {
+    "config.yaml": "put a copy of it back, or use another folder",
+    "partition.json": "remove it and run again: the partition is made anew",
+    "held_out.json": "remove it and run again: it is made anew",
+    "answers.json": "remove it: the report does without",
+    "cost.json": "remove it: the report does without",
+}
+
+def cure_of(
+    path: Path, # of a file or folder of a run
+) -> str:
+    "What to do about a part of a run that cannot be used."
+    of_a_stage = f"put it back, or remove {path.parent.name} and the stages after it, and run again: they are trained anew"
+    return _CURES.get(path.name) or of_a_stage
+
+@contextmanager
+def naming(
+    path: Path, # of a file of a run
+):              # a context, for as long as it is read
+    "Whatever goes wrong in reading a file says which file it was, and what to do. Raises ValueError."
+    try: yield
+    except Exception as e:
+        told = str(e).removeprefix(f"{path}: ").split("\n")[0]
+        why = getattr(e, "strerror", None) or told or type(e).__name__
+        raise ValueError(f"{path}: cannot be used ({why}); {cure_of(path)}") from e
+
+def read_part(
+    path, # of a config.yaml, partition.json, stage.json, ...
+) -> dict:
+    "A file of a run. Raises ValueError: which file, what is wrong with it, what to do."
+    path = Path(path)
+    with naming(path):
+        if path.suffix == ".yaml": found = read_yaml(path)
+        else: found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict): raise ValueError("holds no names and values")
+        absent = NEEDED[path.name] - set(found)
+        if absent: raise ValueError(f"lacks {', '.join(sorted(absent))}")
+        return found
+
+
+# %% [markdown]
+# An empty file, a file without content, half a file, and one from something else:
+
+# %%
+stage = tmp / "stage-1"
+stage.mkdir()
+for text in ("", "null", '{"stage": 1', '{"stage": 1, "chunk": "primer"}'):
+    (stage / "stage.json").write_text(text)
+    print(complaint(read_part, stage / "stage.json"))
+
+
+# %% [markdown]
+# ## Which stages are finished?
+#
+# `stage.json` is the last file that a stage writes. So a stage is finished when it is there, and only then. Two things could go wrong, and both have: a copy that you made, `stage-1-before`, is
+# no stage. And with stage 1 gone, what is left of two stages is still stage 2.
+
+# %%
+#| export
+def stage_numbers(
+    folder, # of a run
+) -> list[int]:
+    "Numbers of the stages that have a folder, finished or not, in order."
+    found = [re.fullmatch(r"stage-([1-9]\d*)", p.name) for p in Path(folder).glob("stage-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+def finished_stages(
+    folder, # of a run
+) -> list[int]:
+    "Numbers of the finished stages in a run folder, in order. Another folder beside them is no stage."
+    return [t for t in stage_numbers(folder) if (Path(folder) / f"stage-{t}" / "stage.json").exists()]
+
+
+# %%
+for name in ("stage-2", "stage-10", "stage-1-before"):
+    (tmp / name).mkdir()
+    (tmp / name / "stage.json").write_text("{}")
+(tmp / "stage-3").mkdir() # begun
+assert stage_numbers(tmp) == [1, 2, 3, 10]
+finished_stages(tmp)
+
+
+# %% [markdown]
+# To go on from stage 10 without stages 3 to 9 would be a run that nobody can explain. So whoever needs the stages in a row asks for their folders, and hears about a gap.
+
+# %%
+#| export
+def stage_folders(
+    folder, # of a run
+) -> list[Path]:
+    """Folders of the finished stages, which must be 1, 2, ... for a run to go on or be reported.
+
+    Raises ValueError for a gap.
+    """
+    done = finished_stages(folder)
+    for t, found in enumerate(done, 1):
+        if t == found: continue
+        missing = Path(folder) / f"stage-{t}" / "stage.json"
+        raise ValueError(f"{missing}: is missing, but stage {done[-1]} is finished; "
+                         f"put it back, or remove the stages after {t} and run again: they are trained anew")
+    return [Path(folder) / f"stage-{t}" for t in done]
+
+
+# %%
+print(complaint(stage_folders, tmp))
+for folder in tmp.glob("stage-*"): shutil.rmtree(folder)
+
+
+# %% [markdown]
+# ## Is this the model that the stage saved?
+#
+# A model is saved as a folder that `from_pretrained` reads. Two promises go with it. The folder appears under its name only when it is complete, so half a model never looks like a whole one. And
+# it has the dtype of S: if you bring a model in bf16, you get one in bf16 back, although training keeps its weights in fp32.
+
+# %%
+#| export
+def save_model(
+    model,     # a transformers model
+    tokenizer, # goes into the same folder
+    path,      # of the folder; what was there is replaced
+    dtype: torch.dtype=None, # of the file; default: the model's own
+):
+    """`save_pretrained` under a temporary name, then renamed.
+
+    Everybody may read it who may read your files; safetensors alone would write for you only.
+    """
+    with replacing(path) as tmp:
+        if dtype in (None, model.dtype): model.save_pretrained(tmp)
+        else: _save_rounded(model, tmp, dtype)
+        tokenizer.save_pretrained(tmp)
+        usual = (tmp / "config.json").stat().st_mode
+        for file in tmp.glob("*.safetensors"): file.chmod(usual)
+
+def _save_rounded(model, path, dtype):
+    "The model stays as it is; the file, and what its config says of it, are of another dtype."
+    rounded = {id(p): p.detach().to(dtype) for p in model.parameters()} # tied weights stay one tensor
+    named = model.state_dict(keep_vars=True)
+    state = {name: rounded.get(id(p), p) for name, p in named.items()}
+    model.save_pretrained(path, state_dict=state)
+    config = json.loads((path / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(path / "config.json", config)
+
+
+# %%
+model, tokenizer = load_model(w.base, "cpu"), load_tokenizer(w.base)
+save_model(model, tokenizer, tmp / "half", torch.bfloat16)
+
+config = json.loads((tmp / "half/config.json").read_text())
+sizes = {name: (tmp / name / "model.safetensors").stat().st_size for name in ("half", w.base)}
+assert model.dtype == torch.float32
+print(f"in memory {model.dtype}, on disk {config['dtype']}; {sizes['half'] / sizes[w.base]:.2f} of the size of S")
+
+
+# %% [markdown]
+# Rounding may swallow what was learned. A weight in bf16 has 8 bits: it moves only if training moved it by half the distance to its neighbour. Suppose that every weight grows by a
+# thousandth. How many of the saved weights will differ?
+
+# %%
+#| export
+def share_changed(
+    model,         # M_t, in fp32
+    before: str,   # folder or hub id of the model that it came from
+    dtype: torch.dtype, # both are rounded to it
+    revision: str=None, # of a hub id
+) -> float:        # from 0 to 1
+    "Share of the weights that differ between two models, once both are rounded."
+    old = dict(load_model(before, "cpu", revision).named_parameters())
+    moved = 0
+    for name, new in model.named_parameters():
+        differs = new.detach().cpu().to(dtype) != old[name].to(dtype)
+        moved += differs.sum().item()
+    return moved / model.num_parameters()
+
+
+# %%
+grown = load_model(w.base, "cpu")
+with torch.no_grad():
+    for p in grown.parameters(): p.mul_(1.001)
+
+for dtype in (torch.float32, torch.bfloat16):
+    print(f"{dtype}: {share_changed(grown, w.base, dtype):.0%} of the weights differ")
+
+
+# %% [markdown]
+# So a stage counts this share, and says so where most weights did not move.
+#
+# A file on disk may also have been *replaced*: a colleague copies a model into the folder, or a synchronised drive restores an old one. Its path stays the same, and nothing would show it. But every stage wrote down the hash of
+# the weights that it saved. When a model is loaded, the two are compared.
+
+# %%
+#| export
+def load_stage(
+    folder,          # of a finished stage
+    device: str=None, # as for `load_model`
+):                   # M_t as it lies on disk
+    "The model that a stage saved. Raises ValueError where another one lies there."
+    folder = Path(folder)
+    saved = _saved(folder)
+    model = load_model(str(folder / "model"), device)
+    _compare(model, getattr(torch, saved["dtype"]), saved["weights"], folder / "model")
+    return model
+
+def _saved(folder):
+    "dtype and hash of the model that a stage saved."
+    ended = read_part(folder / "stage.json")
+    return ended.get("saved") or dict(dtype="float32", weights=ended["end"])
+
+def _compare(model, dtype, weights, path):
+    found = weights_hash(model, dtype)
+    if found != weights:
+        raise ValueError(f"{path}: has weights {found}, but the stage ended with {weights}; {cure_of(path)}")
+
+
+# %%
+stage.mkdir()
+save_model(model, tokenizer, stage / "model")
+ended = dict(stage=1, chunk="primer", end=weights_hash(model), probes={}, steps=0, skipped=0)
+write_json(stage / "stage.json", ended)
+assert weights_hash(load_stage(stage)) == ended["end"]
+
+save_model(grown, tokenizer, stage / "model") # somebody puts another model there
+print(complaint(load_stage, stage))
+
+
+# %% [markdown]
+# One more thing follows from the rounding. A run in bf16 that goes on from the file would start from rounded weights, and end in others than a run that was never interrupted. So the checkpoint of
+# the last stage, which holds the weights in fp32, is kept until the next stage is finished, and a run goes on from there.
+
+# %%
+#| export
+def load_exactly(
+    folder,           # of a finished stage
+    device: str=None, # as for `load_model`
+):                    # M_t in fp32
+    """The model that a stage ended with: from its checkpoint, where the model on disk is rounded and a checkpoint is there.
+
+    Raises ValueError where another one lies there.
+    """
+    folder = Path(folder)
+    model = load_stage(folder, device)
+    exact = read_checkpoint(folder) if _saved(folder)["dtype"] != "float32" else None
+    if exact:
+        model.load_state_dict(exact["model"])
+        _compare(model, None, read_part(folder / "stage.json")["end"], folder / "checkpoint")
+    return model
+
+
+# %% [markdown]
+# S itself may come in as an object, not as a path. Trainers that reload "the" model by the name in its config then get another model, without a word. Here the object is saved into the run first, and from then on it has a path like any other.
+
+# %%
+#| export
+def base_folder(
+    model,       # hub id, folder, or a loaded causal LM
+    tokenizer,   # of a loaded model; else None is fine
+    folder: Path, # of the run
+    revision: str=None, # of a hub id
+) -> tuple:      # path or hub id of S, its tokenizer
+    """Where S lies.
+
+    A loaded model is saved under base/model. Raises ValueError where the run was started with other
+    weights.
+    """
+    if isinstance(model, (str, Path)):
+        return str(model), tokenizer or load_tokenizer(str(model), revision)
+    check_model(model)
+    if tokenizer is None: raise ValueError("model: a loaded model needs its tokenizer, sdpo(model=..., tokenizer=...)")
+    path = folder / "base" / "model"
+    started = (folder / "config.yaml").exists()
+    if started:
+        mine = weights_hash(model, torch.float32)
+        theirs = read_part(folder / "config.yaml")["weights"]
+        if mine != theirs:
+            raise ValueError(f"{folder}: this run was started with a model of weights {theirs}, the loaded one has {mine}; "
+                             "use that or another folder")
+    if not (started and path.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_model(model, tokenizer, path)
+    return str(path), tokenizer
+
+
+# %%
+print(complaint(base_folder, grown, None, tmp))
+where, _ = base_folder(grown, tokenizer, tmp)
+assert weights_hash(load_model(where, "cpu")) == weights_hash(grown)
+print("saved under", Path(where).relative_to(tmp))
+shutil.rmtree(tmp / "base")
+shutil.rmtree(stage)
+
+# %% [markdown]
+# ## Is this the same run?
+#
+# A folder belongs to one run. Called again with the same settings, it goes on. Called with another $\beta$ it refuses, because half a run at one $\beta$ and half at another is no run. Three kinds of
+# things are told apart:
+#
+# - what changes the weights (`beta`, the pairs, S, ...): must be the same;
+# - how it is computed (`precision`, rows packed or padded, ...): may change as long as nothing has been trained, since there is nothing to protect yet;
+# - what changes nothing (how often a checkpoint is written, who is told of a step): may change at any time.
+#
+# `precision="auto"` is recorded as what it meant on this machine. Otherwise another machine would go on in another precision, and nobody would notice.
+
+# %%
+#| export
+FREE = {"save_every", "log_with"} # may change at any time
+
+HOW = {"precision"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
+
+SAID = {"base": "a config of S with the hash", "held_out_pairs": "held-out pairs with the hash"} # of what has no name that people know
+
+RECORDED = [ # in config.yaml, beside what was asked for
+    "weights", "reference_weights", "pairs", "held_out_pairs", "base",
+    "versions", "device", "not_deterministic", "machine", "command",
+]
+
+MAY_DIFFER = FREE | { # of config.yaml, between two calls
+    "settings", "versions", "machine", "device", "model", "revision", "not_deterministic", "command",
+}
+
+def recorded(
+    value, # of a setting
+):
+    "A setting as config.yaml can hold it: of a function, the name."
+    if isinstance(value, (int, float, str, list, type(None))): return value
+    return getattr(value, "__qualname__", type(value).__name__)
+
+def _compared(config):
+    "What must agree between two calls on one folder."
+    flat = config | config["settings"]
+    compared = {name: value for name, value in flat.items() if name not in MAY_DIFFER}
+    return compared | dict(sources=list(config["sources"])) # the names; where the data lie may change, what they are may not
+
+def _has_trained(folder):
+    "Whether an update of any stage has been saved."
+    marks = ("checkpoint/state.pt", "stage.json")
+    return any((folder / f"stage-{t}" / mark).exists() for t in stage_numbers(folder) for mark in marks)
+
+def open_folder(
+    folder: Path,
+    config,         # the settings, a dataclass
+    precision: str, # fp32, bf16 or fp16: what "auto" meant
+    identity: dict, # hashes and names of S, the sources, the machine: what goes into config.yaml beside the settings
+) -> str:           # what may change the last bits, or nothing
+    """Write config.yaml, or compare with the one that is there.
+
+    Raises ValueError naming the first difference that matters.
+    """
+    settings = {f.name: recorded(getattr(config, f.name)) for f in fields(config)}
+    settings["precision"] = precision
+    new = identity | dict(settings=settings, versions=versions(), command=command())
+    path = folder / "config.yaml"
+    if path.exists():
+        there = read_part(path)
+        differs = _differences(there, new)
+        if not differs: return what_differs(there, new)
+        _check_may_differ(folder, differs)
+        said = ", ".join(f"{name} = {now}" for name, (_, now) in differs.items())
+        print(f"{folder}: nothing was trained here yet; goes on with {said}")
+        (folder / "partition.json").unlink(missing_ok=True) # it is measured anew
+    with replacing(path) as tmp: tmp.write_text(yaml.safe_dump(new, sort_keys=False))
+    return ""
+
+def _differences(there, new) -> dict: # name -> (what it was, what it is now)
+    "What differs and must not, the settings first: they say more than the hash that they changed."
+    now = _compared(new)
+    later = {name: now.get(name) for name in ("base", "held_out_pairs", "eval_share")} # which older folders did not record
+    old = later | _compared(there)
+    if there["versions"].get("transformers") != new["versions"]["transformers"]:
+        old["base"] = now["base"] # another version may give a config more fields
+    names = sorted(now, key=lambda name: name not in new["settings"])
+    return {name: (old.get(name), now[name]) for name in names if old.get(name) != now[name]}
+
+def _check_may_differ(folder, differs):
+    "Raise ValueError unless only the way of computing differs and nothing has been trained."
+    first = next((name for name in differs if name not in HOW), next(iter(differs)))
+    if first in HOW and not _has_trained(folder): return
+    was, now = differs[first]
+    raise ValueError(f"{folder}: this run was started with {SAID.get(first, first)} = {was}, not {now}; use that or another folder")
+
+
+# %% [markdown]
+# What is left is the machine. With another number of threads a sum is added up in another order, and other versions may compute in another way. That is no mistake, so a run goes on; but it says so.
+
+# %%
+#| export
+@functools.cache
+def versions() -> dict[str, str]:
+    "Of what computes, and of this package with the commit that it is at, where that can be known."
+    found = {p: version(p) for p in ("torch", "transformers", "datasets", "accelerate", "sdpo_nb")}
+    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    if "site-packages" in here.parts: return found
+    ask = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+    try: commit = subprocess.run(ask, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError): return found
+    if commit.returncode == 0: found["sdpo_nb"] += f" at {commit.stdout.strip()}"
+    return found
+
+def command() -> str:
+    "What was typed; of a call from Python, the script."
+    name = Path(sys.argv[0]).name
+    return shlex.join(["sdpo" if name in ("sdpo", "cli.py") else name, *sys.argv[1:]])
+
+def machine_of(
+    device: torch.device,
+) -> dict:
+    "What the last bits depend on, beside the settings: the card, or threads and kind of CPU."
+    if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
+    return dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+
+def what_differs(
+    old: dict, # a config.yaml
+    new: dict, # the config.yaml that this call would write
+) -> str:      # nothing, where they agree
+    "A sentence, where two calls on one folder compute on different machines."
+    was, now = _facts(old), _facts(new)
+    differs = [f"{_fact(name, now[name])}, started with {was[name]}" for name in now if name in was and was[name] != now[name]]
+    return f"goes on with {'; with '.join(differs)}: the last bits may differ" if differs else ""
+
+def _facts(config): return dict(device=config["device"]) | config.get("machine", {}) | config["versions"]
+
+def _fact(name, value):
+    if name != "threads": return f"{name} {value}"
+    return f"{value} {'thread' if value == 1 else 'threads'}"
+
+
+# %% [markdown]
+# A made-up run is opened three times. The second call differs only in how often a checkpoint is written. The third changes the precision, before anything was trained.
+
+# %%
+made_up = dict(
+    model="S",
+    weights="1f0c",
+    base="77ab",
+    sources=dict(riddle="riddle.jsonl"),
+    pairs="90d2",
+    device="cpu",
+    machine=dict(threads=1, cpu="AVX2"),
+)
+assert open_folder(tmp, TrainConfig(beta=0.3), "fp32", made_up) == ""
+assert open_folder(tmp, TrainConfig(beta=0.3, save_every=7), "fp32", made_up) == ""
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    open_folder(tmp, TrainConfig(beta=0.3), "bf16", made_up)
+print(said.getvalue().replace(str(tmp), "run"))
+
+# %% [markdown]
+# Now a stage is trained (here its mark is enough), and the same change is refused. So is another `beta`. Other threads are only told.
+
+# %%
+(tmp / "stage-1/checkpoint").mkdir(parents=True)
+(tmp / "stage-1/checkpoint/state.pt").touch()
+print(complaint(open_folder, tmp, TrainConfig(beta=0.3), "fp32", made_up))
+print(complaint(open_folder, tmp, TrainConfig(beta=0.2), "bf16", made_up))
+
+elsewhere = made_up | dict(machine=dict(threads=2, cpu="AVX2"))
+print(open_folder(tmp, TrainConfig(beta=0.3), "bf16", elsewhere))
+
+
+# %% [markdown]
+# ## Is anybody else at work here?
+#
+# Two processes in one folder would write the same checkpoint and each other's metrics. So a call holds a lock while it works. The system gives the lock back when a process dies, however it dies; there is nothing to
+# clean up.
+
+# %%
+#| export
+@contextmanager
+def alone_in(
+    folder, # of a run; made where it is missing
+):          # a context, for as long as the work takes
+    """Hold a folder's lock.
+
+    Raises ValueError where another process has it, or where a launcher started several. On Windows, and
+    on a disk that cannot be written to, there is none.
+    """
+    check_one_process()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _open_lock(folder / ".lock") if fcntl else None
+    try:
+        if lock is not None and not _take(lock):
+            raise ValueError(f"{folder}: another process works in this folder; wait until it has ended, or use another folder")
+        yield
+    finally:
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN) # said, not left to closing: a process that was forked may still hold a copy
+            os.close(lock)
+
+def _open_lock(path):
+    try: return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError: return None
+
+def _take(lock) -> bool:
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: pass # a file system without locks
+    return True
+
+
+# %%
+with alone_in(tmp / "once"):
+    print(complaint(alone_in(tmp / "once").__enter__))
+with alone_in(tmp / "once"): pass # it has been given back
+
+
+# %% [markdown]
+# The last guard is for a folder that holds stages but no `config.yaml`. Nobody knows with which settings they were trained, so nothing may go on from them.
+
+# %%
+#| export
+def check_fresh(
+    folder: Path, # that a run wants to work in
+):
+    """Raise ValueError for parts of a run without config.yaml.
+
+    A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written
+    anew.
+    """
+    if (folder / "config.yaml").exists(): return
+    parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
+    parts += folder.glob("partition.json")
+    parts += [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
+    if parts:
+        part = parts[0].relative_to(folder)
+        raise ValueError(f"{folder}: not empty and not a run, there is {part} but no config.yaml; use another folder")
+
+
+# %%
+check_fresh(tmp / "once")
+(tmp / "config.yaml").unlink() # stage-1 stays
+print(complaint(check_fresh, tmp))
+
+# %%
+#| hide
+shutil.rmtree(tmp)
+
+# %% [markdown]
+# ## What you now have
+#
+# A folder that knows what it is. `read_part` reads each of its files or says what to do; `stage_folders` lists what is finished; `load_stage` gives you the model that a stage saved, and no other;
+# `open_folder` lets a run go on only as the run that it was; `alone_in` keeps a second process out. The [next chapter](10_report.ipynb) reads such a folder, and [11](11_stepwise.ipynb) writes one.
+#
+# ## Questions to test yourself
+#
+# 1. Why is `stage.json` written last, after the model?
+#
+# <details><summary>Answer</summary>
+#
+# It is the mark that a stage is finished. If it came first and the process died before the model was complete, the next call would go on from a model that is not there, or from an old one.
+#
+# </details>
+#
+# 2. Why may `save_every` change between two calls, but not `beta`?
+#
+# <details><summary>Answer</summary>
+#
+# `save_every` says how often the state is written down. It changes no weight. With another `beta` the second half of the stage would minimise another loss, and no report could say which model came out.
+#
+# </details>
+#
+# 3. Why does a path not answer the question "which model is this"?
+#
+# <details><summary>Answer</summary>
+#
+# A path is a name, and what lies under a name can be exchanged. A hash of the weights is made of the weights themselves.
+#
+# </details>
+#
+# ## Try this
+#
+# Make a copy of a finished run (`sdpo demo` makes some in `runs/demo`), flip one byte in the middle of `stage-2/model/model.safetensors`, and call `load_stage` on the stage.
+#
+# <details><summary>What you should see</summary>
+#
+# One line: the path, the hash found, the hash that the stage ended with, and what to do. If you hit the header at the beginning of the file instead, the line says that the file cannot be read.
+#
+# </details>

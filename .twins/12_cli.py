@@ -1,0 +1,574 @@
+# %% [markdown]
+# # The command line
+# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push` and `sdpo demo`.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/12_cli.ipynb)
+#
+# **You should know** what [a run](11_stepwise.ipynb) is. **Time** 50 minutes to read with its code, half a minute to run.
+#
+# A command line is a way in and nothing more, so it should have no settings of its own. Here every setting of a run becomes an option, generated from `StepwiseConfig`. The few
+# options written by hand say where the model, the data and the run are. Bad input ends in one line that says what to do.
+
+# %%
+#| default_exp cli
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %% [markdown]
+# Two environment variables stand above everything, because they must be set before torch is imported. Without the first one, threads spin while they wait, and a tiny model becomes twenty times slower as soon as another
+# process wants a core. Torch itself takes seconds to import, so it is imported inside the commands, and `sdpo --help` answers at once.
+
+# %%
+#| export
+import os
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import argparse, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+
+# %%
+import contextlib, io, json, shlex, tempfile
+
+from sdpo_nb.world import load_world
+
+w, tmp = load_world(), Path(tempfile.mkdtemp())
+
+
+# %% [markdown]
+# ## Settings become options
+
+# %%
+#| export
+def _add_settings(parser):
+    "One option per field of StepwiseConfig."
+    from dataclasses import fields
+    from sdpo_nb.stepwise import StepwiseConfig
+    for f in fields(StepwiseConfig):
+        text = f"{f.metadata['help']} (default: {f.default})"
+        how = dict(default=None, help=text.replace("%", "%%"))
+        if f.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = f.type if f.type in (int, float, str) else int
+            how["choices"] = f.metadata["choices"]
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
+
+
+# %%
+parser = argparse.ArgumentParser()
+_add_settings(parser)
+given = parser.parse_args(["--beta", "0.3", "--init-target", "S"])
+{name: value for name, value in vars(given).items() if value is not None}
+
+
+# %% [markdown]
+# ## A run as one file
+#
+# A run is a model, sources, settings and a folder. All of it can stand in one YAML file, where each source may have its own split and columns. The `config.yaml` that a run writes into its folder is such a file, too: what it adds (weights, versions, ...) is skipped.
+
+# %%
+#| export
+def _run_file(path) -> dict:
+    "model, revision, sources, held_out, folder and settings from a YAML file, as far as they are there."
+    from sdpo_nb.folder import RECORDED, read_yaml
+    if path is None: return dict(settings={})
+    given = read_yaml(path) or {}
+    if not isinstance(given, dict): raise ValueError(f"{path}: expected lines of the form 'setting: value'")
+    places = ("model", "revision", "sources", "held_out", "folder")
+    found = {name: given.pop(name) for name in places if name in given}
+    for name in ("model", "revision", "folder"):
+        if not isinstance(found.get(name) or "", str): raise ValueError(f"{path}: {name}: must be text, got {found[name]!r}")
+    nested = given.pop("settings", None) or {}
+    if not isinstance(nested, dict): raise ValueError(f"{path}: settings: expected lines of the form 'setting: value'")
+    written = RECORDED if "versions" in given else () # a device that somebody else wrote is a setting
+    own = {name: value for name, value in given.items() if name not in written}
+    return found | dict(settings=nested | own)
+
+
+# %%
+file = tmp / "run.yaml"
+file.write_text("""
+model: HuggingFaceTB/SmolLM2-135M-Instruct
+sources:
+  orca: {source: Intel/orca_dpo_pairs, columns: {question: prompt}}
+beta: 0.2
+""")
+_run_file(file)
+
+
+# %% [markdown]
+# An option on the command line is stronger than a line of the file. And every value, from wherever it came, goes through the checks of `StepwiseConfig`.
+
+# %%
+#| export
+def _config(args, settings):
+    "StepwiseConfig from a file's settings and from options; options win."
+    from dataclasses import fields
+    from sdpo_nb.stepwise import StepwiseConfig, make_config
+    typed = {f.name: getattr(args, f.name) for f in fields(StepwiseConfig)}
+    options = {name: value for name, value in typed.items() if value is not None}
+    return make_config(settings | options)
+
+
+# %%
+config = _config(given, dict(beta=0.2, lr=1e-5))
+config.beta, config.lr, config.init_target
+
+
+# %% [markdown]
+# On the command line a source is `name=data`, or data alone, which is then called by its own name. A split, column renames and the rest apply to all sources given there.
+
+# %%
+#| export
+def _pairs_of(words, option) -> dict:
+    "['a=b', ...] -> {'a': 'b', ...}"
+    for word in words:
+        if not all(word.partition("=")): raise ValueError(f"{option}: expected NAME=VALUE, got '{word}'")
+    names = [word.split("=", 1)[0] for word in words]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"{option}: '{name}' is given twice")
+    return dict(word.split("=", 1) for word in words)
+
+def _stem(data): return Path(data).name.split(".")[0]
+
+def _sources(args, words, option) -> dict:
+    "What `sdpo` takes as sources, from the words after an option."
+    asked = dict(
+        split=args.split,
+        revision=args.revision,
+        columns=_pairs_of(args.columns, "--columns") or None,
+        chat=args.chat or None,
+        max_pairs=args.max_pairs,
+    )
+    how = {name: value for name, value in asked.items() if value is not None}
+    named = [word if "=" in word else f"{_stem(word)}={word}" for word in words]
+    return {name: dict(source=data, **how) for name, data in _pairs_of(named, option).items()}
+
+
+# %%
+args = argparse.Namespace(columns=["question=prompt"], split=None, revision=None, chat=True, max_pairs=None)
+_sources(args, ["orca=a.jsonl", "trl-lib/ultrafeedback_binarized"], "--sources")
+
+
+# %% [markdown]
+# ## The commands
+#
+# Each command is a few lines: gather what was asked, call the package, print what it found.
+
+# %%
+#| export
+def _what(args, needed=("model", "sources", "folder")) -> dict:
+    "model, sources, config, folder, revision and held_out, as `sdpo` takes them, from the file and the options."
+    given = _run_file(args.config)
+    for name in ("model", "folder", "model_revision"):
+        if getattr(args, name, None): given[name.removeprefix("model_")] = getattr(args, name)
+    if args.sources: given["sources"] = _sources(args, args.sources, "--sources")
+    if args.held_out: given["held_out"] = _sources(args, args.held_out, "--held-out")
+    for name in needed:
+        if not given.get(name): raise ValueError(f"--{name}: is missing; give it, or write it into the file of --config")
+    return dict(
+        model=given["model"],
+        sources=given["sources"],
+        config=_config(args, given["settings"]),
+        folder=given.get("folder"),
+        revision=given.get("revision"),
+        held_out=given.get("held_out"),
+    )
+
+def _run(args):
+    from sdpo_nb.stepwise import sdpo
+    _show(sdpo(**_what(args)))
+
+def _partition(args):
+    from sdpo_nb.stepwise import sdpo_partition
+    _show(sdpo_partition(**_what(args)))
+
+def _show(run):
+    "Print what a run folder holds."
+    from sdpo_nb.report import as_markdown
+    if (run.folder / "partition.json").exists(): print(f"Partition under S\n\n{as_markdown(run.partition())}\n")
+    if run.stages:
+        print(f"Stages\n\n{as_markdown(run.table())}\n")
+        print(f"report: {run.folder / 'report.md'}\nmodel:  {run.model_folder()}")
+
+def _data(args):
+    "Print what would be read and scored, without a model."
+    from sdpo_nb.logprobs import load_tokenizer
+    from sdpo_nb.preferences import decoded
+    from sdpo_nb.stepwise import data_notes, read_sources
+    what = _what(args, needed=("model", "sources"))
+    tokenizer = load_tokenizer(what["model"], what["revision"])
+    sources, held = read_sources(what["sources"], what["held_out"], tokenizer, what["config"])
+    own = [s for s in held if s.counts] # of a source that was parted, the counts are told once
+    for source in sources + own:
+        print("\n".join(data_notes(source, bool(tokenizer.chat_template))))
+        print("  the first pairs; what stands after >>> is scored")
+        for i, pair in enumerate(decoded(source, tokenizer)):
+            print(f"\n--- {source.name}, pair {i}\n{pair['prompt']}")
+            for side in ("chosen", "rejected"): print(f">>> {side}: {pair[side]}")
+
+def _finished(args):
+    from sdpo_nb.report import Run
+    run = Run(Path(args.folder))
+    if not run.stages: raise ValueError(f"{args.folder}: no finished stage of a run in this folder")
+    return run
+
+def _report(args):
+    run = _finished(args)
+    run.report()
+    _show(run)
+
+def _push(args):
+    run = _finished(args)
+    if args.to: print(f"pushed to {run.push(args.to, private=not args.public)}")
+    else: print(f"written to {run.export(args.export)}, as it would be pushed")
+
+
+# %% [markdown]
+# `sdpo data` is the one to begin with. It reads the pairs as a run would, trains nothing, and shows where the prompt ends: only what stands after `>>>` counts.
+
+# %%
+def asked(**given):
+    "The options of a command that were not typed are None."
+    typed = dict.fromkeys(vars(parser.parse_args([])))
+    places = dict(config=None, model=w.base, sources=None, held_out=None, columns=[], split=None, revision=None, chat=False, max_pairs=1)
+    return argparse.Namespace(**typed | places | given)
+
+_data(asked(sources=[f"riddle={w.sources['riddle']}"], max_length=64))
+
+
+# %% [markdown]
+# ## The demo
+#
+# The whole book in a minute or two: partition the three sources of the [tiny world](00_world.ipynb), choose $\beta$ for plain DPO on validation prompts, and only *then* run stepwise DPO with it. So stepwise DPO has to beat a tuned opponent. Three
+# controls decide what the result means:
+#
+# - *S at its best temperature* shows what sharpening alone would give: S already knows some answers, and says them more often when it is less random;
+# - *DPO at* $\beta/T$ shows what a weaker pull to the reference would give;
+# - *sDPO at* $T\beta$ makes up for the same thing from the other side.
+
+# %%
+#| export
+@dataclass
+class Demo:
+    "What the demo found."
+    run: object     # the stepwise run, at the beta that was best for DPO
+    beta: float     # that beta; k = 6
+    choice: object  # mean true reward of DPO on validation prompts, by beta
+    rewards: dict   # sampled, greedy -> data frame of true rewards, one test prompt a row, one model a column
+
+    def table(self): return _table(self.rewards)
+
+SETTINGS = dict(lr=1e-4, epochs=3, precision="fp32", max_length=64)
+
+def demo(
+    folder="runs/demo",    # of the runs, one inside it for each
+    betas=(0.1, 0.3, 0.9), # tried for DPO; neighbours differ by a factor of T, so that DPO at beta / T is mostly one of them
+) -> Demo:
+    "The tiny world from partition to true reward."
+    import pandas as pd, torch
+    from sdpo_nb.stepwise import StepwiseConfig, sdpo
+    from sdpo_nb.world import load_base, load_world
+    torch.set_num_threads(1) # fastest for a model this small
+    w = load_world()
+    S, tok = load_base(w)
+
+    def run(beta, chunks=None):
+        name = f"T-{chunks or len(w.sources)}-beta-{beta:.3g}"
+        return sdpo(w.base, w.sources, StepwiseConfig(beta=round(beta, 6), chunks=chunks, **SETTINGS), Path(folder) / name)
+
+    by_beta = {beta: _mean(run(beta, 1).model, tok, w.validation) for beta in betas}
+    choice = pd.Series(by_beta, name="DPO: mean true reward, validation").rename_axis("beta")
+    beta = float(choice.idxmax())
+    stepwise = run(beta)
+    T = len(stepwise.stages)
+    models = {
+        f"DPO({beta:.2g})": run(beta, 1).model,
+        f"DPO(beta/T = {beta/T:.2g})": run(beta / T, 1).model,
+        f"sDPO({beta:.2g})": stepwise.model,
+        f"sDPO(T beta = {T*beta:.2g})": run(T * beta).model,
+    }
+    temperatures = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0) # tried for S
+    tau = max(temperatures, key=lambda tau: _mean(S, tok, w.validation, tau))
+    return Demo(stepwise, beta, choice, _rewards(S, models, tok, w.test, tau))
+
+def _mean(model, tok, prompts, tau=1.0):
+    "Mean true reward of one response a prompt."
+    from sdpo_nb.world import mean_interval
+    from sdpo_nb.world import true_rewards
+    return mean_interval(true_rewards(model, tok, prompts, tau))[0]
+
+def _rewards(S, models, tok, prompts, tau) -> dict:
+    "True reward on test prompts, sampled and greedy."
+    import pandas as pd
+    from sdpo_nb.world import true_rewards
+    def ask(model, tau): return true_rewards(model, tok, prompts, tau, seed=1)
+    best = f"S at its best temperature, {tau}"
+    sampled = {"S": ask(S, 1.0), best: ask(S, tau)}
+    greedy = {"S": ask(S, 0.0)}
+    greedy[best] = greedy["S"]
+    for name, model in models.items():
+        sampled[name] = ask(model, 1.0)
+        greedy[name] = ask(model, 0.0)
+    return dict(sampled=pd.DataFrame(sampled), greedy=pd.DataFrame(greedy))
+
+
+# %% [markdown]
+# All models answer the same prompts with the same luck, so differences are paired. Their intervals say how sure we are about *these* models on new prompts; they say nothing about other
+# training seeds or other worlds. So the rewards are kept prompt by prompt, and become means with intervals only where they are shown.
+
+# %%
+#| export
+def _table(rewards):
+    "Means with 95 % intervals, and the paired difference to the first trained model."
+    import pandas as pd
+    from sdpo_nb.world import mean_interval
+
+    def show(values, sign=""):
+        numbers = [f"{x:{sign}.3f}" for x in mean_interval(values.tolist())]
+        return "{} [{}, {}]".format(*numbers)
+    sampled, greedy = rewards["sampled"], rewards["greedy"]
+    first = sampled.columns[2]
+    rows = {}
+    for name in sampled:
+        rows[name] = {
+            "sampled": show(sampled[name]),
+            "greedy": show(greedy[name]),
+            f"sampled, minus {first}": "" if name == first else show(sampled[name] - sampled[first], "+"),
+        }
+    return pd.DataFrame(rows).T.rename_axis("model")
+
+def _demo(args):
+    from sdpo_nb.report import as_markdown
+    start, found = time.time(), demo(args.folder)
+    _show(found.run)
+    print(f"\nbeta = {found.beta:.2g} was chosen for DPO on validation prompts (k = 6), before stepwise DPO was run\n")
+    print(as_markdown(found.choice.to_frame()))
+    print("\nTrue reward on test prompts, with 95 % intervals\n")
+    print(as_markdown(found.table()))
+    print(f"\n{time.time() - start:.0f} s")
+
+
+# %% [markdown]
+# With invented rewards of four prompts: the third model is a little better than the second on each of them. The intervals of the two overlap widely, but that of their *difference* does not contain zero. This is why differences are taken prompt by prompt.
+
+# %%
+import pandas as pd
+
+made_up = pd.DataFrame({
+    "S": [0.1, 0.4, 0.5, 0.8],
+    "S, sharp": [0.1, 0.4, 0.5, 0.8],
+    "DPO": [0.2, 0.5, 0.6, 0.9],
+    "sDPO": [0.23, 0.54, 0.63, 0.94],
+})
+_table(dict(sampled=made_up, greedy=made_up))
+
+
+# %% [markdown]
+# ## The way in
+
+# %%
+#| export
+class _Version(argparse.Action):
+    "Print the versions of what computes, and end."
+    def __call__(self, parser, *_):
+        from importlib.metadata import version
+        packages = ("sdpo_nb", "torch", "transformers", "datasets", "accelerate")
+        print(", ".join(f"{p} {version(p)}" for p in packages))
+        parser.exit()
+
+class _Parser(argparse.ArgumentParser):
+    "An option that is unknown is told its nearest neighbour, as a setting in a file is."
+    def error(self, message):
+        if message.startswith("unrecognized arguments: --"):
+            from sdpo_nb.stepwise import no_such_setting
+            word = message.split("--", 1)[1].split()[0].split("=")[0]
+            message += "; " + no_such_setting(word.replace("-", "_"))
+        super().error(message)
+
+COMMANDS = { # those that take settings
+    "run": "partition the sources, then train one DPO stage per chunk",
+    "partition": "only measure and partition; `run` with the same options goes on",
+    "data": "show what would be read, dropped and scored, and three pairs of each source; computes nothing",
+}
+
+def _parser(argv):
+    about = "Stepwise DPO (sDPO, arXiv 2403.19270): align a model on chunks of preference data, the reference moving up."
+    p = _Parser("sdpo", description=about)
+    p.add_argument("--version", action=_Version, nargs=0, help="versions of sdpo_nb and of what it is built on")
+    sub = p.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        command = sub.add_parser(name, help=text, description=text)
+        _add_places(command)
+        if argv[:1] == [name]: _add_settings(command)
+    sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
+    _add_push(sub)
+    demo = sub.add_parser("demo", help="the tiny world, from partition to true reward, in a minute or two")
+    demo.add_argument("--folder", default="runs/demo")
+    return p
+
+def _add_places(command):
+    "Where model, data and run are."
+    add = command.add_argument
+    add("--config", metavar="FILE", help="YAML file: model, sources, folder and settings, any of them; options win")
+    add("--model", help="hub id or folder")
+    add("--model-revision", help="commit of a model on the hub")
+    add("--sources", nargs="+", metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
+    add("--held-out", nargs="+", metavar="NAME=DATA", help="pairs that are never trained on and measured after every stage; see also --eval-share")
+    add("--folder", help="of the run; the same call on it continues")
+    add("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="columns that have another name in the data")
+    add("--chat", action="store_true", help="read string fields as turns of a chat")
+    add("--split", help="of hub data (default: train)")
+    add("--revision", help="commit of hub data")
+    add("--max-pairs", type=int, metavar="N", help="the first N rows of each source")
+
+def _add_push(sub):
+    about = "Upload the model of the last stage, with a card that says what it was made of and what came out."
+    push = sub.add_parser("push", help="upload the model of the last stage with a model card", description=about)
+    push.add_argument("folder", help="of the run")
+    where = push.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", metavar="USER/NAME", help="repository on the hub; made, and private, if it is not there")
+    where.add_argument("--export", metavar="FOLDER", help="only write there what would be uploaded")
+    push.add_argument("--public", action="store_true", help="a new repository is one that everybody sees")
+
+
+# %%
+words = ["run", "--model", "S", "--sources", "a.jsonl", "b=c.jsonl", "--beta", "0.3"]
+args = _parser(words).parse_args(words)
+args.command, args.model, args.sources, args.beta
+
+
+# %% [markdown]
+# Whatever goes wrong ends in one line. Wrong input, a missing file and a full disk are errors of kinds that we know and name ourselves; they have status 2. Any other exception is a fault of this package or of one below it, and
+# says so, with the way to see where it happened.
+
+# %%
+#| export
+def main(
+    argv: list=None, # what was typed after `sdpo`; none: of this process
+):
+    """The command `sdpo`.
+
+    Bad input ends in one line and exit status 2, any other fault in one and 1, Ctrl-C in one and 130;
+    SDPO_TRACEBACK=1 shows where it came from.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    commands = dict(run=_run, partition=_partition, data=_data, report=_report, push=_push, demo=_demo)
+    try:
+        args = _parser(argv).parse_args(argv)
+        from transformers.utils import logging
+        logging.disable_progress_bar() # those of every file read; the bars of long work stay
+        if not sys.stderr.isatty(): _as_a_log()
+        commands[args.command](args)
+    except (Exception, KeyboardInterrupt) as e:
+        if os.environ.get("SDPO_TRACEBACK"): raise
+        status, said = _last_words(e)
+        print(f"sdpo: {said}", file=sys.stderr)
+        sys.exit(status)
+
+def _as_a_log():
+    "No bars of other libraries, and each line is written when it is said."
+    import datasets
+    datasets.disable_progress_bars()
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(line_buffering=True)
+
+def _last_words(e) -> tuple[int, str]:
+    "Exit status and the line."
+    if isinstance(e, KeyboardInterrupt): return 130, "stopped; the same command goes on"
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    if isinstance(e, (ValueError, OSError)): return 2, lines[0]
+    return 1, f"{type(e).__name__}: {lines[0]} (not your input's fault, as far as sdpo can tell; SDPO_TRACEBACK=1 shows where)"
+
+
+# %%
+for e in (ValueError("beta: must be above 0, got 0.0"), KeyError("gamma"), KeyboardInterrupt()):
+    print(*_last_words(e))
+
+# %%
+#| export
+if __name__ == "__main__" and __spec__: main()
+
+
+# %% [markdown]
+# ## Trying it
+#
+# A notebook can call what the shell calls. First what goes wrong, since that is what people meet first.
+
+# %%
+def sdpo_says(line):
+    "Exit status of a command, and what it printed."
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: main(shlex.split(line))
+        except SystemExit as e: status = e.code
+    return status, (out if status == 0 else err).getvalue().strip()
+
+(tmp / "settings.yaml").write_text("bta: 0.2\n")
+riddle = f"--sources riddle={w.sources['riddle']}"
+start = f"run --model {w.base} {riddle} --folder {tmp}/run"
+wrong = {
+    "beta of zero": f"{start} --beta 0",
+    "a misspelt setting": f"{start} --config {tmp}/settings.yaml",
+    "too many stages": f"{start} --chunks 1000 --max-length 64",
+    "a name people know": f"{start} --learning-rate 1e-5",
+    "no sources": start.replace(riddle, ""),
+    "no such model": start.replace(w.base, "./nowhere"),
+}
+
+# %%
+data = str(Path(w.base).parent)
+for what, line in wrong.items():
+    status, text = sdpo_says(line)
+    assert status == 2
+    print(f"{what:20} {text.splitlines()[-1].replace(data, 'data').replace(str(tmp), '.')}")
+
+# %% [markdown]
+# And what goes right: measure one source, without training anything.
+
+# %%
+status, text = sdpo_says(f"partition --model {w.base} {riddle} --folder {tmp}/run --max-length 64 --precision fp32")
+assert status == 0
+print(text)
+
+# %%
+#| hide
+import shutil; shutil.rmtree(tmp)
+
+# %% [markdown]
+# ## What you now have
+#
+# Six commands, and no setting that the library does not have. The output of the demo is in [the index](index.ipynb).
+#
+# ## Questions to test yourself
+#
+# 1. Why does `--config` go through the same checks as Python code?
+#
+# <details><summary>Answer</summary>
+#
+# Because both end in `StepwiseConfig`. A second set of checks would sooner or later allow something that the first refuses.
+#
+# </details>
+#
+# 2. What would the table of the demo look like if alignment were only sharpening?
+#
+# <details><summary>Answer</summary>
+#
+# The trained models would be no better than *S at its best temperature*, and greedy answers, which need no sharpening, would be no better than those of S.
+#
+# </details>
+#
+# ## Try this
+#
+# Start `sdpo demo`, stop it half-way with Ctrl-C, and start it again.
+#
+# <details><summary>What you should see</summary>
+#
+# `sdpo: stopped; the same command goes on`. The second call skips the runs that are finished, goes on in the one that was interrupted, and prints the same table.
+#
+# </details>

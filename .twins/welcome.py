@@ -1,0 +1,156 @@
+# %% [markdown]
+# # Start here
+# > What alignment is for, what each symbol means, and three ways through the book.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/welcome.ipynb)
+#
+# **You should know** what a language model is: a network that gives every possible next token a probability. **Time** 15 minutes to read, a second to run.
+#
+# ## What is alignment for?
+#
+# A language model is made in three steps.
+#
+# 1. **Pretraining.** It reads a large part of the internet and learns to continue text. Asked a question, it may well continue with more questions.
+# 2. **Supervised fine-tuning, SFT.** It is shown good answers, and learns to imitate them. We call the model that comes out **S**. It answers now. But imitation does not tell it which of its own answers people would rather have.
+# 3. **Alignment.** People compare answers, and the model learns from what they prefer. This book is about the third step.
+#
+# Why comparisons? Because they are what people are good at. It is hard to write the best answer, and nobody can say whether an answer deserves 6.1 or 6.4. But shown two answers, most people can say which one is better. So the data of
+# alignment are *preference pairs*: a prompt $x$, a **chosen** response $y_w$ (the winner) and a **rejected** response $y_l$ (the loser).
+#
+# ## From pairs to a better model
+#
+# There are two ways.
+#
+# **RLHF**, reinforcement learning from human feedback, takes two steps. First it trains a *reward model* on the pairs: a second network that gives each response a number, its reward, such that chosen responses get more than rejected ones. Then the language model writes responses, the reward model scores
+# them, and reinforcement learning (usually PPO) makes responses with a high score more likely. A leash keeps the model close to S, because far from S the reward model has seen nothing and its scores mean nothing.
+#
+# **DPO**, direct preference optimization, needs one step and no second network. It trains the language model on the pairs directly, with a loss that has the same optimum:
+#
+# $$-\log \sigma\Big(\beta \big[\underbrace{\log\pi(y_w|x) - \log\pi(y_l|x)}_{\gamma\text{ of the policy}} - \underbrace{(\log\pi_{ref}(y_w|x) - \log\pi_{ref}(y_l|x))}_{\gamma\text{ of the reference}}\big]\Big)$$
+#
+# In words: the **policy** $\pi$, the model that we train, should prefer the chosen response *more than the **reference** $\pi_{ref}$ does*. The reference is a frozen model, usually S; it plays the leash. $\beta$ says how tight the leash is: the larger it is, the nearer the
+# policy ends to its reference. [Chapter 03](03_loss.ipynb) derives this loss, line by line, and checks every line.
+#
+# ## Stepwise
+#
+# **Stepwise DPO**, sDPO ([Kim et al.](https://arxiv.org/abs/2403.19270)), asks: must the reference be S until the end? It cuts the pairs into chunks, easy ones first, and trains in **stages**, one a chunk. After each stage, the model that came out becomes the new reference.
+
+# %%
+#| echo: false
+import matplotlib.pyplot as plt
+
+def box(ax, x, y, text, color):
+    ax.text(x, y, text, ha="center", va="center", fontsize=11, bbox=dict(boxstyle="round,pad=0.5", fc=color, ec="black", lw=0.8))
+
+def arrow(ax, start, end, text="", bend=0):
+    ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", lw=1.2, color="black", shrinkA=0, shrinkB=0, connectionstyle=f"arc3,rad={bend}"))
+    x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+    ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=dict(fc="white", ec="none", pad=1.5))
+
+fig, ax = plt.subplots(figsize=(9.5, 4))
+for t, name in enumerate(["$M_0 = S$", "$M_1$", "$M_2$", "$M_3$"]):
+    box(ax, 4 * t, 0, name, "lightsteelblue")
+for t in (1, 2, 3):
+    left, middle = 4 * t - 4, 4 * t - 2
+    ax.text(middle, 3.6, f"stage {t}", ha="center", fontsize=12, weight="bold")
+    box(ax, middle, 2.6, f"chunk $D_{t}$", "moccasin")
+    box(ax, middle, -2.6, f"reference table:\nwhat $M_{t-1}$ says\nabout $D_{t}$", "honeydew")
+    arrow(ax, (left + 0.75, 0), (left + 3.4, 0), "train")
+    arrow(ax, (middle, 2.05), (middle, 0.35))
+    arrow(ax, (middle, -1.5), (middle, -0.35))
+    arrow(ax, (left, -0.6), (left + 0.75, -2.4), "reads")
+ax.set(xlim=(-1, 13), ylim=(-3.9, 4.1))
+ax.axis("off");
+
+# %% [markdown]
+# One run, from left to right. Before stage $t$, the model of the stage before reads the chunk $D_t$, and what it says about each pair is written into a table. Then it is trained on that chunk against its own table. The first line of every stage is therefore the same: the policy *is* its reference, its
+# gain over it is zero, and the loss is $-\log\sigma(0) = \ln 2 = 0.693$.
+#
+# Why would one want this? The authors' reason: a reference that is already aligned is a higher bar to clear than S. Is it better, then? The paper reports so. This book asks again, in a [tiny world](00_world.ipynb) where the true reward of every response is known, with controls that the paper does not have, and finds: tuned alike,
+# stepwise DPO and plain DPO end [equally good](experiments/protocol.ipynb). It is worth understanding all the same, because people align their models in stages, with new data each time, and then *which model is the reference* is the question that decides.
+#
+# ## The symbols
+#
+# | symbol | name | meaning |
+# |---|---|---|
+# | $x$ | prompt | what the user asks |
+# | $y_w$, $y_l$ | chosen, rejected | the response that people preferred, and the other one |
+# | $\pi(y\vert x)$ | policy | probability of a response under the model that we train; a product over its tokens |
+# | $\pi_{ref}$ | reference | the frozen model that the policy is compared with |
+# | S | SFT model | where everything begins; $M_0 = S$ |
+# | $M_t$ | | the model after stage $t$ |
+# | $D_t$ | chunk | the pairs that stage $t$ trains on |
+# | $T$ | | number of stages |
+# | $\gamma$ | log-ratio | $\log\pi(y_w\vert x) - \log\pi(y_l\vert x)$: how much likelier the chosen response is than the rejected one, in nats (natural units: 0.69 nats is a factor of two) |
+# | $\beta$ | | how much a nat of gain counts: the larger, the nearer the policy ends to its reference |
+# | $\sigma$ | sigmoid | $1/(1+e^{-z})$: turns any number into a probability |
+# | reward | | $\beta\,(\log\pi(y\vert x) - \log\pi_{ref}(y\vert x))$: what DPO takes a response to be worth |
+# | KL | Kullback-Leibler divergence | how far a model has moved from another, in nats: the mean of $\log\pi(y\vert x) - \log\pi_{ref}(y\vert x)$ over responses that the first one writes |
+#
+# ## Three ways through the book
+#
+# Each chapter is a notebook: an idea, a few lines of code, a value to look at, a check that keeps it true. Every chapter says at its head how long it takes.
+#
+# **To understand DPO and its stages, about three hours.**
+#
+# 1. [00](00_world.ipynb), up to the pairs: the world in which we can see the truth.
+# 2. [01](01_preferences.ipynb), the first part: where the prompt ends and the response begins.
+# 3. [02](02_logprobs.ipynb), up to the log-ratio: what a model says about a response.
+# 4. [03](03_loss.ipynb): where the loss comes from. This is the heart.
+# 5. [06](06_trainer.ipynb), up to the metrics: one stage in six lines, then with everything that training needs.
+# 6. [11](11_stepwise.ipynb), "The method in four lines", then from "A run" on.
+#
+# **To align a model of your own, about an hour.** [Your model, your pairs](your_model.ipynb), the [demo](demo.ipynb), then the heads of [01](01_preferences.ipynb) (formats), [05](05_partition.ipynb) (order), [08](08_evaluate.ipynb) (did it work?) and [10](10_report.ipynb) (the report).
+#
+# **Everything, about twelve hours.** In the order of the numbers. A number is also a floor: the code of a chapter uses only chapters with smaller numbers.
+#
+# ## Words
+#
+# | word | in this book | more |
+# |---|---|---|
+# | accuracy, reward accuracy | share of pairs on which the policy's $\gamma$ is above the reference's; ties count one half | [05](05_partition.ipynb) |
+# | Bradley-Terry | the model of a comparison: the better response wins with probability $\sigma$(difference of rewards) | [03](03_loss.ipynb) |
+# | certificate | the least mean $\gamma$ that a given loss guarantees | [03](03_loss.ipynb) |
+# | checkpoint | all that is needed to go on as if nothing had happened | [06](06_trainer.ipynb) |
+# | chunk | the pairs of one stage | [11](11_stepwise.ipynb) |
+# | gain | $\gamma$ of the policy minus $\gamma$ of the reference | [03](03_loss.ipynb) |
+# | held out | pairs that are never trained on, only measured | [08](08_evaluate.ipynb) |
+# | log-probability | logarithm of a probability; of a response, the sum over its tokens | [02](02_logprobs.ipynb) |
+# | margin | reward of the chosen response minus that of the rejected one: $\beta$ times the gain | [06](06_trainer.ipynb) |
+# | packing | several pairs in one row without padding, each prompt read once | [04](04_packing.ipynb) |
+# | partition | which pairs are trained on in which stage | [05](05_partition.ipynb) |
+# | policy | the model that is being trained | [03](03_loss.ipynb) |
+# | precision (fp32, bf16, fp16) | how many digits a computation keeps | [06](06_trainer.ipynb) |
+# | probe | a few hundred pairs of a chunk on which every model is measured | [11](11_stepwise.ipynb) |
+# | reference | the frozen model that the policy is compared with; here a table of what it said | [02](02_logprobs.ipynb) |
+# | run | all stages, in one folder | [09](09_folder.ipynb) |
+# | source | a named set of preference pairs | [01](01_preferences.ipynb) |
+# | stage | one DPO training on one chunk | [06](06_trainer.ipynb) |
+# | step | one update of the weights | [06](06_trainer.ipynb) |
+# | true reward | in the tiny world only: how good a response really is | [00](00_world.ipynb) |
+#
+# ## Questions to test yourself
+#
+# 1. Why do people compare two answers instead of grading one?
+#
+# <details><summary>Answer</summary>
+#
+# Grades differ from person to person and from day to day; a comparison asks less and is more reliable. It is also what a person can do who could not have written either answer.
+#
+# </details>
+#
+# 2. What would happen to a policy that is trained on pairs without any reference?
+#
+# <details><summary>Answer</summary>
+#
+# Nothing would say when it is far enough. The loss would fall for as long as $\gamma$ grows, also where the probability of *both* responses falls, and the policy would forget what S could do.
+#
+# </details>
+#
+# 3. Why is the first loss of every stage $\ln 2$?
+#
+# <details><summary>Answer</summary>
+#
+# At the start of a stage the policy is its own reference, so the gain is zero on every pair, and $-\log\sigma(0) = \log 2$.
+#
+# </details>

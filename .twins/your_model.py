@@ -1,0 +1,141 @@
+# %% [markdown]
+# # Your model, your pairs
+# > From a file of preference pairs to an aligned model with a report: what to type, what fits, what to look at.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/your_model.ipynb)
+#
+# **You should know** what [DPO and its stages](welcome.ipynb) are. **Time** 15 minutes to read, a few seconds to run.
+#
+# ## What to type
+#
+# ```
+# pip install git+https://github.com/sdpo-nb/sdpo_nb
+# sdpo run --model HuggingFaceTB/SmolLM2-135M-Instruct --sources orca=Intel/orca_dpo_pairs uf=trl-lib/ultrafeedback_binarized \
+#          --columns question=prompt --folder runs/first
+# ```
+#
+# or, in Python,
+#
+# ```python
+# from sdpo_nb.stepwise import StepwiseConfig, sdpo
+#
+# run = sdpo(
+#     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+#     sources={
+#         "orca": dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}),
+#         "uf": "trl-lib/ultrafeedback_binarized",
+#     },
+#     config=StepwiseConfig(beta=0.1, lr=5e-6, eval_share=0.05),
+#     folder="runs/first",
+# )
+# run.report()            # held-out pairs, answers, data, partition, stages, figures
+# run.model               # an ordinary transformers model
+# run.push("me/aligned")  # to the hub, with a model card
+# ```
+#
+# **Sources** are files (JSONL, Parquet, ...), folders or hub ids, in [any of the usual formats](01_preferences.ipynb). Look before you train: `sdpo data`, with the same options, shows what would be read, dropped and scored. Plain text stays plain text; `--chat` sends it through the
+# model's chat template.
+#
+# **The learning rate.** The default, $5\cdot10^{-7}$, is for models of billions of parameters and tens of thousands of pairs. A small model and a few thousand pairs want ten times as much; with a few hundred pairs the default changes nothing, and the report says so.
+#
+# **Held-out pairs.** `eval_share=0.05` keeps the pairs of a twentieth of the prompts aside. Every stage is measured on them, and they lead the report. Without them you only know that the model learned its training pairs.
+#
+# **Following a run.** `--log-with tensorboard` (or `wandb`, `trackio`) tells a tracker of every step. `metrics.jsonl` in each stage's folder has the same numbers.
+#
+# ## A run as one file
+#
+# The same run can stand in one YAML file, where each source may have a split and columns of its own:
+#
+# ```yaml
+# model: HuggingFaceTB/SmolLM2-135M-Instruct
+# folder: runs/first
+# sources:
+#   orca: {source: Intel/orca_dpo_pairs, columns: {question: prompt}, max_pairs: 2000}
+#   uf: {source: trl-lib/ultrafeedback_binarized, split: train}
+# lr: 5.0e-6
+# eval_share: 0.05
+# ```
+#
+# `sdpo run --config first.yaml` starts it, and the same command goes on after whatever stopped it.
+#
+# **What "goes on" means.** A run that is killed and started again ends in the same weights, bit for bit: on the same kind of CPU, with as many threads and the same versions. Where one of these differs, it goes on and says so. On a graphics card, some kernels never compute the same bits twice; then the run says that, too.
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+import pandas as pd
+
+from sdpo_nb.stepwise import defaults_table
+from sdpo_nb.trainer import tokens_that_fit
+from transformers import LlamaConfig
+
+# %% [markdown]
+# ## All settings
+
+# %%
+pd.set_option("display.max_colwidth", 100)
+defaults_table()
+
+
+# %% [markdown]
+# ## What fits?
+#
+# Full fine-tuning keeps weights, gradients and two moments of AdamW in fp32: 16 bytes a parameter, before a single token is read. What is left of the memory decides how many tokens a forward pass may have. [Chapter 06](06_trainer.ipynb) counts them, on models that are not loaded. "Recomputed" is
+# `gradient_checkpointing`, which keeps less and computes more. These numbers are planned, not yet measured on a card. `sdpo run` prints its own plan, and stops at once where it cannot fit.
+
+# %%
+def shape(hidden, inner, layers, heads, key_heads, vocabulary):
+    "A model that is only described."
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+
+models = {
+    "135M": shape(576, 1536, 30, 9, 3, 49152),
+    "360M": shape(960, 2560, 32, 15, 5, 49152),
+    "1.2B": shape(2048, 8192, 16, 32, 8, 128256),
+}
+cards = { # GB, precision, kernel
+    "T4, 15 GB, fp16": (15, "fp16", "padded"),
+    "L4, 24 GB, bf16": (24, "bf16", "flash"),
+    "A100 or H100, 80 GB, bf16": (80, "bf16", "flash"),
+}
+
+def fitting(model, gib, precision, kernel):
+    "Tokens of a forward pass, in words."
+    kept = tokens_that_fit(model, gib * 2**30, precision, kernel, False)
+    recomputed = tokens_that_fit(model, gib * 2**30, precision, kernel, True)
+    return f"{kept:,} ({recomputed:,} recomputed)" if recomputed else "does not fit"
+
+
+# %%
+rows = {card: {name: fitting(model, *how) for name, model in models.items()} for card, how in cards.items()}
+pd.DataFrame(rows).rename_axis("tokens in a forward pass")
+
+# %% [markdown]
+# ## What to look at afterwards
+#
+# 1. **Held-out pairs**, the first table of the report. Is the interval of *change of gamma* above zero? Then the model prefers chosen responses more than S did, on prompts that it never saw.
+# 2. **Answers** of S and of each stage to the same prompts. Read them. No number replaces this.
+# 3. **Log-ratio of chosen**: does the probability of the *chosen* responses fall? In DPO it may, while that of the rejected ones falls faster. A steep fall means that the leash is too long: a larger $\beta$, a smaller learning rate, or fewer epochs.
+# 4. **Signs of failure**, with how often they are false alarms.
+# 5. **The last stage against the first.** If held-out $\gamma$ falls from stage to stage on the first source, later stages undo what the first one learned.
+#
+# ## What if
+#
+# | it says | what to do |
+# |---|---|
+# | out of memory, or "does not fit" | `--gradient-checkpointing`, a smaller `--max-length`, a smaller `--token-budget` (the gradient stays the same) |
+# | many pairs dropped or cut | a larger `--max-length`; see `sdpo data` |
+# | minimal improvement | a larger `--lr` |
+# | this run was started with beta = 0.1, not 0.2 | another `--folder`: half a run at each is no run |
+# | packed rows are not used | the model does not give its own numbers in packed rows; padded batches are slower and right |
