@@ -95,6 +95,17 @@ def reads(n, *shown, used=None, dropped=""):
     return want
 
 
+def either(*wants):
+    "One of these answers: what `datasets` can read differs with its version."
+    def want(*said):
+        wrong = []
+        for one in wants:
+            try: return one(*said)
+            except AssertionError as e: wrong.append(e)
+        raise wrong[0]
+    return want
+
+
 def drops(n, **why):
     lost = sum(why.values())
     return reads(n, used=n - lost, dropped=", ".join(f"{k} {reason}" for reason, k in why.items()))
@@ -331,7 +342,7 @@ def files():
         for how in ("empty", "cut", "garbage", "null", "zeros", "pointer"):
             yield case(f"{kind} {how}", f"a.{kind}", lambda tmp, kind=kind, how=how: damaged(saved(kind)(tmp), how, random.Random(0)), refused(f"TMP/a.{kind}"))
         yield case(f"JSONL as {kind}", f"a.{kind}", TEXT_LINES, refused(f"TMP/a.{kind}"))
-        yield case(f"{kind} in gz", f"a.{kind}.gz", lambda tmp, kind=kind: gzip.compress(saved(kind)(tmp)), refused(f"TMP/a.{kind}.gz"))
+        yield case(f"{kind} in gz", f"a.{kind}.gz", lambda tmp, kind=kind: gzip.compress(saved(kind)(tmp)), either(refused(f"TMP/a.{kind}.gz"), reads(6)))
     yield case("parquet as arrow", "a.arrow", saved("parquet"), refused("TMP/a.arrow"))
     yield case("arrow as parquet", "a.parquet", saved("arrow"), refused("TMP/a.parquet"))
     yield case("CSV", "a.csv", CSV, good)
