@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/your_model.ipynb)
 #
-# **You should know** what [DPO and its stages](welcome.ipynb) are. **Time** 15 minutes to read, a few seconds to run.
+# **You should know** what [DPO and its stages](welcome.ipynb) are. **Time** 10 minutes to read, a few seconds to run.
 #
 # ## What to type
 #
@@ -84,7 +84,7 @@ defaults_table()
 # ## What fits?
 #
 # Full fine-tuning keeps weights, gradients and two moments of AdamW in fp32: 16 bytes a parameter, before a single token is read. What is left of the memory decides how many tokens a forward pass may have. [Chapter 06](06_trainer.ipynb) counts them, on models that are not loaded. "Recomputed" is
-# `gradient_checkpointing`, which keeps less and computes more. These numbers are planned, not yet measured on a card. `sdpo run` prints its own plan, and stops at once where it cannot fit.
+# `gradient_checkpointing`, which keeps less and computes more. These numbers are planned, not yet measured on a card; the cell below takes two minutes. `sdpo run` prints its own plan, and stops at once where it cannot fit.
 
 # %%
 def shape(hidden, inner, layers, heads, key_heads, vocabulary):
@@ -118,6 +118,7 @@ def fitting(model, gib, precision, kernel):
 
 
 # %%
+#| slow
 rows = {card: {name: fitting(model, *how) for name, model in models.items()} for card, how in cards.items()}
 pd.DataFrame(rows).rename_axis("tokens in a forward pass")
 
