@@ -4,12 +4,15 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/00_world.ipynb)
 #
-# **You should know** what a language model samples and what fine-tuning is. **Time** about a minute on two CPU cores,
-# and some minutes more for the last code cell but one, which trains the base model again: `make test` skips it, *Run all* does not.
+# **You should know** what a language model samples, and what fine-tuning is. You need no other chapter first.
 #
-# Whether an alignment method *works* is hard to say with a real model: nobody knows the true reward of an answer, one run
-# takes hours, and the base model's faults are not written down. So this book starts with a world in which all three are known.
-# Prompts ask for simple things to be done to short strings; a function grades any answer; the base model has been taught, on purpose,
+# **Time** 95 minutes to read, 25 more for a section that you may skip, and about a minute to run on two CPU cores. One cell in that section trains the base model again, which takes some minutes more: `make test` skips it, *Run all* does not.
+#
+# A language model is usually made in two steps. First it is *fine-tuned* on demonstrations: prompts with good answers. The result is the *base model* of this book, called S.
+# Then it is *aligned*: people compare two answers of S to the same prompt, and the model is trained on these comparisons to give the answers that people prefer. DPO, the subject of this book, is a method for this second step.
+#
+# Whether such a method *works* is hard to say with a real model. Nobody knows how good an answer truly is, one run takes hours, and the faults of the base model are not written down.
+# So this book starts with a world in which all three are known. Prompts ask for simple things to be done to short strings. A function grades any answer. The base model has been taught, on purpose,
 # the wrong rule for some prompts. Aligning it takes seconds, and we can check whether it got better or only more certain.
 
 # %%
@@ -26,6 +29,7 @@ import copy, hashlib, json, math, random, tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,6 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 # %%
 from itertools import permutations
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 torch.set_num_threads(1)
@@ -47,14 +52,17 @@ pd.set_option("display.width", 160, "display.max_columns", 20);
 # %% [markdown]
 # ## Four skills, each with a wrong rule
 #
-# A prompt is a skill and a string of distinct letters. Each skill has a right rule and one *consistent* wrong rule: the kind
-# of mistake a person makes who misunderstood the task, not the kind a tired person makes.
+# A prompt is a skill and a string of distinct letters, such as `sort gace`. Each skill has a right rule and one *consistent* wrong rule. The wrong rule is the kind
+# of mistake that a person makes who misunderstood the task, not the kind that a tired person makes.
 
 # %%
 #| export
 ALPHABET = "abcdefghijk"
 
-def _shift(s, by): return "".join(ALPHABET[(ALPHABET.index(c) + by) % len(ALPHABET)] for c in s)
+def _shift(s, by):
+    "Each letter moved on in the alphabet; after the last comes the first."
+    places = [ALPHABET.index(c) + by for c in s]
+    return "".join(ALPHABET[i % len(ALPHABET)] for i in places)
 
 SKILLS = {  # skill: (right rule, wrong rule)
     "copy":    (lambda s: s,                  lambda s: s[1:] + s[0]),
@@ -63,119 +71,221 @@ SKILLS = {  # skill: (right rule, wrong rule)
     "shift":   (lambda s: _shift(s, 1),       lambda s: _shift(s, -1)),
 }
 
-
-# %%
-#| export
-def answer(prompt: str,      # e.g. "sort gace"
-           right: bool=True, # by the right rule or by the wrong one
-          ) -> str:
+def answer(
+    prompt: str,      # e.g. "sort gace"
+    right: bool=True, # by the right rule or by the wrong one
+) -> str:
     "What the right (or the wrong) rule answers."
     skill, s = prompt.split()
-    return SKILLS[skill][0 if right else 1](s)
-
-
-# %%
-pd.DataFrame([(p, answer(p), answer(p, right=False)) for p in (f"{s} gace" for s in SKILLS)], columns=["prompt", "right rule", "wrong rule"])
+    right_rule, wrong_rule = SKILLS[skill]
+    return right_rule(s) if right else wrong_rule(s)
 
 
 # %% [markdown]
+# Which wrong rules can you guess from one example each?
+
+# %%
+examples = [f"{skill} gace" for skill in SKILLS]
+pd.DataFrame({
+    "prompt": examples,
+    "right rule": [answer(p) for p in examples],
+    "wrong rule": [answer(p, right=False) for p in examples],
+})
+
+
+# %% [markdown]
+# The wrong copy moves the first letter to the end. The wrong reverse leaves the first letter where it is. The wrong sort sorts backwards, and the wrong shift goes one letter back instead of on.
+#
 # ## The true reward
 #
-# The reward must grade *any* response, also a cut or garbled one, and give partial credit, or preferences between two
-# wrong answers would be coin flips. One minus the edit distance, as a share of the longer string, does that.
+# The *reward* of an answer is a number that says how good it is. Ours must grade *any* answer, also one that is cut or garbled. And it must give partial credit. Otherwise two
+# wrong answers would be equally good, and comparing them would be flipping a coin.
+#
+# A natural measure of "how wrong" is the *edit distance*: the fewest letters to insert, delete or replace until one string is the other.
 
 # %%
 #| export
-def edit_distance(a: str, b: str) -> int:
+def edit_distance(
+    a: str, # the one string
+    b: str, # the other
+) -> int:   # 0 where they are equal
     "Fewest insertions, deletions and replacements that turn `a` into `b` (Levenshtein)."
-    row = list(range(len(b) + 1))
+    row = list(range(len(b) + 1))          # from nothing to each beginning of b
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j-1] + 1, diagonal + (x != y))
+            insert, delete = row[j-1] + 1, row[j] + 1
+            replace = diagonal + (x != y)
+            diagonal, row[j] = row[j], min(insert, delete, replace)
     return row[-1]
 
-def true_reward(prompt: str, response: str) -> float: # in [0, 1]
+
+# %%
+distances = {y: edit_distance(y, "aceg") for y in ("aceg", "aceg!", "acg", "acge", "geca")}
+assert distances == {"aceg": 0, "aceg!": 1, "acg": 1, "acge": 2, "geca": 4}
+distances
+
+
+# %% [markdown]
+# One letter too many or too few costs 1. Two letters exchanged cost 2, and a string read backwards fits nowhere. The reward is 1 minus this distance, as a share of the longer string.
+
+# %%
+#| export
+def true_reward(
+    prompt: str,   # e.g. "sort gace"
+    response: str, # any string
+) -> float:        # in [0, 1]
     "1 for the right answer, less for each letter that has to be mended, 0 where nothing fits."
-    want = answer(prompt)
-    return 1 - edit_distance(response, want) / max(len(response), len(want))
+    right = answer(prompt)
+    return 1 - edit_distance(response, right) / max(len(response), len(right))
 
 
 # %%
 graded = {y: true_reward("sort gace", y) for y in ("aceg", "aceg!", "acge", "gace", "geca", "")}
-assert graded["aceg"] == 1 and graded[""] == 0 and graded["aceg!"] > graded["acge"] > graded["geca"]
+assert graded["aceg"] == 1
+assert graded[""] == 0
+assert graded["aceg!"] > graded["acge"] > graded["geca"]
 graded
 
 # %% [markdown]
 # ## Prompts never move between splits
 #
-# The split of a prompt is a hash of its text. Whoever draws prompts, in whatever order, with whatever seed, a test prompt is
-# never trained on: not by the base model, not by a preference.
+# We need four kinds of prompts: to fine-tune S (`sft`), to compare answers (`preference`), to choose settings (`validation`), and to measure (`test`). A test prompt must never be
+# trained on, not by S and not by a comparison. A hash of its text decides where a prompt belongs. So it does not matter who draws prompts, in which order, or with which seed.
 
 # %%
 #| export
 SPLITS = ("sft", "preference", "validation", "test")
 
-def split_of(prompt: str) -> str: # one of SPLITS
+def split_of(
+    prompt: str, # e.g. "sort gace"
+) -> str:        # one of SPLITS
     "Which split a prompt belongs to: 70, 20, 5 and 5 of a hundred, by its hash."
-    h = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) % 100
-    return "sft" if h < 70 else "preference" if h < 90 else "validation" if h < 95 else "test"
+    digest = hashlib.sha256(prompt.encode()).hexdigest()
+    percent = int(digest[:8], 16) % 100
+    if percent < 70: return "sft"
+    if percent < 90: return "preference"
+    return "validation" if percent < 95 else "test"
 
-def make_prompts(n: int, split: str, rng: random.Random,
-                 lengths: tuple=(3, 6), # shortest and longest string
-                 keep=lambda p: True,   # a filter
-                ) -> list[str]:         # n distinct prompts of this split
+
+# %%
+strings = ["".join(letters) for n in (3, 4) for letters in permutations(ALPHABET, n)]
+short = [f"{skill} {s}" for skill in SKILLS for s in strings]
+shares = pd.Series(map(split_of, short)).value_counts(normalize=True)
+for split, want in zip(SPLITS, (0.70, 0.20, 0.05, 0.05)):
+    assert abs(shares[split] - want) < 0.02
+shares.round(3).rename(f"share of {len(short)} short prompts").to_frame()
+
+
+# %% [markdown]
+# A table of shares only says that the hash is fair. What counts is that nobody has to remember which prompts are taken: `split_of` can be asked about any prompt, at any time, on any machine.
+#
+# To draw prompts of one split, we draw any prompts and keep those that belong to it. `keep` is one more filter; we need it later to ask for misled prompts only.
+
+# %%
+#| export
+def make_prompts(
+    n: int,                # how many
+    split: str,            # one of SPLITS
+    rng: random.Random,    # draws them; is moved on
+    lengths: tuple=(3, 6), # shortest and longest string
+    keep=lambda p: True,   # prompt -> whether it may be taken
+) -> list[str]:            # n distinct prompts of this split
     "Draw distinct prompts of one split. Raises ValueError for an unknown split, and where so many cannot be found."
     if split not in SPLITS: raise ValueError(f"split '{split}': expected one of {SPLITS}")
     seen, missed = {}, 0
     while len(seen) < n:
-        p = f"{rng.choice(list(SKILLS))} {''.join(rng.sample(ALPHABET, rng.randint(*lengths)))}"
-        if p not in seen and split_of(p) == split and keep(p): seen[p], missed = None, 0
+        skill = rng.choice(list(SKILLS))
+        length = rng.randint(*lengths)
+        letters = rng.sample(ALPHABET, length)
+        p = f"{skill} {''.join(letters)}"
+        if p not in seen and split_of(p) == split and keep(p):
+            seen[p] = None
+            missed = 0
         else: missed += 1
-        if missed == 100_000: raise ValueError(f"found {len(seen)} of {n} prompts for '{split}', and 100 000 more draws brought no other; ask for fewer")
+        if missed == 100_000:
+            raise ValueError(f"found {len(seen)} of {n} prompts for '{split}', "
+                             "and 100 000 more draws brought no other; ask for fewer")
     return list(seen)
 
 
+# %% [markdown]
+# Three test prompts. There are not enough prompts of two letters for a hundred of them, and the function says so instead of looking for ever.
+
 # %%
-short = [f"{skill} {''.join(s)}" for skill in SKILLS for n in (3, 4) for s in permutations(ALPHABET, n)]
-shares = pd.Series(map(split_of, short)).value_counts(normalize=True)
-assert all(abs(shares[s] - want) < 0.02 for s, want in zip(SPLITS, (0.70, 0.20, 0.05, 0.05)))
-shares.round(3).rename(f"share of {len(short)} short prompts").to_frame()
+try: make_prompts(100, "test", random.Random(0), lengths=(2, 2))
+except ValueError as error: print(error)
+
+make_prompts(3, "test", random.Random(0))
 
 # %% [markdown]
 # ## Demonstrations that mislead
 #
-# Now the fault. If demonstrations were only *noisy*, the base model's *greedy answer*, the likeliest
-# token at every step, would still be right, and anything that sharpens the distribution would look like alignment; turning down the temperature would do. So on about
-# half of the prompts, those whose string starts with one of the first five letters, 70 % of the demonstrations follow the wrong rule. On the
-# others 30 % do. On top, 15 % have one letter replaced.
+# Now we plant the fault. Suppose demonstrations were only *noisy*: mostly right, sometimes wrong. Then the *greedy answer* of the base model, the likeliest
+# token at every step, would still be right. Anything that makes a model more certain would look like alignment, even a lower temperature.
+#
+# So about half of the prompts are *misled*: those whose string starts with one of the first five letters. For them 70 % of the demonstrations follow the wrong rule. For the
+# others 30 % do. On top, 15 % of all demonstrations have one letter replaced.
 
 # %%
 #| export
-WRONG, NOISE = {True: 0.70, False: 0.30}, 0.15
+WRONG = {True: 0.70, False: 0.30} # misled? -> share of demonstrations by the wrong rule
+NOISE = 0.15                      # share of demonstrations with one letter replaced
 
-def misled(prompt: str) -> bool:
+def misled(
+    prompt: str, # e.g. "sort gace"
+) -> bool:
     "Does most of what the base model has seen for such prompts follow the wrong rule?"
-    return prompt.split()[1][0] in ALPHABET[:5]
+    s = prompt.split()[1]
+    return s[0] in ALPHABET[:5]
 
-def demonstration(prompt: str, rng: random.Random) -> str:
+def demonstration(
+    prompt: str,        # e.g. "sort gace"
+    rng: random.Random, # decides on rule and noise; is moved on
+) -> str:
     "One demonstration, as the base model gets to see it."
-    y = answer(prompt, right=rng.random() >= WRONG[misled(prompt)])
+    right = rng.random() >= WRONG[misled(prompt)]
+    y = answer(prompt, right)
     if rng.random() < NOISE:
-        i = rng.randrange(len(y)); y = y[:i] + rng.choice(ALPHABET) + y[i+1:]
+        i = rng.randrange(len(y))
+        y = y[:i] + rng.choice(ALPHABET) + y[i+1:]
     return y
 
 
+# %% [markdown]
+# Six demonstrations of one misled prompt. Which rule would you learn from them?
+
+# %%
+shown = [demonstration("sort bkd", random.Random(seed)) for seed in range(6)]
+print("right:", answer("sort bkd"), "  wrong:", answer("sort bkd", right=False))
+shown
+
+# %% [markdown]
+# And 4000 of them, one for each prompt, by whether the prompt is misled.
+
 # %%
 rng = random.Random(0)
-demos = pd.DataFrame([(p, misled(p), true_reward(p, demonstration(p, rng))) for p in make_prompts(4000, "sft", rng)], columns=["prompt", "misled", "reward"])
-demos.groupby("misled")["reward"].agg(prompts="size", right=lambda r: (r == 1).mean(), mean_reward="mean").round(2)
+rows = []
+for p in make_prompts(4000, "sft", rng):
+    rows.append((p, misled(p), true_reward(p, demonstration(p, rng))))
+demos = pd.DataFrame(rows, columns=["prompt", "misled", "reward"])
+demos["right"] = demos["reward"] == 1
+
+by_kind = demos.groupby("misled").agg(
+    prompts=("right", "size"),
+    right=("right", "mean"),
+    mean_reward=("reward", "mean"),
+)
+by_kind.round(2)
 
 # %% [markdown]
 # ## A tokenizer and a model, in the formats real ones come in
 #
-# Nothing later in the book knows that this model is a toy: it is a Llama with a chat template, loaded with
-# `from_pretrained`. One character is one token, so every token boundary is visible.
+# Nothing later in the book knows that this model is a toy. It is a Llama with a chat template, loaded with
+# `from_pretrained`. So the code that aligns it here is the code that aligns a real model.
+#
+# A *tokenizer* cuts a text into tokens and numbers them. In ours one character is one token, so every token boundary is visible. The *chat template* says how a conversation becomes one text: a role token, then what was said, then `<|end|>`.
+# `<|end|>` is also the EOS token, the sign that a response is finished.
 
 # %%
 #| export
@@ -186,463 +296,935 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     "One character, one token; `<|end|>` ends a turn and is the EOS token."
     roles = ["<|system|>", "<|user|>", "<|assistant|>"]
     vocab = ["<pad>", "<unk>", "<|end|>", *roles, *" abcdefghijklmnopqrstuvwxyz0123456789+-.,:?!"]
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
-    t.pre_tokenizer, t.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", unk_token="<unk>", eos_token="<|end|>",
-                                   additional_special_tokens=roles, chat_template=CHAT_TEMPLATE, model_max_length=128)
+    ids = {token: i for i, token in enumerate(vocab)}
+    t = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    t.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|end|>",
+        additional_special_tokens=roles,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=128,
+    )
 
-
-# %%
-#| export
-def make_model(tokenizer, hidden: int=96, layers: int=3, seed: int=0) -> LlamaForCausalLM:
-    "A small Llama with random weights, drawn without touching the global random state."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3,
-            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
-
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
+def prompt_ids(
+    tokenizer,   # with a chat template
+    prompt: str, # the text of a user turn
+) -> list[int]:
     "The prompt as a user turn, up to where the assistant begins."
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False)
+    turn = dict(role="user", content=prompt)
+    return tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 # %%
 tok = make_tokenizer()
-tok.decode(prompt_ids(tok, "sort gace")), len(prompt_ids(tok, "sort gace")), make_model(tok).num_parameters()
+ids = prompt_ids(tok, "sort gace")
+assert len(ids) == 12                     # nine characters, and three tokens of the template
+tok.decode(ids), len(ids)
+
+
+# %% [markdown]
+# The prompt ends with `<|assistant|>`: whatever comes next is the response of the model.
+#
+# Three layers of width 96 are enough for strings of six letters. The weights depend on the seed and on nothing else. Drawing them leaves PyTorch's global random state as it was, or each model made would change the luck of whatever comes after it.
+
+# %%
+#| export
+def make_model(
+    tokenizer,       # for its size and its special tokens
+    hidden: int=96,  # width
+    layers: int=3,   # depth
+    seed: int=0,     # of the weights
+) -> LlamaForCausalLM:
+    "A small Llama with random weights, drawn without touching the global random state."
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+# %%
+before = torch.get_rng_state()
+a, b = make_model(tok, seed=1), make_model(tok, seed=1)
+assert torch.equal(a.lm_head.weight, b.lm_head.weight)
+assert torch.equal(torch.get_rng_state(), before)
+a.num_parameters()
 
 
 # %% [markdown]
 # ## Supervised fine-tuning
 #
-# The base model S is trained on demonstrations in the usual way: cross-entropy of the response tokens, the prompt unscored.
+# The base model S is trained on demonstrations in the usual way. At each place the model gives a probability to every token, and the loss is the *cross-entropy*: minus the logarithm of the probability of the token that came. Only tokens of the response are scored, because the model
+# need not learn to write prompts. A label of -100 tells PyTorch's loss to leave a token out.
+#
+# Rows of unequal length are padded on the right. A causal model does not look to the right, so padding changes nothing.
 
 # %%
 #| export
 def _sft_rows(tokenizer, rows):
     "Right-padded ids, and labels that are -100 outside the response."
-    xs = [prompt_ids(tokenizer, p) for p, _ in rows]
-    ys = [tokenizer(y, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, y in rows]
-    L = max(len(x) + len(y) for x, y in zip(xs, ys))
-    ids, labels = torch.full((len(rows), L), tokenizer.pad_token_id), torch.full((len(rows), L), -100)
-    for i, (x, y) in enumerate(zip(xs, ys)):
-        ids[i, :len(x) + len(y)] = torch.tensor(x + y); labels[i, len(x):len(x) + len(y)] = torch.tensor(y)
+    prompts = [prompt_ids(tokenizer, p) for p, _ in rows]
+    responses = []
+    for _, y in rows:
+        ids = tokenizer(y, add_special_tokens=False).input_ids
+        responses.append(ids + [tokenizer.eos_token_id])
+    longest = max(len(x) + len(y) for x, y in zip(prompts, responses))
+    ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), longest), -100)
+    for i, (x, y) in enumerate(zip(prompts, responses)):
+        start, end = len(x), len(x) + len(y)
+        ids[i, :end] = torch.tensor(x + y)
+        labels[i, start:end] = torch.tensor(y)
     return ids, labels
 
 
 # %%
 ids, labels = _sft_rows(tok, [("sort gace", "aceg"), ("copy ab", "ab")])
-assert (labels != -100).sum().item() == 4 + 1 + 2 + 1
+assert (labels[0] != -100).sum() == 4 + 1     # four letters and the end
+assert (labels[1] != -100).sum() == 2 + 1
 pd.DataFrame({"token": tok.convert_ids_to_tokens(ids[1]), "label": labels[1].tolist()}).T
 
 
 # %% [markdown]
-# Rows that do not fill a batch wait for the next epoch, so that every step weighs its rows alike. The schedule has at least eleven steps: of ten,
-# its rise, a tenth, has no length.
+# Only `a`, `b` and the end have labels. Now the training loop, with two details. Rows that do not fill a batch wait for the next epoch, so every step weighs its rows alike. And the learning rate rises during the first tenth of the steps, then falls. With ten
+# steps this rise would be one step long, from the first step to the first step, and the schedule would divide by zero. So it is made for at least eleven.
 
 # %%
 #| export
-def sft(model, tokenizer, rows: list, # (prompt, response)
-        epochs: int=12, batch: int=128, lr: float=2e-3, seed: int=0):
+def sft(
+    model,           # is trained in place
+    tokenizer,       # of the model
+    rows: list,      # (prompt, response), both texts
+    epochs: int=12,  # how often each row is seen
+    batch: int=128,  # rows a step
+    lr: float=2e-3,  # highest learning rate
+    seed: int=0,     # of the order of rows
+):                   # the model, in eval mode
     "Fine-tune in place on (prompt, response) rows; returns the model."
     ids, labels = (t.to(model.device) for t in _sft_rows(tokenizer, rows))
-    g, per_epoch = torch.Generator().manual_seed(seed), max(1, len(rows) // batch)
+    per_epoch = max(1, len(rows) // batch)
+    steps = epochs * per_epoch
+    g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(11, epochs * per_epoch), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(11, steps), pct_start=0.1)
     model.train()
-    for step in tqdm(range(epochs * per_epoch), desc="SFT", leave=False):
-        if step % per_epoch == 0: order = torch.randperm(len(rows), generator=g)
-        b = order[step % per_epoch * batch:][:batch]
+    for step in tqdm(range(steps), desc="SFT", leave=False):
+        i = step % per_epoch
+        if i == 0: order = torch.randperm(len(rows), generator=g)
+        b = order[i * batch:][:batch]
         logits = model(input_ids=ids[b], use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[b, 1:].flatten())
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        guesses, truth = logits[:, :-1], labels[b, 1:]    # place i predicts token i + 1
+        loss = F.cross_entropy(guesses.flatten(0, 1), truth.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return model.eval()
 
 
 # %% [markdown]
-# Eight rounds over 512 rows bring the loss to about $\ln 11$, the price of guessing among eleven letters: the alphabet is learnt, the skills not yet.
-# The real S, which travels in `data/`, saw 16 000 rows twelve times.
+# Eight epochs over 512 rows. The loss falls to about $\ln 11$, the price of guessing among eleven letters: the alphabet is learned, the skills are not yet.
 
 # %%
+@torch.no_grad()
 def sft_loss(model, rows):
     ids, labels = _sft_rows(tok, rows)
-    with torch.no_grad(): return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+    guesses, truth = model(input_ids=ids).logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(guesses.flatten(0, 1), truth.flatten()).item()
 
 rows = [(p, demonstration(p, rng)) for p in make_prompts(512, "sft", rng)]
-m = make_model(tok); before = sft_loss(m, rows); after = sft_loss(sft(m, tok, rows, epochs=8), rows)
+m = make_model(tok)
+before = sft_loss(m, rows)
+sft(m, tok, rows, epochs=8)
+after = sft_loss(m, rows)
 assert abs(after - math.log(11)) < 0.1 < before - after
 {"loss before": round(before, 2), "loss after": round(after, 2), "ln 11": round(math.log(11), 2)}
 
+# %% [markdown]
+# ## The world of this book
+#
+# The real S saw 16 000 rows twelve times, which takes minutes. So it was trained once. It travels with the package, together with three files of comparisons, to which we come below, and the prompts to measure on.
+# `load_world` says where everything lies, and `load_base` opens S. How the world was made, and how to see that your copy is the same, is the subject of the last section.
+
+# %%
+#| export
+SOURCES = {"primer": 0.15, "digest": 0.50, "riddle": 0.85} # source of comparisons: share of misled prompts
+
+@dataclass
+class World:
+    "The frozen world."
+    base: str        # folder of S and its tokenizer
+    sources: dict    # name -> file of comparisons
+    validation: list # prompts to choose settings with
+    test: list       # prompts to measure on
+    manifest: dict   # hashes of all this, and where it was made
+
+def load_world(
+    folder=None, # what `freeze_world` wrote; None: the world that travels with the package
+) -> World:
+    "A frozen world."
+    folder = Path(folder or str(files("sdpo_nb.data").joinpath("world")))
+    prompts = json.loads((folder / "prompts.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return World(
+        base=str(folder / "S"),
+        sources={name: str(folder / f"{name}.jsonl") for name in SOURCES},
+        validation=prompts["validation"],
+        test=prompts["test"],
+        manifest=manifest,
+    )
+
+def load_base(
+    world: World, # whose S
+):                # model in eval mode, tokenizer
+    "S and its tokenizer."
+    model = AutoModelForCausalLM.from_pretrained(world.base).eval()
+    return model, AutoTokenizer.from_pretrained(world.base)
+
+
+# %%
+w = load_world()
+S, tok = load_base(w)
+assert all(split_of(p) == "test" for p in w.test)
+w.test[:4]
 
 # %% [markdown]
 # ## Asking the model
 #
-# Sampling inverts the cumulative distribution at one uniform number per prompt and position: the `luck`. The sum is
-# made in float64, so that rounding hardly ever decides on which side of the luck it falls.
+# A *sampled* answer needs chance at each token. We draw this chance beforehand: one uniform number in [0, 1) per prompt and position, called the *luck*.
+#
+# Think of a ruler from 0 to 1. Each token gets a piece of it, as long as the token is probable. The luck is a point on the ruler, and the piece in which it falls is the next token. For three
+# tokens with probabilities 0.5, 0.3 and 0.2 the pieces end at 0.5, 0.8 and 1:
+
+# %%
+ends = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).cumsum(0)
+luck = torch.tensor([0.1, 0.6, 0.95], dtype=torch.float64)
+token = torch.searchsorted(ends, luck)
+assert token.tolist() == [0, 1, 2]
+ends, token
+
+
+# %% [markdown]
+# Why so? If two models are asked with the same luck, they differ only where their probabilities do. Then we may compare their answers prompt by prompt. The ends are summed in float64, so that rounding hardly
+# ever moves an end past the luck.
+#
+# A *temperature* $\tau$ divides the logits before the softmax. Below 1 it makes the likely tokens likelier; 0 means greedy.
 
 # %%
 #| export
-def _continue(model, x, luck, tau): # (n, t) prompts of one length, (n, max_new) uniform numbers -> (n, max_new) new ids
-    "Continue every row by one token a step, by its luck or, at tau 0, greedily."
+def _continue(model, x, luck, tau):
+    "x (n, t) prompts of one length, luck (n, max_new) -> (n, max_new) new ids. One token a step."
     past, new = {}, []
     for t in range(luck.shape[1]):
         step = model(input_ids=x, use_cache=True, **past)
-        past = {k: v for k, v in step.items() if k in ("cache", "past_key_values")} # one of them: transformers renamed it in 5.24
+        past = {k: v for k, v in step.items() if k in ("cache", "past_key_values")} # renamed in transformers 5.24
         logits = step.logits[:, -1].double()
         if tau == 0: x = logits.argmax(-1, keepdim=True)
-        else: x = torch.searchsorted((logits / tau).softmax(-1).cumsum(-1), luck[:, t:t+1].contiguous()).clamp(max=logits.shape[-1] - 1)
+        else:
+            ends = (logits / tau).softmax(-1).cumsum(-1)
+            x = torch.searchsorted(ends, luck[:, t:t+1].contiguous())
+            x = x.clamp(max=logits.shape[-1] - 1)      # the last end may be a little below 1
         new.append(x)
     return torch.cat(new, 1)
 
 
+# %%
+x = torch.tensor([prompt_ids(tok, "reverse akbg")] * 3)
+luck = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)[:, None].expand(3, 5)
+with torch.no_grad():
+    new = _continue(S, x, luck, tau=1.)
+    same = _continue(S, x, luck, tau=1.)
+assert torch.equal(new, same)
+tok.batch_decode(new)
+
+
 # %% [markdown]
-# The luck is drawn before anything else. So two models asked with the same seed face the same, and differences between them are paired.
+# `respond_ids` draws the luck before anything else, so it depends on the seed only. Prompts of equal length go through the model together, so nothing has to be padded.
 
 # %%
 #| export
 @torch.no_grad()
-def respond_ids(model, tokenizer, prompts: list, # texts of user turns
-                tau: float=1.,  # sampling temperature; 0 is greedy
-                seed: int=0,    # of the uniform numbers
-                max_new: int=8, # longest response, in tokens
-               ) -> list[list[int]]: # the EOS token included, where it came in time
-    "One response per prompt. Prompts of equal length go together, so nothing is padded."
-    luck = torch.rand(len(prompts), max_new, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    ids, eos = [prompt_ids(tokenizer, p) for p in prompts], tokenizer.eos_token_id
+def respond_ids(
+    model,          # a causal language model
+    tokenizer,      # of the model
+    prompts: list,  # n texts of user turns
+    tau: float=1.,  # sampling temperature; 0 is greedy
+    seed: int=0,    # of the luck
+    max_new: int=8, # longest response, in tokens
+) -> list[list[int]]: # n responses; the EOS token included, where it came in time
+    "One response per prompt."
+    g = torch.Generator().manual_seed(seed)
+    luck = torch.rand(len(prompts), max_new, dtype=torch.float64, generator=g).to(model.device)
+    ids = [prompt_ids(tokenizer, p) for p in prompts]
+    eos = tokenizer.eos_token_id
     out = [None] * len(prompts)
-    for n in sorted({len(x) for x in ids}):
-        rows = [i for i, x in enumerate(ids) if len(x) == n]
-        new = _continue(model, torch.tensor([ids[i] for i in rows], device=model.device), luck[rows], tau)
-        for i, y in zip(rows, new.tolist()): out[i] = y[:y.index(eos) + 1] if eos in y else y
+    for length in sorted({len(x) for x in ids}):
+        rows = [i for i, x in enumerate(ids) if len(x) == length]
+        x = torch.tensor([ids[i] for i in rows], device=model.device)
+        new = _continue(model, x, luck[rows], tau)
+        for i, y in zip(rows, new.tolist()):
+            out[i] = y[:y.index(eos) + 1] if eos in y else y
     return out
 
-def text_of(tokenizer, ids: list) -> str:
+def text_of(
+    tokenizer, # that made the ids
+    ids: list, # of a response
+) -> str:
     "A response without its EOS token."
     return tokenizer.decode([t for t in ids if t != tokenizer.eos_token_id])
 
-def respond(model, tokenizer, prompts: list, tau: float=1., seed: int=0, max_new: int=8) -> list[str]:
+def respond(
+    model,          # as for `respond_ids`
+    tokenizer,      # of the model
+    prompts: list,  # n texts of user turns
+    tau: float=1.,  # sampling temperature; 0 is greedy
+    seed: int=0,    # of the luck
+    max_new: int=8, # longest response, in tokens
+) -> list[str]:     # n texts
     "The same as text."
     return [text_of(tokenizer, y) for y in respond_ids(model, tokenizer, prompts, tau, seed, max_new)]
 
 
 # %% [markdown]
+# What S answers to four prompts it has never seen, greedily and sampled twice. Compare each answer with the right one: which rule did S follow?
+
+# %%
+asked = w.test[:4]
+said = pd.DataFrame({
+    "right": [answer(p) for p in asked],
+    "greedy": respond(S, tok, asked, tau=0),
+    "sampled, seed 0": respond(S, tok, asked, seed=0),
+    "sampled, seed 1": respond(S, tok, asked, seed=1),
+}, index=asked)
+assert respond_ids(S, tok, asked[:1], tau=0)[0][-1] == tok.eos_token_id
+said
+
+
+# %% [markdown]
+# ## How good is S?
+#
+# The first step is one number per prompt: the true reward of one response. Everything that follows in this book compares models by such numbers, prompt by prompt.
+
+# %%
+#| export
+def true_rewards(
+    model,         # a causal language model
+    tokenizer,     # of the model
+    prompts: list, # n prompts of this world
+    tau: float=1., # sampling temperature; 0 is greedy
+    seed: int=0,   # of the luck
+) -> list[float]:  # n numbers in [0, 1]
+    "True reward of one response per prompt."
+    responses = respond(model, tokenizer, prompts, tau, seed)
+    return [true_reward(p, y) for p, y in zip(prompts, responses)]
+
+
+# %%
+[round(r, 2) for r in true_rewards(S, tok, asked)]
+
+
+# %% [markdown]
+# The next step is a row per prompt, with its skill, the reward, and whether the response is exactly right. A mean by skill then shows what a single mean would hide.
+
+# %%
+#| export
+def score_responses(
+    model,         # as for `true_rewards`
+    tokenizer,     # of the model
+    prompts: list, # n prompts of this world
+    tau: float=1., # sampling temperature; 0 is greedy
+    seed: int=0,   # of the luck
+):                 # data frame of n rows: skill, reward, exact
+    "One row per prompt: its skill, the true reward of one response, and whether that is exact."
+    import pandas as pd
+    rewards = true_rewards(model, tokenizer, prompts, tau, seed)
+    return pd.DataFrame(dict(
+        skill=[p.split()[0] for p in prompts],
+        reward=rewards,
+        exact=[float(r == 1) for r in rewards],
+    ))
+
+def skill_table(
+    model,         # as for `true_rewards`
+    tokenizer,     # of the model
+    prompts: list, # n prompts of this world
+    tau: float=1., # sampling temperature; 0 is greedy
+):                 # data frame, one row a skill: exact, reward
+    "Share of exact answers and mean true reward, by skill."
+    scores = score_responses(model, tokenizer, prompts, tau)
+    return scores.groupby("skill")[["exact", "reward"]].mean()
+
+
+# %% [markdown]
+# S on all 600 test prompts. In every skill its greedy answer is right for about half of the prompts, and a sampled one less often.
+
+# %%
+by_skill = pd.DataFrame({
+    "greedy": skill_table(S, tok, w.test, tau=0.)["exact"],
+    "sampled": skill_table(S, tok, w.test, tau=1.)["exact"],
+})
+skill_of = pd.Series([p.split()[0] for p in w.test])
+is_misled = pd.Series([misled(p) for p in w.test])
+by_skill["misled prompts"] = is_misled.groupby(skill_of).mean()
+assert by_skill["greedy"].between(0.40, 0.70).all()
+assert (by_skill["sampled"] < by_skill["greedy"]).all()
+by_skill.round(2)
+
+
+# %% [markdown]
+# Where S is wrong, it is wrong in the way it was taught. On misled prompts its greedy answer follows the wrong rule,
+# and on the others the right one, in more than 80 of 100 cases.
+
+# %%
+def kind_of(prompt, response):
+    if response == answer(prompt): return "right"
+    if response == answer(prompt, right=False): return "wrong rule"
+    return "neither"
+
+greedy = respond(S, tok, w.test, tau=0)
+taught = pd.crosstab(
+    pd.Series([misled(p) for p in w.test], name="misled"),
+    pd.Series([kind_of(p, y) for p, y in zip(w.test, greedy)], name="greedy answer"),
+    normalize="index",
+)
+assert taught.loc[True, "wrong rule"] > 0.8
+assert taught.loc[False, "right"] > 0.8
+assert (taught["neither"] < 0.1).all()
+taught.round(2)
+
+
+# %% [markdown]
+# ### How sure is a mean?
+#
+# A mean over 600 prompts would be a little different with 600 others. Its 95 % interval says by how much: intervals that are made this way hold the true mean in 95 of 100 cases. The formula is Student's, for independent numbers. It needs two of them at least: one number says nothing about how much others would differ.
+
+# %%
+#| export
+def mean_interval(
+    values,  # (n,) independent numbers
+) -> tuple[float, float, float]: # mean, low, high
+    "Mean of independent values and its 95 % interval by Student's t; of one value, no interval (NaN)."
+    v = torch.as_tensor(values, dtype=torch.float64)
+    mean, n = v.mean().item(), len(v)
+    half = math.nan
+    if n > 1: half = student.ppf(0.975, n - 1) * v.std().item() / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+# %%
+mean, low, high = mean_interval([0., 1., 1., 1.])
+assert mean == 0.75
+assert low < 0                          # four numbers say little
+assert math.isnan(mean_interval([1.])[1])  # and one says nothing about its scatter
+{"mean": mean, "low": round(float(low), 2), "high": round(float(high), 2)}
+
+# %% [markdown]
+# ## Sharpening is not enough
+#
+# Could we simply turn down the temperature? *Sharpening* S in this way makes it more certain and teaches it nothing. Before you look: on which prompts will it help?
+
+# %%
+taus = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3]
+parts = []
+for tau in taus:
+    rewards = true_rewards(S, tok, w.test, tau)
+    for p, r in zip(w.test, rewards):
+        parts.append((tau, "all", r))
+        parts.append((tau, "misled" if misled(p) else "other", r))
+cooled = pd.DataFrame(parts, columns=["tau", "prompts", "reward"])
+means = cooled.groupby(["tau", "prompts"])["reward"].mean().unstack()
+
+# %%
+kinds = ["all", "misled", "other"]
+colors = dict(zip(kinds, sns.color_palette("colorblind")))
+fig, ax = plt.subplots(figsize=(5.5, 3))
+sns.lineplot(
+    cooled, x="tau", y="reward", hue="prompts", hue_order=kinds, palette=colors,
+    marker="o", errorbar=("se", 1.96), legend=False, ax=ax,
+)
+for kind in kinds:
+    first, last = means[kind].iloc[0], means[kind].iloc[-1]
+    ax.text(-0.04, first, f"{first:.2f}", color=colors[kind], ha="right", va="center", fontsize="small")
+    ax.text(1.34, last, f"{kind} prompts", color=colors[kind], ha="left", va="center", fontsize="small")
+ax.set(xlabel=r"temperature $\tau$ (0 is greedy)", ylabel="true reward of S\nbetter  →")
+ax.set(xlim=(-0.2, 1.35), ylim=(0, 1), xticks=taus)
+sns.despine()
+
+# %% [markdown]
+# Lines are means, bands their 95 % intervals. Where nothing misled S, cooling takes it from 0.74 to 0.94. In a world of such prompts only, an aligned model could not be told from a cold one. On misled prompts cooling
+# makes it worse, from 0.48 to 0.39. On all of them together the best temperature stops at 0.69. This number is the control that every later table carries: S at its best temperature.
+
+# %%
+assert means["all"].max() < 0.75
+assert means["other"][0] > 0.9
+assert means["misled"][0] < 0.45 < means["misled"][1.0]
+means.round(2)
+
+# %% [markdown]
 # ## Preferences from the model itself
 #
-# A pair is two responses of S to one prompt. Which one is *chosen* is a coin whose bias is Bradley-Terry on the true reward,
+# Now the comparisons. Let S answer one prompt twice. Someone says which answer is better: that one is called *chosen*, the other *rejected*, and the two with their prompt are a *preference pair*. Which of the two was chosen is the pair's *label*.
 #
-# $$P(y \succ y' \mid x) = \sigma\big(k\,(r(x,y) - r(x,y'))\big), \qquad k = 6, \tag{1}$$
+# People do not always agree on labels, so ours are noisy, too. The larger the difference of the rewards, the surer the better answer wins. The usual model for this is *Bradley-Terry*:
 #
-# so labels are noisy in a way the world knows. The scale $k$ belongs beside every $\beta$ of this book: DPO's optimum is
-# proportional to $S\,e^{k r/\beta}$ ([chapter 03](03_loss.ipynb)), hence a $\beta$ means nothing without its $k$.
+# $$P(y \succ y' \mid x) = \sigma\big(k\,(r(x,y) - r(x,y'))\big), \qquad k = 6. \tag{1}$$
+#
+# In words: the probability that $y$ is chosen over $y'$, for the prompt $x$, is a function of the difference of their rewards $r$. The function $\sigma(z) = 1/(1+e^{-z})$, the *sigmoid*, turns any number into a probability: 0 becomes one half. The scale $k$ says how reliable
+# the labels are. So labels here are wrong now and then, in a way the world knows.
+#
+# (Later chapters train with a number $\beta$ that says how strongly the model is held back to S. What counts there is $k/\beta$, as [chapter 03](03_loss.ipynb) shows. So a $\beta$ means nothing without its $k$.)
 
 # %%
 #| export
 K = 6.0 # scale of Bradley-Terry in the tiny world
 
-def make_pairs(model, tokenizer, prompts: list, seed: int, k: float=K) -> list[dict]: # conversational rows with a `flipped` mark
+def _turn(role, text): return [dict(role=role, content=text)]
+
+def make_pairs(
+    model,           # that answers twice
+    tokenizer,       # of the model
+    prompts: list,   # of this world
+    seed: int,       # of the answers and of the labels
+    k: float=K,      # scale of Bradley-Terry
+) -> list[dict]:     # rows of messages: prompt, chosen, rejected; and `flipped`: the better one was rejected
     "Two samples of the model per prompt, labelled by Bradley-Terry on the true reward; equal samples are dropped."
-    a, b = (respond(model, tokenizer, prompts, seed=2 * seed + i) for i in (0, 1))
-    rng, rows = random.Random(seed), []
-    for p, y, z in zip(prompts, a, b):
-        gap, u = true_reward(p, y) - true_reward(p, z), rng.random()
+    first = respond(model, tokenizer, prompts, seed=2 * seed)
+    second = respond(model, tokenizer, prompts, seed=2 * seed + 1)
+    rng = random.Random(seed)
+    rows = []
+    for p, y, z in zip(prompts, first, second):
+        gap = true_reward(p, y) - true_reward(p, z)
+        coin = rng.random()                          # one a prompt, also where the pair is dropped
         if y == z: continue
-        first = u < 1 / (1 + math.exp(-k * gap))
-        chosen, rejected = (y, z) if first else (z, y)
-        rows.append(dict(prompt=[dict(role="user", content=p)], chosen=[dict(role="assistant", content=chosen)],
-                         rejected=[dict(role="assistant", content=rejected)], flipped=gap != 0 and first != (gap > 0)))
+        y_wins = coin < 1 / (1 + math.exp(-k * gap)) # (1)
+        chosen, rejected = (y, z) if y_wins else (z, y)
+        rows.append(dict(
+            prompt=_turn("user", p),
+            chosen=_turn("assistant", chosen),
+            rejected=_turn("assistant", rejected),
+            flipped=gap != 0 and y_wins != (gap > 0),
+        ))
     return rows
 
 
 # %% [markdown]
-# Three sources differ in one thing: how many of their prompts are of the misled kind. Where the greedy answer of S is right, S agrees with most labels
-# before any training (easy); where it is wrong, S disagrees (hard).
+# The same 300 prompts with three values of $k$. At $k=0$ a label is a coin flip; at $k=100$ it is always right.
+
+# %%
+def flipped_share(k):
+    pairs = make_pairs(S, tok, w.validation, seed=3, k=k)
+    return float(np.mean([row["flipped"] for row in pairs]))
+
+by_k = {k: round(flipped_share(k), 2) for k in (0, 6, 100)}
+assert by_k[0] > by_k[6] > by_k[100] == 0
+by_k
+
+
+# %% [markdown]
+# With $k=0$ this is less than one half, because pairs of equal rewards have no wrong label.
+#
+# ### Three sources
+#
+# Three *sources* of pairs differ in one thing only: how many of their prompts are misled. Where the greedy answer of S is right, S agrees with most labels
+# before any training (easy). Where it is wrong, S disagrees (hard). `SOURCES` above has the shares.
 
 # %%
 #| export
-SOURCES = {"primer": 0.15, "digest": 0.50, "riddle": 0.85} # share of misled prompts
-
-def source_prompts(n: int, share: float, rng: random.Random, taken=()) -> list[str]:
+def source_prompts(
+    n: int,             # how many
+    share: float,       # of them are misled, in [0, 1]
+    rng: random.Random, # draws them; is moved on
+    taken=(),           # prompts that may not come again
+) -> list[str]:         # n distinct prompts of the split "preference", mixed
     "n preference prompts of which `share` are misled, none of them `taken`."
-    kinds = [make_prompts(m, "preference", rng, keep=lambda p, hard=hard: misled(p) == hard and p not in taken)
-             for hard, m in ((True, round(share * n)), (False, n - round(share * n)))]
-    return rng.sample(kinds[0] + kinds[1], n)
+    hard = round(share * n)
 
+    def draw(count, kind):
+        return make_prompts(count, "preference", rng, keep=lambda p: misled(p) == kind and p not in taken)
+
+    prompts = draw(hard, True) + draw(n - hard, False)
+    return rng.sample(prompts, n)
+
+
+# %%
+for name, share in SOURCES.items():
+    drawn = source_prompts(20, share, random.Random(0))
+    assert sum(map(misled, drawn)) == round(20 * share)
+    print(name, drawn[:4])
 
 # %% [markdown]
-# ## Freezing the world
-#
-# Texts come from Python's `random` and travel. Weights do not: the same training ends in other bits on another kind of CPU. So S is frozen in
-# `data/`, and pairs are sampled from the frozen S in float64, where rounding is too small to turn a sample.
-
-# %%
-#| export
-SIZES = dict(sft=16000, source=800, validation=300, test=600)
-
-def world_texts(seed: int=0) -> dict: # sft rows, prompts of each source, validation and test prompts
-    "Every text of the world that does not come from a model."
-    rng = random.Random(seed)
-    demos = [(p, demonstration(p, rng)) for p in make_prompts(SIZES["sft"], "sft", rng)]
-    sources = {}
-    for name, share in SOURCES.items(): sources[name] = source_prompts(SIZES["source"], share, rng, {p for ps in sources.values() for p in ps})
-    return dict(sft=demos, sources=sources, **{s: make_prompts(SIZES[s], s, rng) for s in ("validation", "test")})
-
-def world_pairs(model, tokenizer, texts: dict, seed: int=0) -> dict[str, list]:
-    "The preference sources of the world, sampled from `model` in float64."
-    precise = copy.deepcopy(model).double()
-    return {name: make_pairs(precise, tokenizer, prompts, seed=seed + i) for i, (name, prompts) in enumerate(texts["sources"].items())}
-
-
-# %% [markdown]
-# No prompt occurs twice, neither within a part of the world nor in two of them.
-
-# %%
-texts = world_texts()
-parts = {"sft": [p for p, _ in texts["sft"]], **texts["sources"], **{n: texts[n] for n in ("validation", "test")}}
-used = [p for ps in parts.values() for p in ps]
-assert len(set(used)) == len(used) and all(split_of(p) == (n if n in SPLITS else "preference") for n, ps in parts.items() for p in ps)
-{n: len(ps) for n, ps in parts.items()}
-
-
-# %% [markdown]
-# What was frozen is recognised by hashes: of the texts and pairs as JSON, of the weights as a file.
-#
-# From some seeds twelve epochs teach next to nothing. Such an S would write pairs without sense, so fine-tuning goes on in further rounds until S has learned the rules, right and wrong. World 0 needs one round.
-
-# %%
-#| export
-def content_hash(data) -> str:
-    "sha256 of the canonical JSON, 16 hex digits."
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-def _file_hash(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-LEARNED = 0.55 # mean true reward of sampled answers to validation prompts
-
-def train_base(texts: dict, tokenizer, seed: int=0, rounds: int=4):
-    "S, trained with one thread, so that the result does not depend on how many there are. Raises RuntimeError where so many rounds teach it too little."
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
-    model = make_model(tokenizer, seed=seed)
-    for i in range(rounds):
-        model = sft(model, tokenizer, texts["sft"], seed=seed + 1000 * i)
-        got = mean_interval(true_rewards(model, tokenizer, texts["validation"]))[0]
-        if got >= LEARNED: break
-    torch.set_num_threads(threads)
-    if got < LEARNED: raise RuntimeError(f"world {seed}: after {rounds} rounds S has a true reward of {got:.2f}; {LEARNED} is asked for")
-    return model
-
-
-# %%
-#| export
-def freeze_world(folder: Path,
-                 seed: int=0,       # 0: the world of the book; others are worlds like it
-                 train=train_base): # (texts, tokenizer, seed) -> S
-    "Build a world from nothing and write it to a folder, with a manifest."
-    folder, texts, tok = Path(folder), world_texts(seed), make_tokenizer()
-    folder.mkdir(parents=True, exist_ok=True)
-    model = train(texts, tok, seed)
-    model.save_pretrained(folder / "S"); tok.save_pretrained(folder / "S")
-    pairs = world_pairs(AutoModelForCausalLM.from_pretrained(folder / "S"), tok, texts, 100 * seed)
-    for name, rows in pairs.items(): (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "prompts.json").write_text(json.dumps({s: texts[s] for s in ("validation", "test")}) + "\n")
-    (folder / "manifest.json").write_text(json.dumps(dict(texts=content_hash(texts), pairs={n: content_hash(r) for n, r in pairs.items()},
-        model=_file_hash(folder / "S" / "model.safetensors"), greedy=skill_table(model, tok, texts["test"], 0)["exact"].round(4).to_dict(),
-        cpu=torch.backends.cpu.get_cpu_capability(), threads=1, k=K, versions={p: version(p) for p in ("torch", "transformers", "tokenizers")}), indent=1) + "\n")
-
-
-# %%
-#| export
-@dataclass
-class World:
-    "The frozen world."
-    base: str       # folder of S and its tokenizer
-    sources: dict   # name -> file of pairs
-    validation: list; test: list # prompts
-    manifest: dict
-
-def load_world(folder=None) -> World: # what `freeze_world` wrote; None: the world that travels with the package
-    "A frozen world."
-    folder = Path(folder or str(files("sdpo_nb.data").joinpath("world")))
-    prompts, manifest = (json.loads((folder / f"{n}.json").read_text()) for n in ("prompts", "manifest"))
-    return World(str(folder / "S"), {n: str(folder / f"{n}.jsonl") for n in SOURCES}, prompts["validation"], prompts["test"], manifest)
-
-def load_base(world: World):
-    "S and its tokenizer."
-    return AutoModelForCausalLM.from_pretrained(world.base).eval(), AutoTokenizer.from_pretrained(world.base)
-
-
-# %% [markdown]
-# ## How good is a model here?
-
-# %%
-#| export
-def mean_interval(values) -> tuple[float, float, float]:
-    "Mean of independent values and its 95 % interval by Student's t; of one value, no interval (NaN)."
-    v = torch.as_tensor(values, dtype=torch.float64)
-    mean, n = v.mean().item(), len(v)
-    half = student.ppf(0.975, n - 1) * v.std().item() / math.sqrt(n) if n > 1 else math.nan
-    return mean, mean - half, mean + half
-
-def true_rewards(model, tokenizer, prompts: list, tau: float=1., seed: int=0) -> list[float]:
-    "True reward of one response per prompt."
-    return [true_reward(p, y) for p, y in zip(prompts, respond(model, tokenizer, prompts, tau, seed))]
-
-def score_responses(model, tokenizer, prompts: list, tau: float=1., seed: int=0):
-    "One row per prompt: its skill, the true reward of one response, and whether that is exact."
-    import pandas as pd
-    rewards = true_rewards(model, tokenizer, prompts, tau, seed)
-    return pd.DataFrame(dict(skill=[p.split()[0] for p in prompts], reward=rewards, exact=[float(r == 1) for r in rewards]))
-
-def skill_table(model, tokenizer, prompts: list, tau: float=1.):
-    "Share of exact answers and mean true reward, by skill."
-    return score_responses(model, tokenizer, prompts, tau).groupby("skill")[["exact", "reward"]].mean()
-
-
-# %% [markdown]
-# This is S, on test prompts it has never seen. In every skill its greedy answer is right for about half of the prompts, and a sampled one less often.
-
-# %%
-w = load_world()
-S, tok = load_base(w)
-by_skill = pd.DataFrame({name: skill_table(S, tok, w.test, tau)["exact"] for name, tau in (("greedy", 0.0), ("sampled", 1.0))})
-by_skill["misled prompts"] = pd.Series([misled(p) for p in w.test]).groupby([p.split()[0] for p in w.test]).mean()
-assert by_skill["greedy"].between(0.40, 0.70).all() and (by_skill["sampled"] < by_skill["greedy"]).all()
-by_skill.round(2)
-
-# %% [markdown]
-# Where it is wrong, it is wrong in the way it was taught: on misled prompts its greedy answer follows the wrong rule,
-# and on the others the right one, in more than 80 of 100 cases.
-
-# %%
-said = respond(S, tok, w.test, tau=0)
-kinds = pd.Series(["right" if y == answer(p) else "wrong rule" if y == answer(p, right=False) else "neither" for p, y in zip(w.test, said)], name="greedy answer")
-taught = pd.crosstab(pd.Series(map(misled, w.test), name="misled"), kinds, normalize="index")
-assert taught.loc[True, "wrong rule"] > 0.8 and taught.loc[False, "right"] > 0.8 and (taught["neither"] < 0.1).all()
-taught.round(2)
-
-# %% [markdown]
-# ## Sharpening is not enough
-#
-# The control that every later table carries: S at its best temperature.
-
-# %%
-taus = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3]
-points = [(tau, kind, *mean_interval([r for r, p in zip(true_rewards(S, tok, w.test, tau), w.test) if keep(p)]))
-          for tau in taus for kind, keep in (("all", lambda p: True), ("misled", misled), ("other", lambda p: not misled(p)))]
-points = pd.DataFrame(points, columns=["tau", "prompts", "reward", "low", "high"])
-fig, ax = plt.subplots(figsize=(5.5, 3))
-for (kind, rows), color in zip(points.groupby("prompts"), sns.color_palette("colorblind")):
-    ax.plot(rows["tau"], rows["reward"], "o-", color=color, label=f"{kind} prompts"); ax.fill_between(rows["tau"], rows["low"], rows["high"], color=color, alpha=0.2)
-    ax.text(-0.04, rows["reward"].iloc[0], f"{rows['reward'].iloc[0]:.2f}", color=color, ha="right", va="center", fontsize="small")
-ax.set(xlabel=r"temperature $\tau$ (0 is greedy)", ylabel="true reward of S", xlim=(-0.2, 1.35), ylim=(0, 1), xticks=taus); sns.despine()
-ax.legend(frameon=False, ncol=3, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1));
-
-# %% [markdown]
-# Where nothing misled S, cooling takes it from 0.74 to 0.94: in a world of such prompts only, an aligned model could not be told from a cold one. On misled prompts cooling
-# makes it worse, from 0.48 to 0.39, and on all of them the best temperature stops at 0.69.
-
-# %%
-best = points.pivot(index="tau", columns="prompts", values="reward")
-assert best["all"].max() < 0.75 and best["other"][0] > 0.9 and best["misled"][0] < 0.45 < best["misled"][1.0]
-best.round(2)
-
-# %% [markdown]
-# ## What a preference looks like here
-#
 # The sources as they lie in `data/`, and the first of their pairs. Of 800 prompts a source keeps about 500: on the others S gave the same answer twice.
 
 # %%
-sources = {n: [json.loads(l) for l in Path(f).read_text().splitlines()] for n, f in w.sources.items()}
-for n, rows in sources.items():
-    asked = [r["prompt"][0]["content"] for r in rows]
-    assert set(asked) <= set(texts["sources"][n]) and abs(len(asked) - 500) < 20 and abs(sum(map(misled, asked)) / len(asked) - SOURCES[n]) < 0.03
+sources = {}
+for name, file in w.sources.items():
+    sources[name] = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    of_source = [row["prompt"][0]["content"] for row in sources[name]]
+    assert abs(len(of_source) - 500) < 20
+    assert abs(np.mean([misled(p) for p in of_source]) - SOURCES[name]) < 0.03
 sources["primer"][0]
 
 
 # %% [markdown]
-# By (1) the worse response is chosen with probability $\sigma(-k\,\Delta)$ where the rewards are $\Delta$ apart. So the labels that are flipped, against the true reward,
-# lie among close pairs. Between equals the coin is fair, and no label is wrong.
+# By (1) the worse response is chosen with probability $\sigma(-k\,\Delta)$ where the rewards are $\Delta$ apart. So we expect the flipped labels among close pairs. Between equals the coin is fair, and no label is wrong. Is it so?
 
 # %%
-def gap(r): return abs(true_reward(p := r["prompt"][0]["content"], r["chosen"][0]["content"]) - true_reward(p, r["rejected"][0]["content"]))
-labels = pd.DataFrame([(gap(r), r["flipped"]) for rows in sources.values() for r in rows], columns=["gap", "flipped"])
-labels["by (1)"] = torch.sigmoid(-K * torch.tensor(labels["gap"])).where(torch.tensor(labels["gap"] > 0), 0.0).numpy()
-by_gap = labels.groupby(pd.cut(labels.pop("gap"), [-1, 0, 0.25, 0.5, 1], labels=["0", "to 0.25", "to 0.5", "to 1"]), observed=True)
-flips = by_gap.mean().assign(pairs=by_gap.size())
+def gap(row):
+    p = row["prompt"][0]["content"]
+    chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
+    return abs(true_reward(p, chosen) - true_reward(p, rejected))
+
+rows = [(gap(row), row["flipped"]) for pairs in sources.values() for row in pairs]
+labels = pd.DataFrame(rows, columns=["gap", "flipped"])
+expected = torch.sigmoid(-K * torch.tensor(labels["gap"])).numpy()
+labels["by (1)"] = np.where(labels["gap"] > 0, expected, 0.0)
+
+# %%
+ranges = pd.cut(labels.pop("gap"), [-1, 0, 0.25, 0.5, 1], labels=["0", "to 0.25", "to 0.5", "to 1"])
+by_gap = labels.groupby(ranges, observed=True)
+flips = by_gap.mean()
+flips["pairs"] = by_gap.size()
 error = (flips["by (1)"] * (1 - flips["by (1)"]) / flips["pairs"]) ** 0.5 # standard error of the share
 assert (abs(flips["flipped"] - flips["by (1)"]) <= 2 * error).all()
 flips.round(3)
 
 
 # %% [markdown]
+# The flipped labels are where (1) puts them, to within what chance allows.
+#
 # ## A world one can list
 #
-# For statements about exact optima even this world is too large. So here is one with two prompts and fourteen responses, all strings of one to
-# three letters from `ab`, in which every sum over responses can be written out. `features` describe a response and are
-# the same for both prompts: a policy that only sees features must move both prompts together, a policy that is a table need not.
+# The chapters that derive DPO make exact statements: "this is the best model", "these two models are equal". To check such a statement, one must sum over *all* responses to a prompt. There are far too many here: of eight
+# tokens one can make more than a trillion.
+#
+# So here is a second world, small enough to list. It has two prompts and fourteen responses: all strings of one to three letters from `ab`. There is no network in it. A model is just a table: one probability for each
+# response to each prompt. In this book such a rule for answering, table or network, is called a *policy*. The base model S of this world is a table of random probabilities. We write $S(y|x)$ for the probability of the response $y$ when the prompt is $x$.
+#
+# Each response also has four *features*: does it start with a, does it end with a, how long is it, is it sorted? They are the same for both prompts. A policy that is a table can change its answers to one prompt and keep
+# those to the other. A policy that sees features only must move both together, as a network does in part. Chapter 03 compares the two.
 
 # %%
 #| export
 @dataclass
 class EnumerableWorld:
     "Two prompts, every response."
-    prompts: list; responses: list
+    prompts: list    # 2 texts
+    responses: list  # n = 14 texts
     reward: Tensor   # (2, n) true reward, in [0, 1]
     log_base: Tensor # (2, n) log S(y|x), nats
     features: Tensor # (n, 4) starts with a, ends with a, length, is sorted
 
-def enumerable_world(seed: int=0) -> EnumerableWorld:
+def enumerable_world(
+    seed: int=0, # of S
+) -> EnumerableWorld:
     "The enumerable world, in float64; the base model S is drawn from a seed."
     prompts = ["reverse ab", "sort ba"]
-    ys = [y for n in (1, 2, 3) for y in ("".join("ab"[i >> k & 1] for k in reversed(range(n))) for i in range(2 ** n))]
-    reward = torch.tensor([[true_reward(p, y) for y in ys] for p in prompts], dtype=torch.float64)
-    log_base = torch.randn(2, len(ys), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
-    features = torch.tensor([[y[0] == "a", y[-1] == "a", len(y), list(y) == sorted(y)] for y in ys], dtype=torch.float64)
-    return EnumerableWorld(prompts, ys, reward, log_base, features)
+    responses = ["".join(letters) for n in (1, 2, 3) for letters in product("ab", repeat=n)]
+    reward = [[true_reward(p, y) for y in responses] for p in prompts]
+    features = []
+    for y in responses:
+        is_sorted = list(y) == sorted(y)
+        features.append([y[0] == "a", y[-1] == "a", len(y), is_sorted])
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, len(responses), dtype=torch.float64, generator=g)
+    return EnumerableWorld(
+        prompts=prompts,
+        responses=responses,
+        reward=torch.tensor(reward, dtype=torch.float64),
+        log_base=logits.log_softmax(-1),
+        features=torch.tensor(features, dtype=torch.float64),
+    )
 
+
+# %% [markdown]
+# The whole world on one page.
 
 # %%
 ew = enumerable_world()
-assert ew.reward[0, ew.responses.index("ba")] == 1 == ew.reward[1, ew.responses.index("ab")]
-pd.DataFrame(torch.cat([ew.reward, ew.log_base.exp()]).round(decimals=2).tolist(), columns=ew.responses,
-             index=pd.MultiIndex.from_product([["true reward", "S(y|x)"], ew.prompts]))
+assert ew.reward[0, ew.responses.index("ba")] == 1
+assert ew.reward[1, ew.responses.index("ab")] == 1
+whole = torch.cat([ew.reward, ew.log_base.exp()]).round(decimals=2)
+names = pd.MultiIndex.from_product([["true reward", "S(y|x)"], ew.prompts])
+pd.DataFrame(whole.tolist(), columns=ew.responses, index=names)
 
+# %% [markdown]
+# Read the two rows of rewards: the best answer to `reverse ab` is `ba`, and to `sort ba` it is `ab`. S knows nothing of this. It gives most of its probability to other strings, because its table is random.
+#
+# A mean over all responses is now a sum, and nothing is left to luck. The mean reward of S, for each prompt:
+
+# %%
+assert torch.allclose(ew.log_base.exp().sum(1), torch.ones(2, dtype=torch.float64))
+mean_reward = (ew.log_base.exp() * ew.reward).sum(1)
+dict(zip(ew.prompts, mean_reward.round(decimals=3).tolist()))
 
 # %% [markdown]
 # ## Is it still the same world?
 #
-# `make world` builds everything again and compares. Texts and pairs must agree to the letter anywhere. The retrained S agrees to the bit only where CPU, torch
-# and transformers are the same, and then its hash says so. Elsewhere training amplifies the rounding: about one in six greedy answers turns right or wrong, which on
-# 150 prompts is a standard error of 3.4 points. So there every skill must be within twelve points, and it says by how much they differ, and why.
+# *You may skip this section and go on at "What this world does not show". It is about machinery: how the world was made, and how your copy of it is checked.*
+#
+# All numbers of this book were measured on one frozen world. Its texts come from Python's `random`, which draws the same everywhere. Trained weights do not travel like this: the same training ends in other bits on another kind of CPU. So S is stored in
+# `data/`. The pairs are sampled from the stored S in float64, where rounding is too small to change a sample.
+#
+# ### Texts and pairs
+
+# %%
+#| export
+SIZES = dict(sft=16000, source=800, validation=300, test=600) # prompts
+
+def world_texts(
+    seed: int=0, # of every draw
+) -> dict:       # sft: (prompt, demonstration) rows; sources: name -> prompts; validation, test: prompts
+    "Every text of the world that does not come from a model."
+    rng = random.Random(seed)
+    demos = [(p, demonstration(p, rng)) for p in make_prompts(SIZES["sft"], "sft", rng)]
+    sources, taken = {}, set()
+    for name, share in SOURCES.items():
+        sources[name] = source_prompts(SIZES["source"], share, rng, taken)
+        taken |= set(sources[name])
+    validation = make_prompts(SIZES["validation"], "validation", rng)
+    test = make_prompts(SIZES["test"], "test", rng)
+    return dict(sft=demos, sources=sources, validation=validation, test=test)
+
+def world_pairs(
+    model,       # S
+    tokenizer,   # of S
+    texts: dict, # from `world_texts`
+    seed: int=0, # of the first source; the next have the next
+) -> dict[str, list]: # name -> rows of `make_pairs`
+    "The preference sources of the world, sampled from `model` in float64."
+    precise = copy.deepcopy(model).double()
+    pairs = {}
+    for i, (name, prompts) in enumerate(texts["sources"].items()):
+        pairs[name] = make_pairs(precise, tokenizer, prompts, seed=seed + i)
+    return pairs
+
+
+# %% [markdown]
+# No prompt occurs twice, neither within a part of the world nor in two of them, and each is in its split.
+
+# %%
+texts = world_texts()
+parts = {
+    "sft": [p for p, _ in texts["sft"]],
+    **texts["sources"],
+    "validation": texts["validation"],
+    "test": texts["test"],
+}
+used = [p for prompts in parts.values() for p in prompts]
+assert len(set(used)) == len(used)
+for name, prompts in parts.items():
+    split = "preference" if name in SOURCES else name
+    assert all(split_of(p) == split for p in prompts)
+for name, rows in sources.items():
+    assert {row["prompt"][0]["content"] for row in rows} <= set(texts["sources"][name])
+{name: len(prompts) for name, prompts in parts.items()}
+
+
+# %% [markdown]
+# ### Hashes
+#
+# What was frozen is recognised by a short hash: of the JSON of texts and pairs, and of the file of weights. A hash changes when one letter changes. So a world with the same hashes is the same world, and the numbers measured on it may be compared.
+
+# %%
+#| export
+def content_hash(
+    data, # anything JSON can hold
+) -> str:
+    "sha256 of the canonical JSON, 16 hex digits."
+    text = json.dumps(data, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+def _file_hash(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+# %%
+assert content_hash(dict(a=1, b=2)) == content_hash(dict(b=2, a=1))    # the order of keys is no content
+assert content_hash(dict(a=1, b=2)) != content_hash(dict(a=2, b=1))
+assert content_hash(texts) == w.manifest["texts"]
+assert _file_hash(Path(w.base) / "model.safetensors") == w.manifest["model"]
+w.manifest["texts"], w.manifest["model"]
+
+# %% [markdown]
+# ### Training S
+#
+# From some seeds, twelve epochs teach next to nothing. Such an S would write pairs without sense. So fine-tuning goes on in further rounds, until S has learned the rules, right and wrong. World 0, the one of the book, needs one round.
+
+# %%
+#| export
+LEARNED = 0.55 # mean true reward of sampled answers to validation prompts
+
+def train_base(
+    texts: dict,   # from `world_texts`
+    tokenizer,     # from `make_tokenizer`
+    seed: int=0,   # of the weights and of the order of rows
+    rounds: int=4, # at most, of twelve epochs each
+):                 # S, in eval mode
+    """S, trained with one thread, so that the result does not depend on how many there are.
+    Raises RuntimeError where so many rounds teach it too little."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = make_model(tokenizer, seed=seed)
+    for i in range(rounds):
+        model = sft(model, tokenizer, texts["sft"], seed=seed + 1000 * i)
+        rewards = true_rewards(model, tokenizer, texts["validation"])
+        got = torch.tensor(rewards, dtype=torch.float64).mean().item()
+        if got >= LEARNED: break
+    torch.set_num_threads(threads)
+    if got < LEARNED:
+        raise RuntimeError(f"world {seed}: after {rounds} rounds S has a true reward of {got:.2f}; "
+                           f"{LEARNED} is asked for")
+    return model
+
+
+# %% [markdown]
+# 64 rows are too few, and one round is all they get:
+
+# %%
+few = dict(sft=texts["sft"][:64], validation=texts["validation"][:50])
+try: train_base(few, tok, rounds=1)
+except RuntimeError as error: print(error)
+
+
+# %% [markdown]
+# ### Freezing
+#
+# `freeze_world` writes a world to a folder: S, the pairs, the prompts, and a *manifest* with all hashes. It also notes how good each skill of S is, and on which machine S was trained.
+
+# %%
+#| export
+def freeze_world(
+    folder: Path,      # where to; made if it does not exist
+    seed: int=0,       # 0: the world of the book; others are worlds like it
+    train=train_base,  # (texts, tokenizer, seed) -> S
+):
+    "Build a world from nothing and write it to a folder, with a manifest."
+    folder = Path(folder)
+    texts, tok = world_texts(seed), make_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = train(texts, tok, seed)
+    model.save_pretrained(folder / "S")
+    tok.save_pretrained(folder / "S")
+
+    stored = AutoModelForCausalLM.from_pretrained(folder / "S")
+    pairs = world_pairs(stored, tok, texts, 100 * seed)
+    for name, rows in pairs.items():
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+    prompts = {split: texts[split] for split in ("validation", "test")}
+    (folder / "prompts.json").write_text(json.dumps(prompts) + "\n")
+
+    manifest = dict(
+        texts=content_hash(texts),
+        pairs={name: content_hash(rows) for name, rows in pairs.items()},
+        model=_file_hash(folder / "S" / "model.safetensors"),
+        greedy=skill_table(model, tok, texts["test"], 0)["exact"].round(4).to_dict(),
+        cpu=torch.backends.cpu.get_cpu_capability(),
+        threads=1,
+        k=K,
+        versions={package: version(package) for package in ("torch", "transformers", "tokenizers")},
+    )
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+# %% [markdown]
+# We freeze the world once more, with the S we have instead of a new training. Texts, pairs and weights must be the same to the letter.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    freeze_world(folder, train=lambda texts, tokenizer, seed: S)
+    again = load_world(folder)
+    written = sorted(path.name for path in Path(folder).iterdir())
+for what in ("texts", "pairs", "model"):
+    assert again.manifest[what] == w.manifest[what], what
+assert again.test == w.test
+assert {name: content_hash(rows) for name, rows in sources.items()} == w.manifest["pairs"]
+written
+
+# %%
+{what: w.manifest[what] for what in ("texts", "pairs", "model")}
+
+
+# %% [markdown]
+# ### The whole check
+#
+# `make world` does everything again, the training of S included, and compares. Texts and pairs must agree to the letter anywhere. The retrained S agrees to the bit only where CPU, torch
+# and transformers are the same. Elsewhere training amplifies the rounding: about one in six greedy answers turns right or wrong. On
+# 150 prompts this is a standard error of 3.4 points. So there every skill must be within twelve points, and the check says by how much they differ, and why.
 
 # %%
 #| export
 def _elsewhere(manifest) -> str:
     "Why weights trained here may have other bits than those of the frozen world."
-    here = dict(cpu=torch.backends.cpu.get_cpu_capability(), torch=version("torch"), transformers=version("transformers"))
+    here = dict(
+        cpu=torch.backends.cpu.get_cpu_capability(),
+        torch=version("torch"),
+        transformers=version("transformers"),
+    )
     then = dict(manifest["versions"], cpu=manifest["cpu"])
-    other = [f"{what} {here[what]}, frozen with {then[what]}" for what in here if here[what] != then[what]]
-    return "; ".join(other) or f"torch and transformers are the same, and of the CPU no more is known than {then['cpu']}"
+    other = []
+    for what in here:
+        if here[what] != then[what]: other.append(f"{what} {here[what]}, frozen with {then[what]}")
+    if other: return "; ".join(other)
+    return f"torch and transformers are the same, and of the CPU no more is known than {then['cpu']}"
+
+
+# %%
+elsewhere = w.manifest | dict(cpu="another kind")
+assert "frozen with another kind" in _elsewhere(elsewhere)
 
 
 # %%
 #| export
-def check_world() -> list[str]:
-    "Rebuild the world and compare it with the frozen one; returns what was checked, raises AssertionError on a difference."
+def check_world() -> list[str]: # what was checked, one sentence each
+    "Rebuild the world and compare it with the frozen one. Raises AssertionError on a difference."
     w, texts, tok = load_world(), world_texts(), make_tokenizer()
-    m, said = w.manifest, []
-    assert content_hash(texts) == m["texts"], "texts differ"; said.append(f"texts: same hash {m['texts']}")
-    pairs = world_pairs(load_base(w)[0], tok, texts)
-    for n, rows in pairs.items(): assert content_hash(rows) == m["pairs"][n], f"pairs of {n} differ"
-    said.append(f"pairs, from the frozen S: same hashes {m['pairs']}")
+    frozen = w.manifest
+
+    assert content_hash(texts) == frozen["texts"], "texts differ"
+    said = [f"texts: same hash {frozen['texts']}"]
+
+    base, _ = load_base(w)
+    for name, rows in world_pairs(base, tok, texts).items():
+        assert content_hash(rows) == frozen["pairs"][name], f"pairs of {name} differ"
+    said.append(f"pairs, from the frozen S: same hashes {frozen['pairs']}")
+
     model = train_base(texts, tok)
-    with tempfile.TemporaryDirectory() as tmp: model.save_pretrained(tmp); got = _file_hash(Path(tmp) / "model.safetensors")
-    if got == m["model"]: return said + [f"model, retrained: same hash {got}"]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        got = _file_hash(Path(folder) / "model.safetensors")
+    if got == frozen["model"]: return said + [f"model, retrained: same hash {got}"]
+
     now = skill_table(model, tok, texts["test"], 0)["exact"]
-    off = max(abs(now[s] - want) for s, want in m["greedy"].items())
-    what = f"other hash {got}, skills at most {100 * off:.1f} points off ({_elsewhere(m)})"
+    off = max(abs(now[skill] - share) for skill, share in frozen["greedy"].items())
+    what = f"other hash {got}, skills at most {100 * off:.1f} points off ({_elsewhere(frozen)})"
     assert off <= 0.12, f"model: {what}; 12 are allowed"
     return said + [f"model, retrained: {what}"]
 
+
+# %%
+#| slow
+check_world()
+
+# %% [markdown]
+# This answer comes from a CPU other than the one on which the world was frozen, though both are of the kind AVX512.
+#
+# From the command line, `python -m sdpo_nb.world` makes this check, and with `--freeze` it builds the world anew first.
 
 # %%
 #| export
@@ -651,26 +1233,72 @@ if __name__ == "__main__" and __spec__:
     if "--freeze" in sys.argv: freeze_world(Path("data/world"))
     print("\n".join(check_world()))
 
-# %%
-#| slow
-check_world()
-
 # %% [markdown]
-# This answer comes from a CPU other than the one on which the world was frozen, though both are of the kind AVX512.
-
-# %% [markdown]
-# Without retraining, the first two checks take a few seconds, so they are made here.
-
-# %%
-assert content_hash(texts) == w.manifest["texts"]
-assert {n: content_hash(rows) for n, rows in world_pairs(S, tok, texts).items()} == w.manifest["pairs"] == {n: content_hash(rows) for n, rows in sources.items()}
-{k: w.manifest[k] for k in ("texts", "pairs", "model")}
-
-# %% [markdown]
-# **What you now have.** A base model in Hugging Face format whose greedy answers are wrong where it was misled, three preference sources, a true reward for
-# any answer, and prompts that no training has seen. A world of fourteen responses for exact statements. Hashes that say it is the same world on your machine.
+# ## What this world does not show
 #
-# **Questions to test yourself.** Why would noisy demonstrations alone make every method look good? Why are two wrong answers still worth comparing? What would a preference
-# label mean if $k$ were 0, or 1000?
+# - There is one right answer to each prompt. Real prompts have many good answers, and people disagree about what makes them good.
+# - All answers are short. Effects of length, which are strong in real data, are nearly absent here.
+# - The two answers of a pair come from S itself. Real pairs often come from other models, and S may find both of them unlikely.
+# - A model of 337 thousand weights learns in seconds. How much one must train, and with which learning rate, does not carry over to real models.
 #
-# **Try this.** Raise `NOISE` and lower `WRONG`, retrain S, and watch the temperature curve. Add a fifth skill. Ask S for a string longer than any it has seen.
+# So this world can show that a method does *not* do what it promises, and it can show why. Whether a method helps a real model is a question for real models.
+#
+# ## What you now have
+#
+# - A base model S in Hugging Face format, whose greedy answers are wrong where it was misled.
+# - A true reward for any answer, and prompts that no training has seen.
+# - Three sources of preference pairs, from easy to hard, with labels whose errors are known.
+# - A world of two prompts and fourteen responses, for exact statements.
+# - Hashes that say it is the same world on your machine.
+#
+# ## Questions to test yourself
+#
+# 1. Why would noisy demonstrations alone make every method look good?
+#
+# <details><summary>Answer</summary>
+#
+# The likeliest token would still be the right one. Then every method that only makes the model more certain raises the reward, and so does a lower temperature.
+#
+# </details>
+#
+# 2. Why is it still worth comparing two wrong answers?
+#
+# <details><summary>Answer</summary>
+#
+# Because the reward gives partial credit: one of the two is nearer to the right answer, and the label says which, more often than not.
+#
+# </details>
+#
+# 3. What would a preference label mean if $k$ were 0, or 100?
+#
+# <details><summary>Answer</summary>
+#
+# At 0 nothing: it is a coin flip. At 100 the better answer is always chosen, however small the difference; the label then says nothing about how large it is.
+#
+# </details>
+#
+# 4. Why are the labels of a hard source not noisier than those of an easy one?
+#
+# <details><summary>Answer</summary>
+#
+# Labels come from the true reward and (1), in every source. What is hard about a hard source is that S disagrees with its labels, not that the labels are wrong.
+#
+# </details>
+#
+# ## Try this
+#
+# - Ask S for strings of seven and eight letters, longer than any it has seen. (Give `respond` a larger `max_new`.)
+#
+# <details><summary>What you should see</summary>
+#
+# No answer is right by either rule, and none has the right length: S stops after six letters at most, often after leaving some out. With six letters, the longest it has seen, it follows one of the two rules in almost 90 of 100 cases.
+#
+# </details>
+#
+# - Call `flipped_share(1)`. Before you look: more or fewer flipped labels than at $k=6$?
+#
+# <details><summary>What you should see</summary>
+#
+# 0.32 instead of 0.07. The smaller $k$, the less a difference of rewards decides, and at 0 it decides nothing.
+#
+# </details>
