@@ -133,7 +133,8 @@ def gradients(f): return trainer.batch_gradients(model(), PAIRS, TABLE, CONFIG, 
 def step():
     m, accelerator = model(), trainer.make_accelerator("bf16")
     for p in m.parameters(): p.grad = torch.zeros_like(p)
-    return trainer.one_step(m, PAIRS, TABLE, CONFIG, accelerator, trainer.make_optimizer(m, CONFIG), 1e-3, "bf16", packing.packed_logprobs)
+    steps = trainer.Trainer(m, TABLE, CONFIG, accelerator, trainer.make_optimizer(m, CONFIG), "bf16", packing.packed_logprobs)
+    return steps.update(steps.gradients(PAIRS, steps.prepare(PAIRS)), 1e-3)
 def stage():
     with TemporaryDirectory() as folder, patch.object(trainer, "save_checkpoint"):
         return trainer.train_stage(model(), PAIRS, TABLE, replace(CONFIG, compile="off", deterministic=False), folder, start=TABLE)
@@ -203,7 +204,7 @@ CASES = {
     "trainer.fit": lambda: trainer.fit(model(), PAIRS, CONFIG, "bf16", packing.packed_logprobs),
     "trainer.why_not_same_bits": lambda: trainer.why_not_same_bits(model(), packing.packed_logprobs, "bf16"),
     "trainer.make_optimizer": lambda: trainer.make_optimizer(model(), CONFIG).step(),
-    "trainer.one_step": step,
+    "trainer.Trainer": step,
     "trainer.batch_logprobs": lambda: said().numpy(),
     "trainer.per_root_token": lambda: trainer.per_root_token(said(), PAIRS),
     "trainer.rounding_limit": lambda: trainer.rounding_limit(said(), said(), PAIRS),
