@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PIECE', 'KNOWN', 'BACKENDS', 'REFUSED', 'Row', 'pack', 'visible', 'by_blocks', 'packed_attention',
-           'attention', 'recompute_alike', 'piece_bytes', 'head_logprobs', 'packed_tokens', 'packed_logprobs',
-           'packed_row', 'of_row', 'to_device', 'Copies', 'copies', 'FlashPlan', 'flash_plan', 'flash',
-           'flash_logprobs', 'flash_row', 'Padded', 'PaddedPlan', 'padded_plan', 'uncompile', 'compile_layers',
-           'try_out', 'why_not_packed', 'why_not_flash', 'choose_logprobs']
+           'attention', 'piece_bytes', 'head_logprobs', 'to_device', 'of_row', 'packed_tokens', 'packed_row',
+           'packed_logprobs', 'recompute_alike', 'Copies', 'copies', 'FlashPlan', 'flash_plan', 'flash', 'flash_row',
+           'flash_logprobs', 'Padded', 'PaddedPlan', 'padded_plan', 'try_out', 'uncompile', 'compile_layers',
+           'why_not_packed', 'why_not_flash', 'choose_logprobs']
 
 # %% ../nbs/04_packing.ipynb #141c247f
 import contextlib, inspect
@@ -23,53 +23,27 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .logprobs import autocast, check_prompts, fp32_logits, is_plain, must_read_alone, response_logprobs, token_logprobs
+from .logprobs import autocast, check_prompts, fp32_logits, is_plain, must_read_alone
+from .logprobs import response_logprobs, token_logprobs
 
 # %% ../nbs/04_packing.ipynb #92f59c74
 @dataclass
 class Row:
-    "Pairs, packed. Tensors of tokens are (N,), those of response tokens (m,)."
-    ids: Tensor
-    position: Tensor
-    pair: Tensor
-    side: Tensor       # 0 prompt, 1 chosen, 2 rejected
+    "Pairs, packed: N tokens, of which m are response tokens."
+    ids: Tensor        # (N,) token ids
+    position: Tensor   # (N,) restarts after the prompt for the rejected response
+    pair: Tensor       # (N,) number of the pair, from 0
+    side: Tensor       # (N,) 0 prompt, 1 chosen, 2 rejected
     scored: Tensor     # (m,) where the response tokens stand
     read: Tensor       # (m,) where the logits for each of them stand
     sizes: list        # of each pair: tokens of prompt, chosen, rejected
     blocks: list       # lengths of the stretches that attend among themselves
-    masks: dict = field(default_factory=dict)
-    windows: set = field(default_factory=set) # sliding windows that the layers have asked for
-    plan: object = None # how a graphics card attends; see below
-
-PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-def _stretches(starts, lengths): # (sum of lengths,) start, start + 1, ...; one stretch after the other
-    return np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths)])
-
-def pack(pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
-        ) -> Row:     # on the CPU
-    "One row of all pairs: prompt, chosen, rejected, next pair. Raises ValueError for a pair without a prompt."
-    check_prompts(pairs)
-    sizes = [[len(p[part]) for part in PARTS] for p in pairs]
-    lengths = np.array(sizes).flatten()
-    ids = np.concatenate([np.asarray(p[part], "int64") for p in pairs for part in PARTS])
-    begins = [start for x, _, _ in sizes for start in (0, x, x)]
-    position = _stretches(begins, lengths)
-    pair = np.repeat(np.arange(len(pairs)), [sum(size) for size in sizes])
-    side = np.repeat(np.tile([0, 1, 2], len(pairs)), lengths)
-    scored = np.flatnonzero(side)
-    tokens = [torch.from_numpy(t) for t in (ids, position, pair, side, scored, _read(sizes))]
-    return Row(*tokens, sizes, _blocks([sum(size) for size in sizes]))
+    masks: dict = field(default_factory=dict)  # of the blocks, made when first asked for
+    windows: set = field(default_factory=set)  # sliding windows that the layers have asked for
+    plan: object = None                        # how a graphics card attends
 
 # %% ../nbs/04_packing.ipynb #1b041da7
-def _read(sizes):
-    "Positions whose logits predict the response tokens, in the order of the tokens."
-    out, start = [], 0
-    for x, c, r in sizes:
-        last = start + x - 1
-        out += [np.arange(last, last + c), [last], np.arange(last + c + 1, last + c + r)]
-        start += x + c + r
-    return np.concatenate(out).astype("int64")
+PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 def _blocks(lengths, merge_up_to=256):
     "Neighbours that are short attend in one block, which saves calls; a long pair is a block of its own."
@@ -79,81 +53,144 @@ def _blocks(lengths, merge_up_to=256):
         else: out.append(n)
     return out
 
-# %% ../nbs/04_packing.ipynb #5268666a
-def visible(row: Row, tokens: slice, window: int=None) -> Tensor: # (n, n) bool; [i, j]: i sees j
-    "Which of these tokens see which."
-    pair, side, position = row.pair[tokens], row.side[tokens], row.position[tokens]
-    sees = (pair[:, None] == pair) & ((side == 0) | (side[:, None] == side)) & (position[:, None] >= position)
-    return sees & (position[:, None] - position < window) if window else sees
+def pack(
+    pairs: list,   # n pairs with prompt_ids, chosen_ids, rejected_ids
+) -> Row:          # on the CPU
+    "One row: prompt, chosen, rejected, next pair. Raises ValueError for a pair without a prompt."
+    check_prompts(pairs)
+    ids, position, read, sizes = [], [], [], []
+    for p in pairs:
+        x, c, r = size = [len(p[part]) for part in PARTS]
+        last = len(ids) + x - 1                       # the last token of the prompt
+        for part in PARTS: ids.extend(p[part])
+        position.append(np.arange(x + c))             # prompt and chosen run on;
+        position.append(np.arange(x, x + r))          # rejected starts again after the prompt
+        read.append(np.arange(last, last + c))        # each token is read one place before it;
+        read.append([last])                           # the first rejected one at the prompt's end, again
+        read.append(np.arange(last + c + 1, last + c + r))
+        sizes.append(size)
 
-# %% ../nbs/04_packing.ipynb #3d2bb488
-def _bias(row, tokens, window, dtype):
-    "0 where seen, the lowest number elsewhere; (n, n), made once for all layers and heads."
-    n = tokens.stop - tokens.start
-    key = tokens.start, window if window and window < n else None, dtype
-    if key not in row.masks:
-        hidden = ~visible(row, tokens, key[1])
-        row.masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)
-    return row.masks[key]
-
-def _attend(q, k, v, bias, scaling, softcap):
-    "(heads, n, d) queries, (key heads, n, d) keys and values -> (n, heads, d)."
-    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
-    if not softcap: return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0].transpose(0, 1)
-    scores = softcap * torch.tanh(q @ k.transpose(1, 2) * (scaling / softcap)) + bias
-    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(0, 1)
+    lengths = [sum(size) for size in sizes]
+    pair = np.repeat(np.arange(len(pairs)), lengths)
+    side = np.repeat(np.tile([0, 1, 2], len(pairs)), np.ravel(sizes))
+    columns = ids, np.concatenate(position), pair, side, np.flatnonzero(side), np.concatenate(read)
+    tensors = [torch.from_numpy(np.asarray(column, "int64")) for column in columns]
+    return Row(*tensors, sizes, _blocks(lengths))
 
 # %% ../nbs/04_packing.ipynb #d2084b90
+def visible(
+    row: Row,
+    tokens: slice,     # of the row: a block, or all of it
+    window: int=None,  # how many positions a token sees, its own included; None: all
+) -> Tensor:           # (n, n) bool; [i, j]: i sees j
+    "Which of these tokens see which."
+    pair, side, position = row.pair[tokens], row.side[tokens], row.position[tokens]
+    same_pair = pair[:, None] == pair
+    prompt_or_own_side = (side == 0) | (side[:, None] == side)
+    not_ahead = position[:, None] >= position
+    sees = same_pair & prompt_or_own_side & not_ahead
+    return sees & (position[:, None] - position < window) if window else sees
+
+# %% ../nbs/04_packing.ipynb #c84f9b6e
+def _attend(q, k, v, bias, scaling, softcap):
+    "(heads, n, d) queries, (key heads, n, d) keys and values -> (n, heads, d)."
+    share = q.shape[0] // k.shape[0]                 # so many query heads share a key head
+    k, v = (x.repeat_interleave(share, 0) for x in (k, v))
+    if not softcap:
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0]
+        return out.transpose(0, 1)
+    scores = torch.tanh(q @ k.transpose(1, 2) * (scaling / softcap))
+    weights = (softcap * scores + bias).softmax(-1, dtype=torch.float32)
+    return (weights.to(v.dtype) @ v).transpose(0, 1)
+
+# %% ../nbs/04_packing.ipynb #722c9a4a
+def _bias(row, tokens, window, dtype):
+    "0 where seen, the lowest number elsewhere; (n, n)."
+    n = tokens.stop - tokens.start
+    if not window or window >= n: window = None      # it hides nothing
+    key = tokens.start, window, dtype
+    if key not in row.masks:
+        hidden = ~visible(row, tokens, window)
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        row.masks[key] = bias.masked_fill_(hidden, torch.finfo(dtype).min)
+    return row.masks[key]
+
 @torch.compiler.disable
-def by_blocks(q, k, v, row: Row, scaling: float, window: int=None, softcap: float=None) -> Tensor: # (N, heads, d)
-    "Attention of a packed row, one block after the other: the version to read. q is (heads, N, d), k and v (key heads, N, d)."
+def by_blocks(
+    q: Tensor,            # (heads, N, d)
+    k: Tensor,            # (key heads, N, d)
+    v: Tensor,            # (key heads, N, d)
+    row: Row,
+    scaling: float,       # what scores are multiplied by
+    window: int=None,     # of this layer
+    softcap: float=None,  # of the scores
+) -> Tensor:              # (N, heads, d)
+    "Attention of a packed row, one block after the other: the version to read."
     out, start = [], 0
-    for n, *block in zip(row.blocks, *(x.split(row.blocks, 1) for x in (q, k, v))):
+    blocks = zip(*(x.split(row.blocks, 1) for x in (q, k, v)))
+    for n, block in zip(row.blocks, blocks):
         bias = _bias(row, slice(start, start + n), window, q.dtype)
         out.append(_attend(*block, bias, scaling, softcap))
         start += n
     return torch.cat(out)
 
-# %% ../nbs/04_packing.ipynb #e99b0889
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row: Row=None, sliding_window=None, softcap=None, **rest):
-    "What transformers calls in every layer of a packed row. Raises NotImplementedError for what a layer wants and cannot have."
+# %% ../nbs/04_packing.ipynb #1d957317
+def packed_attention(
+    module,                   # the layer that calls; not used
+    query: Tensor,            # (1, heads, N, d)
+    key: Tensor,              # (1, key heads, N, d)
+    value: Tensor,            # (1, key heads, N, d)
+    attention_mask,           # not used: who sees whom is known from the row
+    scaling: float=None,      # what scores are multiplied by; default: 1 / sqrt(d)
+    dropout: float=0.0,       # refused
+    row: Row=None,            # what the model was called with
+    sliding_window: int=None, # of this layer
+    softcap: float=None,      # of the scores
+    **rest,                   # whatever else a layer says
+) -> tuple[Tensor, None]:     # (1, N, heads, d), and no attention weights
+    "What transformers calls in each layer. Raises NotImplementedError for what a layer wants and cannot have."
     unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None]
     if dropout: unknown.append("dropout")
     if unknown: raise NotImplementedError(f"its attention wants {', '.join(unknown)}")
     if row is None: raise NotImplementedError("its layers do not pass the row to the attention")
     if not torch.compiler.is_compiling(): row.windows.add(sliding_window)
+
     attend = by_blocks if row.plan is None else row.plan.attend
     scaling = scaling or query.shape[-1] ** -0.5
-    return attend(query.squeeze(0), key.squeeze(0), value.squeeze(0), row, scaling, sliding_window, softcap)[None], None
+    q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+    return attend(q, k, v, row, scaling, sliding_window, softcap)[None], None
 
 AttentionInterface.register("sdpo_packed", packed_attention)
 
-# %% ../nbs/04_packing.ipynb #0225f5b9
+# %% ../nbs/04_packing.ipynb #8c68b64a
 @contextlib.contextmanager
-def attention(model, name: str):
+def attention(
+    model,      # a causal LM
+    name: str,  # of a registered attention function
+):
     "For a while, let a model use an attention function by its name."
     before = model.config._attn_implementation
     model.config._attn_implementation = name
     try: yield
     finally: model.config._attn_implementation = before
 
-def recompute_alike(model):
-    "For `context_fn` of gradient checkpointing: recompute with the attention that the forward pass had."
-    return contextlib.nullcontext(), attention(model, model.config._attn_implementation)
-
-# %% ../nbs/04_packing.ipynb #c84f9b6e
+# %% ../nbs/04_packing.ipynb #893e06e1
 PIECE = 64 * 2**20 # bytes of the fp32 logits of one piece on a CPU; two or three such tensors exist at a time
 
-def piece_bytes(device) -> int:
-    "How large the logits of one piece may be: `PIECE`, and on a graphics card a sixteenth of its memory, since a card wants few, large products."
+def piece_bytes(
+    device,   # of the model
+) -> int:     # bytes
+    "How large the logits of one piece may be: `PIECE`, on a graphics card a sixteenth of its memory."
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available(): return PIECE
     return torch.cuda.get_device_properties(device).total_memory // 16
 
+# %% ../nbs/04_packing.ipynb #a5598015
 @contextlib.contextmanager
 def _answering(decoder, hidden):
     "For a while, a decoder that answers with these hidden states."
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+    answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+    decoder.forward = lambda *args, **kwargs: answer
     try: yield
     finally: del decoder.forward
 
@@ -162,63 +199,82 @@ def _head(model, hidden, ids):
         logits = model(input_ids=ids[None], use_cache=False).logits.squeeze(0)
     return token_logprobs(logits, ids)
 
-def head_logprobs(model, hidden: Tensor, # (m, d) hidden states
-                  ids: Tensor,           # (m,) the tokens that came next
-                 ) -> Tensor:            # (m,) fp32, nats
-    "Log-probability of each token by the model's own output layer. What does not fit into one piece is done in several, which the backward pass makes again."
-    size = max(1, piece_bytes(hidden.device) // (4 * model.get_output_embeddings().weight.shape[0]))
+def head_logprobs(
+    model,           # a causal LM
+    hidden: Tensor,  # (m, d) hidden states
+    ids: Tensor,     # (m,) the tokens that came next
+) -> Tensor:         # (m,) fp32, nats
+    "Log-probability of each token by the model's own output layer, in pieces where one would be too large."
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    size = max(1, piece_bytes(hidden.device) // (4 * vocabulary))
     if len(ids) <= size: return _head(model, hidden, ids)
     pieces = zip(hidden.split(size), ids.split(size))
     return torch.cat([checkpoint(_head, model, h, t, use_reentrant=False) for h, t in pieces])
 
-# %% ../nbs/04_packing.ipynb #b36638f9
-def packed_tokens(pairs: list) -> int:
+# %% ../nbs/04_packing.ipynb #fa175ad8
+def to_device(
+    value,   # a tensor, a dataclass with tensors in it, or anything else
+    device,
+):           # the same on the device; what is neither stays as it is
+    "A tensor, or a dataclass with its tensors, on a device."
+    if isinstance(value, Tensor): return value.to(device, non_blocking=True)
+    if not is_dataclass(value): return value
+    moved = {f.name: to_device(getattr(value, f.name), device) for f in fields(value)}
+    return replace(value, **moved)
+
+def of_row(
+    model,                    # a causal LM whose attention can be set; gradients flow
+    row: Row|list,            # a packed row, wherever it lies; or pairs that must be read alone
+) -> tuple[Tensor, Tensor]:   # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    "Log-probabilities of a packed row; of pairs that were not packed, those of chapter 02."
+    if not isinstance(row, Row): return response_logprobs(model, row)
+    row = to_device(row, model.device)
+    with attention(model, "sdpo_packed"):
+        decoder = model.get_decoder()
+        out = decoder(input_ids=row.ids[None], position_ids=row.position[None], row=row, use_cache=False)
+    hidden = out.last_hidden_state.squeeze(0).index_select(0, row.read)
+    logp = head_logprobs(model, hidden, row.ids[row.scored])
+    response = 2 * row.pair[row.scored] + row.side[row.scored] - 1
+    sums = logp.new_zeros(2 * len(row.sizes)).index_add(0, response, logp)
+    return sums[0::2], sums[1::2]
+
+# %% ../nbs/04_packing.ipynb #882d8206
+def packed_tokens(
+    pairs: list,  # n pairs with prompt_ids, chosen_ids, rejected_ids
+) -> int:
     "Tokens of the packed row of these pairs."
-    return sum(len(p[k]) for p in pairs for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return sum(len(p[part]) for p in pairs for part in PARTS)
 
-def packed_logprobs(model,       # a causal LM whose attention can be set; gradients flow
-                    pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids; or the `Row` that `packed_row` makes of them
-                   ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
-    "What `response_logprobs` of chapter 02 computes, from one packed row."
-    return of_row(model, pairs if isinstance(pairs, Row) else packed_row(model, pairs))
-
-def packed_row(model, pairs: list) -> Row|list:
-    "The row of `packed_logprobs`, or the pairs where their rows must be read alone. It can be made while the model is busy with another one."
+def packed_row(
+    model,        # a causal LM
+    pairs: list,  # n pairs
+) -> Row|list:    # a row; the pairs themselves where their rows must be read alone
+    "What `packed_logprobs` makes of pairs. It can be made while the model is busy with another row."
     if must_read_alone(model, pairs): return pairs
     row = pack(pairs)
     if model.device.type == "cuda": row.plan = padded_plan(row)
     return row
 
-packed_logprobs.tokens, packed_logprobs.attention, packed_logprobs.prepare = packed_tokens, "packed", packed_row
+def packed_logprobs(
+    model,                    # a causal LM whose attention can be set; gradients flow
+    pairs: list,              # n pairs, or the `Row` that `packed_row` makes of them
+) -> tuple[Tensor, Tensor]:   # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    "What `response_logprobs` of chapter 02 computes, from one packed row."
+    row = pairs if isinstance(pairs, Row) else packed_row(model, pairs)
+    return of_row(model, row)
 
-def of_row(model, row: Row|list) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
-    "Log-probabilities of a packed row, wherever it lies; of pairs that were not packed, those of chapter 02."
-    if not isinstance(row, Row): return response_logprobs(model, row)
-    row = to_device(row, model.device)
-    with attention(model, "sdpo_packed"):
-        hidden = model.get_decoder()(input_ids=row.ids[None], position_ids=row.position[None], row=row, use_cache=False).last_hidden_state.squeeze(0)
-    logp = head_logprobs(model, hidden.index_select(0, row.read), row.ids[row.scored])
-    response = 2 * row.pair[row.scored] + row.side[row.scored] - 1      # 0, 1: chosen and rejected of the first pair
-    sums = logp.new_zeros(2 * len(row.sizes)).index_add(0, response, logp)
-    return sums[0::2], sums[1::2]
+packed_logprobs.tokens = packed_tokens
+packed_logprobs.attention = "packed"
+packed_logprobs.prepare = packed_row
 
-def to_device(value, device):
-    "A tensor, or a dataclass with its tensors, on a device; what is neither stays as it is."
-    if isinstance(value, Tensor): return value.to(device, non_blocking=True)
-    if not is_dataclass(value): return value
-    return replace(value, **{f.name: to_device(getattr(value, f.name), device) for f in fields(value)})
+# %% ../nbs/04_packing.ipynb #e4138b98
+def recompute_alike(
+    model,   # a causal LM, asked in the forward pass of a layer
+) -> tuple:  # a context for the forward pass, one for the recomputation
+    "For `context_fn` of gradient checkpointing: recompute with the attention that the forward pass had."
+    return contextlib.nullcontext(), attention(model, model.config._attn_implementation)
 
-# %% ../nbs/04_packing.ipynb #8c68b64a
-@dataclass
-class Copies:
-    "Which tokens are copied where. Numbers one past the end mean none."
-    take: Tensor    # (...) the token that stands in each place
-    first: Tensor   # (tokens,) the place of a token's first copy
-    second: Tensor  # (tokens,) and of its second one
-
-    def __call__(self, x: Tensor) -> Tensor: # (tokens, ...) -> (places, ...)
-        return _Copy.apply(x, self.take, self.first, self.second)
-
+# %% ../nbs/04_packing.ipynb #a7ddb2b3
 def _pick(x, index):
     "Rows of x by number; one past the end is a row of zeros."
     more = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
@@ -237,8 +293,24 @@ class _Copy(torch.autograd.Function):
         grad = grad.flatten(0, ctx.places - 1)
         return _pick(grad, first) + _pick(grad, second), None, None, None
 
-def copies(take: np.ndarray, # (...) token of each place; `tokens` where there is none
-           tokens: int) -> Copies:
+@dataclass
+class Copies:
+    "Which tokens are copied where. Numbers one past the end mean none."
+    take: Tensor    # (...) the token that stands in each place
+    first: Tensor   # (tokens,) the place of a token's first copy
+    second: Tensor  # (tokens,) and of its second one
+
+    def __call__(
+        self,
+        x: Tensor,   # (tokens, ...)
+    ) -> Tensor:     # (places, ...)
+        return _Copy.apply(x, self.take, self.first, self.second)
+
+# %% ../nbs/04_packing.ipynb #27629244
+def copies(
+    take: np.ndarray,  # (...) token of each place; `tokens` where there is none
+    tokens: int,       # how many there are
+) -> Copies:
     "The way there and back. No token may have more than two copies."
     places = take.flatten()
     used = np.flatnonzero(places < tokens)
@@ -248,16 +320,17 @@ def copies(take: np.ndarray, # (...) token of each place; `tokens` where there i
     second[places[others]] = others
     return Copies(*(torch.from_numpy(a.astype("int64")) for a in (take, first, second)))
 
-# %% ../nbs/04_packing.ipynb #027d8e79
-def _rounded_up(n, to=256): return to * -(-int(n) // to) # a plain int: a compiled layer would take numpy's for a tensor
+# %% ../nbs/04_packing.ipynb #65eab0d7
+def _rounded_up(n, to=256):
+    return to * -(-int(n) // to)    # a plain int: a compiled layer would take numpy's for a tensor
 
 @dataclass
 class FlashPlan:
     "A row as causal sequences that end together: prompt + chosen, rejected, next pair."
     keys: Copies
-    query_starts: Tensor # (2n + 1,) int32; the queries are the row itself
-    key_starts: Tensor   # (2n + 1,) int32
-    most_queries: int
+    query_starts: Tensor  # (2n + 1,) int32; the queries are the row itself
+    key_starts: Tensor    # (2n + 1,) int32
+    most_queries: int     # of a sequence, rounded up
     most_keys: int
 
     def attend(self, q, k, v, row, scaling, window, softcap):
@@ -266,65 +339,102 @@ class FlashPlan:
         q, k, v = (x.transpose(0, 1).to(half) for x in (q, k, v))
         return flash(q, self.keys(k), self.keys(v), self, scaling, window)
 
-def flash_plan(row: Row) -> FlashPlan:
+def _stretches(starts, lengths):
+    "start, start + 1, ...; one stretch after the other."
+    return np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths)])
+
+def flash_plan(
+    row: Row,   # on the CPU
+) -> FlashPlan:
     "From the lengths of the pairs."
     x, c, r = np.array(row.sizes).T
-    starts = np.r_[0, np.cumsum(x + c + r)[:-1]]
-    queries, keys = (np.stack(lengths, 1).flatten() for lengths in ((x + c, r), (x + c, x + r)))
+    starts = np.r_[0, np.cumsum(x + c + r)[:-1]]          # of the pairs
+    queries = np.stack([x + c, r], 1).flatten()           # of each sequence
+    keys = np.stack([x + c, x + r], 1).flatten()
     key_begins = np.stack([starts, starts, starts + x + c], 1).flatten()
-    take = _stretches(key_begins, np.stack([x + c, x, r], 1).flatten())
+    key_lengths = np.stack([x + c, x, r], 1).flatten()    # prompt and chosen; the prompt again; rejected
+    take = _stretches(key_begins, key_lengths)
     begins = [torch.from_numpy(np.r_[0, np.cumsum(lengths)].astype("int32")) for lengths in (queries, keys)]
     return FlashPlan(copies(take, len(row.ids)), *begins, _rounded_up(queries.max()), _rounded_up(keys.max()))
 
-# %% ../nbs/04_packing.ipynb #893e06e1
+# %% ../nbs/04_packing.ipynb #ad53c32c
 try: from torch.nn.attention.varlen import varlen_attn
 except ImportError: varlen_attn = None
 KNOWN = inspect.signature(varlen_attn).parameters if varlen_attn else {}
 
-def flash(q, k, v, plan: FlashPlan, scaling: float, window: int=None) -> Tensor: # (N, heads, d)
-    "Causal attention of sequences that end together. q is (N, heads, d), k and v (K, key heads, d), in half precision."
-    grouped = dict(enable_gqa=True) if "enable_gqa" in KNOWN else {}
+def flash(
+    q: Tensor,         # (N, heads, d), in half precision
+    k: Tensor,         # (K, key heads, d)
+    v: Tensor,         # (K, key heads, d)
+    plan: FlashPlan,
+    scaling: float,    # what scores are multiplied by
+    window: int=None,  # of this layer
+) -> Tensor:           # (N, heads, d)
+    "Causal attention of sequences that end together."
+    more = dict(enable_gqa=True) if "enable_gqa" in KNOWN else {}
     left = window - 1 if window else -1
-    return varlen_attn(q, k, v, plan.query_starts, plan.key_starts, plan.most_queries, plan.most_keys, scale=scaling, window_size=(left, 0), **grouped)
+    return varlen_attn(q, k, v, plan.query_starts, plan.key_starts, plan.most_queries, plan.most_keys,
+                       scale=scaling, window_size=(left, 0), **more)
 
-def flash_logprobs(model,       # as for `packed_logprobs`, under autocast on a graphics card that has the kernel
-                   pairs: list, # n pairs, or the `Row` that `flash_row` makes of them
-                  ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
-    "`packed_logprobs` with one call of attention for each layer."
-    return of_row(model, pairs if isinstance(pairs, Row) else flash_row(model, pairs))
-
-def flash_row(model, pairs: list) -> Row|list:
-    "The row of `flash_logprobs`, or the pairs, as in `packed_row`."
+def flash_row(
+    model,        # a causal LM
+    pairs: list,  # n pairs
+) -> Row|list:    # a row with its plan; the pairs themselves where their rows must be read alone
+    "What `flash_logprobs` makes of pairs."
     if must_read_alone(model, pairs): return pairs
     row = pack(pairs)
     row.plan = flash_plan(row)
     return row
 
-flash_logprobs.tokens, flash_logprobs.attention, flash_logprobs.prepare = packed_tokens, "flash", flash_row
-flash_logprobs.exact = packed_logprobs # the same in fp32
+def flash_logprobs(
+    model,                    # a causal LM under autocast, on a graphics card that has the kernel
+    pairs: list,              # n pairs, or the `Row` that `flash_row` makes of them
+) -> tuple[Tensor, Tensor]:   # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    "`packed_logprobs` with one call of attention for each layer."
+    row = pairs if isinstance(pairs, Row) else flash_row(model, pairs)
+    return of_row(model, row)
 
-# %% ../nbs/04_packing.ipynb #a5598015
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH] # cuDNN would plan anew for every new length
+flash_logprobs.tokens = packed_tokens
+flash_logprobs.attention = "flash"
+flash_logprobs.prepare = flash_row
+flash_logprobs.exact = packed_logprobs    # the same in fp32
+
+# %% ../nbs/04_packing.ipynb #c921efa2
+# without cuDNN, which would plan anew for every new length
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 @dataclass
 class Padded:
-    "Sequences of one kind, as a batch (n, length)."
+    "n sequences of one kind, as a batch."
     queries: Copies
     keys: Copies
-    query_at: Tensor # (n, longest) positions
-    key_at: Tensor   # (n, longest)
-    causal: bool     # whether queries and keys begin together, so that causal attention needs no mask
+    query_at: Tensor  # (n, longest) positions
+    key_at: Tensor    # (n, longest)
+    causal: bool      # whether queries and keys begin together, so that causal attention needs no mask
 
-    def attend(self, q, k, v, scaling, window, softcap): # (N, heads, d) -> (n longest, heads, d)
-        q, k, v = (where(x).transpose(1, 2) for where, x in ((self.queries, q), (self.keys, k), (self.keys, v)))
+    def attend(
+        self,
+        q: Tensor,      # (N, heads, d)
+        k: Tensor,      # (N, heads, d)
+        v: Tensor,      # (N, heads, d)
+        scaling: float,
+        window: int,    # or None
+        softcap: float, # or None
+    ) -> Tensor:        # (n longest, heads, d)
+        q = self.queries(q).transpose(1, 2)
+        k, v = (self.keys(x).transpose(1, 2) for x in (k, v))
         plain = self.causal and not window and not softcap
         mask = None if plain else self.visible(window)
         if softcap: out = _capped(q, k, v, mask, scaling, softcap)
         else:
-            with sdpa_kernel(BACKENDS): out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling)
+            with sdpa_kernel(BACKENDS):
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling)
         return out.transpose(1, 2).flatten(0, 1)
 
-    def visible(self, window): # (n, 1, queries, keys)
+    def visible(
+        self,
+        window: int,  # or None
+    ) -> Tensor:      # (n, 1, queries, keys) bool
         ahead = self.query_at[:, None, :, None] - self.key_at[:, None, None, :]
         return (ahead >= 0) & (ahead < window) if window else ahead >= 0
 
@@ -333,7 +443,7 @@ def _capped(q, k, v, mask, scaling, softcap):
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
-# %% ../nbs/04_packing.ipynb #4f11dea8
+# %% ../nbs/04_packing.ipynb #8816d12f
 @dataclass
 class PaddedPlan:
     "A row as two batches of padded sequences, and the way back."
@@ -343,47 +453,87 @@ class PaddedPlan:
 
     def attend(self, q, k, v, row, scaling, window, softcap):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        share = q.shape[1] // k.shape[1]                    # so many query heads share a key head
+        k, v = (x.repeat_interleave(share, 1) for x in (k, v))
         parts = [kind.attend(q, k, v, scaling, window, softcap) for kind in (self.chosen, self.rejected)]
         return self.back(torch.cat(parts))
 
-def _grid(rows, none): # lists of numbers -> (n, longest), filled up with `none`
+def _grid(rows, none):
+    "Lists of numbers -> (n, longest), filled up with `none`."
     out = np.full((len(rows), max(map(len, rows))), none)
     for line, row in zip(out, rows): line[:len(row)] = row
     return out
 
-def padded_plan(row: Row) -> PaddedPlan:
-    "From the lengths of the pairs."
-    tokens = len(row.ids)
-    starts = np.r_[0, np.cumsum([sum(size) for size in row.sizes])[:-1]]
-    first = [np.arange(s, s + x + c) for s, (x, c, r) in zip(starts, row.sizes)]
-    second = [np.arange(s + x + c, s + x + c + r) for s, (x, c, r) in zip(starts, row.sizes)]
-    seen = [np.r_[s:s + x, own] for s, (x, c, r), own in zip(starts, row.sizes, second)]
-    position = np.r_[row.position.numpy(), 0]           # a query that is padding stands at 0, and sees the first token of its prompt
-    def kind(queries, keys, causal):
-        q, k = _grid(queries, tokens), _grid(keys, tokens)
-        key_at = np.where(k < tokens, position[k], 2**30) # a key that is padding is ahead of everyone
-        return Padded(copies(q, tokens), copies(k, tokens), torch.from_numpy(position[q]), torch.from_numpy(key_at), causal)
-    batches = kind(first, first, True), kind(second, seen, False)
-    places = np.r_[tuple(b.queries.take.numpy().flatten() for b in batches)]
-    back = np.empty(tokens, "int64")
-    back[places[places < tokens]] = np.flatnonzero(places < tokens)
-    return PaddedPlan(*batches, copies(back, len(places)))
+def _padded(queries, keys, position, causal):
+    "Sequences of one kind, from the tokens that each of them asks and sees."
+    tokens = len(position)
+    q, k = _grid(queries, tokens), _grid(keys, tokens)
+    position = np.r_[position, 0]                         # padding asks from position 0: it sees the first token of its prompt
+    query_at = position[q]
+    key_at = np.where(k < tokens, position[k], 2**30)     # a key that is padding is ahead of everyone
+    places = torch.from_numpy(query_at), torch.from_numpy(key_at)
+    return Padded(copies(q, tokens), copies(k, tokens), *places, causal)
 
-# %% ../nbs/04_packing.ipynb #882d8206
+def padded_plan(
+    row: Row,   # on the CPU
+) -> PaddedPlan:
+    "From the lengths of the pairs."
+    first, second, seen = [], [], []
+    start = 0
+    for x, c, r in row.sizes:
+        middle, end = start + x + c, start + x + c + r
+        first.append(np.arange(start, middle))             # prompt and chosen
+        second.append(np.arange(middle, end))              # rejected
+        seen.append(np.r_[start:start + x, middle:end])    # what rejected sees
+        start = end
+    position, tokens = row.position.numpy(), len(row.ids)
+    chosen = _padded(first, first, position, True)
+    rejected = _padded(second, seen, position, False)
+
+    places = np.concatenate([kind.queries.take.numpy().flatten() for kind in (chosen, rejected)])
+    used = np.flatnonzero(places < tokens)
+    back = np.empty(tokens, "int64")
+    back[places[used]] = used
+    return PaddedPlan(chosen, rejected, copies(back, len(places)))
+
+# %% ../nbs/04_packing.ipynb #99593119
+def try_out(
+    model,           # a causal LM
+    logprobs,        # (model, pairs) -> (chosen, rejected)
+    precision: str,  # fp32, bf16 or fp16
+):
+    "One pass over two pairs of fixed lengths, with gradients if the model is in train mode."
+    long = dict(zip(PARTS, ([1] * 40, [2] * 30, [1] * 50)))
+    short = dict(zip(PARTS, ([2] * 17, [1] * 9, [2] * 5)))
+    with autocast(model.device, precision), torch.set_grad_enabled(model.training):
+        chosen, rejected = logprobs(model, [long, short])
+    if not model.training: return
+    weights = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad((chosen - rejected).sum(), weights, allow_unused=True)
+
+# %% ../nbs/04_packing.ipynb #5422f70d
 def _layers(model): return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-def uncompile(model):
+def uncompile(
+    model,   # a causal LM
+):
     "Every layer as it was."
     model._compiled_for = None
     for layer in _layers(model):
         for module in (layer, *layer.children()): module._compiled_call_impl = None
 
-def compile_layers(model, logprobs,
-                   precision: str="fp32",
-                   recompute: bool=False, # whether layers are recomputed in the backward pass (gradient checkpointing)
-                  ) -> str|None: # why not, or None
-    "Compile the layers of a model for this function, once, and try them in eval and in train mode. Returns why it could not be done."
+def _first_line(e):
+    "What an exception says, shortly."
+    said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    return " ".join(said[:2]) if said[0].endswith(":") else said[0]
+
+def compile_layers(
+    model,                  # a causal LM
+    logprobs,               # the function it is compiled for
+    precision: str="fp32",  # fp32, bf16 or fp16
+    recompute: bool=False,  # whether layers are recomputed in the backward pass (gradient checkpointing)
+) -> str|None:              # why not, or None
+    "Compile the layers of a model for this function, once, and try them in eval and in train mode."
     wanted = logprobs, precision, recompute
     if getattr(model, "_compiled_for", None) == wanted: return None
     uncompile(model)
@@ -398,60 +548,61 @@ def compile_layers(model, logprobs,
     finally: model.train(was_training)
     model._compiled_for = wanted
 
-def _first_line(e):
-    "What an exception says, shortly."
-    said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-    return " ".join(said[:2]) if said[0].endswith(":") else said[0]
-
-def try_out(model, logprobs, precision: str):
-    "One pass over two pairs of fixed lengths, with gradients if the model is in train mode."
-    pairs = [dict(zip(PARTS, ([1] * 40, [2] * 30, [1] * 50))), dict(zip(PARTS, ([2] * 17, [1] * 9, [2] * 5)))]
-    with autocast(model.device, precision), torch.set_grad_enabled(model.training): chosen, rejected = logprobs(model, pairs)
-    if model.training: torch.autograd.grad((chosen - rejected).sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-
 # %% ../nbs/04_packing.ipynb #015032a3
 def _config_refuses(model):
     "What in the config or the output layer rules packing out, or None."
-    head, c = model.get_output_embeddings(), model.config.get_text_config()
-    odd = set(getattr(c, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or [])
+    odd = kinds - {"full_attention", "sliding_attention"}
     if odd: return f"it has layers of {', '.join(sorted(odd))}"
-    if not is_plain(head): return "its output layer is adapted, quantised or sharded"
+    if not is_plain(model.get_output_embeddings()): return "its output layer is adapted, quantised or sharded"
 
+# %% ../nbs/04_packing.ipynb #d27cb1bf
 def _window(config):
     "The sliding window that a config puts to use, or None."
     kinds = getattr(config, "layer_types", None)
     used = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     return getattr(config, "sliding_window", None) if used else None
 
+# %% ../nbs/04_packing.ipynb #77308019
 def _plain(model, x, y):
     "(|y|,) log-probabilities by the model's own logits of one plain row."
-    logits = model(input_ids=torch.tensor([[*x, *y]], device=model.device), use_cache=False).logits[0, len(x)-1:-1]
+    ids = torch.tensor([[*x, *y]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(x)-1:-1]
     return token_logprobs(logits, torch.tensor(y, device=model.device))
-
-# %% ../nbs/04_packing.ipynb #712c1428
-def _gradient(model, logprobs, pair):
-    "Of the chosen response, for one weight of the model; None where nothing is trained."
-    weight = next((p for p in model.parameters() if p.requires_grad), None)
-    return None if weight is None else torch.autograd.grad(logprobs(model, [pair])[0].sum(), weight)[0]
 
 def _plain_pairs(model, pairs):
     "Both responses of each pair by the model's own logits, row by row."
-    sides = "chosen_ids", "rejected_ids"
-    return tuple(torch.stack([_plain(model, p["prompt_ids"], p[side]).sum() for p in pairs]) for side in sides)
+    def sums(side): return torch.stack([_plain(model, p["prompt_ids"], p[side]).sum() for p in pairs])
+    return sums("chosen_ids"), sums("rejected_ids")
+
+def _gradient(model, logprobs, pair):
+    "Of the chosen response, for one weight of the model; None where nothing is trained."
+    weight = next((p for p in model.parameters() if p.requires_grad), None)
+    if weight is None: return None
+    chosen, _ = logprobs(model, [pair])
+    return torch.autograd.grad(chosen.sum(), weight)[0]
 
 def _numbers_refuse(model, probe):
-    "Where packed numbers differ from the model's own on two pairs, the second of them short; None where they agree."
+    "Where packed numbers differ from the model's own on two pairs, the second of them short; or None."
     row = packed_row(model, probe)
-    with torch.no_grad(): got, want = (torch.stack(both, 1) for both in (of_row(model, row), _plain_pairs(model, probe)))
-    off = (got - want).abs()
-    if not (off - 1e-5 * want.abs()).max() < 1e-3: return f"packed log-probabilities differ from its own by {off.max().item():.2g} nats"
+    with torch.no_grad():
+        values = torch.stack(of_row(model, row), 1)
+        own = torch.stack(_plain_pairs(model, probe), 1)
+    off = (values - own).abs()
+    near = (off - 1e-5 * own.abs()).max() < 1e-3         # what is not a number is not near
+    if not near: return f"packed log-probabilities differ from its own by {off.max().item():.2g} nats"
+
     window = _window(model.config.get_text_config())
     if window not in row.windows | {None}: return f"its window of {window} does not reach the attention"
-    g, h = (_gradient(model, f, probe[1]) for f in (packed_logprobs, _plain_pairs))
-    if g is None: return None
-    if not (g - h).norm() <= 1e-3 * h.norm(): return f"a packed gradient differs from its own by {((g - h).norm() / h.norm()).item():.1%}"
 
-# %% ../nbs/04_packing.ipynb #d27cb1bf
+    gradient, own = (_gradient(model, f, probe[1]) for f in (packed_logprobs, _plain_pairs))
+    if gradient is None: return None
+    off = (gradient - own).norm()
+    if not off <= 1e-3 * own.norm():
+        return f"a packed gradient differs from its own by {(off / own.norm()).item():.1%}"
+
+# %% ../nbs/04_packing.ipynb #c5f12c22
 REFUSED = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError)
 
 def _extremes(pairs):
@@ -459,47 +610,67 @@ def _extremes(pairs):
     by_length = sorted(pairs, key=lambda p: packed_tokens([p]))
     return [by_length[-1], by_length[0]]
 
-def why_not_packed(model, pairs: list) -> str|None:
-    "Why packed log-probabilities cannot be used for this model, or None; looks at the longest and the shortest of these pairs, without autocast."
+def why_not_packed(
+    model,        # a causal LM
+    pairs: list,  # some of those that will be scored; the longest and the shortest are looked at
+) -> str|None:    # a reason, or None
+    "Why packed log-probabilities cannot be used for this model. Looks without autocast."
     if refused := _config_refuses(model): return refused
     if must_read_alone(model, pairs): return "its rotary positions depend on the longest row of a batch"
     try:
         with torch.autocast(model.device.type, enabled=False): return _numbers_refuse(model, _extremes(pairs))
     except REFUSED as e: return f"a packed row cannot be computed: {_first_line(e)}"
 
-# %% ../nbs/04_packing.ipynb #77308019
-def why_not_flash(model, pairs: list, precision: str) -> str|None:
-    "Why the flash kernel cannot be used, or None. Supposes that packing can."
+# %% ../nbs/04_packing.ipynb #0fd4cc41
+def _flash_numbers_refuse(model, probe, precision):
+    "Where flash is further from fp32 than the exact path is; None where it is not."
+    ways = packed_logprobs, flash_logprobs
+    def ask(f): return torch.cat(f(model, probe)).detach()
+    def slope(f): return _gradient(model, f, probe[1])
+    def distance(f): return 0 if gradient is None else (slope(f) - gradient).norm() / gradient.norm()
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            value, gradient = ask(packed_logprobs), slope(packed_logprobs)
+        with autocast(model.device, precision):
+            off = {f: ask(f) - value for f in ways}
+        with autocast(model.device, precision):
+            apart = {f: distance(f) for f in ways}
+    except REFUSED as e: return f"it cannot be computed: {_first_line(e)}"
+
+    exact, flashed = (off[f].square().mean().sqrt() for f in ways)
+    if not flashed <= 1.5 * exact + 0.05:
+        return f"it is off by {flashed.item():.2g} nats, the exact path by {exact.item():.2g}"
+    exact, flashed = (apart[f] for f in ways)
+    if not flashed <= 1.5 * exact + 0.01:
+        return f"its gradient is off by {flashed:.1%}, that of the exact path by {exact:.1%}"
+
+def why_not_flash(
+    model,           # a causal LM that can be packed
+    pairs: list,     # some of those that will be scored
+    precision: str,  # of the forward passes: fp32, bf16 or fp16
+) -> str|None:       # a reason, or None
+    "Why the flash kernel cannot be used."
     if precision == "fp32": return "it does not know fp32"
     if model.device.type != "cuda": return "there is no graphics card"
     if not {"scale", "window_size"} <= set(KNOWN): return "this version of PyTorch does not have it"
     if torch.cuda.get_device_capability(model.device) < (8, 0): return "this graphics card does not have it"
     return _flash_numbers_refuse(model, _extremes(pairs), precision)
 
-def _flash_numbers_refuse(model, probe, precision):
-    "Where flash is further from fp32 than the exact path is; None where it is not."
-    def ask(f): return torch.cat(f(model, probe)).detach()
-    def slope(f): return _gradient(model, f, probe[1])
-    try:
-        with torch.autocast(model.device.type, enabled=False): value, g = ask(packed_logprobs), slope(packed_logprobs)
-        with autocast(model.device, precision): off = {f: ask(f) - value for f in (packed_logprobs, flash_logprobs)}
-        with autocast(model.device, precision): apart = {f: 0 if g is None else (slope(f) - g).norm() / g.norm() for f in off}
-    except REFUSED as e: return f"it cannot be computed: {_first_line(e)}"
-    error = {f: d.square().mean().sqrt() for f, d in off.items()}
-    if not error[flash_logprobs] <= 1.5 * error[packed_logprobs] + 0.05: return f"it is off by {error[flash_logprobs].item():.2g} nats, the exact path by {error[packed_logprobs].item():.2g}"
-    if not apart[flash_logprobs] <= 1.5 * apart[packed_logprobs] + 0.01: return f"its gradient is off by {apart[flash_logprobs]:.1%}, that of the exact path by {apart[packed_logprobs]:.1%}"
-
-# %% ../nbs/04_packing.ipynb #71326d3c
-def choose_logprobs(model, pairs: list, # some of those that will be scored
-                    packing="auto",     # auto or off
-                    precision="fp32",   # of the forward passes: fp32, bf16 or fp16
-                   ):                   # `flash_logprobs`, `packed_logprobs` or `response_logprobs`
-    "Packing where it is known to give the model's own numbers, by the flash kernel where there is one; else padding, saying why."
+# %% ../nbs/04_packing.ipynb #41423c96
+def choose_logprobs(
+    model,             # a causal LM
+    pairs: list,       # some of those that will be scored
+    packing="auto",    # auto or off
+    precision="fp32",  # of the forward passes: fp32, bf16 or fp16
+):                     # `flash_logprobs`, `packed_logprobs` or `response_logprobs`
+    "Packing where it gives the model's own numbers, by the flash kernel where there is one; else padding."
     if packing not in ("auto", "off"): raise ValueError(f"packing: {packing!r} is neither auto nor off")
     if packing == "off": return response_logprobs
     if why := why_not_packed(model, pairs):
         print(f"packing is off: {why}; padded batches are used")
         return response_logprobs
     why = why_not_flash(model, pairs, precision)
-    if why and model.device.type == "cuda" and precision != "fp32": print(f"the flash kernel is not used: {why}; attention is padded instead, which is slower")
-    return packed_logprobs if why else flash_logprobs
+    if why is None: return flash_logprobs
+    if model.device.type == "cuda" and precision != "fp32":
+        print(f"the flash kernel is not used: {why}; attention is padded instead, which is slower")
+    return packed_logprobs
