@@ -1,18 +1,39 @@
 # %% [markdown]
 # # What a preference is
-# > From rows in any of the usual formats to token ids: one prompt, two responses, and the exact place where they part.
+# > Two answers to one prompt, one of them better, and the exact tokens that will be scored.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/01_preferences.ipynb)
 #
-# **You should know** what a tokenizer and a chat template do. **Time** under a minute on two CPU cores.
+# **You should know** what a tokenizer does: it cuts a text into *tokens* and gives each a whole number, its *id*. The
+# examples come from the tiny world of [chapter 00](00_world.ipynb).
 #
-# A preference is a sentence with three parts: *for this prompt, this response is better than that one*.
-# Everything later is arithmetic on the log-probabilities of those two responses, so this chapter
-# decides which tokens are counted. Most of what goes wrong in preference training goes wrong here, silently:
-# an end token counted twice or never, a prompt asked twice, a file read in another spelling than it was written in.
+# **Time**: 40 minutes to read part one, about two and a half hours for all three parts; under a minute to run on two
+# CPU cores.
 #
-# The way is short: a *row* of a file becomes a *pair* of texts, the pair becomes three lists of token ids, and many pairs become a
-# `Source`. Each arrow is one function whose result you can print.
+# A *preference* is one sentence: for this prompt, this response is better than that one. Somebody has compared the two,
+# a person or another model. The three texts have names that you will meet everywhere:
+#
+# - `prompt`: what was asked;
+# - `chosen`: the response that was found better;
+# - `rejected`: the other one.
+#
+# We call the three together a *pair*, because two responses are compared, and a file of many pairs a *source*.
+#
+# Direct preference optimisation (DPO, [chapter 03](03_loss.ipynb)) trains a language model on such pairs. It asks the
+# model how likely each response is after the prompt, and then makes the chosen one likelier, compared with the rejected
+# one. The answer comes as a *log-probability*, the logarithm of a probability, and it is a sum over the tokens of the
+# response ([chapter 02](02_logprobs.ipynb)). So before anything is trained, somebody must decide which tokens are in
+# that sum. This chapter decides it. Mistakes made here raise no error. An end token is counted twice, or never; a
+# prompt is asked twice; a file is read in another way than it was written. The training runs, and learns something
+# else.
+#
+# **Which part do you need?**
+#
+# | part | its question | for whom |
+# |---|---|---|
+# | one | which tokens of a pair are scored, what is cut, what is dropped | everybody who wants to understand DPO |
+# | two | how files and chats in many formats become pairs | people with data of their own; all others may skip it |
+# | three | how many pairs are tokenised once, counted, and partly held out | read "What was dropped" and "Held out"; the rest is for engineers |
 
 # %%
 #| default_exp preferences
@@ -47,341 +68,77 @@ import seaborn as sns
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from sdpo_nb.world import load_world
-pd.set_option("display.width", 160, "display.max_columns", 20);
 
+pd.set_option("display.width", 160, "display.max_columns", 20)
+folder = Path(tempfile.mkdtemp())                     # for the files of this notebook
+datasets.config.HF_DATASETS_CACHE = folder / "cache"  # it leaves nothing in your cache
 
 # %% [markdown]
-# ## One pair, many spellings
+# ## Part one: from a pair to scored tokens
 #
-# A field holds a string, or a list of messages, or nothing. Which of these each field may hold is the whole schema.
-# `[]` is its own case: no earlier `messages` is fine, a prompt without a message is not. The words are those a reader of an error
-# message will see.
-
-# %%
-#| export
-def _shape(x) -> str:
-    "What a field holds, in the words of the error messages."
-    if x is None: return "nothing"
-    if isinstance(x, str): return "a string"
-    if not isinstance(x, (list, tuple)): return "something else"
-    if not x: return "no messages"
-    ok = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in x)
-    return "messages" if ok else "something else"
-
-def _short(x): return f"{type(x).__name__} {x if len(str(x)) <= 60 else str(x)[:60] + '...'!r}"
-
-_SCHEMA = dict(prompt=("a string", "messages", "nothing"), chosen=("a string", "messages"), rejected=("a string", "messages"),
-               system=("a string", "nothing"), messages=("messages", "no messages", "nothing"))
-
-
-# %% [markdown]
-# A prompt may be left out, but nothing tells a prompt that is left out from one that stands in a column of another name. So two strings go without only
-# where no column has one of the usual names, and never as turns of a chat, since a user who says only what the two answers share asks nothing.
-
-# %%
-#| export
-def _is_chat(row, chat): return chat or row.get("system") is not None or row.get("messages") is not None
-
-def _check_prompt(row, where, chat):
-    "Raise ValueError where two strings lack a prompt and their common beginning cannot be meant."
-    if row.get("prompt") is not None or row.get("messages") or not isinstance(row["chosen"], str): return
-    other = next((c for c in ("question", "instruction", "query", "input") if c in row), None)
-    if other or _is_chat(row, chat):
-        raise ValueError(f"{where}, field 'prompt': expected a string or messages, got nothing; the row has "
-                         f"{sorted(c for c in row if row[c] is not None)}, and columns={{'{other or 'your name'}': 'prompt'}} renames")
-
-
-# %% [markdown]
-# Scores, ids and dates may stand beside a preference; nobody reads them. But some fields are meant for the model: tools, images, a chain of thought. A pair without them
-# is another pair, so they are refused rather than left out. Text can be broken, too: half of a surrogate, or a conversation that a CSV file has turned into one string.
-
-# %%
-#| export
-_FOR_THE_MODEL = dict(
-    row="tools functions images image videos video audios audio chat_template_kwargs".split(),
-    message="tool_calls tool_call_id function_call reasoning_content reasoning thinking images".split())
-
-def _said(row):
-    "(field, value) of everything in a row that a model would read."
-    for field in _SCHEMA:
-        value = row.get(field)
-        if isinstance(value, str): yield field, value
-        elif isinstance(value, (list, tuple)): yield from ((f"{field}[{i}].content", m["content"]) for i, m in enumerate(value))
-
-def _check_lost(row, where):
-    "Raise ValueError for what a model was meant to read and would not."
-    found = {field: row.get(field) for field in _FOR_THE_MODEL["row"]}
-    for field in _SCHEMA:
-        if not isinstance(row.get(field), (list, tuple)): continue
-        found |= {f"{field}[{i}].{key}": m.get(key) for i, m in enumerate(row[field]) for key in _FOR_THE_MODEL["message"]}
-    for field, value in found.items():
-        if value: raise ValueError(f"{where}, field '{field}': is meant for the model and cannot be rendered here; write it into the text, or remove it; got {_short(value)}")
-    extra, prompt = row.get("input"), row.get("prompt")
-    if isinstance(extra, str) and isinstance(prompt, str) and extra.strip() not in prompt:
-        raise ValueError(f"{where}, field 'input': is not part of 'prompt' and would be lost; write the two into one column")
-
-def _check_text(row, where):
-    "Raise ValueError for text that is none."
-    for field, text in _said(row):
-        try: text.encode()
-        except UnicodeEncodeError as e: raise ValueError(f"{where}, field '{field}': half a character, {text[e.start]!r}, at position {e.start}") from None
-    answers = [row["chosen"], row["rejected"]]
-    if all(isinstance(x, str) and x.lstrip().startswith("[{") and "role" in x[:20] for x in answers):
-        raise ValueError(f"{where}, field 'chosen': messages, written as text; keep conversations in JSONL or Parquet")
-
-
-# %% [markdown]
-# A row that does not fit is an error, never a skipped row: skipping would hide that a column was misnamed or a file half written.
-# The message says where, what, and what would be right.
-
-# %%
-#| export
-def _check(row: dict,  # one raw row
-           where: str, # file and row, for the message
-           chat: bool=False, # are strings turns of a chat?
-          ):
-    "Raise ValueError, naming file, row and field, unless every field holds what it may."
-    if not isinstance(row, dict): raise ValueError(f"{where}: expected an object with fields, got {_short(row)}")
-    for field, allowed in _SCHEMA.items():
-        value = row.get(field)
-        if _shape(value) in allowed: continue
-        got = _short(value) if value is not None else f"nothing; the row has {sorted(row)}, and columns={{'your name': '{field}'}} renames"
-        raise ValueError(f"{where}, field '{field}': expected {' or '.join(allowed)}, got {got}"
-                         + " (messages are a list of {'role': string, 'content': string})" * isinstance(value, (list, dict)))
-    if _shape(row["chosen"]) != _shape(row["rejected"]):
-        raise ValueError(f"{where}, field 'rejected': expected {_shape(row['chosen'])} as in 'chosen', got {_short(row['rejected'])}")
-    _check_lost(row, where)
-    _check_text(row, where)
-    _check_prompt(row, where, chat)
-
-
-# %% [markdown]
-# Seven wrong rows and what is said about them. A number is not turned into its digits: whoever wrote `4` in one row and `"4"` in
-# another may have meant a score.
-
-# %%
-def complaint(f, *args, **kw):
-    try: f(*args, **kw)
-    except ValueError as e: return str(e)
-    raise AssertionError("nothing was wrong")
-
-bad = [dict(prompt="sort gace", chosen="aceg"), dict(prompt="add 1 2", chosen="3", rejected=4), dict(question="add 2 2", chosen="4", rejected="5"),
-       dict(prompt=[], chosen="a", rejected="b"), dict(chosen=[{"role": "assistant", "content": None}], rejected="b"),
-       dict(prompt="what is this?", chosen="a cat", rejected="a dog", images=["cat.png"]), dict(prompt="translate", input="hello", chosen="bonjour", rejected="salut")]
-pd.DataFrame({"the message": [complaint(_check, row, f"pairs.jsonl, row {i}") for i, row in enumerate(bad)]}).style.hide().set_uuid("bad")
-
-
-# %% [markdown]
-# Where the prompt is not written out, it is what the two sides share at their beginning. As in TRL, text is cut wherever the sides differ, even inside
-# a word. The same function will find where two rows of token ids part.
-
-# %%
-#| export
-def _shared(a, b) -> int:
-    "Length of the longest common prefix of two sequences."
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]: n += 1
-    return n
-
-def _split(chosen, rejected): # two strings or two lists of messages
-    "Implicit prompt: the common beginning, which leaves each side at least one element."
-    n = max(0, min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
-    if n and chosen[n-1] == " ": n -= 1 # a blank belongs to the word after it
-    return chosen[:n], chosen[n:], rejected[n:]
-
-
-# %%
-prompt, chosen, rejected = _split("Q: 2+3? A: it is 5", "Q: 2+3? A: it is 6")
-assert _split("yes", "yes, sir") == ("ye", "s", "s, sir") # neither side is left empty
-prompt, chosen, rejected
-
-
-# %% [markdown]
-# Hub sets often pair a string `prompt` with whole conversations in `chosen` and `rejected`. The prompt is then inside them already,
-# and must not be asked twice; but a prompt that is *not* inside them must not be lost.
-
-# %%
-#| export
-def _messages(x): return [{"role": m["role"], "content": m["content"]} for m in x]
-
-def _split_turns(prompt, chosen, rejected, where):
-    "A list prompt stands before the two sides; a string prompt, or none, is inside them if they share turns."
-    if isinstance(prompt, (list, tuple)): return _messages(prompt), chosen, rejected
-    head, chosen, rejected = _split(chosen, rejected)
-    if isinstance(prompt, str):
-        asked = [m["content"].strip() for m in head if m["role"] == "user"]
-        if not asked: head = head + [{"role": "user", "content": prompt}]
-        elif not (all(a in prompt for a in asked) or any(prompt.strip() in a for a in asked)):
-            raise ValueError(f"{where}, field 'prompt': expected what the user says in the turns both sides share, or nothing, got {_short(prompt)}")
-    return head, chosen, rejected
-
-
-# %% [markdown]
-# `messages` comes in three readings: the turns *before* the prompt; the conversation up to the answer, of which `prompt` is a flat copy
-# (Anthropic's HH); or the conversation *with* the chosen answer (UltraFeedback). Its end tells them apart. After a user's turn no second user's turn can follow, and the question of this row cannot have been
-# answered before it was asked.
-
-# %%
-#| export
-def _without_answer(before, turns, sides, where):
-    "Earlier turns; a whole conversation loses the answer, which is one of the row's own."
-    if len(before) < 2 or not turns or before[-1]["role"] != "assistant": return before
-    if before[-2]["content"].strip() != turns[-1]["content"].strip(): return before
-    if before[-1]["content"] not in [s["content"] for s in sides]:
-        raise ValueError(f"{where}, field 'messages': holds the prompt, and an answer that is neither 'chosen' nor 'rejected'; leave the two out of it")
-    return before[:-1]
-
-def _context(row, turns, sides, where):
-    "System message, earlier turns, then the prompt's own."
-    before = _without_answer(_messages(row.get("messages") or []), turns, sides, where)
-    if before and before[-1]["role"] == "user":
-        if turns and before[-1]["content"].strip() not in turns[-1]["content"]:
-            raise ValueError(f"{where}, field 'messages': ends with a user turn that 'prompt' does not repeat; end it with the assistant turn before the prompt")
-        turns = []
-    elif not turns: raise ValueError(f"{where}, field 'prompt': expected a string or messages, got nothing, and the two sides share no turn")
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + [m for m in before + turns if m not in system]
-
-
-# %% [markdown]
-# Plain strings stay plain text, as in TRL, unless something says they are turns: a `system` or `messages` column, or `chat=True`.
-# Either way two shapes are left, three strings or a conversation with two closing turns.
-
-# %%
-#| export
-def normalise(row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
-              where: str="row",  # file and row number, for error messages
-              chat: bool=False,  # read string fields as turns of a chat
-             ) -> dict:          # {"chat": bool, "prompt", "chosen", "rejected"}: three strings, or messages and two closing messages
-    "One preference, whatever its spelling. Raises ValueError naming file, row and field."
-    _check(row, where, chat)
-    prompt, sides, chat = row.get("prompt"), [row["chosen"], row["rejected"]], _is_chat(row, chat)
-    if isinstance(sides[0], str):
-        if prompt is None and not chat: prompt, *sides = _split(*sides)
-        if isinstance(prompt, str) and not chat: return dict(chat=False, prompt=prompt, chosen=sides[0], rejected=sides[1])
-        sides = [[{"role": "assistant", "content": s}] for s in sides]
-    turns, *sides = _split_turns(prompt, *map(_messages, sides), where)
-    for field, side in zip(("chosen", "rejected"), sides):
-        if [m["role"] for m in side] != ["assistant"]:
-            raise ValueError(f"{where}, field '{field}': expected one assistant turn after the prompt, got roles {[m['role'] for m in side]}")
-    return dict(chat=True, prompt=_context(row, turns, [sides[0][0], sides[1][0]], where), chosen=sides[0][0], rejected=sides[1][0])
-
-
-# %% [markdown]
-# Eight spellings of one pair. The first stays text; the other seven must come out as the same conversation, apart from the turns
-# that only some of them carry.
-
-# %%
-def user(x): return {"role": "user", "content": x}
-def assistant(x): return {"role": "assistant", "content": x}
-
-ask, good, bad = "sort gace", "aceg", "geca"
-spellings = {
-    "text":              dict(prompt=ask, chosen=good, rejected=bad),
-    "conversational":    dict(prompt=[user(ask)], chosen=[assistant(good)], rejected=[assistant(bad)]),
-    "implicit prompt":   dict(chosen=[user(ask), assistant(good)], rejected=[user(ask), assistant(bad)]),
-    "string + conversations": dict(prompt=ask, chosen=[user(ask), assistant(good)], rejected=[user(ask), assistant(bad)]),
-    "system":            dict(prompt=ask, chosen=good, rejected=bad, system="be brief"),
-    "messages before":   dict(prompt=ask, chosen=good, rejected=bad, messages=[user("hi"), assistant("hello")]),
-    "messages, to the answer": dict(prompt=f"Human: {ask} Assistant:", chosen=good, rejected=bad, messages=[user(ask)]),
-    "messages, whole":   dict(prompt=ask, chosen=[user(ask), assistant(good)], rejected=[user(ask), assistant(bad)], messages=[user(ask), assistant(good)]),
-}
-
-
-# %%
-def flat(x): return x if isinstance(x, str) else " / ".join(f"{m['role']}: {m['content']}" for m in (x if isinstance(x, list) else [x]))
-
-pairs = {name: normalise(row) for name, row in spellings.items()}
-for p in list(pairs.values())[1:]:
-    assert p["chat"] and p["prompt"][-1] == user(ask) and (p["chosen"], p["rejected"]) == (assistant(good), assistant(bad))
-pd.DataFrame({name: {k: flat(p[k]) for k in ("prompt", "chosen", "rejected")} for name, p in pairs.items()}).T
-
-
-# %% [markdown]
-# ## Where a turn ends
+# ### One pair
 #
-# Now tokens. The toy tokenizer below is BPE trained on three sentences, enough to behave like a real one: frequent neighbours
-# merge, and special tokens stand for roles and ends.
+# Here is the first pair of `primer`, one of the world's three sources. It is written as a chat: each text is a list of
+# *messages*, and each message says who speaks, its *role*, and what is said.
 
 # %%
-def toy_tokenizer(lines, template=None, size=58, **kw):
-    "A BPE tokenizer without pre-tokenisation: anything may merge with its neighbour, as in SentencePiece."
-    t = Tokenizer(models.BPE()); t.decoder = decoders.Fuse()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
-    t.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False,
-                                                     initial_alphabet=list("abcdefghijklmnopqrstuvwxyz .:/?=0123456789\n")))
-    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", additional_special_tokens=special[2:], chat_template=template, **kw)
+world = load_world()
+base = AutoTokenizer.from_pretrained(world.base)
+with open(world.sources["primer"]) as lines:
+    row = json.loads(lines.readline())
+first_prompt = row["prompt"]
+{field: row[field] for field in ("prompt", "chosen", "rejected")}
 
+
+# %% [markdown]
+# A model does not read messages. It reads one row of tokens. A chat model's tokenizer therefore has a *template*, which
+# writes the messages into one text, with special tokens for the roles and for the end of a turn. We render the prompt
+# alone, then the prompt with each response.
+
+# %%
+def written(messages, **kw):
+    return base.apply_chat_template(messages, tokenize=False, **kw)
+
+before = written(row["prompt"], add_generation_prompt=True)
+whole = {side: written(row["prompt"] + row[side]) for side in ("chosen", "rejected")}
+scored = {side: text.removeprefix(before) for side, text in whole.items()}
+assert all(text.startswith(before) for text in whole.values())
+pd.DataFrame({side: {"is read": before, "is scored": scored[side]} for side in whole}).T
+
+# %% [markdown]
+# Look at two things.
+#
+# - The prompt is *read* and not scored. DPO compares two responses to the same question, so how likely the question was
+#   says nothing. It must be the very same prompt on both sides, token for token.
+# - The end token `<|end|>` *is* scored. Whether a model stops where it should is part of what it has to learn.
+#
+# In this world every letter is a token, and the place where the prompt ends is easy to see. With a real tokenizer it is
+# not.
+#
+# ### Where does the prompt end?
+#
+# Real tokenizers *merge*: characters that often stand together become one token. The toy tokenizer below does so, too.
+# It is trained on three sentences by byte pair encoding (BPE), the usual way of merging.
+
+# %%
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 LINES = ["see http://a.org", "the page is http://b.org", "is it http://a.org or http://b.org?"] * 4
 
-# %% [markdown]
-# A template closes the assistant's turn with an end token, and some write more after it: ChatML a line feed. In generation
-# the model is stopped at the end token and never asked for the rest, so the rest must not be scored.
-
-# %%
-#| export
-_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-
-def _without_clock(template):
-    "A chat template in which every day is the one that Llama 3's own takes where no clock is at hand."
-    return _CLOCK.sub(lambda m: m[1] + datetime(2024, 7, 26).strftime(m[2]) + m[1], template)
-
-def _render(tokenizer, messages, **kw):
-    "Ids of a conversation. A template that asks for today's date is told another: pairs must not depend on the day."
-    if not tokenizer.chat_template: raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give prompt, chosen and rejected as plain strings")
-    if "strftime_now" in tokenizer.chat_template: kw["chat_template"] = _without_clock(tokenizer.chat_template)
-    try: return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
-    except (ValueError, jinja2.TemplateError): raise
-    except Exception as e: raise jinja2.TemplateError(f"{type(e).__name__}: {e}") from e  # a template may do anything that Python can
-
-def _after_answer(tokenizer, later=()):
-    "Ids that follow an assistant's turn, whatever it says."
-    asked = {"role": "user", "content": "x"}
-    def rendered(before, said): return _render(tokenizer, [*before, asked, {"role": "assistant", "content": said}, *later])
-    try: a, b = (rendered([], said) for said in ("a", "b b"))
-    except jinja2.TemplateError:         # it may insist on a system message
-        try: a, b = (rendered([{"role": "system", "content": "x"}], said) for said in ("a", "b b"))
-        except jinja2.TemplateError as e: raise ValueError(f"the chat template cannot be rendered ({e})") from e
-    if a == b: raise ValueError("the chat template leaves out what a message says: it wants content in parts, not a string")
-    return a[len(a) - _shared(a[::-1], b[::-1]):]
-
-def turn_end(tokenizer, # a tokenizer with a chat template
-            ) -> tuple[list[int], int]: # (ids that must be appended, number of ids to cut) after a rendered assistant turn
-    "How a rendered assistant turn has to be mended so that it ends with the turn's end token, or tokens. Raises ValueError for a template that cannot be rendered."
-    tail = _after_answer(tokenizer)
-    ends = {i for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()} | set(tokenizer.all_special_ids)
-    ends -= {tokenizer.unk_token_id}
-    first = next((i for i, t in enumerate(tail) if t in ends), None)
-    if first is None: return [tokenizer.eos_token_id], len(tail)
-    n = first + 1
-    if n < len(tail) and tail[n] in ends:    # the turn's, if it stands between two turns as well
-        between = _after_answer(tokenizer, [{"role": "user", "content": "y"}])
-        while n < len(tail) and tail[n] in ends and tail[:n+1] == between[:n+1]: n += 1
-    return [], len(tail) - n
+def toy_tokenizer(lines, template=None, size=58, **kw):
+    "A BPE tokenizer in which anything may merge with its neighbour, as in SentencePiece."
+    t = Tokenizer(models.BPE())
+    t.decoder = decoders.Fuse()
+    alphabet = list("abcdefghijklmnopqrstuvwxyz .:/?=0123456789\n")
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    t.train_from_iterator(lines, trainer)
+    names = dict(bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:])
+    return PreTrainedTokenizerFast(tokenizer_object=t, chat_template=template, **names, **kw)
 
 
 # %% [markdown]
-# What follows the response is found like an implicit prompt, from the other end: two renderings that differ only in the
-# response share the tail. Llama 3 ends turns with a token that is not its EOS; a template without any end token gets EOS. Cohere's ends a turn with two tokens, and both count, since both stand between turns as well.
-
-# %%
-chatml = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-templates = {"ChatML": chatml, "Llama-3-like": chatml.replace("<|im_end|>\n", "<|eot_id|>"), "no end token": chatml.replace("<|im_end|>", ""), "two end tokens": chatml.replace("<|im_end|>\n", "<|eot_id|><|im_end|>")}
-rows = {}
-for name, template in templates.items():
-    t = toy_tokenizer(LINES, template)
-    add, cut = turn_end(t)
-    full = t.apply_chat_template([user("is it?"), assistant("yes")], tokenize=True, return_dict=False)
-    rows[name] = dict(template_writes=repr(t.decode(full[-2:])), cut=cut, append=t.decode(add), scored_end=t.decode((full[:len(full) - cut] + add)[-1:]))
-assert [r["scored_end"] for r in rows.values()] == ["<|im_end|>", "<|eot_id|>", "</s>", "<|im_end|>"]
-pd.DataFrame(rows).T
-
-# %% [markdown]
-# ## Where the prompt ends
-#
-# Tokenise the prompt alone and the response alone, glue them together, and you train on ids the model never meets: here `:`
-# followed by `//`, where every text it has read has `://`.
+# Take a prompt that ends in the middle of a link. Two ways seem equally good: tokenise prompt and response apart and
+# glue the ids together, or tokenise the whole text at once. Do they give the same tokens?
 
 # %%
 tok = toy_tokenizer(LINES)
@@ -389,216 +146,1024 @@ link = dict(chat=False, prompt="is it http:", chosen="//a.org", rejected=" or no
 glued = tok.tokenize(link["prompt"]) + tok.tokenize(link["chosen"])
 joint = tok.tokenize(link["prompt"] + link["chosen"])
 assert glued != joint
-pd.DataFrame([glued, joint], index=["glued", "tokenised together"]).fillna("")
 
+def token_table(rows):
+    "Rows of tokens under each other, of {name: tokens}."
+    return pd.DataFrame({name: pd.Series(tokens) for name, tokens in rows.items()}).T.fillna("")
+
+token_table({"glued": glued, "tokenised together": joint})
 
 # %% [markdown]
-# So the whole row is tokenised, prompt and response together, once for each side. Plain text gets exactly one EOS, and at most one BOS, whether the
-# tokenizer, the data or nobody wrote one.
+# They do not. In every text that this model has read, a blank and `http://` are one token. The glued row has ` htt`,
+# `p`, `:` and `//`, which the model has never met in this order. Training on it would teach the model something about
+# rows that never occur.
+#
+# So the whole row is tokenised, prompt and response together, once for each side. One detail belongs to it. A tokenizer
+# has a token for the beginning of a text, BOS, and one for its end, EOS. Some tokenizers write them by themselves, some
+# data contain them already, and sometimes nobody writes them. Whichever it is, each row gets exactly one EOS and at
+# most one BOS.
 
 # %%
 #| export
+_SIDES = ("chosen", "rejected")
+
 def _text_ids(pair, tokenizer):
-    "Ids of the prompt and of both full rows."
-    bos = tokenizer.bos_token_id
+    "Ids of the prompt, and of the two full rows; plain text."
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
     def ids(text):
         found = list(tokenizer(text).input_ids)
         twice = bos is not None and found[:2] == [bos, bos]
-        return found[twice:]
-    def bare(ids): return bare(ids[:-1]) if ids[-1:] == [tokenizer.eos_token_id] else ids
-    prompt = ids(pair["prompt"])
-    if not pair["prompt"].endswith(tokenizer.eos_token): prompt = bare(prompt) # some tokenizers append EOS to everything
-    return prompt, [bare(ids(pair["prompt"] + pair[s])) + [tokenizer.eos_token_id] for s in ("chosen", "rejected")]
+        return found[1:] if twice else found
 
-def _chat_ids(pair, tokenizer, end):
-    add, cut = end or turn_end(tokenizer)
-    full = [_render(tokenizer, pair["prompt"] + [pair[s]]) for s in ("chosen", "rejected")]
-    return _render(tokenizer, pair["prompt"], add_generation_prompt=True), [f[:len(f) - cut] + add for f in full]
+    def without_eos(ids):
+        while ids[-1:] == [eos]: ids = ids[:-1]
+        return ids
+
+    prompt = ids(pair["prompt"])
+    if not pair["prompt"].endswith(tokenizer.eos_token):
+        prompt = without_eos(prompt)                        # some tokenizers append EOS to everything
+    full = []
+    for side in _SIDES:
+        row = ids(pair["prompt"] + pair[side])
+        full.append(without_eos(row) + [eos])
+    return prompt, full
+
+
+# %%
+prompt, full = _text_ids(link, tok)
+already_ended = dict(link, chosen=link["chosen"] + "</s>")
+assert _text_ids(already_ended, tok) == (prompt, full)      # the end token is there once
+names = ["prompt alone", "prompt + chosen", "prompt + rejected"]
+token_table({name: tok.convert_ids_to_tokens(ids) for name, ids in zip(names, (prompt, *full))})
 
 
 # %% [markdown]
-# Four kinds of valid rows teach nothing: a response without text (its EOS alone is no answer), two equal responses, a prompt
-# of no token at all, after which nothing predicts the response's first token, and a row too short for the place where the two responses part.
+# Three rows of tokens. Where, in the two long ones, does the response begin? The prompt's last character is the `:`,
+# but in the second row that character stands inside the token ` http://`, together with the beginning of the response.
+# No token boundary is there.
+#
+# A way out: go from the left, as long as all three rows have the same tokens. That is their *longest common prefix*.
 
 # %%
 #| export
-DROPPED = "empty", "equal", "no_prompt", "no_room" # reasons
-
-def _why_dropped(pair, tokenizer, prompt, whole, kept) -> str: # empty where the pair is usable
-    "The reason for which a valid pair carries no signal, or not after the cut."
-    texts = [pair[s]["content"] if pair["chat"] else pair[s] for s in ("chosen", "rejected")]
-    if not all(whole) or not all(t.replace(tokenizer.eos_token, "").strip() for t in texts): return "empty"
-    if whole[0] == whole[1]: return "equal"
-    if not prompt: return "no_prompt"
-    return "" if all(kept) and kept[0] != kept[1] else "no_room"
+def _shared(a, b) -> int:
+    "Length of the longest common prefix of two sequences."
+    longest = min(len(a), len(b))
+    n = 0
+    while n < longest and a[n] == b[n]: n += 1
+    return n
 
 
 # %% [markdown]
-# Write $x$ for the ids of the prompt and $z_w, z_l$ for those of the two full rows. The boundary is the longest prefix all three share,
+# Write $x$ for the ids of the prompt, and $z_w$ and $z_l$ for those of the full rows with the chosen and the rejected
+# response ($w$ and $l$ stand for winner and loser). With lcp for the length of the longest common prefix, the boundary
+# is
 #
 # $$n = \min\big(\mathrm{lcp}(x, z_w),\ \mathrm{lcp}(x, z_l)\big). \tag{1}$$
 #
-# What merged across the prompt's end counts as response, on both sides: the two are always read after the same prompt. The `key` of a pair is a
-# hash of its ids and boundary; reference tables will be kept under it. `swapped` is the key of the same pair with the opposite label.
+# Before you run the cell: how many tokens of `is it http:` are left before the boundary?
 
 # %%
-#| export
-def prompt_limit(max_length: int,  # longest prompt + response, in tokens
-                 given: int=None,  # longest prompt, if somebody said so
-                ) -> int:          # half of max_length, where nobody did
-    "The longest prompt. Raises ValueError where it could fill the row and leave nothing to score."
-    if max_length < 2: raise ValueError(f"max_length: must be at least 2, got {max_length}")
-    if not given: return max_length // 2
-    if not 1 <= given < max_length: raise ValueError(f"max_prompt_length: must be at least 1 and below max_length = {max_length}, got {given}; a longer prompt leaves no room for a response")
-    return given
-
-def _key(prompt, first, second): return hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
-
-def encode(pair: dict,             # what `normalise` returns
-           tokenizer,              # a transformers tokenizer
-           max_length: int=1024,   # longest prompt + response, in tokens
-           max_prompt_length: int=None, # longest prompt, its end is kept; None: half of max_length
-           end: tuple=None,        # `turn_end(tokenizer)`, asked for where it is not given
-          ) -> dict:               # prompt_ids, chosen_ids, rejected_ids and what was done to them
-    "Token ids of one pair. The prompt is the longest common prefix of the prompt's ids and both full rows."
-    prompt, full = _chat_ids(pair, tokenizer, end) if pair["chat"] else _text_ids(pair, tokenizer)
-    n = min(_shared(prompt, f) for f in full) # (1)
-    longest = prompt_limit(max_length, max_prompt_length)
-    kept = prompt[max(0, n - longest):n]
-    whole = [f[n:] for f in full]
-    sides = [w[:max_length - len(kept)] for w in whole]
-    return dict(key=_key(kept, *sides), swapped=_key(kept, *sides[::-1]), prompt_ids=kept, chosen_ids=sides[0], rejected_ids=sides[1],
-                drop=_why_dropped(pair, tokenizer, kept, whole, sides), chat=pair["chat"],
-                truncated=len(kept) + max(map(len, whole)) > max_length, prompt_truncated=n > longest, boundary_moved=n < len(prompt))
-
-
-# %%
-e = encode(link, tok)
-assert e["boundary_moved"] and not e["drop"] and tok.decode(e["prompt_ids"]) == "is it" # (1): neither less nor more
-for side in ("chosen", "rejected"):
-    assert tok.decode(e["prompt_ids"] + e[f"{side}_ids"]) == link["prompt"] + link[side] + "</s>"
-pd.Series({k: repr(tok.decode(e[f"{k}_ids"])) for k in ("prompt", "chosen", "rejected")}, name="stored as").to_frame()
+shared = {side: _shared(prompt, row) for side, row in zip(_SIDES, full)}
+n = min(shared.values())                                    # (1)
+assert n == 5
+assert tok.decode(prompt[:n]) == "is it"
+{"tokens of the prompt": len(prompt)} | shared | {"n": n}
 
 
 # %% [markdown]
-# No character is lost or written twice: prompt and response together still spell the whole row. The picture shows which tokens went where.
+# The rejected row agrees with the prompt to its end. The chosen row leaves it after `t`, where ` htt` meets ` http://`.
+# The boundary must serve both sides, so the smaller number counts. What merged across the prompt's end is now part of
+# the response, *on both sides*: the two responses are always read after the same prompt. The picture shows where every
+# token went.
 
 # %%
 def draw(ax, y, ids, boundary, colour):
     "The tokens of one row as boxes over their characters; those before the boundary are grey."
     left = 0
-    for x, token in enumerate(tok.convert_ids_to_tokens(ids)):
-        ax.barh(y, len(token), left=left, height=0.7, color="lightgrey" if x < boundary else colour, edgecolor="white", linewidth=3)
-        ax.text(left + len(token) / 2, y, token.replace(" ", "␣"), ha="center", va="center", family="monospace")
-        left += len(token)
+    for i, token in enumerate(tok.convert_ids_to_tokens(ids)):
+        width = len(token)
+        box = "lightgrey" if i < boundary else colour
+        ax.barh(y, width, left=left, height=0.7, color=box, edgecolor="white", linewidth=3)
+        shown = token.replace(" ", "␣")
+        ax.text(left + width / 2, y, shown, ha="center", va="center", family="monospace")
+        left += width
 
-n, colours = len(e["prompt_ids"]), sns.color_palette("colorblind")
+def mark(ax, at, text, style):
+    ax.axvline(at, color="black", ls=style)
+    ax.text(at, 1.02, text, ha="center", fontsize="small", transform=ax.get_xaxis_transform())
+
+palette = sns.color_palette("colorblind")
+rows = {
+    "prompt alone": (prompt, "whitesmoke"),
+    "with chosen": (full[0], palette[2]),
+    "with rejected": (full[1], palette[1]),
+}
 fig, ax = plt.subplots(figsize=(8, 2.2))
-draw(ax, "prompt alone", tok(link["prompt"]).input_ids, n, "whitesmoke")
-for side, colour in (("chosen", colours[2]), ("rejected", colours[1])): draw(ax, f"with {side}", e["prompt_ids"] + e[f"{side}_ids"], n, colour)
+for name, (ids, colour) in rows.items(): draw(ax, name, ids, n, colour)
 ax.invert_yaxis()
-for text, at, ls in (("boundary (1)", len(tok.decode(e["prompt_ids"])), "--"), ("prompt text ends", len(link["prompt"]), ":")):
-    ax.axvline(at, color="black", ls=ls); ax.text(at, 1.02, text, ha="center", fontsize="small", transform=ax.get_xaxis_transform())
-ax.set(xlabel="position (characters)"); sns.despine(ax=ax, left=True)
-
-# %% [markdown]
-# Grey is the shared prompt, colour is scored. The text of the prompt ends at the dotted line, inside a token of the chosen row; so the
-# boundary stands at the dashed line, the last place where all three rows agree.
-
-# %% [markdown]
-# ## Two cuts
-#
-# A prompt that is too long loses its beginning: the question stands at its end. In a chat the cut takes BOS and the header of the first turn, so it should be rare.
-# A response that is too long loses its tail, and with it the EOS; better no end than an end the text did not have.
-
-# %%
-long = dict(chat=False, prompt="see http://a.org ", chosen="is it http://b.org", rejected="is it 42")
-cuts = {}
-for max_length, max_prompt in ((64, 60), (64, 4), (12, 4), (8, 4), (5, 4)):
-    e = encode(long, tok, max_length, max_prompt)
-    assert len(e["prompt_ids"]) <= max_prompt and all(len(e["prompt_ids"]) + len(e[s]) <= max_length for s in ("chosen_ids", "rejected_ids"))
-    cuts[max_length, max_prompt] = {k: tok.decode(e[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")} | {k: e[k] for k in ("truncated", "drop")}
-assert [c["drop"] for c in cuts.values()] == ["", "", "", "no_room", "no_room"]
-asked = dict(prompt=[user("is it?")], chosen=[assistant("yes")], rejected=[assistant("no")])
-whole, cut = (tok.decode(encode(normalise(asked), toy_tokenizer(LINES, chatml), max_prompt_length=n)["prompt_ids"]) for n in (64, 15))
-assert "no room for a response" in complaint(encode, long, tok, 64, 64)
-assert whole.startswith("<|im_start|>user") and whole.endswith(cut) and not cut.startswith("<|im_start|>user")
-pd.DataFrame(cuts.values(), index=pd.MultiIndex.from_tuples(cuts, names=["max_length", "max_prompt_length"]))
+mark(ax, len(tok.decode(prompt[:n])), "boundary (1)", "--")
+mark(ax, len(link["prompt"]), "prompt text ends", ":")
+ax.set(xlabel="position (characters); grey is read, colour is scored")
+sns.despine(ax=ax, left=True)
 
 
 # %% [markdown]
-# A cut can remove the signal: in the last two rows what is left of both sides is the same. Such pairs are
-# dropped, and counted by reason. A prompt may never fill the row, so a limit for prompts at or above `max_length` is an error.
+# The text of the prompt ends at the dotted line, inside a token of the chosen row. The boundary stands at the dashed
+# line, the last place where all three rows agree.
 #
-# ## Anything `datasets` reads
+# ### What is too long is cut
 #
-# A field must keep one shape through a whole file. Type drift between rows is how two exports get glued together unnoticed, so
-# the row at which it happens is an error.
-#
-# Columns with other names are renamed first. Where only the new name is there, nothing is to be done, so one renaming serves sources that spell it differently.
+# A row of tokens costs memory, so there is a longest row, `max_length`. There is also a longest prompt,
+# `max_prompt_length`: if the prompt could fill the row, nothing would be left to score. Where nobody names it, it is
+# half of the row.
 
 # %%
 #| export
-def _rename(names, columns): # old name -> new name, for the columns that stay
-    taken = {columns[c] for c in names if c in columns} # a rename wins over a column that has the new name already
+def prompt_limit(
+    max_length: int,    # longest prompt + response, in tokens; at least 2
+    given: int=None,    # longest prompt, in tokens, if somebody named it; below max_length
+) -> int:               # longest prompt, in tokens; half of max_length where nobody named it
+    "The longest prompt. Raises ValueError where it could fill the row and leave nothing to score."
+    if max_length < 2: raise ValueError(f"max_length: must be at least 2, got {max_length}")
+    if not given: return max_length // 2
+    if not 1 <= given < max_length:
+        raise ValueError(f"max_prompt_length: must be at least 1 and below max_length = {max_length}, got {given}; "
+                         "a longer prompt leaves no room for a response")
+    return given
+
+
+# %% [markdown]
+# Many cells of this book do something wrong on purpose and show what is said. `complaint` calls a function that must
+# fail and returns its message, without the name of the temporary folder.
+
+# %%
+def complaint(f, *args, **kw):
+    "The message with which a call fails."
+    try: f(*args, **kw)
+    except (ValueError, FileNotFoundError) as e: return str(e).replace(f"{folder}{os.sep}", "")
+    raise AssertionError("nothing was wrong")
+
+assert prompt_limit(64) == 32
+assert prompt_limit(64, 60) == 60
+complaint(prompt_limit, 64, 64)
+
+# %% [markdown]
+# Which end is cut? A prompt loses its *beginning*, because the question stands at its end. In a chat that cut also
+# takes BOS and the header of the first turn, so it should be rare. A response loses its *tail*, and the end token goes
+# with it. That is intended: better no end than an end the text did not have.
+#
+# ### Pairs that teach nothing
+#
+# Some pairs are written correctly, and still DPO can learn nothing from them:
+#
+# - `empty`: a response has no text. Its end token alone is no answer.
+# - `equal`: both responses are the same, so neither is better.
+# - `no_prompt`: the prompt has no token. A model predicts each token from the ones before it, and nothing stands before
+#   the response's first one.
+# - `no_room`: the row is too short. After the cut the two responses are the same, or one is gone.
+
+# %%
+#| export
+DROPPED = "empty", "equal", "no_prompt", "no_room" # reasons
+
+def _why_dropped(texts, prompt, whole, kept) -> str:
+    "Why a pair carries no signal: texts without end tokens, ids of the prompt, of the responses, of what is kept of them."
+    if not all(whole): return "empty"
+    if not all(text.strip() for text in texts): return "empty"
+    if whole[0] == whole[1]: return "equal"
+    if not prompt: return "no_prompt"
+    if not all(kept): return "no_room"
+    if kept[0] == kept[1]: return "no_room"
+    return ""
+
+
+# %%
+def why(chosen, rejected, prompt=(7,), room=9):
+    "Letters are tokens here, and a response may have `room` of them."
+    responses = [list(chosen), list(rejected)]
+    kept = [response[:room] for response in responses]
+    return _why_dropped([chosen, rejected], list(prompt), responses, kept)
+
+reasons = {
+    "ab, ba": why("ab", "ba"),
+    "a blank, ba": why(" ", "ba"),
+    "ab, ab": why("ab", "ab"),
+    "ab, ba, no prompt": why("ab", "ba", prompt=()),
+    "abcd, abce": why("abcd", "abce"),
+    "abcd, abce, room for 3": why("abcd", "abce", room=3),
+}
+assert list(reasons.values()) == ["", "empty", "equal", "no_prompt", "", "no_room"]
+reasons
+
+
+# %% [markdown]
+# ### A pair, encoded
+#
+# Now all of it in one function: ids, boundary, cuts, reason. It also gives the pair a name. Its `key` is a hash of the
+# ids and the boundary; [chapter 02](02_logprobs.ipynb) keeps the numbers of a pair under it. `swapped` is the key that
+# this pair would have with the opposite label, that is, with chosen and rejected exchanged. A pair may be plain text,
+# as here, or a chat (`chat=True`); part two makes the ids of chats.
+
+# %%
+#| export
+def _key(prompt, first, second):
+    return hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
+
+def _said_by(pair, tokenizer):
+    "The two responses as text, without end tokens."
+    texts = [pair[side]["content"] if pair["chat"] else pair[side] for side in _SIDES]
+    return [text.replace(tokenizer.eos_token, "") for text in texts]
+
+def encode(
+    pair: dict,                  # what `normalise` returns: chat, prompt, chosen, rejected
+    tokenizer,                   # a transformers tokenizer
+    max_length: int=1024,        # longest prompt + response, in tokens; the response's tail is cut
+    max_prompt_length: int=None, # longest prompt, in tokens, its end is kept; None: half of max_length
+    end: tuple=None,             # `turn_end(tokenizer)`, for chats; asked for where it is not given
+) -> dict:                       # key, swapped, prompt_ids, chosen_ids, rejected_ids, and what was done
+    "Token ids of one pair. Its prompt is the longest common prefix of the prompt's ids and both full rows (1)."
+    if pair["chat"]: prompt, full = _chat_ids(pair, tokenizer, end)
+    else: prompt, full = _text_ids(pair, tokenizer)
+
+    n = min(_shared(prompt, row) for row in full)        # (1)
+    longest = prompt_limit(max_length, max_prompt_length)
+    kept = prompt[max(0, n - longest):n]                 # its end
+    room = max_length - len(kept)
+    whole = [row[n:] for row in full]
+    chosen, rejected = (response[:room] for response in whole)
+
+    return dict(
+        key=_key(kept, chosen, rejected),
+        swapped=_key(kept, rejected, chosen),
+        prompt_ids=kept,
+        chosen_ids=chosen,
+        rejected_ids=rejected,
+        drop=_why_dropped(_said_by(pair, tokenizer), kept, whole, [chosen, rejected]),
+        chat=pair["chat"],
+        truncated=max(map(len, whole)) > room,
+        prompt_truncated=n > longest,
+        boundary_moved=n < len(prompt),
+    )
+
+
+# %%
+def spelled(encoded, tokenizer=tok):
+    "The three lists of ids as text."
+    return {name: tokenizer.decode(encoded[f"{name}_ids"]) for name in ("prompt", *_SIDES)}
+
+e = encode(link, tok)
+assert e["boundary_moved"]
+assert not e["drop"]
+stored = spelled(e)
+for side in _SIDES:
+    written_out = link["prompt"] + link[side] + "</s>"
+    assert stored["prompt"] + stored[side] == written_out
+pd.Series({name: repr(text) for name, text in stored.items()}, name="stored as").to_frame()
+
+# %% [markdown]
+# No character is lost, and none is written twice: prompt and response together still spell the whole row. The key knows
+# which response is the better one. Give the pair the opposite label, and the two keys change places:
+
+# %%
+opposite = encode(link | dict(chosen=link["rejected"], rejected=link["chosen"]), tok)
+assert opposite["key"] == e["swapped"]
+assert opposite["swapped"] == e["key"]
+pd.DataFrame({"the pair": e, "opposite label": opposite}).loc[["key", "swapped"]]
+
+# %% [markdown]
+# Now the cuts. One pair, five pairs of limits. In which rows does a response still have its end token? In which is the
+# pair lost?
+
+# %%
+long = dict(chat=False, prompt="see http://a.org ", chosen="is it http://b.org", rejected="is it 42")
+limits = [(64, 60), (64, 4), (12, 4), (8, 4), (5, 4)]
+cuts = []
+for max_length, longest in limits:
+    e = encode(long, tok, max_length, longest)
+    assert len(e["prompt_ids"]) <= longest
+    for side in _SIDES:
+        assert len(e["prompt_ids"]) + len(e[f"{side}_ids"]) <= max_length
+    cuts.append(spelled(e) | dict(truncated=e["truncated"], drop=e["drop"]))
+assert [c["drop"] for c in cuts] == ["", "", "", "no_room", "no_room"]
+pd.DataFrame(cuts, index=pd.MultiIndex.from_tuples(limits, names=["max_length", "max_prompt_length"]))
+
+
+# %% [markdown]
+# A cut can remove the signal. In the last two rows what is left of both responses is the same, so the pair is dropped,
+# and the reason is counted.
+#
+# **This is all that the following chapters need to know about a preference**: a prompt, two responses that follow the
+# same prompt tokens and end where a model should stop, and a count of what was left out. If you came for DPO, go on
+# with "What was dropped" in part three, or with [chapter 02](02_logprobs.ipynb).
+
+# %% [markdown]
+# ## Part two: from files and chats to pairs (you may skip this)
+#
+# Preference data come in many forms, and a form that is misread is worse than a file that is refused. This part is
+# about reading them: eight spellings of one pair, the templates of chat models, and files of five kinds. Nothing in it
+# changes what a pair is. Read it when you have data of your own, or a message that you want to understand.
+#
+# The way is short. A *row* of a file becomes a pair of texts (`normalise`), the pair becomes ids (`encode`), and many
+# rows come from a file, a folder, the hub or a list (`load_pairs`).
+#
+# Three rules hold throughout.
+#
+# - *Refuse rather than guess.* A row that can be read in two ways is an error. A guess that is right for one file is
+#   wrong for the next, and nobody would notice.
+# - *Say where.* A message names the file, the row and the field, says what was expected and what was found, and where
+#   there is a remedy, names it.
+# - *Drop nothing in silence.* A valid row that carries no signal is dropped and counted (part one). An invalid row is
+#   never dropped; it stops the reading.
+#
+# ### What a field may hold
+#
+# A field holds a string, or a list of messages, or nothing. Which of these each field may hold is the whole schema. An
+# empty list is a case of its own: no earlier `messages` is fine, a prompt without a message is not. The words are those
+# of the error messages.
+
+# %%
+#| export
+def _is_message(m):
+    return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+
+def _shape(x) -> str:
+    "What a field holds, in the words of the error messages."
+    if x is None: return "nothing"
+    if isinstance(x, str): return "a string"
+    if not isinstance(x, (list, tuple)): return "something else"
+    if not x: return "no messages"
+    return "messages" if all(map(_is_message, x)) else "something else"
+
+def _wrong(where, field, what): return ValueError(f"{where}, field '{field}': {what}")
+
+def _short(x):
+    shown = x if len(str(x)) <= 60 else str(x)[:60] + "..."
+    return f"{type(x).__name__} {shown!r}"
+
+_SCHEMA = dict(
+    prompt=("a string", "messages", "nothing"),
+    chosen=("a string", "messages"),
+    rejected=("a string", "messages"),
+    system=("a string", "nothing"),
+    messages=("messages", "no messages", "nothing"),
+)
+
+
+# %%
+def user(x): return {"role": "user", "content": x}
+def assistant(x): return {"role": "assistant", "content": x}
+
+print(_wrong("pairs.jsonl, row 3", "chosen", f"expected a string or messages, got {_short(4)}"))
+values = ["sort gace", [user("sort gace")], [], None, 4, [{"role": "user"}]]
+pd.DataFrame({"it is": [_shape(x) for x in values]}, index=[_short(x) for x in values])
+
+
+# %% [markdown]
+# A row that does not fit is an error. It is never skipped: skipping would hide that a column has another name, or that
+# a file is half written. The message says where it is (file and row), which field it is, what stands there, and what
+# would be right.
+
+# %%
+#| export
+def _check_fields(row, where):
+    "Raise ValueError, naming file, row and field, unless every field holds what it may."
+    for field, allowed in _SCHEMA.items():
+        value = row.get(field)
+        if _shape(value) in allowed: continue
+        got = _short(value)
+        if value is None:
+            got = f"nothing; the row has {sorted(row)}, and columns={{'your name': '{field}'}} renames"
+        if isinstance(value, (list, dict)):
+            got += " (messages are a list of {'role': string, 'content': string})"
+        raise _wrong(where, field, f"expected {' or '.join(allowed)}, got {got}")
+    shape = _shape(row["chosen"])
+    if _shape(row["rejected"]) != shape:
+        raise _wrong(where, "rejected", f"expected {shape} as in 'chosen', got {_short(row['rejected'])}")
+
+
+# %%
+one_side = dict(prompt="add 1 2", chosen="3", rejected=[assistant("4")])
+complaint(_check_fields, one_side, "pairs.jsonl, row 7")
+
+
+# %% [markdown]
+# #### A prompt that is missing
+#
+# The prompt may be left out. Some data sets repeat it inside both responses, and it is what the two have in common. But
+# a prompt that stands in a column of another name looks just the same. So two strings may go without a prompt only
+# where no column has one of the usual other names. Turns of a chat may never: what two answers happen to share at their
+# beginning is no question.
+
+# %%
+#| export
+def _is_chat(row, chat):
+    "Are the strings of a row turns of a chat?"
+    return chat or row.get("system") is not None or row.get("messages") is not None
+
+def _check_prompt(row, where, chat):
+    "Raise ValueError where two strings lack a prompt and their common beginning cannot be meant."
+    there = row.get("prompt") is not None or row.get("messages")
+    if there or not isinstance(row["chosen"], str): return
+    other = next((c for c in ("question", "instruction", "query", "input") if c in row), None)
+    if not other and not _is_chat(row, chat): return
+    filled = sorted(c for c in row if row[c] is not None)
+    name = other or "your name"
+    raise _wrong(where, "prompt",
+                 f"expected a string or messages, got nothing; the row has {filled}, "
+                 f"and columns={{'{name}': 'prompt'}} renames")
+
+
+# %%
+inside = dict(chosen="2+3 is 5", rejected="2+3 is 6")
+_check_prompt(inside, "row 0", chat=False)                  # fine: the prompt is the common beginning
+renamed = dict(question="add 2 2", chosen="4", rejected="5")
+complaint(_check_prompt, renamed, "row 0", chat=False)
+
+# %% [markdown]
+# #### What would be lost
+#
+# Scores, ids and dates may stand beside a preference; nobody reads them. But some fields are meant for the model:
+# tools, images, a chain of thought. A pair without them is another pair. They cannot be rendered here, so they are
+# refused rather than left out. The same holds for the column `input`, in which one popular format keeps half of the
+# prompt.
+
+# %%
+#| export
+_FOR_THE_MODEL = dict(
+    row="tools functions images image videos video audios audio chat_template_kwargs".split(),
+    message="tool_calls tool_call_id function_call reasoning_content reasoning thinking images".split(),
+)
+
+def _for_the_model(row):
+    "(name, value) of every field that is meant for the model and cannot be rendered here."
+    for field in _FOR_THE_MODEL["row"]: yield field, row.get(field)
+    for field in _SCHEMA:
+        if not isinstance(row.get(field), (list, tuple)): continue
+        for i, message in enumerate(row[field]):
+            for key in _FOR_THE_MODEL["message"]: yield f"{field}[{i}].{key}", message.get(key)
+
+def _check_lost(row, where):
+    "Raise ValueError for what a model was meant to read and would not."
+    for field, value in _for_the_model(row):
+        if not value: continue
+        raise _wrong(where, field,
+                     "is meant for the model and cannot be rendered here; "
+                     f"write it into the text, or remove it; got {_short(value)}")
+    extra, prompt = row.get("input"), row.get("prompt")
+    if not isinstance(extra, str) or not isinstance(prompt, str): return
+    if extra.strip() not in prompt:
+        raise _wrong(where, "input",
+                     "is not part of 'prompt' and would be lost; write the two into one column")
+
+
+# %%
+reasoned = assistant("4") | {"thinking": "two and two"}
+thought = dict(prompt=[user("add 2 2")], chosen=[reasoned], rejected=[assistant("5")])
+_check_lost(dict(prompt="add 2 2", chosen="4", rejected="5", id=17, score=0.9), "row 0")     # fine
+complaint(_check_lost, thought, "row 0")
+
+
+# %% [markdown]
+# #### Broken text
+#
+# Text itself can be broken. A character may be cut in half (half of a *surrogate* pair, the two numbers with which some
+# programs write an emoji), or a CSV file may have turned a conversation into one long string.
+
+# %%
+#| export
+def _said(row):
+    "(field, value) of everything in a row that a model would read."
+    for field in _SCHEMA:
+        value = row.get(field)
+        if isinstance(value, str): yield field, value
+        if isinstance(value, (list, tuple)):
+            for i, m in enumerate(value): yield f"{field}[{i}].content", m["content"]
+
+def _looks_like_messages(x):
+    return isinstance(x, str) and x.lstrip().startswith("[{") and "role" in x[:20]
+
+def _check_text(row, where):
+    "Raise ValueError for text that is none."
+    for field, text in _said(row):
+        try: text.encode()
+        except UnicodeEncodeError as e:
+            half = text[e.start]
+            raise _wrong(where, field, f"half a character, {half!r}, at position {e.start}") from None
+    if _looks_like_messages(row["chosen"]) and _looks_like_messages(row["rejected"]):
+        raise _wrong(where, "chosen", "messages, written as text; keep conversations in JSONL or Parquet")
+
+
+# %%
+emoji = dict(prompt="smile", chosen="\ud83d", rejected="no")
+flattened = dict(prompt="smile", chosen=str([assistant("yes")]), rejected=str([assistant("no")]))
+for i, row in enumerate([emoji, flattened]): print(complaint(_check_text, row, f"row {i}"))
+
+
+# %% [markdown]
+# The four checks make one.
+
+# %%
+#| export
+def _check(
+    row: dict,        # one raw row
+    where: str,       # file and row, for the message
+    chat: bool=False, # are strings turns of a chat?
+):
+    "Raise ValueError, naming file, row and field, for a row that cannot be read in full."
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with fields, got {_short(row)}")
+    _check_fields(row, where)
+    _check_lost(row, where)
+    _check_text(row, where)
+    _check_prompt(row, where, chat)
+
+
+# %% [markdown]
+# Seven wrong rows and what is said about them. Note the second one: a number is not turned into its digits. A file that
+# has `4` in one row and `"4"` in another may have meant a score.
+
+# %%
+null = {"role": "assistant", "content": None}
+wrong_rows = [
+    dict(prompt="sort gace", chosen="aceg"),
+    dict(prompt="add 1 2", chosen="3", rejected=4),
+    dict(question="add 2 2", chosen="4", rejected="5"),
+    dict(prompt=[], chosen="a", rejected="b"),
+    dict(chosen=[null], rejected="b"),
+    dict(prompt="what is this?", chosen="a cat", rejected="a dog", images=["cat.png"]),
+    dict(prompt="translate", input="hello", chosen="bonjour", rejected="salut"),
+]
+said = [complaint(_check, row, f"pairs.jsonl, row {i}") for i, row in enumerate(wrong_rows)]
+pd.DataFrame({"the message": said}).style.hide().set_uuid("bad")
+
+
+# %% [markdown]
+# ### One pair, many spellings
+#
+# #### The prompt inside the responses
+#
+# Where the prompt is not written out, it is what the two sides share at their beginning. As in TRL, the trainer most
+# people use, text is cut wherever the sides differ, even inside a word. `_shared` of part one finds the place.
+
+# %%
+#| export
+def _split(chosen, rejected):
+    "The common beginning of two strings or lists of messages, and what is left of each: at least one element."
+    n = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    n = max(0, n)
+    if n and chosen[n-1] == " ": n -= 1 # a blank belongs to the word after it
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+# %%
+assert _split("yes", "yes, sir") == ("ye", "s", "s, sir") # neither side is left empty
+_split("Q: 2+3? A: it is 5", "Q: 2+3? A: it is 6")
+
+
+# %% [markdown]
+# #### The prompt written twice
+#
+# Sets on the hub often have a string in `prompt` and whole conversations in `chosen` and `rejected`. The prompt is then
+# inside them already and must not be asked twice. But a prompt that is *not* inside them must not be lost.
+
+# %%
+#| export
+def _turn(role, content): return {"role": role, "content": content}
+
+def _messages(x): return [_turn(m["role"], m["content"]) for m in x]
+
+def _split_turns(prompt, chosen, rejected, where):
+    "A list prompt stands before the two sides; a string prompt, or none, is inside them if they share turns."
+    if isinstance(prompt, (list, tuple)): return _messages(prompt), chosen, rejected
+    head, chosen, rejected = _split(chosen, rejected)
+    if not isinstance(prompt, str): return head, chosen, rejected
+    asked = [m["content"].strip() for m in head if m["role"] == "user"]
+    if not asked: return [*head, _turn("user", prompt)], chosen, rejected
+    flat_copy = all(a in prompt for a in asked)
+    one_turn = any(prompt.strip() in a for a in asked)
+    if not flat_copy and not one_turn:
+        raise _wrong(where, "prompt",
+                     "expected what the user says in the turns both sides share, or nothing, "
+                     f"got {_short(prompt)}")
+    return head, chosen, rejected
+
+
+# %%
+ask, good, bad = "sort gace", "aceg", "geca"
+won, lost = [user(ask), assistant(good)], [user(ask), assistant(bad)]
+parted = _split_turns(ask, won, lost, "row 0")
+assert parted == ([user(ask)], [assistant(good)], [assistant(bad)])   # asked once
+complaint(_split_turns, "copy gace", won, lost, "row 0")
+
+
+# %% [markdown]
+# #### Earlier turns
+#
+# The column `messages` comes in three readings:
+#
+# - the turns *before* the prompt;
+# - the conversation up to the answer, of which `prompt` is a flat copy (the data set HH of Anthropic);
+# - the conversation *with* the chosen answer (UltraFeedback).
+#
+# Its end tells them apart. If it ends with a user's turn, that is the prompt, because two user's turns cannot follow
+# each other. If it ends with an answer to the very question of this row, the answer must go: the question cannot have
+# been answered before it was asked.
+
+# %%
+#| export
+def _without_answer(before, turns, sides, where):
+    "Earlier turns; a whole conversation loses the answer, which is one of the row's own."
+    if len(before) < 2 or not turns or before[-1]["role"] != "assistant": return before
+    if before[-2]["content"].strip() != turns[-1]["content"].strip(): return before
+    answers = [side["content"] for side in sides]
+    if before[-1]["content"] not in answers:
+        raise _wrong(where, "messages",
+                     "holds the prompt, and an answer that is neither 'chosen' nor 'rejected'; "
+                     "leave the two out of it")
+    return before[:-1]
+
+def _context(row, turns, sides, where):
+    "System message, earlier turns, then the prompt's own."
+    before = _without_answer(_messages(row.get("messages") or []), turns, sides, where)
+    if before and before[-1]["role"] == "user":
+        if turns and before[-1]["content"].strip() not in turns[-1]["content"]:
+            raise _wrong(where, "messages",
+                         "ends with a user turn that 'prompt' does not repeat; "
+                         "end it with the assistant turn before the prompt")
+        turns = []
+    elif not turns:
+        raise _wrong(where, "prompt",
+                     "expected a string or messages, got nothing, and the two sides share no turn")
+    system = [_turn("system", row["system"])] if row.get("system") else []
+    return system + [m for m in before + turns if m not in system]
+
+
+# %%
+earlier = [user("hi"), assistant("hello")]
+sides = [assistant(good), assistant(bad)]
+assert _context(dict(messages=earlier), [user(ask)], sides, "row 0") == earlier + [user(ask)]
+assert _context(dict(messages=[user(ask)]), [user(ask)], sides, "row 0") == [user(ask)]
+assert _context(dict(messages=won), [user(ask)], sides, "row 0") == [user(ask)]
+stranger = dict(messages=[user(ask), assistant("gace")])
+complaint(_context, stranger, [user(ask)], sides, "row 0")
+
+
+# %% [markdown]
+# #### Two shapes are left
+#
+# We can now put the pieces together. A row is checked. If it holds plain text, only the prompt may have to be found. If
+# it is a chat, the turns that both sides share are taken off, and what was said before goes in front: the system
+# message, which tells a model how to behave, and the earlier turns.
+#
+# Plain strings stay plain text, as in TRL, unless something says that they are turns of a chat: a `system` or
+# `messages` column, or `chat=True`. Whatever the spelling, a pair comes out as three strings, or as a conversation with
+# two possible closing turns.
+
+# %%
+#| export
+def normalise(
+    row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
+    where: str="row",  # file and row number, for error messages
+    chat: bool=False,  # read string fields as turns of a chat
+) -> dict:             # chat (bool), prompt, chosen, rejected: three strings, or messages and two closing messages
+    "One preference, whatever its spelling. Raises ValueError naming file, row and field."
+    _check(row, where, chat)
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str):
+        if not _is_chat(row, chat):
+            if prompt is None: prompt, chosen, rejected = _split(chosen, rejected)
+            if isinstance(prompt, str):
+                return dict(chat=False, prompt=prompt, chosen=chosen, rejected=rejected)
+        chosen = [_turn("assistant", chosen)]
+        rejected = [_turn("assistant", rejected)]
+
+    turns, chosen, rejected = _split_turns(prompt, _messages(chosen), _messages(rejected), where)
+    for field, side in (("chosen", chosen), ("rejected", rejected)):
+        roles = [m["role"] for m in side]
+        if roles != ["assistant"]:
+            raise _wrong(where, field, f"expected one assistant turn after the prompt, got roles {roles}")
+    sides = [chosen[0], rejected[0]]
+    return dict(chat=True, prompt=_context(row, turns, sides, where), chosen=sides[0], rejected=sides[1])
+
+
+# %% [markdown]
+# Eight spellings of one pair. The first stays text. The other seven must come out as the same conversation, apart from
+# the turns that only some of them carry.
+
+# %%
+strings = dict(prompt=ask, chosen=good, rejected=bad)
+conversations = dict(chosen=won, rejected=lost)
+spellings = {
+    "text": strings,
+    "conversational": dict(prompt=[user(ask)], chosen=[assistant(good)], rejected=[assistant(bad)]),
+    "implicit prompt": conversations,
+    "string + conversations": conversations | dict(prompt=ask),
+    "system": strings | dict(system="be brief"),
+    "messages before": strings | dict(messages=earlier),
+    "messages, to the answer": strings | dict(prompt=f"Human: {ask} Assistant:", messages=[user(ask)]),
+    "messages, whole": conversations | dict(prompt=ask, messages=won),
+}
+
+
+# %%
+def flat(x):
+    "A string, a message or several, on one line."
+    if isinstance(x, str): return x
+    messages = x if isinstance(x, list) else [x]
+    return " / ".join(f"{m['role']}: {m['content']}" for m in messages)
+
+def on_a_line(pair): return {field: flat(pair[field]) for field in ("prompt", "chosen", "rejected")}
+
+pairs = {name: normalise(row) for name, row in spellings.items()}
+for name, pair in pairs.items():
+    if name == "text": continue
+    assert pair["chat"]
+    assert pair["prompt"][-1] == user(ask)
+    assert [pair["chosen"], pair["rejected"]] == sides
+pd.DataFrame({name: on_a_line(pair) for name, pair in pairs.items()}).T
+
+# %% [markdown]
+# ### Where a turn ends
+#
+# Now the ids of a chat. A template closes the assistant's turn with an end token, and some templates write more after
+# it: ChatML, a common one, a line feed. When the model is used, it is stopped at the end token and never asked for the
+# rest. So the rest must not be scored.
+#
+# Two things are therefore needed: a way to render a conversation that gives the same ids every day, and a way to find
+# out what a template writes at the end of a turn. The second is not written down anywhere. It differs from model to
+# model, and it is a popular source of mistakes: a model that is never asked whether to stop after its answer learns to
+# go on talking.
+#
+# A template is a small program and may do what it likes. Some look at the clock and write today's date into the prompt.
+# Then the ids would be others tomorrow, so a template that asks for the date is told a fixed one.
+
+# %%
+#| export
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+def _without_clock(template):
+    "A chat template in which every day is the one that Llama 3's own takes where no clock is at hand."
+    day = datetime(2024, 7, 26)
+    return _CLOCK.sub(lambda found: found[1] + day.strftime(found[2]) + found[1], template)
+
+def _render(tokenizer, messages, **kw):
+    "Ids of a conversation. Raises ValueError without a template, TemplateError where it fails."
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, "
+                         "or give prompt, chosen and rejected as plain strings")
+    if "strftime_now" in tokenizer.chat_template:
+        kw["chat_template"] = _without_clock(tokenizer.chat_template)
+    try: return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
+    except (ValueError, jinja2.TemplateError): raise
+    except Exception as e:                                    # a template may do anything that Python can
+        raise jinja2.TemplateError(f"{type(e).__name__}: {e}") from e
+
+
+# %%
+chatml = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+talk = [user("is it?"), assistant("yes")]
+dated = toy_tokenizer(LINES, "today {{ strftime_now('%d %m %Y') }} " + chatml)
+assert dated.decode(_render(dated, talk)).startswith("today 26 07 2024")
+chatter = toy_tokenizer(LINES, chatml)
+print(complaint(_render, tok, talk))
+chatter.decode(_render(chatter, talk))
+
+
+# %% [markdown]
+# What follows the response? Nobody tells us, but we can ask the template: render two conversations that differ only in
+# the response. What the two rows share at their *end* comes after the response. It is the implicit prompt again, from
+# the other side.
+
+# %%
+#| export
+def _after_answer(tokenizer, later=()):
+    "Ids that follow an assistant's turn, whatever it says. Raises ValueError for an unusable template."
+    def rows(before):
+        asked = [*before, _turn("user", "x")]
+        return [_render(tokenizer, [*asked, _turn("assistant", said), *later]) for said in ("a", "b b")]
+
+    try: a, b = rows([])
+    except jinja2.TemplateError:         # it may insist on a system message
+        try: a, b = rows([_turn("system", "x")])
+        except jinja2.TemplateError as e:
+            raise ValueError(f"the chat template cannot be rendered ({e})") from e
+    if a == b:
+        raise ValueError("the chat template leaves out what a message says: "
+                         "it wants content in parts, not a string")
+    tail = _shared(a[::-1], b[::-1])
+    return a[len(a) - tail:]
+
+
+# %%
+silent = toy_tokenizer(LINES, "{% for m in messages %}{{ m.role }}{% endfor %}")
+print(complaint(_after_answer, silent))
+chatter.decode(_after_answer(chatter))
+
+
+# %% [markdown]
+# In that tail the first end token counts, and what comes after it is cut. Three more cases:
+#
+# - Llama 3 ends a turn with a token that is not its EOS. It is an end token all the same.
+# - A template may have no end token at all. Then EOS is appended.
+# - A turn may end with *two* tokens, as in Cohere's models. The second one belongs to the turn if it also stands
+#   between two turns. Otherwise it ends the whole text, and is cut.
+
+# %%
+#| export
+def turn_end(
+    tokenizer,          # a tokenizer with a chat template
+) -> tuple[list[int], int]: # ids to append, number of ids to cut, after a rendered assistant turn
+    "How a rendered turn is mended to end with its end token. Raises ValueError for an unusable template."
+    tail = _after_answer(tokenizer)
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    ends = added | set(tokenizer.all_special_ids)
+    ends -= {tokenizer.unk_token_id}
+
+    places = [i for i, token in enumerate(tail) if token in ends]
+    if not places: return [tokenizer.eos_token_id], len(tail)
+    n = places[0] + 1
+    if n < len(tail) and tail[n] in ends:    # the turn's, if it stands between two turns as well
+        between = _after_answer(tokenizer, [_turn("user", "y")])
+        as_between = _shared(tail, between)
+        while n < as_between and tail[n] in ends: n += 1
+    return [], len(tail) - n
+
+
+# %%
+templates = {
+    "ChatML": chatml,
+    "Llama-3-like": chatml.replace("<|im_end|>\n", "<|eot_id|>"),
+    "no end token": chatml.replace("<|im_end|>", ""),
+    "two end tokens": chatml.replace("<|im_end|>\n", "<|eot_id|><|im_end|>"),
+}
+
+def ending(template):
+    "What a template writes at the end of a turn, and what is scored."
+    t = toy_tokenizer(LINES, template)
+    add, cut = turn_end(t)
+    ids = _render(t, talk)
+    kept = ids[:len(ids) - cut] + add
+    return dict(
+        template_writes=repr(t.decode(ids[-2:])),
+        cut=cut,
+        append=t.decode(add),
+        scored_end=t.decode(kept[-1:]),
+    )
+
+endings = pd.DataFrame({name: ending(template) for name, template in templates.items()}).T
+assert endings["scored_end"].tolist() == ["<|im_end|>", "<|eot_id|>", "</s>", "<|im_end|>"]
+endings
+
+
+# %% [markdown]
+# With this the ids of a chat are made as those of a text: the prompt alone, with the header that asks the model to
+# speak, and the two full rows, mended at their end.
+
+# %%
+#| export
+def _chat_ids(pair, tokenizer, end):
+    "Ids of the prompt, and of the two full rows; a chat."
+    add, cut = end or turn_end(tokenizer)
+    full = []
+    for side in _SIDES:
+        row = _render(tokenizer, pair["prompt"] + [pair[side]])
+        full.append(row[:len(row) - cut] + add)
+    return _render(tokenizer, pair["prompt"], add_generation_prompt=True), full
+
+
+# %%
+asked = normalise(dict(prompt=[user("is it?")], chosen=[assistant("yes")], rejected=[assistant("no")]))
+uncut, cut = (spelled(encode(asked, chatter, max_prompt_length=n), chatter) for n in (64, 15))
+assert uncut["chosen"] == "yes<|im_end|>"
+assert uncut["prompt"].startswith("<|im_start|>user")
+assert uncut["prompt"].endswith(cut["prompt"])
+assert not cut["prompt"].startswith("<|im_start|>user")     # the cut took the header of the first turn
+pd.DataFrame({"whole": uncut, "prompt of 15 tokens": cut}).map(repr)
+
+
+# %% [markdown]
+# ### Reading rows
+#
+# The rest of this part is about where rows come from. It has one public function, `load_pairs`, which takes a file, a
+# folder, the name of a data set on the hub, a list, or a `Dataset`, and gives back the same kind of table for all of
+# them. On the way every row goes through the same three steps:
+#
+# 1. its columns get the names `prompt`, `chosen`, `rejected`, `system`, `messages`;
+# 2. it is checked, as above, and compared with the first row of its file;
+# 3. everything but these five fields is left behind.
+#
+# We build it from the inside: first what happens to a row, then the files, then the places.
+#
+# #### Columns with other names
+#
+# Columns with other names are renamed first. Where only the new name is there, nothing is to be done, so one renaming
+# serves several sources that spell it differently.
+
+# %%
+#| export
+def _rename(names, columns):
+    "Old name -> new name, for the columns that stay."
+    taken = {columns[c] for c in names if c in columns}      # a rename wins over a column of that name
     return {c: columns.get(c, c) for c in names if c in columns or c not in taken}
 
+
+# %%
+question = {"question": "prompt"}
+print(_rename(["prompt", "chosen"], question))               # nothing to do
+_rename(["question", "prompt", "chosen"], question)
+
+
+# %% [markdown]
+# A renaming can be wrong in two ways. It may name a column that no row has: that is a slip of the pen. Or it gives two
+# columns of a row one name, and nobody can say which of them is meant.
+
+# %%
+#| export
 def _check_columns(columns, names, where):
     "Raise ValueError where a rename finds neither its old nor its new name."
     there = {*names, *(columns[c] for c in columns if c in names)}
-    if absent := [c for c in columns if c not in names and columns[c] not in there]:
+    absent = [c for c in columns if c not in names and columns[c] not in there]
+    if absent:
         raise ValueError(f"{where}: columns= names {sorted(absent)}, but the rows have {sorted(names)}")
 
 def _check_one_each(columns, names, where):
     "Raise ValueError where two columns of a row would get one name."
-    old = [c for c in columns if c in names]
-    for c in old:
-        if both := [other for other in old if other != c and columns[other] == columns[c]]:
-            raise ValueError(f"{where}: columns= gives both '{c}' and '{both[0]}' the name '{columns[c]}'")
+    renamed = [c for c in columns if c in names]
+    for first in renamed:
+        for other in renamed:
+            name = columns[first]
+            if other == first or columns[other] != name: continue
+            raise ValueError(f"{where}: columns= gives both '{first}' and '{other}' the name '{name}'")
+
+
+# %%
+names = ["question", "query", "chosen", "rejected"]
+print(complaint(_check_columns, {"qestion": "prompt"}, names, "pairs.jsonl"))
+print(complaint(_check_one_each, {"question": "prompt", "query": "prompt"}, names, "pairs.jsonl, row 0"))
 
 
 # %% [markdown]
-# Rows pass through one generator, so a file of any size is read in constant memory. Only the five fields of a preference go on; scores, ids and
-# whatever else a row carries stay behind.
+# #### One shape through a whole file
+#
+# A field must keep its shape through a whole file. Where it changes, two exports have been glued together, so the row
+# at which it happens is an error. Rows pass one by one, and a file of any size is read in constant memory. Only the
+# five fields of a preference go on.
 
 # %%
 #| export
+def _fields_of(row):
+    "The five fields of a preference, messages reduced to role and content."
+    values = {field: row.get(field) for field in _SCHEMA}
+    return {field: _messages(x) if isinstance(x, (list, tuple)) else x for field, x in values.items()}
+
+def _check_drift(row, where, first_seen):
+    "Raise ValueError where a field holds another shape than in the first row."
+    for field in ("prompt", "chosen", "rejected"):
+        shape = _shape(row.get(field))
+        before, first = first_seen.setdefault(field, (shape, where))
+        if shape == before: continue
+        number = first.split(", row ")[-1]
+        raise _wrong(where, field, f"expected {before} as in row {number}, got {_short(row.get(field))}")
+
 def _checked(rows, columns: dict): # rows: (where, row)
     "The rows, renamed, checked and reduced to the fields of a preference."
-    shapes, seen = {}, set()
+    first_seen, names = {}, set()
     for where, row in rows:
         if isinstance(row, dict):
-            seen |= set(row)
+            names |= set(row)
             _check_one_each(columns, row, where)
             row = {new: row[old] for old, new in _rename(row, columns).items()}
         _check(row, where)
-        for field in ("prompt", "chosen", "rejected"):
-            before, first = shapes.setdefault(field, (_shape(row.get(field)), where))
-            if _shape(row.get(field)) != before:
-                raise ValueError(f"{where}, field '{field}': expected {before} as in row {first.split(', row ')[-1]}, got {_short(row.get(field))}")
-        yield {f: _messages(row[f]) if isinstance(row.get(f), (list, tuple)) else row.get(f) for f in _SCHEMA}
-    if seen: _check_columns(columns, seen, where.split(", row")[0])
+        _check_drift(row, where, first_seen)
+        yield _fields_of(row)
+    if names: _check_columns(columns, names, where.split(", row")[0])
+
+
+# %%
+def numbered(rows): return ((f"pairs.jsonl, row {i}", row) for i, row in enumerate(rows))
+
+scored_too = dict(question=ask, chosen=good, rejected=bad, score=4.5)
+print(next(_checked(numbered([scored_too]), question)))                       # no score, and a prompt
+print(complaint(list, _checked(numbered([strings, conversations]), {})))
 
 
 # %% [markdown]
-# JSON is read line by line rather than by Arrow, which would turn a column of answers like `2024-01-01` into timestamps
-# and could not say in which line a mistake is. Everything else is streamed by `datasets`.
+# #### Lines of JSON
+#
+# JSON is read line by line, and not by Arrow, the table format below `datasets`. Arrow would turn a column of answers
+# like `2024-01-01` into dates, and it could not say in which line a mistake is. Rows count from 0, as in `data[0]`;
+# lines count from 1, as in an editor, and blank lines are no rows. So a message gives both numbers.
 
 # %%
 #| export
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-
 def _suffix(path):
     "Kind of a file, without .gz."
     path = Path(str(path).lower())
     return Path(path.stem if path.suffix == ".gz" else path).suffix
 
-
-# %% [markdown]
-# Rows count from 0, as in `data[0]`, lines from 1, as in an editor, and blank lines are no rows. So both numbers are given.
-
-# %%
-#| export
 def _once(pairs):
     "An object of JSON. A name that is given twice is an error; json lets the later value win."
     names = [name for name, _ in pairs]
@@ -606,37 +1171,73 @@ def _once(pairs):
         if names.count(name) > 1: raise ValueError(f"'{name}' is given twice")
     return dict(pairs)
 
+def _parsed(text, where):
+    try: return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as e:
+        why = str(e).splitlines()[0]
+        raise ValueError(f"{where}: not JSON ({why})") from None
+
 def _json_rows(path):
-    "One object a line, or, in a .json file, one list of objects."
-    def parsed(text, where):
-        try: return json.loads(text, object_pairs_hook=_once)
-        except (ValueError, RecursionError) as e: raise ValueError(f"{where}: not JSON ({str(e).splitlines()[0]})") from None
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
-        whole = _suffix(path) == ".json" and f.read(1000).lstrip().startswith("[")
+    "(where, row): one object a line, or, in a .json file, one list of objects."
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig") as f:
+        is_list = _suffix(path) == ".json" and f.read(1000).lstrip().startswith("[")
         f.seek(0)
-        if whole: yield from ((f"{path}, row {i}", row) for i, row in enumerate(parsed(f.read(), path)))
-        else:
-            for i, (n, line) in enumerate((n, line) for n, line in enumerate(f, 1) if line.strip()):
-                where = f"{path}, row {i} (line {n})"
-                yield where, parsed(line, where)
+        if is_list:
+            rows = _parsed(f.read(), path)
+            for i, row in enumerate(rows): yield f"{path}, row {i}", row
+            return
+        i = 0
+        for n, line in enumerate(f, 1):
+            if not line.strip(): continue
+            where = f"{path}, row {i} (line {n})"
+            yield where, _parsed(line, where)
+            i += 1
 
 
 # %%
-#| export
-def _file_rows(path: Path):
-    "(where, row) of every row of a file. In a CSV only an empty cell is nothing: None and NA are words."
-    kind = _READERS[_suffix(path)]
-    if kind == "json": yield from _json_rows(path)
-    elif kind == "parquet" and not pq.read_metadata(path).num_rows: return
-    else:
-        how = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}
-        rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **how)
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+def write(name, text):
+    path = folder / name
+    path.write_text(text)
+    return path
 
+for text in ('\n{"prompt": "copy ab", "chosen": "ab"', '{"prompt": "copy ab", "prompt": "copy ba"}'):
+    print(complaint(list, _json_rows(write("broken.jsonl", text))))
 
 # %% [markdown]
-# A file becomes an Arrow table on disk once, under the hash of its *content*. An edited file can never be served stale, even
-# where its size and date are the old ones; a read that is interrupted leaves nothing under that name.
+# #### Other files
+#
+# Everything else is streamed by `datasets`. In a CSV file only an empty cell is nothing: `None` and `NA` are words, and
+# may be answers.
+
+# %%
+#| export
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+
+def _file_rows(path: Path):
+    "(where, row) of every row of a file."
+    kind = _READERS[_suffix(path)]
+    if kind == "json":
+        yield from _json_rows(path)
+        return
+    if kind == "parquet" and not pq.read_metadata(path).num_rows: return
+    how = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}
+    rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **how)
+    for i, row in enumerate(rows): yield f"{path}, row {i}", row
+
+
+# %%
+words = write("words.csv", "prompt,chosen,rejected\nis it so?,None,Yes\nand this?,NA,\n")
+rows = [row for _, row in _file_rows(words)]
+assert [row["chosen"] for row in rows] == ["None", "NA"]
+assert rows[1]["rejected"] is None
+complaint(list, _checked(_file_rows(words), {}))
+
+# %% [markdown]
+# #### A file, once
+#
+# A file becomes an Arrow table on disk once, under the hash of its *content*. So an edited file is never read from an
+# old table, even where its size and date are the old ones. A read that is interrupted leaves nothing under that name.
 
 # %%
 #| export
@@ -645,8 +1246,13 @@ _VERSION = 3 # of what is cached: raise it when the same file or row would give 
 def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
 
 def _features(row):
+    "Types of the columns, by the first row."
     text = datasets.Value("string")
-    return datasets.Features({f: datasets.List({"role": text, "content": text}) if f == "messages" or isinstance(x, list) else text for f, x in row.items()})
+    turns = datasets.List({"role": text, "content": text})
+    types = {}
+    for field, x in row.items():
+        types[field] = turns if field == "messages" or isinstance(x, list) else text
+    return datasets.Features(types)
 
 @contextmanager
 def _no_bar():
@@ -657,25 +1263,57 @@ def _no_bar():
     finally:
         if shown: enable_progress_bars()
 
-def _read_file(path: Path, columns: dict) -> Dataset:
-    "The checked rows of one file, memory-mapped."
-    if _suffix(path) not in _READERS: raise ValueError(f"{path}: cannot read '{path.suffix}' files; use one of {sorted(_READERS)}; the text formats may end in .gz")
-    try:
-        first = next(_checked(_file_rows(path), columns), None)
-        if first is None: raise ValueError(f"{path}: no rows")
-        with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
-        with _no_bar(): return Dataset.from_generator(_generate, features=_features(first), gen_kwargs=dict(path=str(path), columns=columns, digest=f"{_VERSION}-{digest}"))
-    except Exception as e:
-        e = e.__cause__ or e # datasets wraps what the generator raises
-        why = (str(e) or repr(e)).splitlines()[0]
-        ours = isinstance(e, json.JSONDecodeError) or isinstance(e, OSError) and e.filename and str(e.filename) != str(path) # the file itself has been read by then
-        if ours: raise ValueError(f"the cache of datasets, {datasets.config.HF_DATASETS_CACHE}, cannot be used ({why}); delete it, or name another folder in HF_DATASETS_CACHE") from e
-        raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {why}") from e
+def _table_of(path, columns):
+    "The checked rows of a file as a memory-mapped table."
+    first = next(_checked(_file_rows(path), columns), None)
+    if first is None: raise ValueError(f"{path}: no rows")
+    with open(path, "rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+    decides = dict(path=str(path), columns=columns, digest=f"{_VERSION}-{digest}")
+    with _no_bar(): return Dataset.from_generator(_generate, features=_features(first), gen_kwargs=decides)
+
+
+# %%
+pairs_file = write("pairs.jsonl", json.dumps(strings) + "\n")
+before = _table_of(pairs_file, {}).to_list()
+write("pairs.jsonl", json.dumps(strings | dict(chosen="gace")) + "\n")       # as long as it was
+[row["chosen"] for row in before + _table_of(pairs_file, {}).to_list()]
 
 
 # %% [markdown]
-# A folder is read file by file, so that a message can name the file; which file belongs to which split is left to `datasets`.
-# It takes files of one kind. What it leaves aside is said.
+# What goes wrong on the way is said in one line that begins with the file. One thing is not the file's fault: the
+# folder in which `datasets` keeps its tables may be full or broken. The file itself has been read by then, so the
+# message names that folder.
+
+# %%
+#| export
+def _read_file(path: Path, columns: dict) -> Dataset:
+    "The checked rows of one file, memory-mapped. Raises ValueError naming the file or the cache."
+    if _suffix(path) not in _READERS:
+        raise ValueError(f"{path}: cannot read '{path.suffix}' files; use one of {sorted(_READERS)}; "
+                         "the text formats may end in .gz")
+    try: return _table_of(path, columns)
+    except Exception as e:
+        e = e.__cause__ or e # datasets wraps what the generator raises
+        why = (str(e) or repr(e)).splitlines()[0]
+        elsewhere = isinstance(e, OSError) and e.filename and str(e.filename) != str(path)
+        if isinstance(e, json.JSONDecodeError) or elsewhere:  # of the cache: this file has been read by then
+            cache = datasets.config.HF_DATASETS_CACHE
+            raise ValueError(f"the cache of datasets, {cache}, cannot be used ({why}); "
+                             "delete it, or name another folder in HF_DATASETS_CACHE") from e
+        said = str(e)
+        raise ValueError(said if said.startswith(str(path)) else f"{path}: {why}") from e
+
+
+# %%
+for name, text in {"notes.txt": "no pairs", "empty.jsonl": "", "torn.parquet": "torn"}.items():
+    print(complaint(_read_file, write(name, text), {}))
+
+
+# %% [markdown]
+# #### A folder
+#
+# A folder is read file by file, so that a message can name the file. Which file belongs to which split (train, test) is
+# left to `datasets`. It takes files of one kind only; what it leaves aside is said.
 
 # %%
 #| export
@@ -683,21 +1321,46 @@ def _pick(splits, split, where):
     if split not in splits: raise ValueError(f"{where}: no split '{split}', only {sorted(splits)}")
     return splits[split]
 
+def _files_of(path):
+    "{split: files}, as `datasets` sorts them; prints what it leaves aside."
+    try: found = load_dataset_builder(str(path)).config.data_files
+    except Exception as e:
+        why = " ".join(str(e).split())[:300]
+        raise ValueError(f"{path}: no files in this folder that datasets can read ({why})") from e
+    files = {str(split): names for split, names in found.items()}
+    used = {Path(name) for names in files.values() for name in names}
+    aside = []
+    for f in path.rglob("*"):
+        if _suffix(f) not in _READERS or f in used or f.name.startswith("."): continue
+        aside.append(str(f.relative_to(path)))
+    left = ", ".join(sorted(aside))
+    if left: print(f"{path}: not read, as the folder's data are of another kind: {left}")
+    return files
+
 def _read_folder(path, split, columns):
-    try: files = {str(s): fs for s, fs in load_dataset_builder(str(path)).config.data_files.items()}
-    except Exception as e: raise ValueError(f"{path}: no files in this folder that datasets can read ({' '.join(str(e).split())[:300]})") from e
-    used = {Path(f) for fs in files.values() for f in fs}
-    if aside := sorted(str(f.relative_to(path)) for f in path.rglob("*") if _suffix(f) in _READERS and f not in used and not f.name.startswith(".")):
-        print(f"{path}: not read, as the folder's data are of another kind: {', '.join(aside)}")
-    parts = [_read_file(Path(f), columns) for f in _pick(files, split, path)]
-    for f, part in zip(files[split], parts):
-        if part.features != parts[0].features: raise ValueError(f"{f}: its fields hold other things than those of {files[split][0]}; load the two as two sources")
+    files = _pick(_files_of(path), split, path)
+    parts = [_read_file(Path(f), columns) for f in files]
+    for f, part in zip(files, parts):
+        if part.features != parts[0].features:
+            raise ValueError(f"{f}: its fields hold other things than those of {files[0]}; "
+                             "load the two as two sources")
     return concatenate_datasets(parts)
 
 
+# %%
+(folder / "set").mkdir()
+write("set/train.jsonl", json.dumps(strings) + "\n")
+write("set/test.jsonl", json.dumps(strings) + "\n")
+assert _read_folder(folder / "set", "train", {}).num_rows == 1
+complaint(_read_folder, folder / "set", "dev", {})
+
+
 # %% [markdown]
-# Rows that are a `Dataset` already (from the hub, from `save_to_disk`, from memory) stay where they are; they are renamed and checked.
-# Arrow gives a column one type, so the first row shows a misnamed or wrong column; the others are checked for gaps.
+# #### Rows that are a table already
+#
+# Rows that are a `Dataset` already (from the hub, from `save_to_disk`, from memory) stay where they are. They are
+# renamed and checked. Arrow gives a column one type, so the first row shows a misnamed or wrong column, and the others
+# are checked for gaps.
 
 # %%
 #| export
@@ -706,83 +1369,123 @@ def _from_dataset(data, split, columns, where):
     names = _rename(data.column_names, columns)
     _check_columns(columns, data.column_names, where)
     _check_one_each(columns, data.column_names, where)
-    data = data.with_format(None).select_columns(list(names)).rename_columns({a: b for a, b in names.items() if a != b})
+    new_names = {old: new for old, new in names.items() if old != new}
+    data = data.with_format(None).select_columns(list(names)).rename_columns(new_names)
+
     if len(data): _check(data[0], f"{where}, row 0")
-    looked_at = [c for c in (*_SCHEMA, *_FOR_THE_MODEL["row"], "input") if c in data.column_names]
-    for _ in _checked(((f"{where}, row {i}", row) for i, row in enumerate(data.select_columns(looked_at))), {}): pass
+    may_matter = [*_SCHEMA, *_FOR_THE_MODEL["row"], "input"]
+    looked_at = data.select_columns([c for c in may_matter if c in data.column_names])
+    rows = ((f"{where}, row {i}", row) for i, row in enumerate(looked_at))
+    for _ in _checked(rows, {}): pass                           # read for its errors
     return data.select_columns([c for c in _SCHEMA if c in data.column_names])
 
 
+# %%
+gap = Dataset.from_list([strings, strings | dict(rejected=None)])
+complaint(_from_dataset, gap, "train", {}, "my data")
+
+
 # %% [markdown]
-# A path that does not exist must not turn into a question to the hub: offline that costs half a minute of retries, online it can find
-# somebody else's data. What ends like a file, starts like a path or has two slashes is a path.
+# #### From a folder of `datasets`, or from the hub
+#
+# What `save_to_disk` has written is read back by `load_from_disk`. Any other name may be a data set of the Hugging Face
+# hub. But a path that does not exist must not turn into a question to the hub: offline that costs half a minute of
+# attempts, online it may find somebody else's data. What ends like a file, starts like a path, or has two slashes is a
+# path.
 
 # %%
 #| export
 def _from_disk(path):
     try: return load_from_disk(str(path))
-    except Exception as e: raise ValueError(f"{path}: what save_to_disk wrote here cannot be read ({type(e).__name__}: {(str(e) or 'empty').splitlines()[0]})") from e
+    except Exception as e:
+        why = (str(e) or "empty").splitlines()[0]
+        what = f"{type(e).__name__}: {why}"
+        raise ValueError(f"{path}: what save_to_disk wrote here cannot be read ({what})") from e
 
 def _from_hub(name, split, revision):
     path = Path(name).expanduser()
-    if _suffix(path) in _READERS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise FileNotFoundError(f"{name}: no such file or folder")
+    like_a_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if like_a_path or _suffix(path) in _READERS: raise FileNotFoundError(f"{name}: no such file or folder")
     try: return load_dataset(name, split=split, revision=revision)
-    except Exception as e: raise ValueError(f"{name}: neither a local path nor a hub data set that could be read ({str(e).splitlines()[0]})") from e
+    except Exception as e:
+        why = str(e).splitlines()[0]
+        raise ValueError(f"{name}: neither a local path nor a hub data set that could be read ({why})") from e
+
+
+# %%
+(folder / "saved").mkdir()
+write("saved/dataset_info.json", "")                     # half of what save_to_disk writes
+print(complaint(_from_hub, "nowhere/pairs.jsonl", "train", None))
+print(complaint(_from_disk, folder / "saved"))
 
 
 # %% [markdown]
-# Together they are the function one calls. It returns rows that are checked but not yet interpreted: whether strings are turns of a chat is decided
-# when they are tokenised.
+# #### The function one calls
+#
+# Together they are `load_pairs`. Its rows are checked but not yet interpreted: whether strings are turns of a chat is
+# decided when they are tokenised.
 
 # %%
 #| export
-def load_pairs(source,              # file (.jsonl, .json, .parquet, .arrow, .csv; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
-               split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
-               revision: str=None,  # hub ids: a commit, so that the data cannot change under you
-               columns: dict=None,  # renames, e.g. {"question": "prompt"}; a source that says "prompt" already is left as it is
-              ) -> Dataset:         # raw rows, memory-mapped, with the columns prompt, chosen, rejected, system, messages
+def _from_list(source, columns):
+    rows = ((f"<list>, row {i}", row) for i, row in enumerate(source))
+    rows = list(_checked(rows, columns))
+    if not rows: raise ValueError("<list>: no rows")
+    return Dataset.from_list(rows, features=_features(rows[0]))
+
+def load_pairs(
+    source,              # file (see _READERS; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
+    split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
+    revision: str=None,  # hub ids: a commit, so that the data cannot change under you
+    columns: dict=None,  # renames, e.g. {"question": "prompt"}; a source that says "prompt" is left as it is
+) -> Dataset:            # raw rows, memory-mapped: prompt, chosen, rejected, system, messages
     "Preference rows, checked. Raises ValueError naming file, row and field, and FileNotFoundError."
     columns = columns or {}
-    if isinstance(source, (Dataset, DatasetDict)): return _from_dataset(source, split, columns, f"<{type(source).__name__}>")
-    if isinstance(source, (list, tuple)):
-        rows = list(_checked(((f"<list>, row {i}", row) for i, row in enumerate(source)), columns))
-        if not rows: raise ValueError("<list>: no rows")
-        return Dataset.from_list(rows, features=_features(rows[0]))
-    if not isinstance(source, (str, Path)): raise ValueError(f"<{type(source).__name__}>: expected a file, a folder, a hub id, a list of rows or a Dataset; Dataset.from_list(list(...)) makes one of most things")
+    kind = f"<{type(source).__name__}>"
+    if isinstance(source, (Dataset, DatasetDict)): return _from_dataset(source, split, columns, kind)
+    if isinstance(source, (list, tuple)): return _from_list(source, columns)
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"{kind}: expected a file, a folder, a hub id, a list of rows or a Dataset; "
+                         "Dataset.from_list(list(...)) makes one of most things")
     path = Path(source).expanduser()
     if path.is_file(): return _read_file(path, columns)
-    if any((path / f"dataset_{kind}.json").exists() for kind in ("info", "dict")): return _from_dataset(_from_disk(path), split, columns, str(path))
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return _from_dataset(_from_disk(path), split, columns, str(path))
     if path.is_dir(): return _read_folder(path, split, columns)
     return _from_dataset(_from_hub(str(source), split, revision), split, columns, str(source))
 
 
 # %% [markdown]
-# The layout of a popular hub set: a system message, and `question` where the others say `prompt`. Read from a file and from memory, the rows
-# are the same.
+# The layout of a popular hub set: a system message, and `question` where the others say `prompt`. Read from a file,
+# from memory and from a saved data set, the rows are the same.
 
 # %%
-folder = Path(tempfile.mkdtemp())
-datasets.config.HF_DATASETS_CACHE = folder / "cache" # this notebook leaves nothing in yours
-orca = [dict(system="be brief", question="sort gace", chosen="aceg", rejected="geca"), dict(system="", question="copy ab", chosen="ab", rejected="ba")]
-(folder / "orca.jsonl").write_text("".join(json.dumps(r) + "\n" for r in orca))
-
-data = load_pairs(folder / "orca.jsonl", columns={"question": "prompt"})
-assert data.to_list() == load_pairs(orca, columns={"question": "prompt"}).to_list()
-pd.DataFrame([{k: flat(v) for k, v in normalise(row).items() if k != "chat"} for row in data])
+orca = [
+    dict(system="be brief", question="sort gace", chosen="aceg", rejected="geca"),
+    dict(system="", question="copy ab", chosen="ab", rejected="ba"),
+]
+as_lines = "".join(json.dumps(row) + "\n" for row in orca)
+data = load_pairs(write("orca.jsonl", as_lines), columns=question)
+data.save_to_disk(str(folder / "orca"))
+assert data.to_list() == load_pairs(orca, columns=question).to_list()
+assert data.to_list() == load_pairs(folder / "orca").to_list()
+pd.DataFrame([on_a_line(normalise(row)) for row in data])
 
 # %% [markdown]
-# The second row has an empty system message: it is a conversation like its neighbours, without a system turn. And this is said where a field changes its shape.
+# The second row has an empty system message. It is a conversation like its neighbour, only without a system turn. And
+# this is said where a field changes its shape:
 
 # %%
-complaint(load_pairs, orca + [dict(prompt=[user(ask)], chosen=[assistant(good)], rejected=[assistant(bad)])], columns={"question": "prompt"})
+chat_row = spellings["conversational"]
+complaint(load_pairs, orca + [chat_row], columns=question)
 
 
 # %% [markdown]
-# ## Tokenised once
+# ## Part three: many pairs, tokenised once
 #
-# What later chapters get is a `Source`: usable pairs as ids, and the counts of everything else. Rows are lists of their own
-# length; padding is added in the batch and known by length, never by its id, which for many models is that of EOS.
+# What later chapters get is a `Source`: the usable pairs of one data set as ids, and the counts of all others. Its rows
+# are lists of their own length. Padding is added in the batch, and is known by its place and never by its id, which for
+# many models is the id of EOS.
 
 # %%
 #| export
@@ -790,63 +1493,118 @@ complaint(load_pairs, orca + [dict(prompt=[user(ask)], chosen=[assistant(good)],
 class Source:
     "A named preference dataset, tokenised."
     name: str      # what the partition and the report call it
-    pairs: Dataset # key, prompt_ids, chosen_ids, rejected_ids, truncated: one usable pair a row; memory-mapped
+    pairs: Dataset # one usable pair a row: key, prompt_ids, chosen_ids, rejected_ids, truncated; memory-mapped
     counts: dict   # rows read, dropped by reason, truncated, ...
 
     def __len__(self): return len(self.pairs)
-    def dropped(self) -> dict: return {why: n for why in DROPPED if (n := self.counts[why])} # reason -> rows
 
-def counts_table(sources) -> pd.DataFrame:
+    def dropped(self) -> dict:
+        "Reason -> rows, for the reasons that occurred."
+        return {why: self.counts[why] for why in DROPPED if self.counts[why]}
+
+def counts_table(
+    sources, # several `Source`s
+) -> pd.DataFrame: # one row a source
     "What was read, dropped and cut, one source a row."
-    return pd.DataFrame([s.counts for s in sources], index=pd.Index([s.name for s in sources], name="source"))
+    names = pd.Index([s.name for s in sources], name="source")
+    return pd.DataFrame([s.counts for s in sources], index=names)
+
+
+# %%
+counts = dict(rows=3, usable=1, empty=2, equal=0, no_prompt=0, no_room=0)
+by_hand = Source("by hand", Dataset.from_list([encode(link, tok)]), counts)
+print(len(by_hand), by_hand.dropped())
+counts_table([by_hand])
 
 
 # %% [markdown]
-# Ids are made once and kept under a hash of what decides them: the rows' content, the tokenizer, the template, the lengths. A probe shows what a tokenizer
-# written in Python adds by itself. Padding and truncation are left out: they are what the last caller happened to ask for.
+# ### Kept under a name (engineering)
+#
+# Tokenising takes time, so the ids are made once and kept in a file. Its name is a hash of all that decides them: the
+# content of the rows, the tokenizer, the template, the lengths. A tokenizer written in Python may add tokens by itself,
+# which is written in no file; so it is asked about one short text. Padding and truncation are left out of the name: a
+# tokenizer remembers them from whatever it was last asked.
 
 # %%
 #| export
-_FEATURES = datasets.Features({"key": datasets.Value("string"), "swapped": datasets.Value("string"),
-    **{f"{s}_ids": datasets.List(datasets.Value("int32")) for s in ("prompt", "chosen", "rejected")}, "drop": datasets.Value("string"),
-    **{k: datasets.Value("bool") for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")}})
-
-def _processes(rows): return min(os.cpu_count() or 1, rows // 10_000) or None
+def _backend(tokenizer):
+    "What decides the ids that a tokenizer gives, apart from its template."
+    if not tokenizer.is_fast:
+        return [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer(" a B").input_ids]
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
 
 def _digest(data, tokenizer, *settings) -> str:
     "sha256 over everything that decides the ids, 24 hex digits."
     h = hashlib.sha256()
     for table in data.with_format("arrow").iter(1000):
-        with pa.ipc.new_stream(sink := pa.BufferOutputStream(), table.schema) as w: w.write_table(table.combine_chunks())
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer: writer.write_table(table.combine_chunks())
         h.update(sink.getvalue())
-    if tokenizer.is_fast: backend = {k: v for k, v in json.loads(tokenizer.backend_tokenizer.to_str()).items() if k not in ("padding", "truncation")}
-    else: backend = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer(" a B").input_ids]
-    h.update(json.dumps([_VERSION, backend, tokenizer.chat_template, tokenizer.special_tokens_map, *settings], sort_keys=True, default=str).encode())
+    template, special = tokenizer.chat_template, tokenizer.special_tokens_map
+    decides = [_VERSION, _backend(tokenizer), template, special, *settings]
+    h.update(json.dumps(decides, sort_keys=True, default=str).encode())
     return h.hexdigest()[:24]
 
 
+# %%
+one_row = load_pairs([strings])
+name = _digest(one_row, tok, 1024)
+padding = toy_tokenizer(LINES)
+padding.backend_tokenizer.enable_padding(length=9)          # somebody else asked for it: not in the name
+acge = load_pairs([strings | dict(chosen="acge")])
+names = {
+    "padding": _digest(one_row, padding, 1024),
+    "other length": _digest(one_row, tok, 512),
+    "a template": _digest(one_row, chatter, 1024),
+    "another response": _digest(acge, tok, 1024),
+}
+same = {what: digest == name for what, digest in names.items()}
+assert list(same.values()) == [True, False, False, False]
+same
+
 # %% [markdown]
-# Dropped rows stay in the cached table, so the counts are as cheap the second time as the pairs. A source of which nothing is left is an
-# error: training on it would do nothing, quietly.
+# Dropped rows stay in the table that is kept, with their reason. So the counts cost as little the second time as the
+# pairs. A source of which nothing is left is an error: training on it would do nothing, and say nothing.
 
 # %%
 #| export
+_FLAGS = ("chat", "truncated", "prompt_truncated", "boundary_moved")
+
+def _counts(kept):
+    "What was read, dropped and cut: counts of a table of all rows."
+    usable = kept[kept["drop"] == ""]
+    counts = {"rows": len(kept), "usable": len(usable)}
+    for why in DROPPED: counts[why] = (kept["drop"] == why).sum()
+    for flag in _FLAGS: counts[flag] = usable[flag].sum()
+    counts["duplicates"] = usable["key"].duplicated().sum()
+    counts["both_labels"] = usable["swapped"].isin(usable["key"]).sum()
+    return {name: int(count) for name, count in counts.items()}
+
 def _usable(name, out):
-    "The pairs that carry signal, and the counts."
-    t = out.select_columns(["key", "swapped", "drop", "chat", "truncated", "prompt_truncated", "boundary_moved"]).to_pandas()
-    keep, dropped = t["drop"] == "", t["drop"].value_counts()
-    if not keep.any(): raise ValueError(f"source '{name}': no usable pair among {len(t)} rows, dropped {dropped.to_dict()}")
-    usable = t[keep]
-    counts = dict(rows=len(t), usable=len(usable), **{why: dropped.get(why, 0) for why in DROPPED},
-                  **{k: usable[k].sum() for k in ("chat", "truncated", "prompt_truncated", "boundary_moved")},
-                  duplicates=usable["key"].duplicated().sum(), both_labels=usable["swapped"].isin(usable["key"]).sum())
+    "A `Source` of the pairs that carry signal, with the counts of all. Raises ValueError if there are none."
+    kept = out.select_columns(["key", "swapped", "drop", *_FLAGS]).to_pandas()
+    is_usable = kept["drop"] == ""
+    if not is_usable.any():
+        dropped = kept["drop"].value_counts().to_dict()
+        raise ValueError(f"source '{name}': no usable pair among {len(kept)} rows, dropped {dropped}")
     pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
-    return Source(name, pairs if keep.all() else pairs.select(keep.to_numpy().nonzero()[0]), {k: int(v) for k, v in counts.items()})
+    if not is_usable.all(): pairs = pairs.select(is_usable.to_numpy().nonzero()[0])
+    return Source(name, pairs, _counts(kept))
+
+
+# %%
+empty, equal = link | dict(chosen=""), link | dict(rejected=link["chosen"])
+nothing = Dataset.from_list([encode(pair, tok) for pair in (empty, equal)])
+complaint(_usable, "hopeless", nothing)
 
 
 # %% [markdown]
-# Whether strings are text or the turns of a chat is asked once for a source, not for every row. One row with a system message or with earlier turns says that all of them are turns,
-# or half a file would go through the template and half of it would not.
+# ### Text or chat?
+#
+# Whether strings are plain text or the turns of a chat is asked once for a source, and not for every row. One row with
+# a system message or with earlier turns says that all of them are turns. Otherwise half of a file would go through the
+# template and half of it would not.
 
 # %%
 #| export
@@ -854,49 +1612,129 @@ def _first_turns(data) -> int|None:
     "The first row that has a system message or earlier turns."
     columns = [c for c in ("system", "messages") if c in data.column_names]
     if not columns: return None
-    for n, table in enumerate(data.select_columns(columns).with_format("arrow").iter(1000)):
-        at = [i for c in table.columns if (i := pc.index(pc.is_valid(c), True).as_py()) >= 0]
-        if at: return 1000 * n + min(at)
+    blocks = data.select_columns(columns).with_format("arrow").iter(1000)
+    for n, table in enumerate(blocks):
+        places = [pc.index(pc.is_valid(column), True).as_py() for column in table.columns]
+        found = [i for i in places if i >= 0]              # -1 where a column has nothing
+        if found: return 1000 * n + min(found)
+
+
+# %%
+late = [strings, strings, strings | dict(system="be brief")]
+_first_turns(load_pairs(late)), _first_turns(load_pairs(late[:2]))
 
 
 # %% [markdown]
-# Tokenising is a `map` of `datasets`: it may be stopped at any time, because the result is written to a temporary file and then renamed.
+# Think of a file with a thousand rows of two plain strings, and one row with a system message. Read one by one, 999
+# rows would be text and one a chat. The model would be trained on two kinds of rows, with and without the tokens that
+# mark turns, and it would learn from the difference.
+#
+# What the rows of a source share while they are encoded, from its name for the messages to the end of a turn, is kept
+# together. A message says in which row something is wrong and, if another row made a chat of this one, which.
 
 # %%
 #| export
-def tokenize_pairs(data,                 # what `load_pairs` returns
-                   tokenizer,            # a transformers tokenizer
-                   name: str="pairs",    # of the source
-                   max_length: int=1024, # longest prompt + response, in tokens; the response's tail is cut
-                   max_prompt_length: int=None, # longest prompt, its end is kept; None: half of max_length
-                   chat: bool=False,     # read string fields as turns of a chat, also where no row has a system message or earlier turns
-                   num_proc: int=None,   # processes; None: one for every 10,000 rows, at most one a core
-                  ) -> Source:           # usable pairs, with counts of the others
+@dataclass
+class _Encoder:
+    "How the rows of one source become ids."
+    name: str              # of the source
+    tokenizer: object      # a transformers tokenizer
+    max_length: int        # longest prompt + response, in tokens
+    max_prompt_length: int # longest prompt, in tokens
+    chat: bool             # are strings turns of a chat?
+    because: int|None      # the row that says so, where the data do
+    end: tuple|None        # `turn_end(tokenizer)`, where there are turns
+
+    def pair(self, row, where):
+        try: return normalise(dict(row), where, self.chat)
+        except ValueError as e:
+            if self.because is None: raise
+            raise ValueError(f"{e} (row {self.because} has a system message or earlier turns, "
+                             "so every row of this source is a conversation)") from e
+
+    def ids(self, row, i):
+        where = f"source '{self.name}', row {i}"
+        pair = self.pair(row, where)
+        try: return encode(pair, self.tokenizer, self.max_length, self.max_prompt_length, self.end)
+        except (ValueError, jinja2.TemplateError) as e: raise ValueError(f"{where}: {e}") from e
+
+def _encoder(data, name, tokenizer, max_length, max_prompt_length, chat):
+    "The encoder of a source. Raises ValueError for a template that cannot be rendered."
+    conversational = isinstance(data[0]["chosen"], list)
+    turns = _first_turns(data)
+    chat = chat or turns is not None or conversational
+    try: end = turn_end(tokenizer) if chat and tokenizer.chat_template else None
+    except ValueError as e: raise ValueError(f"source '{name}': {e}") from e
+    because = None if conversational else turns
+    return _Encoder(name, tokenizer, max_length, max_prompt_length, chat, because, end)
+
+
+# %%
+no_prompt = dict(chosen="see x", rejected="see y", prompt=None, system=None)
+mixed = Dataset.from_list([no_prompt, strings | dict(system="be brief")])
+encoder = _encoder(mixed, "mixed", chatter, 64, 32, chat=False)
+print(encoder.end, encoder.because)
+complaint(encoder.ids, mixed[0], 0)
+
+# %% [markdown]
+# ### All rows of a source
+#
+# Tokenising is a `map` of `datasets`. It may be stopped at any time, because the result is written to a temporary file
+# and then renamed.
+
+# %%
+#| export
+_FEATURES = datasets.Features({
+    "key": datasets.Value("string"),
+    "swapped": datasets.Value("string"),
+    "prompt_ids": datasets.List(datasets.Value("int32")),
+    "chosen_ids": datasets.List(datasets.Value("int32")),
+    "rejected_ids": datasets.List(datasets.Value("int32")),
+    "drop": datasets.Value("string"),
+    "chat": datasets.Value("bool"),
+    "truncated": datasets.Value("bool"),
+    "prompt_truncated": datasets.Value("bool"),
+    "boundary_moved": datasets.Value("bool"),
+})
+
+def _processes(rows): return min(os.cpu_count() or 1, rows // 10_000) or None
+
+def tokenize_pairs(
+    data,                 # what `load_pairs` returns
+    tokenizer,            # a transformers tokenizer
+    name: str="pairs",    # of the source
+    max_length: int=1024, # longest prompt + response, in tokens; the response's tail is cut
+    max_prompt_length: int=None, # longest prompt, in tokens, its end is kept; None: half of max_length
+    chat: bool=False,     # read string fields as turns of a chat, also where nothing in the data says so
+    num_proc: int=None,   # processes; None: one for every 10,000 rows, at most one a core
+) -> Source:              # usable pairs, with counts of the others
     "Tokenise once. Raises ValueError for a row that breaks the schema or a source without a usable pair."
     if not len(data): raise ValueError(f"source '{name}': no rows")
-    if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token")
     max_prompt_length = prompt_limit(max_length, max_prompt_length)
-    turns = _first_turns(data)
-    conversational = isinstance(data[0]["chosen"], list)
-    rendered = chat or turns is not None or conversational
-    try: end = turn_end(tokenizer) if rendered and tokenizer.chat_template else None
-    except ValueError as e: raise ValueError(f"source '{name}': {e}") from e
-    def one(row, i):
-        where = f"source '{name}', row {i}"
-        try: pair = normalise(dict(row), where, rendered)
-        except ValueError as e:
-            if turns is None or conversational: raise
-            raise ValueError(f"{e} (row {turns} has a system message or earlier turns, so every row of this source is a conversation)") from e
-        try: return encode(pair, tokenizer, max_length, max_prompt_length, end)
-        except (ValueError, jinja2.TemplateError) as e: raise ValueError(f"{where}: {e}") from e
+    encoder = _encoder(data, name, tokenizer, max_length, max_prompt_length, chat)
+
     digest = _digest(data, tokenizer, max_length, max_prompt_length, chat)
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "sdpo_nb"; cache.mkdir(parents=True, exist_ok=True)
-    out = data.map(one, with_indices=True, remove_columns=data.column_names, features=_FEATURES, num_proc=num_proc or _processes(len(data)), desc=f"tokenising {name}",
-                   cache_file_name=str(cache / f"{digest}.arrow"), load_from_cache_file=True, new_fingerprint=digest)
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "sdpo_nb"
+    cache.mkdir(parents=True, exist_ok=True)
+    out = data.map(
+        encoder.ids,
+        with_indices=True,
+        remove_columns=data.column_names,
+        features=_FEATURES,
+        num_proc=num_proc or _processes(len(data)),
+        desc=f"tokenising {name}",
+        cache_file_name=str(cache / f"{digest}.arrow"),
+        load_from_cache_file=True,
+        new_fingerprint=digest,
+    )
     return _usable(name, out)
 
 
 # %% [markdown]
+# ### What was dropped
+#
 # | count | what it says |
 # |---|---|
 # | `rows` | read; always `usable + empty + equal + no_prompt + no_room` |
@@ -909,114 +1747,226 @@ def tokenize_pairs(data,                 # what `load_pairs` returns
 # | `boundary_moved` | usable pairs with $n$ of (1) shorter than the prompt |
 # | `duplicates`, `both_labels` | usable pairs that occurred before, and pairs that occur with the opposite label, too |
 #
-# The world's three sources, and one made of trouble:
+# We count the world's three sources, and one made of trouble. It has nine rows; how many of them will be usable?
 
 # %%
-world = load_world()
-base = AutoTokenizer.from_pretrained(world.base)
 sources = [tokenize_pairs(load_pairs(file), base, name) for name, file in world.sources.items()]
-answers = ("ab", "ba"), ("ba", "ab"), ("ab", "ba"), ("ab", "ab"), ("", "ba"), ("<|end|>", "ba"), ("abcdefghij", "ba"), ("abcdefghija", "abcdefghijb")
-trouble = [dict(prompt="copy ab", chosen=c, rejected=r) for c, r in answers] + [dict(prompt="", chosen="ab", rejected="ba")]
-counts = counts_table(sources + [tokenize_pairs(load_pairs(trouble), base, "trouble", max_length=16, max_prompt_length=8)])
+
+answers = [("ab", "ba"), ("ba", "ab"), ("ab", "ba")]                # a pair, the opposite label, the pair again
+answers += [("ab", "ab"), ("", "ba"), ("<|end|>", "ba")]
+answers += [("abcdefghij", "ba"), ("abcdefghija", "abcdefghijb")]   # too long
+trouble = [dict(prompt="copy ab", chosen=chosen, rejected=rejected) for chosen, rejected in answers]
+trouble.append(dict(prompt="", chosen="ab", rejected="ba"))
+troubled = tokenize_pairs(load_pairs(trouble), base, "trouble", max_length=16, max_prompt_length=8)
+
+# %%
+expected = dict(
+    rows=9, usable=4,
+    empty=2, equal=1, no_prompt=1, no_room=1,
+    chat=0, truncated=1, prompt_truncated=0, boundary_moved=0,
+    duplicates=1, both_labels=3,
+)
+counts = counts_table([*sources, troubled])
 assert (counts["rows"] == counts[["usable", *DROPPED]].sum(axis=1)).all()
-found = dict(rows=9, usable=4, empty=2, equal=1, no_prompt=1, no_room=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0, duplicates=1, both_labels=3)
-assert counts.loc["trouble"].to_dict() == found
+assert counts.loc["trouble"].to_dict() == expected
 counts.T
 
 
 # %% [markdown]
-# Even the world has an `empty` row: once, S ended its answer before it began. In `trouble` there are two, one of them with nothing but an end token.
+# Even the world has an `empty` row: once, its base model S ended an answer before it began. In `trouble` there are two,
+# one of them with nothing but an end token.
 #
 # *Once* is a promise too. The tokenizer below counts how often its template is rendered.
 
 # %%
 def renders(rows, **kw):
     "How many conversations are rendered while these rows are tokenised."
-    asked, t = [], AutoTokenizer.from_pretrained(world.base)
+    rendered, t = [], AutoTokenizer.from_pretrained(world.base)
     render = t.apply_chat_template
-    t.apply_chat_template = lambda *a, **k: asked.append(1) or render(*a, **k)
+    def counted(*args, **options):
+        rendered.append(1)
+        return render(*args, **options)
+    t.apply_chat_template = counted
     tokenize_pairs(load_pairs(rows), t, **kw)
-    return len(asked)
+    return len(rendered)
 
 few = load_pairs(world.sources["riddle"]).to_list()[:10]
 edited = few[:9] + [dict(few[9], chosen=[assistant("abc")])]
-seen = pd.Series({"first call": renders(few), "the same again": renders(few), "other name": renders(few, name="again"), "shorter": renders(few, max_length=20), "one row edited": renders(edited)}, name="renderings")
-assert seen.tolist() == [32, 2, 2, 32, 32]
-seen.to_frame()
+renderings = pd.Series({
+    "first call": renders(few),
+    "the same again": renders(few),
+    "other name": renders(few, name="again"),
+    "shorter": renders(few, max_length=20),
+    "one row edited": renders(edited),
+}, name="renderings")
+assert renderings.tolist() == [32, 2, 2, 32, 32]
+renderings.to_frame()
 
 
 # %% [markdown]
-# Thirty renderings are three for each of ten rows; two find the turn's end and are always needed. What is kept is small, and
-# this is all that the chapters to come will see of a preference:
+# Thirty renderings are three for each of ten rows. The other two find the turn's end, and are always needed.
+#
+# What is kept is small. These are the first pairs of `primer` as text, what is read and what is scored. It is all that
+# the next chapters will see of a preference. The first one is the pair with which this chapter began:
 
 # %%
 #| export
-def decoded(source: Source, tokenizer,
-            n: int=3,       # pairs, the first ones
-           ) -> list[dict]: # prompt, chosen, rejected: what is read, and what is scored after it, special tokens included
+def decoded(
+    source: Source,  # tokenised pairs
+    tokenizer,       # the one that made the ids
+    n: int=3,        # pairs, the first ones
+) -> list[dict]:     # prompt, chosen, rejected: what is read and what is scored, with special tokens
     "Some pairs of a source, as text."
     first = source.pairs.select(range(min(n, len(source))))
-    return [{side: tokenizer.decode(pair[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")} for pair in first]
+    texts = []
+    for pair in first:
+        texts.append({field: tokenizer.decode(pair[f"{field}_ids"]) for field in ("prompt", *_SIDES)})
+    return texts
 
 
 # %%
-pd.DataFrame(decoded(sources[0], base))
+firsts = decoded(sources[0], base)
+assert firsts[0] == scored | {"prompt": written(first_prompt, add_generation_prompt=True)}
+pd.DataFrame(firsts)
 
 
 # %% [markdown]
-# ## Held out
+# ### Held out
 #
-# Whether training helped is asked with pairs that it has not seen. The prompt decides which, not the pair: two pairs of one prompt have too much in common. A number between 0 and 1 is made from the prompt's ids. So a prompt falls on the same side in every source, and rows that are added to a file later move no other row.
+# Has training helped? Only pairs that it has not seen can tell. So some pairs are kept apart, *held out*, and never
+# trained on. The prompt decides which, and not the pair: two pairs of one prompt have too much in common. A number
+# between 0 and 1 is made from the prompt's ids by a hash; below `share` the prompt is held out. So a prompt falls on
+# the same side in every source, and rows that are added to a file later move no other row.
 
 # %%
 #| export
 def _lot(ids) -> float:
     "A number from 0 to 1 that only these ids have."
-    return int(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12], 16) / 16**12
+    digits = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
+    return int(digits, 16) / 16**12
 
-def hold_out(source: Source,
-             share: float,  # of the prompts, from 0 to below 1
-            ) -> tuple[Source, Source|None]: # to train on, and never to train on; None where there are no such pairs
+def hold_out(
+    source: Source,  # tokenised pairs
+    share: float,    # of the prompts, from 0 to below 1
+) -> tuple[Source, Source|None]: # to train on, and never to train on; None where there are no such pairs
     "Part a source by prompt. Raises ValueError where nothing is left to train on."
-    if not 0 <= share < 1: raise ValueError(f"source '{source.name}': eval_share must be from 0 to below 1, got {share}")
+    if not 0 <= share < 1:
+        raise ValueError(f"source '{source.name}': eval_share must be from 0 to below 1, got {share}")
     if not share: return source, None
     held = np.array([_lot(ids) < share for ids in source.pairs["prompt_ids"]])
-    if held.all(): raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} pairs; a smaller one leaves some to train on")
+    if held.all():
+        raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} pairs; "
+                         "a smaller one leaves some to train on")
     if not held.any(): return source, None
-    parts = (source.pairs.select((~held).nonzero()[0]), source.pairs.select(held.nonzero()[0]))
-    return Source(source.name, parts[0], source.counts | dict(held_out=int(held.sum()))), Source(source.name, parts[1], {})
+    kept = source.pairs.select((~held).nonzero()[0])
+    apart = source.pairs.select(held.nonzero()[0])
+    counts = source.counts | dict(held_out=int(held.sum()))
+    return Source(source.name, kept, counts), Source(source.name, apart, {})
 
 
 # %%
 train, test = hold_out(sources[0], 0.5)
-assert len(train) + len(test) == len(sources[0]) and not {tuple(x) for x in train.pairs["prompt_ids"]} & {tuple(x) for x in test.pairs["prompt_ids"]}
+def prompts_of(source): return {tuple(ids) for ids in source.pairs["prompt_ids"]}
+
+assert len(train) + len(test) == len(sources[0])
+assert not prompts_of(train) & prompts_of(test)
 {"to train on": len(train), "held out": len(test)}
 
 # %% [markdown]
-# ## The same ids as TRL, but for five things
+# Not exactly half and half: the lots are drawn by prompt, and a coin is thrown for each.
 #
-# `tests/test_preferences.py` compares these ids with those of TRL 1.16, on text and on conversations. They are equal, except on purpose:
+# ### The same ids as TRL, but for five things
+#
+# `tests/test_preferences.py` compares these ids with those of TRL 1.16, a library that many people train with, on text
+# and on conversations. They are equal, except on purpose:
 #
 # - ChatML's line feed after the end token is scored there and not here.
 # - Where the tokenizer appends EOS by itself, there are two there and one here.
-# - A prompt that is too long loses its beginning here; there the response alone pays, and the pair goes if the prompt fills `max_length`. Pairs whose responses part behind the cut go here.
+# - A prompt that is too long loses its beginning here. There the response alone pays, and the pair goes if the prompt
+#   fills `max_length`. Pairs whose responses part behind the cut go here.
 # - Empty, equal and promptless pairs are dropped and counted here; there they are trained on.
 # - `system` and `messages` columns are read here; there they are ignored.
 
 # %% [markdown]
 # ## What you now have
 #
+# - A rule for what is scored: the tokens of a response after the longest prefix that the prompt and both rows share, up
+#   to and with the end token.
+# - `encode`: ids of one pair, what was cut, and why it may be useless.
 # - `load_pairs`: rows in any common spelling, from any common place, or an error that names file, row and field.
-# - `tokenize_pairs`: a `Source` of ids in which both responses follow the same prompt and end where a model is asked to end.
+# - `tokenize_pairs`: a `Source` of ids, in which both responses follow the same prompt and end where a model is asked
+#   to end.
 # - `counts_table`: what was dropped, cut or moved, for every source, so that nothing is lost in silence.
+# - `hold_out`: pairs to train on, and pairs to ask later.
 #
 # ## Questions to test yourself
 #
 # 1. Why may the boundary move to the left of the prompt's end, and why must it be the same for both sides?
+#
+# <details><summary>Answer</summary>
+#
+# Characters of the prompt's end and of the response's beginning may share one token. That token belongs to neither
+# alone, so the boundary goes left until all three rows agree. DPO compares two responses *after the same prompt*. If
+# the prompts of the two sides differed by a token, a part of the difference would come from the prompt.
+#
+# </details>
+#
 # 2. What would be scored if ChatML's line feed were kept? Does it change which response is preferred?
+#
+# <details><summary>Answer</summary>
+#
+# One more token on each side: how likely a line feed is after the end token. A model of this kind is nearly sure of it
+# after any response, so it adds about the same number to both log-probabilities, and hardly changes which is larger.
+# But training would spend gradient on a token that is never generated.
+#
+# </details>
+#
 # 3. A row whose responses differ only after token 1024 is dropped. Which other remedy is there, and what does it cost?
+#
+# <details><summary>Answer</summary>
+#
+# A larger `max_length`. It costs memory, and time, for every long row, since longer rows are kept whole. Cutting what
+# the two responses share would be cheaper, but then the model would score an answer whose beginning it has not read.
+#
+# </details>
+#
+# 4. Why does the prompt decide what is held out, and not the pair?
+#
+# <details><summary>Answer</summary>
+#
+# Many sources have several pairs of one prompt. If some of them are trained on, the others are no longer new: the model
+# has seen the question, and often one of the answers.
+#
+# </details>
 #
 # ## Try this
 #
-# - Load a preference set of your own with `load_pairs` and look at `counts_table`: is any count a surprise?
-# - Give `toy_tokenizer` more merges (`size=80`): how far does the boundary of `link` move, and what does `encode` say about the pair then?
+# - Give `toy_tokenizer` more merges (`size=80`). Before you encode `link` again: does the boundary move further?
+#
+# <details><summary>What you should see</summary>
+#
+# Yes, as far as it can. With so many merges all of `is it http://a.org` becomes one token. The three rows have no first
+# token in common, the boundary is 0, and nothing is left of the prompt: `encode` says `no_prompt`. (At `size=62` the
+# boundary is 4.) Trained tokenizers do not go so far, because they never merge across a word.
+#
+# </details>
+#
+# - Tokenise `riddle` with `max_length=12`. Which counts move?
+#
+# <details><summary>What you should see</summary>
+#
+# `prompt_truncated` becomes 507: six tokens are left for a prompt, and every prompt loses its beginning, here the name
+# of the skill. `truncated` becomes 162. No pair is dropped, so nothing fails, and yet the model could no longer know
+# what was asked. (At `max_length=10` six pairs have `no_room`, too.) Look at these counts before you train.
+#
+# </details>
+#
+# - Write a file in which one line has `"chosen": 4`, and load it. Then give the same rows to `load_pairs` as a list.
+#   Which part of the message changes?
+#
+# <details><summary>What you should see</summary>
+#
+# From a file the message begins with its path, the row and the line; from a list with `<list>` and the row. What is
+# expected and what was found are the same.
+#
+# </details>
