@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDE_ON_CUDA', 'MERGE', 'WEIGHTS', 'SMALL', 'NO_NUMBER', 'FULL', 'EVERY', 'check_prompts', 'collate', 'padded_tokens',
            'token_logprobs', 'gamma', 'autocast', 'is_plain', 'fp32_logits', 'must_read_alone', 'response_logprobs',
-           'dropouts', 'freeze_dropout', 'best_device', 'load_model', 'load_config', 'stored_dtype', 'load_tokenizer',
+           'dropouts', 'freeze_dropout', 'load_config', 'load_tokenizer', 'stored_dtype', 'best_device', 'load_model',
            'weights_hash', 'check_model', 'check_rows', 'pick_precision', 'keys_of', 'pairs_hash', 'LogprobTable',
            'table_kind', 'replacing', 'write_json', 'read_table', 'micro_batches', 'ahead', 'prepared', 'same_bits',
            'pair_tokens', 'Clock', 'progress', 'score_pairs']
@@ -25,63 +25,89 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-
-# %% ../nbs/02_logprobs.ipynb #9809cb7a
-def check_prompts(pairs: list):
-    "Raise ValueError for a pair without a prompt."
-    if not all(len(p["prompt_ids"]) for p in pairs): raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
-
-def collate(pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
-            device="cpu",
-           ) -> tuple[Tensor, Tensor, Tensor]: # (2n, L) ids, (2n, L) attention mask, (2n, L) response mask; chosen rows first
-    "Right-padded rows, all chosen then all rejected. Padding is known by length, never by token id. Raises ValueError for a pair without a prompt."
-    check_prompts(pairs)
-    rows = [(list(p["prompt_ids"]), list(p[side])) for side in ("chosen_ids", "rejected_ids") for p in pairs]
-    shape = len(rows), max(len(x) + len(y) for x, y in rows)
-    ids, seen, scored = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    for i, (x, y) in enumerate(rows):
-        n = len(x) + len(y)
-        ids[i, :n] = torch.tensor(x + y); seen[i, :n] = 1; scored[i, len(x):n] = True
-    return ids.to(device), seen.to(device), scored.to(device)
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig,
+)
 
 # %% ../nbs/02_logprobs.ipynb #5d9a3f87
-def _longest(p): return len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"]))
+def check_prompts(
+    pairs: list,  # n pairs with prompt_ids
+):
+    "Raise ValueError for a pair without a prompt."
+    if not all(len(p["prompt_ids"]) for p in pairs):
+        raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
 
-def padded_tokens(pairs: list) -> int:
+def collate(
+    pairs: list,   # n pairs with prompt_ids, chosen_ids, rejected_ids
+    device="cpu",  # where the three tensors go
+) -> tuple[Tensor, Tensor, Tensor]:  # each (2n, L), chosen rows first: ids, attention mask, response mask
+    "Right-padded rows. Padding is known by length, never by token id. Raises ValueError for a pair without a prompt."
+    check_prompts(pairs)
+    chosen = [(list(p["prompt_ids"]), list(p["chosen_ids"])) for p in pairs]
+    rejected = [(list(p["prompt_ids"]), list(p["rejected_ids"])) for p in pairs]
+    rows = chosen + rejected
+    longest = max(len(x) + len(y) for x, y in rows)
+    shape = (len(rows), longest)
+
+    ids = torch.zeros(shape, dtype=torch.long)
+    seen = torch.zeros(shape, dtype=torch.long)          # 1 for a real token, 0 for padding
+    scored = torch.zeros(shape, dtype=torch.bool)        # true for a token of the response
+    for i, (x, y) in enumerate(rows):
+        end = len(x) + len(y)
+        ids[i, :end] = torch.tensor(x + y)
+        seen[i, :end] = 1
+        scored[i, len(x):end] = True
+    return ids.to(device), seen.to(device), scored.to(device)
+
+# %% ../nbs/02_logprobs.ipynb #a1a81db1
+def _longest(pair):
+    "Tokens of the longer of the two rows of a pair."
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+def padded_tokens(
+    pairs: list,  # those of one batch
+) -> int:         # tokens, padding included
     "Cells of the padded batch of these pairs: rows times the longest row."
     return 2 * len(pairs) * max(map(_longest, pairs))
 
 # %% ../nbs/02_logprobs.ipynb #12789c3e
-def token_logprobs(logits: Tensor, # (m, V) in any dtype
-                   ids: Tensor,    # (m,) the tokens that came next
-                  ) -> Tensor:     # (m,) fp32, nats
+def token_logprobs(
+    logits: Tensor,  # (m, V) in any dtype; V is the size of the vocabulary
+    ids: Tensor,     # (m,) the tokens that came next
+) -> Tensor:         # (m,) fp32, nats
     "Log-probability of each token, in fp32."
     return -F.cross_entropy(logits.float(), ids, reduction="none")
 
-# %% ../nbs/02_logprobs.ipynb #06b77b1d
-def gamma(chosen: Tensor,   # (n,) log pi(y_w|x), nats
-          rejected: Tensor, # (n,) log pi(y_l|x), nats
-         ) -> Tensor:       # (n,) log-ratio; positive where the model prefers the chosen response
-    "How much more likely, in nats, the model finds the chosen response (the paper's gamma_pi)."
+# %% ../nbs/02_logprobs.ipynb #11f7dbd5
+def gamma(
+    chosen: Tensor,    # (n,) log pi(y_w|x), nats
+    rejected: Tensor,  # (n,) log pi(y_l|x), nats
+) -> Tensor:           # (n,) log-ratio; positive where the model prefers the chosen response
+    "How much more likely, in nats, the model finds the chosen response (the paper's gamma_pi, equation (2))."
     return chosen - rejected
 
 # %% ../nbs/02_logprobs.ipynb #c890eef8
-def autocast(device, precision): # fp32, bf16 or fp16
+def autocast(
+    device,     # where the model is
+    precision,  # fp32, bf16 or fp16
+):              # a context manager
     "The context in which forward passes of this precision run; fp32 is no context at all."
     if precision == "fp32": return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16)[precision]
+    return torch.autocast(torch.device(device).type, dtype)
 
 # %% ../nbs/02_logprobs.ipynb #82d8a79e
-def _wide_product(a: Tensor, # (m, d) in half precision
-                  b: Tensor, # (V, d) in half precision
-                 ) -> Tensor: # (m, V) fp32
+# From this version on, a product on a card can leave its result in fp32.
+WIDE_ON_CUDA = torch.__version__ >= torch.torch_version.TorchVersion("2.8")
+
+def _wide_product(
+    a: Tensor,  # (m, d) in half precision
+    b: Tensor,  # (V, d) in half precision
+) -> Tensor:    # (m, V) fp32
     "a times b transposed, without the rounding at the end."
     with torch.autocast(a.device.type, enabled=False):
         if a.is_cuda and WIDE_ON_CUDA: return torch.mm(a, b.T, out_dtype=torch.float32)
         return a.float() @ b.float().T
-
-WIDE_ON_CUDA = torch.__version__ >= torch.torch_version.TorchVersion("2.8")
 
 class _WideLinear(torch.autograd.Function):
     "A linear layer: factors in half precision, result in fp32. The backward pass is the usual one of autocast."
@@ -93,22 +119,27 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, half = ctx.saved_tensors
-        grad = grad.to(half.dtype)
+        grad = grad.to(half.dtype)                       # before its two products, as autocast does
+        of_hidden = grad @ half
         of_weight = (grad.T @ hidden).float() if ctx.needs_input_grad[1] else None
-        return grad @ half, of_weight, None
+        return of_hidden, of_weight, None
 
-# %% ../nbs/02_logprobs.ipynb #1fb490cb
+# %% ../nbs/02_logprobs.ipynb #ee06ee14
 def _half(model):
     "The dtype that autocast computes in at the moment, or None."
     kind = model.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
-def is_plain(head) -> bool:
+def is_plain(
+    head,      # the output layer of a model
+) -> bool:
     "Whether an output layer is a linear layer with a weight of its own, and nothing else."
     return type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
 
 @contextlib.contextmanager
-def fp32_logits(model):
+def fp32_logits(
+    model,  # any causal LM
+):
     "For a while, let a model under autocast answer with logits that were never rounded to half precision."
     head, dtype = model.get_output_embeddings(), _half(model)
     if dtype is None or not is_plain(head):
@@ -117,103 +148,148 @@ def fp32_logits(model):
     half = head.weight.detach().to(dtype)
     def forward(hidden):
         rows = hidden.flatten(0, -2).to(dtype)
-        logits = _WideLinear.apply(rows, head.weight, half).unflatten(0, hidden.shape[:-1])
+        logits = _WideLinear.apply(rows, head.weight, half)
+        logits = logits.unflatten(0, hidden.shape[:-1])
         return logits if head.bias is None else logits + head.bias
     head.forward = forward
     try: yield
     finally: del head.forward
 
-# %% ../nbs/02_logprobs.ipynb #ee06ee14
+# %% ../nbs/02_logprobs.ipynb #56ffbe16
 def _configs(config):
     "A config and the configs inside it."
     if not isinstance(config, PretrainedConfig): return []
-    return [config] + [c for inner in vars(config).values() for c in _configs(inner)]
+    found = [config]
+    for inner in vars(config).values(): found += _configs(inner)
+    return found
+
+def _rope_settings(config):
+    "Settings of the rotary positions: one for all layers, or one for each kind of layer."
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [r for r in [rope, *rope.values()] if isinstance(r, dict)]
 
 def _stretched_from(config):
     "Lengths of a row from which the rotary positions of a config depend on the longest row."
     for c in _configs(config):
-        rope = getattr(c, "rope_parameters", None) or getattr(c, "rope_scaling", None) or {}
-        for r in [rope, *rope.values()]:                     # one for all layers, or one for each kind of layer
-            kind = (r.get("rope_type") or r.get("type") or "") if isinstance(r, dict) else ""
-            if "dynamic" in kind: yield c.max_position_embeddings
+        for rope in _rope_settings(c):
+            kind = rope.get("rope_type") or rope.get("type") or ""
+            if "dynamic" in kind:
+                yield c.max_position_embeddings
             if kind == "longrope":
-                yield r.get("original_max_position_embeddings") or getattr(c, "original_max_position_embeddings", None) or c.max_position_embeddings
+                original = rope.get("original_max_position_embeddings")
+                original = original or getattr(c, "original_max_position_embeddings", None)
+                yield original or c.max_position_embeddings
 
-def must_read_alone(model,       # any causal LM
-                    pairs: list, # those of one batch
-                   ) -> bool:
+def must_read_alone(
+    model,        # any causal LM
+    pairs: list,  # those of one batch
+) -> bool:
     "Whether a row of these pairs would be read differently beside the others."
     limit = min(_stretched_from(getattr(model, "config", None)), default=None)
     return limit is not None and max(map(_longest, pairs)) >= limit
 
+# %% ../nbs/02_logprobs.ipynb #253c428f
+def _row_sums(model, ids, seen, scored):  # (rows,)
+    "Shift, gather, mask, sum."
+    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+    logits, ids, scored = logits[:, :-1], ids[:, 1:], scored[:, 1:]
+    logp = token_logprobs(logits[scored], ids[scored])
+    rows = torch.zeros(ids.shape, device=logp.device).masked_scatter(scored, logp)
+    return rows.sum(1)
+
+def _forget_longest(model):
+    "Some models remember the longest row so far; now they do not."
+    for module in model.modules():
+        for name in list(vars(module)):
+            if name.endswith("max_seq_len_cached"): setattr(module, name, 0)
+
 def _one_by_one(model, pairs, ids, seen, scored):
-    "The rows of a batch, each without its padding; what the model remembers of the longest row so far is forgotten."
-    lengths = [len(p["prompt_ids"]) + len(p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
-    for i, n in enumerate(lengths):
-        for module in model.modules():
-            for name in [k for k in vars(module) if k.endswith("max_seq_len_cached")]: setattr(module, name, 0)
+    "The rows of a batch, each without its padding."
+    chosen = [len(p["prompt_ids"]) + len(p["chosen_ids"]) for p in pairs]
+    rejected = [len(p["prompt_ids"]) + len(p["rejected_ids"]) for p in pairs]
+    for i, n in enumerate(chosen + rejected):
+        _forget_longest(model)
         yield ids[i:i+1, :n], seen[i:i+1, :n], scored[i:i+1, :n]
 
-# %% ../nbs/02_logprobs.ipynb #253c428f
-def _row_sums(model, ids, seen, scored): # (rows,)
-    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
-    ids, scored = ids[:, 1:], scored[:, 1:]
-    logp = token_logprobs(logits[:, :-1][scored], ids[scored])
-    return torch.zeros(ids.shape, device=logp.device).masked_scatter(scored, logp).sum(1)
-
-def response_logprobs(model,       # a causal LM; gradients flow
-                      pairs: list, # n pairs with prompt_ids, chosen_ids, rejected_ids
-                     ) -> tuple[Tensor, Tensor]: # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
-    "Summed log-probabilities of both responses of each pair: the padded version that everybody can read. Source: equation (1)."
+def response_logprobs(
+    model,        # a causal LM; gradients flow
+    pairs: list,  # n pairs with prompt_ids, chosen_ids, rejected_ids
+) -> tuple[Tensor, Tensor]:  # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+    """Summed log-probabilities of both responses of each pair: the padded version that everybody can read.
+    Source: equation (1). Raises ValueError for a pair without a prompt."""
     batch = collate(pairs, model.device)
     parts = _one_by_one(model, pairs, *batch) if must_read_alone(model, pairs) else [batch]
-    with fp32_logits(model): sums = torch.cat([_row_sums(model, *part) for part in parts])
+    with fp32_logits(model):
+        sums = torch.cat([_row_sums(model, *part) for part in parts])
     return tuple(sums.chunk(2))
 
-response_logprobs.tokens = padded_tokens
+response_logprobs.tokens = padded_tokens                 # how this function counts what a batch costs
 
 # %% ../nbs/02_logprobs.ipynb #f82ed122
 def _is_dropout(owner, name):
-    return bool(re.search("dropout|pdrop|layerdrop|drop_prob|drop_path", name)) or name == "p" and isinstance(owner, torch.nn.modules.dropout._DropoutNd)
+    "Whether an attribute is a dropout probability, by its name; `p` is one only in PyTorch's dropout modules."
+    if re.search("dropout|pdrop|layerdrop|drop_prob|drop_path", name): return True
+    return name == "p" and isinstance(owner, torch.nn.modules.dropout._DropoutNd)
 
-def dropouts(model) -> list[tuple]: # (config or module, name of its attribute)
+def dropouts(
+    model,           # any model
+) -> list[tuple]:    # (config or module, name of its attribute)
     "Every dropout probability of a model, wherever it is kept."
     owners = _configs(getattr(model, "config", None)) + list(model.modules())
-    return [(o, name) for o in owners for name, value in vars(o).items() if type(value) in (int, float) and _is_dropout(o, name)]
+    found = []
+    for owner in owners:
+        for name, value in vars(owner).items():
+            is_number = type(value) in (int, float)
+            if is_number and _is_dropout(owner, name): found.append((owner, name))
+    return found
 
+# %% ../nbs/02_logprobs.ipynb #581d23ad
 def _in_eval_mode(module, inputs): module.training = False
 
 def _is_noisy(module):
     "Whether a module has an amplitude of noise."
-    return any(type(value) in (int, float) and re.search("jitter|noise", name) for name, value in vars(module).items())
+    for name, value in vars(module).items():
+        if type(value) in (int, float) and re.search("jitter|noise", name): return True
+    return False
 
-def freeze_dropout(model):
-    "Set every dropout probability of the model to zero, in the config and in the modules, and keep its noisy modules in eval mode; returns the model."
-    for owner, name in dropouts(model): setattr(owner, name, type(getattr(owner, name))(0))
+def freeze_dropout(
+    model,  # any model; it is changed
+):          # the same model
+    "Set every dropout probability of a model to zero, in config and modules, and keep its noisy modules in eval mode."
+    for owner, name in dropouts(model):
+        zero = type(getattr(owner, name))(0)             # an int stays an int
+        setattr(owner, name, zero)
     for module in filter(_is_noisy, model.modules()):
-        if _in_eval_mode not in module._forward_pre_hooks.values(): module.register_forward_pre_hook(_in_eval_mode)
+        held = _in_eval_mode in module._forward_pre_hooks.values()
+        if not held: module.register_forward_pre_hook(_in_eval_mode)
     return model
 
-# %% ../nbs/02_logprobs.ipynb #a827ad54
+# %% ../nbs/02_logprobs.ipynb #4c5a0341
 MERGE = "has a PEFT adapter; merge it first: merge_and_unload()"
 
 def _find_model(model):
     "A folder that is a model, or what can only be a hub id: a local path never reaches the hub."
     p = Path(model).expanduser()
-    if (p / "adapter_config.json").exists(): raise ValueError(f"{model}: {MERGE}, then save_pretrained into a folder of its own")
-    if p.is_dir() and not (p / "config.json").exists(): raise ValueError(f"{model}: a folder without config.json is not a model")
-    if not p.is_dir() and (p.exists() or p.is_absolute() or str(model).startswith((".", "~")) or len(p.parts) > 2):
-        raise ValueError(f"{model}: no such model folder; give a folder with config.json, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
-    return str(p) if p.is_dir() else str(model)
+    if (p / "adapter_config.json").exists():
+        raise ValueError(f"{model}: {MERGE}, then save_pretrained into a folder of its own")
+    if p.is_dir():
+        if (p / "config.json").exists(): return str(p)
+        raise ValueError(f"{model}: a folder without config.json is not a model")
+    relative = str(model).startswith((".", "~"))
+    if p.exists() or p.is_absolute() or relative or len(p.parts) > 2:
+        raise ValueError(f"{model}: no such model folder; give a folder with config.json, "
+                         "or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'")
+    return str(model)
 
-# %% ../nbs/02_logprobs.ipynb #4c5a0341
+# %% ../nbs/02_logprobs.ipynb #7d2e8e8e
+WEIGHTS = ".safetensors", ".bin"
+
 def _is_pointer(path):
     "Whether a file is what Git LFS leaves in the place of a large one."
     with open(path, "rb") as f: return f.read(40).startswith(b"version https://git-lfs")
 
-WEIGHTS = ".safetensors", ".bin"
-
-def _read_whole(path): # raises where a file is not what its name says
+def _read_whole(path):
+    "Read a file; raises where it is not what its name says."
     if path.suffix == ".json": json.loads(path.read_text())
     if path.suffix == ".safetensors":
         with safe_open(path, "pt"): pass
@@ -221,12 +297,16 @@ def _read_whole(path): # raises where a file is not what its name says
 
 def _broken_file(folder, weights):
     "What is wrong with the first broken file of a folder, or None; weights only where they were wanted."
-    for path in sorted(p for p in Path(folder).glob("*") if p.is_file() and (weights or p.suffix not in WEIGHTS)):
+    files = [p for p in Path(folder).glob("*") if p.is_file()]
+    for path in sorted(p for p in files if weights or p.suffix not in WEIGHTS):
         try:
-            if _is_pointer(path): return f"{path.name} is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"
+            if _is_pointer(path):
+                return f"{path.name} is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"
             _read_whole(path)
-        except Exception as e: return f"{path.name} is broken or not complete ({type(e).__name__}); copy or download it again"
+        except Exception as e:
+            return f"{path.name} is broken or not complete ({type(e).__name__}); copy or download it again"
 
+# %% ../nbs/02_logprobs.ipynb #1c6983fc
 def _one_line(text):
     words = " ".join(text.split())
     return words if len(words) < 300 else words[:words.rfind(" ", 0, 300)] + " ..."
@@ -234,286 +314,416 @@ def _one_line(text):
 def _reason(e):
     "What an exception of a library means."
     said = str(e)
-    if "trust_remote_code" in said: return "wants Python code of its own (auto_map in its config), which is never run here; take an architecture that transformers has"
-    if "couldn't connect" in said.lower(): return "is no folder here, and the hub cannot be reached (or HF_HUB_OFFLINE is set); download the model, and give its folder"
-    if "backend tokenizer" in said: return "has no tokenizer that can be read (no tokenizer.json); save one beside the model: tokenizer.save_pretrained(folder)"
+    if "trust_remote_code" in said:
+        return ("wants Python code of its own (auto_map in its config), which is never run here; "
+                "take an architecture that transformers has")
+    if "couldn't connect" in said.lower():
+        return ("is no folder here, and the hub cannot be reached (or HF_HUB_OFFLINE is set); "
+                "download the model, and give its folder")
+    if "backend tokenizer" in said:
+        return ("has no tokenizer that can be read (no tokenizer.json); "
+                "save one beside the model: tokenizer.save_pretrained(folder)")
     return f"cannot be loaded ({type(e).__name__}: {_one_line(said)})"
 
 @contextlib.contextmanager
 def _loading(model, weights):
-    "What the libraries throw, as a ValueError of one line that begins with the model; their own report is silent meanwhile."
+    """What the libraries throw, as a ValueError of one line that begins with the model;
+    their own report is silent meanwhile."""
     report = logging.getLogger("transformers.modeling_utils")
     before, report.disabled = report.disabled, True
     try: yield
     except (MemoryError, torch.OutOfMemoryError): raise
-    except Exception as e: raise ValueError(f"{model}: {_broken_file(Path(model).expanduser(), weights) or _reason(e)}") from e
+    except Exception as e:
+        why = _broken_file(Path(model).expanduser(), weights) or _reason(e)
+        raise ValueError(f"{model}: {why}") from e
     finally: report.disabled = before
 
-# %% ../nbs/02_logprobs.ipynb #7d2e8e8e
+# %% ../nbs/02_logprobs.ipynb #abdf2734
 def _check_report(model, report):
-    "Raise ValueError for a tensor that a checkpoint lacks or has in another shape; print one line about those that are left over."
-    mismatched = sorted((name, tuple(there), tuple(wanted)) for name, there, wanted in report["mismatched_keys"])
-    for name, there, wanted in mismatched[:1]:
-        raise ValueError(f"{model}: {name} is {there} in the checkpoint, but config.json asks for {wanted} ({len(mismatched)} such); the two do not belong together")
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    """Raise ValueError for a tensor that a checkpoint lacks or has in another shape;
+    print one line about those that are left over."""
+    mismatched = sorted((name, tuple(a), tuple(b)) for name, a, b in report["mismatched_keys"])
+    missing = sorted(report["missing_keys"])
+    unused = sorted(report["unexpected_keys"])
+    if mismatched:
+        name, there, wanted = mismatched[0]
+        raise ValueError(f"{model}: {name} is {there} in the checkpoint, but config.json asks for {wanted} "
+                         f"({len(mismatched)} such); the two do not belong together")
     if missing:
-        raise ValueError(f"{model}: the checkpoint has no {missing[0]} ({len(missing)} missing); it would be random. Give a complete causal language model")
-    if unused: print(f"{model}: {len(unused)} tensors of the checkpoint are not used, the first is {unused[0]}")
+        raise ValueError(f"{model}: the checkpoint has no {missing[0]} ({len(missing)} missing); "
+                         "it would be random. Give a complete causal language model")
+    if unused:
+        print(f"{model}: {len(unused)} tensors of the checkpoint are not used, the first is {unused[0]}")
 
-# %% ../nbs/02_logprobs.ipynb #52d0d221
-SMALL = 5_000_000 # parameters; below, a CPU is faster than a graphics card
-
-def best_device(model) -> str: # cuda or cpu
-    "Where a loaded model goes when nobody says where: to the graphics card, if there is one and the model is not tiny."
-    tiny = sum(p.numel() for p in model.parameters()) < SMALL
-    return "cuda" if torch.cuda.is_available() and not tiny else "cpu"
-
+# %% ../nbs/02_logprobs.ipynb #865074a5
 def _from_pretrained(kind, model, revision, **kw):
     "Never with code that comes from the model."
     found = _find_model(model)
     if revision and not Path(found).is_dir(): kw["revision"] = revision
-    with _loading(model, kind is AutoModelForCausalLM): return kind.from_pretrained(found, trust_remote_code=False, **kw)
+    with _loading(model, kind is AutoModelForCausalLM):
+        return kind.from_pretrained(found, trust_remote_code=False, **kw)
 
-def load_model(model: str, # hub id or folder
-               device: str=None, # default: `best_device` of the model
-               revision: str=None, # of a hub id: a branch, a tag or a commit
-              ):           # causal LM with fp32 weights and no dropout, in eval mode
-    "Load in fp32 whatever the folder's dtype. Raises ValueError, in one line, for what is not a complete causal language model."
-    m, report = _from_pretrained(AutoModelForCausalLM, model, revision, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-    _check_report(model, report)
-    if _has_adapter(m): raise ValueError(f"{model}: {MERGE}")
-    if getattr(m.config.get_text_config(), "attn_logit_softcapping", None): m.set_attn_implementation("eager") # before transformers 5.23, others leave out the soft-cap of Gemma 2
-    return freeze_dropout(m).to(device or best_device(m))
-
-def _has_adapter(model): return getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
-
-def load_config(model: str, # hub id or folder
-                revision: str=None): # of a hub id
-    "What a model is made of, without its weights."
+def load_config(
+    model: str,          # hub id or folder
+    revision: str=None,  # of a hub id: a branch, a tag or a commit
+):                       # a config of transformers
+    "What a model is made of, without its weights. Raises ValueError, in one line, where there is none."
     return _from_pretrained(AutoConfig, model, revision)
 
-def stored_dtype(model: str, # hub id or folder
-                 revision: str=None, # of a hub id
-                ) -> torch.dtype: # fp32 where the config does not say
+def load_tokenizer(
+    model: str,          # hub id or folder
+    revision: str=None,  # of a hub id: a branch, a tag or a commit
+):                       # a tokenizer of transformers
+    "The tokenizer that lies with a model. Raises ValueError, in one line, where there is none."
+    return _from_pretrained(AutoTokenizer, model, revision)
+
+def stored_dtype(
+    model: str,          # hub id or folder
+    revision: str=None,  # of a hub id: a branch, a tag or a commit
+) -> torch.dtype:        # fp32 where the config does not say
     "The dtype in which a model lies on disk."
     dtype = load_config(model, revision).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
-def load_tokenizer(model: str, # hub id or folder
-                   revision: str=None): # of a hub id
-    "The tokenizer that lies with a model."
-    return _from_pretrained(AutoTokenizer, model, revision)
+# %% ../nbs/02_logprobs.ipynb #aee23e98
+SMALL = 5_000_000  # parameters; below, a CPU is faster than a graphics card
 
-# %% ../nbs/02_logprobs.ipynb #865074a5
-def weights_hash(model, dtype=None, # hash the weights as they would be in this dtype
-                ) -> str:           # 16 hex digits
+def best_device(
+    model,  # any model
+) -> str:   # cuda or cpu
+    "Where a loaded model goes when nobody says where: to the graphics card, if there is one and the model is not tiny."
+    tiny = sum(p.numel() for p in model.parameters()) < SMALL
+    return "cuda" if torch.cuda.is_available() and not tiny else "cpu"
+
+# %% ../nbs/02_logprobs.ipynb #5d91d409
+def _has_adapter(model): return getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
+
+def load_model(
+    model: str,          # hub id or folder
+    device: str=None,    # default: `best_device` of the model
+    revision: str=None,  # of a hub id: a branch, a tag or a commit
+):                       # causal LM with fp32 weights and no dropout, in eval mode
+    """Load in fp32 whatever the folder's dtype. Raises ValueError, in one line, for what is not a complete
+    causal language model."""
+    how = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    loaded, report = _from_pretrained(AutoModelForCausalLM, model, revision, **how)
+    _check_report(model, report)
+    if _has_adapter(loaded): raise ValueError(f"{model}: {MERGE}")
+    soft_cap = getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None)
+    if soft_cap: loaded.set_attn_implementation("eager")  # of Gemma 2; before transformers 5.23, others leave it out
+    return freeze_dropout(loaded).to(device or best_device(loaded))
+
+# %% ../nbs/02_logprobs.ipynb #aec67c4f
+def weights_hash(
+    model,       # any model
+    dtype=None,  # hash the weights as they would be in this dtype
+) -> str:        # 16 hex digits
     "sha256 over sorted parameter names, dtypes, shapes and bytes."
     h = hashlib.sha256()
     for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
         p = p.detach().to(dtype or p.dtype)
         h.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        h.update(p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        flat = p.cpu().contiguous().reshape(-1)
+        h.update(flat.view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
 
-# %% ../nbs/02_logprobs.ipynb #aee23e98
-def _not_reloaded(model):
-    "What would not come back if this model were saved and loaded, or None."
+# %% ../nbs/02_logprobs.ipynb #f8a2efe1
+def _other_class(model):
+    "Why this model would not come back with its class if it were saved and loaded, or None."
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), ())
-    known = known if isinstance(known, tuple) else (known,)
-    if name.startswith("transformers_modules."): known = ()         # loaded with its own code, which a folder is not trusted with
-    if type(model) not in known:
-        back = f"comes back as {known[0].__name__}" if known else "cannot be loaded again"
-        return f"its class {name} {back}: a model with code of its own, or with another head, cannot be trained here"
+    if not isinstance(known, tuple): known = (known,)
+    if name.startswith("transformers_modules."): known = ()      # code of its own, with which a folder is not trusted
+    if type(model) in known: return None
+    back = f"comes back as {known[0].__name__}" if known else "cannot be loaded again"
+    return f"its class {name} {back}: a model with code of its own, or with another head, cannot be trained here"
+
+def _frozen_weights(model):
+    "Which weights are frozen, and would not be after loading, or None."
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     if not frozen: return None
-    with torch.device("meta"): fresh = type(model)(model.config)    # what never requires a gradient is not meant
-    frozen -= {n for n, p in fresh.named_parameters() if not p.requires_grad}
-    if frozen: return f"{sorted(frozen)[0]} has requires_grad=False ({len(frozen)} such), and would be trained all the same: every stage trains all weights. model.requires_grad_(True) allows it"
+    with torch.device("meta"): fresh = type(model)(model.config)
+    frozen -= {n for n, p in fresh.named_parameters() if not p.requires_grad}  # these never require a gradient
+    if not frozen: return None
+    return (f"{sorted(frozen)[0]} has requires_grad=False ({len(frozen)} such), and would be trained all the same: "
+            "every stage trains all weights. model.requires_grad_(True) allows it")
 
+def _not_reloaded(model): return _other_class(model) or _frozen_weights(model)
+
+# %% ../nbs/02_logprobs.ipynb #bc71d26f
+@contextlib.contextmanager
+def _evaluating(model):
+    "Eval mode for a while, then whatever mode it was."
+    was_training = model.training
+    model.eval()
+    try: yield
+    finally: model.train(was_training)
+
+# %% ../nbs/02_logprobs.ipynb #6fa11698
 @torch.no_grad()
 def _looks_ahead(model, prefix=4, rest=8):
     "How far the logits of a prefix move with what follows, relative to how far those of what follows move."
-    ends = [getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]     # may mean more than a token
-    usual = [i for i in range(3, 60) if i not in ends]
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")   # these may mean more than a token
+    special = [getattr(model.config, name, None) for name in names]
+    usual = [i for i in range(3, 60) if i not in special]
     size = model.get_input_embeddings().weight.shape[0]
-    a, b = ([i % size for i in [*usual[:prefix], *[last] * rest]] for last in usual[prefix:prefix + 2])
-    was_training = model.training; model.eval()
-    try: logits = model(input_ids=torch.tensor([a, b], device=model.device), use_cache=False).logits.float()
-    finally: model.train(was_training)
-    moved = (logits[0] - logits[1]).abs().amax(-1)
+    rows = []
+    for follows in usual[prefix:prefix + 2]:
+        row = usual[:prefix] + [follows] * rest
+        rows.append([i % size for i in row])
+    with _evaluating(model):
+        logits = model(input_ids=torch.tensor(rows, device=model.device), use_cache=False).logits.float()
+    moved = (logits[0] - logits[1]).abs().amax(-1)       # one number a position
     return (moved[:prefix].max() / moved[prefix:].max().clamp(min=1e-9)).item()
 
-def check_model(model): # a model in memory
-    "Raise ValueError for a model with an adapter, one that would not come back from a folder as it is, and one that is not causal."
+# %% ../nbs/02_logprobs.ipynb #d2e8e66d
+def check_model(
+    model,  # a model in memory
+):
+    """Raise ValueError for a model with an adapter, one that would not come back from a folder as it is,
+    and one that is not causal."""
     if _has_adapter(model): raise ValueError(f"model: {MERGE}, then requires_grad_(True)")
     if lost := _not_reloaded(model): raise ValueError(f"model: {lost}")
-    if _looks_ahead(model) > (1e-3 if model.dtype == torch.float32 else 0.05):
-        raise ValueError(f"model: {type(model).__name__} is not causal: what it says about a token changes with the tokens after it. Take a decoder")
+    rounding = 1e-3 if model.dtype == torch.float32 else 0.05
+    if _looks_ahead(model) > rounding:
+        raise ValueError(f"model: {type(model).__name__} is not causal: what it says about a token changes "
+                         "with the tokens after it. Take a decoder")
 
-# %% ../nbs/02_logprobs.ipynb #5d91d409
+# %% ../nbs/02_logprobs.ipynb #0d1d44a2
 def _has_position_table(model, limit):
     "Whether the positions of a model are rows of a table; some begin with a few that are never used."
-    tables = [*model.named_parameters(), *model.named_buffers()]
-    return any(re.search(r"wpe|pos\w*_embed|embed_pos|pos_encoding", name) and t.ndim == 2 and limit <= t.shape[0] <= limit + 8 for name, t in tables)
+    usual_names = r"wpe|pos\w*_embed|embed_pos|pos_encoding"
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        is_table = re.search(usual_names, name) and t.ndim == 2
+        if is_table and limit <= t.shape[0] <= limit + 8: return True
+    return False
 
-def check_rows(model,           # a model in memory
-               longest: int,    # tokens of the longest row: a prompt with one response
-               largest_id: int, # of any token in them
-              ):
-    "Raise ValueError for rows longer than the model's table of positions, and for a token that its embedding lacks; print a line for rows beyond its context."
-    tokens, limit = model.get_input_embeddings().weight.shape[0], getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_rows(
+    model,            # a model in memory
+    longest: int,     # tokens of the longest row: a prompt with one response
+    largest_id: int,  # of any token in the rows
+):
+    """Raise ValueError for rows longer than the model's table of positions, and for a token that its embedding lacks;
+    print a line for rows beyond its context."""
+    tokens = model.get_input_embeddings().weight.shape[0]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if largest_id >= tokens:
-        raise ValueError(f"model: token {largest_id} is in the pairs, but the embedding has {tokens} rows; take the model's own tokenizer, or resize_token_embeddings(len(tokenizer))")
+        raise ValueError(f"model: token {largest_id} is in the pairs, but the embedding has {tokens} rows; "
+                         "take the model's own tokenizer, or resize_token_embeddings(len(tokenizer))")
     if not limit or longest <= limit: return
-    if _has_position_table(model, limit): raise ValueError(f"model: rows of up to {longest} tokens, but it has {limit} positions; set max_length={limit}")
-    print(f"model: rows of up to {longest} tokens go beyond the {limit} that it was made for; max_length={limit} keeps within")
+    if _has_position_table(model, limit):
+        raise ValueError(f"model: rows of up to {longest} tokens, but it has {limit} positions; set max_length={limit}")
+    print(f"model: rows of up to {longest} tokens go beyond the {limit} that it was made for; "
+          f"max_length={limit} keeps within")
 
-# %% ../nbs/02_logprobs.ipynb #53a12a0c
-def pick_precision(precision: str="auto", # auto, bf16, fp16 or fp32
-                   device: str="cpu",
-                  ) -> str:               # bf16, fp16 or fp32
+# %% ../nbs/02_logprobs.ipynb #6f285e8a
+def pick_precision(
+    precision: str="auto",  # auto, bf16, fp16 or fp32
+    device: str="cpu",      # where the pass runs
+) -> str:                   # bf16, fp16 or fp32
     "bf16 where the hardware really has it, else fp16 on CUDA, else fp32. Raises ValueError for an unknown name."
-    if precision not in ("auto", "bf16", "fp16", "fp32"): raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
+    if precision not in ("auto", "bf16", "fp16", "fp32"):
+        raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
     if precision != "auto": return precision
-    if torch.device(device).type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "fp32"
 
-# %% ../nbs/02_logprobs.ipynb #b330f211
-def keys_of(pairs) -> list[str]: # of a list or a Dataset
+# %% ../nbs/02_logprobs.ipynb #e196ce20
+def keys_of(
+    pairs,         # a list or a Dataset
+) -> list[str]:    # one key per pair
     "The keys of pairs, without reading their ids."
-    return list(pairs["key"]) if hasattr(pairs, "column_names") else [p["key"] for p in pairs]
+    if hasattr(pairs, "column_names"): return list(pairs["key"])
+    return [p["key"] for p in pairs]
 
-def pairs_hash(*sets) -> str: # 16 hex digits
+def pairs_hash(
+    *sets,   # lists or Datasets of pairs
+) -> str:    # 16 hex digits
     "sha256 over the keys of pairs, in their order."
-    return hashlib.sha256("".join(k for pairs in sets for k in keys_of(pairs)).encode()).hexdigest()[:16]
+    keys = [key for pairs in sets for key in keys_of(pairs)]
+    return hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
 
+# %% ../nbs/02_logprobs.ipynb #36189d43
 @dataclass
 class LogprobTable:
-    "Log-probabilities of one model for many pairs, and how they were computed. Its numbers are on the CPU; what compares them with a policy moves them to the policy (chapter 03)."
-    kind: dict         # weights, config, precision, device, attention, logprobs
-    rows: pd.DataFrame # index: pair key; columns chosen, rejected (nats, fp32)
+    """Log-probabilities of one model for many pairs, and how they were computed. Its numbers are on the CPU;
+    what compares them with a policy moves them to the policy (chapter 03)."""
+    kind: dict          # weights, config, precision, device, attention, logprobs
+    rows: pd.DataFrame  # index: pair key; columns chosen, rejected (nats, fp32)
 
-    def lookup(self, pairs) -> tuple[Tensor, Tensor]: # (n,), (n,) fp32
+    def lookup(
+        self,
+        pairs,                   # n pairs with keys: a list or a Dataset
+    ) -> tuple[Tensor, Tensor]:  # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
+        "The two numbers of each pair. Raises ValueError for a pair without a row."
         keys = keys_of(pairs)
         absent = [k for k in keys if k not in self.rows.index]
-        if absent: raise ValueError(f"{len(absent)} of {len(keys)} pairs are not in the table of log-probabilities, the first is {absent[0]}; score them with score_pairs")
-        return tuple(torch.tensor(self.rows.loc[keys, side].to_numpy("float32", copy=True)) for side in ("chosen", "rejected"))
+        if absent:
+            raise ValueError(f"{len(absent)} of {len(keys)} pairs are not in the table of log-probabilities, "
+                             f"the first is {absent[0]}; score them with score_pairs")
+        def numbers(side): return torch.tensor(self.rows.loc[keys, side].to_numpy("float32", copy=True))
+        return numbers("chosen"), numbers("rejected")
 
-    def gamma(self, pairs) -> Tensor: # (n,) nats
+    def gamma(
+        self,
+        pairs,      # n pairs with keys: a list or a Dataset
+    ) -> Tensor:    # (n,) nats
+        "The log-ratio of each pair. Raises ValueError for a pair without a row."
         return gamma(*self.lookup(pairs))
 
 # %% ../nbs/02_logprobs.ipynb #87d30eea
-NO_NUMBER = """_name_or_path architectures auto_map dtype torch_dtype transformers_version id2label label2id problem_type
-    output_attentions output_hidden_states return_dict use_cache initializer_range task_specific_params""".split() # of a config: changes no log-probability
+NO_NUMBER = """_name_or_path architectures auto_map dtype torch_dtype transformers_version
+    id2label label2id problem_type output_attentions output_hidden_states return_dict
+    use_cache initializer_range task_specific_params""".split()  # of a config: changes no log-probability
 
-def _of_numbers(config): # also of the configs inside
+def _of_numbers(config):
+    "What of a config, and of the configs inside it, can change a log-probability."
     if not isinstance(config, dict): return config
     return {k: _of_numbers(v) for k, v in config.items() if k not in NO_NUMBER}
 
-def table_kind(model, precision: str, logprobs) -> dict:
+def table_kind(
+    model,           # any causal LM
+    precision: str,  # fp32, bf16 or fp16
+    logprobs,        # (model, pairs) -> (chosen, rejected); a named function
+) -> dict:           # weights, config, precision, device, attention, logprobs
     "What must agree for two tables to be the same."
-    config = _of_numbers(model.config.to_dict())
-    return dict(weights=weights_hash(model), config=hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16], precision=precision,
-                device=model.device.type, attention=getattr(logprobs, "attention", getattr(model.config, "_attn_implementation", None)), logprobs=logprobs.__name__)
+    config = json.dumps(_of_numbers(model.config.to_dict()), sort_keys=True, default=str)
+    attention = getattr(model.config, "_attn_implementation", None)
+    return dict(
+        weights=weights_hash(model),
+        config=hashlib.sha256(config.encode()).hexdigest()[:16],
+        precision=precision,
+        device=model.device.type,
+        attention=getattr(logprobs, "attention", attention),  # a function may bring its own
+        logprobs=logprobs.__name__,
+    )
 
 # %% ../nbs/02_logprobs.ipynb #fb48ccd2
-@contextlib.contextmanager
-def replacing(path, # of a file or a folder
-             ):     # yields a name in the same folder, where nothing is
-    "Write a file or folder under another name; it then takes the place of the old one. Raises OSError where it cannot be written, and leaves nothing half-written."
-    path = Path(path)
-    tmp = path.with_suffix(".tmp")
-    try:
-        _remove(tmp)
-        yield tmp
-        if path.is_dir(): _remove(path)          # a folder cannot be renamed over another one
-        os.replace(tmp, path)
-    except (OSError, RuntimeError, SafetensorError) as e: raise OSError(f"{tmp}: could not be written ({_why(e)})") from e
-    finally: _remove(tmp)
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+def _why(e) -> str:
+    """What went wrong in writing. torch raises a RuntimeError while it handles the true error;
+    safetensors says the number in its text."""
+    cause = e
+    while cause and not isinstance(cause, OSError): cause = cause.__context__
+    said = str(e).splitlines()[0]
+    full = getattr(cause, "errno", None) in FULL or any(f"os error {n})" in said for n in FULL)
+    if full: return "disk full?"
+    return getattr(cause, "strerror", None) or said
+
+# %% ../nbs/02_logprobs.ipynb #9fbdda0b
 def _remove(path):
     "A file, a folder or a link, if there is one. What a link points to stays."
     if path.is_symlink() or path.is_file(): path.unlink()
     elif path.is_dir(): shutil.rmtree(path)
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-def _why(e) -> str:
-    "What went wrong in writing. torch raises a RuntimeError while it handles the true error; safetensors says the number in its text."
-    cause = e
-    while cause and not isinstance(cause, OSError): cause = cause.__context__
-    said = str(e).splitlines()[0]
-    full = getattr(cause, "errno", None) in FULL or any(f"os error {n})" in said for n in FULL)
-    return "disk full?" if full else getattr(cause, "strerror", None) or said
+@contextlib.contextmanager
+def replacing(
+    path,  # of a file or a folder
+):         # yields a name in the same folder, where nothing is
+    """Write a file or folder under another name; it then takes the place of the old one. Raises OSError where it
+    cannot be written, and leaves nothing half-written."""
+    path = Path(path)
+    tmp = path.with_suffix(".tmp")
+    try:
+        _remove(tmp)
+        yield tmp
+        if path.is_dir(): _remove(path)                  # a folder cannot be renamed over another one
+        os.replace(tmp, path)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise OSError(f"{tmp}: could not be written ({_why(e)})") from e
+    finally: _remove(tmp)
 
 # %% ../nbs/02_logprobs.ipynb #6f553418
-def write_json(path, data):
+def write_json(
+    path,  # of the file
+    data,  # what JSON can hold
+):
     "Write a whole file, or nothing."
     with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1) + "\n")
 
 def _write_piece(folder, rows):
+    "One file more, with a number that no other piece has."
     numbers = [int(p.stem.split("-")[1]) for p in Path(folder).glob("logprobs-*.parquet")]
     path = Path(folder) / f"logprobs-{max(numbers, default=-1) + 1:05}.parquet"
     with replacing(path) as tmp: rows.to_parquet(tmp, write_page_checksum=True)
 
-# %% ../nbs/02_logprobs.ipynb #4b71d4de
+# %% ../nbs/02_logprobs.ipynb #3dfc20bd
 def _no_rows(): return pd.DataFrame({"chosen": [], "rejected": []}, index=pd.Index([], dtype=str), dtype="float32")
 
 def _read_piece(path):
     "A piece of a table. Its checksums are compared: a bit that flipped in a number makes another number."
     rows = pd.read_parquet(path, page_checksum_verification=True)
-    if list(rows.columns) != ["chosen", "rejected"]: raise ValueError(f"its columns are {', '.join(map(repr, rows.columns))}")
+    if list(rows.columns) != ["chosen", "rejected"]:
+        raise ValueError(f"its columns are {', '.join(map(repr, rows.columns))}")
     return rows
 
 def _read_pieces(folder):
+    "The rows of all pieces; of a key that occurs twice, the first."
     parts = [_no_rows()]
     for p in sorted(Path(folder).glob("logprobs-*.parquet")):
         try: parts.append(_read_piece(p))
-        except Exception as e: raise ValueError(f"{p}: cannot be read ({e}); delete this file and run again") from e
+        except Exception as e:
+            raise ValueError(f"{p}: cannot be read ({e}); delete this file and run again") from e
     rows = pd.concat(parts)
     return rows[~rows.index.duplicated()]
 
-def _read_kind(folder): # {} where none can be read
+# %% ../nbs/02_logprobs.ipynb #5574455c
+def _read_kind(folder):
+    "The kind of a table; empty where none can be read."
     try: kind = json.loads((Path(folder) / "kind.json").read_text())
     except (FileNotFoundError, ValueError): return {}
     return kind if isinstance(kind, dict) else {}
 
-def read_table(folder) -> LogprobTable:
-    "A table as it lies on disk. Raises ValueError where there is none."
+def read_table(
+    folder,            # where `score_pairs` kept it
+) -> LogprobTable:
+    "A table as it lies on disk. Raises ValueError where there is none, and for a piece that cannot be read."
     kind = _read_kind(folder)
     if not kind: raise ValueError(f"{folder}: no table of log-probabilities here (kind.json is missing or broken)")
     return LogprobTable(kind, _read_pieces(folder))
 
-# %% ../nbs/02_logprobs.ipynb #a1180c8d
+# %% ../nbs/02_logprobs.ipynb #fb74389a
+def _changes(old, new):
+    "In what two kinds differ, as text."
+    names = [k for k in new | old if old.get(k) != new.get(k)]
+    return ", ".join(f"{k} {old.get(k, 'unknown')} -> {new.get(k)}" for k in names)
+
 def _open_table(folder, kind):
     "The rows of this kind that are already there."
     if folder is None: return _no_rows()
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for p in folder.glob("logprobs-*.tmp"): p.unlink()
-    old, pieces = _read_kind(folder), list(folder.glob("logprobs-*.parquet"))
+    old = _read_kind(folder)
     if old != kind:
-        differs = ", ".join(f"{k} {old.get(k, 'unknown')} -> {kind.get(k)}" for k in kind | old if old.get(k) != kind.get(k))
-        if pieces: print(f"{folder}: table of another kind ({differs}); computed again")
+        pieces = list(folder.glob("logprobs-*.parquet"))
+        if pieces: print(f"{folder}: table of another kind ({_changes(old, kind)}); computed again")
         for p in pieces: p.unlink()
         write_json(folder / "kind.json", kind)
     return _read_pieces(folder)
 
-# %% ../nbs/02_logprobs.ipynb #fb74389a
-def micro_batches(pairs: list,  # tokenised pairs
-                  budget: int,  # tokens in a forward pass; a pair that is longer goes alone
-                  logprobs=response_logprobs, # its `tokens`, where it has them, say what pairs cost; else padded cells count
-                 ) -> list[list]:
-    "Cut pairs into batches that fit a budget, long pairs first."
-    out, tokens = [], getattr(logprobs, "tokens", padded_tokens)
-    for p in sorted(pairs, key=_longest, reverse=True):
-        if out and tokens(out[-1] + [p]) <= budget: out[-1].append(p)
-        else: out.append([p])
-    return out
-
 # %% ../nbs/02_logprobs.ipynb #4d8c3f7a
-def ahead(make,   # item -> what is wanted
-          items): # yields make(item) for each, in order
+def micro_batches(
+    pairs: list,  # tokenised pairs
+    budget: int,  # tokens in a forward pass; a pair that is longer goes alone
+    logprobs=response_logprobs,  # its `tokens`, where it has them, say what pairs cost; else padded cells count
+) -> list[list]:  # batches of pairs
+    "Cut pairs into batches that fit a budget, long pairs first."
+    tokens = getattr(logprobs, "tokens", padded_tokens)
+    batches = []
+    for p in sorted(pairs, key=_longest, reverse=True):
+        if batches and tokens(batches[-1] + [p]) <= budget: batches[-1].append(p)
+        else: batches.append([p])
+    return batches
+
+# %% ../nbs/02_logprobs.ipynb #2cd4d8e0
+def ahead(
+    make,   # item -> what is wanted
+    items,  # anything that can be gone through once
+):          # yields make(item) for each, in order
     "The next one is made in a thread while the last one is in use."
     with ThreadPoolExecutor(1) as thread:
         coming = None
@@ -522,117 +732,168 @@ def ahead(make,   # item -> what is wanted
             if after: yield after.result()
         if coming: yield coming.result()
 
-def prepared(model, parts, logprobs): # yields (pairs, what `logprobs` takes for them)
+def prepared(
+    model,     # any causal LM
+    parts,     # batches of pairs
+    logprobs,  # its `prepare`, where it has one, is (model, pairs) -> what it takes in their place
+):             # yields (pairs, what `logprobs` takes for them)
     "Batches one after the other; a function that can make its input beforehand (`prepare`) does."
     make = getattr(logprobs, "prepare", lambda model, pairs: pairs)
     return ahead(lambda pairs: (pairs, make(model, pairs)), parts)
 
-# %% ../nbs/02_logprobs.ipynb #2cd4d8e0
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8") # what the matrix products of a card need for it, read when they are first used
+# %% ../nbs/02_logprobs.ipynb #2d9b3106
+# What the matrix products of a card need for it; read when they are first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @contextlib.contextmanager
-def same_bits(device,        # of the model
-              on: bool=True,
-              strict: bool=False): # raise RuntimeError where an operation cannot, instead of a warning
+def same_bits(
+    device,              # of the model
+    on: bool=True,       # False: do nothing
+    strict: bool=False,  # raise RuntimeError where an operation cannot, instead of a warning
+):
     "For a while, a graphics card computes the same bits every time. A CPU does so anyway."
     if not on or torch.device(device).type != "cuda":
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    was_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=not strict)
-    torch.utils.deterministic.fill_uninitialized_memory = False   # new memory need not be filled: it is written before it is read
+    torch.utils.deterministic.fill_uninitialized_memory = False  # new memory is written before it is read
     try: yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
-# %% ../nbs/02_logprobs.ipynb #f3fe9a61
-def pair_tokens(pairs) -> np.ndarray: # (n,) of a list or a Dataset
+# %% ../nbs/02_logprobs.ipynb #c29aa75c
+def pair_tokens(
+    pairs,         # a list or a Dataset of n pairs
+) -> np.ndarray:   # (n,)
     "Tokens of each pair: prompt, chosen and rejected response."
     names = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    if not hasattr(pairs, "column_names"): return np.array([sum(len(p[name]) for name in names) for p in pairs], int)
-    blocks = pairs.select_columns(names).with_format("arrow").iter(10_000)
-    counts = [sum(pc.list_value_length(ids).to_numpy() for ids in block.columns) for block in blocks]
+    if not hasattr(pairs, "column_names"):
+        return np.array([sum(len(p[name]) for name in names) for p in pairs], int)
+    counts = []
+    for block in pairs.select_columns(names).with_format("arrow").iter(10_000):
+        counts.append(sum(pc.list_value_length(ids).to_numpy() for ids in block.columns))
     return np.concatenate(counts) if counts else np.zeros(0, int)
 
+# %% ../nbs/02_logprobs.ipynb #2844caa2
 @dataclass
 class Clock:
     "How long the work still takes, told by how long it took so far."
-    left: float      # tokens that are still to be computed
-    done: float = 0. # tokens
+    left: float       # tokens that are still to be computed
+    done: float = 0.  # tokens
     spent: float = 0. # seconds
 
-    def tick(self, tokens: float, seconds: float):
+    def tick(
+        self,
+        tokens: float,   # that were computed
+        seconds: float,  # that they took
+    ):
         "So many tokens more are done, and took so long."
-        self.left, self.done, self.spent = max(0., self.left - tokens), self.done + tokens, self.spent + seconds
-    def skip(self, tokens: float):
+        self.left = max(0., self.left - tokens)
+        self.done += tokens
+        self.spent += seconds
+
+    def skip(
+        self,
+        tokens: float,  # that need not be computed
+    ):
         "So many were done before."
         self.left = max(0., self.left - tokens)
-    def __str__(self): return f"{tqdm.format_interval(self.left * self.spent / self.done)} left" if self.done else "time left unknown"
 
-# %% ../nbs/02_logprobs.ipynb #2d9b3106
+    def __str__(self):
+        if not self.done: return "time left unknown"
+        seconds = self.left * self.spent / self.done
+        return f"{tqdm.format_interval(seconds)} left"
+
+# %% ../nbs/02_logprobs.ipynb #c3be2c4a
 class _Lines:
     "A file that tqdm writes to where there is no terminal: each state that it shows becomes a line."
     def write(self, text):
         if text := text.replace("\r", "").strip(): print(text, file=sys.stderr, flush=True)
     def flush(self): sys.stderr.flush()
 
-EVERY = 30 # seconds between two lines of a log
+EVERY = 30  # seconds between two lines of a log
 
-def progress(total: int, desc: str, unit: str,
-             done: int=0,      # of the total, before
-             leave: bool=False, # the full bar stays on the screen
-            ): # a tqdm bar; what `set_postfix_str` gets stands behind it
+def progress(
+    total: int,         # units of work, all together
+    desc: str,          # what is being done
+    unit: str,          # what is counted, in the singular
+    done: int=0,        # of the total, before
+    leave: bool=False,  # the full bar stays on the screen
+):                      # a tqdm bar; what `set_postfix_str` gets stands behind it
     "A bar in a terminal or a notebook, lines elsewhere, nothing where nothing is left to do."
     how = dict(total=total, initial=done, desc=desc, unit=unit)
     if total == done: return tqdm(**how, disable=True)
-    if sys.stderr.isatty(): return tqdm(**how, leave=leave, ncols=shutil.get_terminal_size().columns or 80, bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
-    if issubclass(tqdm, tqdm_notebook): return tqdm(**how, leave=leave, bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix}")
-    return tqdm(**how, leave=False, file=_Lines(), delay=EVERY, mininterval=EVERY, bar_format="{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}")
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns or 80
+        shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        return tqdm(**how, leave=leave, ncols=width, bar_format=shape)
+    if issubclass(tqdm, tqdm_notebook):
+        return tqdm(**how, leave=leave, bar_format="{desc} {bar} {n_fmt}/{total_fmt}{postfix}")
+    shape = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}"
+    return tqdm(**how, leave=False, file=_Lines(), delay=EVERY, mininterval=EVERY, bar_format=shape)
 
 # %% ../nbs/02_logprobs.ipynb #94200140
-def _score_piece(model, part, precision, logprobs, budget, bar, clock):
-    out, start = {}, time.perf_counter()
-    for batch, inputs in prepared(model, micro_batches(part, budget, logprobs), logprobs):
-        with autocast(model.device, precision): both = torch.stack(logprobs(model, inputs), 1)
-        bad = [p["key"] for p, ok in zip(batch, both.isfinite().all(1).tolist()) if not ok]
-        if bad: raise ValueError(f"log-probability of pair {bad[0]} is not finite in {precision}; look at this pair and at the weights")
-        out |= dict(zip([p["key"] for p in batch], both.tolist()))
-        start, before = time.perf_counter(), start
-        clock.tick(pair_tokens(batch).sum(), start - before)
-        bar.set_postfix_str(str(clock), refresh=False)
-        bar.update(len(batch))
-    return pd.DataFrame.from_dict(out, orient="index", columns=["chosen", "rejected"], dtype="float32")
+def _missing(keys, rows):
+    "Where each key without a row stands first."
+    first = {}
+    for i, key in enumerate(keys): first.setdefault(key, i)
+    return [i for key, i in first.items() if key not in rows.index]
 
-# %% ../nbs/02_logprobs.ipynb #1e76939a
+# %% ../nbs/02_logprobs.ipynb #06bb371e
+def _score_batch(model, batch, inputs, precision, logprobs):
+    "Key -> chosen, rejected. Raises ValueError for a number that is not finite."
+    with autocast(model.device, precision):
+        values = torch.stack(logprobs(model, inputs), 1)
+    keys = keys_of(batch)
+    for key, finite in zip(keys, values.isfinite().all(1).tolist()):
+        if not finite:
+            raise ValueError(f"log-probability of pair {key} is not finite in {precision}; "
+                             "look at this pair and at the weights")
+    return dict(zip(keys, values.tolist()))
+
+# %% ../nbs/02_logprobs.ipynb #c47a7853
 @torch.no_grad()
-def score_pairs(model,            # any causal LM
-                pairs,            # tokenised pairs, with keys: a list or a Dataset; a key that occurs twice is scored once
-                folder=None,      # where the table is kept, in pieces; a killed pass goes on from there
-                precision="fp32", # fp32, bf16, fp16
-                logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected); a named function
-                token_budget=4096, # tokens in a forward pass
-                piece=512,        # pairs a file
-                desc="scoring",
-               clock: Clock=None, # of the work that this pass is a part of; None: this pass alone
-               ) -> LogprobTable: # these pairs, and whatever else the folder holds
-    "One pass of a model over pairs. A folder that holds a table of another kind is computed again, saying so."
+def score_pairs(
+    model,             # any causal LM
+    pairs,             # tokenised pairs, with keys: a list or a Dataset; a key that occurs twice is scored once
+    folder=None,       # where the table is kept, in pieces; a killed pass goes on from there
+    precision="fp32",  # fp32, bf16, fp16, or auto
+    logprobs=response_logprobs,  # (model, pairs) -> (chosen, rejected); a named function
+    token_budget=4096, # tokens in a forward pass
+    piece=512,         # pairs a file
+    desc="scoring",    # what the bar says
+    clock: Clock=None, # of the work that this pass is a part of; None: this pass alone
+) -> LogprobTable:     # these pairs, and whatever else the folder holds
+    """One pass of a model over pairs. A folder that holds a table of another kind is computed again, saying so.
+    Raises ValueError for a number that is not finite."""
     precision = pick_precision(precision, model.device)
     kind = table_kind(model, precision, logprobs)
-    done = _open_table(folder, kind)
-    first = {}
-    for i, k in enumerate(keys_of(pairs)): first.setdefault(k, i)
-    todo = [i for k, i in first.items() if k not in done.index]
-    if todo: # most passes of a run find everything there, and need no count
+    rows = _open_table(folder, kind)
+    keys = keys_of(pairs)
+    todo = _missing(keys, rows)
+    total = len(set(keys))
+    if todo:                                             # many passes find everything there, and need no count
         tokens = pair_tokens(pairs)
-        if clock: clock.skip(tokens.sum() - tokens[todo].sum())
-        else: clock = Clock(tokens[todo].sum())
-    was_training = model.training; model.eval()
-    try:
-        with same_bits(model.device), progress(len(first), desc, "pair", len(first) - len(todo)) as bar:
-            for start in range(0, len(todo), piece):
-                rows = _score_piece(model, [pairs[i] for i in todo[start:start+piece]], precision, logprobs, token_budget, bar, clock)
-                done = pd.concat([done, rows])
-                if folder: _write_piece(folder, rows)
-    finally: model.train(was_training)
-    return LogprobTable(kind, done)
+        left = tokens[todo].sum()
+        if clock is None: clock = Clock(left)
+        else: clock.skip(tokens.sum() - left)
+
+    with _evaluating(model), same_bits(model.device), progress(total, desc, "pair", total - len(todo)) as bar:
+        for start in range(0, len(todo), piece):
+            part = [pairs[i] for i in todo[start:start + piece]]
+            new, since = {}, time.perf_counter()
+            for batch, inputs in prepared(model, micro_batches(part, token_budget, logprobs), logprobs):
+                new |= _score_batch(model, batch, inputs, precision, logprobs)
+                now = time.perf_counter()
+                clock.tick(pair_tokens(batch).sum(), now - since)
+                since = now
+                bar.set_postfix_str(str(clock), refresh=False)
+                bar.update(len(batch))
+            new = pd.DataFrame.from_dict(new, orient="index", columns=["chosen", "rejected"], dtype="float32")
+            rows = pd.concat([rows, new])
+            if folder: _write_piece(folder, new)
+    return LogprobTable(kind, rows)
