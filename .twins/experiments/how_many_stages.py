@@ -19,8 +19,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from sdpo_nb.cells import learning_rate_sum
+from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_values, plot_contrasts, reward_at_kl
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import LADDER, OUTCOMES, at_kl, choices, differences, load_grid, outcome, peaks, plot_contrasts
+from sdpo_nb.questions import BETA_LADDER, chosen_settings, load_grid
 
 # %% [markdown]
 # ## The same pairs, cut finer
@@ -31,15 +33,15 @@ from sdpo_nb.experiments import LADDER, OUTCOMES, at_kl, choices, differences, l
 # at other $\beta$ as a line.
 
 # %%
-found, main, beta = load_grid("how_many_stages"), load_grid("primary"), choices()["sDPO"]["beta"]
+found, main, beta = load_grid("how_many_stages"), load_grid("primary"), chosen_settings()["sDPO"]["beta"]
 LINES = {rf"$\beta$ = {beta:g}": {T: f"T = {T}" for T in range(1, 9)}, rf"$\beta$ = {beta / 3:g} T": {T: "T = 3" if T == 3 else f"T = {T}, beta T/3" for T in (1, 2, 3, 5, 8)}}
-ladder = [found["T = 3, 0.125 beta"], *(main[f"sDPO, {f:g} beta"] for f in LADDER), found["T = 3, 8 beta"]]
-def mean(rows, what): return outcome(rows, what).mean()
+ladder = [found["T = 3, 0.125 beta"], *(main[f"sDPO, {f:g} beta"] for f in BETA_LADDER), found["T = 3, 8 beta"]]
+def mean(rows, what): return outcome_values(rows, what).mean()
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, constrained_layout=True)
 right.plot([mean(r, "kl") for r in ladder], [mean(r, "sampled") for r in ladder], color="0.7", lw=2, label=r"three stages, other $\beta$")
 for name, line in LINES.items():
-    at, low, high = np.array([interval(outcome(found[row], "sampled")) for row in line.values()]).T
+    at, low, high = np.array([interval(outcome_values(found[row], "sampled")) for row in line.values()]).T
     left.errorbar(list(line), at, yerr=[at - low, high - at], fmt="o-", capsize=3, label=name)
     right.plot([mean(found[row], "kl") for row in line.values()], at, "o", label=name)
     for (T, row), y in zip(line.items(), at): right.annotate(T, (mean(found[row], "kl"), y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize="small")
@@ -51,9 +53,9 @@ left.legend(frameon=False); right.legend(frameon=False); sns.despine(fig)
 # On the left $T$ has a best value at $\beta = 1.2$, two or three. On the right that is gone: all but the leftmost point lie on the line that three stages draw when only $\beta$ changes, or a little above it. Each compared with three stages *at the same KL* (read off that line, world by world and seed by seed):
 
 # %%
-def at_their_kl(rows): return outcome(rows, "sampled").mean(2, keepdims=True) - at_kl(ladder, outcome(rows, "kl"))
+def at_their_kl(rows): return outcome_values(rows, "sampled").mean(2, keepdims=True) - reward_at_kl(ladder, outcome_values(rows, "kl"))
 rows = {f"T = {T}, {name}": found[row] for name, line in LINES.items() for T, row in line.items() if T != 3 and row != "T = 8"} | {r"T = 1, $\beta$ = 0.6": main["DPO at sDPO's rate"]}
-level = differences({name: at_their_kl(r) for name, r in rows.items()}); more = ~level["question"].str.startswith("T = 1,")
+level = difference_intervals({name: at_their_kl(r) for name, r in rows.items()}); more = ~level["question"].str.startswith("T = 1,")
 assert level.loc[more, ["low", "high"]].abs().max(axis=None) < 0.02 and level.loc[~more, "low"].min() > 0
 plot_contrasts(level, "minus three stages at the same KL, true reward");
 
@@ -68,7 +70,7 @@ plot_contrasts(level, "minus three stages at the same KL, true reward");
 
 # %%
 second = list(LINES.values())[1]
-pd.DataFrame({T: {f"{label}, minus DPO": as_text(interval(outcome(found[row], what) - outcome(found[second[1]], what))) for what, label in OUTCOMES.items()} for T, row in second.items() if T > 1}).T.rename_axis("stages")
+pd.DataFrame({T: {f"{label}, minus DPO": as_text(interval(outcome_values(found[row], what) - outcome_values(found[second[1]], what))) for what, label in OUTCOMES.items()} for T, row in second.items() if T > 1}).T.rename_axis("stages")
 
 # %% [markdown]
 # ## What more stages cost
@@ -76,7 +78,7 @@ pd.DataFrame({T: {f"{label}, minus DPO": as_text(interval(outcome(found[row], wh
 # Tokens that are trained on stay the same. A moving reference is one pass without gradients over each chunk but the first, $(T-1)/T$ of the data: half a pass for two stages, two thirds for three, seven eighths for eight. Beside it stand three passes of training and one of S over everything, which orders the sources and is the first stage's reference. Each stage also decays and warms up anew and ends in a smaller batch, so that eight stages take 10 % more steps than one, with a sum of learning rates that is 19 % larger. How much of their distance is that was not taken apart.
 
 # %%
-cost = pd.DataFrame({T: {"optimizer steps": np.mean([sum(s) for s in r["steps"]]), "sum of learning rates (peaks)": np.mean([peaks(s) for s in r["steps"]]),
+cost = pd.DataFrame({T: {"optimizer steps": np.mean([sum(s) for s in r["steps"]]), "sum of learning rates (peaks)": np.mean([learning_rate_sum(s) for s in r["steps"]]),
                          "tokens trained on": r["tokens"].mean(), "tokens of other passes": r["pass_tokens"].mean()} for T, r in ((T, found[f"T = {T}"]) for T in range(1, 9))}).rename_axis(columns="stages")
 assert cost.loc["tokens trained on"].nunique() == 1
 cost.round(0).astype(int)

@@ -19,10 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from sdpo_nb.experiments import COMMON, DATA, differences, load_grid, means, measured, outcome, plot_contrasts, true_gap, unfolded
+from sdpo_nb.cells import unfold_column
+from sdpo_nb.compare import difference_intervals, outcome_means, outcome_values, plot_contrasts
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.partition import wilson
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.questions import load_grid
+from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA, pair_measure, true_gap
 from sdpo_nb.world import load_base, load_world
 
 # %% [markdown]
@@ -33,12 +36,12 @@ from sdpo_nb.world import load_base, load_world
 # %%
 world = load_world()
 base, tok = load_base(world)
-rows = DATA["one source"](world, base, tok)["all"]
-pairs = tokenize_pairs(load_pairs(rows), tok, "all", COMMON["max_length"], COMMON["max_length"] // 2).pairs
+rows = TRAINING_DATA["one source"](world, base, tok)["all"]
+pairs = tokenize_pairs(load_pairs(rows), tok, "all", COMMON_SETTINGS["max_length"], COMMON_SETTINGS["max_length"] // 2).pairs
 gamma = score_pairs(base, pairs).gamma(pairs).numpy()
 accuracy = pd.Series(gamma > 0).groupby([r["source"] for r in rows]).mean()
 gap = np.array([true_gap(r) for r in rows])
-def measure(what): return np.array([measured(r, what) for r in rows])
+def measure(what): return np.array([pair_measure(r, what) for r in rows])
 easy = {"accuracy of sources": np.array([accuracy[r["source"]] for r in rows]), "gamma of pairs": gamma, "length of pairs": -measure("length"),
         "distance of pairs": measure("distance"), "true gap of pairs": measure("true gap")}
 cut = {what: np.array_split(np.argsort(-v, kind="stable"), 3) for what, v in easy.items()}
@@ -64,9 +67,9 @@ hardest.round(2)
 
 # %%
 found = load_grid("how_to_partition")
-def minus(a, b, what="sampled"): return outcome(found[a], what) - outcome(found[b], what)
+def minus(a, b, what="sampled"): return outcome_values(found[a], what) - outcome_values(found[b], what)
 MEASURES = ("accuracy of sources", "gamma of pairs", "length of pairs", "distance of pairs", "true gap of pairs")
-order = differences({f"{m}: {way} minus random": minus(m + there, "random") for m in MEASURES for way, there in (("easy first", ""), ("hard first", ", hard first"))})
+order = difference_intervals({f"{m}: {way} minus random": minus(m + there, "random") for m in MEASURES for way, there in (("easy first", ""), ("hard first", ", hard first"))})
 here = order.set_index("question")
 assert here.loc["accuracy of sources: easy first minus random", ["low", "high"]].abs().max() <= 0.02 and here.loc["gamma of pairs: easy first minus random", "high"] < -0.05 and (here["low"] < 0).all()
 plot_contrasts(order);
@@ -77,7 +80,7 @@ plot_contrasts(order);
 
 # %%
 def on_the_way(rows): # mean by stage
-    return unfolded(rows, "stages").groupby("stage")[["sampled", "kl"]].mean()
+    return unfold_column(rows, "stages").groupby("stage")[["sampled", "kl"]].mean()
 ways = {"random": "random", "by gamma, easy first": "gamma of pairs", "by gamma, hard first": "gamma of pairs, hard first", "by gamma, easy first, sDPO's settings": "gamma of pairs, tuned", "by gamma, hard first, sDPO's settings": "gamma of pairs, hard first, tuned"}
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
 for name, row in ways.items():
@@ -91,11 +94,11 @@ assert on_the_way(found["gamma of pairs"])["sampled"].diff().loc[3] < -0.08 < 0 
 
 # %%
 main = load_grid("primary")
-tuned = differences({f"by gamma, {way}, minus by sources, {what}": outcome(found[f"gamma of pairs{there}, tuned"], what) - outcome(main["sDPO"], what) for way, there in (("easy first", ""), ("hard first", ", hard first")) for what in ("sampled", "greedy")})
+tuned = difference_intervals({f"by gamma, {way}, minus by sources, {what}": outcome_values(found[f"gamma of pairs{there}, tuned"], what) - outcome_values(main["sDPO"], what) for way, there in (("easy first", ""), ("hard first", ", hard first")) for what in ("sampled", "greedy")})
 plot_contrasts(tuned, "difference of mean true reward, sDPO's settings");
 
 # %%
-means(found)
+outcome_means(found)
 
 # %% [markdown]
 # ## Leaving pairs out
@@ -105,7 +108,7 @@ means(found)
 
 # %%
 parts = {"DPO on the smallest gaps": "smallest gaps", "DPO on the largest gaps": "largest gaps", "DPO": "all pairs"}
-kept = differences({f"{name} minus a random part, {what}": minus(row, "DPO on a random part", what) for row, name in parts.items() for what in ("sampled", "greedy")})
+kept = difference_intervals({f"{name} minus a random part, {what}": minus(row, "DPO on a random part", what) for row, name in parts.items() for what in ("sampled", "greedy")})
 assert kept["high"].iloc[:4].max() < 0 < kept["low"].iloc[4:].min()
 plot_contrasts(kept);
 
