@@ -34,7 +34,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -459,7 +458,7 @@ assert abs(after - math.log(11)) < 0.1 < before - after
 # ## The world of this book
 #
 # The real S saw 16 000 rows twelve times, which takes minutes. So it was trained once. It travels with the package, together with three files of comparisons, to which we come below, and the prompts to measure on.
-# `load_world` says where everything lies, and `load_base` opens S. How the world was made, and how to see that your copy is the same, is the subject of the last section.
+# `load_world` says where everything lies, and `load_base` opens S. How the world was made, and how to see that your copy is the same, is the subject of a section near the end.
 
 # %%
 #| export
@@ -520,7 +519,7 @@ ends, token
 
 
 # %% [markdown]
-# Why so? If two models are asked with the same luck, they differ only where their probabilities do. Then we may compare their answers prompt by prompt. The ends are summed in float64, so that rounding hardly
+# Why do we draw the luck beforehand? If two models are asked with the same luck, they differ only where their probabilities do. Then we may compare their answers prompt by prompt. The ends are summed in float64, so that rounding hardly
 # ever moves an end past the luck.
 #
 # A *temperature* $\tau$ divides the logits before the softmax. Below 1 it makes the likely tokens likelier; 0 means greedy.
@@ -707,32 +706,6 @@ assert taught.loc[False, "right"] > 0.8
 assert (taught["neither"] < 0.1).all()
 taught.round(2)
 
-
-# %% [markdown]
-# ### How sure is a mean?
-#
-# A mean over 600 prompts would be a little different with 600 others. Its 95 % interval says by how much: intervals that are made this way hold the true mean in 95 of 100 cases. The formula is Student's, for independent numbers. It needs two of them at least: one number says nothing about how much others would differ.
-
-# %%
-#| export
-def mean_interval(
-    values,  # (n,) independent numbers
-) -> tuple[float, float, float]: # mean, low, high
-    "Mean of independent values and its 95 % interval by Student's t; of one value, no interval (NaN)."
-    v = torch.as_tensor(values, dtype=torch.float64)
-    mean, n = v.mean().item(), len(v)
-    half = math.nan
-    if n > 1: half = student.ppf(0.975, n - 1) * v.std().item() / math.sqrt(n)
-    return mean, mean - half, mean + half
-
-
-# %%
-mean, low, high = mean_interval([0., 1., 1., 1.])
-assert mean == 0.75
-assert low < 0                          # four numbers say little
-assert math.isnan(mean_interval([1.])[1])  # and one says nothing about its scatter
-{"mean": mean, "low": round(float(low), 2), "high": round(float(high), 2)}
-
 # %% [markdown]
 # ## Sharpening is not enough
 #
@@ -787,7 +760,7 @@ means.round(2)
 # In words: the probability that $y$ is chosen over $y'$, for the prompt $x$, is a function of the difference of their rewards $r$. The function $\sigma(z) = 1/(1+e^{-z})$, the *sigmoid*, turns any number into a probability: 0 becomes one half. The scale $k$ says how reliable
 # the labels are. So labels here are wrong now and then, in a way the world knows.
 #
-# (Later chapters train with a number $\beta$ that says how strongly the model is held back to S. What counts there is $k/\beta$, as [chapter 03](03_loss.ipynb) shows. So a $\beta$ means nothing without its $k$.)
+# Keep this $k$ in mind. Later chapters train with a number $\beta$ that says how strongly the model is held back to S. What counts there is $k/\beta$, as [chapter 03](03_loss.ipynb) shows. So a $\beta$ means nothing without its $k$.
 
 # %%
 #| export
@@ -1287,7 +1260,7 @@ if __name__ == "__main__" and __spec__:
 #
 # ## Try this
 #
-# - Ask S for strings of seven and eight letters, longer than any it has seen. (Give `respond` a larger `max_new`.)
+# - Ask S for strings of seven and eight letters, longer than any it has seen. Give `respond` a larger `max_new`, or it cuts the answers.
 #
 # <details><summary>What you should see</summary>
 #

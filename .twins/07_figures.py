@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from sdpo_nb.world import mean_interval
+from sdpo_nb.partition import mean_interval
 
 # %%
 import tempfile

@@ -43,8 +43,8 @@ from transformers import GenerationConfig
 
 from sdpo_nb.logprobs import LogprobTable, autocast, gamma
 from sdpo_nb.loss import dpo_loss, reward_accuracy
-from sdpo_nb.partition import wilson
-from sdpo_nb.world import K, answer, mean_interval, prompt_ids, respond, respond_ids, text_of, true_reward
+from sdpo_nb.partition import mean_interval, wilson
+from sdpo_nb.world import K, answer, prompt_ids, respond, respond_ids, text_of, true_reward
 
 # %%
 import tempfile

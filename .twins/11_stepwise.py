@@ -63,10 +63,9 @@ from sdpo_nb.logprobs import (
 )
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
-from sdpo_nb.partition import ORDERS, partition
+from sdpo_nb.partition import ORDERS, mean_interval, partition
 from sdpo_nb.preferences import Source, counts_table, hold_out, load_pairs, prompt_limit, tokenize_pairs
 from sdpo_nb.report import Run
-from sdpo_nb.world import mean_interval
 from sdpo_nb.trainer import (
     GIB, MOST, TRAINING, TrainConfig, as_line, check_memory, compile_for, free_memory, peak_memory,
     plan_for, setting, train_stage, wants_compiling, why_not_same_bits

@@ -299,7 +299,7 @@ def demo(
 
 def _mean(model, tok, prompts, tau=1.0):
     "Mean true reward of one response a prompt."
-    from sdpo_nb.world import mean_interval
+    from sdpo_nb.partition import mean_interval
     from sdpo_nb.world import true_rewards
     return mean_interval(true_rewards(model, tok, prompts, tau))[0]
 
@@ -327,7 +327,7 @@ def _rewards(S, models, tok, prompts, tau) -> dict:
 def _table(rewards):
     "Means with 95 % intervals, and the paired difference to the first trained model."
     import pandas as pd
-    from sdpo_nb.world import mean_interval
+    from sdpo_nb.partition import mean_interval
 
     def show(values, sign=""):
         numbers = [f"{x:{sign}.3f}" for x in mean_interval(values.tolist())]

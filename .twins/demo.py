@@ -24,7 +24,7 @@ from IPython.display import Markdown
 from sdpo_nb.cli import demo
 from sdpo_nb.evaluate import answers_beside
 from sdpo_nb.figures import plot_gamma, plot_partition
-from sdpo_nb.world import mean_interval
+from sdpo_nb.partition import mean_interval
 from sdpo_nb.preferences import load_pairs
 from sdpo_nb.report import as_markdown, gamma_table
 from sdpo_nb.world import load_base, load_world

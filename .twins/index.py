@@ -73,7 +73,7 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 
 # %%
 #| echo: false
-from sdpo_nb.experiments import claims
+from sdpo_nb.experiments import claims_table
 
 shown = [
     "sDPO is better than DPO (table 3)",
@@ -82,7 +82,7 @@ shown = [
     "a stage that starts at $M_{t-1}$ is better than one that starts at S (figure 3)",
     "sDPO is better than DPO at one $\\beta$ and rate, the best for DPO",
 ]
-found = claims().set_index("claim").loc[shown]
+found = claims_table().set_index("claim").loc[shown]
 pages = found["where"].map("[{0}](experiments/{0}.ipynb)".format)
 Markdown(as_markdown(found.assign(where=pages)))
 

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from .bodies import build_beginning, build_world
 from .evaluate import kl_along
 from .logprobs import load_model
-from .stepwise import StepwiseConfig, gamma_table, sdpo
+from .report import gamma_table
+from .stepwise import StepwiseConfig, sdpo
 from .trainer import learning_rate
 from .training_data import COMMON_SETTINGS, TRAINING_DATA, true_gap
 from .world import ALPHABET, World, content_hash, load_base, make_prompts, prompt_ids, respond_ids

@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 
 from .logprobs import LogprobTable, autocast, gamma
 from .loss import dpo_loss, reward_accuracy
-from .partition import wilson
-from .world import K, answer, mean_interval, prompt_ids, respond, respond_ids, text_of, true_reward
+from .partition import mean_interval, wilson
+from .world import K, answer, prompt_ids, respond, respond_ids, text_of, true_reward
 
 # %% ../nbs/08_evaluate.ipynb #712978ab
 @torch.no_grad()

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from .world import mean_interval
+from .partition import mean_interval
 
 # %% ../nbs/07_figures.ipynb #d27a4ee1
 CHOSEN, REJECTED = sns.color_palette("colorblind")[:2]

@@ -30,10 +30,9 @@ from sdpo_nb.logprobs import (
 )
 from .loss import certificate, dpo_loss, reward_accuracy
 from .packing import choose_logprobs
-from .partition import ORDERS, partition
+from .partition import ORDERS, mean_interval, partition
 from .preferences import Source, counts_table, hold_out, load_pairs, prompt_limit, tokenize_pairs
 from .report import Run
-from .world import mean_interval
 from sdpo_nb.trainer import (
     GIB, MOST, TRAINING, TrainConfig, as_line, check_memory, compile_for, free_memory, peak_memory,
     plan_for, setting, train_stage, wants_compiling, why_not_same_bits

@@ -6,9 +6,9 @@
 __all__ = ['ALPHABET', 'SKILLS', 'SPLITS', 'WRONG', 'NOISE', 'CHAT_TEMPLATE', 'SOURCES', 'K', 'SIZES', 'LEARNED', 'answer',
            'edit_distance', 'true_reward', 'split_of', 'make_prompts', 'misled', 'demonstration', 'make_tokenizer',
            'prompt_ids', 'make_model', 'sft', 'World', 'load_world', 'load_base', 'respond_ids', 'text_of', 'respond',
-           'true_rewards', 'score_responses', 'skill_table', 'mean_interval', 'make_pairs', 'source_prompts',
-           'EnumerableWorld', 'enumerable_world', 'world_texts', 'world_pairs', 'content_hash', 'train_base',
-           'freeze_world', 'check_world']
+           'true_rewards', 'score_responses', 'skill_table', 'make_pairs', 'source_prompts', 'EnumerableWorld',
+           'enumerable_world', 'world_texts', 'world_pairs', 'content_hash', 'train_base', 'freeze_world',
+           'check_world']
 
 # %% ../nbs/00_world.ipynb #ac4ebd23
 import copy, hashlib, json, math, random, tempfile
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -368,17 +367,6 @@ def skill_table(
     "Share of exact answers and mean true reward, by skill."
     scores = score_responses(model, tokenizer, prompts, tau)
     return scores.groupby("skill")[["exact", "reward"]].mean()
-
-# %% ../nbs/00_world.ipynb #b923b74a
-def mean_interval(
-    values,  # (n,) independent numbers
-) -> tuple[float, float, float]: # mean, low, high
-    "Mean of independent values and its 95 % interval by Student's t; of one value, no interval (NaN)."
-    v = torch.as_tensor(values, dtype=torch.float64)
-    mean, n = v.mean().item(), len(v)
-    half = math.nan
-    if n > 1: half = student.ppf(0.975, n - 1) * v.std().item() / math.sqrt(n)
-    return mean, mean - half, mean + half
 
 # %% ../nbs/00_world.ipynb #e575fea6
 K = 6.0 # scale of Bradley-Terry in the tiny world

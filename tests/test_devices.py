@@ -212,6 +212,7 @@ CASES = {
     "trainer.train_stage": stage,
     "evaluate.held_out": lambda: evaluate.held_out(TABLE, TABLE, PAIRS, 0.1),
     "evaluate.greedy_answers": lambda: bool(evaluate.greedy_answers(model(), TOK, [[5, 6, 7]], 3)),
+    "evaluate.answers_beside": lambda: bool(len(evaluate.answers_beside(model(), model(), TOK, PROMPTS))),
     "evaluate.kl_along": lambda: evaluate.kl_along(model(), model(), TOK, PROMPTS, [[5, 6], [7]]).numpy(),
     "evaluate.response_kl": lambda: evaluate.response_kl(model(), model(), TOK, PROMPTS).numpy(),
     "evaluate.frontier": lambda: evaluate.frontier(model(), TOK, PROMPTS, [0.1], 1),
@@ -221,7 +222,6 @@ CASES = {
     "world.respond": lambda: world.respond(model(), TOK, PROMPTS),
     "world.make_pairs": lambda: world.make_pairs(model(), TOK, PROMPTS, 0),
     "world.world_pairs": lambda: world.world_pairs(model(), TOK, dict(sources=dict(riddle=PROMPTS))),
-    "world.mean_interval": lambda: world.mean_interval(policy(3)),
     "world.true_rewards": lambda: world.true_rewards(model(), TOK, PROMPTS),
     "world.score_responses": lambda: world.score_responses(model(), TOK, PROMPTS),
     "world.skill_table": lambda: world.skill_table(model(), TOK, PROMPTS)}

@@ -34,7 +34,8 @@ from sdpo_nb.logprobs import load_model
 from sdpo_nb.world import World, freeze_world, load_base, load_world, make_tokenizer, sft, true_rewards, world_texts
 
 # %%
-from sdpo_nb.world import make_model, mean_interval, respond, true_reward
+from sdpo_nb.partition import mean_interval
+from sdpo_nb.world import make_model, respond, true_reward
 
 
 # %% [markdown]

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/cells.ipynb)
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb), [how a model is measured](../08_evaluate.ipynb), and the [training data](training_data.ipynb) of the experiments.
+# **You should know** [stepwise DPO](../11_stepwise.ipynb), [how a model is measured](../08_evaluate.ipynb), and the [training data](training_data.ipynb) of the experiments.
 #
 # **Time** an hour to read, one to two minutes to run.
 #
@@ -38,7 +38,8 @@ from tqdm.auto import tqdm
 from sdpo_nb.bodies import build_beginning, build_world
 from sdpo_nb.evaluate import kl_along
 from sdpo_nb.logprobs import load_model
-from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
+from sdpo_nb.report import gamma_table
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.trainer import learning_rate
 from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA, true_gap
 from sdpo_nb.world import ALPHABET, World, content_hash, load_base, make_prompts, prompt_ids, respond_ids

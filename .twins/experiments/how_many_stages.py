@@ -7,7 +7,7 @@
 # **At one $\beta$ two or three; at one distance from S it hardly matters.** In ten worlds with two seeds each, at $\beta = 1.2$ true reward rises from 0.830 with one stage (DPO) to 0.871 with three and falls to 0.820 with eight, but the KL from S grows all along, from 0.5 to 3.2 nats. At the same KL, two to seven stages are equal to three within $\pm 0.02$, and so is one at $\beta = 0.4$;
 # one at $\beta = 1.2$ is *better* than three at that distance, by 0.016 [0.011, 0.021].
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.3 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../11_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.3 core hours (`make experiments`).
 
 # %%
 import importlib.util

@@ -7,7 +7,7 @@
 # **To a skill without pairs nothing, to longer strings half of the skills.** In ten worlds with two seeds each, DPO gains 0.242 [0.232, 0.255] of true reward on three skills with pairs, and loses 0.029 [0.012, 0.048] on the fourth, whose pairs were left out: 0.058 [0.037, 0.077] where S was mostly right, nothing where it was misled (+0.004 [-0.017, 0.022]).
 # On strings one letter longer than any, *sort* gains 0.241 [0.205, 0.280] and *shift* 0.154 [0.131, 0.176], *copy* and *reverse* nothing, and of 6,000 greedy answers none has all seven letters right. With letters that no answer ever had the reward stays at 0.001. Stepwise DPO loses less of the fourth skill, and plain DPO at its learning rate less still: the loss goes with the distance from S.
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.0 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../11_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.0 core hours (`make experiments`).
 
 # %%
 import importlib.util

@@ -7,7 +7,7 @@
 # **Of the paper's four pictures two come out here and two do not.** In ten worlds with two seeds each, $\gamma$ of the reference rises from stage to stage, also on chunks still to come (figure 2), and stages that start at S begin with three times the loss and end worse, by 0.045 [0.027, 0.064] of true reward
 # (figure 3). But at one $\beta$, as in the paper, sDPO is *worse* than DPO, by 0.052 [0.037, 0.068]; tuned, it is equal, +0.004 [-0.008, +0.014] (table 3). And an aligned reference was no better than S (table 1).
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** about half a minute; the grid behind its tables took 0.2 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../11_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** about half a minute; the grid behind its tables took 0.2 core hours (`make experiments`).
 
 # %%
 import importlib.util

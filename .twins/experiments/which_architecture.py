@@ -7,7 +7,7 @@
 # **As with the Llama: equal, when both are tuned.** In five worlds with four seeds each, every body at its own best $\beta$ and learning rate, stepwise minus plain DPO is +0.002 [-0.001, +0.006] of sampled true reward in the mean of GPT-2, OPT, BLOOM and Qwen3. One by one: GPT-2, OPT and the Llama are equal ($\pm 0.02$), Qwen3 is better, but little (+0.013 [+0.008, +0.018]), BLOOM worse
 # (-0.011 [-0.021, -0.003]).
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the search and the grid behind it took 1.3 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../11_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the search and the grid behind it took 1.3 core hours (`make experiments`).
 
 # %%
 import importlib.util

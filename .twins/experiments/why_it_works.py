@@ -7,7 +7,7 @@
 # **At DPO's $\beta$ its parts cost, at a larger one they pay.** In ten worlds with two seeds each, stepwise DPO at the settings that are best for DPO loses 0.052 [0.037, 0.068] of true reward: 0.018 [0.011, 0.026] since pairs come chunk by chunk, 0.028 [0.015, 0.040] since the reference moves; restarts and the order of the sources add nothing
 # that we could see. Nearly all variants lie on one line of reward against KL, and on its other side, at $\beta$ from 1.2 on, the moving reference wins.
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.5 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../11_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.5 core hours (`make experiments`).
 
 # %%
 import importlib.util

@@ -7,7 +7,7 @@
 # **New pairs help a little, if the labels know the truth.** In ten worlds with two seeds each, with true labels, three stages on pairs that the model before wrote reach the reward of three stages on S's pairs (-0.004 [-0.010, 0.003]) at two thirds of the distance from S; at a $\beta$ that brings S's pairs to that distance, these are behind by 0.008 [0.002, 0.015]. Labelled by the model's own implicit reward, stages 2 and 3 together gain
 # 0.065 [0.040, 0.092] on pairs of S and 0.010 [-0.018, 0.040] on pairs of its own, where true labels bring 0.12; by stage 3 half of its labels of its own pairs are wrong.
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb), `chunks` as a function, and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.5 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../11_stepwise.ipynb), `chunks` as a function, and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.5 core hours (`make experiments`).
 
 # %%
 import importlib.util
