@@ -91,7 +91,8 @@ def padded_rows(lengths): # (rows, width) what stands in each cell of the batch
     for side, prompt in ((1, PROMPT), (2, AGAIN)):
         for sizes in lengths:
             x, y = sizes[0], sizes[side]
-            rows.append([prompt] * x + [RESPONSE] * y + [PADDING] * (width - x - y))
+            padding = width - x - y
+            rows.append([prompt] * x + [RESPONSE] * y + [PADDING] * padding)
     return np.array(rows)
 
 batch = padded_rows(eight)
@@ -115,8 +116,8 @@ def draw_rows(cells, title): # in every picture a row is as high, and a token as
     return ax
 
 ax = draw_rows(batch, f"16 rows of one padded batch: {batch.size:,} cells")
-ax.text(50, 3.5, "prompt", color="white", va="center")
-ax.text(50, 12, "the same prompt again", color="white", va="center")
+ax.text(50, 1.5, "prompt", color="white", va="center")
+ax.text(20, 9, "the same prompt again", color="white", va="center")
 ax.text(300, 6.5, "padding", va="center")
 for x, y in ((48, 4.55), (337, 11.55)): ax.text(x, y, "response", fontsize=8, va="center")
 
@@ -150,7 +151,7 @@ table.style.format({"cells": "{:,.0f}", "cells / needed tokens": "{:.2f}"})
 # In a long row a token must say where it belongs. We note three things for each. Its *pair*. Its *side*: prompt, chosen or rejected. And its *position*, which the model uses to
 # know how far apart two tokens are. The position starts again after the prompt for the rejected response: to the model, both responses follow the prompt directly.
 #
-# For each response token we also note where it is *read*: the place whose logits predict it. That is the token before it. (The last three fields are for later.)
+# For each response token we also note where it is *read*: the place whose logits predict it. That is the token before it. (The last four fields are for later.)
 
 # %%
 #| export
@@ -241,10 +242,11 @@ shown[shown["pair"] == 0].T
 first = shown[shown["pair"] == 0]
 fills = {"prompt": colours["prompt"], "chosen": colours["response"], "rejected": "#ee854a"}
 
-fig, ax = plt.subplots(figsize=(9, 1.9))
+fig, ax = plt.subplots(figsize=(9, 1.7))
 for i, token in first.iterrows():
     ax.add_patch(plt.Rectangle((i, 0), 0.94, 1, color=fills[token["side"]]))
-    ax.text(i + 0.47, 0.5, token["token"].strip("<|>"), ha="center", va="center", fontsize=8)
+    text = token["token"].strip("<|>")
+    ax.text(i + 0.47, 0.5, text, ha="center", va="center", fontsize=8 if len(text) < 5 else 5.5)
     ax.text(i + 0.47, -0.35, token["position"], ha="center", va="center", fontsize=8, color="dimgray")
 for side, part in first.groupby("side"):
     ax.text(part.index[0], -1.0, side, va="center", color=fills[side], weight="bold")
@@ -254,7 +256,7 @@ for place, token in zip(row.read.tolist(), row.scored.tolist()):
     arc = dict(arrowstyle="->", connectionstyle=f"arc3,rad=-{bend}", lw=width)
     ax.annotate("", xy=(token + 0.47, 1.02), xytext=(place + 0.47, 1.02), arrowprops=arc)
 ax.text(-0.3, -0.35, "position", ha="right", va="center", fontsize=8, color="dimgray")
-ax.set(xlim=(-0.1, len(first)), ylim=(-1.3, 3))
+ax.set(xlim=(-0.1, len(first)), ylim=(-1.3, 2))
 ax.set_title("who reads what: the long arc leads to the first rejected token")
 ax.axis("off");
 
@@ -278,10 +280,11 @@ except ValueError as e: print(e)
 
 # %%
 width = batch.shape[1]
-flat = np.concatenate([[PROMPT] * x + [RESPONSE] * (c + r) for x, c, r in eight])
+flat = []
+for x, c, r in eight: flat += [PROMPT] * x + [RESPONSE] * (c + r)
 assert len(flat) == needed == 2152
-filled = np.pad(flat.astype(float), (0, -len(flat) % width), constant_values=np.nan)
-draw_rows(filled.reshape(-1, width), "the same pairs in one row, folded: 2,152 cells");
+rest = [np.nan] * (-len(flat) % width)                # stays white
+draw_rows(np.reshape(flat + rest, (-1, width)), "the same pairs in one row, folded: 2,152 cells");
 
 
 # %% [markdown]
@@ -293,7 +296,7 @@ draw_rows(filled.reshape(-1, width), "the same pairs in one row, folded: 2,152 c
 # %%
 #| export
 def visible(
-    row: Row,
+    row: Row,          # a packed row
     tokens: slice,     # of the row: a block, or all of it
     window: int=None,  # how many positions a token sees, its own included; None: all
 ) -> Tensor:           # (n, n) bool; [i, j]: i sees j
@@ -311,14 +314,16 @@ everything = visible(row, slice(None))
 
 def draw_sees(sees, ax, title): # 0 not seen, 1 a prompt token, 2 a chosen one, 3 a rejected one
     cmap = ListedColormap(["white", *fills.values()])
-    sns.heatmap(sees, cmap=cmap, vmin=0, vmax=3, cbar=False, square=True, xticklabels=False, yticklabels=False, ax=ax)
+    sns.heatmap(sees, cmap=cmap, vmin=0, vmax=3, cbar=False, square=True, ax=ax)
+    ax.set(xticks=[], yticks=[])
     sns.despine(ax=ax, left=False, bottom=False, top=False, right=False)
     ax.set(title=title, xlabel="keys: tokens that are seen", ylabel="queries: tokens that see")
 
 fig, ax = plt.subplots(figsize=(4.2, 4.2))
 draw_sees(everything * (1 + row.side), ax, "three pairs in one row")
 patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in fills.values()]
-ax.legend(patches, [f"a {side} token" for side in fills], title="what is seen", loc="upper right", fontsize="small");
+names = [f"a {side} token" for side in fills]
+ax.legend(patches, names, title="what is seen", loc="upper right", fontsize="small");
 
 # %% [markdown]
 # Each pair is a triangle with a notch. The notch is the point: the rejected response sees the prompt, and not the chosen response that stands between them. With a window of 3 nobody sees more than three
@@ -336,7 +341,7 @@ assert visible(row, slice(None), 3).sum(1).max() == 3
 # %% [markdown]
 # ## Attention, block by block
 #
-# Everything outside the triangles is white, and a large mask would be mostly white. We would compute scores for it and throw them away. So attention is computed block by block along the diagonal.
+# Everything outside the triangles is white, and a large mask would be mostly white. We would compute scores for the white part and throw them away. So attention is computed block by block along the diagonal.
 #
 # First the attention of one block. It goes through PyTorch's *fused* attention: one operation that goes from queries, keys and values straight to the result, and keeps no matrix of scores for the
 # backward pass. A few models squash their scores with a *soft-cap* $c$, that is $c \tanh(s / c)$ in place of $s$. The fused operation does not know that, so there the scores are written out.
@@ -392,7 +397,7 @@ def by_blocks(
     q: Tensor,            # (heads, N, d)
     k: Tensor,            # (key heads, N, d)
     v: Tensor,            # (key heads, N, d)
-    row: Row,
+    row: Row,             # which tokens these are
     scaling: float,       # what scores are multiplied by
     window: int=None,     # of this layer
     softcap: float=None,  # of the scores
@@ -417,7 +422,7 @@ scores = sum(n * n for n in long_row.blocks)
 {"blocks": long_row.blocks, "share of the scores": f"{scores / N**2:.0%}"}
 
 # %% [markdown]
-# Pairs of this world are short, so several share a block: a few calls with some white in them are faster than many small calls. A pair of more than 256 tokens is a block of its own.
+# Pairs of this world are short, so several share a block: a few calls with some white in them, in place of many small ones. A pair of more than 256 tokens is a block of its own.
 #
 # ## A model that attends our way
 #
@@ -448,7 +453,7 @@ pd.Series({name: str(heard[0][name]) for name in told}).to_frame("what the first
 # Three things to notice. Keywords that the *model* was called with arrive in every layer; so the row can travel to the attention as a keyword. There is no mask: transformers makes none for a name it does not know.
 # And the layer says what it wants: scaling, dropout, and in some models a window or a soft-cap.
 #
-# Scaling, window and soft-cap we can do. Three wishes we cannot fulfil: dropout, attention sinks (`s_aux`), and biases that depend on the position. Ignoring them would give wrong numbers and no error, so we raise. Wishes that a future model may
+# Scaling, window and soft-cap we can do. Four wishes we cannot fulfil: dropout, attention sinks (`s_aux`, extra scores that take weight away from all tokens), biases that depend on the position, and masks of whole heads. Ignoring them would give wrong numbers and no error, so we raise. Wishes that a future model may
 # have are not in this list. For them there is a guard, below, which compares numbers.
 
 # %%
@@ -527,7 +532,7 @@ f"{logits_mib:.0f} MiB"
 
 # %% [markdown]
 # Two things save most of it. Prompts need no logits, since only response tokens are scored. And only a piece of the logits has to exist at a time: where one piece does not hold all, each piece is computed, used and forgotten, and
-# computed again in the backward pass. How large is a piece? On a graphics card a sixteenth of its memory, because a card wants few, large products.
+# computed again in the backward pass. How large is a piece? On a CPU 64 MiB. On a graphics card a sixteenth of its memory, because a card wants few, large products.
 
 # %%
 #| export
@@ -630,7 +635,7 @@ assert "forward" not in vars(capped.get_decoder())    # the decoder is its own a
 #| export
 def to_device(
     value,   # a tensor, a dataclass with tensors in it, or anything else
-    device,
+    device,  # where it should be
 ):           # the same on the device; what is neither stays as it is
     "A tensor, or a dataclass with its tensors, on a device."
     if isinstance(value, Tensor): return value.to(device, non_blocking=True)
@@ -664,7 +669,7 @@ columns = {
     "rejected, packed": packed[1],
     "rejected, chapter 02": padded[1],
 }
-pd.DataFrame(columns).round(4).rename_axis("pair")
+pd.DataFrame(columns).round(4).T.rename_axis(columns="pair")
 
 
 # %% [markdown]
@@ -739,7 +744,8 @@ ERRORS = ["log-probability (nats)", "gradient (relative)"]
 
 # %%
 def on_few_and_many(logprobs):
-    return {f"{len(some)} pairs": compare(S, some, logprobs) for some in (pairs[:1], three, pairs[:64])}
+    batches = pairs[:1], three, pairs[:64]
+    return {f"{len(batch)} pairs": compare(S, batch, logprobs) for batch in batches}
 
 errors = on_few_and_many(packed_logprobs)
 PIECE = 4 * len(tok) * 5
@@ -785,7 +791,7 @@ mistakes.style.format("{:.2g}")
 
 
 # %% [markdown]
-# Each is wrong by ten nats or more: a factor of more than twenty thousand in a probability.
+# Each is wrong by more than ten nats: a factor of more than twenty thousand in a probability.
 #
 # ### Gradient checkpointing
 #
@@ -844,10 +850,9 @@ pd.Series(found).map("{:.1e}".format).to_frame("")
 # %% [markdown]
 # On these pairs the two are alike; real pairs are asked below.
 #
-# You have the idea now, complete. The next section makes it fast on a graphics card. You may skip it, and go on at "Other architectures".
-
-# %% [markdown]
 # ## A graphics card wants few, large calls
+#
+# *You have the idea now, complete. You may skip this section and go on at "Other architectures": what follows changes how fast a card computes the numbers, not the numbers.*
 #
 # The loop over blocks is easy to read, and on a CPU it costs little. On a graphics card it is the slowest way there is. Each small call has to be started, in every layer, and the card has finished it before the next one
 # arrives. Arithmetic is free there, starts are not. So how can we attend to all pairs *at once*, whatever their lengths?
@@ -1025,15 +1030,23 @@ def flash_plan(
     key_begins = np.stack([starts, starts, starts + x + c], 1).flatten()
     key_lengths = np.stack([x + c, x, r], 1).flatten()    # prompt and chosen; the prompt again; rejected
     take = _stretches(key_begins, key_lengths)
-    begins = [torch.from_numpy(np.r_[0, np.cumsum(lengths)].astype("int32")) for lengths in (queries, keys)]
-    return FlashPlan(copies(take, len(row.ids)), *begins, _rounded_up(queries.max()), _rounded_up(keys.max()))
+    begins = [np.r_[0, np.cumsum(lengths)].astype("int32") for lengths in (queries, keys)]
+    return FlashPlan(
+        copies(take, len(row.ids)),
+        *map(torch.from_numpy, begins),
+        most_queries=_rounded_up(queries.max()),
+        most_keys=_rounded_up(keys.max()),
+    )
 
 
 # %% [markdown]
 # The plan of two small pairs: prompts of 2 and 3 tokens, responses of 1 to 3. You can read off the keys that the tokens of the first prompt, 0 and 1, come twice.
 
 # %%
-two = [dict(zip(PARTS, parts)) for parts in (([5, 6], [7], [8, 9]), ([5, 6, 7], [8, 9], [5, 6, 7]))]
+two = [
+    dict(prompt_ids=[5, 6], chosen_ids=[7], rejected_ids=[8, 9]),
+    dict(prompt_ids=[5, 6, 7], chosen_ids=[8, 9], rejected_ids=[5, 6, 7]),
+]
 plan = flash_plan(pack(two))
 assert plan.query_starts[-1] == packed_tokens(two)            # every token asks once
 assert len(plan.keys.take) == packed_tokens(two) + 2 + 3      # the prompts are seen twice
@@ -1058,7 +1071,7 @@ def flash(
     q: Tensor,         # (N, heads, d), in half precision
     k: Tensor,         # (K, key heads, d)
     v: Tensor,         # (K, key heads, d)
-    plan: FlashPlan,
+    plan: FlashPlan,   # of the row
     scaling: float,    # what scores are multiplied by
     window: int=None,  # of this layer
 ) -> Tensor:           # (N, heads, d)
@@ -1210,7 +1223,7 @@ def _padded(queries, keys, position, causal):
     "Sequences of one kind, from the tokens that each of them asks and sees."
     tokens = len(position)
     q, k = _grid(queries, tokens), _grid(keys, tokens)
-    position = np.r_[position, 0]                         # padding asks from position 0: it sees the first token of its prompt
+    position = np.r_[position, 0]                         # padding asks from position 0: it sees one token
     query_at = position[q]
     key_at = np.where(k < tokens, position[k], 2**30)     # a key that is padding is ahead of everyone
     places = torch.from_numpy(query_at), torch.from_numpy(key_at)
@@ -1389,7 +1402,12 @@ kinds = {
     "qwen2": shared | window,
     "qwen3": shared | window | dict(head_dim=8),
     "phi3": shared | dict(sliding_window=4),
-    "gemma2": shared | dict(head_dim=8, sliding_window=4, attn_logit_softcapping=0.05, final_logit_softcapping=2.0),
+    "gemma2": shared | dict(
+        head_dim=8,
+        sliding_window=4,
+        attn_logit_softcapping=0.05,
+        final_logit_softcapping=2.0,
+    ),
     "gpt2": old,
     "gpt_neox": usual,
     "opt": usual | dict(ffn_dim=64, word_embed_proj_dim=16),
@@ -1423,7 +1441,8 @@ def random_model(kind, **changes):
         if p.ndim > 1: torch.nn.init.normal_(p, std=0.3)
     return model
 
-random_pairs = [random_pair(*sizes) for sizes in ((9, 7, 12), (3, 15, 2), (1, 1, 6), (12, 5, 5))]
+lengths = (9, 7, 12), (3, 15, 2), (1, 1, 6), (12, 5, 5)     # of prompt, chosen, rejected
+random_pairs = [random_pair(*sizes) for sizes in lengths]
 
 def attempt(kind, logprobs=packed_logprobs): # errors as in `compare`, or what the model says
     try: return compare(random_model(kind), random_pairs, logprobs)
@@ -1440,7 +1459,7 @@ def bite(kind): # how much the settings change, in nats
 
 
 # %% [markdown]
-# Where do packed numbers equal the model's own? The table lists these models. The third column says what ignoring the settings would cost: from seven nats up to almost five hundred. The last two are the two other ways to attend.
+# Where do packed numbers equal the model's own? The table lists these models. The third column says what ignoring the settings would cost: between seven and almost five hundred nats. The last two are the two other ways to attend.
 
 # %%
 tried = {kind: attempt(kind) for kind in kinds}
@@ -1734,7 +1753,7 @@ budgets.style.format({
 })
 
 # %% [markdown]
-# A smaller budget only means more passes. Packed, the same pairs are a third fewer tokens.
+# A smaller budget only means more passes. Packed, the same pairs are more than a third fewer tokens.
 #
 # ## On a real model
 #
@@ -1764,10 +1783,12 @@ def real_values(logprobs, budget):
 
 (a, g), (b, h) = real_values(response_logprobs, 1), real_values(packed_logprobs, 4096)
 torch.set_num_threads(1)
-differences, norms = [(g[n] - h[n]).norm() for n in g], [x.norm() for x in g.values()]
+differences = [(g[n] - h[n]).norm() for n in g]
+norms = [x.norm() for x in g.values()]
+squares = sum(d**2 for d in differences), sum(x**2 for x in norms)
 found = pd.Series({
     "largest difference of a log-probability (nats)": (a - b).abs().max().item(),
-    "whole gradient (relative)": math.sqrt(sum(d**2 for d in differences) / sum(x**2 for x in norms)),
+    "whole gradient (relative)": math.sqrt(squares[0] / squares[1]),
     "worst single tensor (relative)": max((d / x).item() for d, x in zip(differences, norms)),
 })
 assert len(real_pairs) == 64
@@ -1802,7 +1823,7 @@ bf16.round(3).to_frame("mean |bf16 - fp32| (nats)")
 #
 # ## How much faster?
 #
-# We compare with TRL, the library that most people use for this training. `make bench` asks SmolLM2-135M-Instruct, on two CPU cores in fp32.
+# We compare with TRL, a library that many people use for this training. `make bench` asks SmolLM2-135M-Instruct, on two CPU cores in fp32.
 #
 # - A *step* is forward, backward, clipping of the gradient and the optimizer AdamW, for a batch of eight pairs, cut at 512 tokens.
 # - TRL's `DPOTrainer` has its reference precomputed, as we have. It is shown at the fastest of micro-batches (the pieces that a batch is computed in) of 1, 2, 4 and 8 pairs with and without gradient checkpointing, and beside it with 8.
@@ -1863,7 +1884,7 @@ shown.set_index(pd.MultiIndex.from_frame(speed[["source", "side"]]))
 
 # %% [markdown]
 # Against TRL at its best a step of HH-RLHF is a good two times faster, and more than four times where pairs are batched by eight. Most of the
-# gain is work not done: half of the operations for each pair. The rest of the way to full speed goes into what is not a matrix product: attention, norms, activations, the optimizer.
+# gain is work not done: little more than half of the operations for each pair. The rest of the way to full speed goes into what is not a matrix product: attention, norms, activations, the optimizer.
 #
 # ### In bf16
 #
@@ -1916,7 +1937,7 @@ vocabulary.round().astype(int).rename_axis("memory added (MiB)")
 # Nor should memory grow with the number of pairs. Tokenised pairs lie in a file that is mapped, not read. Here a thousand and a million were tokenised and a part of them scored.
 
 # %%
-many = pd.Series({f"{int(n):,} pairs": gib for n, gib in bench["pairs_gib"].items()})
+many = pd.Series(bench["pairs_gib"]).rename(lambda n: f"{int(n):,} pairs")
 assert many.iloc[1] < 1.3 * many.iloc[0]
 many.round(2).to_frame("peak memory (GiB)")
 
@@ -1942,7 +1963,8 @@ later = {called(side): f"{gib:.1f}" for side, gib in today.items()}
 columns = {}
 for side, run in runs.items():
     losses = [f"{loss:.4f}" for loss in run["losses"]]
-    columns[side] = [f"{run['seconds'] / 60:.1f}", f"{run['gib']:.1f}", *losses, later.get(side, "")]
+    minutes = run["seconds"] / 60
+    columns[side] = [f"{minutes:.1f}", f"{run['gib']:.1f}", *losses, later.get(side, "")]
 steps = [f"loss of step {t}" for t in range(1, 9)]
 names = ["minutes", "peak memory (GiB)", *steps, "peak memory today (GiB)"]
 pd.DataFrame(columns, index=names)
@@ -2047,7 +2069,7 @@ pd.concat(tables, names=[card, "side"])
 #
 # <details><summary>What you should see</summary>
 #
-# No. We saw 3.5, 1.8, 0.8 and 2.7 GB. A large piece means large logits. But each piece also makes a gradient of the whole output matrix on its way back, so many small pieces make many large tensors. 64 MiB lies between.
+# No. We saw 3.5, 1.8, 0.8 and 2.7 GB. A large piece means large logits. Small pieces mean many blocks of memory, and the C library keeps some of what was freed: with `return_large_blocks` of chapter 06 called first, we saw 1.5, 0.5, 0.7 and 2.7 GB.
 #
 # </details>
 #

@@ -79,7 +79,7 @@ def pack(
 
 # %% ../nbs/04_packing.ipynb #d2084b90
 def visible(
-    row: Row,
+    row: Row,          # a packed row
     tokens: slice,     # of the row: a block, or all of it
     window: int=None,  # how many positions a token sees, its own included; None: all
 ) -> Tensor:           # (n, n) bool; [i, j]: i sees j
@@ -120,7 +120,7 @@ def by_blocks(
     q: Tensor,            # (heads, N, d)
     k: Tensor,            # (key heads, N, d)
     v: Tensor,            # (key heads, N, d)
-    row: Row,
+    row: Row,             # which tokens these are
     scaling: float,       # what scores are multiplied by
     window: int=None,     # of this layer
     softcap: float=None,  # of the scores
@@ -214,7 +214,7 @@ def head_logprobs(
 # %% ../nbs/04_packing.ipynb #fa175ad8
 def to_device(
     value,   # a tensor, a dataclass with tensors in it, or anything else
-    device,
+    device,  # where it should be
 ):           # the same on the device; what is neither stays as it is
     "A tensor, or a dataclass with its tensors, on a device."
     if isinstance(value, Tensor): return value.to(device, non_blocking=True)
@@ -354,8 +354,13 @@ def flash_plan(
     key_begins = np.stack([starts, starts, starts + x + c], 1).flatten()
     key_lengths = np.stack([x + c, x, r], 1).flatten()    # prompt and chosen; the prompt again; rejected
     take = _stretches(key_begins, key_lengths)
-    begins = [torch.from_numpy(np.r_[0, np.cumsum(lengths)].astype("int32")) for lengths in (queries, keys)]
-    return FlashPlan(copies(take, len(row.ids)), *begins, _rounded_up(queries.max()), _rounded_up(keys.max()))
+    begins = [np.r_[0, np.cumsum(lengths)].astype("int32") for lengths in (queries, keys)]
+    return FlashPlan(
+        copies(take, len(row.ids)),
+        *map(torch.from_numpy, begins),
+        most_queries=_rounded_up(queries.max()),
+        most_keys=_rounded_up(keys.max()),
+    )
 
 # %% ../nbs/04_packing.ipynb #ad53c32c
 try: from torch.nn.attention.varlen import varlen_attn
@@ -366,7 +371,7 @@ def flash(
     q: Tensor,         # (N, heads, d), in half precision
     k: Tensor,         # (K, key heads, d)
     v: Tensor,         # (K, key heads, d)
-    plan: FlashPlan,
+    plan: FlashPlan,   # of the row
     scaling: float,    # what scores are multiplied by
     window: int=None,  # of this layer
 ) -> Tensor:           # (N, heads, d)
@@ -468,7 +473,7 @@ def _padded(queries, keys, position, causal):
     "Sequences of one kind, from the tokens that each of them asks and sees."
     tokens = len(position)
     q, k = _grid(queries, tokens), _grid(keys, tokens)
-    position = np.r_[position, 0]                         # padding asks from position 0: it sees the first token of its prompt
+    position = np.r_[position, 0]                         # padding asks from position 0: it sees one token
     query_at = position[q]
     key_at = np.where(k < tokens, position[k], 2**30)     # a key that is padding is ahead of everyone
     places = torch.from_numpy(query_at), torch.from_numpy(key_at)
