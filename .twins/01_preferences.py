@@ -7,7 +7,7 @@
 # **You should know** what a tokenizer does: it cuts a text into *tokens* and gives each a whole number, its *id*. The
 # examples come from the tiny world of [chapter 00](00_world.ipynb).
 #
-# **Time**: 40 minutes to read part one, about two and a half hours for all three parts; under a minute to run on two
+# **Time**: 40 minutes to read part one, nearly three hours for all three parts; under a minute to run on two
 # CPU cores.
 #
 # A *preference* is one sentence: for this prompt, this response is better than that one. Somebody has compared the two,
