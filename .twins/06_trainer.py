@@ -979,7 +979,7 @@ complaint(check_same_twice, loss=metrics["loss"], again=again)
 # $$\sigma^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{half}(y) - \log\pi^{fp32}(y))^2}{|y|}, \qquad
 # d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 1.25\,\sigma\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
 #
-# - $\sigma$ is here the size of the rounding, half precision against fp32, and not the sigmoid.
+# - $\sigma$ is the size of the rounding: half precision against fp32.
 # - $d$ is the distance of the table from what the model says.
 # - The table is accepted if $d$ is at most $1.25\,\sigma$. Two healthy passes share the rounded weights, so they are *nearer* to each other than to fp32.
 # - A look takes 32 pairs, if there are as many. With fewer, $\sigma$ itself is a guess, and the last factor allows for that.
@@ -2279,7 +2279,7 @@ shares.rename_axis("lambda").round(2)
 #
 # <details><summary>What you should see</summary>
 #
-# `gamma_ref` climbs from -6.7 to 8.7. The loss does not fall: 0.69, 0.68, 0.69, 0.61, 0.69, 0.59, 0.68, 0.70. Each batch now holds pairs of one kind, from those that the reference gets wrong to those that it gets right. In the reverse order the loss stays near 0.69 until the last batch, 0.64. In sorted order, a loss curve shows the order as much as the learning.
+# `gamma_ref` climbs from -6.7 to 8.7. The loss does not fall: 0.69, 0.68, 0.69, 0.61, 0.69, 0.59, 0.68, 0.70. Each batch now holds pairs of one kind, and what the model learned from pairs that the reference gets wrong does not help with those that it gets right. In the reverse order the loss stays near 0.69 until the last batch, 0.64. In sorted order, a loss curve shows the order as much as the learning.
 #
 # </details>
 #
