@@ -98,9 +98,9 @@ Markdown(as_markdown(pd.DataFrame(differences, index=["mean", "low", "high"]).T)
 # of mean true reward (from 0 to 1), with 95 % intervals; "equal" means that the whole interval lies within $\pm 0.02$.
 
 # %%
-from sdpo_nb.experiments import claims
+from sdpo_nb.experiments import claims_table
 
-found = claims().set_index("claim")
+found = claims_table().set_index("claim")
 Markdown(as_markdown(found.assign(where=found["where"].map("[{0}](experiments/{0}.ipynb)".format))))
 
 # %% [markdown]

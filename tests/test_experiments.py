@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sdpo_nb import experiments as ex
+from sdpo_nb import bodies, cells, compare, experiments, questions, training_data
+from sdpo_nb.world import SKILLS, load_base
 
 
 def rows(values, method="m"): # (worlds, seeds, prompts)
@@ -15,19 +16,19 @@ def rows(values, method="m"): # (worlds, seeds, prompts)
 
 def test_outcome_puts_worlds_seeds_and_prompts_in_order():
     values = np.random.default_rng(0).normal(size=(3, 2, 5))
-    np.testing.assert_allclose(ex.outcome(rows(values), "sampled"), values)
-    np.testing.assert_allclose(ex.outcome(rows(values), "kl"), 10 * values)
+    np.testing.assert_allclose(compare.outcome_values(rows(values), "sampled"), values)
+    np.testing.assert_allclose(compare.outcome_values(rows(values), "kl"), 10 * values)
 
 
 def test_outcome_refuses_a_hole():
     r = rows(np.zeros((3, 2, 5)))
-    with pytest.raises(ValueError, match="5 rows for 3 worlds and 2 seeds"): ex.outcome(r.iloc[1:], "sampled")
+    with pytest.raises(ValueError, match="5 rows for 3 worlds and 2 seeds"): compare.outcome_values(r.iloc[1:], "sampled")
 
 
 def test_a_ladder_is_read_between_its_steps():
     ladder = [rows(np.full((2, 1, 3), v)) for v in (0.5, 0.2, 0.4)]       # kl is ten times the reward
-    assert ex.at_kl(ladder, np.array([[[3.0]], [[4.5]]])).ravel().round(6).tolist() == [0.3, 0.45]
-    with pytest.raises(ValueError, match="6.00 nats is outside the ladder, 2.00 to 5.00"): ex.at_kl(ladder, np.full((2, 1, 1), 6.0))
+    assert compare.reward_at_kl(ladder, np.array([[[3.0]], [[4.5]]])).ravel().round(6).tolist() == [0.3, 0.45]
+    with pytest.raises(ValueError, match="6.00 nats is outside the ladder, 2.00 to 5.00"): compare.reward_at_kl(ladder, np.full((2, 1, 1), 6.0))
 
 
 def test_contrasts_find_what_was_planted_and_refuse_other_draws():
@@ -35,111 +36,113 @@ def test_contrasts_find_what_was_planted_and_refuse_other_draws():
     world, luck = g.normal(0, 0.2, (10, 1, 1)), lambda: g.normal(0, 0.01, (10, 2, 50))
     found = dict(a=rows(world + 0.1 + luck()), b=rows(world + luck()), c=rows(world + luck()))
     asked = pd.DataFrame([("planted", "a", "b", "sampled"), ("nothing", "b", "c", "greedy")], columns=["question", "a", "b", "outcome"])
-    there, nothing = ex.contrasts(found, asked).itertuples()
+    there, nothing = questions.primary_contrasts(found, asked).itertuples()
     assert there.low > 0.08 and there.high < 0.12 and there.holm < 0.01 and nothing.low < 0 < nothing.high and nothing.holm > 0.05 and (there.worlds, there.seeds) == (10, 2)
     found["b"] = found["b"][found["b"]["world"] != 3]
-    with pytest.raises(ValueError, match="'b' was run in other worlds"): ex.contrasts(found, asked)
+    with pytest.raises(ValueError, match="'b' was run in other worlds"): questions.primary_contrasts(found, asked)
 
 
 def test_a_grid_is_refused_with_a_missing_cell_or_two_S_in_one_world(monkeypatch, tmp_path):
-    rows = ex.rows_of(sum(ex.cells_of("stage_by_stage").values(), []))
-    monkeypatch.setattr(ex, "_path", lambda folder: tmp_path / "some.parquet")
-    rows.to_parquet(tmp_path / "some.parquet")
-    assert {len(rows) for rows in ex.load_grid("stage_by_stage").values()} == {20}
-    gone = rows[rows["key"] != ex.cells_of("stage_by_stage")["skills, easy_to_hard"][0].key]
-    gone.to_parquet(tmp_path / "some.parquet")
-    with pytest.raises(ValueError, match="stage_by_stage: 1 cells have not been run, of skills, easy_to_hard"): ex.load_grid("stage_by_stage")
-    rows.assign(weights=rows["weights"].where(rows.index != rows.index[rows["world"] == 3][0], "another")).to_parquet(tmp_path / "some.parquet")
-    with pytest.raises(ValueError, match="stage_by_stage: world 3 .llama. was run with more than one S"): ex.load_grid("stage_by_stage")
+    rows = cells.stored_rows(sum(questions.grid_cells("stage_by_stage").values(), []))
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
+    rows.to_parquet(tmp_path / "runs.parquet")
+    assert {len(rows) for rows in questions.load_grid("stage_by_stage").values()} == {20}
+    gone = rows[rows["key"] != questions.grid_cells("stage_by_stage")["skills, easy_to_hard"][0].key]
+    gone.to_parquet(tmp_path / "runs.parquet")
+    with pytest.raises(ValueError, match="stage_by_stage: 1 cells have not been run, of skills, easy_to_hard"): questions.load_grid("stage_by_stage")
+    rows.assign(weights=rows["weights"].where(rows.index != rows.index[rows["world"] == 3][0], "another")).to_parquet(tmp_path / "runs.parquet")
+    with pytest.raises(ValueError, match="stage_by_stage: world 3 .llama. was run with more than one S"): questions.load_grid("stage_by_stage")
 
 
 def test_a_stored_cell_run_again_is_the_same_and_a_changed_one_is_seen(monkeypatch, tmp_path):
-    toy = {f"sDPO, {b:g}": [ex.Cell(0, 0, "sDPO", dict(epochs=1, beta=b), "validation", 16)] for b in (0.3, 0.6)}
-    monkeypatch.setattr(ex, "GRIDS", toy); monkeypatch.setattr(ex, "cells_of", lambda grid: {grid: toy[grid]}); monkeypatch.setattr(ex, "_path", lambda folder, at=ex._path: at(folder or tmp_path))
-    made = ex.run_grid(sum(toy.values(), []), tmp_path)
+    toy = {f"sDPO, {b:g}": [cells.Cell(0, 0, "sDPO", dict(epochs=1, beta=b), "validation", 16)] for b in (0.3, 0.6)}
+    monkeypatch.setattr(experiments, "GRIDS", toy)
+    monkeypatch.setattr(experiments, "all_cells_of", lambda grid: toy[grid])
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
+    made = cells.run_grid(sum(toy.values(), []), tmp_path)
     made.at[made.index[0], "sampled"] = [x + 0.5 for x in made["sampled"].iloc[0]]
     made.to_parquet(tmp_path / "runs.parquet")
-    found = ex.again()
+    found = experiments.rerun_stored_cells()
     assert sorted(found["other_rewards"]) == [0, 1] and found["same_S"].all()
 
 
 def test_holm():
-    assert ex.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and ex.holm([0.5, 0.9]) == [1, 1]
+    assert compare.holm_p_values([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and compare.holm_p_values([0.5, 0.9]) == [1, 1]
 
 
 def test_p_value_is_exact():
-    assert ex.p_value(np.ones((10, 2, 3))) == 2 / 2**10 and ex.p_value(np.ones((5, 1, 1))) == 2 / 2**5
-    assert ex.p_value(np.array([1., -1., 2., -2.]).reshape(4, 1, 1)) == 1
+    assert compare.sign_flip_p_value(np.ones((10, 2, 3))) == 2 / 2**10 and compare.sign_flip_p_value(np.ones((5, 1, 1))) == 2 / 2**5
+    assert compare.sign_flip_p_value(np.array([1., -1., 2., -2.]).reshape(4, 1, 1)) == 1
     g = np.random.default_rng(0)
-    assert 0.02 < np.mean([ex.p_value(g.normal(size=(8, 1, 1))) <= 0.05 for _ in range(400)]) < 0.08      # false alarms
+    assert 0.02 < np.mean([compare.sign_flip_p_value(g.normal(size=(8, 1, 1))) <= 0.05 for _ in range(400)]) < 0.08      # false alarms
 
 
 def test_variances_are_told_apart():
     g = np.random.default_rng(0)
-    v = ex.variances(g.normal(0, 0.3, (200, 1, 1)) + g.normal(0, 0.1, (200, 6, 1)) + np.zeros((1, 1, 3)))
+    v = compare.standard_deviations(g.normal(0, 0.3, (200, 1, 1)) + g.normal(0, 0.1, (200, 6, 1)) + np.zeros((1, 1, 3)))
     assert abs(v["worlds"] - 0.3) < 0.03 and abs(v["seeds"] - 0.1) < 0.01
 
 
-def searched(*cells): return pd.DataFrame([dict(method=m, settings=json.dumps(dict(beta=b)), sampled=[x]) for m, b, x in cells])
+def invented_search(*tried): return pd.DataFrame([dict(method=m, settings=json.dumps(dict(beta=b)), sampled=[x]) for m, b, x in tried])
 
 
 def test_choose_takes_the_best_of_each_method():
-    r = searched(("a", 1, 0.2), ("a", 2, 0.4), ("a", 2, 0.3), ("a", 3, 0.1), ("b", 1, 0.5), ("b", 2, 0.8), ("b", 3, 0.7))
-    assert ex.choose(r) == dict(a=dict(beta=2), b=dict(beta=2))
+    r = invented_search(("a", 1, 0.2), ("a", 2, 0.4), ("a", 2, 0.3), ("a", 3, 0.1), ("b", 1, 0.5), ("b", 2, 0.8), ("b", 3, 0.7))
+    assert questions.choose_settings(r) == dict(a=dict(beta=2), b=dict(beta=2))
 
 
 def test_choose_refuses_the_edge():
-    with pytest.raises(ValueError, match="b: its best beta, 3, is on the edge"): ex.choose(searched(("b", 1, 0.5), ("b", 2, 0.6), ("b", 3, 0.7)))
+    with pytest.raises(ValueError, match="b: its best beta, 3, is on the edge"): questions.choose_settings(invented_search(("b", 1, 0.5), ("b", 2, 0.6), ("b", 3, 0.7)))
 
 
 def test_every_method_runs_and_a_second_call_adds_nothing(tmp_path):
-    cells = ex.small_cells()
-    everything = ex.run_grid(cells, tmp_path)
+    asked = experiments.small_cells()
+    everything = cells.run_grid(asked, tmp_path)
     found = everything[(everything["data"] == '["sources"]') & (everything["split"] == "validation")].set_index("method")
     before = (tmp_path / "runs.parquet").stat().st_mtime_ns
-    assert len(ex.run_grid(cells, tmp_path)) == len(cells) and (tmp_path / "runs.parquet").stat().st_mtime_ns == before
-    assert set(found.index) == {*ex.METHODS, *ex.BASELINES} and max(map(abs, found.loc["S", "kl"])) < 1e-9
-    trained = found.loc[list(ex.METHODS)]
+    assert len(cells.run_grid(asked, tmp_path)) == len(asked) and (tmp_path / "runs.parquet").stat().st_mtime_ns == before
+    assert set(found.index) == {*cells.METHODS, *cells.BASELINES} and max(map(abs, found.loc["S", "kl"])) < 1e-9
+    trained = found.loc[list(cells.METHODS)]
     assert (trained["kl"].map(np.mean) > 0).all() and trained["tokens"].nunique() == 1       # equal budgets
     assert len({tuple(x) for x in trained["sampled"]}) > 3                                     # and not one and the same method
-    assert {json.loads(d)[0] for d in everything["data"]} == set(ex.DATA)
+    assert {json.loads(d)[0] for d in everything["data"]} == set(training_data.TRAINING_DATA)
     assert {len(r.sampled) for r in everything.itertuples() if r.split == "other letters"} != {len(found.loc["S", "sampled"])}
     stages = pd.read_json(io.StringIO(found.loc["sDPO", "stages"]))
-    assert set(stages["stage"]) == {1, 2, 3} and set(stages["skill"]) == set(ex.SKILLS)
+    assert set(stages["stage"]) == {1, 2, 3} and set(stages["skill"]) == set(SKILLS)
     assert found.loc["sDPO", "pass_tokens"] > found.loc["DPO", "pass_tokens"] == found.loc["DPO", "tokens"]  # one epoch: the partition's pass reads what training reads
 
 
 def test_a_cell_that_fails_is_named_after_the_others_are_through(tmp_path):
-    good, bad = ex.Cell(0, 0, "S", {}, "validation", 8), ex.Cell(0, 0, "DPO", dict(beta=-1.0), "validation", 8)
-    with pytest.raises(RuntimeError, match="beta"): ex.run_grid([bad, good], tmp_path)
-    assert ex.rows_of([bad, good], tmp_path)["method"].tolist() == ["S"]
+    good, bad = cells.Cell(0, 0, "S", {}, "validation", 8), cells.Cell(0, 0, "DPO", dict(beta=-1.0), "validation", 8)
+    with pytest.raises(RuntimeError, match="beta"): cells.run_grid([bad, good], tmp_path)
+    assert cells.stored_rows([bad, good], tmp_path)["method"].tolist() == ["S"]
 
 
-def texts(world, base, tok, *data): return ex.DATA[data[0]](world, base, tok, *data[1:])
+def texts(world, base, tok, *data): return training_data.TRAINING_DATA[data[0]](world, base, tok, *data[1:])
 
 
 @pytest.fixture(scope="module")
 def world():
-    w = ex.build_world(0)
-    return w, *ex.load_base(w)
+    w = bodies.build_world(0)
+    return w, *load_base(w)
 
 
 def test_data_by_skill_and_without_one(world):
     skills, without = texts(*world, "skills"), texts(*world, "without", "sort")
-    assert set(skills) == set(ex.SKILLS) and all(r["prompt"][0]["content"].startswith("copy ") for r in skills["copy"])
+    assert set(skills) == set(SKILLS) and all(r["prompt"][0]["content"].startswith("copy ") for r in skills["copy"])
     assert set(without) == set(world[0].sources) and sum(map(len, without.values())) == sum(map(len, skills.values())) - len(skills["sort"])
 
 
 def test_sorted_both_ways(world):
     there, back = (texts(*world, "sorted", "true gap", sign)["all"] for sign in (1, -1))
-    gaps = [ex.measured(r, "true gap") for r in there]
-    assert gaps == sorted(gaps) and gaps[0] < gaps[-1] and [ex.measured(r, "true gap") for r in back] == gaps[::-1]
+    gaps = [training_data.pair_measure(r, "true gap") for r in there]
+    assert gaps == sorted(gaps) and gaps[0] < gaps[-1] and [training_data.pair_measure(r, "true gap") for r in back] == gaps[::-1]
     with pytest.raises(ValueError, match="'size' is none of length"): texts(*world, "sorted", "size", 1)
 
 
 def test_a_judge_errs_as_often_as_stated():
     rows = [dict(prompt=[dict(content="copy abc")], chosen=[dict(content="abc" if i % 2 else "cba")], rejected=[dict(content="cba" if i % 2 else "abc")]) for i in range(4000)]
-    def right(error): return np.mean([r["chosen"][0]["content"] == "abc" for r in ex._judged(rows, error, random.Random(0))])
+    def right(error): return np.mean([r["chosen"][0]["content"] == "abc" for r in training_data._labelled_by_judge(rows, error, random.Random(0))])
     assert right(0.) == 1 and abs(right(0.2) - 0.8) < 0.02
 
 
@@ -152,11 +155,11 @@ def test_same_prompts_in_every_part(world):
 
 def test_implicit_gap_is_zero_for_S_itself(world):
     w, base, tok = world
-    rows = ex._texts(w)
+    rows = training_data.all_pairs(w)
     assert all(r["chosen"][0]["content"] and r["rejected"][0]["content"] for r in rows)
-    assert ex._implicit_gap(base, base, tok, rows).abs().max() == 0          # as many numbers as rows
-    with pytest.raises(ValueError, match="1 of 3 pairs cannot be used"): ex._implicit_gap(base, base, tok, [*rows[:2], rows[2] | dict(chosen=[dict(role="assistant", content="")])])
+    assert training_data._implicit_gap(base, base, tok, rows).abs().max() == 0          # as many numbers as rows
+    with pytest.raises(ValueError, match="1 of 3 pairs cannot be used"): training_data._implicit_gap(base, base, tok, [*rows[:2], rows[2] | dict(chosen=[dict(role="assistant", content="")])])
 
 
 def test_an_unknown_split_is_refused(world):
-    with pytest.raises(ValueError, match="'tset' is none of"): ex.prompts_of(0, "tset")
+    with pytest.raises(ValueError, match="'tset' is none of"): cells.prompts_of_split(0, "tset")

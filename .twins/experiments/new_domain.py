@@ -18,8 +18,10 @@ if not importlib.util.find_spec("sdpo_nb"):
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from sdpo_nb.cells import prompts_of_split
+from sdpo_nb.compare import OUTCOMES, difference_intervals, plot_contrasts
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import OUTCOMES, WORLDS, differences, load_grid, plot_contrasts, prompts_of
+from sdpo_nb.questions import WORLDS, load_grid
 from sdpo_nb.world import SKILLS, load_base, load_world, misled, respond
 
 # %% [markdown]
@@ -30,7 +32,7 @@ from sdpo_nb.world import SKILLS, load_base, load_world, misled, respond
 
 # %%
 found = load_grid("primary") | load_grid("new_domain")
-PROMPTS = {(w, split): prompts_of(w, split) for w in WORLDS for split in ("test", "seven letters", "other letters")}
+PROMPTS = {(w, split): prompts_of_split(w, split) for w in WORLDS for split in ("test", "seven letters", "other letters")}
 def kept(name, what, keep): # (worlds, seeds, 1): mean over the prompts for which keep(skill, string) holds
     of = {(r.world, r.seed): np.mean([v for v, p in zip(getattr(r, what), PROMPTS[r.world, r.split], strict=True) if keep(*p.split())]) for r in found[name].itertuples()}
     return pd.Series(of).unstack().to_numpy()[..., None]
@@ -38,7 +40,7 @@ def gain(name, keep, what="sampled"): return kept(name, what, keep) - kept("S, "
 
 KINDS = {"where S was misled": True, "where it was not": False}
 METHODS = ("DPO", "sDPO")
-left_out = {kind: differences({f"{skill}, {m}": gain(f"{m}, without {skill}", lambda s, string: s == skill and misled(f"{s} {string}") == hard) for skill in SKILLS for m in METHODS}) for kind, hard in KINDS.items()}
+left_out = {kind: difference_intervals({f"{skill}, {m}": gain(f"{m}, without {skill}", lambda s, string: s == skill and misled(f"{s} {string}") == hard) for skill in SKILLS for m in METHODS}) for kind, hard in KINDS.items()}
 fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True, constrained_layout=True)
 for ax, (kind, table) in zip(axes, left_out.items()): plot_contrasts(table, "true reward minus that of S", ax=ax); ax.set_title(kind, fontsize="medium")
 
@@ -77,7 +79,7 @@ pd.DataFrame(between).map(lambda d: as_text(interval(d))).T.rename_axis("on the 
 
 # %%
 LENGTHS = {"six letters": ("{}", 6), "seven letters": ("{}, seven letters", 7)}
-longer = {length: differences({f"{skill}, {m}": gain(name.format(m), lambda s, string: s == skill and len(string) == n) for skill in SKILLS for m in METHODS}) for length, (name, n) in LENGTHS.items()}
+longer = {length: difference_intervals({f"{skill}, {m}": gain(name.format(m), lambda s, string: s == skill and len(string) == n) for skill in SKILLS for m in METHODS}) for length, (name, n) in LENGTHS.items()}
 by_row = longer["seven letters"].set_index("question")
 assert by_row["low"].filter(regex="sort|shift").min() > 0.1 and by_row["low"].filter(regex="copy|reverse").max() < 0
 fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True, constrained_layout=True)

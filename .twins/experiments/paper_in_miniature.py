@@ -21,10 +21,13 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch.nn.functional as F
+from sdpo_nb.cells import unfold_column
+from sdpo_nb.compare import difference_intervals, outcome_means, outcome_values, plot_contrasts
 from sdpo_nb.evaluate import interval
-from sdpo_nb.experiments import COMMON, choices, differences, load_grid, means, outcome, plot_contrasts, unfolded
 from sdpo_nb.logprobs import read_table
+from sdpo_nb.questions import chosen_settings, load_grid
 from sdpo_nb.stepwise import StepwiseConfig, load_sources, sdpo
+from sdpo_nb.training_data import COMMON_SETTINGS
 from sdpo_nb.world import load_world
 
 # %% [markdown]
@@ -38,14 +41,14 @@ from sdpo_nb.world import load_world
 # %%
 table_1, main = load_grid("paper_in_miniature"), load_grid("primary")
 references = {name.removeprefix("riddle against "): rows for name, rows in table_1.items() if name.startswith("riddle")} | {"M_2, beta = 4.8": main["sDPO, target S"]}
-assert (choices()["sDPO, target S"], choices()["DPO"]) == (dict(beta=4.8, lr=3e-4), dict(beta=0.6, lr=3e-4))
+assert (chosen_settings()["sDPO, target S"], chosen_settings()["DPO"]) == (dict(beta=4.8, lr=3e-4), dict(beta=0.6, lr=3e-4))
 def own_reward(rows): # of the reference: of S, or of the model of the stage before the last
-    if len(rows["steps"].iloc[0]) == 1: return outcome(main["S"], "sampled").mean()
-    return unfolded(rows, "stages").query("stage == stage.max() - 1")["sampled"].mean()
-means(references).assign(**{"of the reference itself": [round(own_reward(rows), 3) for rows in references.values()]}).rename_axis("riddle against")
+    if len(rows["steps"].iloc[0]) == 1: return outcome_values(main["S"], "sampled").mean()
+    return unfold_column(rows, "stages").query("stage == stage.max() - 1")["sampled"].mean()
+outcome_means(references).assign(**{"of the reference itself": [round(own_reward(rows), 3) for rows in references.values()]}).rename_axis("riddle against")
 
 # %%
-better = differences({f"against {name} minus against S, {what}": outcome(rows, what) - outcome(references["S"], what) for name, rows in references.items() if name != "S" for what in ("sampled", "greedy")})
+better = difference_intervals({f"against {name} minus against S, {what}": outcome_values(rows, what) - outcome_values(references["S"], what) for name, rows in references.items() if name != "S" for what in ("sampled", "greedy")})
 assert better["high"].iloc[[1, 2, 3]].max() < 0 < better["high"].iloc[4]
 plot_contrasts(better);
 
@@ -58,10 +61,10 @@ plot_contrasts(better);
 # In the paper DPO reaches 72.67, sDPO 74.31, and sDPO on a random split 72.56, all with one $\beta$. The first row below does the same, at the best settings of DPO; in the others each method is tuned.
 
 # %%
-means({"sDPO at DPO's settings": main["sDPO at DPO's beta"]} | {name: main[name] for name in ("DPO", "DPO at sDPO's rate", "sDPO", "sDPO, random", "SFT on chosen", "S, best temperature", "S")})
+outcome_means({"sDPO at DPO's settings": main["sDPO at DPO's beta"]} | {name: main[name] for name in ("DPO", "DPO at sDPO's rate", "sDPO", "sDPO, random", "SFT on chosen", "S, best temperature", "S")})
 
 # %%
-gain = differences({f"{name} minus DPO, {what}": outcome(main[row], what) - outcome(main["DPO"], what) for name, row in (("sDPO at DPO's settings", "sDPO at DPO's beta"), ("sDPO", "sDPO"), ("sDPO, random", "sDPO, random")) for what in ("sampled", "greedy")})
+gain = difference_intervals({f"{name} minus DPO, {what}": outcome_values(main[row], what) - outcome_values(main["DPO"], what) for name, row in (("sDPO at DPO's settings", "sDPO at DPO's beta"), ("sDPO", "sDPO"), ("sDPO, random", "sDPO, random")) for what in ("sampled", "greedy")})
 assert gain["high"].iloc[:2].max() < -0.02 and gain["low"].iloc[2:].min() > -0.02
 plot_contrasts(gain);
 
@@ -74,7 +77,7 @@ plot_contrasts(gain);
 # The paper prints the mean of $\gamma$ of three references on its second data set: -38.60 under S, -25.10 under $M_1$, and 84.35 under $M_2$, which was trained on it. Here is every model of tuned sDPO on every chunk (64 of its pairs), with intervals over worlds.
 
 # %%
-gammas = unfolded(main["sDPO"], "gammas")
+gammas = unfold_column(main["sDPO"], "gammas")
 met = gammas.pivot_table("gamma", ["model", "chunk"], ["world", "seed"])
 fig, ax = plt.subplots(figsize=(6, 3.2))
 for chunk in dict.fromkeys(gammas["chunk"]):
@@ -96,7 +99,7 @@ assert all((met.loc[(b, c)] > met.loc[(a, c)]).mean() > 0.8 for a, b, chunks in 
 # by the convexity of softplus. Both sides can be read off the tables before a step is made. In the paper's numbers, the mean gap of 13.5 nats at $\beta = 0.1$ gives at least 1.58.
 
 # %%
-world, settings = load_world(), COMMON | choices()["DPO"]
+world, settings = load_world(), COMMON_SETTINGS | chosen_settings()["DPO"]
 config = StepwiseConfig(**settings, init_target="S", shuffle=False)     # unshuffled: the first batch is the chunk's first 32 pairs
 run = sdpo(world.base, world.sources, config, tempfile.mkdtemp())
 chunk = next(s.pairs for s in load_sources(world.sources, run.tokenizer, config) if s.name == run.stages[1]["chunk"])
@@ -127,7 +130,7 @@ ax.axhline(math.log(2), color="black", lw=1, ls=":"); ax.set(xlabel="optimizer s
 back = [next(i for i, loss in enumerate(l, 1) if loss < math.log(2)) for l in stage_2(table_1["target S"])]
 assert 5 < min(back) and max(back) < 25
 both = {"DPO's settings": (table_1["target S"], main["sDPO at DPO's beta"]), "each tuned": (main["sDPO, target S"], main["sDPO"])}
-end = differences({f"target S minus M_(t-1), {how}, {what}": outcome(a, what) - outcome(b, what) for how, (a, b) in both.items() for what in ("sampled", "greedy")})
+end = difference_intervals({f"target S minus M_(t-1), {how}, {what}": outcome_values(a, what) - outcome_values(b, what) for how, (a, b) in both.items() for what in ("sampled", "greedy")})
 assert end["high"].iloc[[0, 2]].max() < 0
 plot_contrasts(end);
 

@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from sdpo_nb.compare import difference_intervals, outcome_values, plot_contrasts
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import STAGES, choices, differences, load_grid, outcome, plot_contrasts
 from sdpo_nb.loss import bradley_terry, optimal_policy, population_loss
+from sdpo_nb.questions import STAGE_COUNTS, chosen_settings, load_grid
 from sdpo_nb.world import ALPHABET, K, SKILLS, enumerable_world, true_reward
 
 # %% [markdown]
@@ -70,7 +71,7 @@ def same(T): return [everything] * T
 def own(T): return [everything[t::T] for t in range(T)]
 
 off = pd.DataFrame({T: {"same prompts, from S exp(T k r / beta)": (stages(log_S, same(T), 6.) - optimal_policy(log_S, K * r, 6. / T)).abs().max().item(),
-                        "own prompts, from S exp(k r / beta)": (stages(log_S, own(T), 6.) - optimal_policy(log_S, K * r, 6.)).abs().max().item()} for T in STAGES}).rename_axis("largest error of a log-probability, nats; T =")
+                        "own prompts, from S exp(k r / beta)": (stages(log_S, own(T), 6.) - optimal_policy(log_S, K * r, 6.)).abs().max().item()} for T in STAGE_COUNTS}).rename_axis("largest error of a log-probability, nats; T =")
 assert off.max(axis=None) < 1e-6
 off.map("{:.0e}".format)
 
@@ -82,7 +83,7 @@ off.map("{:.0e}".format)
 def measured(log_pi): return dict(reward=(log_pi.exp() * r).sum(1).mean().item(), kl=(log_pi.exp() * (log_pi - log_S)).sum(1).mean().item())
 
 curve = pd.DataFrame([dict(x=b, **measured(optimal_policy(log_S, K * r, b))) for b in np.geomspace(0.5, 24, 40)])
-dots = pd.DataFrame([dict(x=beta / T, T=T, prompts=kind, **measured(stages(log_S, chunks(T), beta))) for beta in (6., 12.) for T in STAGES for kind, chunks in (("same prompts in every stage", same), ("prompts of its own", own))])
+dots = pd.DataFrame([dict(x=beta / T, T=T, prompts=kind, **measured(stages(log_S, chunks(T), beta))) for beta in (6., 12.) for T in STAGE_COUNTS for kind, chunks in (("same prompts in every stage", same), ("prompts of its own", own))])
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.3), constrained_layout=True)
 for ax, what, name in zip(axes, ("reward", "kl"), ("true reward", "KL from S (nats)")):
     ax.plot(curve["x"], curve[what], color="black", lw=1.5, label=r"one stage at $\beta/T$: $S\,e^{Tkr/\beta}$")
@@ -99,24 +100,24 @@ axes[0].legend(frameon=False, fontsize="x-small"); sns.despine(fig)
 # DPO at $\beta/T$ sees the same pairs three times. It has slightly less of everything else: $T$ chunks end in $T$ smaller batches, up to a tenth more steps at $T = 8$, and warm up $T$ times, which adds up to an eighth more learning rate ([protocol](protocol.ipynb)). Both push the stages farther.
 
 # %%
-found, beta = load_grid("smaller_beta"), choices()["DPO"]["beta"]
+found, beta = load_grid("smaller_beta"), chosen_settings()["DPO"]["beta"]
 KINDS = {"same prompts": "same prompts in every stage", "sources": "prompts of its own"}
 def name(method, T, data): return "DPO at beta" if T == 1 else f"DPO at beta/{T}, {data}" if method == "DPO" else f"sDPO, T = {T}, {data}"
 
-points = pd.DataFrame([dict(T=T, prompts=kind, method=method, x=beta / T, **{what: outcome(found[name(method, T, data)], what).mean() for what in ("sampled", "kl")})
-                       for T in STAGES for data, kind in KINDS.items() for method in ("DPO", "sDPO") if T > 1 or (method, data) == ("DPO", "sources")])
+points = pd.DataFrame([dict(T=T, prompts=kind, method=method, x=beta / T, **{what: outcome_values(found[name(method, T, data)], what).mean() for what in ("sampled", "kl")})
+                       for T in STAGE_COUNTS for data, kind in KINDS.items() for method in ("DPO", "sDPO") if T > 1 or (method, data) == ("DPO", "sources")])
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.3), constrained_layout=True)
 for ax, what, label in zip(axes, ("sampled", "kl"), ("true reward, sampled", "KL from S (nats)")):
     for kind, rows in points[points["method"] == "DPO"].groupby("prompts"): ax.plot(rows["x"], rows[what], color="black", lw=1.5, ls="-" if kind.startswith("same") else ":", label=fr"DPO at $\beta/T$, {kind}")
     sns.scatterplot(points[points["method"] == "sDPO"], x="x", y=what, hue="T", style="prompts", style_order=list(KINDS.values()), palette="crest", s=70, ax=ax, legend=what == "sampled")
-    ax.set(xscale="log", xlabel=r"$\beta / T$ (per nat)", ylabel=label); ax.set_xticks([beta / T for T in STAGES], [rf"$\beta$/{T}" for T in STAGES]); ax.minorticks_off()
+    ax.set(xscale="log", xlabel=r"$\beta / T$ (per nat)", ylabel=label); ax.set_xticks([beta / T for T in STAGE_COUNTS], [rf"$\beta$/{T}" for T in STAGE_COUNTS]); ax.minorticks_off()
 axes[0].legend(frameon=False, fontsize="x-small", bbox_to_anchor=(-0.2, 1), loc="upper right"); sns.despine(fig)
 
 # %% [markdown]
 # "One curve" would mean that the whole interval of the difference lies within $\pm 0.02$ at every $T$.
 
 # %%
-apart = differences({f"T = {T}, {kind}": outcome(found[name("sDPO", T, data)], "sampled") - outcome(found[name("DPO", T, data)], "sampled") for data, kind in KINDS.items() for T in STAGES[1:]})
+apart = difference_intervals({f"T = {T}, {kind}": outcome_values(found[name("sDPO", T, data)], "sampled") - outcome_values(found[name("DPO", T, data)], "sampled") for data, kind in KINDS.items() for T in STAGE_COUNTS[1:]})
 plot_contrasts(apart, "T stages at beta minus one at beta/T, true reward");
 different = apart[(apart["high"] < 0) | (apart["low"] > 0)]
 assert (apart["low"] < -0.02).all() and (apart["mean"] < 0).all() and len(different) == 6
@@ -125,7 +126,7 @@ assert (apart["low"] < -0.02).all() and (apart["mean"] < 0).all() and len(differ
 # All eight means are below zero, six clearly. Theory has two answers, $\beta/T$ for the same prompts and $\beta$ for prompts that share nothing. Prompts of their own do *not* stay at $\beta$: these stages share skills, and end near $\beta/T$ or below. And the same prompts are not nearer to $\beta/T$ than the others. Are stages farther from S than DPO, too?
 
 # %%
-pd.DataFrame({kind: {f"T = {T}": as_text(interval(outcome(found[name("sDPO", T, data)], "kl") - outcome(found[name("DPO", T, data)], "kl"))) for T in STAGES[1:]} for data, kind in KINDS.items()}).rename_axis("KL from S, stages minus DPO at beta/T (nats)")
+pd.DataFrame({kind: {f"T = {T}": as_text(interval(outcome_values(found[name("sDPO", T, data)], "kl") - outcome_values(found[name("DPO", T, data)], "kl"))) for T in STAGE_COUNTS[1:]} for data, kind in KINDS.items()}).rename_axis("KL from S, stages minus DPO at beta/T (nats)")
 
 # %% [markdown]
 # In the mean always; clearly in three of eight. The restarts above may be a part of it, and which part was not measured; worse models at the same distance are another explanation.

@@ -21,11 +21,14 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
+from sdpo_nb.cells import unfold_column
+from sdpo_nb.compare import difference_intervals, outcome_means, outcome_values, plot_contrasts
 from sdpo_nb.evaluate import as_text, held_out, interval, response_kl, win_rate
-from sdpo_nb.experiments import COMMON, DATA, choices, differences, load_grid, means, outcome, plot_contrasts, unfolded
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.questions import chosen_settings, load_grid
 from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
+from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA
 from sdpo_nb.world import load_base, load_world, make_pairs, respond, score_responses, true_reward
 
 # %% [markdown]
@@ -37,7 +40,7 @@ from sdpo_nb.world import load_base, load_world, make_pairs, respond, score_resp
 main, skills = load_grid("primary"), load_grid("stage_by_stage")
 RUNS = {"tuned": main["sDPO"], "at DPO's settings": main["sDPO at DPO's beta"]}
 def on_the_way(rows): # one row per world, seed, stage and skill; stage 0 is S
-    return pd.concat([unfolded(part, "stages") for part in (main["S"], rows)], ignore_index=True)
+    return pd.concat([unfold_column(part, "stages") for part in (main["S"], rows)], ignore_index=True)
 
 def by_stage(rows, what): # (models, worlds, seeds, 1), a mean over skills
     mean = on_the_way(rows).groupby(["stage", "world", "seed"])[what].mean()
@@ -53,7 +56,7 @@ axes[0].legend(frameon=False); sns.despine(fig)
 
 # %%
 gains = {f"{name}: M_{t} minus M_{t-1}, {how}": by_stage(rows, how)[t] - by_stage(rows, how)[t-1] for name, rows in RUNS.items() for how in ("sampled", "greedy") for t in (1, 2, 3)}
-steps = differences(gains)
+steps = difference_intervals(gains)
 tuned, other = (steps[steps["question"].str.startswith(name) & steps["question"].str.endswith("sampled")] for name in RUNS)
 assert (tuned["low"] > 0).all() and tuned["mean"].is_monotonic_decreasing and other["high"].iloc[1:].max() < 0.02
 plot_contrasts(steps, "gain of a stage, true reward (grey: too small to count)");
@@ -64,7 +67,7 @@ plot_contrasts(steps, "gain of a stage, true reward (grey: too small to count)")
 
 # %%
 shuffled = by_stage(main["sDPO, random"], "sampled")
-differences({f"random chunks: M_{t} minus M_{t-1}": shuffled[t] - shuffled[t-1] for t in (1, 2, 3)}).set_index("question").round(3)
+difference_intervals({f"random chunks: M_{t} minus M_{t-1}": shuffled[t] - shuffled[t-1] for t in (1, 2, 3)}).set_index("question").round(3)
 
 
 # %% [markdown]
@@ -106,12 +109,12 @@ pd.DataFrame(change).T.map(as_text).rename_axis(["order", "change of true reward
 # %%
 same = main["sDPO at DPO's beta"]
 ends = {"DPO, all at once": main["DPO"], "three mixed stages": same} | {f"four stages of skills, {order.removeprefix('skills, ')}": rows for order, rows in skills.items()}
-lost = differences({"three mixed stages minus DPO": outcome(same, "sampled") - outcome(main["DPO"], "sampled")} | {f"{name} minus three mixed": outcome(rows, "sampled") - outcome(same, "sampled") for name, rows in ends.items() if "skills" in name})
+lost = difference_intervals({"three mixed stages minus DPO": outcome_values(same, "sampled") - outcome_values(main["DPO"], "sampled")} | {f"{name} minus three mixed": outcome_values(rows, "sampled") - outcome_values(same, "sampled") for name, rows in ends.items() if "skills" in name})
 assert (lost["high"] < 0).all()
 plot_contrasts(lost);
 
 # %%
-means(ends)
+outcome_means(ends)
 
 # %% [markdown]
 # Half of what is lost comes from stages at a $\beta$ that is too small for them, and the other half from chunks that do not repeat each other. (Four stages instead of three are in that half, too.) So mind what a chunk contains: *an order by difficulty that happens to be an order by subject
@@ -123,11 +126,11 @@ means(ends)
 
 # %%
 world = load_world(); base, tok = load_base(world)
-config = StepwiseConfig(**COMMON | choices()["DPO"])
-run = sdpo(world.base, DATA["skills"](world, base, tok), config, tempfile.mkdtemp())
+config = StepwiseConfig(**COMMON_SETTINGS | chosen_settings()["DPO"])
+run = sdpo(world.base, TRAINING_DATA["skills"](world, base, tok), config, tempfile.mkdtemp())
 models = {f"M_{t}": load_model(str(run.model_folder(t))) for t in range(5)}
 rows = [r for i in range(3) for r in make_pairs(copy.deepcopy(base).double(), tok, world.validation + world.test, seed=900 + i) if r["chosen"][0]["content"] and r["rejected"][0]["content"]]
-pairs = tokenize_pairs(load_pairs(rows), tok, "held out", COMMON["max_length"], COMMON["max_length"] // 2).pairs
+pairs = tokenize_pairs(load_pairs(rows), tok, "held out", COMMON_SETTINGS["max_length"], COMMON_SETTINGS["max_length"] // 2).pairs
 tables = {name: score_pairs(m, pairs) for name, m in models.items()}
 first = next(iter(tables.values()))
 pd.DataFrame({name: held_out(table, first, pairs, config.beta) for name, table in tables.items()}, dtype=object).T.map(as_text)

@@ -19,8 +19,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from sdpo_nb.bodies import BODIES, make_body
+from sdpo_nb.cells import stored_rows
+from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_values, plot_outcomes
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import BODIES, OUTCOMES, choices_of, differences, load_grid, make_body, outcome, plot_outcomes, rows_of, search_bodies, searched, starts
+from sdpo_nb.questions import body_search_cells, chosen_for_body, load_grid, search_table, start_cells
 from sdpo_nb.world import make_model, make_tokenizer
 
 # %% [markdown]
@@ -34,9 +37,9 @@ from sdpo_nb.world import make_model, make_tokenizer
 # %%
 found, tok = load_grid("which_architecture"), make_tokenizer()
 KINDS = ("llama", *BODIES)
-start = {body: np.array([np.mean(r) for r in rows_of(starts(body)).sort_values("world")["sampled"]]) for body in KINDS}      # by world
+start = {body: np.array([np.mean(r) for r in stored_rows(start_cells(body)).sort_values("world")["sampled"]]) for body in KINDS}      # by world
 assert all(abs((v - start["llama"]).mean()) < 0.01 for v in start.values())
-def row(body): return {"parameters": (make_model(tok) if body == "llama" else make_body(body, tok)).num_parameters(), "pairs": np.mean([sum(p) for p in found[f"{body}, sDPO"]["chunk_pairs"]]), "validation reward of S": start[body].mean(), "test reward of S": outcome(found[f"{body}, S"], "sampled").mean()}
+def row(body): return {"parameters": (make_model(tok) if body == "llama" else make_body(body, tok)).num_parameters(), "pairs": np.mean([sum(p) for p in found[f"{body}, sDPO"]["chunk_pairs"]]), "validation reward of S": start[body].mean(), "test reward of S": outcome_values(found[f"{body}, S"], "sampled").mean()}
 pd.DataFrame({body: row(body) for body in KINDS}).T.round(3)
 
 # %% [markdown]
@@ -47,10 +50,10 @@ pd.DataFrame({body: row(body) for body in KINDS}).T.round(3)
 # The Llama keeps what the [protocol](protocol.ipynb) found for it. For the four others $\beta$ and learning rate were searched in one world that is not reported, with one run for each cell. Framed is what was chosen: for stepwise DPO always twice the $\beta$ of DPO. A rate of $10^{-3}$ is nearly always the worst.
 
 # %%
-tried = {body: searched(rows_of([c for c in search_bodies() if c.body == body])) for body in BODIES}
+tried = {body: search_table(stored_rows([c for c in body_search_cells() if c.body == body])) for body in BODIES}
 fig, axes = plt.subplots(2, len(BODIES), figsize=(13, 4.2), sharex=True, sharey=True, constrained_layout=True)
 for column, body in zip(axes.T, BODIES):
-    for ax, (method, at) in zip(column, choices_of(body).items()):
+    for ax, (method, at) in zip(column, chosen_for_body(body).items()):
         grid = tried[body].query("method == @method").pivot_table("reward", "lr", "beta")
         sns.heatmap(grid, annot=True, fmt=".2f", annot_kws=dict(size=8), cmap="viridis", vmin=0.5, vmax=0.9, cbar=False, ax=ax); ax.set_title(f"{body}, {method}", fontsize="medium")
         ax.add_patch(plt.Rectangle((list(grid.columns).index(at["beta"]), list(grid.index).index(at["lr"])), 1, 1, fill=False, color="red", lw=2))
@@ -60,12 +63,12 @@ for ax in axes.flat: ax.tick_params(axis="y", rotation=0); ax.label_outer()
 # ## Stepwise minus plain, within each body
 
 # %%
-gain = {what: differences({body: outcome(found[f"{body}, sDPO"], what) - outcome(found[f"{body}, DPO"], what) for body in KINDS}) for what in OUTCOMES}
+gain = {what: difference_intervals({body: outcome_values(found[f"{body}, sDPO"], what) - outcome_values(found[f"{body}, DPO"], what) for body in KINDS}) for what in OUTCOMES}
 plot_outcomes(gain, "sDPO minus DPO");
 
 # %%
 table = gain["sampled"].set_index("question")
-others = {what: interval(np.mean([outcome(found[f"{body}, sDPO"], what) - outcome(found[f"{body}, DPO"], what) for body in BODIES], 0)) for what in OUTCOMES}
+others = {what: interval(np.mean([outcome_values(found[f"{body}, sDPO"], what) - outcome_values(found[f"{body}, DPO"], what) for body in BODIES], 0)) for what in OUTCOMES}
 assert np.abs(others["sampled"]).max() < 0.02 and (table.loc[["llama", "gpt2", "opt"], ["low", "high"]].abs() < 0.02).all(axis=None) and 0 < table.loc["qwen3", "low"] and table.loc["qwen3", "high"] < 0.02 and table.loc["bloom", "high"] < 0
 pd.Series({what: as_text(v) for what, v in others.items()}, name="sDPO minus DPO, mean of the four").to_frame()
 

@@ -19,8 +19,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from sdpo_nb.cells import stored_rows
+from sdpo_nb.compare import difference_intervals, outcome_means, outcome_values, plot_contrasts
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import differences, load_grid, means, outcome, plot_contrasts, rows_of, search, searched
+from sdpo_nb.questions import load_grid, search_cells, search_table
 
 # %% [markdown]
 # ## Four steps from DPO to stepwise DPO
@@ -35,8 +37,8 @@ from sdpo_nb.experiments import differences, load_grid, means, outcome, plot_con
 found = load_grid("why_it_works")
 PATH = {"chunk by chunk": ("fixed, random, never", "DPO"), "... and the reference moves": ("moving, random, never", "fixed, random, never"),
         "... and the schedule restarts": ("moving, random, stage", "moving, random, never"), "... and easy sources first": ("moving, easy_to_hard, stage", "moving, random, stage")}
-def minus(a, b, what="sampled"): return outcome(found[a], what) - outcome(found[b], what)
-steps = differences({q: minus(*rows) for q, rows in PATH.items()} | {"all four: stepwise DPO minus DPO": minus("moving, easy_to_hard, stage", "DPO")})
+def minus(a, b, what="sampled"): return outcome_values(found[a], what) - outcome_values(found[b], what)
+steps = difference_intervals({q: minus(*rows) for q, rows in PATH.items()} | {"all four: stepwise DPO minus DPO": minus("moving, easy_to_hard, stage", "DPO")})
 assert (steps["high"] < 0).tolist() == [True, True, False, False, True] and abs(steps["mean"].iloc[:4].sum() - steps["mean"].iloc[4]) < 1e-9
 plot_contrasts(steps, "change of true reward (grey: too small to count)");
 
@@ -47,7 +49,7 @@ plot_contrasts(steps, "change of true reward (grey: too small to count)");
 
 # %%
 SWITCHES = {"reference": ("fixed", "moving"), "order": ("random", "easy_to_hard", "hard_to_easy"), "restart": ("never", "stage")}
-def cell(reference, order, restart, what="sampled"): return outcome(found[f"{reference}, {order}, {restart}"], what)
+def cell(reference, order, restart, what="sampled"): return outcome_values(found[f"{reference}, {order}, {restart}"], what)
 pd.DataFrame({(reference, restart): {order: as_text(interval(cell(reference, order, restart))) for order in SWITCHES["order"]} for reference in SWITCHES["reference"] for restart in SWITCHES["restart"]}).rename_axis(columns=["reference", "restart"])
 
 
@@ -62,7 +64,7 @@ def mean_where(what, **fixed): # over the cells in which these switches stand as
 moving, fixed = dict(reference="moving"), dict(reference="fixed")
 EFFECTS = {"moving minus fixed reference": (moving, fixed), "   with one schedule": (moving | dict(restart="never"), fixed | dict(restart="never")), "   restarted": (moving | dict(restart="stage"), fixed | dict(restart="stage")),
            "restarted minus one schedule": (dict(restart="stage"), dict(restart="never")), "easy first minus random order": (dict(order="easy_to_hard"), dict(order="random")), "easy first minus hard first": (dict(order="easy_to_hard"), dict(order="hard_to_easy"))}
-def effects(what): return differences({q: mean_where(what, **a) - mean_where(what, **b) for q, (a, b) in EFFECTS.items()})
+def effects(what): return difference_intervals({q: mean_where(what, **a) - mean_where(what, **b) for q, (a, b) in EFFECTS.items()})
 fig, axes = plt.subplots(1, 2, figsize=(10, 3), sharex=True, sharey=True, constrained_layout=True)
 for ax, what in zip(axes, ("sampled", "greedy")): plot_contrasts(effects(what), f"effect on true reward, {what}", ax=ax)
 here = effects("sampled").set_index("question")
@@ -76,7 +78,7 @@ assert (here["high"] < 0).tolist() == [True, True, True, True, False, False] and
 # Is it "like a smaller $\beta$"? Then all of this should be movement along one line: farther from S, less reward.
 
 # %%
-points = pd.DataFrame([dict(kl=outcome(r, "kl").mean(), reward=outcome(r, "sampled").mean(), kind="chunks, moving reference" if name.startswith("moving") else "chunks, fixed reference" if name.startswith("fixed") else "stages from S" if name == "from S" else "DPO", name=name) for name, r in found.items()])
+points = pd.DataFrame([dict(kl=outcome_values(r, "kl").mean(), reward=outcome_values(r, "sampled").mean(), kind="chunks, moving reference" if name.startswith("moving") else "chunks, fixed reference" if name.startswith("fixed") else "stages from S" if name == "from S" else "DPO", name=name) for name, r in found.items()])
 fig, ax = plt.subplots(figsize=(6, 3.4))
 sns.scatterplot(points, x="kl", y="reward", hue="kind", style="kind", s=60, palette="colorblind", ax=ax)
 for r in points[points["kind"] == "DPO"].itertuples(): ax.annotate(r.name, (r.kl, r.reward), xytext=(6, 2), textcoords="offset points", fontsize="small")
@@ -89,7 +91,7 @@ assert others["kl"].rank().corr(others["reward"].rank()) < -0.9
 # On the other side it must be better. The search of the [protocol](protocol.ipynb) has both sides, at a smaller learning rate (two worlds, validation prompts):
 
 # %%
-seen = searched(rows_of(search()))
+seen = search_table(stored_rows(search_cells()))
 by_beta = seen[seen["lr"] == 1e-4].pivot_table("reward", "beta", "method")
 sides = (by_beta["sDPO"] - by_beta["sDPO, fixed reference"]).to_frame("moving minus fixed reference")
 assert sides.loc[:0.6].max().item() < 0 < sides.loc[1.2:].min().item()
@@ -106,11 +108,11 @@ sides.T.round(3)
 stepwise = "moving, easy_to_hard, stage"
 CONTROLS = {"DPO": "DPO", "DPO, twice the epochs": "DPO, twice the epochs", "stages with a fixed reference": "fixed, easy_to_hard, stage", "DPO at beta/3": "DPO at beta/3", "stages in random order": "moving, random, stage",
             "stages with one schedule": "moving, easy_to_hard, never", "stages that start from S": "from S"}
-plot_contrasts(differences({f"minus {q}": minus(stepwise, name) for q, name in CONTROLS.items()}), "stepwise DPO minus a control, true reward");
+plot_contrasts(difference_intervals({f"minus {q}": minus(stepwise, name) for q, name in CONTROLS.items()}), "stepwise DPO minus a control, true reward");
 
 # %%
 rows = {"stepwise DPO": found[stepwise]} | {q: found[name] for q, name in CONTROLS.items()}
-means(rows).join(pd.DataFrame({q: {"thousand tokens trained on": round(r["tokens"].mean() / 1000), "of other passes": round(r["pass_tokens"].mean() / 1000)} for q, r in rows.items()}).T)
+outcome_means(rows).join(pd.DataFrame({q: {"thousand tokens trained on": round(r["tokens"].mean() / 1000), "of other passes": round(r["pass_tokens"].mean() / 1000)} for q, r in rows.items()}).T)
 
 # %% [markdown]
 # From -0.05 to +0.04: clearly worse, undecided or clearly better. (Tokens of other passes are those of the partition and of the references.)

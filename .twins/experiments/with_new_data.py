@@ -19,8 +19,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from sdpo_nb.cells import unfold_column
+from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_means, outcome_values, plot_outcomes
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import OUTCOMES, differences, load_grid, means, outcome, plot_outcomes, unfolded
+from sdpo_nb.questions import load_grid
 
 # %% [markdown]
 # ## Who writes, who labels?
@@ -40,8 +42,8 @@ found = load_grid("with_new_data")
 LABELS = ("true", "judge, 0 % wrong", "judge, 20 % wrong", "implicit")
 WRITERS = {"S": "S", "policy": "M"}        # name in the grid -> here
 COMPARED = {label: ("S, " + label) for label in LABELS} | {f"{label}, as many pairs": f"S, as many, {label}" for label in LABELS[:2]}
-def minus(a, b, what="sampled"): return outcome(found[a], what) - outcome(found[b], what)
-fresh = {what: differences({name: minus(f"policy, {name.removesuffix(', as many pairs')}", row, what) for name, row in COMPARED.items()}) for what in OUTCOMES}
+def minus(a, b, what="sampled"): return outcome_values(found[a], what) - outcome_values(found[b], what)
+fresh = {what: difference_intervals({name: minus(f"policy, {name.removesuffix(', as many pairs')}", row, what) for name, row in COMPARED.items()}) for what in OUTCOMES}
 plot_outcomes(fresh, "M minus S");
 
 # %%
@@ -68,7 +70,7 @@ pd.DataFrame({q: {what: as_text(interval(v)) for what, v in d.items()} for q, d 
 # ## Stage by stage
 
 # %%
-paths = pd.concat([unfolded(found[f"{writer}, {label}"], "stages").groupby("stage")[["sampled", "kl"]].mean().assign(writer=who, labels=label) for writer, who in WRITERS.items() for label in LABELS]).reset_index()
+paths = pd.concat([unfold_column(found[f"{writer}, {label}"], "stages").groupby("stage")[["sampled", "kl"]].mean().assign(writer=who, labels=label) for writer, who in WRITERS.items() for label in LABELS]).reset_index()
 fig, ax = plt.subplots(figsize=(7, 3.6))
 sns.lineplot(paths, x="kl", y="sampled", hue="labels", style="writer", markers=True, dashes={"S": (2, 2), "M": ""}, ax=ax)
 ax.set(xlabel="KL from S (nats)", ylabel="true reward, sampled"); ax.legend(frameon=False, fontsize="small", bbox_to_anchor=(1, 1)); sns.despine(fig)
@@ -79,7 +81,7 @@ ax.set(xlabel="KL from S (nats)", ylabel="true reward, sampled"); ax.legend(fram
 
 # %%
 def stages(name): # (stages, worlds, seeds, 1)
-    mean = unfolded(found[name], "stages").groupby(["stage", "world", "seed"])["sampled"].mean()
+    mean = unfold_column(found[name], "stages").groupby(["stage", "world", "seed"])["sampled"].mean()
     return np.stack([mean[t].unstack().to_numpy() for t in (1, 2, 3)])[..., None]
 steps = {f"{label}, written by {who}": stages(f"{writer}, {label}") for label in LABELS for writer, who in WRITERS.items()}
 wrong = {f"implicit, written by {who}": np.stack(found[f"{writer}, implicit"]["wrong_labels"]).mean(0) for writer, who in WRITERS.items()}
@@ -100,7 +102,7 @@ pd.DataFrame({name: {"M_3 minus M_1": as_text(interval(m[2] - m[0])), "M_2 minus
 def counted(name):
     pairs = np.stack(found[name]["chunk_pairs"])
     return {"pairs by stage": " ".join(f"{p:.0f}" for p in pairs.mean(0)), "label calls": round((pairs[:, 0] if name.endswith("implicit") else pairs.sum(1)).mean())}
-means(found).join(pd.DataFrame({name: counted(name) for name in found}).T).rename(lambda name: name.replace("policy", "M")).rename_axis("written by, labels")
+outcome_means(found).join(pd.DataFrame({name: counted(name) for name in found}).T).rename(lambda name: name.replace("policy", "M")).rename_axis("written by, labels")
 
 # %% [markdown]
 # Labels are what data cost, and the implicit reward saves two thirds of them. (The usual sources of a world are about 1,450 pairs, as more prompts were answered for them, and stepwise DPO reaches 0.871 with them.)

@@ -1,0 +1,696 @@
+# %% [markdown]
+# # One run, one row
+# > A method in a world with a seed is a cell: how it is trained, how it is measured, and how hundreds of cells become one table.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/cells.ipynb)
+#
+# **You should know** [stepwise DPO](../09_stepwise.ipynb), [how a model is measured](../08_evaluate.ipynb), and the [training data](training_data.ipynb) of the experiments.
+#
+# **Time** an hour to read, one to two minutes to run.
+#
+# An experiment asks, say, whether sDPO is better than DPO. To answer it we run both in ten worlds with two seeds. That makes forty runs, and
+# all experiments together have some three thousand. A run takes a quarter of a minute, and is thrown away when it has been measured. What stays is
+# one row of a table. This page makes such a row.
+
+# %%
+#| default_exp cells
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import copy, io, json, os, random, tempfile, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.resources import files
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from sdpo_nb.bodies import build_beginning, build_world
+from sdpo_nb.evaluate import kl_along
+from sdpo_nb.logprobs import load_model
+from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
+from sdpo_nb.trainer import learning_rate
+from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA, true_gap
+from sdpo_nb.world import ALPHABET, World, content_hash, load_base, make_prompts, prompt_ids, respond_ids
+from sdpo_nb.world import sft, text_of, true_reward, true_rewards, world_texts
+
+# %%
+import dataclasses, math
+
+# %% [markdown]
+# How many numbers will such a row need, if it should answer questions that nobody has asked yet? More than one mean. We keep one number per prompt, so that any two rows can be
+# compared prompt by prompt, later, by somebody who does not have the models.
+#
+# ## A cell
+#
+# A cell is one method in one world with one seed. The *seed* fixes the order in which pairs are trained on, and the chunks where they are
+# random. Its settings are those of `StepwiseConfig` and nothing else, so there is no second copy of the training loop. DPO is
+# stepwise DPO with one chunk. `sDPO` is what `StepwiseConfig` does by itself: three stages, one for each source, easy to hard by the reward accuracy under S.
+# Each stage starts from the model of the stage before, has it as its reference, and restarts the learning-rate schedule and the optimizer. The
+# other methods of `METHODS` change one of these things each.
+#
+# To change one thing at a time is what makes a comparison say something. If sDPO beats DPO, it might be the chunks, their order, the reference or the start.
+# Each of the other methods keeps all of that but one.
+#
+# Three methods do without DPO. They are the *baselines*: S as it is; S at the sampling temperature that is best on validation prompts; and S fine-tuned on
+# the chosen responses.
+
+# %%
+#| export
+METHODS = { # name -> settings of StepwiseConfig
+    "DPO": dict(chunks=1),
+    "sDPO": dict(),
+    "sDPO, random": dict(order="random"),
+    "sDPO, hard first": dict(order="hard_to_easy"),
+    "sDPO, fixed reference": dict(reference="fixed"),
+    "sDPO, target S": dict(init_target="S"),
+}
+BASELINES = ("S", "S, best temperature", "SFT on chosen")
+
+@dataclass(frozen=True)
+class Cell:
+    "One run: a method in a world with a seed."
+    world: int
+    seed: int
+    method: str                                  # of METHODS or BASELINES
+    settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS and COMMON_SETTINGS
+    split: str = "test"                          # prompts it is measured on; see `prompts_of_split`
+    pairs: int = None                            # of each source; None: all
+    data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
+    body: str = "llama"                          # or a name in BODIES
+
+    @property
+    def config(self) -> dict:
+        "Every setting that is not the default of StepwiseConfig."
+        return COMMON_SETTINGS | METHODS.get(self.method, {}) | self.settings
+
+    @property
+    def key(self) -> str:
+        "A hash of all that makes the cell: equal cells have equal keys."
+        parts = [self.world, self.seed, self.method, self.config, self.split, self.pairs, self.data]
+        if self.body != "llama": parts.append(self.body)    # keys are older than other bodies
+        return content_hash(parts)
+
+
+# %% [markdown]
+# Which of these three cells are one and the same?
+
+# %%
+usual = Cell(world=1, seed=0, method="sDPO")
+spelt_out = Cell(world=1, seed=0, method="sDPO", settings=dict(beta=0.3))   # 0.3 is in COMMON_SETTINGS already
+larger_beta = Cell(world=1, seed=0, method="sDPO", settings=dict(beta=0.6))
+
+assert usual.key == spelt_out.key
+assert usual.key != larger_beta.key
+{"usual": usual.key, "spelt out": spelt_out.key, "larger beta": larger_beta.key}
+
+
+# %% [markdown]
+# The first two. The key is made of what a cell *does*, not of how it was written. Two experiments that need the same run find it under the same key.
+#
+# ## The exam
+#
+# How good is a model? We give it prompts that nobody trained on and keep one number per prompt: the true reward of its answer. We ask
+# twice, once sampled at temperature 1 and once greedily. The third number is the KL from S, the distance in nats that the model has moved, along the
+# sampled answers.
+#
+# First the prompts. Most cells are measured on the `test` prompts of their world, the searches on `validation`. Two kinds of
+# prompts are unlike anything that a model of the world has seen: strings of seven letters, and strings of the eleven letters after *k*, which
+# occur in no string and no answer. (Six of them occur in the names of the skills. The skill *shift* has no answer there and is left out.)
+
+# %%
+#| export
+def _with_other_letters(prompt: str) -> str:
+    "The same prompt with each letter moved behind the alphabet of the world: a becomes l."
+    skill, string = prompt.split()
+    return skill + " " + "".join(chr(ord(c) + len(ALPHABET)) for c in string)
+
+def prompts_of_split(
+    world: int,     # its seed
+    split: str,     # validation, test, seven letters, other letters
+) -> list[str]:
+    """The prompts that a cell is measured on, in the order of its stored rewards.
+    Raises ValueError for a split that is not there."""
+    if split in ("validation", "test"): return world_texts(world)[split]
+    if split == "seven letters": return make_prompts(300, "test", random.Random(world), lengths=(7, 7))
+    if split == "other letters":
+        prompts = world_texts(world)["test"]
+        return [_with_other_letters(p) for p in prompts if not p.startswith("shift ")]
+    raise ValueError(f"split: {split!r} is none of validation, test, seven letters, other letters")
+
+
+# %%
+rows = {}
+for split in ("validation", "test", "seven letters", "other letters"):
+    prompts = prompts_of_split(0, split)
+    rows[split] = dict(prompts=len(prompts), first=prompts[0], second=prompts[1])
+
+try: prompts_of_split(0, "tset")
+except ValueError as error: print(error)
+pd.DataFrame(rows).T
+
+
+# %% [markdown]
+# Now the exam itself. When two students are compared, both should get the same questions. Here they also get the same *luck*: the random
+# numbers behind a sampled answer are the same for every method of a world. So a difference between two methods is paired, prompt by
+# prompt.
+
+# %%
+#| export
+@dataclass
+class Exam:
+    "Questions, and how a model is asked them."
+    base: object     # S
+    tokenizer: object
+    prompts: list
+    luck: int        # seed of the random numbers behind sampled answers
+
+    def results(
+        self,
+        model,
+        tau: float = 1., # temperature of the sampled answers; the greedy ones have none
+    ) -> dict:           # sampled, greedy: true reward; kl: nats; one number per prompt each
+        "Ask a model, at a temperature and greedily."
+        responses = respond_ids(model, self.tokenizer, self.prompts, tau, self.luck)
+        texts = [text_of(self.tokenizer, response) for response in responses]
+        sampled = [true_reward(prompt, text) for prompt, text in zip(self.prompts, texts)]
+        greedy = true_rewards(model, self.tokenizer, self.prompts, 0.)
+        kl = kl_along(model, self.base, self.tokenizer, self.prompts, responses, tau)
+        return dict(
+            sampled=np.round(sampled, 4).tolist(),
+            greedy=np.round(greedy, 4).tolist(),
+            kl=np.round(kl, 3).tolist(),
+        )
+
+    def by_skill(
+        self,
+        results: dict,   # of one model
+        stage: int,      # after which it stands; 0: S
+    ) -> pd.DataFrame:   # skill, sampled, greedy, kl, stage
+        "Means of the results of one model, skill by skill."
+        skills = [prompt.split()[0] for prompt in self.prompts]
+        means = pd.DataFrame(results).groupby(skills).mean().round(4)
+        return means.rename_axis("skill").reset_index().assign(stage=stage)
+
+
+# %% [markdown]
+# We ask S, and S with half the temperature. How far is S from itself? And will it move when only its temperature changes, and no weight?
+
+# %%
+world = build_world(0)
+base, tokenizer = load_base(world)
+exam = Exam(base, tokenizer, prompts_of_split(0, "validation")[:100], luck=1)
+
+results = {"S": exam.results(base), "S at temperature 0.5": exam.results(base, tau=0.5)}
+assert results["S"] == exam.results(base)                       # the same luck, the same answers
+assert max(abs(kl) for kl in results["S"]["kl"]) < 1e-9
+pd.DataFrame({name: pd.DataFrame(numbers).mean() for name, numbers in results.items()}).T.round(3)
+
+# %% [markdown]
+# S is at distance 0 from itself. At half the temperature it answers otherwise, so it is another policy, 0.25 nats away. Its greedy answers are the same, as they have no temperature.
+#
+# A mean over all prompts can hide that one skill is lost. So means are kept by skill, too:
+
+# %%
+exam.by_skill(results["S"], stage=0)
+
+
+# %% [markdown]
+# ## Equal budgets
+#
+# A comparison is unfair when one method trains longer. Here every method of DPO sees the same pairs three times. Is that all? Nearly. Each stage
+# starts a new learning-rate schedule, and every warm-up reaches the peak again. And each chunk may end in a smaller batch, so there are a few more optimizer
+# steps. How much learning rate comes together?
+
+# %%
+#| export
+def learning_rate_sum(
+    steps: list, # optimizer steps of each stage
+) -> float:
+    "Sum of the learning rates of restarted schedules, in units of the peak."
+    config = StepwiseConfig(lr=1.0)
+    return sum(learning_rate(step, n, config) for n in steps for step in range(n))
+
+
+# %%
+def steps_of(T, pairs=1500): # optimizer steps of each of T stages
+    parts = np.array_split(range(pairs), T)
+    batches = [math.ceil(len(part) / COMMON_SETTINGS["batch_size"]) for part in parts]
+    return [COMMON_SETTINGS["epochs"] * n for n in batches]
+
+budgets = {}
+for T in (1, 3, 8):
+    steps = steps_of(T)
+    budgets[T] = {"sum of learning rates (peaks)": learning_rate_sum(steps), "optimizer steps": sum(steps)}
+pd.DataFrame(budgets).rename_axis(columns="stages").round(1)
+
+# %% [markdown]
+# For three stages it is little, for eight it is not.
+#
+# ## The baselines
+#
+# A baseline is a model, a temperature, and the number of tokens that it was trained on. Fine-tuning takes the chosen responses of all
+# sources, and the epochs, batch size and learning rate of its cell.
+
+# %%
+#| export
+TEMPERATURES = (1., 0.8, 0.6, 0.4, 0.2, 0.1)
+
+def _best_temperature(base, tokenizer, world: World) -> float:
+    "The temperature at which S has the highest reward on validation prompts."
+    rewards = {}
+    for tau in TEMPERATURES: rewards[tau] = np.mean(true_rewards(base, tokenizer, world.validation, tau))
+    return max(rewards, key=rewards.get)
+
+def _fine_tuned(cell, base, tokenizer, sources): # -> model, trained tokens
+    "S, fine-tuned on the chosen responses."
+    config = cell.config
+    pairs = [row for rows in sources.values() for row in rows]
+    rows = [(row["prompt"][-1]["content"], row["chosen"][-1]["content"]) for row in pairs]
+    epochs = config["epochs"]
+    model = sft(copy.deepcopy(base), tokenizer, rows, epochs, config["batch_size"], config["lr"], cell.seed)
+    tokens = 0
+    for prompt, response in rows:
+        tokens += len(prompt_ids(tokenizer, prompt)) + len(response) + 1    # one a letter, and EOS
+    return model, epochs * tokens
+
+def _run_baseline(cell: Cell, world: World, sources: dict, exam: Exam): # -> results, kept, tables by stage, tokens
+    "A method without DPO."
+    model, tau, tokens = exam.base, 1., 0
+    if cell.method == "S, best temperature": tau = _best_temperature(exam.base, exam.tokenizer, world)
+    if cell.method == "SFT on chosen": model, tokens = _fine_tuned(cell, exam.base, exam.tokenizer, sources)
+    results = exam.results(model, tau)
+    return results, {}, [exam.by_skill(results, 0)], tokens
+
+
+# %% [markdown]
+# Which temperature would you expect to be best, for a model whose most likely answer is often wrong? And what does fine-tuning on 16 pairs of each source
+# bring?
+
+# %%
+few = {name: rows[:16] for name, rows in TRAINING_DATA["sources"](world, base, tokenizer).items()}
+small_world = dataclasses.replace(world, validation=world.validation[:50])
+
+rows = {}
+for method in BASELINES:
+    cell = Cell(0, 0, method, dict(lr=3e-4))
+    results, _, _, tokens = _run_baseline(cell, small_world, few, exam)
+    means = {what: np.mean(numbers) for what, numbers in results.items()}
+    rows[method] = means | dict(tokens=tokens)
+
+print("best temperature:", _best_temperature(base, tokenizer, small_world))
+pd.DataFrame(rows).T.round(3)
+
+
+# %% [markdown]
+# S at a low temperature is better than S: its most likely answer is right more often than a sampled one. This costs no training at all, so a method of training has to be
+# compared with it.
+#
+# ## A run of DPO
+#
+# A run of DPO is one call of `sdpo`. The rest is what we keep of it: the results of its last model, the means by skill of *every* model on the way, the losses, the
+# number of steps and pairs in each stage, the mean gamma of each model on each chunk, and the tokens.
+#
+# Tokens are counted in two columns. `tokens` were trained on. `pass_tokens` were only read, without gradients: by the partition, which reads all pairs
+# once under S, and by a moving reference, which reads each chunk but the first.
+
+# %%
+#| export
+def _pass_tokens(run) -> int:
+    "Tokens of the partition and of moving references: passes without gradients."
+    settings = run.config["settings"]
+    in_stage = run.metrics.groupby("stage")["tokens"].sum() / settings["epochs"]
+    partition = in_stage.sum()
+    partitioned = (run.folder / "partition.json").exists()      # not when a function makes the chunks
+    moving = settings["reference"] == "moving"
+    references = in_stage.iloc[1:].sum() if moving and partitioned else 0
+    return int(partition + references)
+
+def _counting_wrong(make_chunk, wrong: list):
+    "A function that makes chunks, watched: the share of wrong labels in each goes into `wrong`."
+    def chunk(t, model):
+        rows = make_chunk(t, model)
+        if rows:
+            gaps = [true_gap(row) for row in rows]
+            below = [gap < 0 for gap in gaps if gap]            # of equal rewards neither label is wrong
+            wrong.append(round(float(np.mean(below)), 4))
+        return rows
+    return chunk
+
+def _run_dpo(cell: Cell, world: World, sources, exam: Exam): # -> results, kept, tables by stage, tokens
+    "A method of DPO, on sources or on chunks that are made on the way."
+    settings, wrong = cell.config, []
+    if callable(sources):
+        settings = settings | dict(chunks=_counting_wrong(sources, wrong))
+        sources = None
+    config = StepwiseConfig(**settings, seed=cell.seed)
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = sdpo(world.base, sources, config, Path(folder) / "run")
+        results, tables = [], []
+        for t in range(1, len(run.stages) + 1):
+            model = load_model(str(run.model_folder(t)))
+            results.append(exam.results(model))
+            tables.append(exam.by_skill(results[-1], t))
+        gammas = gamma_table(run).groupby(["model", "chunk"], sort=False)["gamma"].mean().round(4)
+        kept = dict(
+            pass_tokens=_pass_tokens(run),
+            losses=run.metrics["loss"].round(4).tolist(),
+            steps=[stage["steps"] for stage in run.stages],
+            chunk_pairs=[stage["pairs"] for stage in run.stages],
+            gammas=gammas.reset_index().to_json(orient="records"),
+        )
+        if wrong: kept["wrong_labels"] = wrong
+        tokens = int(run.metrics["tokens"].sum())
+    return results[-1], kept, tables, tokens
+
+
+# %% [markdown]
+# A small one: three stages on 16 pairs of each source, one epoch each.
+
+# %%
+cell = Cell(0, 0, "sDPO", dict(epochs=1, lr=3e-4))
+results, kept, tables, tokens = _run_dpo(cell, world, few, exam)
+
+assert kept["chunk_pairs"] == [16, 16, 16]
+assert abs(kept["losses"][0] - math.log(2)) < 1e-4          # M_0 is its own reference
+print({name: kept[name] for name in ("losses", "steps", "chunk_pairs")})
+only_read = kept["pass_tokens"]
+print(f"{tokens} tokens trained on, {only_read} only read: all pairs once, and two of three chunks once more")
+pd.concat(tables).groupby("stage")[["sampled", "greedy", "kl"]].mean().round(3)
+
+# %% [markdown]
+# Each row of the table is the model after a stage, each a little farther from S. Each stage has one step here. All first losses are $\ln 2 = 0.693$: a stage starts from its own reference. (To four digits; the last ones may differ.)
+#
+# And the watched function: what comes out is unchanged, and the counter has heard it.
+
+# %%
+wrong = []
+judge = TRAINING_DATA["new"](world, base, tokenizer, "S", "judge", 0.2)
+watched = _counting_wrong(judge, wrong)
+rows = watched(1, base)
+assert rows == judge(1, base)
+print(f"{len(rows)} pairs in the chunk; share of wrong labels: {wrong}")
+
+
+# %% [markdown]
+# ## From a cell to a row
+#
+# Now everything is there. `run_cell` builds the world, fetches the data, runs the method and measures it, with one thread, so that the
+# result does not depend on the number of cores.
+
+# %%
+#| export
+def run_cell(
+    cell: Cell,              # what to run
+    worlds = "runs/worlds",  # folder that keeps worlds
+) -> dict:                   # results, what else is kept, stages (JSON), tokens, seconds, weights (hash of S)
+    "Train and measure one cell, with one thread; the run itself is thrown away."
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    world = build_world(cell.world, worlds, cell.body)
+    base, tokenizer = load_base(world)
+
+    name, *asked = cell.data
+    sources = TRAINING_DATA[name](world, base, tokenizer, *asked)
+    if cell.pairs and not callable(sources):
+        sources = {source: rows[:cell.pairs] for source, rows in sources.items()}
+
+    exam = Exam(base, tokenizer, prompts_of_split(cell.world, cell.split), luck=1 + cell.world)
+    run = _run_baseline if cell.method in BASELINES else _run_dpo
+    results, kept, tables, tokens = run(cell, world, sources, exam)
+    return results | kept | dict(
+        stages=pd.concat(tables).to_json(orient="records"),
+        tokens=tokens,
+        seconds=time.perf_counter() - start,
+        weights=world.manifest["model"],
+    )
+
+
+# %%
+row = run_cell(Cell(0, 0, "DPO", dict(epochs=1, lr=3e-4), "validation", pairs=16))
+assert len(row["sampled"]) == len(row["greedy"]) == len(row["kl"]) == len(world.validation)
+
+def short(value): # the first three of a long list, the first letters of a long text
+    if isinstance(value, list): return f"{value[:3]} ... {len(value)} numbers" if len(value) > 3 else value
+    return value[:40] + " ..." if isinstance(value, str) and len(value) > 40 else value
+{name: short(value) for name, value in row.items() if name != "seconds"}
+
+# %% [markdown]
+# ## The table of runs
+#
+# A finished row is written at once, so a grid that is stopped goes on where it was. All experiments share one table, `runs.parquet`, and
+# a row is found by the key of its cell. The table is written under another name and then renamed: nobody ever reads half of it.
+
+# %%
+#| export
+RESULTS = Path(str(files("sdpo_nb.data"))) / "results"
+
+def read_rows(
+    path: Path,  # parquet file
+    key: str,    # a column that it has
+) -> pd.DataFrame:
+    "A table; an empty one with the column `key` where there is no file yet."
+    if path.exists(): return pd.read_parquet(path)
+    return pd.DataFrame({key: []})
+
+def add_rows(
+    path: Path,   # parquet file
+    key: str,     # a column that it has
+    *new,         # data frames
+) -> pd.DataFrame:
+    "The table as it is now, with more rows; written under a temporary name, then renamed."
+    rows = pd.concat([read_rows(path, key), *new], ignore_index=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    rows.to_parquet(unfinished, compression="zstd")
+    os.replace(unfinished, path)
+    return rows
+
+def read_runs(
+    folder = None, # None: the results that travel with the package
+) -> pd.DataFrame: # one cell a row
+    "The table of runs."
+    return read_rows(_runs_file(folder), "key")
+
+def _runs_file(folder): return Path(folder or RESULTS) / "runs.parquet"
+
+def rows_of_cells(
+    table: pd.DataFrame, # of runs
+    cells: list,         # those asked for
+) -> pd.DataFrame:       # one cell a row
+    "Those of the cells that are in the table already."
+    return table[table["key"].isin({cell.key for cell in cells})]
+
+def stored_rows(
+    cells: list,   # those asked for
+    folder = None, # None: the results that travel with the package
+) -> pd.DataFrame: # one cell a row
+    "Those of the cells that are in the table of a folder already."
+    return rows_of_cells(read_runs(folder), cells)
+
+
+# %% [markdown]
+# The package carries the rows of all experiments. How many are there, and which of these three cells were run?
+
+# %%
+table = read_runs()
+asked = [
+    Cell(1, 0, "S"),
+    Cell(1, 0, "S", split="seven letters"),
+    Cell(1, 0, "S", split="validation", body="mamba"),
+]
+stored = rows_of_cells(table, asked)
+print(f"{len(table)} rows; columns: {', '.join(table.columns)}")
+stored.assign(reward=stored["sampled"].map(np.mean).round(3))[["world", "seed", "method", "split", "reward"]]
+
+
+# %% [markdown]
+# ## Many cells
+#
+# Cells are independent of each other, so they run one to a core, each in a process of its own. A process that is *spawned* starts fresh: it does not
+# inherit the threads of this one, which can hang after a fork.
+#
+# When one cell fails, the others go on. The first error is raised at the end, and it says which cell it was.
+
+# %%
+#| export
+def worker_pool(
+    workers: int = None, # None: one for each core
+) -> ProcessPoolExecutor:
+    "Fresh processes with one thread each, and without progress bars of their own."
+    os.environ["TQDM_DISABLE"] = "1"        # for the workers; this process has read it before
+    return ProcessPoolExecutor(
+        workers or os.cpu_count(),
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+
+def _build_beginning(body): build_beginning(body) # a worker sends nothing back
+
+def _build_world(body_and_world):
+    body, world = body_and_world
+    build_world(world, body=body)
+
+def _build_all(pool, cells):
+    "Everything that cells stand on, in the order in which it stands on each other."
+    places = sorted({(cell.body, cell.world) for cell in cells})
+    bodies = sorted({body for body, _ in places if body != "llama"})
+    llamas = [place for place in places if place[0] == "llama"]
+    others = [place for place in places if place[0] != "llama"]         # they are tuned to the Llamas
+    llamas_first = llamas + others
+    list(tqdm(pool.map(_build_beginning, bodies), total=len(bodies), desc="bodies", disable=not bodies))
+    list(tqdm(pool.map(_build_world, llamas_first), total=len(llamas_first), desc="worlds"))
+
+def _as_row(cell, results, made_by):
+    "What a cell is, what came out, and what made it."
+    what = asdict(cell)
+    what["settings"] = json.dumps(cell.settings, sort_keys=True)
+    what["data"] = json.dumps(cell.data)
+    return what | dict(key=cell.key) | results | made_by
+
+def run_grid(
+    cells: list,          # each is run once, however often it stands there
+    folder = None,        # of the table; None: the results that travel with the package
+    desc: str = "cells",  # what the progress bar and the table call it
+    workers: int = None,  # processes; None: one for each core
+) -> pd.DataFrame:        # one cell a row
+    """Run those of the cells that are not in the table yet.
+    Raises RuntimeError, after the others are through, for a cell that failed."""
+    path = _runs_file(folder)
+    done = read_rows(path, "key")
+    known = set(done["key"])
+    todo = {cell.key: cell for cell in cells if cell.key not in known}     # each once
+    if not todo: return rows_of_cells(done, cells)
+
+    versions = {package: version(package) for package in ("torch", "transformers")}
+    made_by = dict(versions=json.dumps(versions), command=f"python -m sdpo_nb.experiments {desc}")
+    failed = []
+    with worker_pool(workers) as pool:
+        _build_all(pool, todo.values())
+        running = {pool.submit(run_cell, cell): cell for cell in todo.values()}
+        for future in tqdm(as_completed(running), total=len(todo), desc=desc, unit="cell"):
+            cell, error = running[future], future.exception()
+            if error:
+                failed.append((cell, error))
+                continue                                                    # the others go on
+            row = _as_row(cell, future.result(), made_by)
+            done = add_rows(path, "key", pd.DataFrame([row]))
+
+    for cell, error in failed:
+        raise RuntimeError(f"{cell}: {error}; the finished cells are in {path}, run it again") from error
+    return rows_of_cells(done, cells)
+
+
+# %% [markdown]
+# Three cells, one of which cannot work: a $\beta$ below zero. (A fresh process cannot see what a notebook defines. So here we take the functions from
+# the package, which holds the exported cells of this page.)
+
+# %%
+from sdpo_nb.cells import Cell, run_grid
+
+folder = Path(tempfile.mkdtemp())
+good = [Cell(0, 0, "S", {}, "validation", pairs=16), Cell(0, 0, "DPO", dict(epochs=1), "validation", pairs=16)]
+bad = Cell(0, 0, "DPO", dict(beta=-1.0), "validation", pairs=16)
+try: run_grid([good[0], bad, good[1]], folder, workers=1)
+except RuntimeError as error: print(str(error).replace(str(folder), "FOLDER"))
+
+# %% [markdown]
+# The two others are in the table. Asked again for those, `run_grid` finds them and starts no process.
+
+# %%
+before = (folder / "runs.parquet").stat().st_mtime_ns
+rows = run_grid(good, folder).copy()
+assert len(rows) == 2
+assert (folder / "runs.parquet").stat().st_mtime_ns == before
+rows["reward"] = rows["sampled"].map(np.mean).round(3)
+rows[["method", "settings", "pairs", "tokens", "reward", "command"]].sort_values("method")
+
+
+# %% [markdown]
+# ## Tables inside a row
+#
+# Two columns hold a small table each, as JSON: `stages` has the means of every model by skill, `gammas` the mean gamma of every model on every
+# chunk. This takes them out again.
+
+# %%
+#| export
+def unfold_column(
+    rows: pd.DataFrame, # of the table of runs
+    column: str,        # stages: skill, sampled, greedy, kl, stage; gammas: model, chunk, gamma
+) -> pd.DataFrame:      # with world and seed
+    "The tables that a column keeps inside each row, one under the other."
+    tables = []
+    for row in rows.itertuples():
+        inner = pd.read_json(io.StringIO(getattr(row, column)))
+        tables.append(inner.assign(world=row.world, seed=row.seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+# %%
+rows = stored_rows([Cell(world, 0, "sDPO", dict(beta=1.2, lr=1e-4)) for world in (1, 2)])
+gammas = unfold_column(rows, "gammas")
+gammas.pivot_table("gamma", ["world", "model"], "chunk").round(1)
+
+# %% [markdown]
+# Two worlds. From S (`M_0`) to the last model (`M_3`) gamma rises on every chunk: the model prefers the chosen responses more and more.
+#
+# ## What you now have
+#
+# - `Cell`: one run, with a key that says what it does.
+# - `Exam`: the same questions and the same luck for all methods of a world.
+# - `run_cell` and `run_grid`: any setting of stepwise DPO in any world, measured, one row each, and a table that goes on after a stop.
+#
+# Next: how [two methods are compared](compare.ipynb).
+#
+# ## Questions to test yourself
+#
+# 1. Why does the key of a cell hash the settings that result, and not those that were written down?
+#
+#    <details><summary>Answer</summary>
+#
+#    The same run can be written in several ways, with a default spelt out or not. Two experiments that need the same run should find one row.
+#
+#    </details>
+# 2. Why do all methods of a world get the same luck?
+#
+#    <details><summary>Answer</summary>
+#
+#    Part of the noise of a sampled reward is the random number behind the answer. If both methods have the same number, that part is mostly the same on both sides and falls out of the difference.
+#
+#    </details>
+# 3. A row does not know which version of the code made it. How could one find out that today's code makes other numbers?
+#
+#    <details><summary>Answer</summary>
+#
+#    Run a stored cell again and compare the rewards, prompt by prompt. `python -m sdpo_nb.experiments again` does this with one cell of each grid.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Run the small DPO cell above with `seed=1`. Do the rewards change? Does the reward of `S`?
+#
+#   <details><summary>What you should see</summary>
+#
+#   The pairs come in another order, so DPO's rewards change a little. S is not trained, and its luck belongs to the world: its row is the same.
+#
+#   </details>
+# - Run the small cell of three stages with the method `sDPO, fixed reference`. Which of its losses are still $\ln 2$?
+#
+#   <details><summary>What you should see</summary>
+#
+#   Only that of the first stage. Later stages start from $M_{t-1}$ but are compared with S.
+#
+#   </details>

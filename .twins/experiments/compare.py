@@ -1,0 +1,538 @@
+# %% [markdown]
+# # Compare two methods
+# > Paired differences, intervals that know about worlds and seeds, p-values for many questions at once: all on invented data whose answer we know.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/compare.ipynb)
+#
+# **You should know** what a mean, a standard deviation and a 95 % interval are, and the [bootstrap](../08_evaluate.ipynb) of chapter 08. Nothing here needs a language model.
+#
+# **Time** 45 minutes to read, a few seconds to run.
+#
+# Method A has a mean true reward of 0.87, method B has 0.86. Is A better? It depends on how the two numbers were made. The paper compares single runs. But a run is a
+# draw, of a base model with its data and of a seed, and with another draw the order might be the other way round. This page has the tools with which the
+# experiments decide. Each is tried on invented results first, because there we know what it should find.
+
+# %%
+#| default_exp compare
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from sdpo_nb.evaluate import as_text, interval
+
+
+# %% [markdown]
+# ## Invented results
+#
+# A *world* is a base model S with its preference data. It is the thing that is drawn independently. In each world a method is run with two *seeds*, and each run is
+# measured on the same prompts. So a result has three levels, and all of them vary. We invent a method by adding three kinds of luck to a mean:
+#
+# - the luck of the world, the same for all methods of that world: some worlds are easy;
+# - the luck of the run, different for each method, world and seed;
+# - the luck of the prompt.
+#
+# The table has one row a run, as the [real one](cells.ipynb).
+
+# %%
+def invent(mean, worlds=10, seeds=2, prompts=50, seed=0): # rows of one invented method
+    of_world = np.random.default_rng(100).normal(0, 0.05, worlds)      # shared by all methods
+    rng = np.random.default_rng(seed)
+    rows = []
+    for w in range(worlds):
+        for s in range(seeds):
+            run = rng.normal(0, 0.01)
+            rewards = mean + of_world[w] + run + rng.normal(0, 0.05, prompts)
+            rows.append(dict(
+                world=w,
+                seed=s,
+                weights=f"S of world {w}",
+                sampled=rewards,
+                greedy=rewards + 0.02,
+                kl=10 * rewards,
+            ))
+    return pd.DataFrame(rows).sample(frac=1, random_state=seed)        # a real table is in no order, too
+
+plain, better = invent(0.80, seed=1), invent(0.83, seed=2)
+plain.assign(sampled=plain["sampled"].map(np.mean))[["world", "seed", "weights", "sampled"]].head(3).round(3)
+
+# %% [markdown]
+# ## Numbers in their place
+#
+# To compare two methods, the same world, seed and prompt must stand in the same place. So a table becomes an array with three axes. A method that lacks one
+# run would be compared on other worlds than its opponent; that is refused.
+
+# %%
+#| export
+OUTCOMES = { # column of the table of runs -> label
+    "sampled": "true reward, sampled",
+    "greedy": "greedy",
+    "kl": "KL from S (nats)",
+}
+
+def outcome_values(
+    rows: pd.DataFrame, # runs of one method
+    what: str,          # of OUTCOMES
+) -> np.ndarray:        # (worlds, seeds, prompts)
+    "One number per world, seed and prompt. Raises ValueError unless every world has the same seeds."
+    runs = {(row.world, row.seed): list(getattr(row, what)) for row in rows.itertuples()}
+    worlds = sorted({world for world, _ in runs})
+    seeds = sorted({seed for _, seed in runs})
+    if len(runs) != len(rows) or len(runs) != len(worlds) * len(seeds):
+        raise ValueError(f"outcome: {len(rows)} rows for {len(worlds)} worlds and {len(seeds)} seeds; "
+                         "one each is needed")
+    return np.array([[runs[world, seed] for seed in seeds] for world in worlds])
+
+
+# %%
+values = outcome_values(plain, "sampled")
+try: outcome_values(plain.iloc[1:], "sampled")
+except ValueError as error: print(error)
+values.shape
+
+
+# %% [markdown]
+# ## Pairs have less noise
+#
+# We planted a difference of 0.03. The worlds differ by more than that. Which interval will be narrower: that of each method, or that of their
+# difference, taken world by world?
+
+# %%
+#| export
+def paired_difference(
+    rows_a: pd.DataFrame,   # runs of a method
+    rows_b: pd.DataFrame,   # runs of another, in the same worlds and with the same seeds
+    what: str = "sampled",  # of OUTCOMES
+) -> np.ndarray:            # (worlds, seeds, prompts)
+    "a minus b, where both were asked the same."
+    return outcome_values(rows_a, what) - outcome_values(rows_b, what)
+
+
+# %%
+difference = paired_difference(better, plain)
+intervals = {
+    "plain": interval(values),
+    "better": interval(outcome_values(better, "sampled")),
+    "better minus plain": interval(difference),
+}
+mean, low, high = intervals["better minus plain"]
+assert low > 0
+assert low < 0.03 < high
+pd.Series({name: as_text(found) for name, found in intervals.items()}, name="mean [95 %]").to_frame()
+
+# %% [markdown]
+# The intervals of the methods overlap widely. The difference is clear all the same, because the luck of a world is on both sides and falls out.
+#
+# The interval is that of [chapter 08](../08_evaluate.ipynb): a bootstrap that draws worlds, seeds within worlds, and prompts. What would be wrong with drawing single numbers, as if
+# all thousand were independent?
+
+# %%
+flat = interval(difference.ravel())
+assert flat[2] - flat[1] < 0.8 * (high - low)
+print("worlds, seeds, prompts:", as_text((mean, low, high)))
+print("a thousand numbers:    ", as_text(flat))
+
+
+# %% [markdown]
+# It looks surer than it may. Fifty prompts of one run share the luck of that run, so they are not fifty pieces of evidence.
+#
+# ## Many differences
+#
+# An experiment shows several differences. Two small helpers: one for the intervals of differences, one for the means behind them.
+
+# %%
+#| export
+def difference_intervals(
+    differences: dict, # question -> paired difference, (worlds, seeds, prompts)
+) -> pd.DataFrame:     # question, mean, low, high
+    "Mean and 95 % interval of each difference."
+    rows = [(question, *interval(difference)) for question, difference in differences.items()]
+    return pd.DataFrame(rows, columns=["question", "mean", "low", "high"])
+
+def outcome_means(
+    found: dict,       # name -> rows of the table of runs
+) -> pd.DataFrame:     # a name a row, an outcome a column
+    "Mean and 95 % interval of every outcome, as text."
+    means = {}
+    for name, rows in found.items():
+        means[name] = {label: as_text(interval(outcome_values(rows, what))) for what, label in OUTCOMES.items()}
+    return pd.DataFrame(means).T
+
+
+# %%
+slightly, same = invent(0.81, seed=3), invent(0.80, seed=4)
+found = {"plain": plain, "better": better, "slightly better": slightly, "the same": same}
+outcome_means(found)
+
+# %%
+differences = {
+    "better minus plain (0.03)": paired_difference(better, plain),
+    "slightly better minus plain (0.01)": paired_difference(slightly, plain),
+    "the same minus plain (0)": paired_difference(same, plain),
+}
+table = difference_intervals(differences)
+table.round(3)
+
+# %% [markdown]
+# ## A picture of differences
+#
+# A difference of 0.001 may be real, and nobody need care. We say beforehand what we do not care about: two points of a hundred of the true reward. Two methods are *equal* when the
+# whole interval of their difference lies within that band, drawn in grey. Where an interval leaves out 0, we say *different*. Both can be true at once: the difference is there and *small*.
+# And neither may be true: then *we cannot tell*.
+
+# %%
+#| export
+SAME = 0.02 # of true reward: a smaller difference is too small to count
+
+def plot_contrasts(
+    table: pd.DataFrame,     # question, mean, low, high
+    unit: str = "difference of mean true reward",   # label of the axis
+    same: float = SAME,      # half the width of the grey band
+    ax = None,               # where to draw; None: a new figure
+    sides: tuple = None,     # (left, right): what it means to lie there, as ("better: DPO", "better: sDPO")
+) -> plt.Figure:
+    """Differences with 95 % intervals; an interval inside the grey band means equal.
+    A question that begins with a space is drawn as a part of the one above it."""
+    if ax is None: _, ax = plt.subplots(figsize=(6.5, 0.42 * len(table) + 1))
+    y = np.arange(len(table))
+    part = table["question"].str.startswith(" ").to_numpy()
+    labels = ["└ " + text.strip() if text.startswith(" ") else text for text in table["question"]]
+
+    ax.axvspan(-same, same, color="0.9", lw=0)
+    ax.axvline(0, color="black", lw=1, ls=":")
+    below, above = table["mean"] - table["low"], table["high"] - table["mean"]
+    ax.errorbar(table["mean"], y, xerr=[below, above], fmt="none", ecolor="black", capsize=3)
+    ax.plot(table["mean"][~part], y[~part], "o", color="black")
+    ax.plot(table["mean"][part], y[part], "o", color="black", mfc="white", ms=5)
+    ax.set(yticks=y, yticklabels=labels, ylim=(len(table) - 0.5, -0.5))
+    ax.set_xlabel(unit, labelpad=4 if sides is None else 18)
+    if sides: _name_sides(ax, *sides)
+    sns.despine(ax.figure)
+    return ax.figure
+
+def _name_sides(ax, left, right):
+    "Words under the axis, on both sides of 0."
+    at_zero = dict(xy=(0, 0), xycoords=ax.get_xaxis_transform(), textcoords="offset points")
+    at_zero |= dict(va="top", fontsize="small", color="0.3")
+    ax.annotate(f"← {left}", xytext=(-5, -20), ha="right", **at_zero)
+    ax.annotate(f"{right} →", xytext=(5, -20), ha="left", **at_zero)
+
+
+# %% [markdown]
+# Our three differences, and the first of them by seed. A part of a row stands under it, with a mark and a hollow dot.
+
+# %%
+differences = {
+    "better minus plain": paired_difference(better, plain),
+    "  seed 0 only": paired_difference(better, plain)[:, :1],
+    "  seed 1 only": paired_difference(better, plain)[:, 1:],
+    "slightly better minus plain": paired_difference(slightly, plain),
+    "the same minus plain": paired_difference(same, plain),
+}
+table = difference_intervals(differences)
+assert (table["low"] > 0).tolist()[0]
+plot_contrasts(table, sides=("better: plain", "better: the other"));
+
+
+# %% [markdown]
+# The first interval lies beyond the band: better, and by enough to count. *Slightly better* is different from plain, but whether by enough to count, we cannot tell. *The same* is equal:
+# its interval lies in the band.
+#
+# In some experiments all three outcomes matter. Then they stand side by side. KL is a distance, so there "equal" has no
+# band, and no side is the better one.
+
+# %%
+#| export
+def plot_outcomes(
+    tables: dict,         # of OUTCOMES -> `difference_intervals` of the same questions
+    unit: str,            # what is subtracted from what
+    sides: tuple = None,  # (left, right) of the two rewards; KL has words of its own
+) -> plt.Figure:
+    "`plot_contrasts` of every outcome, side by side; a KL has no band in which it is the same."
+    height = 0.3 * len(tables["kl"]) + 1.2
+    fig, axes = plt.subplots(1, len(OUTCOMES), figsize=(12, height), sharey=True, constrained_layout=True)
+    for ax, (what, label) in zip(axes, OUTCOMES.items()):
+        if what == "kl":
+            plot_contrasts(tables[what], f"{unit}: {label}", 0, ax, ("nearer to S", "farther from S"))
+        else:
+            plot_contrasts(tables[what], f"{unit}: {label}", SAME, ax, sides)
+    return fig
+
+
+# %%
+tables = {}
+for what in OUTCOMES:
+    tables[what] = difference_intervals({
+        "better": paired_difference(better, plain, what),
+        "slightly better": paired_difference(slightly, plain, what),
+        "the same": paired_difference(same, plain, what),
+    })
+plot_outcomes(tables, "minus plain", sides=("better: plain", "better: the other"));
+
+
+# %% [markdown]
+# ## How often would chance do that?
+#
+# Suppose A and B are the same method with two names. Then in each world the sign of the difference is a coin. So we can try *all* $2^W$ choices of signs of $W$ worlds, and count in how many
+# the mean difference is as large as the one that we saw. That share is the p-value of the exact sign-flip test. It uses the means of worlds and nothing else, as worlds are what was drawn independently.
+#
+# If all worlds agree in sign, what is the smallest p-value that ten worlds can give? And five?
+
+# %%
+#| export
+def sign_flip_p_value(
+    difference: np.ndarray, # (worlds, ...)
+) -> float:                 # at least 2 / 2**worlds
+    "Two-sided p-value, by all changes of sign of the means of worlds."
+    values = np.asarray(difference)
+    means = values.reshape(len(values), -1).mean(1)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(means))))
+    as_large = abs(signs @ means) >= abs(means.sum()) - 1e-12     # the choice that we saw is as large as itself
+    return float(as_large.mean())
+
+
+# %%
+smallest = {worlds: sign_flip_p_value(np.ones((worlds, 1, 1))) for worlds in (10, 5)}
+assert smallest[10] == 2 / 2**10
+assert smallest[5] == 2 / 2**5
+smallest
+
+# %% [markdown]
+# With five worlds no result can be below 0.06, however many prompts there are. This is why we need ten. Does the test keep its promise? Two equal methods in eight worlds, four hundred times: it should cry
+# wolf in about 5 %.
+
+# %%
+rng = np.random.default_rng(0)
+p_values = [sign_flip_p_value(rng.normal(size=(8, 1, 1))) for _ in range(400)]
+alarms = np.mean(np.array(p_values) <= 0.05)
+assert 0.02 < alarms < 0.08
+f"{alarms:.1%} false alarms"
+
+
+# %% [markdown]
+# ## Many questions at once
+#
+# Twenty questions about nothing, each at 5 %: one will be "significant" on average. Holm's method multiplies the smallest p-value by the number of questions, the next by one less, and
+# so on, and never lets the order change. Then the chance of *any* false alarm is at most 5 %. (S. Holm, A simple sequentially rejective multiple test procedure, 1979.)
+
+# %%
+#| export
+def holm_p_values(
+    p_values: list, # of questions that are asked together
+) -> list: # in the same order, none smaller than before
+    "p-values that hold for all at once (Holm 1979)."
+    corrected, highest = [0.] * len(p_values), 0.
+    for rank, i in enumerate(np.argsort(p_values)):
+        times = len(p_values) - rank
+        highest = max(highest, min(1., times * p_values[i]))
+        corrected[i] = highest
+    return corrected
+
+
+# %%
+print(np.round(holm_p_values([0.01, 0.04, 0.03]), 3))   # 3 x 0.01, then 2 x 0.03, and 0.04 is not below it
+def eight_about_nothing(): # p-values of eight questions in ten worlds
+    return [sign_flip_p_value(rng.normal(size=(10, 1, 1))) for _ in range(8)]
+
+trials = [eight_about_nothing() for _ in range(60)]
+alarms = {
+    "any of eight below 0.05": np.mean([min(p_values) < 0.05 for p_values in trials]),
+    "the same, after Holm": np.mean([min(holm_p_values(p_values)) < 0.05 for p_values in trials]),
+}
+assert alarms["the same, after Holm"] < 0.12 < alarms["any of eight below 0.05"]
+pd.Series(alarms).map("{:.0%}".format).to_frame("share of 60 trials with a false alarm")
+
+
+# %% [markdown]
+# All together: one table with differences, intervals, p-values and their correction. It refuses methods that were run in other worlds, with other seeds, or with another S under the same
+# number.
+
+# %%
+#| export
+def check_same_draws(
+    found: dict, # name -> rows of the table of runs
+):
+    "Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."
+    draws = {name: set(zip(rows["world"], rows["seed"], rows["weights"])) for name, rows in found.items()}
+    first = next(iter(draws))
+    for name in draws:
+        if draws[name] != draws[first]:
+            raise ValueError(f"contrasts: '{name}' was run in other worlds or with other seeds than '{first}'")
+
+def tested_differences(
+    differences: dict, # question -> paired difference, (worlds, seeds, prompts)
+) -> pd.DataFrame:     # question, mean, low, high, worlds, seeds, p, holm
+    "Intervals and p-values of differences that are asked for together."
+    table = difference_intervals(differences)
+    table["worlds"] = [len(difference) for difference in differences.values()]
+    table["seeds"] = [difference.shape[1] for difference in differences.values()]
+    table["p"] = [sign_flip_p_value(difference) for difference in differences.values()]
+    table["holm"] = holm_p_values(table["p"].tolist())
+    return table
+
+
+# %%
+check_same_draws(found)
+other_worlds = better[better["world"] != 3]
+try: check_same_draws(found | {"better": other_worlds})
+except ValueError as error: print(error)
+
+tested = tested_differences({
+    "better minus plain": paired_difference(better, plain),
+    "slightly better minus plain": paired_difference(slightly, plain),
+    "the same minus plain": paired_difference(same, plain),
+})
+assert (tested["holm"] >= tested["p"]).all()
+assert tested["holm"][0] < 0.01
+tested.round(3)
+
+
+# %% [markdown]
+# ## How many worlds are enough?
+#
+# More worlds cost more. What does one more buy, and what another seed in each world? Call the standard deviation of worlds $\sigma_w$ and that of the seeds within a world $\sigma_s$. The mean over $W$ worlds with $R$ seeds each has the standard error
+#
+# $$\sqrt{\sigma_w^2 / W + \sigma_s^2 / (W R)}. \tag{1}$$
+#
+# Seeds make only the second part smaller; worlds make both smaller. The two deviations are estimated from a small trial. The variance of the means of worlds has a part of the seeds in it, which is subtracted. If that
+# leaves less than nothing, it is zero.
+
+# %%
+#| export
+def standard_deviations(
+    values: np.ndarray, # (worlds, seeds, prompts)
+) -> dict:              # worlds, seeds
+    """Of means over prompts: between worlds (sampling of prompts included) and between the seeds of a world.
+    A variance that comes out negative is zero."""
+    means = np.asarray(values).mean(2)
+    between_seeds = means.var(1, ddof=1).mean()
+    between_worlds = means.mean(1).var(ddof=1) - between_seeds / means.shape[1]
+    return dict(
+        worlds=float(np.sqrt(max(0, between_worlds))),
+        seeds=float(np.sqrt(between_seeds)),
+    )
+
+
+# %%
+rng = np.random.default_rng(0)
+of_worlds, of_seeds = rng.normal(0, 0.3, (200, 1, 1)), rng.normal(0, 0.1, (200, 6, 1))
+seen = standard_deviations(of_worlds + of_seeds)
+assert abs(seen["worlds"] - 0.3) < 0.03
+assert abs(seen["seeds"] - 0.1) < 0.01
+print("planted: worlds 0.3, seeds 0.1")
+print({name: round(value, 3) for name, value in seen.items()})
+
+# %% [markdown]
+# Does (1) hold? We draw ten worlds with two seeds a thousand times, and look how far the means scatter.
+
+# %%
+W, R = 10, 2
+means = rng.normal(0, 0.3, (1000, W, 1)) + rng.normal(0, 0.1, (1000, W, R))
+scatter = means.mean((1, 2)).std()
+expected = (0.3**2 / W + 0.1**2 / (W * R)) ** 0.5      # (1)
+assert abs(scatter / expected - 1) < 0.1
+round(float(scatter), 4), round(expected, 4)
+
+
+# %% [markdown]
+# ## At the same distance from S
+#
+# A method can buy reward by moving farther from S. If A has more reward than B and has moved twice as far, what did we learn? So we sometimes ask for the reward of A *at the KL of B*. A was run at several $\beta$, which makes a *ladder*: a KL and a reward
+# at each rung. Between two rungs we take a straight line, run by run. Outside the ladder we do not guess.
+
+# %%
+#| export
+def reward_at_kl(
+    ladder: list,    # rows of one method at several beta
+    kl: np.ndarray,  # (worlds, seeds, ...) whose means are asked for, nats
+) -> np.ndarray:     # (worlds, seeds, 1)
+    """Mean sampled reward of a method at another's KL, linear between neighbours of its ladder.
+    Raises ValueError outside the ladder."""
+    kls = np.array([outcome_values(rows, "kl").mean(2) for rows in ladder])            # (rungs, worlds, seeds)
+    rewards = np.array([outcome_values(rows, "sampled").mean(2) for rows in ladder])
+    asked = kl.mean(2)
+    out = np.empty((*asked.shape, 1))
+    for run in np.ndindex(asked.shape):
+        order = np.argsort(kls[:, *run])
+        x, y = kls[order, *run], rewards[order, *run]
+        if not x[0] <= asked[run] <= x[-1]:
+            raise ValueError(f"at_kl: {asked[run]:.2f} nats is outside the ladder, {x[0]:.2f} to {x[-1]:.2f}; "
+                             "add a beta")
+        out[run] = np.interp(asked[run], x, y)
+    return out
+
+
+# %% [markdown]
+# Three rungs without noise. Here the KL is ten times the reward, so at 3 nats the reward must be 0.3:
+
+# %%
+def rung(reward): # two worlds, one seed, three prompts
+    return pd.DataFrame([dict(world=w, seed=0, sampled=[reward] * 3, kl=[10 * reward] * 3) for w in (1, 2)])
+
+ladder = [rung(0.5), rung(0.2), rung(0.4)]
+at = reward_at_kl(ladder, np.array([[[3.0]], [[4.5]]]))
+assert at.ravel().round(6).tolist() == [0.3, 0.45]
+try: reward_at_kl(ladder, np.full((2, 1, 1), 6.0))
+except ValueError as error: print(error)
+at.ravel()
+
+# %% [markdown]
+# ## What you now have
+#
+# - `paired_difference` and `difference_intervals`: two methods where both were asked the same, with an interval that knows about worlds, seeds and prompts.
+# - `sign_flip_p_value` and `holm_p_values`: how often chance would do that, for one question and for many.
+# - `plot_contrasts`: a picture with a band in which a difference is too small to count.
+# - `reward_at_kl`: a comparison at equal distance from S.
+#
+# Next: the [questions](questions.ipynb) that were asked with these tools.
+#
+# ## Questions to test yourself
+#
+# 1. Why do 600 test prompts and two seeds not make up for a single world?
+#
+#    <details><summary>Answer</summary>
+#
+#    They tell exactly how the methods compare *in that world*. In another world the difference may be another one, and of that a single world says nothing, as equation (1) shows: with $W = 1$ the part $\sigma_w^2$ stays whole.
+#
+#    </details>
+# 2. A primary difference has a p-value of 0.002 and lies within $\pm 0.02$. Is that a contradiction?
+#
+#    <details><summary>Answer</summary>
+#
+#    No. The p-value says that the difference is not chance; the band says that it is too small to count. It is there, and small.
+#
+#    </details>
+# 3. A method wins at its best $\beta$ but loses at equal KL. What has it been doing?
+#
+#    <details><summary>Answer</summary>
+#
+#    It moved farther from S, and got reward for the distance. At the distance of the other it had less.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Drop the pairing: take worlds 0 to 4 of `better` and 5 to 9 of `plain`. How wide is the interval of the difference of the two means?
+#
+#   <details><summary>What you should see</summary>
+#
+#   The luck of the worlds no longer falls out. The difference of two such means scatters by about $0.05 \sqrt{2/5} = 0.03$: as much as the effect that we planted.
+#
+#   </details>
+# - Invent two methods with 2000 prompts instead of 50. Does the interval of the difference become much narrower?
+#
+#   <details><summary>What you should see</summary>
+#
+#   Not by the factor of six that 40 times the prompts promise: the luck of the runs is still there, in 20 runs.
+#
+#   </details>

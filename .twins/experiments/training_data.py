@@ -1,0 +1,513 @@
+# %% [markdown]
+# # Training data
+# > The kinds of preference pairs that a run may ask for: sources, skills, sorted, selected, or written on the way.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/training_data.ipynb)
+#
+# **You should know** the [tiny world](../00_world.ipynb) and its pairs, the [log-ratio gamma](../02_logprobs.ipynb) and what a [stage](../09_stepwise.ipynb) is.
+#
+# **Time** 45 minutes to read, about a minute to run.
+#
+# A *pair* is a prompt with two responses, one chosen and one rejected. The experiments differ in which pairs they train on, and in which
+# order. This page makes every kind once and looks at it. A kind has a name, and a run asks for it by that name; so a row of the results
+# says which data it saw. You may skip what you do not need and come back from the experiment that uses it.
+
+# %%
+#| default_exp training_data
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import copy, json, random, tempfile
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from sdpo_nb.logprobs import score_pairs
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
+from sdpo_nb.world import World, edit_distance, make_pairs, true_reward
+
+# %%
+import pandas as pd
+from sdpo_nb.bodies import build_world
+from sdpo_nb.world import load_base, sft
+
+
+# %% [markdown]
+# ## Every pair of a world
+#
+# A world keeps its pairs in three files, its *sources*: `primer` has few prompts on which S was misled, `riddle` has many. We read all of them into
+# one list, and note at each row where it came from. A pair with an empty response is left out here, as the tokenisation of a run would leave it
+# out: so we count what will really be trained on.
+
+# %%
+#| export
+def _prompt(row): return row["prompt"][-1]["content"]
+def _chosen(row): return row["chosen"][-1]["content"]
+def _rejected(row): return row["rejected"][-1]["content"]
+def _skill(row): return _prompt(row).split()[0]
+
+def _without_empty(rows: list) -> list:
+    "The rows in which both responses say something."
+    return [row for row in rows if _chosen(row).strip() and _rejected(row).strip()]
+
+def all_pairs(
+    world: World, # of any body
+) -> list[dict]: # conversational rows, with `source`, and `flipped` where the label is wrong
+    "Every usable pair of a world, source by source."
+    rows = []
+    for source, file in world.sources.items():
+        for line in Path(file).read_text().splitlines():
+            rows.append(json.loads(line) | dict(source=source))
+    return _without_empty(rows)
+
+
+# %%
+world = build_world(0)
+base, tokenizer = load_base(world)
+pairs = all_pairs(world)
+
+first = pd.DataFrame([dict(
+    prompt=_prompt(row),
+    chosen=_chosen(row),
+    rejected=_rejected(row),
+    source=row["source"],
+    wrong_label=row["flipped"],
+) for row in pairs[:5]])
+print(len(pairs), "pairs; the first five:")
+first
+
+
+# %% [markdown]
+# ## The first four kinds
+#
+# A *kind* is a function that takes the world, S and its tokenizer, and returns sources: a dictionary from a name to a list of pairs. Stepwise
+# DPO makes one stage of each source, so the grouping matters. Here are four groupings of the same pairs:
+#
+# - `sources`: as the world has them, the usual case;
+# - `one source`: all in one, to be cut later;
+# - `skills`: one source for each skill, so that a stage can unlearn what another taught;
+# - `without`: as `sources`, but one skill has no pairs at all.
+
+# %%
+#| export
+def _grouped(rows: list, key) -> dict: # key(row) -> rows, in order of first appearance
+    groups = {}
+    for row in rows: groups.setdefault(key(row), []).append(row)
+    return groups
+
+def _source(row): return row["source"]
+
+def _by_source(world, base, tokenizer): return _grouped(all_pairs(world), _source)
+
+def _in_one_source(world, base, tokenizer): return {"all": all_pairs(world)}
+
+def _by_skill(world, base, tokenizer): return _grouped(all_pairs(world), _skill)
+
+def _without_skill(world, base, tokenizer, skill):
+    kept = [row for row in all_pairs(world) if _skill(row) != skill]
+    return _grouped(kept, _source)
+
+# name -> function (world, S, tokenizer, what else is asked for) -> sources, or a function that makes chunks
+TRAINING_DATA = {
+    "sources": _by_source,
+    "one source": _in_one_source,
+    "skills": _by_skill,
+    "without": _without_skill,
+}
+
+
+# %%
+def sizes(kind, *asked): # pairs in each source
+    sources = TRAINING_DATA[kind](world, base, tokenizer, *asked)
+    return {name: len(rows) for name, rows in sources.items()}
+
+print("sources:       ", sizes("sources"))
+print("one source:    ", sizes("one source"))
+print("skills:        ", sizes("skills"))
+print("without 'sort':", sizes("without", "sort"))
+assert sum(sizes("skills").values()) == len(pairs)
+assert sum(sizes("without", "sort").values()) == len(pairs) - sizes("skills")["sort"]
+
+
+# %% [markdown]
+# ## The same prompts in every part
+#
+# In theory it makes a difference whether stages share their prompts ([smaller beta](smaller_beta.ipynb)). So there is a kind whose
+# $T$ parts all have the same prompts, every $T$-th of the world, each answered anew. S writes the answers in double precision, as when the world
+# was made; then the last bit of a logit cannot change an answer.
+
+# %%
+#| export
+def _same_prompts(world, base, tokenizer, T): # T sources of fresh pairs
+    precise = copy.deepcopy(base).double()
+    prompts = [_prompt(row) for row in all_pairs(world)][::T]
+    parts = {}
+    for t in range(T):
+        rows = make_pairs(precise, tokenizer, prompts, seed=10_000 + t)
+        parts[f"part {t+1}"] = _without_empty(rows)
+    return parts
+
+TRAINING_DATA["same prompts"] = _same_prompts
+
+# %% [markdown]
+# Three parts. How many prompts do the first two share, and how many pairs? Two equal answers make no pair, so the prompts are not exactly the same.
+
+# %%
+parts = TRAINING_DATA["same prompts"](world, base, tokenizer, 3)
+one, two = parts["part 1"], parts["part 2"]
+shared_prompts = {_prompt(row) for row in one} & {_prompt(row) for row in two}
+shared_pairs = [row for row in one if row in two]
+assert len(shared_prompts) > 0.4 * len(one)
+assert len(shared_pairs) < 0.3 * len(one)
+{
+    "pairs": {name: len(rows) for name, rows in parts.items()},
+    "prompts in both": len(shared_prompts),
+    "pairs in both": len(shared_pairs),
+}
+
+
+# %% [markdown]
+# ## Sorted by what is known of a pair
+#
+# Which pairs are easy? We could say: those with short responses, or those whose responses differ much, or those whose true rewards are far apart. The last is a
+# measure that nobody else can have, as it needs the true reward. One pair at a time:
+
+# %%
+#| export
+def true_gap(
+    row: dict,  # conversational pair
+) -> float:     # -1 to 1; below 0 where the label is wrong
+    "True reward of the chosen response minus that of the rejected one."
+    prompt = _prompt(row)
+    return true_reward(prompt, _chosen(row)) - true_reward(prompt, _rejected(row))
+
+def pair_measure(
+    row: dict,  # conversational pair
+    what: str,  # length: letters of both responses; distance: edits from one to the other; true gap: without its sign
+) -> float:
+    "What is known of a pair without a model. Raises ValueError for another measure."
+    chosen, rejected = _chosen(row), _rejected(row)
+    if what == "length": return len(chosen) + len(rejected)
+    if what == "distance": return edit_distance(chosen, rejected)
+    if what == "true gap": return abs(true_gap(row))
+    raise ValueError(f"measure: {what!r} is none of length, distance, true gap")
+
+
+# %% [markdown]
+# A pair with a wrong label has a negative true gap, always: that is what "wrong" means. Let us see two pairs of each kind.
+
+# %%
+wrong = [row for row in pairs if row["flipped"]]
+right = [row for row in pairs if not row["flipped"]]
+for row in wrong: assert true_gap(row) < 0
+for row in right: assert true_gap(row) >= 0
+
+examples = [*right[:2], *wrong[:2]]
+shown = pd.DataFrame([dict(
+    prompt=_prompt(row),
+    chosen=_chosen(row),
+    rejected=_rejected(row),
+    gap=round(true_gap(row), 2),
+    length=pair_measure(row, "length"),
+    distance=pair_measure(row, "distance"),
+) for row in examples])
+try: pair_measure(wrong[0], "size")
+except ValueError as error: print(error)
+shown
+
+
+# %% [markdown]
+# The kind `sorted` puts all pairs in the order of a measure. Many pairs have equal measures. They are shuffled first, so that ties do not stand in
+# the order of the sources.
+
+# %%
+#| export
+def _sorted(world, base, tokenizer, what, sign): # one source, from small to large with sign 1, the other way with -1
+    rows = all_pairs(world)
+    shuffled = random.Random(0).sample(rows, len(rows))
+    return {"all": sorted(shuffled, key=lambda row: sign * pair_measure(row, what))}
+
+TRAINING_DATA["sorted"] = _sorted
+
+# %%
+easy_first = TRAINING_DATA["sorted"](world, base, tokenizer, "true gap", -1)["all"]
+thirds = np.array_split([abs(true_gap(row)) for row in easy_first], 3)
+wrong_in = np.array_split([row["flipped"] for row in easy_first], 3)
+assert thirds[0].min() >= thirds[1].max() >= thirds[2].max()
+pd.DataFrame({
+    "smallest gap": [part.min() for part in thirds],
+    "largest gap": [part.max() for part in thirds],
+    "share of wrong labels": [part.mean() for part in wrong_in],
+}, index=["first third", "second third", "last third"]).round(2)
+
+# %% [markdown]
+# Labels are drawn by Bradley-Terry, so they are wrong where two rewards are close: in the last third.
+
+# %% [markdown]
+# ## What is the same in all runs
+#
+# A model that selects or labels pairs must first be trained or at least read them, so settings come in here. These are the ones of every
+# run of the experiments. A run changes those that it is about, mostly $\beta$, the weight that holds a model near its reference, and the learning rate.
+
+# %%
+#| export
+COMMON_SETTINGS = dict( # of StepwiseConfig, in every run of the experiments unless a cell says otherwise
+    beta=0.3,
+    lr=1e-4,
+    epochs=3,
+    batch_size=32,
+    max_length=64,
+    precision="fp32",
+    probe=64,
+)
+
+# %%
+config = StepwiseConfig(**COMMON_SETTINGS, chunks=1)
+config.beta, config.lr, config.epochs, config.reference
+
+
+# %% [markdown]
+# ## Selected by a model
+#
+# Two published ways to *select* pairs contradict each other. One keeps the pairs with the smallest implicit reward gap of a trained model
+# ([2508.04149](https://arxiv.org/abs/2508.04149)); the other drops the hardest ([2502.09650](https://arxiv.org/abs/2502.09650)), and those are the same pairs again. The *implicit reward* of a response is what a
+# model has added to its log-probability, against S. So the gap of a pair is gamma of the model minus gamma of S, in nats. It has a sign here: it is
+# smallest where the model orders a pair against its label.
+
+# %%
+#| export
+def _implicit_gap(
+    model,
+    base,       # S
+    tokenizer,
+    rows: list, # n conversational pairs
+) -> Tensor:    # (n,) nats
+    "Gamma of the model minus gamma of S. Raises ValueError where a pair cannot be used."
+    longest = COMMON_SETTINGS["max_length"]
+    pairs = tokenize_pairs(load_pairs(rows), tokenizer, "pairs", longest, longest // 2).pairs
+    if len(pairs) != len(rows):
+        raise ValueError(f"implicit gap: {len(rows) - len(pairs)} of {len(rows)} pairs cannot be used")
+    return score_pairs(model, pairs).gamma(pairs) - score_pairs(base, pairs).gamma(pairs)
+
+
+# %% [markdown]
+# S has added nothing to itself, so its gap is 0. A model that was fine-tuned on the chosen responses has raised them. Then where are the wrong labels?
+
+# %%
+some = pairs[::3]
+assert _implicit_gap(base, base, tokenizer, some).abs().max() == 0
+
+chosen_responses = [(_prompt(row), _chosen(row)) for row in pairs]
+model = sft(copy.deepcopy(base), tokenizer, chosen_responses, epochs=3, batch=32, lr=3e-4)
+gap = _implicit_gap(model, base, tokenizer, some).numpy()
+wrong = np.array([row["flipped"] for row in some])
+smallest, largest = np.argsort(gap)[:len(some) // 3], np.argsort(-gap)[:len(some) // 3]
+assert wrong[smallest].mean() > wrong[largest].mean()
+pd.DataFrame({
+    "mean gap (nats)": [gap[smallest].mean(), gap[largest].mean()],
+    "share of wrong labels": [wrong[smallest].mean(), wrong[largest].mean()],
+}, index=["third with the smallest gaps", "third with the largest gaps"]).round(2)
+
+# %%
+broken = some[0] | dict(chosen=[dict(role="assistant", content="")])
+try: _implicit_gap(base, base, tokenizer, [some[1], some[2], broken])
+except ValueError as error: print(error)
+
+
+# %% [markdown]
+# The kind `selected` trains such a model on all pairs, one epoch of DPO, and keeps two thirds of the pairs. What would be a fair comparison? Three passes over two
+# thirds and one pass over all are together three passes over all. So a run on selected pairs has read as many pairs as a run on all of them, though the tokens of the model that
+# selects are not in the table of results. Beside the smallest and the largest gaps stand two thirds at random.
+
+# %%
+#| export
+def _selected(world, base, tokenizer, keep, beta, lr): # keep: smallest or largest gaps, or random
+    rows = all_pairs(world)
+    n = 2 * len(rows) // 3
+    if keep == "random": return {"all": random.Random(0).sample(rows, n)}
+
+    settings = COMMON_SETTINGS | dict(beta=beta, lr=lr, chunks=1, epochs=1)
+    with tempfile.TemporaryDirectory() as folder:
+        model = sdpo(world.base, {"all": rows}, StepwiseConfig(**settings), folder).model
+    gap = _implicit_gap(model, base, tokenizer, rows)
+    order = gap.argsort(descending=keep == "largest").tolist()
+    return {"all": [rows[i] for i in order[:n]]}
+
+TRAINING_DATA["selected"] = _selected
+
+# %%
+part = TRAINING_DATA["selected"](world, base, tokenizer, "random", 0.6, 3e-4)["all"]
+assert part == TRAINING_DATA["selected"](world, base, tokenizer, "random", 0.6, 3e-4)["all"]
+print(f"{len(part)} of {len(pairs)} pairs, the same ones whenever you ask")
+
+
+# %% [markdown]
+# ## Written between the stages
+#
+# All pairs so far were written by S. But by stage 2 the model is no longer S, so why not let it write the pairs itself? Then chunks cannot be
+# given in advance. `StepwiseConfig(chunks=...)` takes a function for this: it gets the number of the stage and the model that the stage starts from, and returns
+# the pairs of that stage, or None when there are no more stages.
+#
+# Somebody must also label them: say which of two answers is chosen. We have three ways:
+#
+# - *true*: Bradley-Terry on the true reward, as everywhere in this book;
+# - *judge*: the better answer is chosen, but with a stated probability the other one;
+# - *implicit*: the answer that $M_{t-1}$ has raised more against S, by $\log M_{t-1} - \log S$. It asks nobody and costs nothing. In stage 1 there is no such
+#   model yet, so labels are true there.
+#
+# First the judge. An error of 0.2 should give 20 % wrong labels, among pairs whose rewards differ.
+
+# %%
+#| export
+def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
+
+def _labelled_by_judge(
+    rows: list,
+    error: float,        # probability that the worse response is chosen
+    rng: random.Random,
+) -> list:
+    labelled = []
+    for row in rows:
+        wrong, err = true_gap(row) < 0, rng.random() < error
+        labelled.append(_swapped(row) if wrong != err else row)
+    return labelled
+
+def _labelled_by_model(rows: list, model, base, tokenizer) -> list:
+    "The response is chosen that the model has raised more against S."
+    gaps = _implicit_gap(model, base, tokenizer, rows)
+    return [_swapped(row) if gap < 0 else row for row, gap in zip(rows, gaps)]
+
+
+# %%
+different = [row for row in pairs if true_gap(row)]
+def share_wrong(rows): return np.mean([true_gap(row) < 0 for row in rows])
+
+labels = {
+    "Bradley-Terry": different,
+    "judge, never wrong": _labelled_by_judge(different, 0., random.Random(0)),
+    "judge, 20 % wrong": _labelled_by_judge(different, 0.2, random.Random(0)),
+    "implicit reward of the model above": _labelled_by_model(different, model, base, tokenizer),
+}
+shares = {name: share_wrong(rows) for name, rows in labels.items()}
+assert shares["judge, never wrong"] == 0
+assert abs(shares["judge, 20 % wrong"] - 0.2) < 0.04
+pd.Series(shares, name="share of wrong labels").round(2).to_frame()
+
+
+# %% [markdown]
+# Now the function that makes the chunks. A third of the prompts belongs to each of three stages. The *writer* is S in all stages, or from stage 2 on the
+# model that the stage starts from (`policy`). A sharper model gives two equal answers more often, and equal answers make no pair, so it writes fewer pairs. Is a difference then due to the
+# writer, or to the number? A third writer, `S, as many`, is S with as many pairs as the policy would have written.
+
+# %%
+#| export
+def _written_on_the_way(
+    world, base, tokenizer,
+    writer: str,          # S; policy; or "S, as many": of S as many pairs as the policy would write
+    label: str,           # true, judge, implicit
+    error: float = 0.,    # of the judge
+    stages: int = 3,
+):
+    prompts = [_prompt(row) for row in all_pairs(world)]
+
+    def write(t, model):
+        precise = copy.deepcopy(model).double()
+        return _without_empty(make_pairs(precise, tokenizer, prompts[t-1::stages], seed=20_000 + t))
+
+    def chunk(t, model): # the pairs of stage t; None after the last
+        if t > stages: return None
+        later = t > 1                                  # in stage 1 the policy is S
+        rows = write(t, model if writer == "policy" and later else base)
+        if writer == "S, as many" and later:
+            n = min(len(rows), len(write(t, model)))
+            rows = random.Random(t).sample(rows, n)
+        if label == "judge": return _labelled_by_judge(rows, error, random.Random(t))
+        if label == "implicit" and later: return _labelled_by_model(rows, model, base, tokenizer)
+        return rows
+
+    return chunk
+
+TRAINING_DATA["new"] = _written_on_the_way
+
+
+# %% [markdown]
+# We ask for the chunk of stage 2, with the fine-tuned model from above in the role of $M_1$:
+
+# %%
+def chunk_2(writer, label, *error):
+    chunk = TRAINING_DATA["new"](world, base, tokenizer, writer, label, *error)
+    return chunk(2, model)
+
+chunks = {
+    "S, true": chunk_2("S", "true"),
+    "policy, true": chunk_2("policy", "true"),
+    "S, as many, true": chunk_2("S, as many", "true"),
+    "policy, implicit": chunk_2("policy", "implicit"),
+}
+def share_wrong_where_different(rows): return share_wrong([row for row in rows if true_gap(row)])
+
+assert len(chunks["S, as many, true"]) == len(chunks["policy, true"])
+assert TRAINING_DATA["new"](world, base, tokenizer, "S", "true")(4, model) is None
+written = {}
+for name, rows in chunks.items():
+    written[name] = {"pairs": len(rows), "share of wrong labels": round(share_wrong_where_different(rows), 2)}
+pd.DataFrame(written).T
+
+# %% [markdown]
+# The policy writes fewer pairs, as expected. And its own labels of its own answers are wrong in two of five: it is sure of what it writes, right or wrong.
+#
+# ## What you now have
+#
+# - `TRAINING_DATA`: eight kinds of pairs, by name.
+# - `true_gap` and `pair_measure`: what a world knows of a pair that nobody else could know.
+# - A function that writes and labels pairs between stages.
+#
+# Next: [one run](cells.ipynb) on such data, and a table of runs.
+#
+# ## Questions to test yourself
+#
+# 1. Why are pairs with an empty response left out *before* they are counted?
+#
+#    <details><summary>Answer</summary>
+#
+#    The tokenisation of a run drops them. If we sorted, selected or cut the pairs with them, parts that look equal would be trained on different numbers of pairs.
+#
+#    </details>
+# 2. A judge who errs in 20 % and Bradley-Terry may have a similar share of wrong labels. What is different?
+#
+#    <details><summary>Answer</summary>
+#
+#    The judge errs anywhere, also where one response is right and the other is nonsense. Bradley-Terry errs where the two rewards are close, so its errors say little that is false.
+#
+#    </details>
+# 3. The implicit reward labels pairs by what the model already prefers. What can training on such labels still change?
+#
+#    <details><summary>Answer</summary>
+#
+#    It makes the model surer of what it prefers, right or wrong. That helps where it is mostly right, and cannot correct it where it is wrong.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Sort by `length` with sign 1 and look at the share of wrong labels in the thirds. Are short pairs easy?
+#
+#   <details><summary>What you should see</summary>
+#
+#   The last third has more wrong labels than the first, but the difference is smaller than with the true gap: long strings have more letters in which two answers can nearly agree.
+#
+#   </details>
+# - Let the judge err in half of the pairs. What do its labels say?
+#
+#   <details><summary>What you should see</summary>
+#
+#   About half of the labels are wrong: they say nothing, whichever response is better.
+#
+#   </details>
