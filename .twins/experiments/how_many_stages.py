@@ -9,7 +9,7 @@
 #
 # All numbers are from ten worlds with two seeds each.
 #
-# **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 10 minutes to read, a few seconds to run. The grid behind it took 1.3 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 20 minutes to read, a few seconds to run. The grid behind it took 1.3 core hours (`make experiments`).
 #
 # <details><summary>Words used on this page</summary>
 #
@@ -32,8 +32,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from sdpo_nb.cells import learning_rate_sum
+from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_values, paired_difference, plot_contrasts, reward_at_kl
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.experiments import LADDER, OUTCOMES, at_kl, choices, differences, load_grid, outcome, peaks, plot_contrasts
+from sdpo_nb.questions import BETA_LADDER, chosen_settings, load_grid
 
 # %% [markdown]
 # ## The same pairs, cut finer
@@ -45,7 +47,7 @@ from sdpo_nb.experiments import LADDER, OUTCOMES, at_kl, choices, differences, l
 # %%
 found = load_grid("how_many_stages")
 main = load_grid("primary")
-beta = choices()["sDPO"]["beta"]
+beta = chosen_settings()["sDPO"]["beta"]
 
 one_beta = {T: found[f"T = {T}"] for T in range(1, 9)}
 growing_beta = {T: found[f"T = {T}, beta T/3"] for T in (1, 2, 5, 8)}
@@ -57,7 +59,7 @@ LINES = {rf"$\beta$ = {beta:g}": one_beta, rf"$\beta$ = {beta / 3:g} T": growing
 # A third line is needed for the comparison at equal distance: three stages at seven values of $\beta$, from an eighth of 1.2 to eight times 1.2. We call it the *ladder*.
 
 # %%
-ladder = [main[f"sDPO, {factor:g} beta"] for factor in LADDER]
+ladder = [main[f"sDPO, {factor:g} beta"] for factor in BETA_LADDER]
 ladder = [found["T = 3, 0.125 beta"], *ladder, found["T = 3, 8 beta"]]
 
 
@@ -66,7 +68,7 @@ ladder = [found["T = 3, 0.125 beta"], *ladder, found["T = 3, 8 beta"]]
 
 # %%
 def mean(rows, what):
-    return outcome(rows, what).mean()
+    return outcome_values(rows, what).mean()
 
 dpo = growing_beta[1]                                  # DPO at beta = 0.4
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, constrained_layout=True)
@@ -74,12 +76,12 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, constraine
 kl = [mean(rows, "kl") for rows in ladder]
 reward = [mean(rows, "sampled") - mean(dpo, "sampled") for rows in ladder]
 right.plot(kl, reward, color="0.7", lw=2)
-right.annotate("three stages,\nother $\\beta$", (kl[-1], reward[-1]), xytext=(-8, 6), ha="right",
+right.annotate("three stages,\nother $\\beta$", (kl[-1], reward[-1]), xytext=(10, -4), ha="left",
                color="0.5", textcoords="offset points")
 
 for color, (name, line) in zip(sns.color_palette("colorblind"), LINES.items()):
     stages = list(line)
-    paired = [interval(outcome(rows, "sampled") - outcome(dpo, "sampled")) for rows in line.values()]
+    paired = [interval(paired_difference(rows, dpo)) for rows in line.values()]
     middle, low, high = np.array(paired).T
     left.errorbar(stages, middle, yerr=[middle - low, high - middle], fmt="o-", capsize=3, color=color)
     left.annotate(name, (8, middle[-1]), xytext=(10, -3), textcoords="offset points", color=color)
@@ -107,8 +109,8 @@ sns.despine(fig)
 
 # %%
 def minus_three_stages(rows):
-    at_same_kl = at_kl(ladder, outcome(rows, "kl"))
-    return outcome(rows, "sampled").mean(2, keepdims=True) - at_same_kl
+    at_same_kl = reward_at_kl(ladder, outcome_values(rows, "kl"))
+    return outcome_values(rows, "sampled").mean(2, keepdims=True) - at_same_kl
 
 compared = {}
 for name, line in LINES.items():
@@ -117,14 +119,14 @@ for name, line in LINES.items():
         compared[f"T = {T}, {name}"] = minus_three_stages(rows)
 compared[r"T = 1, $\beta$ = 0.6"] = minus_three_stages(main["DPO at sDPO's rate"])
 
-level = differences(compared)
+level = difference_intervals(compared)
 one_stage = level["question"].str.startswith("T = 1,")
 assert level.loc[~one_stage, ["low", "high"]].abs().max(axis=None) < 0.02
 assert level.loc[one_stage, "low"].min() > 0
 
 # %%
-plot_contrasts(level, "true reward minus that of three stages at the same KL\n"
-                      "← three stages better | better than three →      grey: equal");
+plot_contrasts(level, "true reward minus that of three stages at the same KL (grey: equal)",
+               sides=("three stages better", "better than three"));
 
 # %% [markdown]
 # All but one are equal to three stages: their intervals lie in the grey band. One stage, which is plain DPO, is ahead at each of the three $\beta$ that we have: by 0.006, 0.007 and 0.016 at $\beta$ = 0.4, 0.6 and 1.2, and the last one leaves the band.
@@ -143,7 +145,7 @@ for T, rows in growing_beta.items():
     if T == 1: continue
     row = {}
     for what, label in OUTCOMES.items():
-        difference = outcome(rows, what) - outcome(dpo, what)
+        difference = paired_difference(rows, dpo, what)
         row[f"{label}, minus DPO"] = as_text(interval(difference))
     against_dpo[T] = row
 pd.DataFrame(against_dpo).T.rename_axis("stages")
@@ -162,7 +164,7 @@ cost = {}
 for T, rows in one_beta.items():
     cost[T] = {
         "optimizer steps": np.mean([sum(steps) for steps in rows["steps"]]),
-        "sum of learning rates (peaks)": np.mean([peaks(steps) for steps in rows["steps"]]),
+        "sum of learning rates (peaks)": np.mean([learning_rate_sum(steps) for steps in rows["steps"]]),
         "tokens trained on": rows["tokens"].mean(),
         "tokens of other passes": rows["pass_tokens"].mean(),
     }

@@ -8,7 +8,7 @@
 #
 # Hard pairs are mislabelled more often than easy ones, but most of their labels are right. Two ways of selecting pairs by difficulty did worse, at one $\beta$, than as many pairs at random. All numbers of trained models are from ten worlds with two seeds each, in three chunks.
 #
-# **You should know** [partition](../05_partition.ipynb) and the [protocol](protocol.ipynb). **Time** 12 minutes to read, a few seconds to run. The grid behind it took 1.3 core hours (`make experiments`).
+# **You should know** [partition](../05_partition.ipynb) and the [protocol](protocol.ipynb). **Time** 25 minutes to read, a few seconds to run. The grid behind it took 1.3 core hours (`make experiments`).
 #
 # <details><summary>Words used on this page</summary>
 #
@@ -32,10 +32,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from sdpo_nb.experiments import COMMON, DATA, differences, load_grid, means, measured, outcome, plot_contrasts, true_gap, unfolded
+from sdpo_nb.cells import unfold_column
+from sdpo_nb.compare import difference_intervals, outcome_means, paired_difference, plot_contrasts
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.partition import wilson
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.questions import load_grid
+from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA, pair_measure, true_gap
 from sdpo_nb.world import load_base, load_world
 
 # %% [markdown]
@@ -46,9 +49,9 @@ from sdpo_nb.world import load_base, load_world
 # %%
 world = load_world()
 base, tokenizer = load_base(world)
-rows = DATA["one source"](world, base, tokenizer)["all"]
+rows = TRAINING_DATA["one source"](world, base, tokenizer)["all"]
 
-longest = COMMON["max_length"]
+longest = COMMON_SETTINGS["max_length"]
 pairs = tokenize_pairs(load_pairs(rows), tokenizer, "all", longest, longest // 2).pairs
 gamma = score_pairs(base, pairs).gamma(pairs).numpy()
 
@@ -68,9 +71,9 @@ accuracy = pd.Series(gamma > 0).groupby(source).mean()
 easy = {
     "accuracy of sources": np.array([accuracy[s] for s in source]),
     "gamma of pairs": gamma,
-    "length of pairs": -np.array([measured(r, "length") for r in rows]),
-    "distance of pairs": np.array([measured(r, "distance") for r in rows]),
-    "true gap of pairs": np.array([measured(r, "true gap") for r in rows]),
+    "length of pairs": -np.array([pair_measure(r, "length") for r in rows]),
+    "distance of pairs": np.array([pair_measure(r, "distance") for r in rows]),
+    "true gap of pairs": np.array([pair_measure(r, "true gap") for r in rows]),
 }
 thirds = {}
 for measure, value in easy.items():
@@ -124,13 +127,13 @@ hardest_third.round(2)
 found = load_grid("how_to_partition")
 
 def minus(a, b, what="sampled"):
-    return outcome(found[a], what) - outcome(found[b], what)
+    return paired_difference(found[a], found[b], what)
 
 compared = {}
 for measure in easy:
     compared[f"{measure}: easy first"] = minus(measure, "random")
     compared[f"{measure}: hard first"] = minus(f"{measure}, hard first", "random")
-order = differences(compared)
+order = difference_intervals(compared)
 
 by_name = order.set_index("question")
 assert by_name.loc["accuracy of sources: easy first", ["low", "high"]].abs().max() <= 0.02
@@ -138,7 +141,8 @@ assert by_name.loc["gamma of pairs: easy first", "high"] < -0.05
 assert (by_name["low"] < 0).all()
 
 # %%
-plot_contrasts(order, "true reward minus that of a random split\n← worse than random | better →      grey: equal");
+plot_contrasts(order, "true reward minus that of a random split (grey: equal)",
+               sides=("worse than random", "better"));
 
 
 # %% [markdown]
@@ -147,7 +151,7 @@ plot_contrasts(order, "true reward minus that of a random split\n← worse than 
 # %%
 def on_the_way(row):
     "Means of the models after stage 1, 2 and 3."
-    return unfolded(found[row], "stages").groupby("stage")[["sampled", "kl"]].mean()
+    return unfold_column(found[row], "stages").groupby("stage")[["sampled", "kl"]].mean()
 
 WAYS = {  # label -> row, colour, line, height of the labels left and right
     "random": ("random", "0.4", "-", 0, 4),
@@ -190,16 +194,16 @@ ROWS = {"easy first": "gamma of pairs, tuned", "hard first": "gamma of pairs, ha
 compared = {}
 for way, row in ROWS.items():
     for what in ("sampled", "greedy"):
-        compared[f"by gamma, {way}, {what}"] = outcome(found[row], what) - outcome(by_sources, what)
-tuned = differences(compared)
-plot_contrasts(tuned, "true reward minus that of the split by sources, easy first\n"
-                      "← by sources better | by gamma better →      grey: equal");
+        compared[f"by gamma, {way}, {what}"] = paired_difference(found[row], by_sources, what)
+tuned = difference_intervals(compared)
+plot_contrasts(tuned, "true reward minus that of the split by sources, easy first (grey: equal)",
+               sides=("by sources better", "by gamma better"));
 
 # %% [markdown]
 # All means, with their distances from S ("tuned": at the settings that are best for stepwise DPO; the rows of DPO belong to the last section):
 
 # %%
-means(found)
+outcome_means(found)
 
 # %% [markdown]
 # ## Leaving pairs out
@@ -218,12 +222,13 @@ compared = {}
 for name, row in PARTS.items():
     for what in ("sampled", "greedy"):
         compared[f"{name}, {what}"] = minus(row, "DPO on a random part", what)
-kept = differences(compared)
+kept = difference_intervals(compared)
 assert kept["high"].iloc[:4].max() < 0             # both selections
 assert kept["low"].iloc[4:].min() > 0              # all pairs
 
 # %%
-plot_contrasts(kept, "true reward minus that of two thirds at random\n← random part better | better than random →");
+plot_contrasts(kept, "true reward minus that of two thirds at random",
+               sides=("random part better", "better than random"));
 
 # %% [markdown]
 # Both selections are *worse* than as many pairs at random, by 0.02. The random part is worse than all pairs, by as much. The two selections fail differently: the smallest gaps stay nearer to S (1.2 nats), the largest run farther (3.3 nats; all pairs 1.7). So another $\beta$ might suit each of them better. Here all have the $\beta$ of DPO.
