@@ -208,7 +208,7 @@ def _run_dpo(cell: Cell, world: World, sources, exam: Exam): # -> results, kept,
 
 # %% ../nbs/experiments/cells.ipynb #5c881389
 def run_cell(
-    cell: Cell,
+    cell: Cell,              # what to run
     worlds = "runs/worlds",  # folder that keeps worlds
 ) -> dict:                   # results, what else is kept, stages (JSON), tokens, seconds, weights (hash of S)
     "Train and measure one cell, with one thread; the run itself is thrown away."
@@ -266,13 +266,13 @@ def _runs_file(folder): return Path(folder or RESULTS) / "runs.parquet"
 
 def rows_of_cells(
     table: pd.DataFrame, # of runs
-    cells: list,
+    cells: list,         # those asked for
 ) -> pd.DataFrame:       # one cell a row
     "Those of the cells that are in the table already."
     return table[table["key"].isin({cell.key for cell in cells})]
 
 def stored_rows(
-    cells: list,
+    cells: list,   # those asked for
     folder = None, # None: the results that travel with the package
 ) -> pd.DataFrame: # one cell a row
     "Those of the cells that are in the table of a folder already."
@@ -315,7 +315,7 @@ def _as_row(cell, results, made_by):
     return what | dict(key=cell.key) | results | made_by
 
 def run_grid(
-    cells: list,
+    cells: list,          # each is run once, however often it stands there
     folder = None,        # of the table; None: the results that travel with the package
     desc: str = "cells",  # what the progress bar and the table call it
     workers: int = None,  # processes; None: one for each core

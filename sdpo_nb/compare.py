@@ -128,7 +128,7 @@ def sign_flip_p_value(
 
 # %% ../nbs/experiments/compare.ipynb #4df16747
 def holm_p_values(
-    p_values: list,
+    p_values: list, # of questions that are asked together
 ) -> list: # in the same order, none smaller than before
     "p-values that hold for all at once (Holm 1979)."
     corrected, highest = [0.] * len(p_values), 0.

@@ -28,7 +28,7 @@ def _without_empty(rows: list) -> list:
     return [row for row in rows if _chosen(row).strip() and _rejected(row).strip()]
 
 def all_pairs(
-    world: World,
+    world: World, # of any body
 ) -> list[dict]: # conversational rows, with `source`, and `flipped` where the label is wrong
     "Every usable pair of a world, source by source."
     rows = []

@@ -62,6 +62,11 @@ import dataclasses, math
 # To change one thing at a time is what makes a comparison say something. If sDPO beats DPO, it might be the chunks, their order, the reference or the start.
 # Each of the other methods keeps all of that but one.
 #
+# - `sDPO, random`: all pairs are shuffled and cut into three, so no chunk is easier than another.
+# - `sDPO, hard first`: the same chunks, in the opposite order.
+# - `sDPO, fixed reference`: every stage is held near S, and not near the model that it starts from.
+# - `sDPO, target S`: every stage *starts* from S again, with $M_{t-1}$ as its reference.
+#
 # Three methods do without DPO. They are the *baselines*: S as it is; S at the sampling temperature that is best on validation prompts; and S fine-tuned on
 # the chosen responses.
 
@@ -376,7 +381,9 @@ def _run_dpo(cell: Cell, world: World, sources, exam: Exam): # -> results, kept,
 
 
 # %% [markdown]
-# A small one: three stages on 16 pairs of each source, one epoch each.
+# What must the first loss of a stage be, when the model is its own reference? Both log-ratios are equal then, so the loss is $-\log \sigma(0) = \ln 2$. We look for it in the losses.
+#
+# A small run: three stages on 16 pairs of each source, one epoch each.
 
 # %%
 cell = Cell(0, 0, "sDPO", dict(epochs=1, lr=3e-4))
@@ -621,7 +628,7 @@ rows[["method", "settings", "pairs", "tokens", "reward", "command"]].sort_values
 # %% [markdown]
 # ## Tables inside a row
 #
-# Two columns hold a small table each, as JSON: `stages` has the means of every model by skill, `gammas` the mean gamma of every model on every
+# Which stage made the gain, and which skill got it? A mean over all prompts cannot tell. So two columns hold a small table each, as JSON: `stages` has the means of every model by skill, `gammas` the mean gamma of every model on every
 # chunk. This takes them out again.
 
 # %%

@@ -522,11 +522,11 @@ at.ravel()
 #
 # ## Try this
 #
-# - Drop the pairing: take worlds 0 to 4 of `better` and 5 to 9 of `plain`. How wide is the interval of the difference of the two means?
+# - Drop the pairing: take worlds 0 to 4 of `better` and 5 to 9 of `plain`, and subtract the two means. What comes out?
 #
 #   <details><summary>What you should see</summary>
 #
-#   The luck of the worlds no longer falls out. The difference of two such means scatters by about $0.05 \sqrt{2/5} = 0.03$: as much as the effect that we planted.
+#   The luck of the worlds no longer falls out. The difference of two such means scatters by about $0.05 \sqrt{2/5} = 0.03$, as much as the effect that we planted. Here it comes out below zero: the better method looks worse.
 #
 #   </details>
 # - Invent two methods with 2000 prompts instead of 50. Does the interval of the difference become much narrower?

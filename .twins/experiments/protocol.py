@@ -218,7 +218,8 @@ for name, (family, offset) in DRAWN.items():
     rows = methods[name]
     at = outcome_values(rows, "kl").mean(), outcome_values(rows, "sampled").mean()
     ax.plot(*at, "o", color=COLOURS[family])
-    ax.annotate(name, at, xytext=offset, textcoords="offset points", color=COLOURS[family], fontsize="small")
+    label = name.replace("beta", r"$\beta$")
+    ax.annotate(label, at, xytext=offset, textcoords="offset points", color=COLOURS[family], fontsize="small")
 ax.set(
     xlabel="← better: nearer        KL from S (nats per response)",
     ylabel="true reward, sampled        better →",
@@ -228,8 +229,8 @@ sns.despine()
 
 
 # %% [markdown]
-# All tuned methods are at one height and differ in their distance; plain DPO at the smaller learning rate is nearest to the line. (Two points are not drawn: `sDPO, random` lies on `DPO at sDPO's rate`, and `sDPO, hard first` on `sDPO`.) At the right are the two
-# that were not tuned for their $\beta$.
+# All tuned methods but `sDPO, target S` are at one height, and differ in their distance. Plain DPO at the smaller learning rate is nearest to the line. (Two points are not drawn: `sDPO, random` lies on `DPO at sDPO's rate`, and `sDPO, hard first` on `sDPO`.) At the right are the two
+# of question 8, which run at settings that are not their own.
 #
 # How far does each stay under the line of its own world? Beyond the end of a line, at 1.2 nats in the mean, this is what is missing to a reward of 1.
 
@@ -586,6 +587,6 @@ if __name__ == "__main__" and __spec__:
 #
 #   <details><summary>What you should see</summary>
 #
-#   The standard error of such a difference is about $\sqrt{2 \cdot 0.03^2 / 5}$, 0.02: only differences above 0.04 would be seen. With pairs it is 0.005.
+#   Worlds differ by 0.022 (standard deviation), so such a difference has a standard error of about $0.022 \sqrt{2/5} = 0.014$: only differences above 0.03 would be seen. With pairs, in ten worlds, the standard error is 0.005.
 #
 #   </details>

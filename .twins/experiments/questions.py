@@ -256,9 +256,12 @@ shares.map("{:.0%}".format)
 
 
 # %% [markdown]
+# Read it column by column. When there is no difference, we say *equal* every time, and *different* in 7 trials of a hundred. When the true difference is 0.02, we hardly ever say equal. In between, at 0.01, both words are said in
+# two trials of three: such a difference can be there and be small.
+#
 # ## The runs of the eight questions
 #
-# A *grid* is a dictionary. Each of its rows has a name, and behind the name stands a *condition*: a method with its settings and, where they are not the usual ones, its data, its
+# What has to be run, to answer the eight questions? A *grid* says it. It is a dictionary. Each of its rows has a name, and behind the name stands a *condition*: a method with its settings and, where they are not the usual ones, its data, its
 # prompts or its body. Every condition is run in every world with every seed.
 #
 # The primary grid has each method at its best settings, the baselines, and what questions 3 and 8 need. Question 3 asks for sDPO at the KL of DPO, so sDPO is run on
@@ -325,7 +328,7 @@ as_table(primary_grid())
 
 
 # %% [markdown]
-# (`DPO at sDPO's rate` was added after the answers; the [protocol](protocol.ipynb) says why.)
+# Methods of one name with other settings are rows of their own, so a row is known by its name and not by its method. (`DPO at sDPO's rate` was added after the answers; the [protocol](protocol.ipynb) says why.)
 #
 # Now the questions can be put to the rows of this grid. "sDPO at the KL of DPO" is no row. It is read off the ladder of sDPO.
 
@@ -418,8 +421,8 @@ as_table(how_many_stages_grid())
 
 
 # %% [markdown]
-# Two grids throw one switch at a time. Stepwise DPO differs from DPO in its reference, its order and its schedule. [Why it works](why_it_works.ipynb) has all twelve combinations of these, at one $\beta$, so that the effect of each can be told from the others. [The paper in
-# miniature](paper_in_miniature.ipynb) repeats the paper's tables: one source trained against three references, and stages that each start from S.
+# Two grids throw one switch at a time. Stepwise DPO differs from DPO in its reference, its order and its schedule. [Why it works](why_it_works.ipynb) has all twelve combinations of these, at one $\beta$, so that the effect of each can be told from the others. 
+# [The paper in miniature](paper_in_miniature.ipynb) repeats the paper's tables: one source trained against three references, and stages that each start from S.
 
 # %%
 #| export
@@ -508,7 +511,7 @@ as_table(stage_by_stage_grid())
 
 # %% [markdown]
 # Two go beyond the usual pairs and prompts. [New domain](new_domain.ipynb) leaves out a skill, and measures on strings that are longer or made of other letters: what carries over? [With new data](with_new_data.ipynb) has pairs that are written between the stages. There two things could make a
-# difference, the writer and the labels, so the grid has all pairs of both, and a larger $\beta$ for comparisons at equal distance.
+# difference, the writer and the labels, so the grid combines them, and it has a larger $\beta$ for comparisons at equal distance.
 
 # %%
 #| export
@@ -734,6 +737,6 @@ del GRIDS["half"]
 #
 #   <details><summary>What you should see</summary>
 #
-#   The p-value of one world is always 1, so nothing is ever "different". The interval no longer knows how worlds vary and becomes too narrow: "equal" and its opposite are said too often, for no reason.
+#   The p-value of one world is always 1, so nothing is ever "different". The interval no longer knows how worlds vary and becomes too narrow: it misses the true difference in two trials of three, and two methods that differ by 0.02 are called equal in one trial of five.
 #
 #   </details>
