@@ -4,10 +4,23 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/how_many_stages.ipynb)
 #
-# **At one $\beta$ two or three; at one distance from S it hardly matters.** In ten worlds with two seeds each, at $\beta = 1.2$ true reward rises from 0.830 with one stage (DPO) to 0.871 with three and falls to 0.820 with eight, but the KL from S grows all along, from 0.5 to 3.2 nats. At the same KL, two to seven stages are equal to three within $\pm 0.02$, and so is one at $\beta = 0.4$;
-# one at $\beta = 1.2$ is *better* than three at that distance, by 0.016 [0.011, 0.021].
+# **At one $\beta$, two or three stages are best. At one distance from S, the number of stages hardly matters.** At $\beta = 1.2$ true reward rises from 0.830 with one stage (which is DPO) to 0.871 with three, and falls to 0.820 with eight. But the distance from S, the KL, grows all along, from 0.5 to 3.2 nats. At the same KL, two to seven stages are equal to three within $\pm 0.02$, and so is one stage at $\beta = 0.4$.
+# One stage at $\beta = 1.2$ is even *better* than three at that distance, by 0.016 [0.011, 0.021].
 #
-# **You should know** [stepwise DPO](../11_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** a few seconds; the grid behind it took 1.3 core hours (`make experiments`).
+# All numbers are from ten worlds with two seeds each.
+#
+# **You should know** [stepwise DPO](../09_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 20 minutes to read, a few seconds to run. The grid behind it took 1.3 core hours (`make experiments`).
+#
+# <details><summary>Words used on this page</summary>
+#
+# - **S** is the model before alignment. **DPO** trains it on all pairs at once. **Stepwise DPO** cuts the pairs into $T$ chunks and trains one *stage* on each; the model of the stage before is the *reference*, the fixed model that the loss measures from.
+# - **$\beta$** says how strongly a model is held at its reference. A smaller $\beta$ lets it go farther.
+# - **KL** is the distance of a model from S, in nats, measured along its own answers.
+# - **True reward** is 1 for the right answer and less for every letter that has to be mended. *Sampled* answers are drawn from the model; a *greedy* answer takes the likeliest letter at every place.
+# - **World**: an S with its own demonstrations and pairs. **Seed**: the order of the training pairs.
+# - **0.016 [0.011, 0.021]** is a mean and its 95 % interval. Differences are *paired*: the same worlds, seeds and prompts for both. *Equal* means that the whole interval lies within $\pm 0.02$.
+#
+# </details>
 
 # %%
 import importlib.util
@@ -20,82 +33,180 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from sdpo_nb.cells import learning_rate_sum
-from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_values, plot_contrasts, reward_at_kl
+from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_values, paired_difference, plot_contrasts, reward_at_kl
 from sdpo_nb.evaluate import as_text, interval
 from sdpo_nb.questions import BETA_LADDER, chosen_settings, load_grid
 
 # %% [markdown]
 # ## The same pairs, cut finer
 #
-# The paper has two stages, one per data set, and leaves open what more would do. Here the pairs of the three sources, easy source first, are cut into $T$ parts of equal size; three parts are the sources themselves, which differ by up to forty pairs. Each pair is seen three times in any case. $\beta$ = 1.2 and the learning rate are those that the search chose for three stages.
+# The paper has two stages, one for each data set, and leaves open what more stages would do. Here the pairs of all three sources stand in one row, the easy source first, and the row is cut into $T$ equal parts. (Three parts are the sources themselves, which differ by up to forty pairs.) Whatever $T$ is, each pair is seen three times. The learning rate, and $\beta = 1.2$, are what the search chose for three stages.
 #
-# But every stage starts a new tilt, from its own reference, and may go as far as $\beta$ lets it ([smaller_beta](smaller_beta.ipynb)). So $T$ could be another name for $\beta$. A second line therefore lets $\beta$ grow with $T$: $\beta/T$ stays what it is for three stages, 0.4, from DPO with $\beta = 0.4$ to eight stages with $\beta = 3.2$. And on the right the same runs stand over their distance from S, with three stages
-# at other $\beta$ as a line.
+# More stages also means going farther. Every stage has a reference of its own, and may go away from it as far as $\beta$ allows ([smaller_beta](smaller_beta.ipynb)). So "more stages" could be another name for "a smaller $\beta$". To see that, a second line lets $\beta$ grow with $T$. Then $\beta/T$ is always 0.4: DPO with $\beta = 0.4$, three stages with 1.2, eight with 3.2.
 
 # %%
-found, main, beta = load_grid("how_many_stages"), load_grid("primary"), chosen_settings()["sDPO"]["beta"]
-LINES = {rf"$\beta$ = {beta:g}": {T: f"T = {T}" for T in range(1, 9)}, rf"$\beta$ = {beta / 3:g} T": {T: "T = 3" if T == 3 else f"T = {T}, beta T/3" for T in (1, 2, 3, 5, 8)}}
-ladder = [found["T = 3, 0.125 beta"], *(main[f"sDPO, {f:g} beta"] for f in BETA_LADDER), found["T = 3, 8 beta"]]
-def mean(rows, what): return outcome_values(rows, what).mean()
+found = load_grid("how_many_stages")
+main = load_grid("primary")
+beta = chosen_settings()["sDPO"]["beta"]
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, constrained_layout=True)
-right.plot([mean(r, "kl") for r in ladder], [mean(r, "sampled") for r in ladder], color="0.7", lw=2, label=r"three stages, other $\beta$")
+one_beta = {T: found[f"T = {T}"] for T in range(1, 9)}
+growing_beta = {T: found[f"T = {T}, beta T/3"] for T in (1, 2, 5, 8)}
+growing_beta[3] = one_beta[3]                          # beta T/3 is beta
+growing_beta = dict(sorted(growing_beta.items()))
+LINES = {rf"$\beta$ = {beta:g}": one_beta, rf"$\beta$ = {beta / 3:g} T": growing_beta}
+
+# %% [markdown]
+# A third line is needed for the comparison at equal distance: three stages at seven values of $\beta$, from an eighth of 1.2 to eight times 1.2. We call it the *ladder*.
+
+# %%
+ladder = [main[f"sDPO, {factor:g} beta"] for factor in BETA_LADDER]
+ladder = [found["T = 3, 0.125 beta"], *ladder, found["T = 3, 8 beta"]]
+
+
+# %% [markdown]
+# Before you look: at $\beta = 1.2$, which number of stages will be best? And will the best stay the best when $\beta$ grows with $T$?
+
+# %%
+def mean(rows, what):
+    return outcome_values(rows, what).mean()
+
+dpo = growing_beta[1]                                  # DPO at beta = 0.4
+fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, constrained_layout=True)
+
+kl = [mean(rows, "kl") for rows in ladder]
+reward = [mean(rows, "sampled") - mean(dpo, "sampled") for rows in ladder]
+right.plot(kl, reward, color="0.7", lw=2)
+right.annotate("three stages,\nother $\\beta$", (kl[-1], reward[-1]), xytext=(10, -4), ha="left",
+               color="0.5", textcoords="offset points")
+
+for color, (name, line) in zip(sns.color_palette("colorblind"), LINES.items()):
+    stages = list(line)
+    paired = [interval(paired_difference(rows, dpo)) for rows in line.values()]
+    middle, low, high = np.array(paired).T
+    left.errorbar(stages, middle, yerr=[middle - low, high - middle], fmt="o-", capsize=3, color=color)
+    left.annotate(name, (8, middle[-1]), xytext=(10, -3), textcoords="offset points", color=color)
+    for T, rows, y in zip(stages, line.values(), middle):
+        x = mean(rows, "kl")
+        right.plot(x, y, "o", color=color)
+        right.annotate(T, (x, y), xytext=(0, 6), textcoords="offset points", ha="center",
+                       fontsize="small", color=color)
+
+left.axhline(0, color="black", lw=1, ls=":")
+left.set(xlabel="number of stages T", xticks=range(1, 9), xlim=(0.5, 9.4),
+         ylabel="true reward minus that of DPO at $\\beta$ = 0.4\n← worse      better →")
+right.set(xlabel="KL from S (nats), farther →      (the numbers are T)")
+sns.despine(fig)
+
+
+# %% [markdown]
+# On the left, each point is a paired difference to DPO at $\beta = 0.4$. At $\beta = 1.2$ (blue) there is a best number of stages, two or three. When $\beta$ grows with $T$ (orange), five stages are nearly as good as one.
+#
+# On the right, the same runs stand over their distance from S, and the best number is gone. All but the leftmost point lie on the line that three stages draw when only $\beta$ changes, or a little above it.
+#
+# ## At the same distance
+#
+# Now each is compared with three stages *at the same KL*: for every world and seed we read off the ladder what three stages reach at the KL of the other run, and subtract it.
+
+# %%
+def minus_three_stages(rows):
+    at_same_kl = reward_at_kl(ladder, outcome_values(rows, "kl"))
+    return outcome_values(rows, "sampled").mean(2, keepdims=True) - at_same_kl
+
+compared = {}
 for name, line in LINES.items():
-    at, low, high = np.array([interval(outcome_values(found[row], "sampled")) for row in line.values()]).T
-    left.errorbar(list(line), at, yerr=[at - low, high - at], fmt="o-", capsize=3, label=name)
-    right.plot([mean(found[row], "kl") for row in line.values()], at, "o", label=name)
-    for (T, row), y in zip(line.items(), at): right.annotate(T, (mean(found[row], "kl"), y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize="small")
-left.set(xlabel="stages T", ylabel="true reward, sampled", xticks=range(1, 9)); right.set(xlabel="KL from S (nats); the number is T")
-left.legend(frameon=False); right.legend(frameon=False); sns.despine(fig)
+    for T, rows in line.items():
+        if T == 3 or rows is one_beta[8]: continue     # three is the ladder; eight is farther than the ladder
+        compared[f"T = {T}, {name}"] = minus_three_stages(rows)
+compared[r"T = 1, $\beta$ = 0.6"] = minus_three_stages(main["DPO at sDPO's rate"])
 
-
-# %% [markdown]
-# On the left $T$ has a best value at $\beta = 1.2$, two or three. On the right that is gone: all but the leftmost point lie on the line that three stages draw when only $\beta$ changes, or a little above it. Each compared with three stages *at the same KL* (read off that line, world by world and seed by seed):
-
-# %%
-def at_their_kl(rows): return outcome_values(rows, "sampled").mean(2, keepdims=True) - reward_at_kl(ladder, outcome_values(rows, "kl"))
-rows = {f"T = {T}, {name}": found[row] for name, line in LINES.items() for T, row in line.items() if T != 3 and row != "T = 8"} | {r"T = 1, $\beta$ = 0.6": main["DPO at sDPO's rate"]}
-level = difference_intervals({name: at_their_kl(r) for name, r in rows.items()}); more = ~level["question"].str.startswith("T = 1,")
-assert level.loc[more, ["low", "high"]].abs().max(axis=None) < 0.02 and level.loc[~more, "low"].min() > 0
-plot_contrasts(level, "minus three stages at the same KL, true reward");
-
-# %% [markdown]
-# All but one are equal to three stages ($\pm 0.02$, grey). That nearly all lie to the right of 0 means little: the line bends between its points and is drawn straight, so it is up to a few thousandths too low. One stage, which is DPO, at $\beta = 1.2$ is ahead by more than that. (At $\beta = 0.6$ it is taken from the primary grid. Eight stages at $\beta = 1.2$ are missing, since in one world they go farther than three do at the smallest $\beta$.)
-#
-# *Whoever compares numbers of stages at one $\beta$ compares distances.* Eight stages at $\beta = 1.2$ reach 0.820; so do three at $\beta = 0.3$.
-#
-# ## Does beta over T settle it?
-#
-# Up to five stages nearly: they are within 0.02 of DPO in sampled reward, though five go farther and lose a little. Eight do not stay with it: $\beta$ in step with $T$ does not hold them back, they go 0.8 nats farther and lose 0.020. ([Smaller_beta](smaller_beta.ipynb) finds more of a gap, at three times the learning rate, with chunks in random order and at smaller $\beta$; which of these makes it was not taken apart.)
+level = difference_intervals(compared)
+one_stage = level["question"].str.startswith("T = 1,")
+assert level.loc[~one_stage, ["low", "high"]].abs().max(axis=None) < 0.02
+assert level.loc[one_stage, "low"].min() > 0
 
 # %%
-second = list(LINES.values())[1]
-pd.DataFrame({T: {f"{label}, minus DPO": as_text(interval(outcome_values(found[row], what) - outcome_values(found[second[1]], what))) for what, label in OUTCOMES.items()} for T, row in second.items() if T > 1}).T.rename_axis("stages")
+plot_contrasts(level, "true reward minus that of three stages at the same KL (grey: equal)",
+               sides=("three stages better", "better than three"));
 
 # %% [markdown]
+# All but one are equal to three stages: their intervals lie in the grey band. One stage, which is plain DPO, is ahead at each of the three $\beta$ that we have: by 0.006, 0.007 and 0.016 at $\beta$ = 0.4, 0.6 and 1.2, and the last one leaves the band.
+#
+# Nearly all points lie to the right of 0. Do not read much into that. The true line of three stages bends between its points and we draw it straight, so it is up to a few thousandths too low. (DPO at $\beta = 0.6$ is taken from the grid of the protocol. Eight stages at $\beta = 1.2$ are missing: in one world they go farther than three stages do at the smallest $\beta$.)
+#
+# *If you compare numbers of stages at one $\beta$, you compare distances.* Eight stages at $\beta = 1.2$ reach 0.820; so do three at $\beta = 0.3$.
+#
+# ## Is it enough to let beta grow with T?
+#
+# Up to five stages, nearly. Here every number of stages has $\beta = 0.4\,T$, and DPO at $\beta = 0.4$ is subtracted:
+
+# %%
+against_dpo = {}
+for T, rows in growing_beta.items():
+    if T == 1: continue
+    row = {}
+    for what, label in OUTCOMES.items():
+        difference = paired_difference(rows, dpo, what)
+        row[f"{label}, minus DPO"] = as_text(interval(difference))
+    against_dpo[T] = row
+pd.DataFrame(against_dpo).T.rename_axis("stages")
+
+# %% [markdown]
+# Two to five stages are within 0.02 of DPO in sampled reward, though five go farther and lose a little. Eight do not stay with it: they go 0.8 nats farther and lose 0.020. So a $\beta$ in step with $T$ does not hold eight stages back.
+#
+# One explanation is that each stage learns the reward from an eighth of the pairs, with larger errors, and that the errors of all stages add up. This page does not test it. ([Smaller_beta](smaller_beta.ipynb) finds more of a gap, at three times the learning rate, with chunks in random order and at smaller $\beta$. Which of these makes it was not taken apart.)
+#
 # ## What more stages cost
 #
-# Tokens that are trained on stay the same. A moving reference is one pass without gradients over each chunk but the first, $(T-1)/T$ of the data: half a pass for two stages, two thirds for three, seven eighths for eight. Beside it stand three passes of training and one of S over everything, which orders the sources and is the first stage's reference. Each stage also decays and warms up anew and ends in a smaller batch, so that eight stages take 10 % more steps than one, with a sum of learning rates that is 19 % larger. How much of their distance is that was not taken apart.
+# The tokens that are trained on stay the same. What is added is the moving reference: before each stage but the first, the model of the stage before reads the next chunk once, without gradients. That is $(T-1)/T$ of the data: half a pass for two stages, two thirds for three, seven eighths for eight. Compare it with the three passes of training, and with the one pass of S over everything that orders the sources and serves as the first reference.
 
 # %%
-cost = pd.DataFrame({T: {"optimizer steps": np.mean([sum(s) for s in r["steps"]]), "sum of learning rates (peaks)": np.mean([learning_rate_sum(s) for s in r["steps"]]),
-                         "tokens trained on": r["tokens"].mean(), "tokens of other passes": r["pass_tokens"].mean()} for T, r in ((T, found[f"T = {T}"]) for T in range(1, 9))}).rename_axis(columns="stages")
+cost = {}
+for T, rows in one_beta.items():
+    cost[T] = {
+        "optimizer steps": np.mean([sum(steps) for steps in rows["steps"]]),
+        "sum of learning rates (peaks)": np.mean([learning_rate_sum(steps) for steps in rows["steps"]]),
+        "tokens trained on": rows["tokens"].mean(),
+        "tokens of other passes": rows["pass_tokens"].mean(),
+    }
+cost = pd.DataFrame(cost).rename_axis(columns="stages")
 assert cost.loc["tokens trained on"].nunique() == 1
 cost.round(0).astype(int)
 
 # %% [markdown]
+# *Sum of learning rates* counts each step by its learning rate, in units of the highest. Every stage warms up and decays anew and ends in a smaller batch. So eight stages take 10 % more steps than one, with a sum of learning rates that is 19 % larger. How much of their distance comes from that was not taken apart.
+#
+# ## What this does not show
+#
+# - **More data for more stages.** Here $T$ stages share the pairs of one. If every stage had as many pairs as DPO has in all, eight might look different.
+# - **Chunks of unequal size.** The paper's second data set is five times its first.
+# - **A curriculum.** The sources of this world share all skills, and nothing in them builds on anything else. Where it does, stages could matter for another reason.
+# - **Large models.** This one has 340 thousand parameters.
+#
 # ## What you now have
 #
 # - A best number of stages that is a best distance in disguise.
-# - A way to see that: the ladder of one method over $\beta$, and everything else at its KL.
+# - A way to see that: run one method at several $\beta$, and compare everything else with it at equal KL.
 #
 # ## Questions to test yourself
 #
 # 1. Why is the pass over the references not $T$ times as expensive as one?
+# <details><summary>Answer</summary>
+#
+# Every model reads only the chunk of the stage that it is the reference of. Together the chunks are the data, once, less the first chunk, which S has read already.
+# </details>
+#
 # 2. With one chunk, what is left of stepwise DPO?
+# <details><summary>Answer</summary>
+#
+# Plain DPO: one stage, with S as its start and as its reference.
+# </details>
+#
 # 3. Somebody reports that five stages beat two at $\beta = 0.1$. Which two numbers would you ask for?
+# <details><summary>Answer</summary>
+#
+# The KL of both from S, and what two stages reach at a smaller $\beta$, one that brings them to the same KL.
+# </details>
 #
 # ## Try this
 #
-# - Draw the right panel with greedy answers (`"greedy"` for `"sampled"`). Do the runs still lie on one line?
-# - Which of the eight stages goes farthest? `unfolded(found["T = 8"], "stages")` has the KL after each.
+# TRYTHIS
