@@ -156,6 +156,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("a step")))
 # | [stage_by_stage](experiments/stage_by_stage.ipynb) | what each stage gains, and what it undoes |
 # | [new_domain](experiments/new_domain.ipynb) | a skill without pairs, longer strings, another alphabet |
 # | [with_new_data](experiments/with_new_data.ipynb) | pairs that the model before wrote; labels by a judge, or by the model |
+# | how it was done | [worlds and bodies](experiments/bodies.ipynb), [training data](experiments/training_data.ipynb), [one run and many](experiments/cells.ipynb), [comparing them](experiments/compare.ipynb), [every question as a grid](experiments/questions.ipynb) |
 #
 # ## From the paper to cells
 #

@@ -39,7 +39,8 @@ from sdpo_nb.evaluate import as_text, held_out, interval, response_kl, win_rate
 from sdpo_nb.logprobs import load_model, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.questions import chosen_settings, load_grid
-from sdpo_nb.stepwise import StepwiseConfig, gamma_table, sdpo
+from sdpo_nb.report import gamma_table
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA
 from sdpo_nb.world import load_base, load_world, make_pairs, respond, score_responses, true_reward
 
