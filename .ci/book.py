@@ -9,6 +9,7 @@ import base64, hashlib, json, os, re, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that spin make a tiny model twenty times slower beside other work
 os.chdir(ROOT)
 NBS, TWINS = Path("nbs"), Path(".twins")
 LINK = re.compile(r"\]\((?!http|#)([\w/]+\.ipynb)")
