@@ -126,7 +126,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("a step")))
 # %% [markdown]
 # ## The chapters
 #
-# New to DPO? [Start here](welcome.ipynb): what alignment is for, what each symbol means, and which chapters to read in three hours. To use the package: [your model](your_model.ipynb), then 01, 05, 08, 10. A number is a place in the reading order and a floor of the code: modules import only from lower numbers.
+# New to DPO? [Start here](welcome.ipynb): what alignment is for, what each symbol means, and what to read in four hours. To use the package: [your model](your_model.ipynb), then 01, 05, 08, 10. A number is a place in the reading order and a floor of the code: modules import only from lower numbers.
 #
 # | chapter | the idea |
 # |---|---|

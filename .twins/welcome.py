@@ -91,18 +91,18 @@ ax.axis("off");
 #
 # Each chapter is a notebook: an idea, a few lines of code, a value to look at, a check that keeps it true. Every chapter says at its head how long it takes.
 #
-# **To understand DPO and its stages, about three hours.**
+# **To understand DPO and its stages, about four hours.**
 #
-# 1. [00](00_world.ipynb), up to the pairs: the world in which we can see the truth.
-# 2. [01](01_preferences.ipynb), the first part: where the prompt ends and the response begins.
-# 3. [02](02_logprobs.ipynb), up to the log-ratio: what a model says about a response.
-# 4. [03](03_loss.ipynb): where the loss comes from. This is the heart.
-# 5. [06](06_trainer.ipynb), up to the metrics: one stage in six lines, then with everything that training needs.
-# 6. [11](11_stepwise.ipynb), "The method in four lines", then from "A run" on.
+# 1. [00](00_world.ipynb): "Four skills", "The true reward", then from "The world of this book" to "Three sources". The world in which we can see the truth. 40 minutes.
+# 2. [01](01_preferences.ipynb), part one: where the prompt ends and the response begins. 40 minutes.
+# 3. [02](02_logprobs.ipynb), part 1: what a model says about a response. 30 minutes.
+# 4. [03](03_loss.ipynb), to the end of "What $\beta$ does", then "The same loss in sDPO's words": where the loss comes from. This is the heart. 70 minutes.
+# 5. [06](06_trainer.ipynb), to the end of "What is measured", then "A stage in ten lines": one stage of training. 30 minutes.
+# 6. [11](11_stepwise.ipynb), "The method in four lines", then from "A run" on: the stages. 30 minutes.
 #
 # **To align a model of your own, about an hour.** [Your model, your pairs](your_model.ipynb), the [demo](demo.ipynb), then the heads of [01](01_preferences.ipynb) (formats), [05](05_partition.ipynb) (order), [08](08_evaluate.ipynb) (did it work?) and [10](10_report.ipynb) (the report).
 #
-# **Everything, about twelve hours.** In the order of the numbers. A number is also a floor: the code of a chapter uses only chapters with smaller numbers.
+# **Everything, with every line of code, some twenty-five hours.** In the order of the numbers; a course of a semester, or a long winter. A number is also a floor: the code of a chapter uses only chapters with smaller numbers.
 #
 # ## Words
 #
