@@ -102,7 +102,7 @@ ax.axis("off");
 #
 # **To align a model of your own, about an hour.** [Your model, your pairs](your_model.ipynb), the [demo](demo.ipynb), then the heads of [01](01_preferences.ipynb) (formats), [05](05_partition.ipynb) (order), [08](08_evaluate.ipynb) (did it work?) and [10](10_report.ipynb) (the report).
 #
-# **Everything, with every line of code, some twenty-five hours.** In the order of the numbers; a course of a semester, or a long winter. A number is also a floor: the code of a chapter uses only chapters with smaller numbers.
+# **Everything, with every line of code, some twenty-five hours.** In the order of the numbers. A number is also a floor: the code of a chapter uses only chapters with smaller numbers.
 #
 # ## Words
 #
