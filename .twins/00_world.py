@@ -8,7 +8,7 @@
 #
 # **Time** 95 minutes to read, 25 more for a section that you may skip, and about a minute to run on two CPU cores. One cell in that section trains the base model again, which takes some minutes more: `make test` skips it, *Run all* does not.
 #
-# A language model is usually made in two steps. First it is *fine-tuned* on demonstrations: prompts with good answers. The result is the *base model* of this book, called S.
+# A language model that has read much is turned into one that answers well in two more steps. First it is *fine-tuned* on demonstrations: prompts with good answers. The result is the *base model* of this book, called S.
 # Then it is *aligned*: people compare two answers of S to the same prompt, and the model is trained on these comparisons to give the answers that people prefer. DPO, the subject of this book, is a method for this second step.
 #
 # Whether such a method *works* is hard to say with a real model. Nobody knows how good an answer truly is, one run takes hours, and the faults of the base model are not written down.
@@ -854,7 +854,7 @@ sources["primer"][0]
 
 
 # %% [markdown]
-# By (1) the worse response is chosen with probability $\sigma(-k\,\Delta)$ where the rewards are $\Delta$ apart. So we expect the flipped labels among close pairs. Between equals the coin is fair, and no label is wrong. Is it so?
+# By (1) the worse response is chosen with probability $\sigma(-k\,\Delta r)$ where the rewards are a gap $\Delta r$ apart. So we expect the flipped labels among close pairs. Between equals the coin is fair, and no label is wrong. Is it so?
 
 # %%
 def gap(row):

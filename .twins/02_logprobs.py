@@ -9,8 +9,8 @@
 # **Time** to read: part 1 half an hour, part 2 one hour, part 3 two hours. Running takes about a minute on two CPU cores.
 #
 # Preference training starts from pairs. Somebody saw two responses to the same prompt, *chose* one and *rejected* the other.
-# DPO (direct preference optimisation, [chapter 03](03_loss.ipynb)) makes the chosen response more likely and the rejected one
-# less likely. So everything in this book is made of one number: how likely does a model find a given response?
+# DPO (direct preference optimisation, [chapter 03](03_loss.ipynb)) makes the chosen response more likely *relative to* the rejected
+# one. So everything in this book is made of one number: how likely does a model find a given response?
 #
 # Computing that number takes a few lines. Getting it wrong is just as easy, and no mistake raises an error. You can forget the
 # shift, mask the wrong tokens, take the mean, sum in bf16, or leave dropout on. This chapter makes each of these mistakes once,

@@ -337,7 +337,7 @@ pd.DataFrame(rows, columns=["y", "y'", "r(y)", "r(y')", "share counted", "equati
 #
 # $$J(\pi) = \mathbb E_{y\sim\pi}\,[k\,r(x,y)] - \beta\, \mathrm{KL}(\pi \,\|\, S) \tag{2}$$
 #
-# The first term is the mean reward of what $\pi$ writes, in the unit of the comparisons, $k\,r$. The second is the leash. $\beta$ is the price: every
+# The first term is the mean reward of what $\pi$ writes, in the unit of the comparisons: we write $k\,r$, because labels only reveal this product (twice the reward at half the $k$ gives the same labels). The second is the leash. $\beta$ is the price: every
 # nat of KL costs $\beta$ of reward. The best policy can be written down. It is the base model *reweighted*:
 #
 # $$\pi^*(y|x) = \frac{S(y|x)\, e^{k\,r(x,y)/\beta}}{Z(x)}, \qquad Z(x) = \sum_y S(y|x)\, e^{k\,r(x,y)/\beta} \tag{3}$$
@@ -522,7 +522,7 @@ pd.DataFrame({
 # %% [markdown]
 # ## The loss
 #
-# Now read (1) backwards. Every policy has an implicit reward. Put it into (1), and the policy says how probable each label of the data is. Then train it as
+# Now read (1) backwards. Any policy $\pi_\theta$ is the best policy (3) for *some* reward, and (5), with $\pi_\theta$ for $\pi^*$ and $\pi_{ref}$ for $S$, says which: its implicit reward. Put it into (1), and the policy says how probable each label of the data is. Then train it as
 # one trains any model of probabilities: make the labels that people gave as probable as possible. This is maximum likelihood, and minus
 # its logarithm is the DPO loss. The constant with $Z$ stands on both sides of the difference, and is gone:
 #
@@ -611,7 +611,7 @@ def population_loss(
 
 # %% [markdown]
 # Now the derivation as a whole. Minimise (6) over all tables of probabilities: it must land on the best policy (3), although it never saw a reward. And if some
-# pairs are compared far more often than others? On the same place: at the optimum every pair is satisfied.
+# pairs are compared far more often than others? On the same place: at the optimum the policy's probability for each label is exactly the share of judges who gave it.
 
 # %%
 def fit(wins, beta, label_smoothing=0.):
@@ -829,7 +829,7 @@ sns.despine()
 # %% [markdown]
 # *To see:* with Bradley-Terry labels the gain levels off. With the other two it goes on growing, roughly with the logarithm of time. Every further nat still
 # lowers the loss, because nothing ever says "too much". Then the leash is real only as long as training is short, whatever $\beta$ says (IPO, arXiv 2310.12036, makes this
-# point). It is the *gain* that grows without end. The KL does not: even a policy that always gives one answer is a finite KL away from $S$.
+# point). With such labels, $\beta$ sets how slowly the gain grows, and the number of steps decides where it ends. It is the *gain* that grows without end. The KL does not: even a policy that always gives one answer is a finite KL away from $S$.
 #
 # ### Which labels have an optimum? (you may skip this)
 #
@@ -1190,7 +1190,7 @@ pd.Series(off_by, name="largest difference to one stage, nats").to_frame()
 
 
 # %% [markdown]
-# A language model shares *something* between prompts. So the truth should lie between "one stage at $\beta$" and "one stage at $\beta/T$". In the tiny case below it
+# A language model shares *something* between prompts. So the *optimum* should lie between "one stage at $\beta$" and "one stage at $\beta/T$" (short runs that reach no optimum need not, as the [demo](demo.ipynb) shows). In the tiny case below it
 # does, as long as the prompts agree about what is good. Where they want opposite things, each stage undoes part of the other.
 #
 # So compare sDPO with DPO at $\beta/T$, and not only with DPO at $\beta$. The two parts below, for a second reading, show where the "in between" comes from.

@@ -514,7 +514,7 @@ ORDERS = ("easy_to_hard", "hard_to_easy", "as_given", "random")
 
 def _source_order(accuracy: list, order: str) -> list:
     "Positions of the sources, first to last; ties keep the order given, in both directions."
-    sign = {"easy_to_hard": -1, "hard_to_easy": 1}.get(order, 0)
+    sign = {"easy_to_hard": -1, "hard_to_easy": 1, "as_given": 0, "random": 0}[order]
     return sorted(range(len(accuracy)), key=lambda i: sign * accuracy[i])
 
 
@@ -660,7 +660,7 @@ stages = [f"stage {t}" for t in (1, 2, 3)]
 pd.DataFrame({order: described(plan) for order, plan in plans.items()}, index=stages).T
 
 # %% [markdown]
-# What cannot be done is said:
+# An impossible request raises an error:
 
 # %%
 for wrong_setting in (dict(order="upwards"), dict(chunks=0)):
@@ -781,12 +781,12 @@ pd.DataFrame(accuracies).T.rename_axis("reference").round(3)
 #
 # $$\gamma_{M_0} + c\,(|y_w| - |y_l|) > 0. \tag{6}$$
 #
-# This is (2) with a price on length: a chosen response that is longer than the rejected one gets a bonus of $c$ nats
-# for every token more.
+# This is (2) with a credit for length: each token that the chosen response has more than the rejected one earns $c$
+# nats.
 #
 # Now recall `terse` and `wordy`, two sources with the same wrong answers, in which only the length decides what is
-# chosen. We let S measure them, at four prices. One of them is the price that S itself pays: its own mean
-# log-probability per token, on these responses, with the sign turned.
+# chosen. We let S measure them, with four credits. One of them is S's own rate: its mean log-probability
+# per token, on these responses, with the sign turned.
 
 # %%
 asked_S = {s.name: score_pairs(S, s.pairs) for s in made}
@@ -810,9 +810,9 @@ accuracy.rename_axis(columns="c (nats)").round(2)
 
 
 # %% [markdown]
-# Read the row of `terse` from left to right. When length is free ($c = 0$, which is (2)), S finds it easy, and `wordy`
-# hard, although the answers are equally wrong. At S's own price, both are a coin. At a higher price the order turns
-# round.
+# Read the row of `terse` from left to right. Without credit ($c = 0$, which is (2)), S finds it easy, and `wordy`
+# hard, although the answers are equally wrong. At S's own rate, both are coin tosses. With a larger credit the order
+# turns round.
 #
 # No $c$ is the right one. The finding is that the accuracy depends on it: for sources whose responses differ in length,
 # *easy* is a matter of how length is counted.
@@ -849,7 +849,7 @@ passes
 # - `wilson` and `mean_interval`: how sure a share is, and how sure a mean is.
 # - `measure_source`: reward accuracy of a source with its interval, and the columns that say when length decided it.
 # - `partition`: chunks in four orders, for any number of stages, of several sources or of one; every pair once.
-# - Stage 1's reference table, for nothing.
+# - Stage 1's reference table, at no extra cost.
 #
 # ## Questions to test yourself
 #

@@ -362,7 +362,7 @@ pd.Series(rounding, name="relative difference of the gradient").map("{:.1e}".for
 #   place of Accelerate's. In fp32 and bf16 that scaler passes everything through.
 # - **It divides each loss by a number of accumulation steps.** An environment variable can set this number, and it is stronger than the argument. So we set it to 1 afterwards.
 # - **It wraps the model** so that all logits become fp32. That costs memory, so we do not let it.
-# - **On a machine without a graphics card it believes to be alone**, even if a launcher has started several processes. All of them would write the same files. So we ask the variable by which a launcher tells each process how many there are.
+# - **On a machine without a graphics card it thinks it is alone**, even if a launcher has started several processes. All of them would write the same files. So we ask the variable by which a launcher tells each process how many there are.
 
 # %%
 #| export
@@ -1129,7 +1129,7 @@ wide.loc[tables]
 #
 # **What this does not show.** The factor 1.25 was chosen with 67 other looks in view, at pairs drawn from the same 96 of each source. None of 327 means a rate below 0.9 % (at 95 %), not zero. Other models and half precision on a graphics card are not in it, and fp16 has few looks, as a CPU has no hardware for it. `make bench-first-look` goes on.
 #
-# Rows that no look falls on are not seen. And if a table says that it is *another* model's, there is nothing to compare it with. That is a normal case: the reference is $M_1$, say, and training starts at S again. Then only the recorded hash says whose table it is.
+# Only the rows of the first look are checked. And if a table says that it is *another* model's, there is nothing to compare it with. That is a normal case: the reference is $M_1$, say, and training starts at S again. Then only the recorded hash says whose table it is.
 #
 # Both questions, in one function. It returns the loss that the tables say the first batch must have.
 

@@ -51,7 +51,7 @@ from sdpo_nb.trainer import COMPUTED_ALIKE, check_one_process, read_checkpoint
 # %%
 import contextlib, io, shutil, tempfile
 
-from sdpo_nb.trainer import TrainConfig
+from sdpo_nb.trainer import TrainConfig, save_checkpoint
 from sdpo_nb.world import load_world
 
 torch.set_num_threads(1)
@@ -157,6 +157,8 @@ def read_part(
         if not isinstance(found, dict): raise ValueError("holds no names and values")
         absent = NEEDED[path.name] - set(found)
         if absent: raise ValueError(f"lacks {', '.join(sorted(absent))}")
+        for name in ("settings", "versions", "sources"):
+            if not isinstance(found.get(name, {}), dict): raise ValueError(f"{name} holds no names and values")
         return found
 
 
@@ -203,7 +205,7 @@ finished_stages(tmp)
 
 
 # %% [markdown]
-# To go on from stage 10 without stages 3 to 9 would be a run that nobody can explain. So whoever needs the stages in a row asks for their folders, and hears about a gap.
+# To go on from stage 10 without stages 3 to 9 would be a run that nobody can explain. `stage_folders` lists the folders of the finished stages, and raises an error if one is missing.
 
 # %%
 #| export
@@ -244,7 +246,7 @@ def save_model(
 ):
     """`save_pretrained` under a temporary name, then renamed.
 
-    Everybody may read it who may read your files; safetensors alone would write for you only.
+    Safetensors makes files that only you can read; they get the permissions of config.json.
     """
     with replacing(path) as tmp:
         if dtype in (None, model.dtype): model.save_pretrained(tmp)
@@ -270,14 +272,16 @@ model, tokenizer = load_model(w.base, "cpu"), load_tokenizer(w.base)
 save_model(model, tokenizer, tmp / "half", torch.bfloat16)
 
 config = json.loads((tmp / "half/config.json").read_text())
-sizes = {name: (tmp / name / "model.safetensors").stat().st_size for name in ("half", w.base)}
+
+def size(folder): return (Path(folder) / "model.safetensors").stat().st_size
+ratio = size(tmp / "half") / size(w.base)
 assert model.dtype == torch.float32
-print(f"in memory {model.dtype}, on disk {config['dtype']}; {sizes['half'] / sizes[w.base]:.2f} of the size of S")
+print(f"in memory {model.dtype}, on disk {config['dtype']}; {ratio:.2f} of the size of S")
 
 
 # %% [markdown]
-# Rounding may swallow what was learned. A weight in bf16 has 8 bits: it moves only if training moved it by half the distance to its neighbour. Suppose that every weight grows by a
-# thousandth. How many of the saved weights will differ?
+# Rounding may swallow what was learned. A number in bf16 keeps 8 binary digits, so its neighbours are 0.4 to 0.8 % away. If every weight grows by a thousandth, most of them are rounded to the same neighbour as before. How many of the saved
+# weights will differ?
 
 # %%
 #| export
@@ -370,6 +374,20 @@ def load_exactly(
 
 
 # %% [markdown]
+# Here a stage is saved in bf16, with its checkpoint still there. What lies on disk is not what the stage ended with; `load_exactly` is.
+
+# %%
+save_model(grown, tokenizer, stage / "model", torch.bfloat16)
+saved = dict(dtype="bfloat16", weights=weights_hash(grown, torch.bfloat16))
+write_json(stage / "stage.json", ended | dict(end=weights_hash(grown), saved=saved))
+optimizer, scaler = torch.optim.AdamW(grown.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+save_checkpoint(stage, grown, optimizer, scaler, dict(batch=0))
+
+assert weights_hash(load_stage(stage)) != weights_hash(grown)
+assert weights_hash(load_exactly(stage)) == weights_hash(grown)
+
+
+# %% [markdown]
 # S itself may come in as an object, not as a path. Trainers that reload "the" model by the name in its config then get another model, without a word. Here the object is saved into the run first, and from then on it has a path like any other.
 
 # %%
@@ -427,9 +445,9 @@ shutil.rmtree(stage)
 #| export
 FREE = {"save_every", "log_with"} # may change at any time
 
-HOW = {"precision"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
+HOW = {"precision", "compile", "deterministic"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
 
-SAID = {"base": "a config of S with the hash", "held_out_pairs": "held-out pairs with the hash"} # of what has no name that people know
+SAID = {"base": "a config of S with the hash", "held_out_pairs": "held-out pairs with the hash"} # names shown in messages
 
 RECORDED = [ # in config.yaml, beside what was asked for
     "weights", "reference_weights", "pairs", "held_out_pairs", "base",
@@ -566,7 +584,7 @@ with contextlib.redirect_stdout(io.StringIO()) as said:
 print(said.getvalue().replace(str(tmp), "run"))
 
 # %% [markdown]
-# Now a stage is trained (here its mark is enough), and the same change is refused. So is another `beta`. Other threads are only told.
+# Now a stage is trained (here its mark is enough), and the same change is refused. So is another `beta`. Another number of threads is only reported.
 
 # %%
 (tmp / "stage-1/checkpoint").mkdir(parents=True)

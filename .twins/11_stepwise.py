@@ -10,10 +10,12 @@
 # DPO trains a *policy*, the model that we want to align, on pairs of a chosen and a rejected response. It rewards the policy for preferring the chosen one *more than a reference does*, and the reference is a frozen model, usually S, the
 # model that training starts from. So all the data is used against one and the same reference.
 #
-# Stepwise DPO (sDPO, Kim et al., arXiv 2403.19270) cuts the data into chunks $D_1, \dots, D_T$, easy ones first, and trains in stages, one a chunk. After each stage the reference moves up: it becomes the model that the
+# Stepwise DPO (sDPO, Kim et al., arXiv 2403.19270) cuts the data into chunks $D_1, \dots, D_T$, easy ones first, and trains in stages, one per chunk. After each stage the reference moves up: it becomes the model that the
 # stage has just made. With $M_0 = S$, stage $t$ makes
 #
-# $$M_t = \arg\min_\theta\; -\mathbb{E}_{D_t} \log\sigma\big(\beta\,(\gamma_\theta - \gamma_{M_{t-1}})\big), \qquad \theta \text{ starting at } M_{t-1}. \tag{1}$$
+# $$M_t:\quad \text{a few epochs of descent on}\quad -\mathbb{E}_{D_t} \log\sigma\big(\beta\,(\gamma_\theta - \gamma_{M_{t-1}})\big), \qquad \theta \text{ starting at } M_{t-1}. \tag{1}$$
+#
+# The paper writes $\arg\min$. We write what is done: with few labels there is [no minimum](03_loss.ipynb), and where a stage starts turns out to matter more than anything else.
 #
 # In words: $\gamma_\theta$ is how much likelier (in nats) the policy finds the chosen response than the rejected one, $\gamma_{M_{t-1}}$ is the same for the reference, and $\beta$ says how much a nat counts.
 #
@@ -726,8 +728,9 @@ print(complaint(_foreign, w.base, wider).replace(w.base, "S"))
 def _check_names(sources):
     "Raise ValueError for a source whose name cannot be printed in one line: it goes into tables, figures and messages."
     if not isinstance(sources, dict): return # `load_sources` says what is wrong
-    for name, what in sources.items():
-        name = what.name if isinstance(what, Source) else str(name)
+    names = [what.name if isinstance(what, Source) else str(name) for name, what in sources.items()]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"sources: two of them are called {name!r}")
         unprintable = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
         if unprintable: raise ValueError(f"sources: the name {name!r} has a control character or a new line; use one that can be printed")
 
@@ -945,7 +948,7 @@ def _reference(t, chunks, policy, ctx):
 def _foreign_reference(which, t, chunks, policy, ctx):
     "The table of a model that is loaded for it, in the policy's place."
     _free(policy)
-    other = load_model(which, ctx.device)
+    other = ctx.load(0) if which == ctx.base else load_model(which, ctx.device)
     ahead = [c.probe(ctx.config.probe) for c in chunks[t:t+1]]
     need = concatenate_datasets([chunks[t-1].pairs, *ahead])
     table = ctx.score_to(ctx.at(t) / "reference", other, need, f"reference on {chunks[t-1].name}")
@@ -1187,11 +1190,11 @@ def _drop_checkpoints(ctx, last):
 # %% [markdown]
 # ## A run
 #
-# The stage that we trained by hand lies in a folder, so we can let `sdpo` go on from there. The settings are those of the four lines; the order is now the partition's.
+# `sdpo` does everything that the four lines did, and keeps it in a folder. `asked` holds model, sources, settings and folder. (If you read the machinery: stage 1 lies there already, and `sdpo` goes on from it.) The settings are those of the four lines; the order is now the partition's.
 
 # %%
 run = sdpo(**asked)
-run.partition().round(3)
+run.partition()[["n", "accuracy", "low", "high", "mean_gamma"]].round(3)
 
 # %% [markdown]
 # It is the loop of the first page: the same models, stage by stage, to the bit.
@@ -1201,7 +1204,7 @@ assert [s["end"] for s in run.stages] == ends[1:]
 run.table()
 
 # %% [markdown]
-# Read it from the top. Each stage's reference is the model before it. The hashes say so; the first loss agrees, for a model that is its own reference starts at $\ln 2 = 0.693$.
+# Three rows matter now, `reference`, `first loss` and `gamma`; [chapter 10](10_report.ipynb) explains the others. Each stage's reference is the model before it. The hashes say so, and the first loss agrees: a model that is its own reference starts at $\ln 2 = 0.693$.
 
 # %%
 assert [s["reference_kind"]["weights"] for s in run.stages] == ends[:-1]
@@ -1247,7 +1250,7 @@ bars.round(2)
 
 # %% [markdown]
 # On `digest`, $D_2$, the bar was 0.73 under $M_0$ and is 1.55 under $M_1$, which has not seen it. On `riddle`, $D_3$, it went from 0.47 to 1.25 to 2.40 while other chunks
-# were trained on. This is the rise of a moving reference: the hollow boxes below climb as well.
+# were trained on. This is the rise of a moving reference: the hollow boxes below, models that have not yet trained on the chunk, climb as well.
 
 # %%
 plot_gamma(gamma_table(run));
@@ -1271,12 +1274,12 @@ print(f"the policy is ahead of S on {ahead:.0%} of the pairs of D_2")
 print(f"mean weight of a pair: {from_S.mean():.3f} against S, {from_1.mean():.3f} against M_1")
 
 # %% [markdown]
-# So a moving reference takes the leash off and fastens it again, one model further. That is the whole difference, and it cuts both ways: the policy is pulled further from S, for better or for worse. On the same prompts, $T$ stages at $\beta$ would end where one stage at
+# So a moving reference takes the leash off and fastens it again, one model further. That is the whole difference, and it cuts both ways: the policy is pulled further from S, for better or for worse. If all stages saw the same prompts and each reached its optimum, $T$ stages at $\beta$ would end where one stage at
 # $\beta/T$ ends ([chapter 03](03_loss.ipynb)).
 #
 # ## Signs of failure
 #
-# The report looks for [three of them](08_evaluate.ipynb): forgetting, instability, a stage that changed nothing. This run has none. With a learning rate that is too small for so few steps, each stage has one.
+# The report looks for [three of them](08_evaluate.ipynb): *forgetting*, where a later stage undoes what an earlier one learned; *instability*, where the loss ends above its start; and a stage that changed nothing. This run has none. With a learning rate that is too small for so few steps, each stage has one.
 
 # %%
 assert run.signs() == []
@@ -1383,7 +1386,7 @@ complaint(sdpo, w.base, w.sources, other_beta, tmp / "killed").split(": ", 1)[1]
 # %% [markdown]
 # ## What did alignment do?
 #
-# Tables of nats are not the point; answers are. The rule for picking prompts: of each skill, the first test prompt that S gets wrong; then the first that S gets right and the aligned model gets wrong.
+# Tables of nats are not the point; answers are. Prompts are picked as on the [front page](index.ipynb): of each skill the first that S gets wrong, then the first that S gets right and the aligned model gets wrong. The settings are others, and so are the answers.
 
 # %%
 S = load_model(w.base)
@@ -1401,7 +1404,7 @@ print(f"right of {len(w.test)} test prompts: S {exact['S']:.0%}, after three sta
 # ## What this does not show
 #
 # Nothing here says that stages *help*. If every stage reached its optimum on the same prompts, $T$ stages at $\beta$ would be one stage at $\beta/T$
-# ([chapter 03](03_loss.ipynb)), and the [demo](index.ipynb) puts DPO at $\beta/T$ beside every stepwise run for that reason.
+# ([chapter 03](03_loss.ipynb)), and the [demo](demo.ipynb) puts DPO at $\beta/T$ beside every stepwise run for that reason.
 
 # %%
 #| hide

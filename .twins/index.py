@@ -44,13 +44,14 @@ run = sdpo(world.base, world.sources, settings, tempfile.mkdtemp())
 Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 
 # %% [markdown]
-# The rule: of each skill, the first test prompt that S gets wrong; last, the first that S gets right and the aligned model gets wrong.
+# We did not pick these prompts by taste: of each skill it is the first test prompt that S gets wrong; the last row is the first that S gets right and the aligned model gets wrong.
 #
 # ## Two commands
 #
 # With Python 3.11 to 3.13, pip, make and git:
 #
 # ```
+# git clone https://github.com/sdpo-nb/sdpo_nb && cd sdpo_nb
 # make demo    # sets up, then the tiny world from partition to true reward: a minute or two
 # make test    # every notebook, every check: twenty minutes or so
 # ```
@@ -63,13 +64,13 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 #          --columns question=prompt --lr 5e-6 --eval-share 0.05 --folder runs/first
 # ```
 #
-# Files, folders or hub ids; one bar a pass and the time left for the run; a report that begins with held-out pairs; the same command goes on after a kill, to the same bits. How, with which settings, and what fits on which card:
+# Files, folders or hub ids; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: the result is the same, bit for bit. How, with which settings, and what fits on which card:
 # [your model, your pairs](your_model.ipynb).
 #
 # ## Does it help?
 #
-# Tuned alike, stepwise DPO and plain DPO are equal; what counts is that a stage starts where the last one ended. At one and the same $\beta$ they are far apart, because a reference that moves up lets the model go further, as a smaller $\beta$ does. Ten tiny worlds with two seeds each, questions fixed beforehand;
-# differences of mean true reward (0 to 1) with 95 % intervals, "equal" within $\pm 0.02$; nothing certain about large models:
+# Each method with its own best settings: no difference. Both with the settings that are best for plain DPO: stepwise DPO is worse, because a reference that moves up lets the model go too far. What counts most is that a stage starts where the last one ended. This comes from ten tiny worlds with two seeds each, and says nothing certain about large models. The
+# numbers are differences of mean true reward (0 to 1) with 95 % intervals; "equal" and "little" mean within $\pm 0.02$; $\beta$ says how tightly a model is held to its reference:
 
 # %%
 #| echo: false
@@ -92,7 +93,7 @@ Markdown(as_markdown(found.assign(where=pages)))
 # ## Faster, with the same gradients
 #
 # The trainer reads each prompt once and pads nothing ([04](04_packing.ipynb)). Where a model does not allow it, it falls back to padded batches and says so. Seconds per optimizer step against TRL's `DPOTrainer` with a precomputed reference, at its fastest micro-batch: SmolLM2-135M-Instruct in fp32 on two CPU cores, 8 pairs a
-# step (`make bench`); and random weights in the shape of SmolLM2-135M and Llama-3.2-1B in bf16 on one NVIDIA H200, 32 pairs a step (`make bench-gpu`). Small models wait for Python on such a card, and gain less.
+# step (`make bench`); and random weights in the shape of SmolLM2-135M and Llama-3.2-1B in bf16 on one NVIDIA H200, 32 pairs a step (`make bench-gpu`). Small models wait for Python on such a card.
 
 # %%
 #| echo: false

@@ -24,16 +24,16 @@
 # **RLHF**, reinforcement learning from human feedback, takes two steps. First it trains a *reward model* on the pairs: a second network that gives each response a number, its reward, such that chosen responses get more than rejected ones. Then the language model writes responses, the reward model scores
 # them, and reinforcement learning (usually PPO) makes responses with a high score more likely. A leash keeps the model close to S, because far from S the reward model has seen nothing and its scores mean nothing.
 #
-# **DPO**, direct preference optimization, needs one step and no second network. It trains the language model on the pairs directly, with a loss that has the same optimum:
+# **DPO**, direct preference optimization, needs one step and no second network. It trains the language model on the pairs directly, with a loss that has the same optimum where the labels follow the reward, there are enough of them, and the model is free to express it:
 #
 # $$-\log \sigma\Big(\beta \big[\underbrace{\log\pi(y_w|x) - \log\pi(y_l|x)}_{\gamma\text{ of the policy}} - \underbrace{(\log\pi_{ref}(y_w|x) - \log\pi_{ref}(y_l|x))}_{\gamma\text{ of the reference}}\big]\Big)$$
 #
-# In words: the **policy** $\pi$, the model that we train, should prefer the chosen response *more than the **reference** $\pi_{ref}$ does*. The reference is a frozen model, usually S; it plays the leash. $\beta$ says how tight the leash is: the larger it is, the nearer the
-# policy ends to its reference. [Chapter 03](03_loss.ipynb) derives this loss, line by line, and checks every line.
+# In words: the **policy** $\pi$, the model that we train, should prefer the chosen response *more than the **reference** $\pi_{ref}$ does*. The reference is a frozen model, usually S. It is the zero from which gain is counted. So it is a bar: only what lies above it lowers the loss. And it is a leash: once a pair has gained enough, it stops pulling. Without it nothing of S would
+# enter the loss, and all that S learned besides these pairs would have no weight. $\beta$ says how soon a pair is satisfied: the larger $\beta$, the fewer nats of gain it takes, and the nearer the policy stays to its reference. [Chapter 03](03_loss.ipynb) derives this loss, line by line, and checks every line.
 #
 # ## Stepwise
 #
-# **Stepwise DPO**, sDPO ([Kim et al.](https://arxiv.org/abs/2403.19270)), asks: must the reference be S until the end? It cuts the pairs into chunks, easy ones first, and trains in **stages**, one a chunk. After each stage, the model that came out becomes the new reference.
+# **Stepwise DPO**, sDPO ([Kim et al.](https://arxiv.org/abs/2403.19270)), asks: must the reference be S until the end? It cuts the pairs into chunks, easy ones first (those where S already finds the chosen response likelier), and trains in **stages**, one per chunk. After each stage, the model that came out becomes the new reference.
 
 # %%
 #| echo: false
@@ -63,7 +63,7 @@ ax.set(xlim=(-1, 13), ylim=(-3.9, 4.1))
 ax.axis("off");
 
 # %% [markdown]
-# One run, from left to right. Before stage $t$, the model of the stage before reads the chunk $D_t$, and what it says about each pair is written into a table. Then it is trained on that chunk against its own table. The first line of every stage is therefore the same: the policy *is* its reference, its
+# One run, from left to right. Before stage $t$, the model of the stage before reads the chunk $D_t$, and what it says about each pair is written into a table. Then it is trained on that chunk against its own table. The first loss of every stage is therefore the same: the policy *is* its reference, its
 # gain over it is zero, and the loss is $-\log\sigma(0) = \ln 2 = 0.693$.
 #
 # Why would one want this? The authors' reason: a reference that is already aligned is a higher bar to clear than S. Is it better, then? The paper reports so. This book asks again, in a [tiny world](00_world.ipynb) where the true reward of every response is known, with controls that the paper does not have, and finds: tuned alike,
@@ -82,9 +82,11 @@ ax.axis("off");
 # | $D_t$ | chunk | the pairs that stage $t$ trains on |
 # | $T$ | | number of stages |
 # | $\gamma$ | log-ratio | $\log\pi(y_w\vert x) - \log\pi(y_l\vert x)$: how much likelier the chosen response is than the rejected one, in nats (natural units: 0.69 nats is a factor of two) |
-# | $\beta$ | | how much a nat of gain counts: the larger, the nearer the policy ends to its reference |
+# | $\beta$ | | how soon a pair is satisfied: the larger $\beta$, the fewer nats of gain it takes, and the nearer the policy stays to its reference |
 # | $\sigma$ | sigmoid | $1/(1+e^{-z})$: turns any number into a probability |
-# | reward | | $\beta\,(\log\pi(y\vert x) - \log\pi_{ref}(y\vert x))$: what DPO takes a response to be worth |
+# | $r$ | true reward | how good a response really is; known in the tiny world only |
+# | $k$ | | how clearly people see the difference: in the tiny world the better response wins with probability $\sigma(k \times$ difference of $r)$ |
+# | | implicit reward | $\beta\,(\log\pi(y\vert x) - \log\pi_{ref}(y\vert x))$: what DPO takes a response to be worth |
 # | KL | Kullback-Leibler divergence | how far a model has moved from another, in nats: the mean of $\log\pi(y\vert x) - \log\pi_{ref}(y\vert x)$ over responses that the first one writes |
 #
 # ## Three ways through the book
@@ -93,7 +95,7 @@ ax.axis("off");
 #
 # **To understand DPO and its stages, about four hours.**
 #
-# 1. [00](00_world.ipynb): "Four skills", "The true reward", then from "The world of this book" to "Three sources". The world in which we can see the truth. 40 minutes.
+# 1. [00](00_world.ipynb): "Four skills", "The true reward", then from "The world of this book" to "A world one can list". The world in which we can see the truth. 40 minutes.
 # 2. [01](01_preferences.ipynb), part one: where the prompt ends and the response begins. 40 minutes.
 # 3. [02](02_logprobs.ipynb), part 1: what a model says about a response. 30 minutes.
 # 4. [03](03_loss.ipynb), to the end of "What $\beta$ does", then "The same loss in sDPO's words": where the loss comes from. This is the heart. 70 minutes.
@@ -108,7 +110,7 @@ ax.axis("off");
 #
 # | word | in this book | more |
 # |---|---|---|
-# | accuracy, reward accuracy | share of pairs on which the policy's $\gamma$ is above the reference's; ties count one half | [05](05_partition.ipynb) |
+# | reward accuracy | in training: share of pairs on which the policy's $\gamma$ is above the reference's. Of a source, before training: share on which S's $\gamma$ is above zero. Ties count one half | [05](05_partition.ipynb) |
 # | Bradley-Terry | the model of a comparison: the better response wins with probability $\sigma$(difference of rewards) | [03](03_loss.ipynb) |
 # | certificate | the least mean $\gamma$ that a given loss guarantees | [03](03_loss.ipynb) |
 # | checkpoint | all that is needed to go on as if nothing had happened | [06](06_trainer.ipynb) |
@@ -143,7 +145,7 @@ ax.axis("off");
 #
 # <details><summary>Answer</summary>
 #
-# Nothing would say when it is far enough. The loss would fall for as long as $\gamma$ grows, also where the probability of *both* responses falls, and the policy would forget what S could do.
+# Without a reference, $\gamma_{ref}$ is zero: the policy is compared with a model that finds all responses equally likely. S is in the loss nowhere. The optimum then knows the pairs and nothing else, and what S could do besides is lost.
 #
 # </details>
 #

@@ -25,7 +25,7 @@ def _add_settings(parser):
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = f.type if f.type in (int, float, str) else int
+            how["type"] = f.type if f.type in (int, float, str) else int # of chunks, a number is all that can be typed
             how["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
@@ -154,7 +154,7 @@ class Demo:
     run: object     # the stepwise run, at the beta that was best for DPO
     beta: float     # that beta; k = 6
     choice: object  # mean true reward of DPO on validation prompts, by beta
-    rewards: dict   # sampled, greedy -> data frame of true rewards, one test prompt a row, one model a column
+    rewards: dict   # sampled, greedy -> data frame of true rewards, one row per test prompt, one column per model
 
     def table(self): return _table(self.rewards)
 
@@ -188,7 +188,8 @@ def demo(
         f"sDPO(T beta = {T*beta:.2g})": run(T * beta).model,
     }
     temperatures = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0) # tried for S
-    tau = max(temperatures, key=lambda tau: _mean(S, tok, w.validation, tau))
+    by_tau = {tau: _mean(S, tok, w.validation, tau) for tau in temperatures}
+    tau = max(by_tau, key=by_tau.get)
     return Demo(stepwise, beta, choice, _rewards(S, models, tok, w.test, tau))
 
 def _mean(model, tok, prompts, tau=1.0):
@@ -251,7 +252,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 class _Parser(argparse.ArgumentParser):
-    "An option that is unknown is told its nearest neighbour, as a setting in a file is."
+    "Suggests the nearest known option for an unknown one."
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
             from sdpo_nb.stepwise import no_such_setting
@@ -302,7 +303,7 @@ def _add_push(sub):
     where = push.add_mutually_exclusive_group(required=True)
     where.add_argument("--to", metavar="USER/NAME", help="repository on the hub; made, and private, if it is not there")
     where.add_argument("--export", metavar="FOLDER", help="only write there what would be uploaded")
-    push.add_argument("--public", action="store_true", help="a new repository is one that everybody sees")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
 
 # %% ../nbs/12_cli.ipynb #e6ee6c7f
 def main(
@@ -341,4 +342,4 @@ def _last_words(e) -> tuple[int, str]:
     return 1, f"{type(e).__name__}: {lines[0]} (not your input's fault, as far as sdpo can tell; SDPO_TRACEBACK=1 shows where)"
 
 # %% ../nbs/12_cli.ipynb #c80e68c4
-if __name__ == "__main__" and __spec__: main()
+if __name__ == "__main__" and __spec__: main() # not in a notebook

@@ -94,6 +94,8 @@ def read_part(
         if not isinstance(found, dict): raise ValueError("holds no names and values")
         absent = NEEDED[path.name] - set(found)
         if absent: raise ValueError(f"lacks {', '.join(sorted(absent))}")
+        for name in ("settings", "versions", "sources"):
+            if not isinstance(found.get(name, {}), dict): raise ValueError(f"{name} holds no names and values")
         return found
 
 # %% ../nbs/09_folder.ipynb #6a9db3d0
@@ -135,7 +137,7 @@ def save_model(
 ):
     """`save_pretrained` under a temporary name, then renamed.
 
-    Everybody may read it who may read your files; safetensors alone would write for you only.
+    Safetensors makes files that only you can read; they get the permissions of config.json.
     """
     with replacing(path) as tmp:
         if dtype in (None, model.dtype): model.save_pretrained(tmp)
@@ -241,9 +243,9 @@ def base_folder(
 # %% ../nbs/09_folder.ipynb #97f80149
 FREE = {"save_every", "log_with"} # may change at any time
 
-HOW = {"precision"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
+HOW = {"precision", "compile", "deterministic"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
 
-SAID = {"base": "a config of S with the hash", "held_out_pairs": "held-out pairs with the hash"} # of what has no name that people know
+SAID = {"base": "a config of S with the hash", "held_out_pairs": "held-out pairs with the hash"} # names shown in messages
 
 RECORDED = [ # in config.yaml, beside what was asked for
     "weights", "reference_weights", "pairs", "held_out_pairs", "base",

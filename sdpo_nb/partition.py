@@ -101,7 +101,7 @@ ORDERS = ("easy_to_hard", "hard_to_easy", "as_given", "random")
 
 def _source_order(accuracy: list, order: str) -> list:
     "Positions of the sources, first to last; ties keep the order given, in both directions."
-    sign = {"easy_to_hard": -1, "hard_to_easy": 1}.get(order, 0)
+    sign = {"easy_to_hard": -1, "hard_to_easy": 1, "as_given": 0, "random": 0}[order]
     return sorted(range(len(accuracy)), key=lambda i: sign * accuracy[i])
 
 # %% ../nbs/05_partition.ipynb #b14e871e

@@ -38,7 +38,8 @@ class Run:
         return [read_part(folder / "stage.json") for folder in stage_folders(self.folder)]
 
     @property
-    def metrics(self) -> pd.DataFrame: # one optimizer step of a finished stage a row
+    def metrics(self) -> pd.DataFrame: # one row per optimizer step of a finished stage
+        self.model_folder() # there must be one
         steps = [_steps(folder).assign(stage=t) for t, folder in enumerate(stage_folders(self.folder), 1)]
         return pd.concat(steps, ignore_index=True)
 
@@ -105,8 +106,8 @@ STAGE_ROWS = { # label -> name in stage.json
 
 def stage_table(
     run: Run, # with a finished stage
-) -> pd.DataFrame: # a measure a row, a stage a column
-    """One stage a column; gammas in nats.
+) -> pd.DataFrame: # one row per measure, one column per stage
+    """One column per stage; gammas in nats.
 
     `gamma_ref on D_t` is a mean over the whole chunk, the rest are means over the chunks' probes.
     """
@@ -124,11 +125,12 @@ def _shown(value):
 # %% ../nbs/10_report.ipynb #544425b3
 def gamma_table(
     run: Run, # with a finished stage
-) -> pd.DataFrame: # model, chunk, gamma (nats): one probe pair a row
+) -> pd.DataFrame: # model, chunk, gamma (nats): one row per probe pair
     """gamma of every model on the probe of every chunk that it was measured on.
 
     Raises ValueError for a table that lacks pairs.
     """
+    run.model_folder() # there must be one
     stages, folders = run.stages, _model_folders(run)
     rows = [read_table(folder / "logprobs").rows for folder in folders]
     probes = stages[-1]["probes"]
@@ -155,7 +157,7 @@ def _check_table(folder, m, rows, keys, chunk):
 # %% ../nbs/10_report.ipynb #d9b54540
 def held_out_table(
     run: Run, # with a finished stage
-) -> pd.DataFrame: # source, model, against: the index; a column a measure; (mean, low, high) in each cell
+) -> pd.DataFrame: # source, model, against: the index; one column per measure; (mean, low, high) in each cell
     """What every model says about held-out pairs, against S and against the stage before.
 
     Empty where no pairs are held out.
@@ -181,11 +183,11 @@ def _held(run) -> dict: # name -> keys, tokens
 def escaped(
     value, # anything that can be printed; a float gets three digits
 ) -> str:
-    "A value as text in one line, in which nothing is markdown or HTML."
+    "A value as text in one line, in which nothing ends a cell, begins a tag or a picture, or changes the type."
     printed = f"{value:.3f}" if isinstance(value, float) else str(value)
     text = " ".join(printed.splitlines())
-    for mark, plain in (("|", r"\|"), ("<", r"\<"), ("![", r"!\[")): text = text.replace(mark, plain)
-    return text
+    for mark in ("|", "<", "*", "`"): text = text.replace(mark, "\\" + mark)
+    return text.replace("![", r"!\[")
 
 def as_markdown(
     frame: pd.DataFrame,
@@ -207,8 +209,8 @@ def _held_out_text(run):
             f"Never trained on: {sizes}. Log-probabilities in nats; *loss* and *reward accuracy* take the model that is compared with as the reference."]
     shown = found.map(lambda cell: as_text(cell) if isinstance(cell, tuple) else "").reset_index()
     shown["model"] = shown["source"] + ", " + shown["model"]
-    against = shown["against"] == "S"
-    for title, rows in (("Against S", shown[against]), ("Against the stage before", shown[~against])):
+    of_S = shown["against"] == "S"
+    for title, rows in (("Against S", shown[of_S]), ("Against the stage before", shown[~of_S])):
         if len(rows): text += [f"### {title}", as_markdown(rows.drop(columns=["source", "against"]).set_index("model"))]
     return text
 
@@ -220,18 +222,20 @@ def _size(name, held):
 # %% ../nbs/10_report.ipynb #7b9d42a6
 def _answers_text(run):
     "What each model answers to the same prompts."
-    files = [folder / "answers.json" for folder in _model_folders(run)]
-    parts = [read_part(file) for file in files if file.exists()]
+    parts = {}
+    for t, folder in enumerate(_model_folders(run)):
+        file = folder / "answers.json"
+        if file.exists(): parts[f"after stage {t}" if t else "S"] = read_part(file)
     if not parts: return []
-    names = ["S", *(f"after stage {t}" for t in range(1, len(parts)))]
     text = ["## Answers", "The likeliest token each time, 64 at most; the prompts are held-out ones where there are any."]
-    for i, prompt in enumerate(parts[0]["prompts"]):
-        answers = {name: part["answers"][i] for name, part in zip(names, parts)}
+    prompts = next(iter(parts.values()))["prompts"]
+    for i, prompt in enumerate(prompts):
+        answers = {name: part["answers"][i] for name, part in parts.items()}
         text += [f"**{escaped(prompt.strip())}**", as_markdown(pd.DataFrame({"answer": answers}).rename_axis("model"))]
     return text
 
 def _data_text(run):
-    "What was read, dropped and cut, a source a column; of chunks that a function makes, nothing is known."
+    "What was read, dropped and cut, one column per source; of chunks that a function makes, nothing is known."
     path = run.folder / "partition.json"
     counts = read_part(path).get("counts") if path.exists() else None
     if not counts or "rows" not in counts[0]: return []
@@ -240,14 +244,15 @@ def _data_text(run):
 # %% ../nbs/10_report.ipynb #a57b753b
 def undecided(
     measures: pd.DataFrame, # of a partition, in the order of training; indexed by source
+    order: str="easy_to_hard", # or hard_to_easy
 ) -> list[str]:
     "What the order of the sources does not say."
     rows, out = list(measures.iterrows()), []
     for (a, x), (b, y) in zip(rows, rows[1:]):
         overlap = x["low"] <= y["high"] and y["low"] <= x["high"]
         if overlap: out.append(f"The intervals of {a} and {b} overlap: which of them comes first is not decided by these pairs.")
-    rising = measures["accuracy"].is_monotonic_increasing and len(measures) > 1
-    by_token = measures.sort_values("accuracy_per_token", ascending=rising, kind="stable").index.tolist()
+    hard_first = order == "hard_to_easy"
+    by_token = measures.sort_values("accuracy_per_token", ascending=hard_first, kind="stable").index.tolist()
     if by_token != measures.index.tolist():
         out.append(f"By the mean log-probability of a token, not the sum, the order would be {', '.join(map(str, by_token))}.")
     return out
@@ -255,7 +260,7 @@ def undecided(
 def _partition_text(measures, order):
     if measures is None: return []
     ordered = order in ("easy_to_hard", "hard_to_easy")
-    words = [escaped(sentence) for sentence in undecided(measures)] if ordered else []
+    words = [escaped(sentence) for sentence in undecided(measures, order)] if ordered else []
     return ["## Partition under S", as_markdown(measures), *words, "![](figures/partition.png)"]
 
 # %% ../nbs/10_report.ipynb #ac0e8967
@@ -411,7 +416,8 @@ def export_model(
     Raises ValueError for a folder that exists, or a model that is not the one that the stage saved.
     """
     folder = Path(folder)
-    if folder.exists(): raise ValueError(f"{folder}: is there already; give a folder that does not exist")
+    for there in (folder, folder.with_suffix(".tmp")): # the second is where it is made
+        if there.exists(): raise ValueError(f"{there}: is there already; give a folder that does not exist")
     load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
     run.report()
     with replacing(folder) as tmp:

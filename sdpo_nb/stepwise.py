@@ -437,8 +437,9 @@ def _foreign(reference, tokenizer):
 def _check_names(sources):
     "Raise ValueError for a source whose name cannot be printed in one line: it goes into tables, figures and messages."
     if not isinstance(sources, dict): return # `load_sources` says what is wrong
-    for name, what in sources.items():
-        name = what.name if isinstance(what, Source) else str(name)
+    names = [what.name if isinstance(what, Source) else str(name) for name, what in sources.items()]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"sources: two of them are called {name!r}")
         unprintable = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
         if unprintable: raise ValueError(f"sources: the name {name!r} has a control character or a new line; use one that can be printed")
 
@@ -607,7 +608,7 @@ def _reference(t, chunks, policy, ctx):
 def _foreign_reference(which, t, chunks, policy, ctx):
     "The table of a model that is loaded for it, in the policy's place."
     _free(policy)
-    other = load_model(which, ctx.device)
+    other = ctx.load(0) if which == ctx.base else load_model(which, ctx.device)
     ahead = [c.probe(ctx.config.probe) for c in chunks[t:t+1]]
     need = concatenate_datasets([chunks[t-1].pairs, *ahead])
     table = ctx.score_to(ctx.at(t) / "reference", other, need, f"reference on {chunks[t-1].name}")

@@ -258,7 +258,8 @@ def test_the_number_of_a_stage_counts(alone, tmp_path):
     for call in (lambda: run(folder), got.report, lambda: got.stages, lambda: got.metrics): assert missing in complaint(call)
 
 
-BROKEN = {"config.yaml": ["", "null", "a: [", "a: 1\na: 2", b"\xff\xfe", "{}", None], "partition.json": ["", "null", '{"names": ["', "{}", '{"measures": [], "names": ["a"], "chunks": [[0, 1]]}', None],
+NO_SETTINGS = "model: S\nweights: a\nsources: {}\npairs: a\ndevice: cpu\nversions: {}\nsettings:\n"
+BROKEN = {"config.yaml": ["", "null", "a: [", "a: 1\na: 2", b"\xff\xfe", "{}", NO_SETTINGS, None], "partition.json": ["", "null", '{"names": ["', "{}", '{"measures": [], "names": ["a"], "chunks": [[0, 1]]}', None],
           "stage-1/stage.json": ["", "null", "[]", '{"stage": 1}', b"\x00\xff", None], "stage-1/metrics.jsonl": ["", "null", '{"step"', b"\x00\xff", None]}
 
 

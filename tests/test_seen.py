@@ -3,6 +3,7 @@ import json, os, re, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -176,6 +177,8 @@ def test_a_part_that_is_gone_is_left_out(held, tmp_path):
     for name in ("answers.json", "cost.json"): (folder / "stage-1" / name).unlink()
     (folder / "base" / "answers.json").unlink()
     Run(folder).report()
+    answers = (folder / "report.md").read_text().split("## Answers")[1].split("## ")[0]
+    assert "| after stage 2 |" in answers and "| S |" not in answers, "what a model says is headed by its own name"
     (folder / "stage-2" / "cost.json").write_text("null")
     with pytest.raises(ValueError, match="cost.json: cannot be used .*; remove it: the report does without"): Run(folder).report()
 
@@ -186,6 +189,25 @@ def test_a_model_to_give_away(held, tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n") and "Held-out pairs" in card and "- dpo" in card and str(Path(BASE).parent) not in card
     with pytest.raises(ValueError, match="is there already"): held.run.export(folder)
+
+
+def test_nothing_of_yours_is_in_the_way_of_an_export(held, tmp_path):
+    (tmp_path / "model-1.tmp").mkdir()
+    with pytest.raises(ValueError, match="model-1.tmp: is there already"): held.run.export(tmp_path / "model-1.5")
+    assert (tmp_path / "model-1.tmp").is_dir()
+
+
+def test_a_run_without_a_finished_stage_says_so(tmp_path):
+    (tmp_path / "stage-1").mkdir()
+    for call in (lambda: Run(tmp_path).metrics, Run(tmp_path).report, Run(tmp_path).signs):
+        with pytest.raises(ValueError, match="no stage is finished"): call()
+
+
+@pytest.mark.parametrize("order, by_token", [("easy_to_hard", [0.6, 0.4]), ("hard_to_easy", [0.4, 0.6])])
+def test_equal_accuracies_follow_the_order_that_was_asked_for(order, by_token):
+    measures = pd.DataFrame(dict(accuracy=[0.5, 0.5], low=[0.49, 0.49], high=[0.51, 0.51], accuracy_per_token=by_token), index=["a", "b"])
+    assert not any("mean log-probability" in line for line in undecided(measures, order))
+    assert "b, a" in undecided(measures.assign(accuracy_per_token=by_token[::-1]), order)[-1]
 
 
 def test_pushed_is_what_is_exported(held, monkeypatch):

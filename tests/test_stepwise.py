@@ -521,3 +521,9 @@ def test_a_run_is_read_while_a_stage_is_unfinished(tmp_path):
     with open(got.folder / "stage-2" / "metrics.jsonl", "ab") as f: f.write(b'{"step": 6, "epo')
     assert set(got.metrics["stage"]) == {1} and got.model_folder() == got.folder / "stage-1" / "model"
     assert str(got.model_folder(0)) == BASE
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    tok = load_tokenizer(load_world().base)
+    one = stepwise.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))[0]
+    with pytest.raises(ValueError, match="two of them are called 'inner'"): sdpo(BASE, dict(a=one, b=one), StepwiseConfig(**SETTINGS), tmp_path / "run")
