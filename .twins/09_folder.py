@@ -458,24 +458,72 @@ MAY_DIFFER = FREE | { # of config.yaml, between two calls
     "settings", "versions", "machine", "device", "model", "revision", "not_deterministic", "command",
 }
 
-def recorded(
-    value, # of a setting
-):
-    "A setting as config.yaml can hold it: of a function, the name."
-    if isinstance(value, (int, float, str, list, type(None))): return value
-    return getattr(value, "__qualname__", type(value).__name__)
 
+# %% [markdown]
+# So two `config.yaml` are compared without what may differ, and what is left must agree. The first difference that is told is a setting, if there is one: `beta` says more than the hash that it changed.
+
+# %%
+#| export
 def _compared(config):
     "What must agree between two calls on one folder."
     flat = config | config["settings"]
     compared = {name: value for name, value in flat.items() if name not in MAY_DIFFER}
     return compared | dict(sources=list(config["sources"])) # the names; where the data lie may change, what they are may not
 
-def _has_trained(folder):
-    "Whether an update of any stage has been saved."
-    marks = ("checkpoint/state.pt", "stage.json")
-    return any((folder / f"stage-{t}" / mark).exists() for t in stage_numbers(folder) for mark in marks)
+def _differences(there, new) -> dict: # name -> (what it was, what it is now)
+    "What differs and must not, the settings first: they say more than the hash that they changed."
+    now = _compared(new)
+    later = {name: now.get(name) for name in ("base", "held_out_pairs", "eval_share")} # which older folders did not record
+    old = later | _compared(there)
+    if there["versions"].get("transformers") != new["versions"]["transformers"]:
+        old["base"] = now["base"] # another version may give a config more fields
+    names = sorted(now, key=lambda name: name not in new["settings"])
+    return {name: (old.get(name), now[name]) for name in names if old.get(name) != now[name]}
 
+
+# %%
+def made_up(**changes):
+    "A config.yaml, as far as it matters here."
+    settings = dict(beta=0.3, save_every=50, precision="fp32") | changes
+    return dict(sources=dict(riddle="riddle.jsonl"), settings=settings, weights="1f0c", device="cpu", versions=dict(transformers="5.23"))
+
+assert _differences(made_up(), made_up(save_every=7)) == {} # may change at any time
+_differences(made_up(), made_up(beta=0.2, precision="bf16"))
+
+
+# %% [markdown]
+# What is left is the machine. With another number of threads a sum is added up in another order, and other versions may compute in another way. That is no mistake, so a run goes on; but it says so.
+
+# %%
+#| export
+def what_differs(
+    old: dict, # a config.yaml
+    new: dict, # the config.yaml that this call would write
+) -> str:      # nothing, where they agree
+    "A sentence, where two calls on one folder compute on different machines."
+    was, now = _facts(old), _facts(new)
+    differs = [f"{_fact(name, now[name])}, started with {was[name]}" for name in now if name in was and was[name] != now[name]]
+    return f"goes on with {'; with '.join(differs)}: the last bits may differ" if differs else ""
+
+def _facts(config): return dict(device=config["device"]) | config.get("machine", {}) | config["versions"]
+
+def _fact(name, value):
+    if name != "threads": return f"{name} {value}"
+    return f"{value} {'thread' if value == 1 else 'threads'}"
+
+
+# %%
+here = dict(device="cpu", machine=dict(threads=1, cpu="AVX2"), versions=dict(torch="2.13.0"))
+there = here | dict(machine=dict(threads=2, cpu="AVX2"), versions=dict(torch="2.14.0"))
+assert what_differs(here, here) == ""
+what_differs(here, there)
+
+
+# %% [markdown]
+# All of it goes into the folder: `open_folder` writes `config.yaml`, or compares with the one that is there.
+
+# %%
+#| export
 def open_folder(
     folder: Path,
     config,         # the settings, a dataclass
@@ -501,16 +549,6 @@ def open_folder(
     with replacing(path) as tmp: tmp.write_text(yaml.safe_dump(new, sort_keys=False))
     return ""
 
-def _differences(there, new) -> dict: # name -> (what it was, what it is now)
-    "What differs and must not, the settings first: they say more than the hash that they changed."
-    now = _compared(new)
-    later = {name: now.get(name) for name in ("base", "held_out_pairs", "eval_share")} # which older folders did not record
-    old = later | _compared(there)
-    if there["versions"].get("transformers") != new["versions"]["transformers"]:
-        old["base"] = now["base"] # another version may give a config more fields
-    names = sorted(now, key=lambda name: name not in new["settings"])
-    return {name: (old.get(name), now[name]) for name in names if old.get(name) != now[name]}
-
 def _check_may_differ(folder, differs):
     "Raise ValueError unless only the way of computing differs and nothing has been trained."
     first = next((name for name in differs if name not in HOW), next(iter(differs)))
@@ -518,12 +556,18 @@ def _check_may_differ(folder, differs):
     was, now = differs[first]
     raise ValueError(f"{folder}: this run was started with {SAID.get(first, first)} = {was}, not {now}; use that or another folder")
 
+def _has_trained(folder):
+    "Whether an update of any stage has been saved."
+    marks = ("checkpoint/state.pt", "stage.json")
+    return any((folder / f"stage-{t}" / mark).exists() for t in stage_numbers(folder) for mark in marks)
 
-# %% [markdown]
-# What is left is the machine. With another number of threads a sum is added up in another order, and other versions may compute in another way. That is no mistake, so a run goes on; but it says so.
+def recorded(
+    value, # of a setting
+):
+    "A setting as config.yaml can hold it: of a function, the name."
+    if isinstance(value, (int, float, str, list, type(None))): return value
+    return getattr(value, "__qualname__", type(value).__name__)
 
-# %%
-#| export
 @functools.cache
 def versions() -> dict[str, str]:
     "Of what computes, and of this package with the commit that it is at, where that can be known."
@@ -548,27 +592,12 @@ def machine_of(
     if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
     return dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
-def what_differs(
-    old: dict, # a config.yaml
-    new: dict, # the config.yaml that this call would write
-) -> str:      # nothing, where they agree
-    "A sentence, where two calls on one folder compute on different machines."
-    was, now = _facts(old), _facts(new)
-    differs = [f"{_fact(name, now[name])}, started with {was[name]}" for name in now if name in was and was[name] != now[name]]
-    return f"goes on with {'; with '.join(differs)}: the last bits may differ" if differs else ""
-
-def _facts(config): return dict(device=config["device"]) | config.get("machine", {}) | config["versions"]
-
-def _fact(name, value):
-    if name != "threads": return f"{name} {value}"
-    return f"{value} {'thread' if value == 1 else 'threads'}"
-
 
 # %% [markdown]
 # A made-up run is opened three times. The second call differs only in how often a checkpoint is written. The third changes the precision, before anything was trained.
 
 # %%
-made_up = dict(
+S_here = dict(
     model="S",
     weights="1f0c",
     base="77ab",
@@ -577,10 +606,10 @@ made_up = dict(
     device="cpu",
     machine=dict(threads=1, cpu="AVX2"),
 )
-assert open_folder(tmp, TrainConfig(beta=0.3), "fp32", made_up) == ""
-assert open_folder(tmp, TrainConfig(beta=0.3, save_every=7), "fp32", made_up) == ""
+assert open_folder(tmp, TrainConfig(beta=0.3), "fp32", S_here) == ""
+assert open_folder(tmp, TrainConfig(beta=0.3, save_every=7), "fp32", S_here) == ""
 with contextlib.redirect_stdout(io.StringIO()) as said:
-    open_folder(tmp, TrainConfig(beta=0.3), "bf16", made_up)
+    open_folder(tmp, TrainConfig(beta=0.3), "bf16", S_here)
 print(said.getvalue().replace(str(tmp), "run"))
 
 # %% [markdown]
@@ -589,10 +618,10 @@ print(said.getvalue().replace(str(tmp), "run"))
 # %%
 (tmp / "stage-1/checkpoint").mkdir(parents=True)
 (tmp / "stage-1/checkpoint/state.pt").touch()
-print(complaint(open_folder, tmp, TrainConfig(beta=0.3), "fp32", made_up))
-print(complaint(open_folder, tmp, TrainConfig(beta=0.2), "bf16", made_up))
+print(complaint(open_folder, tmp, TrainConfig(beta=0.3), "fp32", S_here))
+print(complaint(open_folder, tmp, TrainConfig(beta=0.2), "bf16", S_here))
 
-elsewhere = made_up | dict(machine=dict(threads=2, cpu="AVX2"))
+elsewhere = S_here | dict(machine=dict(threads=2, cpu="AVX2"))
 print(open_folder(tmp, TrainConfig(beta=0.3), "bf16", elsewhere))
 
 

@@ -145,7 +145,47 @@ try: run.metrics
 except ValueError as e: print(str(e).replace(str(tmp), ""))
 metrics.write_text(whole);
 
+
 # %% [markdown]
+# ## Did it help on pairs that it never saw?
+#
+# This is the question of the reader, so it comes first, here and in the report. Each model is compared with S, and with the stage before it.
+
+# %%
+#| export
+def held_out_table(
+    run: Run, # with a finished stage
+) -> pd.DataFrame: # source, model, against: the index; one column per measure; (mean, low, high) in each cell
+    """What every model says about held-out pairs, against S and against the stage before.
+
+    Empty where no pairs are held out.
+    """
+    tables = [read_table(folder / "logprobs") for folder in _model_folders(run)]
+    beta = run.config["settings"]["beta"]
+    found = {}
+    for name, held in _held(run).items():
+        pairs = [dict(key=key) for key in held["keys"]]
+        of_S = held_out(tables[0], tables[0], pairs, beta)
+        found[name, "S", "S"] = {measure: of_S[measure] for measure in ("gamma", "prefers chosen")} # against itself, the rest is nothing
+        for t, table in enumerate(tables[1:], 1):
+            found[name, f"after stage {t}", "S"] = held_out(table, tables[0], pairs, beta)
+            if t > 1: found[name, f"after stage {t}", f"stage {t-1}"] = held_out(table, tables[t-1], pairs, beta)
+    if not found: return pd.DataFrame()
+    return pd.DataFrame(found, dtype=object).T.rename_axis(["source", "model", "against"])
+
+def _held(run) -> dict: # name -> keys, tokens
+    path = run.folder / "held_out.json"
+    return read_part(path) if path.exists() else {}
+
+
+# %%
+held = held_out_table(run)
+against_S = held.xs("S", level="against")[["gamma", "prefers chosen", "change of gamma"]]
+against_S.map(lambda cell: as_text(cell) if isinstance(cell, tuple) else "")
+
+# %% [markdown]
+# Only some fifty pairs of each source are held out here, so the intervals are wide.
+#
 # ## What did each stage do?
 #
 # One column per stage. $\gamma$ is how much likelier the chosen response is than the rejected one, in nats. `gamma_ref on D_t` is what the reference of the stage says about its pairs, and `gamma_ref on D_t+1`
@@ -242,47 +282,8 @@ gammas.groupby(["chunk", "model"], sort=False)["gamma"].mean().unstack().round(2
 
 # %% [markdown]
 # Read a row from left to right. Which number of a row did training on that very chunk make? For the first row it is the step from `M_0` to `M_1`; the other steps are what the other stages did to it.
-#
-# ## Did it help on pairs that it never saw?
-#
-# This is the question of the reader, so its table leads the report. Each model is compared with S, and with the stage before it.
-
-# %%
-#| export
-def held_out_table(
-    run: Run, # with a finished stage
-) -> pd.DataFrame: # source, model, against: the index; one column per measure; (mean, low, high) in each cell
-    """What every model says about held-out pairs, against S and against the stage before.
-
-    Empty where no pairs are held out.
-    """
-    tables = [read_table(folder / "logprobs") for folder in _model_folders(run)]
-    beta = run.config["settings"]["beta"]
-    found = {}
-    for name, held in _held(run).items():
-        pairs = [dict(key=key) for key in held["keys"]]
-        of_S = held_out(tables[0], tables[0], pairs, beta)
-        found[name, "S", "S"] = {measure: of_S[measure] for measure in ("gamma", "prefers chosen")} # against itself, the rest is nothing
-        for t, table in enumerate(tables[1:], 1):
-            found[name, f"after stage {t}", "S"] = held_out(table, tables[0], pairs, beta)
-            if t > 1: found[name, f"after stage {t}", f"stage {t-1}"] = held_out(table, tables[t-1], pairs, beta)
-    if not found: return pd.DataFrame()
-    return pd.DataFrame(found, dtype=object).T.rename_axis(["source", "model", "against"])
-
-def _held(run) -> dict: # name -> keys, tokens
-    path = run.folder / "held_out.json"
-    return read_part(path) if path.exists() else {}
-
-
-# %%
-held = held_out_table(run)
-against_S = held.xs("S", level="against")[["gamma", "prefers chosen", "change of gamma"]]
-against_S.map(lambda cell: as_text(cell) if isinstance(cell, tuple) else "")
-
 
 # %% [markdown]
-# Only some fifty pairs of each source are held out here, so the intervals are wide.
-#
 # ## From tables to a page
 #
 # The report is markdown, so every cell goes through one function that takes away what markdown would read as a mark. Names of sources come from users, and a user may call a source `a|b`.

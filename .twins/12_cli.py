@@ -38,6 +38,31 @@ from sdpo_nb.world import load_world
 
 w, tmp = load_world(), Path(tempfile.mkdtemp())
 
+# %% [markdown]
+# A notebook can call what the shell calls. This helper does, and catches what would be printed.
+
+# %%
+from sdpo_nb import cli
+
+def sdpo_says(line):
+    "Exit status of a command, and what it printed."
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: cli.main(shlex.split(line))
+        except SystemExit as e: status = e.code
+    return status, (out if status == 0 else err).getvalue().strip()
+
+
+# %% [markdown]
+# The command to begin with is `sdpo data`. It reads pairs as a run would, trains nothing, and shows where each prompt ends: only what stands after `>>>` counts.
+
+# %%
+riddle = f"--sources riddle={w.sources['riddle']}"
+status, text = sdpo_says(f"data --model {w.base} {riddle} --max-pairs 1 --max-length 64")
+assert status == 0
+print(text)
+
 
 # %% [markdown]
 # ## Settings become options
@@ -227,19 +252,6 @@ def _push(args):
     run = _finished(args)
     if args.to: print(f"pushed to {run.push(args.to, private=not args.public)}")
     else: print(f"written to {run.export(args.export)}, as it would be pushed")
-
-
-# %% [markdown]
-# `sdpo data` is the one to begin with. It reads the pairs as a run would, trains nothing, and shows where the prompt ends: only what stands after `>>>` counts.
-
-# %%
-def asked(**given):
-    "The options of a command that were not typed are None."
-    typed = dict.fromkeys(vars(parser.parse_args([])))
-    places = dict(config=None, model=w.base, sources=None, held_out=None, columns=[], split=None, revision=None, chat=False, max_pairs=1)
-    return argparse.Namespace(**typed | places | given)
-
-_data(asked(sources=[f"riddle={w.sources['riddle']}"], max_length=64))
 
 
 # %% [markdown]
@@ -494,24 +506,13 @@ for e in (ValueError("beta: must be above 0, got 0.0"), KeyError("gamma"), Keybo
 #| export
 if __name__ == "__main__" and __spec__: main() # not in a notebook
 
-
 # %% [markdown]
 # ## Trying it
 #
-# A notebook can call what the shell calls. First what goes wrong, since that is what people meet first.
+# What goes wrong, since that is what people meet first.
 
 # %%
-def sdpo_says(line):
-    "Exit status of a command, and what it printed."
-    out, err = io.StringIO(), io.StringIO()
-    status = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: main(shlex.split(line))
-        except SystemExit as e: status = e.code
-    return status, (out if status == 0 else err).getvalue().strip()
-
 (tmp / "settings.yaml").write_text("bta: 0.2\n")
-riddle = f"--sources riddle={w.sources['riddle']}"
 start = f"run --model {w.base} {riddle} --folder {tmp}/run"
 wrong = {
     "beta of zero": f"{start} --beta 0",

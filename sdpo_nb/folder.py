@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NEEDED', 'FREE', 'HOW', 'SAID', 'RECORDED', 'MAY_DIFFER', 'read_yaml', 'cure_of', 'naming', 'read_part',
            'stage_numbers', 'finished_stages', 'stage_folders', 'save_model', 'share_changed', 'load_stage',
-           'load_exactly', 'base_folder', 'recorded', 'open_folder', 'versions', 'command', 'machine_of',
-           'what_differs', 'alone_in', 'check_fresh']
+           'load_exactly', 'base_folder', 'what_differs', 'open_folder', 'recorded', 'versions', 'command',
+           'machine_of', 'alone_in', 'check_fresh']
 
 # %% ../nbs/09_folder.ipynb #b4f80dbf
 import functools, json, os, re, shlex, subprocess, sys
@@ -256,24 +256,40 @@ MAY_DIFFER = FREE | { # of config.yaml, between two calls
     "settings", "versions", "machine", "device", "model", "revision", "not_deterministic", "command",
 }
 
-def recorded(
-    value, # of a setting
-):
-    "A setting as config.yaml can hold it: of a function, the name."
-    if isinstance(value, (int, float, str, list, type(None))): return value
-    return getattr(value, "__qualname__", type(value).__name__)
-
+# %% ../nbs/09_folder.ipynb #760e4988
 def _compared(config):
     "What must agree between two calls on one folder."
     flat = config | config["settings"]
     compared = {name: value for name, value in flat.items() if name not in MAY_DIFFER}
     return compared | dict(sources=list(config["sources"])) # the names; where the data lie may change, what they are may not
 
-def _has_trained(folder):
-    "Whether an update of any stage has been saved."
-    marks = ("checkpoint/state.pt", "stage.json")
-    return any((folder / f"stage-{t}" / mark).exists() for t in stage_numbers(folder) for mark in marks)
+def _differences(there, new) -> dict: # name -> (what it was, what it is now)
+    "What differs and must not, the settings first: they say more than the hash that they changed."
+    now = _compared(new)
+    later = {name: now.get(name) for name in ("base", "held_out_pairs", "eval_share")} # which older folders did not record
+    old = later | _compared(there)
+    if there["versions"].get("transformers") != new["versions"]["transformers"]:
+        old["base"] = now["base"] # another version may give a config more fields
+    names = sorted(now, key=lambda name: name not in new["settings"])
+    return {name: (old.get(name), now[name]) for name in names if old.get(name) != now[name]}
 
+# %% ../nbs/09_folder.ipynb #492ad201
+def what_differs(
+    old: dict, # a config.yaml
+    new: dict, # the config.yaml that this call would write
+) -> str:      # nothing, where they agree
+    "A sentence, where two calls on one folder compute on different machines."
+    was, now = _facts(old), _facts(new)
+    differs = [f"{_fact(name, now[name])}, started with {was[name]}" for name in now if name in was and was[name] != now[name]]
+    return f"goes on with {'; with '.join(differs)}: the last bits may differ" if differs else ""
+
+def _facts(config): return dict(device=config["device"]) | config.get("machine", {}) | config["versions"]
+
+def _fact(name, value):
+    if name != "threads": return f"{name} {value}"
+    return f"{value} {'thread' if value == 1 else 'threads'}"
+
+# %% ../nbs/09_folder.ipynb #38d46757
 def open_folder(
     folder: Path,
     config,         # the settings, a dataclass
@@ -299,16 +315,6 @@ def open_folder(
     with replacing(path) as tmp: tmp.write_text(yaml.safe_dump(new, sort_keys=False))
     return ""
 
-def _differences(there, new) -> dict: # name -> (what it was, what it is now)
-    "What differs and must not, the settings first: they say more than the hash that they changed."
-    now = _compared(new)
-    later = {name: now.get(name) for name in ("base", "held_out_pairs", "eval_share")} # which older folders did not record
-    old = later | _compared(there)
-    if there["versions"].get("transformers") != new["versions"]["transformers"]:
-        old["base"] = now["base"] # another version may give a config more fields
-    names = sorted(now, key=lambda name: name not in new["settings"])
-    return {name: (old.get(name), now[name]) for name in names if old.get(name) != now[name]}
-
 def _check_may_differ(folder, differs):
     "Raise ValueError unless only the way of computing differs and nothing has been trained."
     first = next((name for name in differs if name not in HOW), next(iter(differs)))
@@ -316,7 +322,18 @@ def _check_may_differ(folder, differs):
     was, now = differs[first]
     raise ValueError(f"{folder}: this run was started with {SAID.get(first, first)} = {was}, not {now}; use that or another folder")
 
-# %% ../nbs/09_folder.ipynb #492ad201
+def _has_trained(folder):
+    "Whether an update of any stage has been saved."
+    marks = ("checkpoint/state.pt", "stage.json")
+    return any((folder / f"stage-{t}" / mark).exists() for t in stage_numbers(folder) for mark in marks)
+
+def recorded(
+    value, # of a setting
+):
+    "A setting as config.yaml can hold it: of a function, the name."
+    if isinstance(value, (int, float, str, list, type(None))): return value
+    return getattr(value, "__qualname__", type(value).__name__)
+
 @functools.cache
 def versions() -> dict[str, str]:
     "Of what computes, and of this package with the commit that it is at, where that can be known."
@@ -340,21 +357,6 @@ def machine_of(
     "What the last bits depend on, beside the settings: the card, or threads and kind of CPU."
     if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
     return dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
-
-def what_differs(
-    old: dict, # a config.yaml
-    new: dict, # the config.yaml that this call would write
-) -> str:      # nothing, where they agree
-    "A sentence, where two calls on one folder compute on different machines."
-    was, now = _facts(old), _facts(new)
-    differs = [f"{_fact(name, now[name])}, started with {was[name]}" for name in now if name in was and was[name] != now[name]]
-    return f"goes on with {'; with '.join(differs)}: the last bits may differ" if differs else ""
-
-def _facts(config): return dict(device=config["device"]) | config.get("machine", {}) | config["versions"]
-
-def _fact(name, value):
-    if name != "threads": return f"{name} {value}"
-    return f"{value} {'thread' if value == 1 else 'threads'}"
 
 # %% ../nbs/09_folder.ipynb #ac69729e
 @contextmanager
