@@ -690,6 +690,7 @@ def complaint(make, **given):
     "The message of the ValueError."
     try: make(**given)
     except ValueError as e: return str(e)
+    raise AssertionError("nothing was refused")
 
 two = Two(size=4.0)
 check_settings(two)

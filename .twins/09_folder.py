@@ -323,14 +323,13 @@ def load_stage(
 ):                   # M_t as it lies on disk
     "The model that a stage saved. Raises ValueError where another one lies there."
     folder = Path(folder)
-    saved = _saved(folder)
+    saved = _saved(read_part(folder / "stage.json"))
     model = load_model(str(folder / "model"), device)
     _compare(model, getattr(torch, saved["dtype"]), saved["weights"], folder / "model")
     return model
 
-def _saved(folder):
+def _saved(ended):
     "dtype and hash of the model that a stage saved."
-    ended = read_part(folder / "stage.json")
     return ended.get("saved") or dict(dtype="float32", weights=ended["end"])
 
 def _compare(model, dtype, weights, path):
@@ -366,10 +365,11 @@ def load_exactly(
     """
     folder = Path(folder)
     model = load_stage(folder, device)
-    exact = read_checkpoint(folder) if _saved(folder)["dtype"] != "float32" else None
+    ended = read_part(folder / "stage.json")
+    exact = read_checkpoint(folder) if _saved(ended)["dtype"] != "float32" else None
     if exact:
         model.load_state_dict(exact["model"])
-        _compare(model, None, read_part(folder / "stage.json")["end"], folder / "checkpoint")
+        _compare(model, None, ended["end"], folder / "checkpoint")
     return model
 
 

@@ -143,6 +143,7 @@ whole = metrics.read_text()
 metrics.write_text("".join(whole.splitlines(True)[:-1]))
 try: run.metrics
 except ValueError as e: print(str(e).replace(str(tmp), ""))
+else: raise AssertionError("a cut file was not noticed")
 metrics.write_text(whole);
 
 
