@@ -25,7 +25,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import copy, hashlib, json, math, random, tempfile
+import copy, hashlib, json, math, random, re, tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -209,13 +209,37 @@ def make_prompts(
 
 
 # %% [markdown]
-# Three test prompts. There are not enough prompts of two letters for a hundred of them, and the function says so instead of looking for ever.
+# Three test prompts:
 
 # %%
-try: make_prompts(100, "test", random.Random(0), lengths=(2, 2))
-except ValueError as error: print(error)
-
 make_prompts(3, "test", random.Random(0))
+
+
+# %% [markdown]
+# Many cells of this book ask for something impossible, to see what is said. `complaint` makes such a call and returns the message. If the call does *not* refuse, the cell fails.
+
+# %%
+#| export
+def complaint(
+    call, # what should refuse
+    *args, **kwargs # what it is called with
+) -> str:
+    "What a call says when it refuses, without the names of temporary folders. Raises AssertionError where it does not refuse."
+    try: call(*args, **kwargs)
+    except (ValueError, OSError, RuntimeError) as e: return str(e).replace(_temporary(str(e)), "")
+    raise AssertionError("it did not refuse")
+
+def _temporary(text):
+    "The temporary folder in a text, if there is one."
+    found = re.search(re.escape(tempfile.gettempdir()) + r"/tmp\w+/?", text)
+    return found[0] if found else ""
+
+
+# %% [markdown]
+# There are not enough prompts of two letters for a hundred of them. The function says so, instead of looking for ever:
+
+# %%
+complaint(make_prompts, 100, "test", random.Random(0), lengths=(2, 2))
 
 # %% [markdown]
 # ## Demonstrations that mislead
@@ -1069,8 +1093,7 @@ def train_base(
 
 # %%
 few = dict(sft=texts["sft"][:64], validation=texts["validation"][:50])
-try: train_base(few, tok, rounds=1)
-except RuntimeError as error: print(error)
+complaint(train_base, few, tok, rounds=1)
 
 
 # %% [markdown]

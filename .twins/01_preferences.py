@@ -67,7 +67,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from tokenizers import Tokenizer, decoders, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from sdpo_nb.world import load_world
+from sdpo_nb.world import complaint, load_world
 
 pd.set_option("display.width", 160, "display.max_columns", 20)
 folder = Path(tempfile.mkdtemp())                     # for the files of this notebook
@@ -295,16 +295,9 @@ def prompt_limit(
 
 
 # %% [markdown]
-# Many cells of this book do something wrong on purpose and show what is said. `complaint` calls a function that must
-# fail and returns its message, without the name of the temporary folder.
+# `complaint`, of [chapter 00](00_world.ipynb), makes a call that must refuse, and returns what is said.
 
 # %%
-def complaint(f, *args, **kw):
-    "The message with which a call fails."
-    try: f(*args, **kw)
-    except (ValueError, FileNotFoundError) as e: return str(e).replace(f"{folder}{os.sep}", "")
-    raise AssertionError("nothing was wrong")
-
 assert prompt_limit(64) == 32
 assert prompt_limit(64, 60) == 60
 complaint(prompt_limit, 64, 64)

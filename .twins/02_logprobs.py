@@ -61,7 +61,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig
 
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.world import load_base, load_world, prompt_ids, respond
+from sdpo_nb.world import complaint, load_base, load_world, prompt_ids, respond
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -231,17 +231,11 @@ drawn = [letters(*row) for row in zip(seen, scored)]
 names = [f"{side} {i}" for side in ("chosen", "rejected") for i in range(3)]
 pd.DataFrame(drawn, index=names, columns=["p prompt, R response, . padding"])
 
-
 # %% [markdown]
-# What if a prompt is empty? Then nothing stands before the first response token, and nothing predicts it. (`complaint` catches the
-# error and returns its message. We shall break many things in this chapter.)
+# What if a prompt is empty? Then nothing stands before the first response token, and nothing predicts it. (`complaint` makes a
+# call that must refuse, and returns the message. We shall break many things in this chapter.)
 
 # %%
-def complaint(f, *args):
-    try: f(*args)
-    except ValueError as e: return str(e)
-    raise AssertionError("nothing was refused")
-
 complaint(collate, [pair | dict(prompt_ids=[])])
 
 

@@ -33,7 +33,7 @@ import seaborn as sns
 from torch.testing import assert_close
 
 from sdpo_nb.logprobs import response_logprobs
-from sdpo_nb.world import K, enumerable_world, load_base, load_world, prompt_ids, respond, true_reward
+from sdpo_nb.world import K, complaint, enumerable_world, load_base, load_world, prompt_ids, respond, true_reward
 
 torch.set_num_threads(1)
 pd.set_option("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 90)
@@ -548,8 +548,7 @@ def _gain(gamma_theta, gamma_ref):
 # %%
 gammas, column = torch.tensor([1., 2., 3.]), torch.zeros(3, 1)
 print("plain subtraction has shape", tuple((gammas - column).shape))
-try: _gain(gammas, column)
-except ValueError as error: print(error)
+print(complaint(_gain, gammas, column))
 
 
 # %%

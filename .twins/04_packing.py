@@ -55,7 +55,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_nb.logprobs import freeze_dropout, load_model, load_tokenizer, micro_batches
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.world import load_world
+from sdpo_nb.world import complaint, load_world
 
 torch.set_num_threads(1)
 torch.manual_seed(0);
@@ -272,8 +272,7 @@ assert (row.position[row.read] + 1 == row.position[row.scored]).all()
 # A prompt must have a token, or nothing predicts the first token of its responses:
 
 # %%
-try: pack([dict(prompt_ids=[], chosen_ids=[5, 6], rejected_ids=[7])])
-except ValueError as e: print(e)
+complaint(pack, [dict(prompt_ids=[], chosen_ids=[5, 6], rejected_ids=[7])])
 
 # %% [markdown]
 # And the eight pairs from above? They make 2,152 tokens. Here they are folded at the width of the padded batch, on the same scale, so the areas can be compared.

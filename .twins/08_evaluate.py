@@ -53,7 +53,7 @@ from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.trainer import TrainConfig, train_stage
-from sdpo_nb.world import load_world, score_responses, true_rewards
+from sdpo_nb.world import complaint, load_world, score_responses, true_rewards
 torch.set_num_threads(1);
 
 # %% [markdown]
@@ -210,9 +210,7 @@ def bootstrap(
 # Four numbers with the mean 0.75, drawn again five times. A missing number would make every mean worthless, so it is refused.
 
 # %%
-try: bootstrap([0, 1, math.nan])
-except ValueError as error: print(error)
-
+print(complaint(bootstrap, [0, 1, math.nan]))
 bootstrap([0, 1, 1, 1], draws=5)
 
 
@@ -819,8 +817,7 @@ shown.round(3)
 # The vain judge contradicts himself on every pair of different answers, and his verdict is worth nothing: 0.5. A judge who writes something that is no verdict stops the count, with the prompt named:
 
 # %%
-try: win_rate(lambda *asked: 7, prompts, ours, theirs)
-except ValueError as error: print(error)
+complaint(win_rate, lambda *asked: 7, prompts, ours, theirs)
 
 
 # %% [markdown]

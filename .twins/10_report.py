@@ -36,7 +36,7 @@ from sdpo_nb.logprobs import load_tokenizer, read_table, replacing
 # %%
 import torch
 
-from sdpo_nb.world import load_world
+from sdpo_nb.world import complaint, load_world
 
 torch.set_num_threads(1)
 pd.set_option("display.width", 180, "display.max_columns", 20)
@@ -141,9 +141,7 @@ run.metrics.groupby("stage")[["loss", "reward_accuracy", "margin"]].last().round
 metrics = run.folder / "stage-2/metrics.jsonl"
 whole = metrics.read_text()
 metrics.write_text("".join(whole.splitlines(True)[:-1]))
-try: run.metrics
-except ValueError as e: print(str(e).replace(str(tmp), ""))
-else: raise AssertionError("a cut file was not noticed")
+print(complaint(lambda: run.metrics))
 metrics.write_text(whole);
 
 

@@ -85,7 +85,7 @@ from sdpo_nb.figures import plot_gamma
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.report import gamma_table
 from sdpo_nb.trainer import epoch_order
-from sdpo_nb.world import load_world, score_responses
+from sdpo_nb.world import complaint, load_world, score_responses
 
 torch.set_num_threads(1)
 pd.set_option("display.width", 180, "display.max_columns", 20);
@@ -127,16 +127,6 @@ pd.DataFrame(named, index=pd.Index(chunks, name="chunk"))
 # %% [markdown]
 # That is sDPO. What the loop lacks is everything around it: the order was typed by hand, a crash in the third stage costs the first two, and next week nobody can say
 # what was trained on what. The rest of this chapter puts the loop into [a folder](09_folder.ipynb), and must end in the same weights.
-#
-# Many lessons below ask for something impossible. This helper keeps the answer.
-
-# %%
-def complaint(call, *args, **kwargs):
-    "What a call says when it refuses."
-    try: call(*args, **kwargs)
-    except ValueError as e: return str(e).replace(str(tmp), "runs")
-    raise AssertionError("it did not refuse")
-
 
 # %% [markdown]
 # ## Settings

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ALPHABET', 'SKILLS', 'SPLITS', 'WRONG', 'NOISE', 'CHAT_TEMPLATE', 'SOURCES', 'K', 'SIZES', 'LEARNED', 'answer',
-           'edit_distance', 'true_reward', 'split_of', 'make_prompts', 'misled', 'demonstration', 'make_tokenizer',
-           'prompt_ids', 'make_model', 'sft', 'World', 'load_world', 'load_base', 'respond_ids', 'text_of', 'respond',
-           'true_rewards', 'score_responses', 'skill_table', 'make_pairs', 'source_prompts', 'EnumerableWorld',
-           'enumerable_world', 'world_texts', 'world_pairs', 'content_hash', 'train_base', 'freeze_world',
-           'check_world']
+           'edit_distance', 'true_reward', 'split_of', 'make_prompts', 'complaint', 'misled', 'demonstration',
+           'make_tokenizer', 'prompt_ids', 'make_model', 'sft', 'World', 'load_world', 'load_base', 'respond_ids',
+           'text_of', 'respond', 'true_rewards', 'score_responses', 'skill_table', 'make_pairs', 'source_prompts',
+           'EnumerableWorld', 'enumerable_world', 'world_texts', 'world_pairs', 'content_hash', 'train_base',
+           'freeze_world', 'check_world']
 
 # %% ../nbs/00_world.ipynb #ac4ebd23
-import copy, hashlib, json, math, random, tempfile
+import copy, hashlib, json, math, random, re, tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -110,6 +110,21 @@ def make_prompts(
             raise ValueError(f"found {len(seen)} of {n} prompts for '{split}', "
                              "and 100 000 more draws brought no other; ask for fewer")
     return list(seen)
+
+# %% ../nbs/00_world.ipynb #d3d64a85
+def complaint(
+    call, # what should refuse
+    *args, **kwargs # what it is called with
+) -> str:
+    "What a call says when it refuses, without the names of temporary folders. Raises AssertionError where it does not refuse."
+    try: call(*args, **kwargs)
+    except (ValueError, OSError, RuntimeError) as e: return str(e).replace(_temporary(str(e)), "")
+    raise AssertionError("it did not refuse")
+
+def _temporary(text):
+    "The temporary folder in a text, if there is one."
+    found = re.search(re.escape(tempfile.gettempdir()) + r"/tmp\w+/?", text)
+    return found[0] if found else ""
 
 # %% ../nbs/00_world.ipynb #d50274a8
 WRONG = {True: 0.70, False: 0.30} # misled? -> share of demonstrations by the wrong rule
