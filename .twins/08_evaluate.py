@@ -234,13 +234,15 @@ def interval(
 
 def as_text(
     cell: tuple, # mean, low, high
+    digits: str=".3f", # as a format says it; "+.2f" shows the sign and two digits
 ) -> str:
     "mean [low, high]"
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*cell)
+    mean, low, high = (format(number, digits) for number in cell)
+    return f"{mean} [{low}, {high}]"
 
 
 # %%
-as_text(interval([0, 1, 1, 1])), as_text(interval([0.75]))
+as_text(interval([0, 1, 1, 1])), as_text(interval([0.75]), "+.2f")
 
 # %% [markdown]
 # ### Ask both models the same prompts

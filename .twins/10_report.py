@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/10_report.ipynb)
 #
-# **You should know** that [a run is a folder](09_folder.ipynb) and what is [measured on pairs](08_evaluate.ipynb). If you came to learn what stepwise DPO does, read [11](11_stepwise.ipynb) first.
+# **You should know** that [a run is a folder](09_folder.ipynb) and what is [measured on pairs](08_evaluate.ipynb). If you came to learn what stepwise DPO does, read [13](13_stepwise.ipynb) first.
 # **Time** an hour to read with its code, half a minute to run.
 #
 # When a run has ended, its reader has one question: *is the last model better than the one I began with?* Then come the smaller ones: which stage did it, what did it cost, can I trust it, can I run it
@@ -117,7 +117,7 @@ def _model_folders(run):
 
 
 # %% [markdown]
-# To have something to read, we borrow one call of the [next chapter](11_stepwise.ipynb): three stages in the tiny world, one per source. A tenth of the prompts of each source is held out: never trained on, and
+# To have something to read, we borrow one call of the [next chapter](13_stepwise.ipynb): three stages in the tiny world, one per source. A tenth of the prompts of each source is held out: never trained on, and
 # read by every model.
 
 # %%
@@ -223,7 +223,7 @@ def stage_table(
 def _shown(value):
     "A number of stage.json as a reader wants it."
     if value is None: return ""
-    if isinstance(value, list): return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*value)
+    if isinstance(value, list): return as_text(value, "+.2f")
     return round(value, 3) if isinstance(value, float) else value
 
 

@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from IPython.display import Markdown
 
-from sdpo_nb.evaluate import answers_beside
+from sdpo_nb.evaluate import answers_beside, as_text
 from sdpo_nb.report import as_markdown
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_base, load_world
@@ -109,7 +109,7 @@ for key, name in {"hh_harmless fp32": "HH-RLHF harmless", "ultrafeedback_binariz
     rows[f"CPU: {name}, 135M"] = {
         "sdpo_nb": f"{row['packed']['step']:.1f} s",
         "TRL": f"{best['step']:.1f} s",
-        "faster by": f"{times:.1f} [{low:.1f}, {high:.1f}]",
+        "faster by": as_text((times, low, high), ".1f"),
         "memory": "",
         "TRL's": "",
     }
@@ -142,8 +142,8 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("a step")))
 # | [08 evaluate](08_evaluate.ipynb) | did it work? held-out pairs, true reward, distance from S, signs of failure |
 # | [09 folder](09_folder.ipynb) | a run is a folder that knows what it is |
 # | [10 report](10_report.ipynb) | what a run says, and a model with a card |
-# | [11 stepwise](11_stepwise.ipynb) | the loop over stages |
-# | [12 cli](12_cli.ipynb) | the command line and the demo |
+# | [13 stepwise](13_stepwise.ipynb) | the loop over stages |
+# | [14 cli](14_cli.ipynb) | the command line and the demo |
 #
 # | question | in ten tiny worlds |
 # |---|---|
@@ -165,11 +165,11 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("a step")))
 # |---|---|
 # | Eq. 1, the loss in terms of $\gamma$ | [03, "The same loss in sDPO's words"](03_loss.ipynb) |
 # | the reference as a lower bound, in prose | [03, "The reference as a lower bound"](03_loss.ipynb): an inequality one can test |
-# | the algorithm: $M_{t-1}$ is reference and start of stage $t$ | [11, equation (1) and "One stage"](11_stepwise.ipynb) |
+# | the algorithm: $M_{t-1}$ is reference and start of stage $t$ | [13, equation (1) and "One stage"](13_stepwise.ipynb) |
 # | easy to hard, by reward accuracy under $M_0$ | [05](05_partition.ipynb): the definition, its two readings, its bias by length |
-# | Table 1, DPO with different reference models | `reference="folder/of/a/model"` in [11](11_stepwise.ipynb) |
+# | Table 1, DPO with different reference models | `reference="folder/of/a/model"` in [13](13_stepwise.ipynb) |
 # | Table 3, easy-to-hard against a random split | `order="random"`, with the same chunk sizes, in [05](05_partition.ipynb) |
 # | Figure 2, mean $\gamma_{ref}$ by reference | [demo, "What happens to the bar?"](demo.ipynb) |
-# | Figure 3, stage 2 starting from S or from $M_1$ | [11, "Where the policy starts"](11_stepwise.ipynb) |
+# | Figure 3, stage 2 starting from S or from $M_1$ | [13, "Where the policy starts"](13_stepwise.ipynb) |
 #
 # The paper's benchmark tables are not reproduced here; its comparisons are, with the controls that it lacks.

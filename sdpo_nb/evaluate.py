@@ -116,9 +116,11 @@ def interval(
 
 def as_text(
     cell: tuple, # mean, low, high
+    digits: str=".3f", # as a format says it; "+.2f" shows the sign and two digits
 ) -> str:
     "mean [low, high]"
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*cell)
+    mean, low, high = (format(number, digits) for number in cell)
+    return f"{mean} [{low}, {high}]"
 
 # %% ../nbs/08_evaluate.ipynb #3201f15e
 def held_out(

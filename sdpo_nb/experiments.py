@@ -17,7 +17,7 @@ import torch
 from .bodies import BODIES, build_world
 from .cells import BASELINES, METHODS, RESULTS, Cell, add_rows, read_rows, run_grid, stored_rows, worker_pool
 from .compare import SAME, paired_difference
-from .evaluate import frontier, interval
+from .evaluate import as_text, frontier, interval
 from .questions import GRIDS, SEARCHES, WORLDS, all_cells_of, choose_settings, load_grid, primary_contrasts
 from .world import load_base
 
@@ -107,7 +107,7 @@ def claims_table() -> pd.DataFrame: # claim, what we found, how sure, where
     def add(claim, page, mean, low, high, different, why):
         rows.append({
             "claim": claim,
-            "what we found": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+            "what we found": as_text((mean, low, high), "+.3f"),
             "how sure": f"{_verdict(mean, low, high, different)}, {why}",
             "where": page,
         })

@@ -144,7 +144,7 @@ def stage_table(
 def _shown(value):
     "A number of stage.json as a reader wants it."
     if value is None: return ""
-    if isinstance(value, list): return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*value)
+    if isinstance(value, list): return as_text(value, "+.2f")
     return round(value, 3) if isinstance(value, float) else value
 
 # %% ../nbs/10_report.ipynb #544425b3

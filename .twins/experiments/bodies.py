@@ -34,6 +34,7 @@ from sdpo_nb.logprobs import load_model
 from sdpo_nb.world import World, freeze_world, load_base, load_world, make_tokenizer, sft, true_rewards, world_texts
 
 # %%
+from sdpo_nb.evaluate import as_text
 from sdpo_nb.partition import mean_interval
 from sdpo_nb.world import make_model, respond, true_reward
 
@@ -304,7 +305,7 @@ world = build_world(0)
 base, tokenizer = load_base(world)
 rewards = true_rewards(base, tokenizer, world.test)
 print(f"pairs of {', '.join(world.sources)}; {len(world.test)} test prompts")
-print("true reward of S, sampled: {:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(rewards)))
+print("true reward of S, sampled:", as_text(mean_interval(rewards)))
 assert build_world(0).manifest == load_world().manifest
 
 # %% [markdown]

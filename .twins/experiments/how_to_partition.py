@@ -34,6 +34,7 @@ import pandas as pd
 import seaborn as sns
 from sdpo_nb.cells import unfold_column
 from sdpo_nb.compare import difference_intervals, outcome_means, paired_difference, plot_contrasts
+from sdpo_nb.evaluate import as_text
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.partition import wilson
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
@@ -88,8 +89,7 @@ wrong = np.array([r["flipped"] for r in rows])
 
 def share_of_wrong(third):
     share = wrong[third].mean()
-    low, high = wilson(share, len(third))
-    return f"{share:.2f} [{low:.2f}, {high:.2f}]"
+    return as_text((share, *wilson(share, len(third))), ".2f")
 
 shares = pd.DataFrame(
     {measure: [share_of_wrong(third) for third in parts] for measure, parts in thirds.items()},

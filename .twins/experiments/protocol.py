@@ -16,7 +16,7 @@
 # 7. *A stage that starts where the last one ended, against one that starts from S*: clearly better.
 # 8. *Stepwise DPO at $\beta$, against plain DPO at $\beta/3$*: we cannot tell.
 #
-# **You should know** [stepwise DPO](../11_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** 50 minutes to read, ten for the first three sections, and a minute to run. All runs together took 12.6 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../13_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** 50 minutes to read, ten for the first three sections, and a minute to run. All runs together took 12.6 core hours (`make experiments`).
 #
 # In a few words: *S* is the fine-tuned model with which training begins. *Plain* DPO trains it on all preference pairs at once. *Stepwise* DPO, or sDPO, trains in three *stages*, each on one *chunk* of the pairs. Stage $t$ starts from $M_{t-1}$, the model
 # of the stage before. Its *reference*, the model that it is held near, is $M_{t-1}$, too: it moves. $\beta$ says how hard it is held. The *KL* from S is the distance that a model has moved, in nats. *True reward*, from 0 to 1, says how right an answer is; only in a small
@@ -42,7 +42,7 @@ import torch
 from sdpo_nb.bodies import BODIES, build_world
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell, add_rows, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, paired_difference
-from sdpo_nb.evaluate import frontier, interval
+from sdpo_nb.evaluate import as_text, frontier, interval
 from sdpo_nb.questions import GRIDS, SEARCHES, WORLDS, all_cells_of, choose_settings, load_grid, primary_contrasts
 from sdpo_nb.world import load_base
 
@@ -50,7 +50,7 @@ from sdpo_nb.world import load_base
 import matplotlib.pyplot as plt
 import seaborn as sns
 from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_means, outcome_values, plot_contrasts, reward_at_kl
-from sdpo_nb.evaluate import as_text, excess
+from sdpo_nb.evaluate import excess
 from sdpo_nb.questions import BETA_LADDER
 
 # %% [markdown]
@@ -377,7 +377,7 @@ def claims_table() -> pd.DataFrame: # claim, what we found, how sure, where
     def add(claim, page, mean, low, high, different, why):
         rows.append({
             "claim": claim,
-            "what we found": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+            "what we found": as_text((mean, low, high), "+.3f"),
             "how sure": f"{_verdict(mean, low, high, different)}, {why}",
             "where": page,
         })

@@ -2,7 +2,7 @@
 # # Stepwise DPO
 # > Stage after stage: the model that one stage leaves behind is the reference of the next.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/11_stepwise.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/13_stepwise.ipynb)
 #
 # **You should know** what [the DPO loss](03_loss.ipynb), [one stage of training](06_trainer.ipynb) and [the order of sources](05_partition.ipynb) are. To learn what stepwise DPO does, read "The method in
 # four lines" and then from "A run" on; between them stands the machinery. **Time** two hours to read with all its code, half an hour without the machinery; a minute to run on two CPU cores.
@@ -53,7 +53,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
-from sdpo_nb.evaluate import greedy_answers
+from sdpo_nb.evaluate import as_text, greedy_answers
 from sdpo_nb.folder import (
     alone_in, base_folder, check_fresh, finished_stages, load_exactly, machine_of, naming,
     open_folder, read_part, recorded, save_model, share_changed, stage_folders
@@ -1102,9 +1102,8 @@ def _saved(t, policy, ctx):
 
 def _stage_line(ended, T):
     "One line about a stage that has ended."
-    mean, low, high = ended["gamma_change"]
     trained = f"{ended['steps']} steps against {ended['reference']}, first loss {ended['first_loss']:.3f}"
-    changed = f"gamma changed by {mean:+.2f} [{low:+.2f}, {high:+.2f}] nats"
+    changed = f"gamma changed by {as_text(ended['gamma_change'], '+.2f')} nats"
     prefers = f"chosen preferred in {ended['accuracy_before']:.0%}, now {ended['accuracy']:.0%}"
     return f"stage {ended['stage']} of {T}, {ended['chunk']}: {trained}; {changed}; {prefers}"
 

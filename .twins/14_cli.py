@@ -2,9 +2,9 @@
 # # The command line
 # > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push` and `sdpo demo`.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/12_cli.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_cli.ipynb)
 #
-# **You should know** what [a run](11_stepwise.ipynb) is. **Time** 50 minutes to read with its code, half a minute to run.
+# **You should know** what [a run](13_stepwise.ipynb) is. **Time** 50 minutes to read with its code, half a minute to run.
 #
 # A command line is a way in and nothing more, so it should have no settings of its own. Here every setting of a run becomes an option, generated from `StepwiseConfig`. The few
 # options written by hand say where the model, the data and the run are. Bad input ends in one line that says what to do.
@@ -340,11 +340,10 @@ def _rewards(S, models, tok, prompts, tau) -> dict:
 def _table(rewards):
     "Means with 95 % intervals, and the paired difference to the first trained model."
     import pandas as pd
+    from sdpo_nb.evaluate import as_text
     from sdpo_nb.partition import mean_interval
 
-    def show(values, sign=""):
-        numbers = [f"{x:{sign}.3f}" for x in mean_interval(values.tolist())]
-        return "{} [{}, {}]".format(*numbers)
+    def show(values, digits=".3f"): return as_text(mean_interval(values.tolist()), digits)
     sampled, greedy = rewards["sampled"], rewards["greedy"]
     first = sampled.columns[2]
     rows = {}
@@ -352,7 +351,7 @@ def _table(rewards):
         rows[name] = {
             "sampled": show(sampled[name]),
             "greedy": show(greedy[name]),
-            f"sampled, minus {first}": "" if name == first else show(sampled[name] - sampled[first], "+"),
+            f"sampled, minus {first}": "" if name == first else show(sampled[name] - sampled[first], "+.3f"),
         }
     return pd.DataFrame(rows).T.rename_axis("model")
 
