@@ -4,10 +4,19 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_cli.ipynb)
 #
-# **You should know** what [a run](13_stepwise.ipynb) is. **Time** 50 minutes to read with its code, half a minute to run.
+# **You should know** what [a run](13_stepwise.ipynb) is. If you only want to use the commands, [your model, your pairs](your_model.ipynb) is the page for you. **Time** 45 minutes to read with its code, half a minute to run.
 #
-# A command line is a way in and nothing more, so it should have no settings of its own. Here every setting of a run becomes an option, generated from `StepwiseConfig`. The few
-# options written by hand say where the model, the data and the run are. Bad input ends in one line that says what to do.
+# | command | what it does |
+# |---|---|
+# | `sdpo data` | reads the pairs as a run would, says what is lost, shows three of them; needs no model but its tokenizer |
+# | `sdpo partition` | lets S read all pairs, and says in which order the sources would come |
+# | `sdpo run` | the same, and then one DPO stage per chunk; the same command goes on where it stopped |
+# | `sdpo report` | writes the report of a run again |
+# | `sdpo push` | uploads the last model with a card, or writes both into a folder |
+# | `sdpo demo` | the [tiny world](demo.ipynb), from partition to true reward |
+#
+# A command line is a way in and nothing more, so it has no settings of its own. Every setting of a run becomes an option, generated from `StepwiseConfig`, with its meaning, its bounds and its default. Whoever adds a setting in [chapter 11](11_plan.ipynb) has added the option. The few
+# options that are written by hand here say where the model, the data and the run are. And because a wrong option is what people meet first, bad input ends in one line that says what to do.
 
 # %%
 #| default_exp cli
@@ -18,8 +27,23 @@ if not importlib.util.find_spec("sdpo_nb"):
     get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
 
 # %% [markdown]
+# ## Six things people do
+#
+# ```
+# sdpo data --model M --sources a.jsonl b.jsonl --max-length 512      # what would be lost, and three pairs of each
+# sdpo run --model M --sources a.jsonl b.jsonl --folder runs/mine     # a run; the same line again after a crash
+# sdpo run --config runs/mine/config.yaml --folder runs/other --beta 0.3   # the same again, with another beta
+# sdpo run ... --eval-share 0.1                                       # keep a tenth of the prompts aside, and measure on them
+# sdpo run ... --chunks 1 --order as_given                            # plain DPO on all pairs, to compare with
+# sdpo run ... > run.log 2>&1                                         # plain lines, one every few steps, no bars
+# ```
+#
+# The third line needs a word. A run writes down everything it was asked for in its `config.yaml`, and that file can be read as a request. So an old run can be repeated from its folder alone, as long as its model and its files are where they were.
+#
 # Two environment variables stand above everything, because they must be set before torch is imported. Without the first one, threads spin while they wait, and a tiny model becomes twenty times slower as soon as another
-# process wants a core. Torch itself takes seconds to import, so it is imported inside the commands, and `sdpo --help` answers at once.
+# process wants a core. The second keeps the tokenizers from warning about processes.
+#
+# Torch itself takes seconds to import. So nothing heavy is imported at the top of this module, only inside the commands, and `sdpo --help` answers at once. (That is also why the imports of this chapter stand in strange places.)
 
 # %%
 #| export
@@ -28,13 +52,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse, sys, time
-from dataclasses import dataclass
 from pathlib import Path
 
 # %%
 import contextlib, io, json, shlex, tempfile
 
-from sdpo_nb.world import load_world
+from sdpo_nb.world import complaint, load_world
 
 w, tmp = load_world(), Path(tempfile.mkdtemp())
 
@@ -72,14 +95,14 @@ print(text)
 def _add_settings(parser):
     "One option per field of StepwiseConfig."
     from dataclasses import fields
-    from sdpo_nb.stepwise import StepwiseConfig
+    from sdpo_nb.plan import StepwiseConfig
     for f in fields(StepwiseConfig):
         text = f"{f.metadata['help']} (default: {f.default})"
         how = dict(default=None, help=text.replace("%", "%%"))
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = f.type if f.type in (int, float, str) else int # of chunks, a number is all that can be typed
+            how["type"] = f.type if f.type in (int, float, str) else int # of chunks, only a number can be typed
             how["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
@@ -107,9 +130,11 @@ def _run_file(path) -> dict:
     places = ("model", "revision", "sources", "held_out", "folder")
     found = {name: given.pop(name) for name in places if name in given}
     for name in ("model", "revision", "folder"):
-        if not isinstance(found.get(name) or "", str): raise ValueError(f"{path}: {name}: must be text, got {found[name]!r}")
+        if not isinstance(found.get(name) or "", str):
+            raise ValueError(f"{path}: {name}: must be text, got {found[name]!r}")
     nested = given.pop("settings", None) or {}
-    if not isinstance(nested, dict): raise ValueError(f"{path}: settings: expected lines of the form 'setting: value'")
+    if not isinstance(nested, dict):
+        raise ValueError(f"{path}: settings: expected lines of the form 'setting: value'")
     written = RECORDED if "versions" in given else () # a device that somebody else wrote is a setting
     own = {name: value for name, value in given.items() if name not in written}
     return found | dict(settings=nested | own)
@@ -134,7 +159,7 @@ _run_file(file)
 def _config(args, settings):
     "StepwiseConfig from a file's settings and from options; options win."
     from dataclasses import fields
-    from sdpo_nb.stepwise import StepwiseConfig, make_config
+    from sdpo_nb.plan import StepwiseConfig, make_config
     typed = {f.name: getattr(args, f.name) for f in fields(StepwiseConfig)}
     options = {name: value for name, value in typed.items() if value is not None}
     return make_config(settings | options)
@@ -181,21 +206,22 @@ _sources(args, ["orca=a.jsonl", "trl-lib/ultrafeedback_binarized"], "--sources")
 
 
 # %% [markdown]
-# ## The commands
+# ## What was asked
 #
-# Each command is a few lines: gather what was asked, call the package, print what it found.
+# File and options together are what `sdpo` takes. One function gathers them for all three commands that read data, and says what is missing.
 
 # %%
 #| export
 def _what(args, needed=("model", "sources", "folder")) -> dict:
-    "model, sources, config, folder, revision and held_out, as `sdpo` takes them, from the file and the options."
+    "From the file and the options: model, sources, config, folder, revision and held_out, as `sdpo` takes them."
     given = _run_file(args.config)
     for name in ("model", "folder", "model_revision"):
         if getattr(args, name, None): given[name.removeprefix("model_")] = getattr(args, name)
     if args.sources: given["sources"] = _sources(args, args.sources, "--sources")
     if args.held_out: given["held_out"] = _sources(args, args.held_out, "--held-out")
     for name in needed:
-        if not given.get(name): raise ValueError(f"--{name}: is missing; give it, or write it into the file of --config")
+        if not given.get(name):
+            raise ValueError(f"--{name}: is missing; give it, or write it into the file of --config")
     return dict(
         model=given["model"],
         sources=given["sources"],
@@ -205,6 +231,27 @@ def _what(args, needed=("model", "sources", "folder")) -> dict:
         held_out=given.get("held_out"),
     )
 
+
+# %% [markdown]
+# The file from above names a model and a source, but no folder, so one is given as an option. `--beta 0.3` wins over the file's 0.2.
+
+# %%
+args = argparse.Namespace(**vars(given) | dict(
+    config=file, model=None, model_revision=None, folder="runs/mine", sources=None, held_out=None))
+asked = _what(args)
+print(asked["model"], asked["sources"], asked["config"].beta)
+
+args.folder = None
+print(complaint(_what, args))
+
+
+# %% [markdown]
+# ## The commands
+#
+# Each command is a few lines: gather what was asked, call the package, print what it found. First the two that compute, and what they show.
+
+# %%
+#| export
 def _run(args):
     from sdpo_nb.stepwise import sdpo
     _show(sdpo(**_what(args)))
@@ -216,16 +263,32 @@ def _partition(args):
 def _show(run):
     "Print what a run folder holds."
     from sdpo_nb.report import as_markdown
-    if (run.folder / "partition.json").exists(): print(f"Partition under S\n\n{as_markdown(run.partition())}\n")
+    if (run.folder / "partition.json").exists():
+        print(f"Partition under S\n\n{as_markdown(run.partition())}\n")
     if run.stages:
         print(f"Stages\n\n{as_markdown(run.table())}\n")
         print(f"report: {run.folder / 'report.md'}\nmodel:  {run.model_folder()}")
 
+
+# %% [markdown]
+# One source of the tiny world, measured but not trained on:
+
+# %%
+start = f"--model {w.base} {riddle} --folder {tmp}/run --max-length 64 --precision fp32"
+status, text = sdpo_says(f"partition {start}")
+assert status == 0
+print(text)
+
+
+# %% [markdown]
+# `sdpo data` is the one that you met above. It needs the tokenizer, and no weights.
+
+# %%
+#| export
 def _data(args):
     "Print what would be read and scored, without a model."
     from sdpo_nb.logprobs import load_tokenizer
-    from sdpo_nb.preferences import decoded
-    from sdpo_nb.stepwise import data_notes, read_sources
+    from sdpo_nb.plan import data_notes, read_sources
     what = _what(args, needed=("model", "sources"))
     tokenizer = load_tokenizer(what["model"], what["revision"])
     sources, held = read_sources(what["sources"], what["held_out"], tokenizer, what["config"])
@@ -233,10 +296,28 @@ def _data(args):
     for source in sources + own:
         print("\n".join(data_notes(source, bool(tokenizer.chat_template))))
         print("  the first pairs; what stands after >>> is scored")
-        for i, pair in enumerate(decoded(source, tokenizer)):
-            print(f"\n--- {source.name}, pair {i}\n{pair['prompt']}")
-            for side in ("chosen", "rejected"): print(f">>> {side}: {pair[side]}")
+        _print_pairs(source, tokenizer)
 
+def _print_pairs(source, tokenizer):
+    from sdpo_nb.preferences import decoded
+    for i, pair in enumerate(decoded(source, tokenizer)):
+        print(f"\n--- {source.name}, pair {i}\n{pair['prompt']}")
+        for side in ("chosen", "rejected"): print(f">>> {side}: {pair[side]}")
+
+
+# %% [markdown]
+# Prompts that are nearly as long as a row leave little room. Then the first line says what is lost:
+
+# %%
+status, text = sdpo_says(f"data --model {w.base} {riddle} --max-length 16 --max-prompt-length 15")
+print("\n".join(text.splitlines()[:2]))
+
+
+# %% [markdown]
+# The other three begin where a run has ended. `sdpo push` gives the model away; with `--export` it writes into a folder what would be uploaded, so that you can look first.
+
+# %%
+#| export
 def _finished(args):
     from sdpo_nb.report import Run
     run = Run(Path(args.folder))
@@ -253,113 +334,13 @@ def _push(args):
     if args.to: print(f"pushed to {run.push(args.to, private=not args.public)}")
     else: print(f"written to {run.export(args.export)}, as it would be pushed")
 
-
-# %% [markdown]
-# ## The demo
-#
-# The whole book in a minute or two: partition the three sources of the [tiny world](00_world.ipynb), choose $\beta$ for plain DPO on validation prompts, and only *then* run stepwise DPO with it. So stepwise DPO has to beat a tuned opponent. Three
-# controls decide what the result means:
-#
-# - *S at its best temperature* shows what sharpening alone would give: S already knows some answers, and says them more often when it is less random;
-# - *DPO at* $\beta/T$ shows what a weaker pull to the reference would give;
-# - *sDPO at* $T\beta$ cancels the weaker pull: $T$ stages at $T\beta$ hold the model about as tightly as one stage at $\beta$.
-
-# %%
-#| export
-@dataclass
-class Demo:
-    "What the demo found."
-    run: object     # the stepwise run, at the beta that was best for DPO
-    beta: float     # that beta; k = 6
-    choice: object  # mean true reward of DPO on validation prompts, by beta
-    rewards: dict   # sampled, greedy -> data frame of true rewards, one row per test prompt, one column per model
-
-    def table(self): return _table(self.rewards)
-
-SETTINGS = dict(lr=1e-4, epochs=3, precision="fp32", max_length=64)
-
-def demo(
-    folder="runs/demo",    # of the runs, one inside it for each
-    betas=(0.1, 0.3, 0.9), # tried for DPO; neighbours differ by a factor of T, so that DPO at beta / T is mostly one of them
-) -> Demo:
-    "The tiny world from partition to true reward."
-    import pandas as pd, torch
-    from sdpo_nb.stepwise import StepwiseConfig, sdpo
-    from sdpo_nb.world import load_base, load_world
-    torch.set_num_threads(1) # fastest for a model this small
-    w = load_world()
-    S, tok = load_base(w)
-
-    def run(beta, chunks=None):
-        name = f"T-{chunks or len(w.sources)}-beta-{beta:.3g}"
-        return sdpo(w.base, w.sources, StepwiseConfig(beta=round(beta, 6), chunks=chunks, **SETTINGS), Path(folder) / name)
-
-    by_beta = {beta: _mean(run(beta, 1).model, tok, w.validation) for beta in betas}
-    choice = pd.Series(by_beta, name="DPO: mean true reward, validation").rename_axis("beta")
-    beta = float(choice.idxmax())
-    stepwise = run(beta)
-    T = len(stepwise.stages)
-    models = {
-        f"DPO({beta:.2g})": run(beta, 1).model,
-        f"DPO(beta/T = {beta/T:.2g})": run(beta / T, 1).model,
-        f"sDPO({beta:.2g})": stepwise.model,
-        f"sDPO(T beta = {T*beta:.2g})": run(T * beta).model,
-    }
-    temperatures = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0) # tried for S
-    by_tau = {tau: _mean(S, tok, w.validation, tau) for tau in temperatures}
-    tau = max(by_tau, key=by_tau.get)
-    return Demo(stepwise, beta, choice, _rewards(S, models, tok, w.test, tau))
-
-def _mean(model, tok, prompts, tau=1.0):
-    "Mean true reward of one response a prompt."
-    from sdpo_nb.partition import mean_interval
-    from sdpo_nb.world import true_rewards
-    return mean_interval(true_rewards(model, tok, prompts, tau))[0]
-
-def _rewards(S, models, tok, prompts, tau) -> dict:
-    "True reward on test prompts, sampled and greedy."
-    import pandas as pd
-    from sdpo_nb.world import true_rewards
-    def ask(model, tau): return true_rewards(model, tok, prompts, tau, seed=1)
-    best = f"S at its best temperature, {tau}"
-    sampled = {"S": ask(S, 1.0), best: ask(S, tau)}
-    greedy = {"S": ask(S, 0.0)}
-    greedy[best] = greedy["S"]
-    for name, model in models.items():
-        sampled[name] = ask(model, 1.0)
-        greedy[name] = ask(model, 0.0)
-    return dict(sampled=pd.DataFrame(sampled), greedy=pd.DataFrame(greedy))
-
-
-# %% [markdown]
-# All models answer the same prompts with the same random numbers, so differences are paired. Their intervals say how sure we are about *these* models on new prompts; they say nothing about other
-# training seeds or other worlds. So the rewards are kept prompt by prompt, and become means with intervals only where they are shown.
-
-# %%
-#| export
-def _table(rewards):
-    "Means with 95 % intervals, and the paired difference to the first trained model."
-    import pandas as pd
-    from sdpo_nb.evaluate import as_text
-    from sdpo_nb.partition import mean_interval
-
-    def show(values, digits=".3f"): return as_text(mean_interval(values.tolist()), digits)
-    sampled, greedy = rewards["sampled"], rewards["greedy"]
-    first = sampled.columns[2]
-    rows = {}
-    for name in sampled:
-        rows[name] = {
-            "sampled": show(sampled[name]),
-            "greedy": show(greedy[name]),
-            f"sampled, minus {first}": "" if name == first else show(sampled[name] - sampled[first], "+.3f"),
-        }
-    return pd.DataFrame(rows).T.rename_axis("model")
-
 def _demo(args):
+    from sdpo_nb.demo import demo
     from sdpo_nb.report import as_markdown
     start, found = time.time(), demo(args.folder)
     _show(found.run)
-    print(f"\nbeta = {found.beta:.2g} was chosen for DPO on validation prompts (k = 6), before stepwise DPO was run\n")
+    print(f"\nbeta = {found.beta:.2g} was chosen for DPO on validation prompts (k = 6), "
+          "before stepwise DPO was run\n")
     print(as_markdown(found.choice.to_frame()))
     print("\nTrue reward on test prompts, with 95 % intervals\n")
     print(as_markdown(found.table()))
@@ -367,22 +348,18 @@ def _demo(args):
 
 
 # %% [markdown]
-# With invented rewards of four prompts: the third model is a little better than the second on each of them. The intervals of the two overlap widely, but that of their *difference* does not contain zero. This is why differences are taken prompt by prompt.
+# The folder of before holds a partition, but no stage. There is nothing to report yet, and the command says so:
 
 # %%
-import pandas as pd
-
-made_up = pd.DataFrame({
-    "S": [0.1, 0.4, 0.5, 0.8],
-    "S, sharp": [0.1, 0.4, 0.5, 0.8],
-    "DPO": [0.2, 0.5, 0.6, 0.9],
-    "sDPO": [0.23, 0.54, 0.63, 0.94],
-})
-_table(dict(sampled=made_up, greedy=made_up))
+status, text = sdpo_says(f"report {tmp}/run")
+assert status == 2
+print(text.replace(str(tmp), "."))
 
 
 # %% [markdown]
 # ## The way in
+#
+# What is left is the parser: a command, where its model, data and run are, and the settings. An unknown option is answered like [an unknown setting](11_plan.ipynb), with what was probably meant.
 
 # %%
 #| export
@@ -398,7 +375,7 @@ class _Parser(argparse.ArgumentParser):
     "Suggests the nearest known option for an unknown one."
     def error(self, message):
         if message.startswith("unrecognized arguments: --"):
-            from sdpo_nb.stepwise import no_such_setting
+            from sdpo_nb.plan import no_such_setting
             word = message.split("--", 1)[1].split()[0].split("=")[0]
             message += "; " + no_such_setting(word.replace("-", "_"))
         super().error(message)
@@ -410,9 +387,11 @@ COMMANDS = { # those that take settings
 }
 
 def _parser(argv):
-    about = "Stepwise DPO (sDPO, arXiv 2403.19270): align a model on chunks of preference data, the reference moving up."
+    about = ("Stepwise DPO (sDPO, arXiv 2403.19270): align a model on chunks of preference data, "
+             "the reference moving up.")
     p = _Parser("sdpo", description=about)
-    p.add_argument("--version", action=_Version, nargs=0, help="versions of sdpo_nb and of what it is built on")
+    versions = "versions of sdpo_nb and of what it is built on"
+    p.add_argument("--version", action=_Version, nargs=0, help=versions)
     sub = p.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = sub.add_parser(name, help=text, description=text)
@@ -427,13 +406,16 @@ def _parser(argv):
 def _add_places(command):
     "Where model, data and run are."
     add = command.add_argument
-    add("--config", metavar="FILE", help="YAML file: model, sources, folder and settings, any of them; options win")
+    add("--config", metavar="FILE",
+        help="YAML file: model, sources, folder and settings, any of them; options win")
     add("--model", help="hub id or folder")
     add("--model-revision", help="commit of a model on the hub")
     add("--sources", nargs="+", metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
-    add("--held-out", nargs="+", metavar="NAME=DATA", help="pairs that are never trained on and measured after every stage; see also --eval-share")
+    add("--held-out", nargs="+", metavar="NAME=DATA",
+        help="pairs that are never trained on and measured after every stage; see also --eval-share")
     add("--folder", help="of the run; the same call on it continues")
-    add("--columns", nargs="+", default=[], metavar="THEIRS=OURS", help="columns that have another name in the data")
+    add("--columns", nargs="+", default=[], metavar="THEIRS=OURS",
+        help="columns that have another name in the data")
     add("--chat", action="store_true", help="read string fields as turns of a chat")
     add("--split", help="of hub data (default: train)")
     add("--revision", help="commit of hub data")
@@ -441,10 +423,12 @@ def _add_places(command):
 
 def _add_push(sub):
     about = "Upload the model of the last stage, with a card that says what it was made of and what came out."
-    push = sub.add_parser("push", help="upload the model of the last stage with a model card", description=about)
+    short = "upload the model of the last stage with a model card"
+    push = sub.add_parser("push", help=short, description=about)
     push.add_argument("folder", help="of the run")
     where = push.add_mutually_exclusive_group(required=True)
-    where.add_argument("--to", metavar="USER/NAME", help="repository on the hub; made, and private, if it is not there")
+    where.add_argument("--to", metavar="USER/NAME",
+                       help="repository on the hub; made, and private, if it is not there")
     where.add_argument("--export", metavar="FOLDER", help="only write there what would be uploaded")
     push.add_argument("--public", action="store_true", help="make a new repository public")
 
@@ -494,7 +478,8 @@ def _last_words(e) -> tuple[int, str]:
     if isinstance(e, KeyboardInterrupt): return 130, "stopped; the same command goes on"
     lines = str(e).strip().splitlines() or [type(e).__name__]
     if isinstance(e, (ValueError, OSError)): return 2, lines[0]
-    return 1, f"{type(e).__name__}: {lines[0]} (not your input's fault, as far as sdpo can tell; SDPO_TRACEBACK=1 shows where)"
+    whose = "not your input's fault, as far as sdpo can tell; SDPO_TRACEBACK=1 shows where"
+    return 1, f"{type(e).__name__}: {lines[0]} ({whose})"
 
 
 # %%
@@ -506,13 +491,13 @@ for e in (ValueError("beta: must be above 0, got 0.0"), KeyError("gamma"), Keybo
 if __name__ == "__main__" and __spec__: main() # not in a notebook
 
 # %% [markdown]
-# ## Trying it
+# ## Six mistakes
 #
-# What goes wrong, since that is what people meet first.
+# These are the mistakes that people meet first. Each ends in one line, and the trainer has not been started.
 
 # %%
 (tmp / "settings.yaml").write_text("bta: 0.2\n")
-start = f"run --model {w.base} {riddle} --folder {tmp}/run"
+start = f"run --model {w.base} {riddle} --folder {tmp}/other"
 wrong = {
     "beta of zero": f"{start} --beta 0",
     "a misspelt setting": f"{start} --config {tmp}/settings.yaml",
@@ -529,14 +514,6 @@ for what, line in wrong.items():
     assert status == 2
     print(f"{what:20} {text.splitlines()[-1].replace(data, 'data').replace(str(tmp), '.')}")
 
-# %% [markdown]
-# And what goes right: measure one source, without training anything.
-
-# %%
-status, text = sdpo_says(f"partition --model {w.base} {riddle} --folder {tmp}/run --max-length 64 --precision fp32")
-assert status == 0
-print(text)
-
 # %%
 #| hide
 import shutil; shutil.rmtree(tmp)
@@ -544,7 +521,7 @@ import shutil; shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# Six commands, and no setting that the library does not have. The output of the demo is in [the index](index.ipynb).
+# Six commands, and no setting that the library does not have.
 #
 # ## Questions to test yourself
 #

@@ -11,23 +11,36 @@
 # This cell is what `sdpo demo` does. It chooses $\beta$ for plain DPO on validation prompts, and then runs stepwise DPO with it, so that stepwise DPO has to beat a tuned opponent.
 
 # %%
+#| default_exp demo
+
+# %%
 import importlib.util
 if not importlib.util.find_spec("sdpo_nb"):
     get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
 
 # %%
-import tempfile
+#| export
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
+import torch
+
+from sdpo_nb.evaluate import as_text
+from sdpo_nb.partition import mean_interval
+from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo
+from sdpo_nb.world import load_base, load_world, true_rewards
+
+# %%
+import tempfile
+
 from IPython.display import Markdown
 
-from sdpo_nb.cli import demo
+from sdpo_nb.demo import demo
 from sdpo_nb.evaluate import answers_beside
 from sdpo_nb.figures import plot_gamma, plot_partition
-from sdpo_nb.partition import mean_interval
 from sdpo_nb.preferences import load_pairs
 from sdpo_nb.report import as_markdown, gamma_table
-from sdpo_nb.world import load_base, load_world
 
 found = demo(tempfile.mkdtemp())
 
@@ -110,7 +123,137 @@ Markdown(as_markdown(pd.DataFrame(differences, index=["mean", "low", "high"]).T)
 base, tokenizer = load_base(load_world())
 answers_beside(base, found.run.model, tokenizer, load_world().test)
 
+
 # %% [markdown]
 # ## What this does not show
 #
 # This is one world and one seed. The [experiments](experiments/protocol.ipynb) ask again in ten worlds with two seeds each, every method at its own best $\beta$ and learning rate; there the two methods are equal. And a tiny world says nothing certain of large models.
+
+# %% [markdown]
+# ## How the demo is made
+#
+# You may stop here. What follows is the program of this page. It has one rule: stepwise DPO must beat a *tuned* opponent. So $\beta$ is chosen for plain DPO, on validation prompts, and only then stepwise DPO is run with it. Three controls decide what the result means:
+#
+# - *S at its best temperature* shows what sharpening alone would give: S already knows some answers, and says them more often when it is less random;
+# - *DPO at* $\beta/T$ shows what a weaker pull to the reference would give;
+# - *sDPO at* $T\beta$ cancels the weaker pull: $T$ stages at $T\beta$ hold the model about as tightly as one stage at $\beta$.
+#
+# First, how one model is asked. All models answer the same prompts with the same random numbers, so their differences are paired.
+
+# %%
+#| export
+def demo_rewards(
+    S,      # the base model
+    models: dict, # name -> trained model
+    tokenizer,
+    prompts: list, # test prompts
+    tau: float,    # the best temperature of S, chosen on validation prompts
+) -> dict: # sampled, greedy -> data frame of true rewards: one row per prompt, one column per model
+    "What S and the trained models earn on test prompts, sampled and greedy."
+    def ask(model, tau): return true_rewards(model, tokenizer, prompts, tau, seed=1)
+    best = f"S at its best temperature, {tau}"
+    sampled = {"S": ask(S, 1.0), best: ask(S, tau)}
+    greedy = {"S": ask(S, 0.0)}
+    greedy[best] = greedy["S"]
+    for name, model in models.items():
+        sampled[name] = ask(model, 1.0)
+        greedy[name] = ask(model, 0.0)
+    return dict(sampled=pd.DataFrame(sampled), greedy=pd.DataFrame(greedy))
+
+
+# %%
+few = load_world().test[:20]
+rewards = demo_rewards(base, {"sDPO": found.run.model}, tokenizer, few, tau=0.2)
+rewards["sampled"].head(3).round(3)
+
+
+# %% [markdown]
+# The rewards are kept prompt by prompt, and become means with intervals only where they are shown. The intervals say how sure we are about *these* models on new prompts. They say nothing about other training seeds or other worlds.
+
+# %%
+#| export
+def reward_table(
+    rewards: dict, # of `demo_rewards`
+) -> pd.DataFrame: # model: the index
+    "Means with 95 % intervals, and the paired difference to the first trained model, the third column."
+    def show(values, digits=".3f"): return as_text(mean_interval(values.tolist()), digits)
+    sampled, greedy = rewards["sampled"], rewards["greedy"]
+    first = sampled.columns[2]
+    rows = {}
+    for name in sampled:
+        minus = show(sampled[name] - sampled[first], "+.3f")
+        rows[name] = {
+            "sampled": show(sampled[name]),
+            "greedy": show(greedy[name]),
+            f"sampled, minus {first}": "" if name == first else minus,
+        }
+    return pd.DataFrame(rows).T.rename_axis("model")
+
+
+# %% [markdown]
+# With invented rewards of four prompts: the fourth model is a little better than the third on each of them. The intervals of the two overlap widely, but that of their *difference* does not contain zero. This is why differences are taken prompt by prompt.
+
+# %%
+made_up = pd.DataFrame({
+    "S": [0.1, 0.4, 0.5, 0.8],
+    "S, sharp": [0.1, 0.4, 0.5, 0.8],
+    "DPO": [0.2, 0.5, 0.6, 0.9],
+    "sDPO": [0.23, 0.54, 0.63, 0.94],
+})
+reward_table(dict(sampled=made_up, greedy=made_up))
+
+
+# %% [markdown]
+# The program itself. Each run has a folder of its own, so a demo that is stopped goes on where it was.
+
+# %%
+#| export
+@dataclass
+class Demo:
+    "What the demo found."
+    run: Run          # the stepwise run, at the beta that was best for DPO
+    beta: float       # that beta; k = 6
+    choice: pd.Series # mean true reward of DPO on validation prompts, by beta
+    rewards: dict     # of `demo_rewards`
+
+    def table(self) -> pd.DataFrame: return reward_table(self.rewards)
+
+SETTINGS = dict(lr=1e-4, epochs=3, precision="fp32", max_length=64)
+TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0) # tried for S
+
+def demo(
+    folder="runs/demo",    # of the runs, one inside it for each
+    betas=(0.1, 0.3, 0.9), # tried for DPO; a factor of T apart, so that DPO at beta / T is mostly one of them
+) -> Demo:
+    "The tiny world from partition to true reward."
+    torch.set_num_threads(1) # fastest for a model this small
+    w = load_world()
+    S, tokenizer = load_base(w)
+
+    def run(beta, chunks=None): # with chunks = 1 it is plain DPO
+        config = StepwiseConfig(beta=round(beta, 6), chunks=chunks, **SETTINGS)
+        name = f"T-{chunks or len(w.sources)}-beta-{beta:.3g}"
+        return sdpo(w.base, w.sources, config, Path(folder) / name)
+
+    def earned(model, tau=1.0): # mean true reward of one response per validation prompt
+        return mean_interval(true_rewards(model, tokenizer, w.validation, tau))[0]
+
+    by_beta = {beta: earned(run(beta, chunks=1).model) for beta in betas}
+    choice = pd.Series(by_beta, name="DPO: mean true reward, validation").rename_axis("beta")
+    beta = float(choice.idxmax())
+    stepwise = run(beta)
+    T = len(stepwise.stages)
+    models = {
+        f"DPO({beta:.2g})": run(beta, chunks=1).model,
+        f"DPO(beta/T = {beta/T:.2g})": run(beta / T, chunks=1).model,
+        f"sDPO({beta:.2g})": stepwise.model,
+        f"sDPO(T beta = {T*beta:.2g})": run(T * beta).model,
+    }
+    by_tau = {tau: earned(S, tau) for tau in TEMPERATURES}
+    tau = max(by_tau, key=by_tau.get)
+    return Demo(stepwise, beta, choice, demo_rewards(S, models, tokenizer, w.test, tau))
+
+
+# %%
+assert found.table().equals(reward_table(found.rewards)) # the table above
+found.beta, len(found.run.stages), list(found.choice.index)

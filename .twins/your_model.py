@@ -68,7 +68,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 # %%
 import pandas as pd
 
-from sdpo_nb.stepwise import defaults_table
+from sdpo_nb.plan import defaults_table
 from sdpo_nb.trainer import tokens_that_fit
 from transformers import LlamaConfig
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import sdpo_nb
-from sdpo_nb import cli, stepwise
+from sdpo_nb import cli, plan, stages, stepwise
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, rows, write_jsonl
 
@@ -29,7 +29,7 @@ def sdpo(monkeypatch, capsys):
 @pytest.fixture
 def bad(sdpo, tmp_path, monkeypatch):
     "`sdpo run` with good arguments except the given ones; returns the one line it says, and sees to it that nothing was trained."
-    monkeypatch.setattr(stepwise, "train_stage", lambda *a, **kw: pytest.fail("bad input reached the trainer"))
+    monkeypatch.setattr(stages, "train_stage", lambda *a, **kw: pytest.fail("bad input reached the trainer"))
     def call(*words, model=BASE, sources=None, command="run"):
         sources = sources or [f"a={write_jsonl(tmp_path / 'a.jsonl', rows('primer', 8))}"]
         status, out, err = sdpo(command, "--model", model, "--sources", *sources, "--folder", tmp_path / "run", "--precision", "fp32", *words)
@@ -134,7 +134,7 @@ def test_version(sdpo):
 
 def test_a_fault_that_nobody_expected_is_one_line(sdpo, tmp_path, monkeypatch):
     def broken(*a, **kw): raise KeyError("x")
-    monkeypatch.setattr(stepwise, "load_sources", broken)
+    monkeypatch.setattr(plan, "load_sources", broken)
     status, _, err = sdpo("run", "--model", BASE, "--sources", "a=a.jsonl", "--folder", tmp_path / "run")
     assert status == 1 and "KeyError" in err and "SDPO_TRACEBACK" in err and "Traceback" not in err
 
@@ -230,7 +230,7 @@ def test_a_folder_with_another_setting(sdpo, bad, tmp_path):
 
 def test_ctrl_c_is_no_traceback(sdpo, tmp_path, monkeypatch):
     def stop(*a, **kw): raise KeyboardInterrupt
-    monkeypatch.setattr(stepwise, "train_stage", stop)
+    monkeypatch.setattr(stages, "train_stage", stop)
     source = f"a={write_jsonl(tmp_path / 'a.jsonl', rows('primer', 8))}"
     status, out, err = sdpo("run", "--model", BASE, "--sources", source, "--folder", tmp_path / "run", "--precision", "fp32")
     assert status == 130 and err.splitlines()[-1] == "sdpo: stopped; the same command goes on" and "Traceback" not in err

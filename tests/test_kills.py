@@ -114,13 +114,13 @@ def wait(pid):
 def serve(*pipes): # (where jobs are read, where return codes are written): one pair for each worker
     "What every run does first is done here, once, as long as it starts no thread; then come the workers."
     import torch
-    import accelerate.accelerator, matplotlib.pyplot as plt, sdpo_nb.logprobs, sdpo_nb.report, sdpo_nb.stepwise, tqdm
+    import accelerate.accelerator, matplotlib.pyplot as plt, sdpo_nb.logprobs, sdpo_nb.report, sdpo_nb.stages, sdpo_nb.stepwise, tqdm
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0                                          # a thread
     sdpo_nb.logprobs.load_model(load_world().base), sdpo_nb.logprobs.load_tokenizer(load_world().base)
     def drawn(*args): return {name: plt.figure(figsize=(1, 1)) for name in ("loss", "gamma", "drift", "partition")}
     sdpo_nb.report._drawn, sdpo_nb.report.failure_signs = drawn, lambda gammas, metrics: [] # half of the time of a small run
-    sdpo_nb.stepwise.ASKED = 1
+    sdpo_nb.stages.ASKED = 1
     for fig in drawn().values(): fig.savefig(os.devnull, format="png", bbox_inches="tight"); plt.close(fig)
     assert threading.active_count() == 1
     for jobs, codes in pipes:

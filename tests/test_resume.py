@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch, yaml
 
-import sdpo_nb, sdpo_nb.folder, sdpo_nb.report, sdpo_nb.stepwise as stepwise
+import sdpo_nb, sdpo_nb.folder, sdpo_nb.report, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.folder import alone_in
@@ -137,13 +137,13 @@ def test_a_finished_folder_trains_nothing(alone, monkeypatch):
     before = seen(names)
     assert len(before) == 2 * 4 + 1 + 2
     def never(*a, **kw): raise AssertionError("a finished run trained again")
-    monkeypatch.setattr(stepwise, "train_stage", never)
+    monkeypatch.setattr(stages, "train_stage", never)
     again = run(alone.folder)
     assert again.stages == alone.stages and seen(names) == before
 
 
 def test_settings_that_change_no_weight_may_differ(alone, monkeypatch):
-    monkeypatch.setattr(stepwise, "train_stage", lambda *a, **kw: pytest.fail("a finished run trained again"))
+    monkeypatch.setattr(stages, "train_stage", lambda *a, **kw: pytest.fail("a finished run trained again"))
     assert run(alone.folder, save_every=7).stages == alone.stages
 
 
@@ -283,13 +283,13 @@ def test_a_partition_is_made_again(alone, tmp_path):
 def test_a_full_disk_while_a_model_is_saved(alone, tmp_path):
     import resource
     folder = copy_of(alone, tmp_path, 1); size = (folder / "stage-1" / "model" / "model.safetensors").stat().st_size
-    save = stepwise.save_model
+    save = stages.save_model
     def full(*args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
         try: save(*args)
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepwise, "save_model", full)
+        patch.setattr(stages, "save_model", full)
         assert complaint(run, folder) == f"{folder / 'stage-2' / 'model.tmp'}: could not be written (disk full?)"
     assert not list(folder.rglob("*.tmp"))
     same_run(run(folder), alone)

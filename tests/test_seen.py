@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-import sdpo_nb.report as report, sdpo_nb.stepwise as stepwise
+import sdpo_nb.report as report, sdpo_nb.stages as stages
 from sdpo_nb.logprobs import Clock, load_model, load_tokenizer, pair_tokens, progress, score_pairs
 from sdpo_nb.preferences import hold_out, load_pairs, tokenize_pairs
 from sdpo_nb.report import Run, model_card, undecided
@@ -146,13 +146,13 @@ def test_the_clock_counts_all_that_is_left():
 
 def test_the_clock_of_a_run_ends_near_zero(tmp_path, monkeypatch):
     left = []
-    plain = stepwise.train_stage
+    plain = stages.train_stage
     def watched(*args, **kw):
         left.append(kw["clock"].left)
         out = plain(*args, **kw)
         left.append(kw["clock"].left)
         return out
-    monkeypatch.setattr(stepwise, "train_stage", watched)
+    monkeypatch.setattr(stages, "train_stage", watched)
     sdpo(BASE, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
     measured = sum(pair_tokens(tokenize_pairs(load_pairs(r), load_tokenizer(BASE), max_length=64, max_prompt_length=32).pairs).sum() for r in TWO.values())
     assert left == sorted(left, reverse=True) and left[-1] == measured   # the last pass over the probes
@@ -162,7 +162,7 @@ def test_the_clock_of_a_run_ends_near_zero(tmp_path, monkeypatch):
 
 def test_every_model_answers_the_same_prompts(held):
     parts = [json.loads((held.run.folder / f / "answers.json").read_text()) for f in ("base", "stage-1", "stage-2")]
-    assert len({tuple(p["prompts"]) for p in parts}) == 1 and all(len(p["answers"]) == stepwise.ASKED for p in parts)
+    assert len({tuple(p["prompts"]) for p in parts}) == 1 and all(len(p["answers"]) == stages.ASKED for p in parts)
 
 
 def test_the_report_says_how_it_was_run(held):

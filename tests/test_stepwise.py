@@ -6,7 +6,7 @@ import pytest
 import torch, yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import sdpo_nb.report as report, sdpo_nb.stepwise as stepwise
+import sdpo_nb.report as report, sdpo_nb.plan as plan, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
@@ -27,11 +27,11 @@ def no_figures(monkeypatch): monkeypatch.setattr(report, "write_report", lambda 
 @pytest.fixture
 def trained(monkeypatch):
     "The keys of the pairs that every stage was trained on, in order."
-    seen, real = [], stepwise.train_stage
+    seen, real = [], stages.train_stage
     def spy(model, pairs, *args, **kw):
         seen.append([p["key"] for p in pairs])
         return real(model, pairs, *args, **kw)
-    monkeypatch.setattr(stepwise, "train_stage", spy)
+    monkeypatch.setattr(stages, "train_stage", spy)
     return seen
 
 
@@ -263,7 +263,7 @@ def test_the_partition_that_was_written_is_the_one_that_is_trained(tmp_path, tra
 
 def test_precision_is_recorded_as_what_it_meant(tmp_path, monkeypatch):
     meant = "fp32"
-    monkeypatch.setattr(stepwise, "pick_precision", lambda precision, device: meant)
+    monkeypatch.setattr(stages, "pick_precision", lambda precision, device: meant)
     sdpo_partition(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="auto")), tmp_path / "run")
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["settings"]["precision"] == "fp32"
     sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="auto")), tmp_path / "run")
@@ -464,12 +464,12 @@ def test_models_are_saved_in_the_dtype_of_S(tmp_path, half, capsys):
 
 def test_a_bf16_run_that_goes_on_starts_from_the_exact_weights(tmp_path, half, monkeypatch):
     whole = sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "whole")
-    train, calls = stepwise.train_stage, []
+    train, calls = stages.train_stage, []
     def once(*args, **kw):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt
         return train(*args, **kw)
-    monkeypatch.setattr(stepwise, "train_stage", once)
+    monkeypatch.setattr(stages, "train_stage", once)
     with pytest.raises(KeyboardInterrupt): sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "killed")
     assert (tmp_path / "killed/stage-1/checkpoint/state.pt").exists()
     again = sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "killed")
@@ -479,11 +479,11 @@ def test_a_bf16_run_that_goes_on_starts_from_the_exact_weights(tmp_path, half, m
 @pytest.mark.parametrize("other", ["model", "checkpoint"])
 def test_a_bf16_run_does_not_go_on_from_another_model(tmp_path, half, monkeypatch, other):
     "The model on disk is rounded, the checkpoint beside it is exact: each is compared with a hash of its own."
-    train = stepwise.train_stage
+    train = stages.train_stage
     def one_stage(*args, **kw):
         if (tmp_path / "run/stage-1/stage.json").exists(): raise KeyboardInterrupt
         return train(*args, **kw)
-    monkeypatch.setattr(stepwise, "train_stage", one_stage)
+    monkeypatch.setattr(stages, "train_stage", one_stage)
     with pytest.raises(KeyboardInterrupt): sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
     stage = tmp_path / "run" / "stage-1"
     if other == "model": perturbed(load_model(half)).to(torch.bfloat16).save_pretrained(stage / "model")
@@ -496,7 +496,7 @@ def test_a_bf16_run_does_not_go_on_from_another_model(tmp_path, half, monkeypatc
 
 def test_a_source_may_have_a_name_of_its_own(tmp_path):
     tok = load_tokenizer(load_world().base)
-    made = stepwise.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))
+    made = plan.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))
     run = sdpo_partition(load_world().base, dict(outer=made[0]), StepwiseConfig(**SETTINGS), tmp_path / "run")
     assert run.config["sources"] == dict(inner=None) and run.partition().index.tolist() == ["inner"]
 
@@ -525,5 +525,5 @@ def test_a_run_is_read_while_a_stage_is_unfinished(tmp_path):
 
 def test_two_sources_of_one_name_are_refused(tmp_path):
     tok = load_tokenizer(load_world().base)
-    one = stepwise.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))[0]
+    one = plan.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))[0]
     with pytest.raises(ValueError, match="two of them are called 'inner'"): sdpo(BASE, dict(a=one, b=one), StepwiseConfig(**SETTINGS), tmp_path / "run")

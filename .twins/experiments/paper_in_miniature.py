@@ -46,7 +46,8 @@ from sdpo_nb.compare import difference_intervals, outcome_means, outcome_values,
 from sdpo_nb.evaluate import interval
 from sdpo_nb.logprobs import read_table
 from sdpo_nb.questions import chosen_settings, load_grid
-from sdpo_nb.stepwise import StepwiseConfig, load_sources, sdpo
+from sdpo_nb.plan import StepwiseConfig, load_sources
+from sdpo_nb.stepwise import sdpo
 from sdpo_nb.training_data import COMMON_SETTINGS
 from sdpo_nb.world import load_world
 

@@ -1,0 +1,640 @@
+# %% [markdown]
+# # What is asked of a run
+# > Settings, sources and chunks: all that goes into a run, read and checked before anything is computed.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/11_plan.ipynb)
+#
+# **You should know** how [pairs are read](01_preferences.ipynb), and what [a partition](05_partition.ipynb) is. If you came to learn what stepwise DPO does, read [chapter 13](13_stepwise.ipynb) first: it needs nothing of
+# this one. **Time** an hour to read with its code, a few seconds to run.
+#
+# A run is asked for in three things: *settings* ($\beta$, the learning rate, how many stages), *sources* (named sets of preference pairs), and a *model*. People get all three wrong in ordinary ways. A setting is
+# misspelt, or has the name that another trainer gives it. A file is longer than the model's memory of positions. A source of pairs turns out to be half empty.
+#
+# Some of these mistakes end in an error after an hour. The others are worse: they end in a model. It was trained on half the data, or with a reference that reads other tokens, and nothing says so. So this chapter has one aim. **Whatever can be found out before the first step is found out
+# before the first step, and said in one line that names the place.** It goes through the three things in that order, and then joins them into *chunks*, what one stage trains on.
+
+# %%
+#| default_exp plan
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import difflib, unicodedata
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, concatenate_datasets
+
+from sdpo_nb.logprobs import load_model, load_tokenizer, pair_tokens, weights_hash
+from sdpo_nb.partition import ORDERS
+from sdpo_nb.preferences import Source, hold_out, load_pairs, prompt_limit, tokenize_pairs
+from sdpo_nb.trainer import TrainConfig, setting
+
+# %%
+from sdpo_nb.logprobs import check_rows
+from sdpo_nb.world import complaint, load_world
+
+torch.set_num_threads(1)
+pd.set_option("display.width", 180, "display.max_columns", 20, "display.max_colwidth", 90)
+
+w = load_world()
+tok = load_tokenizer(w.base)
+
+
+# %% [markdown]
+# ## Settings
+#
+# A run has the settings of [one stage](06_trainer.ipynb), and a few of its own. Four of these are the switches that the paper's experiments turn:
+#
+# - `order`: which source comes first;
+# - `init_target`: where the policy of a stage starts, at $M_{t-1}$ or at S again;
+# - `reference`: which model is the reference, one that moves up, or a fixed one;
+# - `restart`: whether the optimizer and its schedule start anew in each stage.
+#
+# The default of each is the paper's method. Every field carries its meaning, its bounds and its choices. From these the command line makes its options, `config.yaml` its lines, and the table below its rows, so they cannot say different things.
+
+# %%
+#| export
+@dataclass
+class StepwiseConfig(TrainConfig):
+    "Settings of a run: those of a stage, and what the stages are."
+    order: str = setting("easy_to_hard", "which source comes first", choices=ORDERS)
+    chunks: object = setting(
+        None,
+        "number of stages T; none: one per source. In Python also lists of source names, "
+        "or a function (t, model) -> pairs that returns None to end")
+    init_target: str = setting(
+        "previous",
+        "where a stage starts: at M_{t-1} or at the SFT base S",
+        choices=("previous", "S"))
+    reference: str = setting("moving", "moving (M_{t-1}), fixed (S), or the folder of a model")
+    restart: str = setting(
+        "stage",
+        "optimizer and schedule: new in every stage, or never",
+        choices=("stage", "never"))
+    max_length: int = setting(
+        1024,
+        "longest prompt + response in tokens; the response's tail is cut",
+        low=2)
+    max_prompt_length: int = setting(
+        0,
+        "longest prompt in tokens, its end is kept; 0: half of max_length",
+        low=0)
+    probe: int = setting(
+        512,
+        "pairs of each chunk on which every model is measured for the report",
+        low=1)
+    eval_share: float = setting(
+        0.0,
+        "share of the prompts of each source that is held out: never trained on, measured after every stage",
+        low=0,
+        high=0.9)
+    log_with: str = setting(
+        "none",
+        "a tracker that gets every step, if it is installed: tensorboard, wandb, trackio, or none")
+    save_dtype: str = setting(
+        "S",
+        "dtype of the models on disk: that of S, or fp32",
+        choices=("S", "fp32"))
+    device: str = setting(
+        "auto",
+        "auto: the graphics card, if there is one and the model is not tiny; cpu; or cuda",
+        choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self):
+        super().__post_init__() # bounds and choices
+        self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
+        self.chunks = _chunks_setting(self.chunks)
+        self._check_chunks_and_order()
+        self._check_reference()
+
+    def _check_chunks_and_order(self):
+        "Chunks that are given have their own order; those that a function makes are not known beforehand."
+        if isinstance(self.chunks, list) or callable(self.chunks):
+            if self.order not in ("easy_to_hard", "as_given"):
+                raise ValueError("order: chunks that are given have their own order, "
+                                 f"so it cannot be {self.order}")
+            self.order = "as_given"
+        if callable(self.chunks) and self.restart == "never":
+            raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
+
+    def _check_reference(self):
+        if self.reference in ("moving", "fixed"): return
+        if not (Path(self.reference) / "config.json").is_file():
+            raise ValueError("reference: must be moving, fixed or the folder of a model; "
+                             f"there is no model in {self.reference!r}")
+
+def _chunks_setting(chunks):
+    "None, a number or a function as it is; a list as lists of source names."
+    if chunks is None or callable(chunks): return chunks
+    if type(chunks) is int and chunks >= 1: return chunks
+    if not isinstance(chunks, (list, tuple)):
+        raise ValueError("chunks: must be a whole number from 1, a list of source names or a function, "
+                         f"got {chunks!r}")
+    groups = [_group(g) for g in chunks]
+    if not groups or not all(groups):
+        raise ValueError("chunks: a list must hold source names, or lists of them, "
+                         f"and none may be empty; got {chunks!r}")
+    return groups
+
+def _group(names):
+    "A name alone is a chunk of one; nothing, where it is no name and no list of names."
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)): return []
+    return list(names) if all(isinstance(n, str) for n in names) else []
+
+
+# %% [markdown]
+# Everything is checked when the settings are made, long before a model is loaded. An order that does not exist, a reference that is nowhere, a chunk without a source:
+
+# %%
+for wrong in (dict(order="easy"), dict(reference="runs/nowhere"), dict(chunks=["primer", []])):
+    print(complaint(StepwiseConfig, **wrong))
+
+
+# %% [markdown]
+# All settings in one table, those of a stage first:
+
+# %%
+#| export
+def defaults_table() -> pd.DataFrame: # setting: the index; default, meaning
+    "Every setting, its default and its meaning."
+    rows = [(f.name, str(f.default), f.metadata["help"]) for f in fields(StepwiseConfig)]
+    return pd.DataFrame(rows, columns=["setting", "default", "meaning"]).set_index("setting")
+
+
+# %%
+defaults_table()
+
+# %% [markdown]
+# Thirty settings look like much. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
+#
+# | setting | what to ask yourself |
+# |---|---|
+# | `max_length` | How long are my prompts and responses in tokens? `sdpo data` says how many are cut. Memory and time grow with it. |
+# | `lr` | How many steps will there be? The default is the paper's, for models of billions of parameters and tens of thousands of pairs. With a few hundred pairs, $5\cdot10^{-7}$ for ten steps changes nothing: small runs need a larger one. The report has [a sign](08_evaluate.ipynb) for a stage that changed nothing. |
+# | `beta` | How far may the model go from S? A smaller one lets it go further, and so do more stages: [$T$ stages at $\beta$ are held about as tightly as one stage at $\beta/T$](03_loss.ipynb). |
+# | `eval_share` | With which pairs shall I find out whether it helped? With 0 there are none, and the report cannot say. |
+# | `precision` | Does the machine compute in bf16? `auto` takes it where it does. Weights are kept in fp32 in any case ([06](06_trainer.ipynb)). |
+# | `token_budget` | Only if the memory is too small, or if much of it is free. It is not the batch size: gradients stay what they are ([04](04_packing.ipynb)). |
+# | `order`, `reference`, `init_target` | Leave them, unless the question is about them. |
+#
+# Settings also come from files and command lines. There people misspell them, or call them what another trainer does. So an unknown name is answered with what was probably meant.
+
+# %%
+#| export
+CALLED = dict( # elsewhere
+    learning_rate="lr",
+    num_train_epochs="epochs",
+    num_epochs="epochs",
+    max_grad_norm="clip",
+    warmup_ratio="warmup",
+    per_device_train_batch_size="token_budget",
+    gradient_accumulation_steps="token_budget",
+    train_batch_size="batch_size",
+    bf16="precision",
+    fp16="precision",
+    dtype="precision",
+    torch_dtype="precision",
+    torch_compile="compile",
+    max_seq_length="max_length",
+    save_steps="save_every",
+)
+
+def no_such_setting(
+    name: str, # as it was typed
+) -> str:
+    "What to say of a setting that does not exist: its nearest neighbour, or all there are."
+    known = [f.name for f in fields(StepwiseConfig)]
+    near = [CALLED[name]] if name in CALLED else difflib.get_close_matches(str(name), known, 1)
+    advice = f"did you mean '{near[0]}'?" if near else f"settings are {', '.join(known)}"
+    return f"unknown setting '{name}'; {advice}"
+
+
+# %%
+print(no_such_setting("bta"))
+print(no_such_setting("learning_rate"))
+
+
+# %% [markdown]
+# A settings file goes through the same checks. There is one trap: YAML reads `1e-4` as text, since it wants a point in the number. People mean a number.
+
+# %%
+#| export
+def make_config(
+    settings: dict, # names and values, from a file or a command line
+) -> StepwiseConfig:
+    "A StepwiseConfig; raises ValueError for an unknown setting, naming its nearest neighbour."
+    types = {f.name: f.type for f in fields(StepwiseConfig)}
+    values = {}
+    for name, value in settings.items():
+        if name not in types: raise ValueError(no_such_setting(name))
+        values[name] = _number(value) if types[name] in (int, float) else value
+    return StepwiseConfig(**values)
+
+def _number(value):
+    "Text that means a number, as a number; all else as it is."
+    try: return float(value) if isinstance(value, str) else value
+    except ValueError: return value
+
+
+# %%
+print(complaint(make_config, dict(lr="fast")))
+make_config(dict(lr="1e-5")).lr
+
+# %% [markdown]
+# ## Sources
+#
+# A *source* is a named set of preference pairs. It may come as a path, a hub id, rows in memory, or a dict with the arguments of `load_pairs`, where columns need other names or a split is wanted.
+
+# %%
+#| export
+_SPEC = {"source", "split", "revision", "columns", "chat", "max_pairs", "eval_share"}
+
+def load_sources(
+    sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or a dict with 'source' and more of _SPEC
+    tokenizer,     # of the model that will read them
+    config: StepwiseConfig, # its lengths and eval_share count
+    called: str="sources",  # in messages
+) -> list[Source]: # in the order given
+    "Tokenise every source; raises ValueError naming the one that cannot be used."
+    if not sources or not isinstance(sources, dict):
+        raise ValueError(f"{called}: expected {{'name': 'file, folder or hub id'}}, with at least one name")
+    return [_load_source(name, what, tokenizer, config) for name, what in sources.items()]
+
+def _load_source(name, what, tokenizer, config):
+    spec = dict(what) if isinstance(what, dict) else dict(source=what)
+    _check_spec(name, spec)
+    if isinstance(what, Source): return what
+    chat = spec.pop("chat", False)
+    most = spec.pop("max_pairs", None)
+    spec.pop("eval_share", 0) # `part_sources` asks for it
+    try: data = load_pairs(**spec)
+    except (ValueError, OSError) as e: raise ValueError(f"source '{name}': {e}") from e
+    if most: data = data.select(range(min(most, len(data))))
+    return tokenize_pairs(data, tokenizer, name, config.max_length, config.max_prompt_length, chat)
+
+def _check_spec(name, spec):
+    "Raise ValueError for a dict that `load_pairs` would not understand."
+    if not {"source"} <= set(spec) <= _SPEC:
+        may, got = ", ".join(sorted(_SPEC - {"source"})), ", ".join(map(str, spec))
+        raise ValueError(f"source '{name}': a dict needs 'source' and may have {may}; got {got}")
+    share, chat, most = spec.get("eval_share", 0), spec.get("chat", False), spec.get("max_pairs")
+    if type(share) not in (int, float):
+        raise ValueError(f"source '{name}': eval_share must be a number from 0 to below 1, got {share!r}")
+    if type(chat) is not bool:
+        raise ValueError(f"source '{name}': chat must be true or false, got {chat!r}")
+    if most is not None and not (type(most) is int and most >= 1):
+        raise ValueError(f"source '{name}': max_pairs must be a whole number from 1, got {most!r}")
+
+
+# %%
+pairs = dict(source=w.sources["riddle"], max_pairs=100)
+few, = load_sources(dict(riddle=pairs), tok, StepwiseConfig())
+print(few.name, len(few))
+print(complaint(load_sources, dict(riddle=pairs | dict(max_pairs=0)), tok, StepwiseConfig()))
+
+
+# %% [markdown]
+# ### What was lost on the way?
+#
+# Pairs get lost between a file and a batch. A response may be empty. A prompt may fill the whole row, so that no token of the response is left to score. A response may be cut, and then the model learns from its beginning only. None of this is an error, and all of it changes
+# what is learned. So what was read, dropped and cut is said before anything is computed, and again in the report. A *warning* stands where more than a twentieth of the pairs is dropped, or three in ten are cut.
+
+# %%
+#| export
+def data_notes(
+    source: Source,
+    templated: bool=False, # whether the tokenizer has a chat template
+) -> list[str]: # first what was read and used, then whatever is worth a second look
+    "What was read, dropped and cut, in words."
+    c, name = source.counts, source.name
+    if not c: return [] # a source that somebody made by hand
+    used, rows = c["usable"], c["rows"]
+    notes = [_read_line(source)]
+
+    def warn(text): notes.append(f"  warning: {text}")
+    def note(text): notes.append(f"  note: {text}")
+    if used < 0.95 * rows:
+        advice = "; a larger max_length keeps more" if c["no_room"] else ""
+        warn(f"{1 - used / rows:.0%} of {name} are dropped{advice}")
+    if c["truncated"] > 0.3 * used:
+        warn(f"{c['truncated'] / used:.0%} of the pairs of {name} lose the end of a response; "
+             "a larger max_length keeps it")
+    if c["prompt_truncated"] > 0.05 * used:
+        warn(f"{c['prompt_truncated'] / used:.0%} of the prompts of {name} lose their beginning; "
+             "max_prompt_length is too small for them")
+    if c["both_labels"]: warn(f"{c['both_labels']} pairs of {name} occur with the opposite label, too")
+    if templated and not c["chat"]:
+        note(f"{name} is plain text, so the model's chat template is not used; chat = true (--chat) uses it")
+    if c["duplicates"]: note(f"{c['duplicates']} pairs of {name} occur more than once")
+    return notes
+
+def _read_line(source):
+    "One line: rows, pairs, what was dropped and cut, the kind of text, tokens."
+    c = source.counts
+    lost = ", ".join(f"{n} {why}" for why, n in source.dropped().items())
+    parts = [f"{c['rows']} rows read", f"{c['usable']} used"]
+    if lost: parts.append(f"dropped: {lost}")
+    if c["truncated"]: parts.append(f"{c['truncated']} cut")
+    if "held_out" in c: parts.append(f"{c['held_out']} held out")
+    kind = "conversations" if c["chat"] else "plain text"
+    return f"{source.name}: {', '.join(parts)}; {kind}; {pair_tokens(source.pairs).sum():,} tokens"
+
+
+# %% [markdown]
+# Four rows, each with a fault or two: the second repeats the first, the third has an empty response, the fourth is too long for sixteen tokens.
+
+# %%
+texts = (("copy ab", "ab"), ("copy ab", "ab"), ("copy ab", ""), ("copy abcdefghij", "abcdefghij"))
+rows = [dict(prompt=prompt, chosen=chosen, rejected="ba") for prompt, chosen in texts]
+made_up, = load_sources(dict(made_up=rows), tok, StepwiseConfig(max_length=16))
+print("\n".join(data_notes(made_up, templated=True)))
+
+
+# %% [markdown]
+# ### Is there room for the longest row?
+#
+# A model knows so many token ids, and some kinds of model know so many positions. One row that goes beyond stops a run when its turn comes: perhaps in the third hour. Two numbers of the whole data are enough to [ask the model](02_logprobs.ipynb) beforehand.
+
+# %%
+#| export
+def extent(
+    pairs: Dataset, # tokenised
+) -> tuple[int, int]: # tokens of the longest row; the largest token id
+    "The longest prompt with a response, and the largest token id, over all pairs."
+    longest, largest = [], []
+    ids_only = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    for some in ids_only.with_format("arrow").iter(1000):
+        prompt, chosen, rejected = (pc.list_value_length(ids) for ids in some.columns)
+        response = pc.max_element_wise(chosen, rejected)
+        longest.append(pc.max(pc.add(prompt, response)).as_py())
+        largest += [pc.max(pc.list_flatten(ids)).as_py() for ids in some.columns]
+    return max(longest), max(largest)
+
+
+# %%
+S = load_model(w.base, "cpu")
+longest, largest = extent(few.pairs)
+check_rows(S, longest, largest)
+print(f"longest row {longest} tokens, largest id {largest}; S knows {S.config.vocab_size} ids")
+print(complaint(check_rows, S, longest, S.config.vocab_size))
+
+
+# %% [markdown]
+# The second number is there for a tokenizer that is newer than its model: somebody added a token and forgot the embedding. On a graphics card, such an id ends in an error far from its cause.
+#
+# ### Can its name be printed?
+#
+# The name of a source goes into tables, figures, file lists and messages. A name with a line break in it would break every one of them, so it is refused here.
+
+# %%
+#| export
+def check_names(
+    sources: dict, # as for `load_sources`
+):
+    "Raise ValueError for a source whose name cannot be printed in one line, or that has the name of another."
+    if not isinstance(sources, dict): return # `load_sources` says what is wrong
+    names = [what.name if isinstance(what, Source) else str(name) for name, what in sources.items()]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"sources: two of them are called {name!r}")
+        unprintable = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+        if unprintable:
+            raise ValueError(f"sources: the name {name!r} has a control character or a new line; "
+                             "use one that can be printed")
+
+
+# %%
+check_names(w.sources)
+print(complaint(check_names, {"two\nlines": []}))
+
+
+# %% [markdown]
+# ## Held-out pairs
+#
+# Some pairs may be kept aside: a share of each source ([by prompt](01_preferences.ipynb), so that no prompt is on both sides), or sources of their own. They are never trained on. Every model is measured on them after its stage, and they lead the report, because nothing else in it can show
+# that a model is *better* and not only well rehearsed.
+
+# %%
+#| export
+def part_sources(
+    read: list[Source], # of `load_sources`
+    sources: dict,      # what it was given
+    config: StepwiseConfig, # its eval_share counts
+) -> tuple[list[Source], list[Source]]: # to train on, held out
+    "Hold out a share of every source; one that names an `eval_share` of its own has that."
+    train, held = [], []
+    for source, what in zip(read, sources.values()):
+        share = what.get("eval_share", config.eval_share) if isinstance(what, dict) else config.eval_share
+        kept, aside = hold_out(source, share)
+        train.append(kept)
+        if aside: held.append(aside)
+    return train, held
+
+
+# %%
+riddle = dict(riddle=w.sources["riddle"])
+whole = load_sources(riddle, tok, StepwiseConfig())
+(train,), (held,) = part_sources(whole, riddle, StepwiseConfig(eval_share=0.1))
+assert len(train) + len(held) == len(whole[0])
+data_notes(train)
+
+
+# %% [markdown]
+# A held-out source of your own may hold prompts that are trained on as well. Then it measures memory, not learning. That is not refused, because somebody may want to measure just this; but it is said.
+
+# %%
+#| export
+def check_held_out(
+    held: list[Source],   # held out
+    loaded: list[Source], # trained on
+) -> list[str]: # a line for each held-out source whose prompts are trained on as well
+    "Compare held-out prompts with those that are trained on. Raises ValueError for a name that occurs twice."
+    if not held: return []
+    names = [s.name for s in held]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"held_out: '{name}' is also the name of a source of which a share is held out; "
+                             "give it another name")
+    trained = {tuple(ids) for s in loaded for ids in s.pairs["prompt_ids"]}
+    lines = []
+    for s in held:
+        seen = sum(tuple(ids) in trained for ids in s.pairs["prompt_ids"])
+        if not seen: continue
+        lines.append(f"  warning: {seen} of the {len(s)} held-out pairs of {s.name} "
+                     "have a prompt that is trained on")
+    return lines
+
+
+# %%
+assert check_held_out([held], [train]) == []
+check_held_out([held], whole) # the source with the held-out pairs still in it
+
+
+# %% [markdown]
+# All sources of a run, in one call:
+
+# %%
+#| export
+def read_sources(
+    sources: dict,  # as for `load_sources`; not asked for where a function makes the chunks
+    held_out: dict, # the same, for pairs that are only measured; or None
+    tokenizer,      # of the model
+    config: StepwiseConfig,
+) -> tuple[list[Source], list[Source]]: # to train on, held out
+    "What is trained on, and what is held out of it or comes as sources of its own."
+    train, held = [], []
+    if not callable(config.chunks):
+        train, held = part_sources(load_sources(sources, tokenizer, config), sources, config)
+    if held_out: held += load_sources(held_out, tokenizer, config, "held_out")
+    return train, held
+
+
+# %%
+train, held = read_sources(w.sources, dict(mine=w.sources["riddle"]), tok, StepwiseConfig(eval_share=0.1))
+pd.Series({"trained on": [f"{s.name} {len(s)}" for s in train],
+           "held out": [f"{s.name} {len(s)}" for s in held]}, name="pairs").to_frame()
+
+
+# %% [markdown]
+# ## Chunks
+#
+# A *chunk* $D_t$ is what one stage trains on. Usually the [partition](05_partition.ipynb) decides: one chunk per source, or all rows in order of their sources, cut into $T$ equal parts. Every model is measured on a *probe* of each chunk: a
+# few hundred pairs, drawn once, the same for every model. Only then can two models be compared pair by pair.
+
+# %%
+#| export
+@dataclass
+class Chunk:
+    "D_t: what one stage trains on."
+    name: str      # of its source, or of its place
+    pairs: Dataset # tokenised
+
+    def probe(
+        self,
+        n: int, # at most so many
+    ) -> Dataset:
+        "At most n pairs, the same for every model."
+        if len(self.pairs) <= n: return self.pairs
+        draw = torch.randperm(len(self.pairs), generator=torch.Generator().manual_seed(0))
+        return self.pairs.select(sorted(draw[:n].tolist()))
+
+
+# %%
+D_3 = Chunk("riddle", whole[0].pairs)
+assert D_3.probe(4)["key"][:] == D_3.probe(4)["key"][:]
+D_3.probe(4)["key"][:]
+
+
+# %% [markdown]
+# For experiments the chunks may also be given as lists of source names, or made on the way by a function that sees $M_{t-1}$, so that data can be generated between stages. Names are checked now; a function cannot be, it has nothing to say yet.
+
+# %%
+#| export
+def check_chunks(
+    chunks, # of the settings: None, a number, lists of source names
+    loaded: list[Source], # to train on
+) -> list[Source]: # the same, or joined where lists of names ask for it
+    "Raise ValueError for chunks that cannot be made of these sources; lists of names become sources."
+    total = sum(map(len, loaded))
+    if isinstance(chunks, int) and chunks > total:
+        raise ValueError(f"chunks: {chunks} chunks cannot be cut from {total} pairs")
+    if not isinstance(chunks, list): return loaded
+    by_name = {s.name: s for s in loaded}
+    for name in sum(chunks, []):
+        if name not in by_name:
+            raise ValueError(f"chunks: there is no source '{name}'; sources are {', '.join(by_name)}")
+    joined = []
+    for group in chunks:
+        pairs = concatenate_datasets([by_name[name].pairs for name in group])
+        joined.append(Source("+".join(group), pairs, {}))
+    return joined
+
+
+# %%
+all_three = load_sources(w.sources, tok, StepwiseConfig())
+two = StepwiseConfig(chunks=["riddle", ["primer", "digest"]]).chunks
+print([(s.name, len(s)) for s in check_chunks(two, all_three)])
+print(complaint(check_chunks, [["ridle"]], all_three))
+
+
+# %% [markdown]
+# ## Does the reference read the same tokens?
+#
+# The reference may be a model from elsewhere: then `reference` is its folder. It is asked about *our* token ids. A model with another vocabulary would answer, too. Its answers would be finite, and about other texts, and the loss would fall all the same. So the two vocabularies are
+# compared token by token. The hash of its weights goes into `config.yaml`, as that of every model of a run does.
+
+# %%
+#| export
+def foreign_weights(
+    reference: str, # as in the settings: moving, fixed, or the folder of a model
+    tokenizer,      # of the policy
+) -> str: # hash of the weights of a model in a folder; None for moving and fixed
+    "Weights of a reference from elsewhere. Raises ValueError where a token has another id there."
+    if reference in ("moving", "fixed"): return None
+    try: theirs = load_tokenizer(reference).get_vocab()
+    except Exception as e:
+        raise ValueError(f"reference: no tokenizer in {reference} can be read, "
+                         "so its tokens cannot be compared with the model's") from e
+    other = [token for token, i in tokenizer.get_vocab().items() if theirs.get(token) != i]
+    if other:
+        raise ValueError(f"reference: {reference} has another vocabulary, {len(other)} tokens of the model "
+                         f"have another id or none, e.g. {min(other)!r}")
+    return weights_hash(load_model(reference, "cpu"))
+
+
+# %%
+wider = load_tokenizer(w.base)
+wider.add_tokens(["zebra"])
+assert foreign_weights("moving", tok) is None
+assert foreign_weights(w.base, tok) == weights_hash(S)
+print(complaint(foreign_weights, w.base, wider).replace(w.base, "S"))
+
+# %% [markdown]
+# ## What you now have
+#
+# `StepwiseConfig` with every switch that an experiment on the paper needs, and `make_config` for what comes from a file. `read_sources` gives what is trained on and what is held out, `data_notes` says what was lost, `Chunk` is what one stage trains on. Nothing has been computed yet, and whatever
+# could be wrong with the question has been said. [The next chapter](12_stages.ipynb) trains one stage.
+#
+# ## Questions to test yourself
+#
+# 1. A source has 1,000 rows, and 260 prompts fill the whole row. What would a run do that dropped them without a word?
+#
+# <details><summary>Answer</summary>
+#
+# It would train, and every number of it would look healthy. But it would have learned from the 740 shorter prompts only, and the order of the sources would have been decided on them. The line says `dropped: 260 no_room`, and a warning names `max_length`.
+#
+# </details>
+#
+# 2. Why is the share held out by prompt, and not by pair?
+#
+# <details><summary>Answer</summary>
+#
+# Many data sets have several pairs for one prompt. With some of them in training, the others would be half known, and the held-out numbers would be too good.
+#
+# </details>
+#
+# 3. Why does a wrong vocabulary of the reference not show in the loss?
+#
+# <details><summary>Answer</summary>
+#
+# The reference is only a number for each response. Any finite numbers make a loss that can be minimised: the policy gains on whatever bar it is given. What the bar means is not in the loss.
+#
+# </details>
+#
+# ## Try this
+#
+# Make `StepwiseConfig(max_length=64, max_prompt_length=64)`, and then `StepwiseConfig(order="hard_to_easy", chunks=["riddle", "primer"])`.
+#
+# <details><summary>What you should see</summary>
+#
+# Two refusals. The first says that a prompt of 64 tokens leaves no room for a response. The second says that chunks that are given have their own order.
+#
+# </details>

@@ -1,0 +1,877 @@
+# %% [markdown]
+# # One stage of a run
+# > Which model is the reference, when it is asked, and what is written down about a stage.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/12_stages.ipynb)
+#
+# **You should know** how [a stage is trained](06_trainer.ipynb), that [a run is a folder](09_folder.ipynb), and [what is asked of it](11_plan.ipynb). If you came to learn what stepwise DPO does, read [chapter 13](13_stepwise.ipynb) first; it needs
+# nothing of this one. **Time** an hour and twenty minutes to read with its code, half a minute to run.
+#
+# [Chapter 06](06_trainer.ipynb) trains a model on pairs against a table: the reference's log-probabilities of these pairs. It does not ask where the table came from. In a run with stages this is the question on which everything hangs. The reference of stage $t$ is $M_{t-1}$, the model that the stage before
+# left behind, and in three places it is easy to take another one without noticing:
+#
+# - **Too late.** The policy *is* $M_{t-1}$ until its first step. A table computed one line later belongs to nobody.
+# - **Of another chunk.** The reference must have read the pairs of $D_t$. A table of $D_{t-1}$ has the right owner and the wrong rows.
+# - **After a crash.** A run that goes on must find the table, the chunk and the weights that it had, to the bit, or it is another run.
+#
+# This chapter builds the steps of a stage so that these mistakes cannot be made, and each step is tried before the next. They are, in order:
+#
+# ```
+# ask         M_{t-1} reads D_t            the reference table, before anything is trained
+# train       M_{t-1} ---> M_t             chapter 06
+# measure     M_t reads a probe of every chunk, and the held-out pairs
+# save        the model, then stage.json   the mark that the stage is finished
+# ```
+
+# %%
+#| default_exp stages
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import math, time, warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import concatenate_datasets, load_from_disk
+
+from sdpo_nb.evaluate import as_text, greedy_answers
+from sdpo_nb.folder import (
+    base_folder, check_fresh, load_exactly, machine_of, naming, open_folder,
+    read_part, recorded, save_model, share_changed
+)
+from sdpo_nb.logprobs import (
+    SMALL, Clock, check_model, check_rows, load_model, pair_tokens, pairs_hash, pick_precision,
+    read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind,
+    weights_hash, write_json
+)
+from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
+from sdpo_nb.packing import choose_logprobs
+from sdpo_nb.partition import mean_interval, partition
+from sdpo_nb.plan import (
+    Chunk, StepwiseConfig, check_chunks, check_held_out, check_names, data_notes, extent,
+    foreign_weights, read_sources
+)
+from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
+from sdpo_nb.report import Run
+from sdpo_nb.trainer import (
+    GIB, MOST, TRAINING, as_line, check_memory, compile_for, free_memory, peak_memory, plan_for,
+    train_stage, wants_compiling, why_not_same_bits
+)
+
+# %%
+import shutil, tempfile
+
+import pandas as pd
+from sdpo_nb.folder import alone_in
+from sdpo_nb.logprobs import load_tokenizer
+from sdpo_nb.plan import load_sources
+from sdpo_nb.trainer import TrainConfig
+from sdpo_nb.world import complaint, load_world
+
+torch.set_num_threads(1)
+pd.set_option("display.width", 180, "display.max_columns", 20, "display.max_colwidth", 90)
+
+w, tmp = load_world(), Path(tempfile.mkdtemp())
+tok = load_tokenizer(w.base)
+quick = dict(beta=0.3, lr=1e-4, epochs=2, precision="fp32")
+all_three = load_sources(w.sources, tok, StepwiseConfig())
+D_3 = Chunk("riddle", all_three[-1].pairs)
+
+
+# %% [markdown]
+# How many models are in memory? One, at any time. The line below follows it through two stages. Above it stands which model the weights are, below it what they are used for.
+#
+# ```
+# weights    M_0 = S                M_0 ~> M_1            M_1                        M_1 ~> M_2           M_2
+#            |--------------------|---------------------|--------------------------|--------------------|----------
+# used to    read all pairs,        train on D_1,         read the probes, answer,   train on D_2,        read, answer,
+#            decide the chunks      against the table     be saved, read D_2         against the table    be saved
+#                                   of M_0                (the table of stage 2)     of M_1
+# ```
+#
+# One could also keep the reference beside the policy, as a second model. That takes the memory of a second model, and a second forward pass in every step of every epoch. A table takes a few bytes per pair, and is computed once. Its price: when the policy has moved on, nobody is left to ask about other pairs. So everything that will be needed must be asked in time.
+#
+# ## One way to make a table
+#
+# A stage needs many things: settings, folder, device, tokenizer, the clock that knows how much of the run is left. They travel together, as a `Context`. What counts in it are the few methods. `at(t)` is the folder of $M_t$, where $M_0$ is S. `load(t)` is the model. And `score(t, model, pairs, what)` is **the
+# only way in which a table of log-probabilities is made in a run**: it takes the number of the model, so the table lands in that model's folder and nowhere else. It reads what is there, and computes what is missing.
+
+# %%
+#| export
+@dataclass
+class Context:
+    "What every stage needs to know."
+    config: StepwiseConfig
+    folder: Path         # of the run
+    base: str            # path or hub id of S
+    tokenizer: object
+    device: torch.device
+    precision: str       # fp32, bf16 or fp16
+    logprobs: object     # given by the caller; None: chosen for the model
+    dtype: torch.dtype   # of S on disk, and so of every M_t
+    revision: str = None # of S on the hub
+    otherwise: str = ""  # what may change the last bits, said when training goes on
+    held: list = field(default_factory=list) # sources that are never trained on
+    talks: bool = False  # of a tiny model, whose runs come by the hundred, nothing is said
+    clock: Clock = None  # time left of the run
+    chosen: dict = field(default_factory=dict) # kind of model -> packed or padded
+    before: int = 0      # optimizer steps of the stages that are finished
+    tracker: object = None  # an Accelerator, or none
+    on_step: object = None  # the caller's, or none
+    on_stage: object = None # the same
+
+    def at(
+        self,
+        t: int, # of M_t; 0: S
+    ) -> Path:
+        "The folder of M_t."
+        return self.folder / (f"stage-{t}" if t else "base")
+
+    def load(
+        self,
+        t: int, # of M_t
+    ):
+        "M_t in fp32."
+        if not t: return load_model(self.base, self.device, self.revision)
+        return load_exactly(self.at(t), self.device)
+
+    def table(
+        self,
+        t: int, # of M_t
+    ):
+        "What M_t has said so far."
+        return read_table(self.at(t) / "logprobs")
+
+    def score(
+        self,
+        t: int, # of M_t
+        model,  # M_t itself
+        pairs,  # tokenised
+        what: str, # their name, for the bar
+    ):
+        "The table of M_t, once it holds these pairs."
+        who = f"the model of stage {t}" if t else "S"
+        return self.score_to(self.at(t) / "logprobs", model, pairs, f"{who} reads {what}")
+
+    def score_all(
+        self,
+        t: int, # of M_t
+        model,  # M_t itself
+        chunks, # of which a probe is read
+    ):
+        "M_t reads everything that every model is measured on."
+        for d in chunks: self.score(t, model, d.probe(self.config.probe), d.name)
+        for s in self.held: self.score(t, model, s.pairs, f"{s.name}, held out")
+
+    def score_to(
+        self,
+        folder, # of the table
+        model,  # whose it is
+        pairs,  # tokenised
+        desc: str, # of the bar
+    ):
+        "The table in a folder, once it holds these pairs."
+        how = self.how(model, pairs)
+        budget = _scoring_budget(self.config, how, model.device)
+        return score_pairs(model, pairs, folder, self.precision, how, budget, desc=desc, clock=self.clock)
+
+    def how(
+        self,
+        model, # whatever is to read
+        pairs, # on the first of which packing is tried
+    ):
+        "The function that computes log-probabilities, packed or padded: asked once for each kind of model."
+        kind = type(model).__name__
+        if kind not in self.chosen: self.chosen[kind] = self.logprobs or self._choose(model, pairs)
+        how = self.chosen[kind]
+        if wants_compiling(self.config, model.device): compile_for(model, how, self.precision, self.config)
+        return how
+
+    def _choose(self, model, pairs):
+        some = [pairs[i] for i in range(min(len(pairs), 64))]
+        return choose_logprobs(model, some, self.config.packing, self.precision)
+
+    def after_step(
+        self,
+        t: int, # the stage
+        row: dict, # its line of metrics.jsonl
+    ):
+        "Tell the tracker and the caller of a step."
+        if self.tracker:
+            numbers = {name: float(v) for name, v in row.items() if isinstance(v, (int, float))}
+            self.tracker.log(numbers | dict(stage=t), step=self.before + row["step"])
+        if self.on_step: self.on_step(dict(stage=t) | row)
+
+def _scoring_budget(config, logprobs, device):
+    """Tokens of a forward pass without gradients.
+
+    Nothing is kept for a backward pass, so a packed row may be longer than in training.
+    """
+    usual = MOST // 4 if torch.device(device).type == "cuda" else 4096
+    packed = getattr(logprobs, "attention", "") in ("packed", "flash")
+    return (config.token_budget or usual) * (4 if packed else 1)
+
+
+# %% [markdown]
+# Four more of the fields need a word. `otherwise` is what may change the last bits of a run that goes on (another processor, another version), to be said once. `chosen` remembers for each kind of model whether rows are [packed](04_packing.ipynb), because the question costs some passes. `dtype` is that of S on disk, in which every $M_t$ is saved. And
+# `talks` is false for models of less than five million parameters.
+#
+# S reads 64 pairs of `riddle`. The second call finds nothing to do, and writes nothing:
+
+# %%
+ctx = Context(
+    config=StepwiseConfig(**quick),
+    folder=tmp / "shared",
+    base=w.base,
+    tokenizer=tok,
+    device=torch.device("cpu"),
+    precision="fp32",
+    logprobs=None,
+    dtype=torch.float32,
+)
+S = ctx.load(0)
+first = ctx.score(0, S, D_3.probe(64), "riddle")
+files = sorted((ctx.at(0) / "logprobs").iterdir())
+again = ctx.score(0, S, D_3.probe(64), "riddle")
+assert len(first.rows) == 64
+assert again.rows.equals(first.rows)
+assert sorted((ctx.at(0) / "logprobs").iterdir()) == files
+print(ctx.at(0).relative_to(tmp), "and", ctx.at(2).relative_to(tmp))
+
+
+# %% [markdown]
+# ## Chunks that stay what they are
+#
+# To [partition](05_partition.ipynb) the pairs, S must read them all. That pass is not wasted: S is $M_0$, so its table *is* the reference table of stage 1.
+#
+# Whatever was decided is written down, and read again by every later call. Why not decide again? Two sources may have nearly the same accuracy. On another machine, the last digit of one log-probability would be enough to change their places, and the run would go on with other chunks. A file that was edited by hand is
+# checked: every pair must be in exactly one chunk.
+
+# %%
+#| export
+def _partitioned(loaded, policy, ctx):
+    "Chunks by the partition under M_0; its pass over the pairs is kept, and is stage 1's reference table."
+    path = ctx.folder / "partition.json"
+    for s in loaded: table = ctx.score(0, policy, s.pairs, s.name)
+    if not path.exists(): write_json(path, _decide(loaded, table, ctx.config))
+
+    decided = read_part(path)
+    pairs = concatenate_datasets([s.pairs for s in loaded])
+    with naming(path):
+        every_pair_once = sorted(sum(decided["chunks"], [])) == list(range(len(pairs)))
+        every_name = len(decided["names"]) == len(decided["chunks"])
+        if not (every_pair_once and every_name): raise ValueError("its chunks do not hold every pair once")
+    return [Chunk(name, pairs.select(rows)) for name, rows in zip(decided["names"], decided["chunks"])]
+
+def _decide(loaded, table, config):
+    "What partition.json holds."
+    T = config.chunks if isinstance(config.chunks, int) else None
+    part = partition(loaded, table, config.order, T, config.seed)
+    return dict(
+        order=config.order,
+        measures=part.measures.to_dict("records"),
+        names=part.names,
+        chunks=part.chunks, # rows of all pairs
+        counts=counts_table(loaded).reset_index().to_dict("records"),
+    )
+
+
+# %%
+parts = _partitioned(all_three, S, ctx)
+print("order:", [d.name for d in parts])
+
+path = tmp / "shared/partition.json"
+decided = read_part(path)
+decided["chunks"][0] += decided["chunks"][1][:1] # one pair twice
+write_json(path, decided)
+print(complaint(_partitioned, all_three, S, ctx))
+
+
+# %% [markdown]
+# A chunk that a function makes is kept in its stage's folder, for the same reason. The function may let the model write answers, and a second call would make other ones.
+
+# %%
+#| export
+def made_chunk(
+    t: int, # the stage
+    policy, # M_{t-1}, which the function may ask
+    ctx: Context,
+) -> Chunk: # D_t, or None where the function has no more
+    "The chunk that the user's function makes for stage t; kept in the stage's folder."
+    path = ctx.at(t) / "chunk"
+    if not path.exists():
+        got = ctx.config.chunks(t, policy)
+        if got is None: return None
+        if not isinstance(got, Source):
+            lengths = ctx.config.max_length, ctx.config.max_prompt_length
+            got = tokenize_pairs(load_pairs(got), ctx.tokenizer, f"chunk {t}", *lengths)
+        check_rows(policy, *extent(got.pairs))
+        _say_data(data_notes(got, bool(ctx.tokenizer.chat_template)), ctx.talks)
+        with replacing(path) as tmp: got.pairs.save_to_disk(str(tmp))
+    return Chunk(f"chunk {t}", load_from_disk(str(path)))
+
+def _say_data(notes, always):
+    "Print them. Of the sources of a tiny model, which come by the hundred, only those with a warning."
+    warned = any("warning" in line for line in notes)
+    if notes and (always or warned): print("\n".join(notes))
+
+
+# %%
+rows = [dict(prompt=prompt, chosen="ab", rejected="ba") for prompt in ("copy ab", "sort ba")]
+
+def writes(t, model): # a real one would let the model answer
+    asked.append(t)
+    return rows if t == 1 else None
+
+asked = []
+ctx.config = StepwiseConfig(**quick, chunks=writes)
+made = made_chunk(1, S, ctx)
+assert len(made_chunk(1, S, ctx).pairs) == len(made.pairs)
+assert made_chunk(2, S, ctx) is None
+asked # stage 1 once, although its chunk was wanted twice
+
+
+# %% [markdown]
+# ## What a run says before it starts
+#
+# Somebody who starts a run of three hours wants to know four things in the first minute: what will be trained and on what device, whether the memory is enough, which stages will come, and where to look meanwhile. Tiny models, whose runs come by the hundred, stay silent, unless there is something to warn of.
+
+# %%
+#| export
+def _say_memory(model_config, config, precision, device):
+    "One line on what training will need; an error, if that is not there."
+    try: plan = plan_for(model_config, config, precision, device)
+    except Exception as e: # a plan is made from the config alone, which not every model allows
+        print(f"memory: cannot be planned for this model ({type(e).__name__})")
+        return
+    check_memory(plan, device)
+    print(f"memory on {device}: {as_line(plan)}; {free_memory(device) / GIB:.1f} GiB are free")
+
+_ROWS = {"packed": "packed rows", "flash": "packed rows, flash attention"} # attention -> in words
+
+def _say_model(policy, pairs, ctx):
+    "What computes, and how."
+    attention = getattr(ctx.how(policy, pairs), "attention", "")
+    rows = _ROWS.get(attention, "padded batches")
+    millions = policy.num_parameters() / 1e6
+    how = f"on {ctx.device.type} in {ctx.precision}, {rows}"
+    print(f"model: {ctx.base}, {millions:.0f} million parameters; {how}")
+
+def _steps_of(chunk, config):
+    "Optimizer steps of a stage."
+    return config.epochs * math.ceil(len(chunk.pairs) / config.batch_size)
+
+def _plan_line(chunks, ctx):
+    "The stages that will come."
+    stages = []
+    for t, d in enumerate(chunks, 1):
+        stages.append(f"{t}. {d.name} ({len(d.pairs)} pairs, {_steps_of(d, ctx.config)} steps)")
+    where = f"{ctx.folder}/stage-1/metrics.jsonl"
+    return f"stages: {', '.join(stages)}; each step becomes a line of {where}, and so on"
+
+def _not_deterministic(policy, loaded, ctx):
+    "What keeps a graphics card from computing the same bits again, if anything does and it matters."
+    if ctx.device.type == "cpu" or not ctx.config.deterministic or not loaded: return None
+    why = why_not_same_bits(policy.train(), ctx.how(policy, loaded[0].pairs), ctx.precision)
+    policy.eval()
+    if why: print(f"a run that is killed and goes on will not end in the same bits: {why}")
+    return why
+
+
+# %%
+ctx.config = StepwiseConfig(**quick)
+print(_plan_line(parts, ctx).replace(str(tmp), "runs"))
+
+
+# %% [markdown]
+# The time that is left is counted in tokens. A token of training counts three times: one forward pass, and a backward pass that costs two. Before stage $t$, what is still to come?
+
+# %%
+#| export
+def _tokens(pairs): return pair_tokens(pairs).sum()
+
+def _tokens_ahead(t, chunks, ctx) -> float:
+    "Tokens of forward passes from stage t to the end; training counts threefold."
+    every = [_tokens(d.pairs) for d in chunks]
+    probed = [_tokens(d.probe(ctx.config.probe)) for d in chunks]
+    first = max(t, 2) - 1 # the reference of stage 1 was computed for the partition
+    reference = sum(every[first:]) - sum(probed[first:]) # their probes were read when the stage before ended
+    training = TRAINING * ctx.config.epochs * sum(every[t-1:])
+    measured = sum(probed) + sum(_tokens(s.pairs) for s in ctx.held) # after each stage
+    return reference + training + (len(chunks) - t + 1) * measured
+
+
+# %%
+ahead = [_tokens_ahead(t, parts, ctx) for t in (1, 2, 3, 4)]
+assert ahead[3] == 0
+[f"{n:,}" for n in ahead]
+
+
+# %% [markdown]
+# ### Somebody may look on
+#
+# Whoever follows a run from elsewhere names a *tracker* that Accelerate knows: tensorboard, wandb, trackio. It is told of each step, and cannot change what is computed. One that is not installed is found out now, not after the first pass.
+
+# %%
+#| export
+@contextmanager
+def tracking(
+    config: StepwiseConfig, # log_with names the tracker
+    folder, # of the run; the tracker writes into tracker/
+):          # a context: the Accelerator, or None
+    """An Accelerator with the tracker of `log_with` begun, or None.
+
+    Raises ValueError for one that is unknown or not installed.
+    """
+    accelerator = _tracker(config, folder)
+    if accelerator is None:
+        yield None
+        return
+    settings = {f.name: recorded(getattr(config, f.name)) for f in fields(config)}
+    plain = {}
+    for name, v in settings.items(): plain[name] = v if isinstance(v, (int, float, str)) else str(v)
+    accelerator.init_trackers("sdpo", plain)
+    try: yield accelerator
+    finally: accelerator.end_training()
+
+def _tracker(config, folder):
+    "An Accelerator that knows the tracker, or None. Raises ValueError as `tracking` does."
+    if config.log_with == "none": return None
+    with warnings.catch_warnings(action="ignore"):
+        try: accelerator = Accelerator(log_with=config.log_with, project_dir=Path(folder) / "tracker")
+        except ValueError as e: raise ValueError(f"log_with: {str(e).splitlines()[0]}") from e
+    if not accelerator.log_with:
+        raise ValueError(f"log_with: {config.log_with} is not installed; "
+                         f"pip install {config.log_with}, or take none")
+    return accelerator
+
+
+# %%
+print(complaint(tracking(StepwiseConfig(log_with="paper"), tmp).__enter__))
+
+
+# %% [markdown]
+# ## What makes it this run?
+#
+# A run that goes on must be the run that it was. So `config.yaml` holds, beside the settings, what the run is *made of*: hashes of the weights of S, of the pairs, of the held-out pairs and of a reference from elsewhere, and the machine. [Chapter 09](09_folder.ipynb) compares them, and refuses by name what has changed.
+
+# %%
+#| export
+def _identity(policy, ctx, loaded, sources, reference_weights):
+    "What a run is made of, beside its settings: for config.yaml."
+    of_S = table_kind(policy, ctx.precision, response_logprobs)
+    return dict(
+        model=ctx.base,
+        revision=ctx.revision,
+        weights=of_S["weights"],
+        base=of_S["config"],
+        sources=sources,
+        reference_weights=reference_weights,
+        device=ctx.device.type,
+        machine=machine_of(ctx.device),
+        pairs=pairs_hash(*(s.pairs for s in loaded)),
+        held_out_pairs=pairs_hash(*(s.pairs for s in ctx.held)) if ctx.held else None,
+        not_deterministic=_not_deterministic(policy, loaded, ctx),
+    )
+
+def _written(source):
+    "A source as a run file says it; nothing for what was only in memory."
+    if isinstance(source, (str, Path)): return str(source)
+    if not isinstance(source, dict) or not isinstance(source["source"], (str, Path)): return None
+    return {name: str(v) if isinstance(v, Path) else v for name, v in source.items()}
+
+
+# %% [markdown]
+# One source less, and the hash of the pairs is another one. The hash of S stays.
+
+# %%
+whole = _identity(S, ctx, all_three, {}, None)
+less = _identity(S, ctx, all_three[:2], {}, None)
+assert whole["weights"] == less["weights"] == weights_hash(S)
+assert whole["pairs"] != less["pairs"]
+sorted(name for name in whole if whole[name] != less[name])
+
+
+# %% [markdown]
+# ## The first pass
+#
+# Then S reads: all pairs that are trained on, for the partition and as the reference of stage 1, and all that are held out. Of the held-out pairs, their names and lengths are written down, for the report. The clock now knows how much there is to read and to train on, and can say how long it will take as soon as some of it is done.
+
+# %%
+#| export
+def _first_pass(loaded, policy, ctx):
+    "M_0 reads everything that it must; the chunks, unless a function will make them."
+    sets = [Chunk(s.name, s.pairs) for s in loaded]
+    ctx.clock.left = sum(_tokens(d.pairs) for d in sets) + _tokens_ahead(1, sets, ctx)
+    chunks = [] if callable(ctx.config.chunks) else _partitioned(loaded, policy, ctx)
+    ctx.score_all(0, policy, [])
+    path = ctx.folder / "held_out.json"
+    if ctx.held and not path.exists():
+        held = {s.name: dict(keys=s.pairs["key"][:], tokens=_mean_tokens(s.pairs)) for s in ctx.held}
+        write_json(path, held)
+    if ctx.talks and chunks: print(_plan_line(chunks, ctx))
+    return chunks
+
+def _mean_tokens(pairs):
+    "Mean length of the responses."
+    return {side: sum(map(len, pairs[f"{side}_ids"])) / len(pairs) for side in ("chosen", "rejected")}
+
+
+# %% [markdown]
+# Forty pairs of `riddle` are held out here. When the pass has ended, the clock has counted down what was read. What is left is the training and what comes after it.
+
+# %%
+shutil.rmtree(ctx.folder)
+ctx.clock = Clock(0)
+ctx.held = [Source("unseen", all_three[-1].pairs.select(range(40)), {})]
+_first_pass(all_three, S, ctx)
+read = _tokens(concatenate_datasets([s.pairs for s in all_three])) + _tokens(ctx.held[0].pairs)
+left = ctx.clock.left
+assert left == _tokens_ahead(1, parts, ctx)
+print(f"read {read:,} tokens, {left:,.0f} to come")
+read_part(ctx.folder / "held_out.json")["unseen"]["tokens"]
+
+
+# %% [markdown]
+# ## All of it, in its order
+#
+# First the checks. What is refused is refused before the folder is touched, so a run with a wrong setting leaves no folder that says otherwise. Then `open_folder` writes `config.yaml`, and from here on [the folder belongs to this run](09_folder.ipynb). Then it is said what will happen, and S reads.
+
+# %%
+#| export
+def prepare_run(
+    model,    # hub id, folder, or a loaded model
+    sources,  # as for `load_sources`; none where a function makes the chunks
+    config,   # StepwiseConfig, or None for all defaults
+    folder,   # of the run
+    tokenizer=None, # of a loaded model
+    logprobs=None,  # (model, pairs) -> (chosen, rejected); None: chosen for the model
+    revision=None,  # commit of a model on the hub
+    held_out=None,  # sources that are only measured
+) -> tuple: # the context, the chunks, and M_0
+    "Check everything, open the folder, measure and partition. Raises ValueError for what cannot work."
+    config, folder = config or StepwiseConfig(), Path(folder)
+    if callable(config.chunks) and sources:
+        raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
+    _tracker(config, folder) # an impossible one is found out before anything is computed
+    check_fresh(folder)
+    check_names(sources)
+    check_names(held_out)
+
+    base, tokenizer = base_folder(model, tokenizer, folder, revision)
+    read, held = read_sources(sources, held_out, tokenizer, config)
+    loaded = check_chunks(config.chunks, read)
+    theirs = foreign_weights(config.reference, tokenizer)
+
+    policy = load_model(base, None if config.device == "auto" else config.device, revision)
+    check_model(policy)
+    for s in loaded + held: check_rows(policy, *extent(s.pairs))
+    precision = pick_precision(config.precision, policy.device)
+    dtype = stored_dtype(base, revision) if config.save_dtype == "S" else torch.float32
+    ctx = Context(
+        config, folder, base, tokenizer, policy.device, precision, logprobs, dtype, revision,
+        held=held,
+        clock=Clock(0),
+        talks=policy.num_parameters() >= SMALL,
+    )
+    if ctx.talks: _say_memory(policy.config, config, precision, policy.device)
+
+    written = {s.name: _written(what) for s, what in zip(read, (sources or {}).values())}
+    ctx.otherwise = open_folder(folder, config, precision, _identity(policy, ctx, loaded, written, theirs))
+    own = [s for s in held if s.counts] # of a source that was parted, the counts are told once
+    for s in read + own: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=ctx.talks)
+    _say_data(check_held_out(held, loaded), always=True)
+    if ctx.talks and loaded: _say_model(policy, loaded[0].pairs, ctx)
+    return ctx, _first_pass(loaded, policy, ctx), policy
+
+
+# %% [markdown]
+# Now a run can begin. After this call, $M_0$ has read all pairs and the chunks are decided.
+
+# %%
+with alone_in(tmp / "run"):
+    ctx, parts, policy = prepare_run(w.base, w.sources, StepwiseConfig(**quick), tmp / "run")
+print([d.name for d in parts])
+sorted(p.name for p in ctx.folder.iterdir())
+
+
+# %% [markdown]
+# ## Ask the reference
+#
+# Now the stage itself, and first its reference. The moment is the point. The table is computed while the policy in memory still *is* $M_{t-1}$: before it is reset to S, where a setting wants that, and before its first step. So there is never a second model in memory. A reference from elsewhere is loaded
+# in the policy's place, asked, and given back.
+
+# %%
+#| export
+def _reference(t, chunks, policy, ctx):
+    "Stage t's reference: (table, its name, policy)."
+    which, chunk = ctx.config.reference, chunks[t-1]
+    if which == "moving": return ctx.score(t-1, policy, chunk.pairs, chunk.name), f"M_{t-1}", policy
+    if which == "fixed":
+        if t == 1: return ctx.score(0, policy, chunk.pairs, chunk.name), "S", policy
+        if not callable(ctx.config.chunks): return ctx.table(0), "S", policy
+        which = ctx.base # S has not seen these pairs yet
+    return _foreign_reference(which, t, chunks, policy, ctx)
+
+def _foreign_reference(which, t, chunks, policy, ctx):
+    "The table of a model that is loaded for it, in the policy's place."
+    free_model(policy)
+    other = ctx.load(0) if which == ctx.base else load_model(which, ctx.device)
+    ahead = [c.probe(ctx.config.probe) for c in chunks[t:t+1]]
+    need = concatenate_datasets([chunks[t-1].pairs, *ahead])
+    table = ctx.score_to(ctx.at(t) / "reference", other, need, f"reference on {chunks[t-1].name}")
+    free_model(other)
+    return table, "S" if which == ctx.base else which, ctx.load(t-1)
+
+def free_model(
+    model, # no longer needed
+):
+    "Give its memory back, whoever still holds the object."
+    model.to("meta")
+
+
+# %%
+table, name, policy = _reference(1, parts, policy, ctx)
+assert table.kind["weights"] == weights_hash(policy)
+name, len(table.rows)
+
+
+# %% [markdown]
+# The name and the hash agree: the table is $M_0$'s, and $M_0$ is what the policy holds. It has 1,508 rows, those of all three chunks, since $M_0$ had to read all of them for the partition. A later model reads its probes, at most 512 pairs of each chunk, and the whole of the chunk that comes next.
+#
+# What about the other two kinds? With `reference="fixed"` the table is S's in every stage, and S has read everything already: no pass at all. With the folder of another model, that model is loaded in each stage, reads the chunk and the probe of the next one, and is given back.
+#
+# ## Measure
+#
+# After training, $M_t$ reads the probe of every chunk. What should be kept of that? Not the loss alone, which can fall while the model gets worse on some pairs. The numbers below are all on the probe of $D_t$:
+#
+# - $\gamma$ before and after, and its change with a *paired* interval, since the same pairs were read twice;
+# - the [certificate](03_loss.ipynb): the least mean $\gamma$ that the loss guarantees. It is computed from a pass of the finished $M_t$, not from the running loss of training;
+# - the share of pairs of which the certificate says nothing: those that fell below their reference.
+
+# %%
+#| export
+def _measures(t, chunks, table, ctx):
+    "What the report says about stage t: in nats, on the probe of D_t."
+    config, chunk = ctx.config, chunks[t-1]
+    probe = list(chunk.probe(config.probe))
+    ref, before, after = table.gamma(probe), ctx.table(t-1).gamma(probe), ctx.table(t).gamma(probe)
+
+    def mean(x): return x.float().mean().item()
+    loss = mean(dpo_loss(after, ref, config.beta))
+    next_ref = table.gamma(chunks[t].probe(config.probe)) if t < len(chunks) else None
+    return dict(
+        gamma_ref=mean(table.gamma(chunk.pairs)),       # of the whole chunk
+        gamma_ref_next=None if next_ref is None else mean(next_ref),
+        gamma=mean(after),
+        probe=len(probe),
+        gamma_change=mean_interval(after - before),     # paired
+        loss=loss,
+        certificate=certificate(loss, mean(ref), config.beta),
+        below_reference=mean(after < ref),              # of these it says nothing
+        accuracy_before=mean(reward_accuracy(before)),
+        accuracy=mean(reward_accuracy(after)),
+    )
+
+
+# %%
+ctx.score_all(0, policy, parts)
+shutil.copytree(ctx.at(0) / "logprobs", ctx.at(1) / "logprobs") # as if M_1 had learned nothing
+still = _measures(1, parts, table, ctx)
+shutil.rmtree(ctx.at(1))
+
+assert still["gamma_change"] == (0, 0, 0)
+{name: still[name] for name in ("loss", "below_reference")}
+
+# %% [markdown]
+# That was a model measured against itself: nothing changed, and the loss is $\ln 2 = 0.693$. This is the right value for having done nothing, and the first loss of every stage.
+#
+# For the report, every model also answers a few prompts. Numbers say how far a model has moved; only its words say where to.
+
+# %%
+#| export
+ASKED = 4 # prompts that every model answers, for the report
+
+def _answer(t, model, chunks, ctx):
+    """What M_t answers to a few prompts, held-out ones if there are any, into answers.json.
+
+    A model that cannot generate has none.
+    """
+    path = ctx.at(t) / "answers.json"
+    if path.exists(): return
+    sets = [s.pairs for s in ctx.held] or [d.pairs for d in chunks]
+    ids = [pairs[i]["prompt_ids"] for i in range(ASKED) for pairs in sets if i < len(pairs)][:ASKED]
+    try: said = greedy_answers(model, ctx.tokenizer, ids, precision=ctx.precision)
+    except Exception as e:
+        first_line = (str(e).splitlines() or [""])[0]
+        print(f"no answers for the report: {type(e).__name__}: {first_line}")
+    else: write_json(path, dict(prompts=[ctx.tokenizer.decode(x) for x in ids], answers=said))
+
+
+# %%
+_answer(0, policy, parts, ctx)
+answers = read_part(ctx.at(0) / "answers.json")
+pd.Series(answers["answers"], index=answers["prompts"], name="answer of S").to_frame()
+
+
+# %% [markdown]
+# ## The stage
+#
+# Read it from top to bottom: ask, train, measure, save. Two lines need a word. What $M_{t-1}$ says about the probes was written down when its own stage ended; should that table be lost, or be of another kind on this machine, `score_all` makes it again. And `stage.json` comes last, because it is [the mark that the stage is
+# finished](09_folder.ipynb): whatever dies before it is done again.
+
+# %%
+#| export
+def run_stage(
+    t: int,  # the stage, from 1
+    chunks,  # of the whole run, as far as they are known
+    policy,  # M_{t-1}; it is trained in place, or its memory is given back
+    ctx: Context,
+): # M_t
+    "Train M_t against the reference of stage t, measure it, save it."
+    config, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
+    _begin(t, chunks, ctx)
+    start = time.time()
+    if t > 1:
+        measured = chunks[:t-1] if callable(config.chunks) else chunks
+        ctx.score_all(t-1, policy, measured)
+
+    table, reference, policy = _reference(t, chunks, policy, ctx) # before the policy is reset or trained
+    ctx.score(t-1, policy, chunk.probe(config.probe), chunk.name)
+    if t == 1: _answer(0, policy, chunks, ctx)
+    if config.init_target == "S" and t > 1:
+        free_model(policy)
+        policy = ctx.load(0)
+    came_in = weights_hash(policy)
+    summary = train_stage(
+        policy, chunk.pairs, table, config, folder, t,
+        logprobs=ctx.how(policy, chunk.pairs),
+        clock=ctx.clock,
+        on_step=lambda row: ctx.after_step(t, row),
+        **_going_on(t, chunks, ctx))
+
+    ctx.score_all(t, policy, chunks)
+    _answer(t, policy, chunks, ctx)
+    peak = peak_memory(ctx.device) / GIB
+    write_json(folder / "cost.json", dict(seconds=round(time.time() - start), peak_gib=round(peak, 2)))
+    save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
+    ended = dict(
+        stage=t,
+        chunk=chunk.name,
+        pairs=len(chunk.pairs),
+        reference=reference,
+        reference_kind=table.kind,
+        start=came_in,
+        end=weights_hash(policy),
+        saved=_saved(t, policy, ctx),
+        probes={d.name: d.probe(config.probe)["key"][:] for d in chunks},
+        **summary,
+        **_measures(t, chunks, table, ctx),
+    )
+    write_json(folder / "stage.json", ended)
+
+    ctx.before += summary["steps"]
+    if ctx.talks: print(_stage_line(ended, len(chunks)))
+    if ctx.on_stage: ctx.on_stage(Run(ctx.folder))
+    return policy
+
+def _begin(t, chunks, ctx):
+    "Set the clock; say once what may change the last bits."
+    if ctx.otherwise: print(f"{ctx.folder}: {ctx.otherwise}")
+    ctx.otherwise = ""
+    ctx.clock.left = _tokens_ahead(t, chunks, ctx)
+
+def _going_on(t, chunks, ctx):
+    "With restart = never: the folder whose optimizer goes on, and this stage's place in the one schedule."
+    if ctx.config.restart == "stage": return {}
+    steps = [_steps_of(d, ctx.config) for d in chunks]
+    previous = ctx.at(t-1) if t > 1 else None
+    return dict(previous=previous, schedule=(sum(steps[:t-1]), sum(steps)))
+
+def _saved(t, policy, ctx):
+    "What stage.json says about the model on disk."
+    saved = dict(dtype=str(ctx.dtype).removeprefix("torch."), weights=weights_hash(policy, ctx.dtype))
+    if ctx.dtype == torch.float32: return saved
+    from_S = t == 1 or ctx.config.init_target == "S"
+    before = ctx.base if from_S else str(ctx.at(t-1) / "model")
+    changed = share_changed(policy, before, ctx.dtype, ctx.revision)
+    if changed < 0.5:
+        print(f"stage {t}: in {saved['dtype']}, the dtype of S, only {changed:.1%} of the saved weights "
+              "differ from those before the stage; save_dtype = fp32 keeps the rest of what was learned")
+    return saved | dict(changed=changed)
+
+def _stage_line(ended, T):
+    "One line about a stage that has ended."
+    trained = f"{ended['steps']} steps against {ended['reference']}, first loss {ended['first_loss']:.3f}"
+    changed = f"gamma changed by {as_text(ended['gamma_change'], '+.2f')} nats"
+    prefers = f"chosen preferred in {ended['accuracy_before']:.0%}, now {ended['accuracy']:.0%}"
+    return f"stage {ended['stage']} of {T}, {ended['chunk']}: {trained}; {changed}; {prefers}"
+
+
+# %%
+M_1 = run_stage(1, parts, policy, ctx)
+print(_stage_line(read_part(ctx.at(1) / "stage.json"), 3))
+sorted(p.name for p in ctx.at(1).iterdir())
+
+# %% [markdown]
+# Nothing of this machinery may change what is learned. So train once more without it: [chapter 06](06_trainer.ipynb) alone, with a table made by hand. The weights are the same, to the bit.
+
+# %%
+alone = load_model(w.base, "cpu")
+by_hand = score_pairs(alone, parts[0].pairs, logprobs=ctx.how(alone, parts[0].pairs), token_budget=4 * 4096)
+train_stage(alone, parts[0].pairs, by_hand, TrainConfig(**quick), tmp / "alone")
+assert weights_hash(alone) == weights_hash(M_1)
+weights_hash(M_1)
+
+# %%
+#| hide
+shutil.rmtree(tmp)
+
+# %% [markdown]
+# ## What you now have
+#
+# `prepare_run` checks all that can be checked, opens the folder, lets S read and decides the chunks. `run_stage` makes $M_t$ of $M_{t-1}$: it asks the reference, trains, measures and saves. `Context.score` is the one way in which a table is made. [The next chapter](13_stepwise.ipynb) calls them in a loop, which is all that is left of stepwise DPO.
+#
+# ## Questions to test yourself
+#
+# 1. Why is the reference table computed before the policy is reset?
+#
+# <details><summary>Answer</summary>
+#
+# The reference of stage $t$ is $M_{t-1}$, and at that moment the policy in memory *is* $M_{t-1}$. After a reset to S it would be another model, and the table would be S's.
+#
+# </details>
+#
+# 2. Why is the partition written to a file, when the same pairs and the same S would give it again?
+#
+# <details><summary>Answer</summary>
+#
+# They would on the same machine. On another one the last digits differ, and two sources with nearly the same accuracy may change places. A run that goes on there would then train stage 2 on what stage 1 has seen already.
+#
+# </details>
+#
+# 3. Why is the interval of the change of $\gamma$ so much narrower than that of $\gamma$ itself?
+#
+# <details><summary>Answer</summary>
+#
+# It is paired. Pairs differ a lot from each other in $\gamma$, by tens of nats where responses are long. What one stage changes on one pair is small beside that, and the difference between the pairs drops out when each is compared with itself.
+#
+# </details>
+#
+# ## Try this
+#
+# Copy the folder of the finished stage, put `base/logprobs` in the place of `stage-1/logprobs`, and call `_measures(1, parts, table, ctx)` again.
+#
+# <details><summary>What you should see</summary>
+#
+# `gamma_change` is zero with a width of zero, and `loss` is $\ln 2$: as in the cell above, the stage seems to have learned nothing, since the table that should be $M_1$'s is S's.
+#
+# </details>
