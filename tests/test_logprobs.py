@@ -1,5 +1,5 @@
 "Guards of chapter 02: bad input, kills, tables of another kind, equality with other computations."
-import copy, json, os, shutil, sys
+import copy, errno, json, os, shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -543,6 +543,14 @@ def test_a_dataset_is_scored_like_a_list(model):
     from datasets import Dataset
     pairs = make_pairs(9)
     assert_close(score_pairs(model, Dataset.from_list(pairs)).gamma(pairs), score_pairs(model, pairs).gamma(pairs), atol=0, rtol=0)
+
+
+def test_a_full_disk_is_told_from_other_errors():
+    "Python says it with a number, a library in Rust in its text."
+    in_python = OSError(errno.ENOSPC, "No space left on device")
+    in_rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    another = PermissionError(errno.EACCES, "Permission denied")
+    assert [logprobs._why(e) for e in (in_python, in_rust, another)] == ["disk full?", "disk full?", "Permission denied"]
 
 
 def test_write_json_leaves_no_temporary_file(tmp_path):
