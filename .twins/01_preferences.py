@@ -653,7 +653,7 @@ def _looks_like_messages(x):
     return isinstance(x, str) and x.lstrip().startswith("[{") and "role" in x[:20]
 
 def _check_text(row, where):
-    "Raise ValueError for text that is none."
+    "Raise ValueError for text that is broken."
     for field, text in _said(row):
         try: text.encode()
         except UnicodeEncodeError as e:
@@ -941,8 +941,8 @@ chatter.decode(_render(chatter, talk))
 
 # %% [markdown]
 # What follows the response? Nobody tells us, but we can ask the template: render two conversations that differ only in
-# the response. What the two rows share at their *end* comes after the response. It is the implicit prompt again, from
-# the other side.
+# the response. What the two rows share at their *end* comes after the response. A missing prompt was found in the same
+# way, at the beginning.
 
 # %%
 #| export

@@ -226,7 +226,7 @@ def _looks_like_messages(x):
     return isinstance(x, str) and x.lstrip().startswith("[{") and "role" in x[:20]
 
 def _check_text(row, where):
-    "Raise ValueError for text that is none."
+    "Raise ValueError for text that is broken."
     for field, text in _said(row):
         try: text.encode()
         except UnicodeEncodeError as e:

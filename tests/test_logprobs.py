@@ -3,6 +3,7 @@ import copy, errno, json, os, shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -523,6 +524,18 @@ def test_unreadable_tables_are_named(model, tmp_path):
     score_pairs(model, make_pairs(3), tmp_path)
     (tmp_path / "logprobs-00000.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="logprobs-00000.parquet: cannot be read"): read_table(tmp_path)
+
+
+def test_a_bit_that_flipped_in_a_table_is_noticed(tmp_path):
+    rows = pd.DataFrame(dict(chosen=[-1., -2.], rejected=[-4., -1.]), index=["a", "b"], dtype="float32")
+    logprobs._write_piece(tmp_path, rows)
+    piece = tmp_path / "logprobs-00000.parquet"
+    assert logprobs._read_pieces(tmp_path).equals(rows)
+    flipped = bytearray(piece.read_bytes())
+    flipped[flipped.index(np.float32(-4.).tobytes()) + 2] ^= 1     # where the piece keeps its -4
+    piece.write_bytes(flipped)
+    assert pd.read_parquet(piece)["rejected"].tolist() == [-4.03125, -1.]     # without the checksum nothing is said
+    with pytest.raises(ValueError, match="logprobs-00000.parquet: cannot be read .*delete this file and run again"): logprobs._read_pieces(tmp_path)
 
 
 def test_weights_that_are_not_numbers(tmp_path):
