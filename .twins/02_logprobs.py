@@ -503,12 +503,12 @@ means = pd.DataFrame({
 fig, ax = plt.subplots(figsize=(6, 3.4))
 above_zero = means.where(means > 0)                      # a logarithmic axis has no zero
 sns.lineplot(above_zero, ax=ax, markers=True, dashes=False, legend=False)
-beside = dict(textcoords="offset points", va="center")
+on_line = dict(textcoords="offset points", va="center")
 for (name, line), color in zip(means.items(), sns.color_palette()):
-    ax.annotate(name, (2048, line[2048]), xytext=(8, 0), color=color, **beside)
+    ax.annotate(name, (2048, line[2048]), xytext=(8, 0), color=color, **on_line)
 ax.axhline(0.1, color="gray", ls=":")
-ax.annotate("differences that matter to DPO", (2048, 0.1), xytext=(22, 0), color="gray", **beside)
-ax.annotate("no error up to 32 tokens", (64, 1e-7), xytext=(-125, 0), color=color, size=8, **beside)
+ax.annotate("differences that matter to DPO", (2048, 0.1), xytext=(22, 0), color="gray", **on_line)
+ax.annotate("no error up to 32 tokens", (64, 1e-7), xytext=(-125, 0), color=color, size=8, **on_line)
 ax.set_xscale("log", base=2)
 ax.set_yscale("log")
 ax.set_xticks(lengths, lengths)
@@ -618,7 +618,7 @@ batch_shape(real, eight).style.format("{:.1g}")
 # %% [markdown]
 # ### Where does the noise come from?
 #
-# Three things are rounded to eight bits: the weights, the activations inside the layers, and the logits. The logits of a
+# Under bf16, three things can be rounded to eight bits: the weights, the activations inside the layers, and the logits. The logits of a
 # trained language model lie around 20, where the numbers of bf16 are 0.125 apart. That is a coarse ruler for a quantity that we are
 # going to add up 400 times.
 #
@@ -801,8 +801,11 @@ assert not must_read_alone(S, pairs)
 list(_stretched_from(config))
 
 # %% [markdown]
-# The readable function gets these two things, and is finished. Outside autocast, and for other models, they change nothing. (The
-# version before it keeps a name, so that we can compare.)
+# ### The readable function, finished
+#
+# What must `response_logprobs` of part 1 do so that its numbers depend on the weights alone? Two things: keep the logits in fp32, and
+# read a row alone where its neighbours would change it. Outside autocast, and for other models, they change nothing. (The version
+# of part 1 keeps a name, so that we can compare.)
 
 # %%
 usual_logprobs = response_logprobs
@@ -868,8 +871,10 @@ read_as.round(2)
 
 
 # %% [markdown]
-# Now we can ask what each rounding costs. Round one thing after the other, and look at the distance from the log-probability for
-# which nothing was rounded.
+# ### What does each rounding cost?
+#
+# Weights, activations, logits: which of the three is worth saving? Round one thing after the other, and look at the distance from
+# the log-probability for which nothing was rounded.
 
 # %%
 @contextlib.contextmanager
@@ -1357,7 +1362,8 @@ def load_model(
     _check_report(model, report)
     if _has_adapter(loaded): raise ValueError(f"{model}: {MERGE}")
     soft_cap = getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None)
-    # Gemma 2 caps the logits of its attention; before transformers 5.23, other implementations leave the cap out.
+    # Gemma 2 caps the logits of its attention.
+    # Before transformers 5.23, other implementations than this one leave the cap out.
     if soft_cap: loaded.set_attn_implementation("eager")
     return freeze_dropout(loaded).to(device or best_device(loaded))
 

@@ -405,7 +405,8 @@ def load_model(
     _check_report(model, report)
     if _has_adapter(loaded): raise ValueError(f"{model}: {MERGE}")
     soft_cap = getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None)
-    # Gemma 2 caps the logits of its attention; before transformers 5.23, other implementations leave the cap out.
+    # Gemma 2 caps the logits of its attention.
+    # Before transformers 5.23, other implementations than this one leave the cap out.
     if soft_cap: loaded.set_attn_implementation("eager")
     return freeze_dropout(loaded).to(device or best_device(loaded))
 
