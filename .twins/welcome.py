@@ -39,41 +39,44 @@
 #| echo: false
 import matplotlib.pyplot as plt
 
-def box(ax, x, y, text, color):
-    "Words in a coloured box."
-    frame = dict(boxstyle="round,pad=0.5", fc=color, ec="black", lw=0.8)
-    ax.text(x, y, text, ha="center", va="center", fontsize=11, bbox=frame)
-
-def arrow(ax, start, end, text=""):
-    "An arrow with a word on its middle."
-    ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", lw=1.2))
-    (x1, y1), (x2, y2) = start, end
-    behind = dict(fc="white", ec="none", pad=1.5)
-    middle = (x1 + x2) / 2, (y1 + y2) / 2
-    ax.text(*middle, text, ha="center", va="center", fontsize=10, bbox=behind)
-
 fig, ax = plt.subplots(figsize=(9.5, 4))
 ax.set(xlim=(-1, 13), ylim=(-3.9, 4.1))
 ax.axis("off")
-box(ax, 0, 0, "$M_0 = S$", "lightsteelblue")
+centred = dict(ha="center", va="center")
+
+def box(x, y, text, color):
+    "Words in a coloured box."
+    frame = dict(boxstyle="round,pad=0.5", fc=color, ec="black", lw=0.8)
+    ax.text(x, y, text, fontsize=11, bbox=frame, **centred)
+
+def arrow(x1, y1, x2, y2, text=""):
+    "An arrow with a word on its middle."
+    look = dict(arrowstyle="-|>", lw=1.2)
+    ax.annotate("", xy=(x2, y2), xytext=(x1, y1), arrowprops=look)
+    behind = dict(fc="white", ec="none", pad=1.5)
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    ax.text(x, y, text, fontsize=10, bbox=behind, **centred)
+
+box(0, 0, "$M_0 = S$", "lightsteelblue")
 for t in (1, 2, 3):
-    x = 4 * t - 2                                      # the middle of the stage
-    ax.text(x, 3.6, f"stage {t}", ha="center", fontsize=12, weight="bold")
-    box(ax, x, 2.6, f"chunk $D_{t}$", "moccasin")
+    left = 4 * t - 4
+    middle, right = left + 2, left + 4
     table = f"reference table:\nwhat $M_{t-1}$ says\nabout $D_{t}$"
-    box(ax, x, -2.6, table, "honeydew")
-    box(ax, x + 2, 0, f"$M_{t}$", "lightsteelblue")
-    arrow(ax, (x, 2.1), (x, 0.3))
-    arrow(ax, (x, -1.5), (x, -0.3))
-    arrow(ax, (x - 1.4, 0), (x + 1.5, 0), "train")
-    arrow(ax, (x - 2, -0.5), (x - 1.3, -2.2), "writes")
+    ax.text(middle, 3.6, f"stage {t}", fontsize=12, weight="bold", **centred)
+    box(middle, 2.6, f"chunk $D_{t}$", "moccasin")
+    box(middle, -2.6, table, "honeydew")
+    box(right, 0, f"$M_{t}$", "lightsteelblue")
+    arrow(middle, 2.1, middle, 0.3)
+    arrow(middle, -1.5, middle, -0.3)
+    arrow(left + 0.6, 0, right - 0.5, 0, "train")
+    arrow(left, -0.5, left + 0.7, -2.2, "writes")
 
 # %% [markdown]
 # One run, from left to right. Before stage $t$, the model of the stage before reads the chunk $D_t$, and what it says about each pair is written into a table. Then it is trained on that chunk against its own table. The first loss of every stage is therefore the same: the policy *is* its reference, its
 # gain over it is zero, and the loss is $-\log\sigma(0) = \ln 2 = 0.693$.
 #
 # Why would one want this? The authors' reason: a reference that is already aligned is a higher bar to clear than S. Is it better, then? The paper reports so. This book asks again, in a [tiny world](00_world.ipynb) where the true reward of every response is known, with controls that the paper does not have, and finds: tuned alike,
-# stepwise DPO and plain DPO end [equally good](experiments/protocol.ipynb). It is worth understanding all the same, because people align their models in stages, with new data each time, and then *which model is the reference* is the question that decides.
+# stepwise DPO and plain DPO end [equally good](experiments/protocol.ipynb). It is worth understanding all the same. People align their models in stages, with new data each time, and must then choose *where a stage starts* and *which model is its reference*. In our worlds the start matters much, and the reference little.
 #
 # ## The symbols
 #
