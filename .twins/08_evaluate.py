@@ -152,8 +152,11 @@ def answers_beside(
     tokenizer,     # of both
     prompts: list, # of the tiny world, as text
 ) -> pd.DataFrame: # prompt: the index; S says, aligned, right
-    "Greedy answers of two models, on few prompts that a rule picks: what was mended, or not, and what was spoilt."
-    said = {"S says": respond(S, tokenizer, prompts, tau=0), "aligned": respond(model, tokenizer, prompts, tau=0)}
+    "Greedy answers of two models, on few prompts that a rule picks: what was mended and what was spoilt."
+    said = {
+        "S says": respond(S, tokenizer, prompts, tau=0),
+        "aligned": respond(model, tokenizer, prompts, tau=0),
+    }
     answers = pd.DataFrame(said, index=pd.Index(prompts, name="prompt"))
     answers["right"] = [answer(p) for p in prompts]
     was_right = answers["S says"] == answers["right"]
@@ -183,7 +186,7 @@ answers_beside(S, M, tok, w.test)
 # %%
 #| export
 def bootstrap(
-    values,          # (n,) one number per prompt or pair; or (worlds, seeds, prompts), prompts shared by seeds
+    values,          # (n,) numbers; or (worlds, seeds, prompts), where seeds share the prompts
     draws: int=2000, # how many means
     seed: int=0,     # of the draws
 ) -> np.ndarray:     # (draws,)
@@ -939,7 +942,7 @@ as_text(ends_above(pd.Series(climbing)))
 def failure_signs(
     gammas: pd.DataFrame,  # model, chunk, gamma: one pair a row; chunks in the order of training
     metrics: pd.DataFrame, # stage, loss: one optimizer step a row
-) -> list[str]:            # one sentence a sign; none where all is well
+) -> list[str]:            # one sentence per sign; none where all is well
     """Forgetting, instability and stages that changed nothing, as sentences.
     `gammas` has models from M_0 on, and for every model the same pairs in the same order."""
     gamma_of = {}
@@ -1040,7 +1043,7 @@ assert bad["the rule"] > 0.1 * bad["runs"]
 rates.rename_axis("true reward in the end")
 
 # %% [markdown]
-# The old rule gave a false alarm in a quarter of the good runs. The new one hardly ever does. But it overlooks most of the bad runs: a run may fail with a falling loss.
+# The old rule gave a false alarm in three of ten good runs. The new one hardly ever does. But it overlooks most of the bad runs: a run may fail with a falling loss.
 #
 # The other signs are one-sided comparisons at 2.5 %, one for each chunk. With nothing wrong, one chunk in forty shows one by chance. A report says all this in one paragraph.
 
