@@ -145,8 +145,10 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [08 evaluate](08_evaluate.ipynb) | did it work? held-out pairs, true reward, distance from S, signs of failure |
 # | [09 folder](09_folder.ipynb) | a run is a folder that knows what it is |
 # | [10 report](10_report.ipynb) | what a run says, and a model with a card |
-# | [13 stepwise](13_stepwise.ipynb) | the loop over stages |
-# | [14 cli](14_cli.ipynb) | the command line and the demo |
+# | [11 plan](11_plan.ipynb) | what is asked of a run: settings, sources, chunks, checked before anything is computed |
+# | [12 stages](12_stages.ipynb) | one stage: ask the reference, train, measure, save |
+# | [13 stepwise](13_stepwise.ipynb) | stepwise DPO: the loop over stages, and what it does |
+# | [14 cli](14_cli.ipynb) | the command line |
 #
 # | question | in ten tiny worlds |
 # |---|---|
@@ -168,7 +170,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # |---|---|
 # | Eq. 1, the loss in terms of $\gamma$ | [03, "The same loss in sDPO's words"](03_loss.ipynb) |
 # | the reference as a lower bound, in prose | [03, "The reference as a lower bound"](03_loss.ipynb): an inequality one can test |
-# | the algorithm: $M_{t-1}$ is reference and start of stage $t$ | [13, equation (1) and "One stage"](13_stepwise.ipynb) |
+# | the algorithm: $M_{t-1}$ is reference and start of stage $t$ | [13, equation (1)](13_stepwise.ipynb), [12, "Ask the reference"](12_stages.ipynb) |
 # | easy to hard, by reward accuracy under $M_0$ | [05](05_partition.ipynb): the definition, its two readings, its bias by length |
 # | Table 1, DPO with different reference models | `reference="folder/of/a/model"` in [13](13_stepwise.ipynb) |
 # | Table 3, easy-to-hard against a random split | `order="random"`, with the same chunk sizes, in [05](05_partition.ipynb) |
