@@ -355,7 +355,7 @@ def held_out(
     beta: float,          # of the DPO loss, above 0
 ) -> dict:                # name -> (mean, low, high)
     """What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals.
-    A loss cannot be negative, so its interval ends at 0."""
+    A loss cannot be negative, and neither can the lower end of its interval."""
     chosen, rejected = now.lookup(pairs)
     chosen_0, rejected_0 = before.lookup(pairs)
     g, g_0 = gamma(chosen, rejected), gamma(chosen_0, rejected_0)
