@@ -237,7 +237,7 @@ inside(tmp)
 
 
 # %% [markdown]
-# By name, stage 3; by their number, stage 6. It is stage 10. So the number is read from the name, and a copy that you made, `stage-1-before`, is no stage.
+# By name, stage 3; by their number, stage 5. It is stage 10. So the number is read from the name, and a copy that you made, `stage-1-before`, is no stage.
 
 # %%
 #| export
