@@ -357,10 +357,12 @@ def held_out(
     pairs,                # n tokenized pairs; both tables have a row for each
     beta: float,          # of the DPO loss, above 0
 ) -> dict:                # name -> (mean, low, high)
-    "What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals."
+    """What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals.
+    A loss cannot be negative, and neither can the lower end of its interval."""
     chosen, rejected = now.lookup(pairs)
     chosen_0, rejected_0 = before.lookup(pairs)
     g, g_0 = gamma(chosen, rejected), gamma(chosen_0, rejected_0)
+    loss, low, high = mean_interval(dpo_loss(g, g_0, beta))
 
     def share(right):
         p = right.mean().item()
@@ -369,7 +371,7 @@ def held_out(
     return {
         "gamma": mean_interval(g),
         "prefers chosen": share(reward_accuracy(g)),
-        "loss": mean_interval(dpo_loss(g, g_0, beta)),
+        "loss": (loss, max(low, 0.0), high),
         "reward accuracy": share(reward_accuracy(g, g_0)),
         "change of gamma": mean_interval(g - g_0),
         "log-ratio of chosen": mean_interval(chosen - chosen_0),
@@ -417,8 +419,23 @@ by_source[["loss", "reward accuracy", "change of gamma"]].map(as_text)
 assert all(v[2] < 0 for v in of_M["log-ratio of chosen"])
 by_source[["log-ratio of chosen", "log-ratio of rejected"]].map(as_text)
 
+
 # %% [markdown]
 # Both halves are negative. The chosen responses became less likely, too; the rejected ones lost more. [Chapter 07](07_figures.ipynb) has the picture of this, and what it means.
+#
+# And how many pairs does one need? Here are the first 2, 6 and 20 of the held-out pairs of `riddle`, and all 100.
+
+# %%
+def first(n): return held_out(tables["M"], tables["S"], held["riddle"][:n], beta=0.3)
+
+few = pd.DataFrame({n: first(n) for n in (2, 6, 20, 100)}, dtype=object).T.rename_axis("pairs")
+assert few.loc[2, "loss"][1] == 0
+assert few.loc[2, "change of gamma"][1] < 0 < few.loc[100, "change of gamma"][1]
+few[["gamma", "change of gamma", "loss"]].map(as_text)
+
+# %% [markdown]
+# With two pairs, Student's factor is 12.7 instead of 1.96, and the interval says nothing. The formula knows no bounds: it would reach below zero for the loss, which cannot be negative, so its lower end is cut there. A report says so where
+# a source holds out fewer than 20 pairs.
 #
 # ## Are the answers right?
 #

@@ -132,10 +132,12 @@ def held_out(
     pairs,                # n tokenized pairs; both tables have a row for each
     beta: float,          # of the DPO loss, above 0
 ) -> dict:                # name -> (mean, low, high)
-    "What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals."
+    """What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals.
+    A loss cannot be negative, and neither can the lower end of its interval."""
     chosen, rejected = now.lookup(pairs)
     chosen_0, rejected_0 = before.lookup(pairs)
     g, g_0 = gamma(chosen, rejected), gamma(chosen_0, rejected_0)
+    loss, low, high = mean_interval(dpo_loss(g, g_0, beta))
 
     def share(right):
         p = right.mean().item()
@@ -144,7 +146,7 @@ def held_out(
     return {
         "gamma": mean_interval(g),
         "prefers chosen": share(reward_accuracy(g)),
-        "loss": mean_interval(dpo_loss(g, g_0, beta)),
+        "loss": (loss, max(low, 0.0), high),
         "reward accuracy": share(reward_accuracy(g, g_0)),
         "change of gamma": mean_interval(g - g_0),
         "log-ratio of chosen": mean_interval(chosen - chosen_0),
