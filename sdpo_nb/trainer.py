@@ -177,7 +177,7 @@ class Trainer:
             group["lr"] = lr
         scaler = self.accelerator.scaler
         scale = scaler.get_scale()
-        scaler.unscale_(self.optimizer)      # before clipping, or the norm would be that of the scaled gradient
+        scaler.unscale_(self.optimizer)      # before clipping, or the norm would be the scaled one
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
         finite = math.isfinite(norm)
         if not finite and not scaler.is_enabled():
@@ -599,8 +599,7 @@ def plan_for(
     if torch.device(device).type != "cuda": return memory_plan(config, train, precision)
     new_card = torch.cuda.get_device_capability(device) >= (8, 0)
     kernel = "flash" if precision != "fp32" and new_card else "padded"
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return memory_plan(config, train, precision, kernel, memory // 16)
+    return memory_plan(config, train, precision, kernel, piece_bytes(device))
 
 def as_line(
     plan: dict, # name -> GiB
