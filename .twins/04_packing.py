@@ -176,6 +176,22 @@ class Row:
 
 
 # %% [markdown]
+# One pair by hand, with two prompt tokens, one chosen and two rejected ones. Which positions do the rejected tokens have, and where is the first of them read?
+
+# %%
+by_hand = Row(
+    ids=torch.tensor([5, 6, 7, 8, 9]),
+    position=torch.tensor([0, 1, 2, 2, 3]),
+    pair=torch.tensor([0, 0, 0, 0, 0]),
+    side=torch.tensor([0, 0, 1, 2, 2]),
+    scored=torch.tensor([2, 3, 4]),
+    read=torch.tensor([1, 1, 3]),
+    sizes=[[2, 1, 2]],
+    blocks=[5],
+)
+by_hand
+
+# %% [markdown]
 # Packing is one walk over the pairs. Three lists grow on the way, and the rest follows from the sizes. (`_blocks` cuts the row into stretches for attention; why, we see in the section after next.) Look at `read`: the first rejected token is predicted at the last token of the prompt, not
 # at the token before it in the row, which belongs to the chosen response. So that place is read twice.
 
@@ -216,8 +232,11 @@ def pack(
     return Row(*tensors, sizes, _blocks(lengths))
 
 
+# %%
+assert str(pack([dict(prompt_ids=[5, 6], chosen_ids=[7], rejected_ids=[8, 9])])) == str(by_hand)
+
 # %% [markdown]
-# Let us pack three pairs of the tiny world of [chapter 00](00_world.ipynb), in which every character is a token, and look at the first of them.
+# The row that was written by hand comes out again. Let us pack three pairs of the tiny world of [chapter 00](00_world.ipynb), in which every character is a token, and look at the first of them.
 
 # %%
 world = load_world()

@@ -1053,7 +1053,8 @@ def check_table(
     nats = off.square().mean().sqrt().item()
     times = apart / limit
     raise ValueError(f"the table of reference log-probabilities is {nats:.2g} nats a response "
-                     f"from what this model says in {precision}, {times:.0f} times as far as rounding allows: "
+                     f"from what this model says in {precision}, "
+                     f"{times:.0f} times as far as rounding allows: "
                      "it is of other weights, of other pairs, or was changed. "
                      "Remove it (in a run, the folder logprobs or reference that holds it) and start again: "
                      "it is computed anew")
@@ -1733,7 +1734,8 @@ def _saying_what_to_do(path):
         why = str(e).strip().splitlines() or [type(e).__name__]
         end = path.parent.parent / "stage.json"
         also = f" and {end.name} beside its folder" if end.exists() else ""
-        raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); remove it{also}, and run again: "
+        raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); "
+                         f"remove it{also}, and run again: "
                          "the stage is trained anew, to the same bits") from e
 
 
@@ -1784,7 +1786,8 @@ def load_checkpoint(
     wanted = (identity or {}).items()
     differs = [f"{name} = {old.get(name)}, not {value}" for name, value in wanted if old.get(name) != value]
     if differs:
-        raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; use that or another folder")
+        raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; "
+                         "use that or another folder")
     with _saying_what_to_do(path):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
