@@ -6,7 +6,7 @@
 #
 # **You should know** how [chapter 02](02_logprobs.ipynb) computes the log-probability of a response, and what attention does with queries, keys and values.
 #
-# **Time** about TIME_A minutes to read up to "A graphics card wants few, large calls": the idea, its checks, and how much faster it is. The three sections after it say in their headings that you may skip them; with them it is TIME_B minutes.
+# **Time** about 100 minutes to read up to "A graphics card wants few, large calls": the idea, its checks, and how much faster it is. The three sections after it say in their headings that you may skip them; with them it is 190 minutes.
 # Under a minute to run on two CPU cores, without the cells marked slow.
 #
 # Preference training (in this book DPO, [chapter 03](03_loss.ipynb)) asks one question over and over: how likely is this response to this prompt? Chapter 02 answers it in a way that everybody can read. But most of
@@ -307,7 +307,8 @@ flat = []
 for x, c, r in eight: flat += [PROMPT] * x + [RESPONSE] * (c + r)
 assert len(flat) == needed == 2152
 rest = [np.nan] * (-len(flat) % width)                # stays white
-ax = draw_rows(np.reshape(flat + rest, (-1, width)), "the same pairs in one row, folded: 2,152 cells, all needed")
+folded = np.reshape(flat + rest, (-1, width))
+ax = draw_rows(folded, "the same pairs in one row, folded: 2,152 cells, all needed")
 ax.text(50, 0.5, "prompt", color="white", va="center")
 ax.text(235, 0.5, "both responses", va="center", fontsize=8)
 
@@ -350,8 +351,9 @@ patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in fills.values(
 names = [f"a {side} token" for side in fills]
 ax.legend(patches, names, title="what is seen", loc="upper right", fontsize="small")
 x, c, r = row.sizes[0]
-notch = row.sizes[0][0] + row.sizes[0][1] / 2, x + c + r / 2
-ax.annotate("the notch:\nrejected does not\nsee chosen", notch, (1, 45), arrowprops=dict(arrowstyle="->"), fontsize=8);
+notch = x + c / 2, x + c + r / 2
+arrow = dict(arrowstyle="->")
+ax.annotate("the notch:\nrejected does not\nsee chosen", notch, (1, 45), arrowprops=arrow, fontsize=8);
 
 # %% [markdown]
 # Each pair is a triangle with a notch. A triangle is what every language model has: a token sees the tokens before it. The notch is new. The rejected response sees the prompt, and not the chosen response that stands between them; so to it the row looks as if chosen were not there. With a window of 3 nobody sees more than three
@@ -502,7 +504,9 @@ def packed_attention(
     softcap: float=None,      # of the scores
     **rest,                   # whatever else a layer says
 ) -> tuple[Tensor, None]:     # (1, N, heads, d), and no attention weights
-    "What transformers calls in each layer. Raises NotImplementedError for what a layer wants and cannot have."
+    """What transformers calls in each layer.
+
+    Raises NotImplementedError for what a layer wants and cannot have."""
     unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None]
     if dropout: unknown.append("dropout")
     if unknown: raise NotImplementedError(f"its attention wants {', '.join(unknown)}")
@@ -884,7 +888,8 @@ budgets
 
 # %%
 #| slow
-smol = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser() # a local copy, else the hub
+local = os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")   # a copy, else the hub
+smol = Path(local).expanduser()
 name = str(smol) if smol.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct"
 data = Path(os.environ.get("SDPO_DATA", "../../shared/data")) / "preferences/hh_harmless.jsonl.gz"
 assert data.exists(), "set SDPO_DATA to the folder of the preference data"
@@ -1591,7 +1596,7 @@ why = compile_layers(compiled, packed_logprobs)
 errors = compare(compiled, three, lambda model, pairs: packed_logprobs(model, pairs))
 uncompile(compiled)
 assert why is None and max(errors) < 1e-4
-pd.Series(errors, index=["log-probability (nats)", "gradient (relative)"]).map("{:.0e}".format).to_frame("compiled")
+pd.Series(errors, index=ERRORS).map("{:.0e}".format).to_frame("compiled")
 
 # %% [markdown]
 # ### On a graphics card, measured

@@ -152,7 +152,9 @@ def packed_attention(
     softcap: float=None,      # of the scores
     **rest,                   # whatever else a layer says
 ) -> tuple[Tensor, None]:     # (1, N, heads, d), and no attention weights
-    "What transformers calls in each layer. Raises NotImplementedError for what a layer wants and cannot have."
+    """What transformers calls in each layer.
+
+    Raises NotImplementedError for what a layer wants and cannot have."""
     unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None]
     if dropout: unknown.append("dropout")
     if unknown: raise NotImplementedError(f"its attention wants {', '.join(unknown)}")
