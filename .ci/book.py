@@ -121,11 +121,13 @@ def run(paths):
     from execnb.shell import CaptureShell
     from nbdev.config import get_config
     from nbdev.process import NBProcessor
+    import pandas
     os.environ.update(TQDM_DISABLE="1", IN_TEST="1", HF_HUB_OFFLINE="1", MPLBACKEND="module://matplotlib_inline.backend_inline")
     flags = set() if os.environ.get("SLOW") else set(get_config().tst_flags.split())
     for path in paths or notebooks():
         path, start = Path(path).resolve(), time.time()
         proc = NBProcessor(path, process=True)      # reads the #| directives of every cell
+        pandas.reset_option("display")              # what an earlier notebook set would change what this one shows
         nb = read_nb(path)
         shell = CaptureShell(mpl_format="png")
         os.chdir(path.parent); sys.path.insert(0, str(path.parent))

@@ -60,6 +60,7 @@ from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.world import complaint, load_world
 
 torch.set_num_threads(1)
+pd.set_option("display.width", 180, "display.max_columns", 20);
 torch.manual_seed(0);
 
 # %% [markdown]
