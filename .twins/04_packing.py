@@ -354,7 +354,7 @@ ax.legend(patches, names, title="what is seen", loc="upper right", fontsize="sma
 x, c, r = row.sizes[0]
 notch = x + c / 2, x + c + r / 2
 arrow = dict(arrowstyle="->")
-ax.annotate("the notch:\nrejected does not\nsee chosen", notch, (1, 45), arrowprops=arrow, fontsize=8);
+ax.annotate("the notch:\nrejected does\nnot see chosen", notch, (1, 62), arrowprops=arrow, fontsize=8);
 
 # %% [markdown]
 # Each pair is a triangle with a notch. A triangle is what every language model has: a token sees the tokens before it. The notch is new. The rejected response sees the prompt, and not the chosen response that stands between them; so to it the row looks as if chosen were not there. With a window of 3 nobody sees more than three
@@ -983,13 +983,13 @@ speed = pd.DataFrame(measured)
 
 # %%
 palette = {"packed": colours["response"], "padded": colours["padding"], "TRL": colours["prompt"]}
-fig, axes = plt.subplots(1, 2, figsize=(11, 2.6), gridspec_kw=dict(wspace=1.0))
+fig, axes = plt.subplots(1, 2, figsize=(11, 2.6), sharey=True)
 for ax, (source, rows) in zip(axes, speed.groupby("source")):
     sns.barplot(rows, y="side", x="step", hue="kind", palette=palette, legend=False, ax=ax)
     for i, (seconds, slower) in enumerate(zip(rows["step"], rows["slower"])):
         ax.text(seconds, i, f" {slower[0]:.1f} times as long" if i > 0 else " this chapter", va="center")
     ax.set(title=source, xlabel="seconds per step, median (shorter is better)", ylabel="")
-    ax.set_xlim(0, 1.45 * rows["step"].max())
+    ax.set_xlim(0, 1.6 * rows["step"].max())
     sns.despine(ax=ax)
 
 # %% [markdown]
