@@ -598,6 +598,18 @@ assert foreign_weights(w.base, tok) == weights_hash(S)
 print(complaint(foreign_weights, w.base, wider).replace(w.base, "S"))
 
 # %% [markdown]
+# ## What was checked, and what it would have cost
+#
+# | what | where it is found out now | without the check |
+# |---|---|---|
+# | a setting that does not exist, or is out of its bounds | when the settings are made | the default is used, and nobody notices |
+# | a source that cannot be read, a column that is missing | `load_sources`, with file and row | an error after the sources before it were tokenised, perhaps after an hour |
+# | pairs that are dropped or cut | `data_notes` | a model that learned from half of the data |
+# | a prompt that is trained on and held out | `check_held_out` | held-out numbers that are too good |
+# | a row longer than the model's positions, an id without an embedding | `extent`, before the model reads anything | an error in the step in which that row comes |
+# | more chunks than pairs, a chunk of an unknown source | `check_chunks` | an error after S has read everything |
+# | a reference with another vocabulary | `foreign_weights` | a loss that falls, and a model that learned from noise |
+#
 # ## What you now have
 #
 # `StepwiseConfig` with every switch that an experiment on the paper needs, and `make_config` for what comes from a file. `read_sources` gives what is trained on and what is held out, `data_notes` says what was lost, `Chunk` is what one stage trains on. Nothing has been computed yet, and whatever

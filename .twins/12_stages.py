@@ -822,6 +822,8 @@ print(_stage_line(read_part(ctx.at(1) / "stage.json"), 3))
 sorted(p.name for p in ctx.at(1).iterdir())
 
 # %% [markdown]
+# The line is what a user sees when a stage ends, and each of its parts answers a question. *Against $M_0$, first loss 0.693*: was the reference the right one? *$\gamma$ changed by ...*: was anything learned, and is it more than noise? *Chosen preferred in 72 %, now 84 %*: on how many pairs does it show?
+#
 # Nothing of this machinery may change what is learned. So train once more without it: [chapter 06](06_trainer.ipynb) alone, with a table made by hand. The weights are the same, to the bit.
 
 # %%
@@ -830,6 +832,22 @@ by_hand = score_pairs(alone, parts[0].pairs, logprobs=ctx.how(alone, parts[0].pa
 train_stage(alone, parts[0].pairs, by_hand, TrainConfig(**quick), tmp / "alone")
 assert weights_hash(alone) == weights_hash(M_1)
 weights_hash(M_1)
+
+# %% [markdown]
+# ## Where can it die?
+#
+# Everywhere. Here is what each moment leaves behind, and what the next call makes of it. (A test of this project kills runs at such moments, also in the middle of a file, forty times per test run; all of them end in the same bits as a run that lives.)
+#
+# | it dies while | what lies there | the next call |
+# |---|---|---|
+# | S reads | `base/logprobs`, the pieces that were finished | reads the pairs that are missing |
+# | the chunks are decided | no `partition.json`, or a whole one | decides, or reads what was decided |
+# | stage $t$ trains | `stage-t/checkpoint`: weights, optimizer, schedule, place in the data | goes on from there; steps after it are done again |
+# | $M_t$ is measured or saved | the checkpoint of the last step, no `stage.json` | trains nothing, measures and saves again |
+# | `stage.json` is written | no `stage.json` (a file appears under its name only when it is whole) | the same |
+# | the report is written | all stages | writes the report |
+#
+# Nothing in this table is a special case in the code. Every line follows from three habits: a file is written under another name and then renamed; whatever is there and belongs to this run is read and not computed again; and the mark of completion comes last.
 
 # %%
 #| hide

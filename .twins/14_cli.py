@@ -482,6 +482,16 @@ def _last_words(e) -> tuple[int, str]:
     return 1, f"{type(e).__name__}: {lines[0]} ({whose})"
 
 
+# %% [markdown]
+# The *exit status* is for programs that call `sdpo`: a shell script, a job scheduler. What was asked for goes to the standard output, so that it can be kept in a file; bars and complaints go to the standard error.
+#
+# | status | what happened | what to do |
+# |---|---|---|
+# | 0 | all is done | read the report |
+# | 2 | the input cannot work, a file is missing, the disk is full | read the line; the same command, mended, goes on |
+# | 1 | a fault of the program | `SDPO_TRACEBACK=1` shows where; the folder is as it was after the last file that was written |
+# | 130 | stopped with Ctrl-C | the same command goes on |
+
 # %%
 for e in (ValueError("beta: must be above 0, got 0.0"), KeyError("gamma"), KeyboardInterrupt()):
     print(*_last_words(e))
