@@ -102,7 +102,7 @@ def _add_settings(parser):
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = f.type if f.type in (int, float, str) else int # of chunks, only a number can be typed
+            how["type"] = f.type if f.type in (int, float, str) else int # chunks can only be a number here
             how["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
@@ -213,7 +213,7 @@ _sources(args, ["orca=a.jsonl", "trl-lib/ultrafeedback_binarized"], "--sources")
 # %%
 #| export
 def _what(args, needed=("model", "sources", "folder")) -> dict:
-    "From the file and the options: model, sources, config, folder, revision and held_out, as `sdpo` takes them."
+    "What `sdpo` takes, from the file and the options: model, sources, config, folder, ..."
     given = _run_file(args.config)
     for name in ("model", "folder", "model_revision"):
         if getattr(args, name, None): given[name.removeprefix("model_")] = getattr(args, name)

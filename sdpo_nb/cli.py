@@ -24,7 +24,7 @@ def _add_settings(parser):
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = f.type if f.type in (int, float, str) else int # of chunks, only a number can be typed
+            how["type"] = f.type if f.type in (int, float, str) else int # chunks can only be a number here
             how["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
@@ -83,7 +83,7 @@ def _sources(args, words, option) -> dict:
 
 # %% ../nbs/14_cli.ipynb #c8656a50
 def _what(args, needed=("model", "sources", "folder")) -> dict:
-    "From the file and the options: model, sources, config, folder, revision and held_out, as `sdpo` takes them."
+    "What `sdpo` takes, from the file and the options: model, sources, config, folder, ..."
     given = _run_file(args.config)
     for name in ("model", "folder", "model_revision"):
         if getattr(args, name, None): given[name.removeprefix("model_")] = getattr(args, name)
