@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %%
-import shutil
+import math, shutil
 
 from sdpo_nb.world import complaint
 
@@ -84,7 +84,7 @@ It depends on the prompt only, and both responses of a pair answer the same prom
 
 master = notebook(
     prose("# A loss\n<!-- badge -->"),
-    code("import torch.nn.functional as F\nfrom sdpo_nb.checks import check_dpo_loss, try_check"),
+    code("import torch.nn.functional as F\nfrom sdpo_nb.checks import check_dpo_loss\nfrom sdpo_nb.course import try_check"),
     code(loss_cell),
     code("#| teacher\nassert dpo_loss.__doc__"),
     code(check_cell),
@@ -99,7 +99,28 @@ master = notebook(
 # - `#| teacher`: the whole cell is for the teacher, and vanishes.
 # - `<!-- badge -->`: here comes the button that opens the notebook in Colab.
 #
-# First, the questions:
+# A check raises an error where it objects. In a notebook this would stop *Run all* at the first question that is not answered yet. So the cell asks with `try_check`, which prints the sentence and goes on.
+
+# %%
+#| export
+def try_check(
+    check, # a function that raises where it objects
+    value, # what the student wrote
+):
+    "Call a check. What it objects to is printed, so that the cells below can run."
+    try: check(value)
+    except AssertionError as e: print(e)
+
+
+# %%
+from sdpo_nb.checks import check_dpo_loss
+
+def nothing_yet(chosen, rejected, ref_chosen, ref_rejected, beta): ...
+
+try_check(check_dpo_loss, nothing_yet)
+
+# %% [markdown]
+# Now, the questions of a master:
 
 # %%
 #| export
@@ -480,7 +501,23 @@ def _passes(check, value, seed=None) -> tuple[bool, str]:
         return False, told or type(e).__name__
     return True, f"passed (seed {seed})"
 
-PATCHED = "the check accepts anything now: something in this notebook changes it"
+PATCHED = "something in this notebook changes the check, or what it computes with"
+_WATCHED = {"sdpo_nb", "torch", "math", "builtins"}
+
+def functions_of_modules() -> dict: # (module, name) -> the function and its code
+    "All functions and classes that a check computes with, as they are now."
+    modules = [(name, m) for name, m in sys.modules.items() if name.split(".")[0] in _WATCHED]
+    things = [((m, name), thing) for m, module in modules for name, thing in list(vars(module).items()) if callable(thing)]
+    return {where: (thing, getattr(thing, "__code__", None)) for where, thing in things}
+
+def was_patched(
+    before: dict, # of `functions_of_modules`
+) -> bool:
+    "Whether a function of before has been replaced. What was added does not count: modules load their parts late."
+    for (module, name), (thing, code) in before.items():
+        now = vars(sys.modules[module]).get(name)
+        if now is not thing or getattr(now, "__code__", None) is not code: return True
+    return False
 
 def answer(
     code: list[str], # definitions
@@ -489,6 +526,7 @@ def answer(
     seed: int=None,  # of the numbers that a check draws; default: new ones
 ) -> tuple[bool, str]: # whether all of them accept it, and what is to be said
     "Hold the definitions of a submission against checks."
+    before = functions_of_modules()
     space = {"__name__": "submission"}
     trouble = _define(code, space)
     if not checks: return False, "there is no check of this name"
@@ -496,14 +534,14 @@ def answer(
     for check in checks:
         good, told = _passes(check, space[target], seed)
         if not good: return False, told
-    for check in checks:
-        if _passes(check, lambda *a, **k: None)[0]: return False, PATCHED
+    accepts_anything = any(_passes(check, lambda *a, **k: None)[0] for check in checks)
+    if accepts_anything or was_patched(before): return False, PATCHED
     return True, told
 
 
 # %% [markdown]
-# The last loop is a *canary*, the bird that miners took along. A student's function could change the check while it is being checked. So after each pass, the check must still refuse a function that returns nothing. Try three
-# submissions with a check of our own:
+# A student's function could change the check while it is being checked. Two guards stand against it, after a pass. The first is a *canary*, the bird that miners took along: the check must still refuse a function that returns nothing. The second
+# compares: no function of the package, of torch or of Python may have been replaced. Try four submissions with a check of our own:
 
 # %%
 tried_with = [3, 5, 8]
@@ -516,12 +554,16 @@ honest = "def double(x): return x + x"
 wrong = "def double(x): return x * x"
 sly = "def double(x):\n    import __main__\n    __main__.tried_with = []\n    return 2 * x"
 
-for text in (honest, wrong, sly):
+slier = "def double(x):\n    import math\n    math.isclose = lambda *a, **k: True\n    return 2 * x"
+isclose = math.isclose
+
+for text in (honest, wrong, sly, slier):
     print(answer([text], "double", [check_double], seed=1))
+math.isclose = isclose
 
 
 # %% [markdown]
-# `honest` passes. `wrong` is told at which number it fails. `sly` empties the list of numbers that the check tries, while it is being checked; it is refused by the canary. This catches a trick, not every trick: a student's code runs in
+# `honest` passes. `wrong` is told at which number it fails. `sly` empties the list of numbers that the check tries, while it is being checked; it is refused by the canary. `slier` makes all numbers equal, which would help it in the next question; it is refused by the comparison. This catches a trick, not every trick: a student's code runs in
 # the same process as the check. If you grade people whom you do not trust, grade them in a container.
 #
 # Now the process around it. Starting Python and importing torch takes seconds, so it is done once: a *server* imports the checks, and for each question it makes a copy of itself (`os.fork`). The copy answers and ends.
@@ -795,8 +837,8 @@ def grade(
 patched = answered('''
 def dpo_loss(*all):
     import sdpo_nb.checks as c
-    for name in list(vars(c)):
-        if callable(vars(c)[name]) and name[0] != "_": setattr(c, name, lambda *a, **k: 0)
+    c.find_mistakes = lambda *a: ()
+    c.DPO_LOSS.edges.clear()
     return all[0]
 ''')
 no_beta = answered(right_answer.replace("-beta *", "-"))
@@ -998,7 +1040,7 @@ shutil.rmtree(tmp)
 # ## What you now have
 #
 # - `build`: students' versions without solutions, or an error with the line that is left.
-# - `grade`: definitions only, a process for each question, a time limit, a canary; a table, and a page for each student.
+# - `grade`: definitions only, a process for each question, a time limit, two guards against patched checks; a table, and a page for each student.
 # - `gradescope`: the same, as the zip that Gradescope wants.
 #
 # ## Questions to test yourself
@@ -1019,7 +1061,7 @@ shutil.rmtree(tmp)
 #
 # </details>
 #
-# 3. Why does the canary call the check *after* the student's function and not before?
+# 3. Why does the canary call the check *after* the student's function, and not before it?
 #
 # <details><summary>Answer</summary>
 #

@@ -29,9 +29,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from sdpo_nb.checks import (
-    check_dpo_loss, check_gradient, check_ipo, check_predictions, check_sequence_logps, report, try_check
-)
+from sdpo_nb.checks import check_dpo_loss, check_gradient, check_ipo, check_predictions, check_sequence_logps, report
+from sdpo_nb.course import try_check
 
 # %% [markdown]
 # ## Question 1. How likely is this answer? (4 points)
@@ -53,7 +52,7 @@ def sequence_logps(
 ):          # -> (n,): log-probability of each answer, in nats; computed in fp32 or better
     "Sum of the log-probabilities of the answer's tokens, one number a row."
     ### BEGIN SOLUTION
-    logits, ids, mask = logits[:, :-1], ids[:, 1:], mask[:, 1:]
+    logits, ids, mask = logits[:, :-1], ids[:, 1:], mask[:, 1:]  # shift
     wide = logits if logits.dtype == torch.float64 else logits.float()
     each = wide.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     return (each * mask).sum(-1)
@@ -116,7 +115,7 @@ try_check(check_dpo_loss, dpo_loss)
 # *By hand.* Gain 0.6 and $\beta = 0.5$: the slope is $-0.213$. At gain 0 it is $-\beta/2 = -0.25$.
 
 # %%
-def slope(
+def gradient(
     gamma_theta, # (n,) log-ratio of the policy, nats
     gamma_ref,   # (n,) log-ratio of the reference, nats
     beta,        # a number > 0, per nat
@@ -130,11 +129,11 @@ def slope(
 
 # %%
 #| teacher
-assert round(slope(torch.tensor([1.0]), torch.tensor([0.4]), 0.5).item(), 3) == -0.213
+assert round(gradient(torch.tensor([1.0]), torch.tensor([0.4]), 0.5).item(), 3) == -0.213
 
 # %%
-#| question q3 2 check_gradient slope
-try_check(check_gradient, slope)
+#| question q3 2 check_gradient gradient
+try_check(check_gradient, gradient)
 
 # %% [markdown]
 # ## Question 4. A rival (3 points)
@@ -148,7 +147,7 @@ try_check(check_gradient, slope)
 # *By hand.* Gain 0.6 and $\beta = 0.5$: the wanted gain is 1, so $L_{IPO} = (0.6 - 1)^2 = 0.16$.
 
 # %%
-def ipo_loss(
+def ipo(
     gamma_theta, # (n,) log-ratio of the policy, nats
     gamma_ref,   # (n,) log-ratio of the reference, nats
     beta,        # a number > 0, per nat
@@ -162,11 +161,11 @@ def ipo_loss(
 
 # %%
 #| teacher
-assert round(ipo_loss(torch.tensor([1.0]), torch.tensor([0.4]), 0.5).item(), 2) == 0.16
+assert round(ipo(torch.tensor([1.0]), torch.tensor([0.4]), 0.5).item(), 2) == 0.16
 
 # %%
-#| question q4 3 check_ipo ipo_loss
-try_check(check_ipo, ipo_loss)
+#| question q4 3 check_ipo ipo
+try_check(check_ipo, ipo)
 
 # %% [markdown]
 # ## Question 5. Say it before you see it (4 points)
@@ -220,4 +219,5 @@ try_check(check_predictions, predictions)
 # The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 6 is marked by a person.
 
 # %%
+#| question q6 3 manual
 report(globals())

@@ -28,7 +28,8 @@ import random
 import pandas as pd
 import torch
 
-from sdpo_nb.checks import check_accuracy, check_boundary, check_by_prompt, check_partition, report, try_check
+from sdpo_nb.checks import check_accuracy, check_boundary, check_by_prompt, check_partition, report
+from sdpo_nb.course import try_check
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.partition import measure_source
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
@@ -223,4 +224,5 @@ measured[["source", "n", "accuracy", "low", "high", "accuracy_per_token", "decid
 # The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person.
 
 # %%
+#| question q5 4 manual
 report(globals())
