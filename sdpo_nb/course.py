@@ -10,7 +10,7 @@ __all__ = ['BEGIN', 'END', 'INLINE', 'BADGE', 'TELLING', 'COLAB', 'IMPORTS', 'PA
            'gradescope', 'main']
 
 # %% ../nbs/16_course.ipynb #d9b9af3c
-import argparse, ast, copy, csv, faulthandler, importlib.util, json, os, re, subprocess, sys, tempfile, time, zipfile
+import argparse, ast, copy, csv, faulthandler, importlib, importlib.util, json, os, re, subprocess, sys, tempfile, time, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,8 +128,11 @@ def read_notebook(
     "A notebook. Raises ValueError, with the path, for a file that is none."
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError) as e: raise ValueError(f"{path}: is no notebook ({e})") from e
-    if not isinstance(found, dict) or not isinstance(found.get("cells"), list):
-        raise ValueError(f"{path}: is no notebook (it has no cells)")
+    cells = found.get("cells") if isinstance(found, dict) else None
+    if not isinstance(cells, list): raise ValueError(f"{path}: is no notebook (it has no cells)")
+    for cell in cells:
+        whole = isinstance(cell, dict) and {"cell_type", "source"} <= cell.keys() and isinstance(cell["source"], (str, list))
+        if not whole: raise ValueError(f"{path}: is no notebook (a cell has no text)")
     return found
 
 def build(
@@ -275,7 +278,6 @@ def answer(
     before = functions_of_modules()
     space = {"__name__": "submission"}
     trouble = _define(code, space)
-    if not checks: return False, "there is no check of this name"
     if target not in space: return False, f"{target} is not defined{trouble}"
     for check in checks:
         good, told = _passes(check, space[target], seed)
@@ -306,9 +308,12 @@ def _answer_job(job, modules):
     good, told = answer(job["code"], job["target"], [check for check in found if check], job["seed"])
     Path(job["result"]).write_text(json.dumps([good, told]))
 
-def _serve(extra=""):
+def _serve(extra="", ready=()):
     "Answer questions from stdin, one a line, each in a process of its own; where there is no fork, one and no more."
     modules = load_checks(extra)
+    for name in ready: importlib.import_module(name)
+    known = [name for m in modules if m for name in vars(m) if name.startswith("check_")]
+    print(json.dumps(known), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork() if hasattr(os, "fork") else 0
@@ -324,16 +329,20 @@ def asking(
     extra: str="",   # path of a Python file with more checks
     limit: float=60, # seconds for one question
     seed: int=None,  # of the numbers that the checks draw; default: new ones each time
+    ready=(),        # modules that the server imports once, so that not every question has to
 ):                   # a context with a function: (definitions, question) -> whether it passed, what is said
     "A server that answers questions. It is started when it is needed, and again when a submission has killed it."
-    server = []
+    server, known = [], set()
     folder = tempfile.TemporaryDirectory()
     result = Path(folder.name) / "result.json"
 
     def alive(): return server and server[-1].poll() is None
 
     def send(job):
-        if not alive(): server.append(_start(extra))
+        if not alive():
+            server.append(_start(extra, ready))
+            known.update(_hello(server[-1]))
+        if job["check"] not in known: raise ValueError(f"there is no check of the name {job['check']}")
         server[-1].stdin.write(json.dumps(job) + "\n")
         server[-1].stdin.flush()
         if not server[-1].stdout.readline(): server.pop().wait()
@@ -352,12 +361,18 @@ def asking(
             if alive(): server[-1].kill()
             for started in server: started.communicate()
 
-def _start(extra):
+def _start(extra, ready):
     "A server with one thread, which does not load anything from the internet."
     calm = dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
-    command = [sys.executable, "-m", "sdpo_nb.course", "serve", *([extra] if extra else [])]
+    command = [sys.executable, "-m", "sdpo_nb.course", "serve", extra, *ready]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | calm)
+
+def _hello(server):
+    "The checks that a new server knows."
+    line = server.stdout.readline()
+    if not line: raise ValueError("the checks could not be loaded; what Python said stands above")
+    return json.loads(line)
 
 # %% ../nbs/16_course.ipynb #b1aa41f8
 @dataclass
@@ -473,12 +488,13 @@ def grade(
     master = read_notebook(master)
     asked, students, grades = questions(master), _students(submissions), []
     most = sum(q.points for q in asked)
-    with asking(extra, limit, seed) as ask:
+    ready = sorted({module for module, _ in given_imports(master)})
+    with asking(extra, limit, seed, ready) as ask:
         for i, (student, path) in enumerate(students.items(), 1):
             begun = time.monotonic()
-            try: one = grade_one(student, read_notebook(path), master, ask)
-            except (ValueError, KeyError, TypeError) as e:
-                one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be read: {e}"])
+            try: submission = read_notebook(path)
+            except ValueError as e: one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be read: {e}"])
+            else: one = grade_one(student, submission, master, ask)
             grades.append(one)
             say(f"{i}/{len(students)} {student}: {one.total} of {most} ({time.monotonic() - begun:.1f} s)")
     if manual: add_marks(grades, read_marks(manual), asked)
@@ -547,7 +563,9 @@ def _parser():
     v.add_argument("--out", required=True, help="path of the zip")
     v.add_argument("--extra", default="", help="as for grade")
 
-    verbs.add_parser("serve").add_argument("extra", nargs="?", default="")
+    v = verbs.add_parser("serve")
+    v.add_argument("extra")
+    v.add_argument("ready", nargs="*")
     return parser
 
 def _write_all(args, grades):
@@ -566,7 +584,7 @@ def main(
 ):
     "`python -m sdpo_nb.course`. A file that cannot be used ends in one line and status 1."
     args = _parser().parse_args(argv)
-    if args.verb == "serve": return _serve(args.extra)
+    if args.verb == "serve": return _serve(args.extra, args.ready)
     try:
         if args.verb == "build": print(*build(args.masters, args.out, args.colab), sep="\n")
         elif args.verb == "gradescope": print(gradescope(args.master, args.out, args.extra))

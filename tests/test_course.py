@@ -201,6 +201,13 @@ def test_private_checks(tmp_path):
     assert points.total == 14
 
 
+def test_a_check_that_is_not_there_is_the_teachers_mistake(tmp_path):
+    master = save(notebook("#| question q1 4 check_nothing f\n1"), tmp_path / "a.ipynb")
+    with pytest.raises(ValueError, match="there is no check of the name check_nothing"): grade(master, master, say=lambda line: None)
+    (tmp_path / "private.py").write_text("1 / 0")
+    with pytest.raises(ValueError, match="the checks could not be loaded"): grade(MASTERS / "a1.ipynb", master, str(tmp_path / "private.py"), say=lambda line: None)
+
+
 def test_what_is_kept_of_a_submission():
     given = given_imports(master_of("a4"))
     kept, remarks = definitions(notebook(
