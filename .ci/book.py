@@ -124,7 +124,7 @@ def run(paths):
     from nbdev.process import NBProcessor
     os.environ.update(TQDM_DISABLE="1", IN_TEST="1", HF_HUB_OFFLINE="1", MPLBACKEND="module://matplotlib_inline.backend_inline")
     flags = set() if os.environ.get("SLOW") else set(get_config().tst_flags.split())
-    for path in paths or [nb for nb in notebooks() if nb.parent.name != "assignments"]: # those are built, without outputs
+    for path in paths or [nb for nb in notebooks() if nb.parent.name not in ("assignments", "course")]: # these are kept without outputs
         path, start = Path(path).resolve(), time.time()
         proc = NBProcessor(path, process=True)      # reads the #| directives of every cell
         nb = read_nb(path)

@@ -10,7 +10,8 @@ __all__ = ['BEGIN', 'END', 'INLINE', 'BADGE', 'TELLING', 'COLAB', 'IMPORTS', 'PA
            'gradescope', 'main']
 
 # %% ../nbs/16_course.ipynb #d9b9af3c
-import argparse, ast, copy, csv, faulthandler, importlib, importlib.util, json, os, re, subprocess, sys, tempfile, time, zipfile
+import argparse, ast, copy, csv, faulthandler, importlib, importlib.util, json, os, re
+import subprocess, sys, tempfile, time, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ def questions(
     names = [q.name for q in found]
     for name in names:
         if names.count(name) > 1: raise ValueError(f"question {name} is there twice")
-    if not found: raise ValueError("there is no question; a check cell begins with '#| question q1 4 check_dpo_loss dpo_loss'")
+    if not found: raise ValueError("there is no question; a check cell begins with '#| question q1 4 check_it it'")
     return found
 
 # %% ../nbs/16_course.ipynb #a9c90b06
@@ -67,7 +68,7 @@ def _split_line(line):
 def split_solution(
     text: str, # of a cell of a master
 ) -> tuple[list[str], list[str]]: # lines that a student sees, lines that are for the teacher
-    "Cut the solutions out of a cell, and leave `...` in their place. Raises ValueError for a mark without its partner."
+    "Cut the solutions out of a cell, and leave `...` there. Raises ValueError for a mark without its partner."
     given, hidden, inside = [], [], False
     for line in text.split("\n"):
         mark = line.strip()
@@ -131,8 +132,9 @@ def read_notebook(
     cells = found.get("cells") if isinstance(found, dict) else None
     if not isinstance(cells, list): raise ValueError(f"{path}: is no notebook (it has no cells)")
     for cell in cells:
-        whole = isinstance(cell, dict) and {"cell_type", "source"} <= cell.keys() and isinstance(cell["source"], (str, list))
-        if not whole: raise ValueError(f"{path}: is no notebook (a cell has no text)")
+        whole = isinstance(cell, dict) and "cell_type" in cell
+        if not whole or not isinstance(cell.get("source"), (str, list)):
+            raise ValueError(f"{path}: is no notebook (a cell has no text)")
     return found
 
 def build(
@@ -140,7 +142,10 @@ def build(
     out,           # folder of the students' versions; what is there is replaced
     colab: str=COLAB, # where Colab finds the repository that holds `out`; empty: no badge
 ) -> list[Path]:   # what was written
-    "Students' versions of all masters of a folder. Raises ValueError, with the line, where a solution can still be read."
+    """Students' versions of all masters of a folder.
+
+    Raises ValueError, with the line, where a solution can still be read.
+    """
     made, out = {}, Path(out)
     for path in sorted(Path(masters).glob("*.ipynb")):
         master = read_notebook(path)
@@ -148,7 +153,8 @@ def build(
             questions(master)
             student = student_version(master, f"{colab}/{(out / path.name).as_posix()}" if colab else "")
         except ValueError as e: raise ValueError(f"{path}: {e}") from e
-        for line in leaks(master, student): raise ValueError(f"{path}: this line of a solution is left in the student's version: {line}")
+        for line in leaks(master, student):
+            raise ValueError(f"{path}: this line of a solution is left in the student's version: {line}")
         made[out / path.name] = json.dumps(student, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if not made: raise ValueError(f"{masters}: there is no notebook here")
     out.mkdir(parents=True, exist_ok=True)
@@ -162,8 +168,8 @@ IMPORTS = (
 )
 _CALLS = {"dict", "float", "int", "list", "tuple", "set", "round", "abs", "min", "max", "sum", "len", "range"}
 _PLAIN = (
-    ast.Constant, ast.Name, ast.Load, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.BinOp, ast.UnaryOp, ast.operator,
-    ast.unaryop, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.Slice,
+    ast.Constant, ast.Name, ast.Load, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.BinOp, ast.UnaryOp,
+    ast.operator, ast.unaryop, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.Slice,
 )
 
 def _is_constant(value):
@@ -207,11 +213,13 @@ def _parse(text):
     if text.lstrip().startswith("%%"): return []
     return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", text, flags=re.M)).body
 
+def _code_of(nb): return [text_of(cell) for cell in nb["cells"] if cell["cell_type"] == "code"]
+
 def given_imports(
     master: dict, # a notebook
 ) -> set[tuple]:  # (module, name)
     "What a master imports: students were given it."
-    nodes = [node for cell in master["cells"] if cell["cell_type"] == "code" for node in _parse(text_of(cell))]
+    nodes = [node for text in _code_of(master) for node in _parse(text)]
     imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
     return {what for node in imports for what in _imported(node)}
 
@@ -219,13 +227,13 @@ def definitions(
     submission: dict, # a notebook
     given: set=frozenset(), # of `given_imports`
 ) -> tuple[list[str], list[str]]: # one definition each; one remark each
-    "The functions, classes, constants and allowed imports of a submission, and what was left out that may matter."
+    "What a submission defines and may import, and what was left out that may matter."
     kept, remarks, dropped = [], [], []
-    cells = [text_of(cell) for cell in submission["cells"] if cell["cell_type"] == "code"]
-    for i, text in enumerate(cells, 1):
+    for i, text in enumerate(_code_of(submission), 1):
         try: nodes = _parse(text)
         except (SyntaxError, ValueError) as e:
-            remarks.append(f"code cell {i} does not parse ({getattr(e, 'msg', e)}, line {getattr(e, 'lineno', 1)}) and was skipped")
+            where = f"line {getattr(e, 'lineno', 1)}: {getattr(e, 'msg', e)}"
+            remarks.append(f"code cell {i} does not parse ({where}) and was skipped")
             continue
         for node in nodes:
             node = _kept(node, given, dropped)
@@ -255,14 +263,17 @@ _WATCHED = {"sdpo_nb", "torch", "math", "builtins"}
 
 def functions_of_modules() -> dict: # (module, name) -> the function and its code
     "All functions and classes that a check computes with, as they are now."
-    modules = [(name, m) for name, m in sys.modules.items() if name.split(".")[0] in _WATCHED]
-    things = [((m, name), thing) for m, module in modules for name, thing in list(vars(module).items()) if callable(thing)]
-    return {where: (thing, getattr(thing, "__code__", None)) for where, thing in things}
+    found = {}
+    for home, module in list(sys.modules.items()):
+        if home.split(".")[0] not in _WATCHED: continue
+        for name, thing in list(vars(module).items()):
+            if callable(thing): found[home, name] = thing, getattr(thing, "__code__", None)
+    return found
 
 def was_patched(
     before: dict, # of `functions_of_modules`
 ) -> bool:
-    "Whether a function of before has been replaced. What was added does not count: modules load their parts late."
+    "Whether a function has been replaced. What was added does not count: modules load their parts late."
     for (module, name), (thing, code) in before.items():
         now = vars(sys.modules[module]).get(name)
         if now is not thing or getattr(now, "__code__", None) is not code: return True
@@ -309,7 +320,7 @@ def _answer_job(job, modules):
     Path(job["result"]).write_text(json.dumps([good, told]))
 
 def _serve(extra="", ready=()):
-    "Answer questions from stdin, one a line, each in a process of its own; where there is no fork, one and no more."
+    "Answer questions from stdin, one a line, each in a process of its own; without fork, one and no more."
     modules = load_checks(extra)
     for name in ready: importlib.import_module(name)
     known = [name for m in modules if m for name in vars(m) if name.startswith("check_")]
@@ -331,29 +342,33 @@ def asking(
     seed: int=None,  # of the numbers that the checks draw; default: new ones each time
     ready=(),        # modules that the server imports once, so that not every question has to
 ):                   # a context with a function: (definitions, question) -> whether it passed, what is said
-    "A server that answers questions. It is started when it is needed, and again when a submission has killed it."
+    "A server that answers questions. It is started when needed, and again when a submission has killed it."
     server, known = [], set()
     folder = tempfile.TemporaryDirectory()
     result = Path(folder.name) / "result.json"
 
     def alive(): return server and server[-1].poll() is None
 
+    def wake():
+        if alive(): return
+        server.append(_start(extra, ready))
+        known.update(_hello(server[-1]))
+
     def send(job):
-        if not alive():
-            server.append(_start(extra, ready))
-            known.update(_hello(server[-1]))
-        if job["check"] not in known: raise ValueError(f"there is no check of the name {job['check']}")
         server[-1].stdin.write(json.dumps(job) + "\n")
         server[-1].stdin.flush()
         if not server[-1].stdout.readline(): server.pop().wait()
 
     def ask(code, question):
         result.unlink(missing_ok=True)
+        wake()
+        if question.check not in known: raise ValueError(f"there is no check of the name {question.check}")
         begun = time.monotonic()
-        send(dict(code=code, check=question.check, target=question.target, limit=limit, seed=seed, result=str(result)))
+        asked = dict(check=question.check, target=question.target, limit=limit, seed=seed)
+        send(dict(asked, code=code, result=str(result)))
         if result.exists(): return tuple(json.loads(result.read_text()))
-        late = time.monotonic() - begun >= limit
-        return False, f"no answer within {limit:g} seconds" if late else "Python ended before the check had an answer"
+        if time.monotonic() - begun >= limit: return False, f"no answer within {limit:g} seconds"
+        return False, "Python ended before the check had an answer"
 
     with folder:
         try: yield ask
@@ -380,7 +395,7 @@ class Grade:
     "What one submission got."
     student: str
     points: dict[str, int|None] = field(default_factory=dict) # by question; None: nobody has marked it yet
-    said: dict[str, str] = field(default_factory=dict)        # by question: the check's sentence, or the student's own text
+    said: dict[str, str] = field(default_factory=dict)        # by question: the check's sentence, or the student's text
     flags: list[str] = field(default_factory=list)            # what a teacher should know
 
     @property
@@ -407,10 +422,13 @@ def grade_one(
             continue
         good, told = ask(code, q)
         grade.points[q.name], grade.said[q.name] = q.points if good else 0, told
-        if told == PATCHED or told.startswith(("no answer", "Python ended")): grade.flags.append(f"{q.name}: {told}")
+        strange = told == PATCHED or told.startswith(("no answer", "Python ended"))
+        if strange: grade.flags.append(f"{q.name}: {told}")
     return grade
 
 # %% ../nbs/16_course.ipynb #5a01cb9e
+def _number(text): return int(text) if text.isdigit() else float(text)
+
 def read_marks(
     path, # of a CSV file: student, and any questions
 ) -> dict[str, dict[str, int|float]]: # points by student and question
@@ -419,7 +437,7 @@ def read_marks(
     marks = {}
     for row in rows:
         given = {q: text for q, text in row.items() if q != "student" and text}
-        try: marks[row["student"]] = {q: int(text) if text.isdigit() else float(text) for q, text in given.items()}
+        try: marks[row["student"]] = {q: _number(text) for q, text in given.items()}
         except KeyError: raise ValueError(f"{path}: has no column 'student'") from None
         except ValueError as e: raise ValueError(f"{path}: student {row['student']}: {e}") from None
     return marks
@@ -435,7 +453,8 @@ def add_marks(
         if student not in by_name: raise ValueError(f"marks: there is no submission of '{student}'")
         for q, points in given.items():
             if q not in most: raise ValueError(f"marks: there is no question '{q}'")
-            if not 0 <= points <= most[q]: raise ValueError(f"marks: {student}, {q}: {points} is not between 0 and {most[q]}")
+            if not 0 <= points <= most[q]:
+                raise ValueError(f"marks: {student}, {q}: {points} is not between 0 and {most[q]}")
             by_name[student].points[q] = points
 
 # %% ../nbs/16_course.ipynb #29497c67
@@ -449,7 +468,9 @@ def write_grades(
     with open(path, "w", newline="", encoding="utf-8") as f:
         table = csv.writer(f)
         table.writerow(["student", *names, "total", "flags"])
-        for g in grades: table.writerow([g.student, *[g.points.get(q) for q in names], g.total, "; ".join(g.flags)])
+        for g in grades:
+            points = [g.points.get(q) for q in names]
+            table.writerow([g.student, *points, g.total, "; ".join(g.flags)])
 
 def feedback(
     grade: Grade,
@@ -493,7 +514,8 @@ def grade(
         for i, (student, path) in enumerate(students.items(), 1):
             begun = time.monotonic()
             try: submission = read_notebook(path)
-            except ValueError as e: one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be read: {e}"])
+            except ValueError as e:
+                one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be read: {e}"])
             else: one = grade_one(student, submission, master, ask)
             grades.append(one)
             say(f"{i}/{len(students)} {student}: {one.total} of {most} ({time.monotonic() - begun:.1f} s)")
@@ -508,7 +530,9 @@ def gradescope_results(
     "One test a question; those that a person marks are left to Gradescope's own rubric."
     tests = []
     for q in asked:
-        if q.check: tests.append(dict(name=q.name, score=grade.points[q.name], max_score=q.points, output=grade.said.get(q.name, "")))
+        if not q.check: continue
+        points, told = grade.points[q.name], grade.said.get(q.name, "")
+        tests.append(dict(name=q.name, score=points, max_score=q.points, output=told))
     return dict(tests=tests, output="\n".join(grade.flags))
 
 _SETUP = """#!/usr/bin/env bash
@@ -539,13 +563,13 @@ def gradescope(
 # %% ../nbs/16_course.ipynb #d4713cf7
 def _parser():
     "The three verbs and their options."
-    parser = argparse.ArgumentParser(prog="python -m sdpo_nb.course", description="Make and grade assignments.")
+    parser = argparse.ArgumentParser("python -m sdpo_nb.course", description="Make and grade assignments.")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
     v = verbs.add_parser("build", help="students' versions of a folder of masters")
     v.add_argument("masters", help="folder of solved notebooks")
     v.add_argument("out", help="folder of the students' versions")
-    v.add_argument("--colab", default=COLAB, help="where Colab finds the repository that holds OUT (default: %(default)s)")
+    v.add_argument("--colab", default=COLAB, help="where Colab finds what holds OUT (default: %(default)s)")
 
     v = verbs.add_parser("grade", help="points and feedback for submissions")
     v.add_argument("master", help="the solved notebook")
@@ -553,9 +577,9 @@ def _parser():
     v.add_argument("--csv", help="write the table of points here")
     v.add_argument("--feedback", help="write a page for each student into this folder")
     v.add_argument("--limit", type=float, default=60, help="seconds for one question (default: %(default)s)")
-    v.add_argument("--extra", default="", help="Python file with more checks, called after those of the same name")
+    v.add_argument("--extra", default="", help="Python file with more checks")
     v.add_argument("--manual", default="", help="CSV file with a person's points: student, q6, ...")
-    v.add_argument("--seed", type=int, help="of the numbers that the checks draw (default: new ones each time)")
+    v.add_argument("--seed", type=int, help="of the numbers that checks draw (default: new ones each time)")
     v.add_argument("--results", help="write Gradescope's results.json here (of the last submission)")
 
     v = verbs.add_parser("gradescope", help="the zip that Gradescope wants")
@@ -572,7 +596,9 @@ def _write_all(args, grades):
     "What `grade` leaves behind, where it was asked for."
     asked = questions(read_notebook(args.master))
     if args.csv: write_grades(grades, args.csv, asked)
-    if args.results: Path(args.results).write_text(json.dumps(gradescope_results(grades[-1], asked), indent=1))
+    if args.results:
+        results = gradescope_results(grades[-1], asked)
+        Path(args.results).write_text(json.dumps(results, indent=1))
     if not args.feedback: return
     folder = Path(args.feedback)
     folder.mkdir(parents=True, exist_ok=True)
@@ -588,7 +614,9 @@ def main(
     try:
         if args.verb == "build": print(*build(args.masters, args.out, args.colab), sep="\n")
         elif args.verb == "gradescope": print(gradescope(args.master, args.out, args.extra))
-        else: _write_all(args, grade(args.master, args.submissions, args.extra, args.limit, args.manual, args.seed))
+        else:
+            how = dict(extra=args.extra, limit=args.limit, manual=args.manual, seed=args.seed)
+            _write_all(args, grade(args.master, args.submissions, **how))
     except (ValueError, OSError) as e: sys.exit(f"{e}")
 
 # %% ../nbs/16_course.ipynb #c59bf6c5

@@ -16,9 +16,10 @@
 # %%
 import importlib.util
 if not importlib.util.find_spec("sdpo_nb"):
-    get_ipython().run_line_magic("pip", 'install -q "sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"')
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
 again = "Choose Runtime > Disconnect and delete runtime, then run this cell again."
-assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb; what it said stands above. {again}"
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
 
 import sdpo_nb
 version = sdpo_nb.__version__
@@ -29,7 +30,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from sdpo_nb.checks import check_dpo_loss, check_gradient, check_ipo, check_predictions, check_sequence_logps, report
+from sdpo_nb.checks import check_dpo_loss, check_gradient, check_ipo, check_predictions, check_sequence_logps
+from sdpo_nb.checks import report
 from sdpo_nb.course import try_check
 
 # %% [markdown]

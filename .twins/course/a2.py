@@ -15,9 +15,10 @@
 # %%
 import importlib.util
 if not importlib.util.find_spec("sdpo_nb"):
-    get_ipython().run_line_magic("pip", 'install -q "sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"')
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
 again = "Choose Runtime > Disconnect and delete runtime, then run this cell again."
-assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb; what it said stands above. {again}"
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
 
 import sdpo_nb
 version = sdpo_nb.__version__
@@ -195,7 +196,8 @@ for name, of_one in rows.items():
     plain = dict(chat=True) if name == "terse" else {}
     sources.append(tokenize_pairs(load_pairs(of_one), tokenizer, name, **plain))
 measured = pd.DataFrame([measure_source(s, score_pairs(S, s.pairs)) for s in sources])
-measured[["source", "n", "accuracy", "low", "high", "accuracy_per_token", "decided_by_length", "mean_gamma"]].round(3)
+shown = ["source", "n", "accuracy", "low", "high", "accuracy_per_token", "decided_by_length", "mean_gamma"]
+measured[shown].round(3)
 
 # %% [markdown]
 # <!-- question q5 4 manual -->

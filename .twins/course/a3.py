@@ -15,9 +15,10 @@
 # %%
 import importlib.util
 if not importlib.util.find_spec("sdpo_nb"):
-    get_ipython().run_line_magic("pip", 'install -q "sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"')
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
 again = "Choose Runtime > Disconnect and delete runtime, then run this cell again."
-assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb; what it said stands above. {again}"
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
 
 import sdpo_nb
 version = sdpo_nb.__version__
@@ -30,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sdpo_nb.checks import check_accumulation, check_fp16_step, check_reference_table, check_train, report, score
+from sdpo_nb.checks import check_accumulation, check_fp16_step, check_reference_table, check_train
+from sdpo_nb.checks import report, score
 from sdpo_nb.course import try_check
 from sdpo_nb.trainer import TrainConfig, memory_plan
 
@@ -200,7 +202,8 @@ def cost(half, checkpointing, device="cuda", sizes=SMOLLM2_135M, rows=4, tokens=
     if on_card: torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / (steps - 2)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_card else float("nan")
-    return dict(precision="fp16" if half else "fp32", checkpointing=checkpointing, seconds=seconds, peak_GiB=peak)
+    precision = "fp16" if half else "fp32"
+    return dict(precision=precision, checkpointing=checkpointing, seconds=seconds, peak_GiB=peak)
 
 ways = [(half, checkpointing) for half in (False, True) for checkpointing in (False, True)]
 found = [cost(*way) for way in ways] if torch.cuda.is_available() else []
@@ -215,8 +218,9 @@ for way in ways: assert cost(*way, device="cpu", sizes=tiny, rows=2, tokens=16)[
 def planned(half, checkpointing):
     "The memory plan of chapter 06 for 4 rows of 512 tokens, GiB."
     train_config = TrainConfig(token_budget=2048, gradient_checkpointing=checkpointing)
-    plan = memory_plan(LlamaConfig(**SMOLLM2_135M), train_config, "fp16" if half else "fp32", "padded")
-    return dict(precision="fp16" if half else "fp32", checkpointing=checkpointing, **plan, sum=sum(plan.values()))
+    precision = "fp16" if half else "fp32"
+    plan = memory_plan(LlamaConfig(**SMOLLM2_135M), train_config, precision, "padded")
+    return dict(precision=precision, checkpointing=checkpointing, **plan, sum=sum(plan.values()))
 
 pd.DataFrame([planned(*way) for way in ways]).round(2)
 

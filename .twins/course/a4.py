@@ -15,9 +15,10 @@
 # %%
 import importlib.util
 if not importlib.util.find_spec("sdpo_nb"):
-    get_ipython().run_line_magic("pip", 'install -q "sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"')
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
 again = "Choose Runtime > Disconnect and delete runtime, then run this cell again."
-assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb; what it said stands above. {again}"
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
 
 import sdpo_nb
 version = sdpo_nb.__version__
@@ -200,7 +201,8 @@ S, tokenizer = load_base(world)
 def trained(method, beta, stages, seed):
     "A model of the tiny world; the same question twice trains once."
     if method == "S": return S
-    settings = StepwiseConfig(beta=beta, lr=1e-4, max_length=64, precision="fp32", seed=seed, chunks=stages, device="cpu")
+    settings = StepwiseConfig(
+        beta=beta, chunks=stages, seed=seed, lr=1e-4, max_length=64, precision="fp32", device="cpu")
     return sdpo(world.base, world.sources, settings, tempfile.mkdtemp()).model
 
 def measure(method, beta, stages, seed, split):
