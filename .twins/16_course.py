@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/16_course.ipynb)
 #
-# **You should know** what [a check](15_checks.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** 40 minutes to read with its code, about a minute to run. If you only want to
+# **You should know** what [a check](15_checks.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and a half to read with all its code, a minute to run. If you only want to
 # use the assignments, read the last section, "How a teacher uses it", and nothing else.
 #
 # An assignment exists three times: as the students see it, with the solutions, and as something that gives points. When these are three files, they drift apart: a question is reworded in one
@@ -518,6 +518,30 @@ def _passes(check, value, seed=None) -> tuple[bool, str]:
         return False, told or type(e).__name__
     return True, f"passed (seed {seed})"
 
+
+# %% [markdown]
+# A definition that stops, with a name that the grader has left out, does not stop the others. And a check may pass, object, or meet something that it did not expect:
+
+# %%
+names = {}
+trouble = _define(["a = 3", "b = a + unknown", "c = a + 4"], names)
+print(names["c"], trouble)
+
+# %%
+def check_seven(value, seed=None):
+    assert value == 7, "it should be 7"
+    return seed
+
+for value in (names["c"], 8, "seven"): print(_passes(check_seven, value, seed=1))
+print(_passes(lambda value, seed: value + 1, "seven"))
+
+
+# %% [markdown]
+# A student's function could also change the check while it is being checked. Two guards stand against it, after a pass. The first is a *canary*, the bird that miners took along: the check must still refuse a function that returns
+# nothing. The second compares: no function of the package, of torch or of Python may have been replaced.
+
+# %%
+#| export
 PATCHED = "something in this notebook changes the check, or what it computes with"
 _WATCHED = {"sdpo_nb", "torch", "math", "builtins"}
 
@@ -539,6 +563,20 @@ def was_patched(
         if now is not thing or getattr(now, "__code__", None) is not code: return True
     return False
 
+
+# %%
+isclose, before = math.isclose, functions_of_modules()
+math.isclose = lambda *a, **k: True         # all numbers are equal now
+assert was_patched(before)
+math.isclose = isclose
+was_patched(before)
+
+
+# %% [markdown]
+# Definitions, check, guards: that is all of it.
+
+# %%
+#| export
 def answer(
     code: list[str], # definitions
     target: str,     # name of what the check looks at
@@ -559,8 +597,7 @@ def answer(
 
 
 # %% [markdown]
-# A student's function could change the check while it is being checked. Two guards stand against it, after a pass. The first is a *canary*, the bird that miners took along: the check must still refuse a function that returns nothing. The second
-# compares: no function of the package, of torch or of Python may have been replaced. Try four submissions with a check of our own:
+# Four submissions, and a check of our own:
 
 # %%
 tried_with = [3, 5, 8]
@@ -574,7 +611,6 @@ wrong = "def double(x): return x * x"
 sly = "def double(x):\n    import __main__\n    __main__.tried_with = []\n    return 2 * x"
 
 slier = "def double(x):\n    import math\n    math.isclose = lambda *a, **k: True\n    return 2 * x"
-isclose = math.isclose
 
 for text in (honest, wrong, sly, slier):
     print(answer([text], "double", [check_double], seed=1))
@@ -774,9 +810,9 @@ def read_marks(
     return marks
 
 def add_marks(
-    grades: list[Grade],
+    grades: list,      # of Grades
     marks: dict,       # of `read_marks`
-    asked: list[Question],
+    asked: list,       # of Questions
 ):
     "Write a person's points into grades. Raises ValueError for a student, question or number that cannot be."
     most, by_name = {q.name: q.points for q in asked}, {g.student: g for g in grades}
@@ -804,9 +840,9 @@ print(complaint(add_marks, [alice], read_marks(tmp / "marks.csv"), [q1, q2]))
 # %%
 #| export
 def write_grades(
-    grades: list[Grade],
+    grades: list,      # of Grades
     path,              # of the CSV file
-    asked: list[Question],
+    asked: list,       # of Questions
 ):
     "A table: student, one column a question, total, flags. A question that nobody has marked is empty."
     names = [q.name for q in asked]
@@ -818,8 +854,8 @@ def write_grades(
             table.writerow([g.student, *points, g.total, "; ".join(g.flags)])
 
 def feedback(
-    grade: Grade,
-    asked: list[Question],
+    grade: Grade, # of one submission
+    asked: list,       # of Questions
 ) -> str: # Markdown
     "What a student is told."
     most = sum(q.points for q in asked)
@@ -910,8 +946,8 @@ told.replace(str(tmp), "", regex=True)
 # %%
 #| export
 def gradescope_results(
-    grade: Grade,
-    asked: list[Question],
+    grade: Grade, # of one submission
+    asked: list,       # of Questions
 ) -> dict: # as Gradescope reads it
     "One test a question; those that a person marks are left to Gradescope's own rubric."
     tests = []
@@ -957,7 +993,7 @@ print(json.dumps(gradescope_results(wrong_one, [q1, q2]), indent=1))
 # %% [markdown]
 # ## The commands
 #
-# Three verbs, with the same names as the functions. (`serve` is the server of above; you never type it.)
+# Three verbs, with the same names as the functions. (`serve` is the server of above; you never type it.) This is how a line is read:
 
 # %%
 #| export
@@ -992,6 +1028,18 @@ def _parser():
     v.add_argument("ready", nargs="*")
     return parser
 
+
+
+# %%
+args = _parser().parse_args(["grade", "a1.ipynb", "submissions/", "--limit", "30"])
+args.verb, args.limit
+
+
+# %% [markdown]
+# What `grade` leaves behind is what was asked for. A file that cannot be used ends in one line and status 1.
+
+# %%
+#| export
 def _write_all(args, grades):
     "What `grade` leaves behind, where it was asked for."
     asked = questions(read_notebook(args.master))
@@ -1004,11 +1052,8 @@ def _write_all(args, grades):
     folder.mkdir(parents=True, exist_ok=True)
     for g in grades: (folder / f"{g.student}.md").write_text(feedback(g, asked), encoding="utf-8")
 
-
-# %%
-#| export
 def main(
-    argv: list[str]=None, # words of the command line; default: those of this process
+    argv: list=None, # words of the command line; default: those of this process
 ):
     "`python -m sdpo_nb.course`. A file that cannot be used ends in one line and status 1."
     args = _parser().parse_args(argv)

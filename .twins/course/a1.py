@@ -74,7 +74,7 @@ try_check(check_sequence_logps, sequence_logps)
 # %% [markdown]
 # ## Question 2. The loss (4 points)
 #
-# Of one pair we know how likely the policy finds the chosen answer $y_w$ and the rejected answer $y_l$, and how likely the reference finds them. The loss is
+# The *policy* is the model in training, the *reference* a frozen model, usually the one that training started from. Of one pair we know how likely the policy finds the chosen answer $y_w$ and the rejected answer $y_l$, and how likely the reference finds them. The loss is
 #
 # $$L = -\log\sigma\big(\beta\,\Delta\big), \qquad \Delta = \big(\log\pi(y_w|x) - \log\pi(y_l|x)\big) - \big(\log\pi_{ref}(y_w|x) - \log\pi_{ref}(y_l|x)\big).$$
 #
