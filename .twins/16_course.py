@@ -126,6 +126,7 @@ def nothing_yet(chosen, rejected, ref_chosen, ref_rejected, beta): ...
 
 try_check(check_dpo_loss, nothing_yet)
 
+
 # %% [markdown]
 # Now, the questions of a master:
 
@@ -527,6 +528,7 @@ names = {}
 trouble = _define(["a = 3", "b = a + unknown", "c = a + 4"], names)
 print(names["c"], trouble)
 
+
 # %%
 def check_seven(value, seed=None):
     assert value == 7, "it should be 7"
@@ -534,7 +536,6 @@ def check_seven(value, seed=None):
 
 for value in (names["c"], 8, "seven"): print(_passes(check_seven, value, seed=1))
 print(_passes(lambda value, seed: value + 1, "seven"))
-
 
 # %% [markdown]
 # A student's function could also change the check while it is being checked. Two guards stand against it, after a pass. The first is a *canary*, the bird that miners took along: the check must still refuse a function that returns

@@ -258,6 +258,7 @@ def _passes(check, value, seed=None) -> tuple[bool, str]:
         return False, told or type(e).__name__
     return True, f"passed (seed {seed})"
 
+# %% ../nbs/16_course.ipynb #40e9d115
 PATCHED = "something in this notebook changes the check, or what it computes with"
 _WATCHED = {"sdpo_nb", "torch", "math", "builtins"}
 
@@ -279,6 +280,7 @@ def was_patched(
         if now is not thing or getattr(now, "__code__", None) is not code: return True
     return False
 
+# %% ../nbs/16_course.ipynb #f5809fa7
 def answer(
     code: list[str], # definitions
     target: str,     # name of what the check looks at
@@ -443,9 +445,9 @@ def read_marks(
     return marks
 
 def add_marks(
-    grades: list[Grade],
+    grades: list,      # of Grades
     marks: dict,       # of `read_marks`
-    asked: list[Question],
+    asked: list,       # of Questions
 ):
     "Write a person's points into grades. Raises ValueError for a student, question or number that cannot be."
     most, by_name = {q.name: q.points for q in asked}, {g.student: g for g in grades}
@@ -459,9 +461,9 @@ def add_marks(
 
 # %% ../nbs/16_course.ipynb #29497c67
 def write_grades(
-    grades: list[Grade],
+    grades: list,      # of Grades
     path,              # of the CSV file
-    asked: list[Question],
+    asked: list,       # of Questions
 ):
     "A table: student, one column a question, total, flags. A question that nobody has marked is empty."
     names = [q.name for q in asked]
@@ -473,8 +475,8 @@ def write_grades(
             table.writerow([g.student, *points, g.total, "; ".join(g.flags)])
 
 def feedback(
-    grade: Grade,
-    asked: list[Question],
+    grade: Grade, # of one submission
+    asked: list,       # of Questions
 ) -> str: # Markdown
     "What a student is told."
     most = sum(q.points for q in asked)
@@ -524,8 +526,8 @@ def grade(
 
 # %% ../nbs/16_course.ipynb #9312adca
 def gradescope_results(
-    grade: Grade,
-    asked: list[Question],
+    grade: Grade, # of one submission
+    asked: list,       # of Questions
 ) -> dict: # as Gradescope reads it
     "One test a question; those that a person marks are left to Gradescope's own rubric."
     tests = []
@@ -592,6 +594,9 @@ def _parser():
     v.add_argument("ready", nargs="*")
     return parser
 
+
+
+# %% ../nbs/16_course.ipynb #618cdcd2
 def _write_all(args, grades):
     "What `grade` leaves behind, where it was asked for."
     asked = questions(read_notebook(args.master))
@@ -604,9 +609,8 @@ def _write_all(args, grades):
     folder.mkdir(parents=True, exist_ok=True)
     for g in grades: (folder / f"{g.student}.md").write_text(feedback(g, asked), encoding="utf-8")
 
-# %% ../nbs/16_course.ipynb #e9fca44b
 def main(
-    argv: list[str]=None, # words of the command line; default: those of this process
+    argv: list=None, # words of the command line; default: those of this process
 ):
     "`python -m sdpo_nb.course`. A file that cannot be used ends in one line and status 1."
     args = _parser().parse_args(argv)

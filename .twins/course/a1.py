@@ -34,6 +34,7 @@ from sdpo_nb.checks import check_dpo_loss, check_gradient, check_ipo, check_pred
 from sdpo_nb.checks import report
 from sdpo_nb.course import try_check
 
+
 # %% [markdown]
 # ## Question 1. How likely is this answer? (4 points)
 #
@@ -71,6 +72,7 @@ assert round(by_hand.item(), 3) == -0.981
 #| question q1 4 check_sequence_logps sequence_logps
 try_check(check_sequence_logps, sequence_logps)
 
+
 # %% [markdown]
 # ## Question 2. The loss (4 points)
 #
@@ -107,6 +109,7 @@ assert round(dpo_loss(*four, 0.5).item(), 3) == 0.554
 #| question q2 4 check_dpo_loss dpo_loss
 try_check(check_dpo_loss, dpo_loss)
 
+
 # %% [markdown]
 # ## Question 3. The slope (2 points)
 #
@@ -136,6 +139,7 @@ assert round(gradient(torch.tensor([1.0]), torch.tensor([0.4]), 0.5).item(), 3) 
 # %%
 #| question q3 2 check_gradient gradient
 try_check(check_gradient, gradient)
+
 
 # %% [markdown]
 # ## Question 4. A rival (3 points)

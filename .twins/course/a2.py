@@ -36,6 +36,7 @@ from sdpo_nb.partition import measure_source
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.world import answer, load_base, load_world
 
+
 # %% [markdown]
 # ## Question 1. Where does the answer begin? (3 points)
 #
@@ -74,6 +75,7 @@ assert boundary([5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2]) == 2
 #| question q1 3 check_boundary boundary
 try_check(check_boundary, boundary)
 
+
 # %% [markdown]
 # ## Question 2. Right, wrong, tie (4 points)
 #
@@ -103,6 +105,7 @@ assert three.tolist() == [1, 0, 0.5]
 #| question q2 4 check_accuracy accuracy
 try_check(check_accuracy, accuracy)
 
+
 # %% [markdown]
 # ## Question 3. One prompt, many pairs (4 points)
 #
@@ -130,6 +133,7 @@ assert by_prompt(torch.tensor([1., 1., 1., 0.]), torch.tensor([7, 7, 7, 3])) == 
 # %%
 #| question q3 4 check_by_prompt by_prompt
 try_check(check_by_prompt, by_prompt)
+
 
 # %% [markdown]
 # ## Question 4. Cut it into stages (5 points)

@@ -36,6 +36,7 @@ from sdpo_nb.checks import report, score
 from sdpo_nb.course import try_check
 from sdpo_nb.trainer import TrainConfig, memory_plan
 
+
 # %% [markdown]
 # ## Question 1. A large batch in small parts (4 points)
 #
@@ -67,6 +68,7 @@ def accumulation(
 #| question q1 4 check_accumulation accumulation
 try_check(check_accumulation, accumulation)
 
+
 # %% [markdown]
 # ## Question 2. The reference is a table (4 points)
 #
@@ -96,6 +98,7 @@ def reference_table(
 # %%
 #| question q2 4 check_reference_table reference_table
 try_check(check_reference_table, reference_table)
+
 
 # %% [markdown]
 # ## Question 3. A step in fp16 (5 points)
@@ -127,6 +130,7 @@ def fp16_step(
 # %%
 #| question q3 5 check_fp16_step fp16_step
 try_check(check_fp16_step, fp16_step)
+
 
 # %% [markdown]
 # ## Question 4. The stage (5 points)
@@ -213,6 +217,7 @@ pd.DataFrame(found).round(2) if found else "no graphics card here: use the table
 #| teacher
 tiny = dict(SMOLLM2_135M, vocab_size=64, hidden_size=36, intermediate_size=64, num_hidden_layers=2)
 for way in ways: assert cost(*way, device="cpu", sizes=tiny, rows=2, tokens=16)["seconds"] > 0
+
 
 # %%
 def planned(half, checkpointing):

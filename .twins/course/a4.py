@@ -37,6 +37,7 @@ from sdpo_nb.evaluate import response_kl
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_base, load_world, true_rewards
 
+
 # %% [markdown]
 # ## Question 1. The loop (5 points)
 #
@@ -70,6 +71,7 @@ def stepwise(
 #| question q1 5 check_stepwise stepwise
 try_check(check_stepwise, stepwise)
 
+
 # %% [markdown]
 # ## Question 2. What a loss guarantees (3 points)
 #
@@ -101,6 +103,7 @@ assert round(certificate(0.5, 2., 0.1), 2) == 6.33
 # %%
 #| question q2 3 check_certificate certificate
 try_check(check_certificate, certificate)
+
 
 # %% [markdown]
 # ## Question 3. The first line of the log (3 points)
