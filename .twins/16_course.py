@@ -159,7 +159,7 @@ def questions(
     names = [q.name for q in found]
     for name in names:
         if names.count(name) > 1: raise ValueError(f"question {name} is there twice")
-    if not found: raise ValueError("there is no question; a check cell begins with '#| question q1 4 check_it it'")
+    if not found: raise ValueError("no question; a check cell begins with '#| question q1 4 check_it it'")
     return found
 
 
@@ -189,7 +189,7 @@ def _split_line(line):
 def split_solution(
     text: str, # of a cell of a master
 ) -> tuple[list[str], list[str]]: # lines that a student sees, lines that are for the teacher
-    "Cut the solutions out of a cell, and leave `...` there. Raises ValueError for a mark without its partner."
+    "Cut the solutions out of a cell, and leave `...`. Raises ValueError for a mark without its partner."
     given, hidden, inside = [], [], False
     for line in text.split("\n"):
         mark = line.strip()
@@ -293,7 +293,7 @@ leaks(careless, student_version(careless))
 
 # %%
 #| export
-COLAB = "https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main"
+COLAB, REPOSITORY = "https://colab.research.google.com/github", "sdpo-nb/sdpo_nb"
 
 def read_notebook(
     path, # of an .ipynb file
@@ -311,8 +311,8 @@ def read_notebook(
 
 def build(
     masters,       # folder of solved notebooks
-    out,           # folder of the students' versions; what is there is replaced
-    colab: str=COLAB, # where Colab finds the repository that holds `out`; empty: no badge
+    out,           # folder of the students' versions, as seen from the repository; what is there is replaced
+    repository: str=REPOSITORY, # on GitHub, where Colab finds `out` on the branch main; empty: no badge
 ) -> list[Path]:   # what was written
     """Students' versions of all masters of a folder.
 
@@ -323,7 +323,8 @@ def build(
         master = read_notebook(path)
         try:
             questions(master)
-            student = student_version(master, f"{colab}/{(out / path.name).as_posix()}" if colab else "")
+            place = f"{COLAB}/{repository}/blob/main/{(out / path.name).as_posix()}"
+            student = student_version(master, place if repository else "")
         except ValueError as e: raise ValueError(f"{path}: {e}") from e
         for line in leaks(master, student):
             raise ValueError(f"{path}: this line of a solution is left in the student's version: {line}")
@@ -752,7 +753,7 @@ class Grade:
     "What one submission got."
     student: str
     points: dict[str, int|None] = field(default_factory=dict) # by question; None: nobody has marked it yet
-    said: dict[str, str] = field(default_factory=dict)        # by question: the check's sentence, or the student's text
+    said: dict[str, str] = field(default_factory=dict) # by question: a sentence, or what the student wrote
     flags: list[str] = field(default_factory=list)            # what a teacher should know
 
     @property
@@ -1006,7 +1007,7 @@ def _parser():
     v = verbs.add_parser("build", help="students' versions of a folder of masters")
     v.add_argument("masters", help="folder of solved notebooks")
     v.add_argument("out", help="folder of the students' versions")
-    v.add_argument("--colab", default=COLAB, help="where Colab finds what holds OUT (default: %(default)s)")
+    v.add_argument("--repository", default=REPOSITORY, help="on GitHub, with OUT (default: %(default)s)")
 
     v = verbs.add_parser("grade", help="points and feedback for submissions")
     v.add_argument("master", help="the solved notebook")
@@ -1060,7 +1061,7 @@ def main(
     args = _parser().parse_args(argv)
     if args.verb == "serve": return _serve(args.extra, args.ready)
     try:
-        if args.verb == "build": print(*build(args.masters, args.out, args.colab), sep="\n")
+        if args.verb == "build": print(*build(args.masters, args.out, args.repository), sep="\n")
         elif args.verb == "gradescope": print(gradescope(args.master, args.out, args.extra))
         else:
             how = dict(extra=args.extra, limit=args.limit, manual=args.manual, seed=args.seed)
@@ -1124,7 +1125,7 @@ shutil.rmtree(tmp)
 # 2. **Change something**, if you like: edit the master, run it from the top, then
 #
 #    ```
-#    python -m sdpo_nb.course build nbs/course nbs/assignments --colab https://colab.research.google.com/github/YOU/REPOSITORY/blob/main
+#    python -m sdpo_nb.course build nbs/course nbs/assignments --repository YOU/YOURS
 #    ```
 # 3. **Collect** the notebooks into one folder, and grade them:
 #
