@@ -753,7 +753,7 @@ class Grade:
     "What one submission got."
     student: str
     points: dict[str, int|None] = field(default_factory=dict) # by question; None: nobody has marked it yet
-    said: dict[str, str] = field(default_factory=dict) # by question: a sentence, or what the student wrote
+    said: dict[str, str] = field(default_factory=dict)        # by question: a sentence, or what the student wrote
     flags: list[str] = field(default_factory=list)            # what a teacher should know
 
     @property
@@ -1104,8 +1104,8 @@ shutil.rmtree(tmp)
 # %% [markdown]
 # ## Why not Otter or nbgrader?
 #
-# Both are good programs, and many courses have them. A [review of this project](https://github.com/sdpo-nb/sdpo_nb) tried both with the questions of assignment 1, and this program's prototype beside them. Its numbers (they
-# are the review's, not this notebook's):
+# Both are good programs, and many courses have them. A review of this project, at commit b9eec8b, tried both with a short form of assignment 1, and a prototype of this chapter beside them. The numbers are
+# the review's, not this notebook's:
 #
 # | | Otter 7.0.0 | nbgrader | this chapter's prototype |
 # |---|---|---|---|
