@@ -202,9 +202,16 @@ def _kept(node, given, dropped):
         if not good: return None
         node.names = good
         return node
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    named = isinstance(node, (ast.Assign, ast.AnnAssign)) and all(isinstance(t, ast.Name) for t in targets)
-    return node if named and node.value is not None and _is_constant(node.value) else None
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None: return None
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    named = all(map(_is_named, targets))
+    defines = isinstance(node.value, ast.Lambda) or _is_constant(node.value)
+    return node if named and defines else None
+
+def _is_named(target):
+    "Whether an assignment gives names, `a = 1` or `a, b = 1, 2`, and changes no object, as in `a.b = 1`."
+    if isinstance(target, ast.Tuple): return all(map(_is_named, target.elts))
+    return isinstance(target, ast.Name)
 
 # %% ../nbs/16_course.ipynb #0f2bed77
 def _parse(text):

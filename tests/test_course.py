@@ -215,14 +215,14 @@ def test_what_is_kept_of_a_submission():
     kept, remarks = definitions(notebook(
         "%matplotlib inline\n!pip install x\nimport torch, os\nfrom torch import nn\nimport torch.nn.functional as F",
         "%%time\nthis is no Python",
-        "x = 3; y: float = -math.log(2); z = train(); a.b = 1; d = dict(q=[1, 2 * x])",
+        "x = 3; y: float = -math.log(2); z = train(); a.b = 1; d = dict(q=[1, 2 * x]); u, v = 1, 2; u, a.b = 1, 2; w = lambda z: z",
         "print(1)\nclass A: pass\nwith open('f') as f: pass",
         "from sdpo_nb.stepwise import sdpo\nfrom sdpo_nb.loss import dpo_loss",
         "f(",
     ), given)
     assert kept == [
         "import torch", "from torch import nn", "import torch.nn.functional as F", "x = 3", "y: float = -math.log(2)",
-        "d = dict(q=[1, 2 * x])", "class A:\n    pass", "from sdpo_nb.stepwise import sdpo",
+        "d = dict(q=[1, 2 * x])", "u, v = (1, 2)", "w = lambda z: z", "class A:\n    pass", "from sdpo_nb.stepwise import sdpo",
     ]
     assert "code cell 6 does not parse" in remarks[0]
     assert remarks[1:] == ["the import of os was left out", "the import of sdpo_nb.loss was left out"]
