@@ -166,6 +166,16 @@ def _names_used(code: CodeType):
         if isinstance(const, CodeType): yield from _names_used(const)
 
 
+# %% [markdown]
+# The names that our student's loss looks up outside of itself, each with what it takes from there:
+
+# %%
+list(_names_used(handed_in.__code__))
+
+
+# %% [markdown]
+# Each name stands for something: a module, a function of the package, or another function of the student's, whose names are looked at in turn.
+
 # %%
 #| export
 def _plain(f):
@@ -182,7 +192,7 @@ def foreign_name(
     "The first thing that a function uses from the package, and that is not given to students."
     seen = set() if seen is None else seen
     f = _plain(f)
-    if f is None or id(f) in seen: return None
+    if f is None or f is score or id(f) in seen: return None
     seen.add(id(f))
     if _is_foreign(f): return f.__name__
     if not isinstance(f, FunctionType): return None
@@ -227,18 +237,21 @@ found
 
 # %%
 #| export
+class WrongForm(ValueError):
+    "An answer of another kind than was asked for."
+
 def per_pair(
     answer,         # what the student's function returned
     inputs: tuple,  # what it was called with; the first has a row per pair
 ) -> Tensor:        # (n,) float64, detached
-    "The form of one number per pair. Raises ValueError, saying what is wrong with it."
+    "The form of one number per pair. Raises WrongForm, saying what is wrong with it."
     n = len(inputs[0])
-    if not isinstance(answer, Tensor): raise ValueError(f"it returns {_kind(answer)}, not a tensor")
+    if not isinstance(answer, Tensor): raise WrongForm(f"it returns {_kind(answer)}, not a tensor")
     shape = tuple(answer.shape)
-    if shape == (): raise ValueError("it returns one number for all pairs; return one per pair, the mean is taken later")
+    if shape == (): raise WrongForm("it returns one number for all pairs; return one per pair, the mean is taken later")
     if shape == (n, n) and n > 1:
-        raise ValueError(f"it returns shape {shape}: unequal shapes broadcast to every pair against every other")
-    if shape != (n,): raise ValueError(f"it returns shape {shape} for {n} pairs, not ({n},)")
+        raise WrongForm(f"it returns shape {shape}: unequal shapes broadcast to every pair against every other")
+    if shape != (n,): raise WrongForm(f"it returns shape {shape} for {n} pairs, not ({n},)")
     return answer.detach().double()
 
 def _kind(thing) -> str: return f"a {type(thing).__name__}"
@@ -248,7 +261,7 @@ def _kind(thing) -> str: return f"a {type(thing).__name__}"
 three = (torch.zeros(3),)
 for strange in (0.5, torch.tensor(0.5), torch.zeros(3, 3), torch.zeros(3, 1)):
     try: per_pair(strange, three)
-    except ValueError as e: print(e)
+    except WrongForm as e: print(e)
 
 
 # %% [markdown]
@@ -260,27 +273,28 @@ def one_number(
     answer,        # what the student's function returned
     inputs: tuple, # what it was called with
 ) -> float:
-    "The form of a single number. Raises ValueError, saying what is wrong with it."
+    "The form of a single number. Raises WrongForm, saying what is wrong with it."
     if isinstance(answer, Tensor) and answer.numel() != 1:
-        raise ValueError(f"it returns shape {tuple(answer.shape)}, not one number")
+        raise WrongForm(f"it returns shape {tuple(answer.shape)}, not one number")
+    if isinstance(answer, Tensor): answer = answer.detach()
     try: return float(answer)
-    except (TypeError, ValueError): raise ValueError(f"it returns {_kind(answer)}, not a number") from None
+    except (TypeError, ValueError): raise WrongForm(f"it returns {_kind(answer)}, not a number") from None
 
 def whole_number(
     answer,        # what the student's function returned
     inputs: tuple, # what it was called with
 ) -> int:
-    "The form of a count. Raises ValueError, saying what is wrong with it."
+    "The form of a count. Raises WrongForm, saying what is wrong with it."
     try: return operator.index(answer)
-    except TypeError: raise ValueError(f"it returns {_kind(answer)}, not a whole number") from None
+    except TypeError: raise WrongForm(f"it returns {_kind(answer)}, not a whole number") from None
 
 def lists_of_rows(
     answer,        # what the student's function returned
     inputs: tuple, # what it was called with
 ) -> list:
-    "The form of a partition. Raises ValueError, saying what is wrong with it."
+    "The form of a partition. Raises WrongForm, saying what is wrong with it."
     try: return [[operator.index(row) for row in chunk] for chunk in answer]
-    except TypeError: raise ValueError(f"it returns {_kind(answer)}, not a list of lists of row numbers") from None
+    except TypeError: raise WrongForm(f"it returns {_kind(answer)}, not a list of lists of row numbers") from None
 
 def as_it_is(
     answer,        # what was seen
@@ -344,7 +358,7 @@ class Exercise:
     says: dict              # mistake -> what was done, and why that is wrong
     read: tuple             # chapter and heading
     draw: Callable=None     # (generator, n, beta) -> inputs; None: only `edges` are looked at
-    form: Callable=per_pair # (answer, inputs) -> the answer, comparable; ValueError where it has another form
+    form: Callable=per_pair # (answer, inputs) -> the answer, comparable; WrongForm where it has another form
     observe: Callable=call  # (f, inputs) -> what is compared
     edges: dict=field(default_factory=dict)     # mistake -> (f, generator) -> whether f makes it
     elsewhere: dict=field(default_factory=dict) # mistake -> chapter and heading, if it is explained elsewhere
@@ -521,6 +535,12 @@ diagnoses
 
 # %%
 #| export
+def is_empty(
+    answer, # what should be an answer
+) -> bool:
+    "Whether it is what an assignment was handed out with."
+    return answer is None or answer is ...
+
 def _read(place) -> str: return f'Read chapter {place[0]}, "{place[1]}".'
 
 def _shapes(inputs) -> str:
@@ -535,17 +555,17 @@ def _empty(exercise):
 
 def _run(exercise, f, inputs):
     "The answer of a student's function to one batch. Raises CheckFailed where there is none."
-    try: seen = exercise.observe(f, inputs)
+    try:
+        seen = exercise.observe(f, inputs)
+        if is_empty(seen): raise NotImplementedError
+        return exercise.form(seen, inputs)
     except NotImplementedError: raise _empty(exercise) from None
+    except WrongForm as e: raise CheckFailed(f"{exercise.name}: {e}. {_read(exercise.read)}", ["form"]) from None
     except (Exception, SystemExit) as e:
         what = f"{type(e).__name__}: {e}".splitlines()[0][:90]
         called = f"It was called with {_shapes(inputs)}."[:80]
         text = f"{exercise.name} stops with {what}. {called} {_read(exercise.read)}"
         raise CheckFailed(text, ["stopped"]) from None
-    if seen is None or seen is ...: raise _empty(exercise)
-    try: return exercise.form(seen, inputs)
-    except ValueError as e:
-        raise CheckFailed(f"{exercise.name}: {e}. {_read(exercise.read)}", ["form"]) from None
 
 
 # %% [markdown]
@@ -645,9 +665,11 @@ def run_check(
 ) -> int:       # the seed
     "Check an answer, print that it passed, or raise CheckFailed."
     exercise = EXERCISES[name]
-    if f is None or f is ...: raise _empty(exercise)
-    if not callable(f): raise CheckFailed(f"{name}: {_kind(f)}, not a function. {_read(exercise.read)}", ["form"])
+    if is_empty(f): raise _empty(exercise)
     foreign = foreign_name(f)
+    if not callable(f):
+        if exercise.draw: raise CheckFailed(f"{name}: {_kind(f)}, not a function. {_read(exercise.read)}", ["form"])
+        f = partial(copy.deepcopy, f)                    # numbers or a table, not a function that makes them
     if foreign:
         text = f"{name}: {foreign} is the package's own; write it yourself. {_read(exercise.read)}"
         raise CheckFailed(text, ["own_work"])
@@ -844,6 +866,14 @@ def _needs_autograd(f, g):
 
 
 # %%
+gamma_theta, gamma_ref, beta = _draw_gammas(torch.Generator().manual_seed(0), 3, 0.1)
+gamma_theta.requires_grad_()
+loss = F.softplus(-beta * (gamma_theta - gamma_ref)).sum()
+(slope,) = torch.autograd.grad(loss, gamma_theta)
+assert alike(slope, _gradient(gamma_theta, gamma_ref, beta).detach())
+slope
+
+# %%
 #| export
 EXERCISES["gradient"] = Exercise(
     name="gradient",
@@ -953,10 +983,10 @@ def _predictions(wrong=()):
 
 def _seven_numbers(answers, inputs) -> dict:
     "The form of predictions."
-    if not isinstance(answers, dict): raise ValueError(f"a dict is wanted, not {_kind(answers)}")
+    if not isinstance(answers, dict): raise WrongForm(f"a dict is wanted, not {_kind(answers)}")
     for key in PREDICTIONS:
-        if key not in answers: raise ValueError(f"{key} is missing")
-        if answers[key] in (None, ...): raise ValueError(f"{key} is nothing yet: replace the `...` by a number")
+        if key not in answers: raise WrongForm(f"{key} is missing")
+        if is_empty(answers[key]): raise WrongForm(f"{key} is nothing yet: replace the `...` by a number")
     return {key: one_number(answers[key], inputs) for key in PREDICTIONS}
 
 def _prediction_edges() -> dict:
@@ -993,8 +1023,7 @@ def check_predictions(
     seed: int=None, # is not used here
 ) -> int:           # the seed
     "Check seven predicted numbers, within one percent."
-    f = answers if callable(answers) or answers in (None, ...) else lambda: answers
-    return run_check("predictions", f, seed)
+    return run_check("predictions", answers, seed)
 
 
 # %%
@@ -1335,6 +1364,7 @@ EXERCISES["accumulation"] = Exercise(
     draw=_draw_parts,
     form=as_it_is,
     observe=_watch_accumulation,
+    tries=3,
     read=("06", "Accumulation: divide by pairs"),
     says=dict(
         mean_of_means="it is the mean of means; a pair of a short part counts more.",
@@ -1405,11 +1435,11 @@ def _watch_scoring(f, inputs):
         before = torch.get_rng_state()
         table = f(model, [dict(key=key) for key in numbers], score)
         same_luck = torch.equal(before, torch.get_rng_state())
-    if table is None: return None
-    if not isinstance(table, dict): raise TypeError(f"a dict is wanted, not {_kind(table)}")
+    if is_empty(table): return None
+    if not isinstance(table, dict): raise WrongForm(f"a dict is wanted, not {_kind(table)}")
     if seen["training"]: return "scored with dropout"
     return dict(
-        table={key: [float(value) for value in row] for key, row in table.items()},
+        table={key: [one_number(value, ()) for value in row] for key, row in table.items()},
         grad=seen["grad"],
         mode_kept=model.training == training,
         luck_kept=same_luck,
@@ -1428,6 +1458,7 @@ EXERCISES["reference_table"] = Exercise(
     draw=_draw_keys,
     form=as_it_is,
     observe=_watch_scoring,
+    tries=3,
     read=("02", "The pass"),
     says=dict(
         dropout="the model is in train mode, so dropout changes its numbers.",
@@ -1517,6 +1548,7 @@ EXERCISES["fp16_step"] = Exercise(
     draw=_draw_slopes,
     form=as_it_is,
     observe=_watch_step,
+    tries=2,
     read=("06", "Half precision, full weights"),
     says=dict(
         no_scale="the loss is not scaled before the backward pass.",
@@ -1631,7 +1663,9 @@ def _losses(f, model, *args):
     "The losses of a stage as numbers, and what was seen of the model."
     model = copy.deepcopy(model)
     with _watching(model) as seen: losses = f(model, *args)
-    return losses if losses is None or losses is ... else [float(loss) for loss in losses], seen
+    if is_empty(losses): return None, seen
+    if not isinstance(losses, (list, tuple)): raise WrongForm(f"a list of losses is wanted, not {_kind(losses)}")
+    return [one_number(loss, ()) for loss in losses], seen
 
 @torch.no_grad()
 def _untrained_losses(model, pairs, table, beta) -> list:
@@ -1644,7 +1678,7 @@ def _watch_training(f, inputs):
     "The losses of two runs; where these say nothing, why."
     model, pairs, table, beta, lr, batch = inputs
     still, _ = _losses(f, model, list(pairs), dict(table), beta, 0., 1)
-    if still is None or still is ...: return None
+    if still is None: return None
     losses, seen = _losses(f, model, list(pairs), dict(table), beta, lr, batch)
     if any(half for _, half in seen): return "half weights"
     if not all(training for training, _ in seen): return "eval mode"
@@ -1653,6 +1687,10 @@ def _watch_training(f, inputs):
     if alike(sorted(still), sorted(want)) and not alike(still, want): return "another order"
     return dict(still=still, losses=losses)
 
+
+# %%
+inputs = _draw_stage(torch.Generator().manual_seed(0), 3, 0.1)
+for wrong in ((), ("shuffled",), ("bf16_weights",)): print(wrong, _watch_training(partial(_train, wrong=wrong), inputs))
 
 # %%
 #| export
@@ -1755,7 +1793,7 @@ def _watch_stages(f, inputs):
         return model
 
     last = f(S, [f"D_{t}" for t in range(1, inputs[0] + 1)], score, train, copy)
-    if last is None and not log: return None
+    if is_empty(last) and not log: return None
     return dict(log=log, S_kept=S.seen == (), returned=bool(trained) and last is trained[-1])
 
 
@@ -1947,11 +1985,11 @@ _experiment().drop(columns="rewards").round(3)
 #| export
 def _table_of_runs(runs, inputs) -> pd.DataFrame:
     "The form of an experiment."
-    if not isinstance(runs, pd.DataFrame): raise ValueError(f"a DataFrame is wanted, not {_kind(runs)}")
+    if not isinstance(runs, pd.DataFrame): raise WrongForm(f"a DataFrame is wanted, not {_kind(runs)}")
     absent = [name for name in COLUMNS if name not in runs.columns]
-    if absent: raise ValueError(f"columns are missing: {', '.join(absent)}")
+    if absent: raise WrongForm(f"columns are missing: {', '.join(absent)}")
     for method in ("S", "sDPO"):
-        if method not in set(runs["method"]): raise ValueError(f"there is no run of {method}")
+        if method not in set(runs["method"]): raise WrongForm(f"there is no run of {method}")
     return runs
 
 def _lacks_dpo(stages_of, f, g) -> bool:
@@ -1977,6 +2015,15 @@ def _interval_is(paired, f) -> bool:
         if off > 0.05 * (high - low): return False
     return True
 
+
+# %%
+def without_baseline(): return _experiment(["no_baseline"])
+
+{
+    "DPO at beta/T is missing": _lacks_dpo(operator.attrgetter("stages"), without_baseline, None),
+    "beta was picked on test prompts": _picks_on_test(without_baseline, None),
+    "the intervals are paired": _interval_is(True, without_baseline),
+}
 
 # %%
 #| export
@@ -2014,8 +2061,7 @@ def check_experiment(
     seed: int=None, # is not used here
 ) -> int:           # the seed
     "Check that sDPO was compared fairly. Raises CheckFailed for a table that is not enough to say so."
-    f = runs if callable(runs) or runs is None or runs is ... else lambda: runs
-    return run_check("experiment", f, seed)
+    return run_check("experiment", runs, seed)
 
 
 # %%
