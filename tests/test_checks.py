@@ -451,6 +451,10 @@ def inside(c, r, rc, rr, beta):
 def in_a_lambda(c, r, rc, rr, beta): return (lambda: theirs(c - r, rc - rr, beta))()
 def from_the_checks(c, r, rc, rr, beta): return checks._dpo_loss(c, r, rc, rr, beta)
 def of_the_catalogue(*args): return EXERCISES["dpo_loss"].crooked(*args)
+def catalogue_inside(*args):
+    from sdpo_nb.checks import _dpo_loss
+    return _dpo_loss(*args)
+def by_long_path(*args): return sdpo_nb.checks._dpo_loss(*args)
 class Callable:
     def __call__(self, c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
     def method(self, c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
@@ -460,7 +464,7 @@ def closed_over(f=theirs):
     return inner
 
 
-@pytest.mark.parametrize("f", [renamed, by_module, by_helper, inside, in_a_lambda, from_the_checks, checks._dpo_loss, partial(checks._dpo_loss),
+@pytest.mark.parametrize("f", [renamed, by_module, by_helper, inside, in_a_lambda, from_the_checks, of_the_catalogue, catalogue_inside, by_long_path, checks._dpo_loss, partial(checks._dpo_loss),
                                Callable(), Callable().method, closed_over(), partial(renamed)], ids=lambda f: getattr(f, "__name__", type(f).__name__))
 def test_the_package_s_own_function_is_refused(f):
     e = heard(checks.check_dpo_loss, f)
@@ -482,6 +486,15 @@ def test_the_world_and_score_may_be_used():
     assert foreign_name(honest) is None
     assert foreign_name(attribute) is None
     assert foreign_name(len) is None
+    def given_inside(model, pairs):
+        from sdpo_nb.checks import score as s
+        return s(model, pairs), sdpo_nb.checks.score(model, pairs), F.cross_entropy
+    def own_names(theirs, dpo_loss):                           # captured by the lambda; the globals of these names are others
+        renamed = theirs
+        return lambda x: renamed(theirs(x), [dpo_loss for _ in x])
+    assert foreign_name(given_inside) is None
+    assert foreign_name(own_names) is None
+    assert foreign_name(own_names(len, len)) is None
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------------------
