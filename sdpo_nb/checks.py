@@ -831,7 +831,7 @@ def _overlapping(chunks):
 def _draw_sources(g, n, beta):
     "Four sources, two of them equally easy; three times out of six as many chunks as sources."
     sizes = torch.randint(2, 6, (4,), generator=g)
-    accuracy = 0.5 + 0.1 * torch.randperm(4, generator=g)
+    accuracy = 0.5 + torch.randperm(4, generator=g).double() / 8
     accuracy[int(torch.randint(1, 4, (1,), generator=g))] = accuracy[0]
     return accuracy.tolist(), sizes.tolist(), {1: 4, 2: 4, 4: 4, 3: 3, 5: 5, 6: 2}[n]
 
