@@ -1682,8 +1682,8 @@ assert time.perf_counter() - started < 5
 
 
 # %% [markdown]
-# Two mistakes would bury the others, so they are looked for first. In bf16 every number depends on how the batch was padded; and shuffled pairs give losses that no other run gives. So the spy looks at the weights while they are used, and
-# a first run, with batches of one pair and a learning rate of zero, shows the order. Where it finds one of the two, it reports nothing else.
+# Some mistakes would bury the others, so they are looked for first. In bf16 every number depends on how the batch was padded; and shuffled pairs give losses that no other run gives. So the spy looks at weights and mode while the model is used, and
+# a first run, with batches of one pair and a learning rate of zero, shows the order. Where it finds something there, it reports nothing else.
 
 # %%
 #| export
@@ -2198,10 +2198,10 @@ f"{alarms} false alarms in 400 checks"
 #
 # ```python
 # #| question q2 4 check_dpo_loss dpo_loss
-# check_dpo_loss(dpo_loss)
+# try_check(check_dpo_loss, dpo_loss)
 # ```
 #
-# That is the question, its points, the check, and the name of what is checked. A question that a person marks has the word `manual` in the place of the check. `report` reads these lines from the cells that were run, or takes them as text. It calls each check once more, on what the name means *now*, with one
+# The first line names the question, its points, the check, and what is checked. `try_check`, of the next chapter, prints what the check says and lets the notebook go on. A question that a person marks has the word `manual` in the place of the check. `report` reads these lines from the cells that were run, or takes them as text. It calls each check once more, on what the name means *now*, with one
 # seed for all, and says how far one has come. It never raises, whatever the notebook holds.
 
 # %%
