@@ -7,7 +7,7 @@
 # **You should know** the [DPO loss](03_loss.ipynb) and [one stage of training](06_trainer.ipynb). Read this chapter if you teach, or if you want to know how the checks of the assignments work. If you only want
 # to solve the assignments, you need nothing from here.
 #
-# **Time** to read: 50 minutes. To run: under a minute on two CPU cores.
+# **Time** to read: one hour to the end of "The check", which is the mechanism; the exercises behind it are for looking up, two hours and a half if you read them all. To run: under a minute on two CPU cores.
 #
 # A student writes a function, and a test says that it is wrong. That is little help. The mistakes in this field raise no error, and most of them are made by many people: $\beta$ forgotten, the
 # shift forgotten, chosen and rejected exchanged. So a check can do better. It can say *which* mistake it was, and where to read about it.
@@ -28,7 +28,7 @@ if not importlib.util.find_spec("sdpo_nb"):
 
 # %%
 #| export
-import contextlib, copy, dis, io, itertools, math, operator, random, re
+import contextlib, copy, dis, io, itertools, math, operator, random, re, sys
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -49,7 +49,8 @@ import time
 import sdpo_nb.loss
 
 torch.set_num_threads(1)
-pd.set_option("display.width", 200, "display.max_columns", 30, "display.max_colwidth", 300, "display.max_rows", 200)
+pd.set_option("display.width", 200, "display.max_columns", 30)
+pd.set_option("display.max_colwidth", 300, "display.max_rows", 200)
 
 
 # %% [markdown]
@@ -63,7 +64,7 @@ def handed_in(gamma_theta, gamma_ref, beta):
 
 
 # %% [markdown]
-# A golden number would say "0.1337 is not 0.5741". Instead we write the loss once more, *crookedly*: one function, with a switch for every mistake that we have seen people make. Without switches it is right.
+# A test with one golden number would say "not equal". Instead we write the loss once more, *crookedly*: one function, with a switch for every mistake that we have seen people make. Without switches it is right.
 
 # %%
 def crooked(gamma_theta, gamma_ref, beta, wrong=()):
@@ -89,7 +90,7 @@ answers["handed in"] = handed_in(*gammas, 0.1)
 pd.DataFrame(answers, index=[f"pair {i}" for i in range(4)]).T.round(3)
 
 # %% [markdown]
-# The last row is the row `outside`, digit by digit. Four numbers of many digits do not agree by chance. So the student has put $\beta$ outside the logarithm: not probably, but exactly.
+# The last row is the row `outside`, digit by digit. Four numbers do not agree by chance. So the student has put $\beta$ outside the logarithm: not probably, but exactly.
 #
 # Whoever makes two mistakes gets the numbers of two switches. So the diagnosis is: *the fewest switches that give exactly the student's numbers*. No switch: the answer is right. No set of one or two switches: the answer
 # is wrong in a way that nobody has foreseen, and the check can only show the first number that differs.
@@ -111,7 +112,7 @@ class CheckFailed(AssertionError):
     def __init__(
         self,
         message: str,       # is cut at LIMIT
-        mistakes: tuple=(), # by name, as in `says` of the exercise; or empty, form, stopped, own_work, unknown
+        mistakes: tuple=(), # their names; or one of empty, form, stopped, own_work, unknown
     ):
         short = message if len(message) <= LIMIT else message[:LIMIT - 3] + "..."
         super().__init__(short)
@@ -142,47 +143,67 @@ def score(
     "Log-probabilities of both responses, for exercises that begin after them."
     return response_logprobs(model, pairs)
 
-HERE = "sdpo_nb.checks"
 GIVEN = {"score"} # of this module, what an answer may use
+_HERE = "sdpo_nb.checks"
 
 def _is_foreign(thing) -> bool:
     "Whether something belongs to the package, and is not given."
-    home = getattr(thing, "__module__", None) or ""
+    if isinstance(thing, dict): return any(map(_is_foreign, thing.values()))
     name = getattr(thing, "__name__", "")
-    if isinstance(thing, ModuleType):
-        home = name
-        if home == HERE: return False                # what is taken from it is looked at by name
-    if home == HERE: return name not in GIVEN
+    home = getattr(thing, "__module__", None) or ""
+    if home == _HERE: return name not in GIVEN
+    if isinstance(thing, ModuleType): home = "" if name == _HERE else name
     return home.split(".")[0] == "sdpo_nb" and home != "sdpo_nb.world"
 
-def _names_used(code: CodeType):
-    "Names that a code object looks up outside of itself, each with what is taken from it."
-    steps = list(dis.get_instructions(code))
-    for step, after in zip(steps, [*steps[1:], None]):
-        taken = after.argval if after and "LOAD" in after.opname else None
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"): yield step.argval, taken
-        if step.opname == "IMPORT_NAME": yield step.argval, None
-    for const in code.co_consts:
-        if isinstance(const, CodeType): yield from _names_used(const)
+
+# %%
+some = (sdpo_nb.loss, sdpo_nb.loss.dpo_loss, F.logsigmoid, handed_in)
+{thing.__name__: _is_foreign(thing) for thing in some}
 
 
 # %% [markdown]
-# The names that our student's loss looks up outside of itself, each with what it takes from there:
+# What does a function use? Its compiled code says it, step by step. We follow the points, too, so that `F.logsigmoid` is one thing.
+
+# %%
+#| export
+def _names_used(code: CodeType):
+    "Names that a code object looks up outside of itself, each with the attributes that are taken from it."
+    path = []
+    for step in dis.get_instructions(code):
+        if path and step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
+            path.append(step.argval)
+            continue
+        if path: yield path
+        path = [step.argval] if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME") else []
+    for const in code.co_consts:
+        if isinstance(const, CodeType): yield from _names_used(const)
+
 
 # %%
 list(_names_used(handed_in.__code__))
 
 
 # %% [markdown]
-# Each name stands for something: a module, a function of the package, or another function of the student's, whose names are looked at in turn.
+# Each path leads to something: a module, a function of the package, or another function of the student's, which is looked at in turn.
 
 # %%
 #| export
+def _things_used(f: FunctionType):
+    "(name, thing) of all that a function uses from outside of itself."
+    for name, cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
+        with contextlib.suppress(ValueError): yield name, cell.cell_contents    # it may be empty
+    for name, *attributes in _names_used(f.__code__):
+        thing = f.__globals__.get(name, sys.modules.get(name))
+        for attribute in attributes:
+            if not isinstance(thing, ModuleType): break
+            name, thing = attribute, getattr(thing, attribute, None)
+        yield name, thing
+
 def _plain(f):
-    "The Python function inside a partial, a method or an object that can be called; None, if there is none."
+    "The Python function inside a partial, a method or an object that can be called."
     if isinstance(f, partial): return _plain(f.func)
     if isinstance(f, MethodType): return f.__func__
-    if isinstance(f, FunctionType) or isinstance(f, type): return f
+    if isinstance(f, (FunctionType, type)): return f
     return getattr(type(f), "__call__", None)
 
 def foreign_name(
@@ -192,24 +213,20 @@ def foreign_name(
     "The first thing that a function uses from the package, and that is not given to students."
     seen = set() if seen is None else seen
     f = _plain(f)
-    if f is None or f is score or id(f) in seen: return None
+    if f is score or id(f) in seen: return None
     seen.add(id(f))
     if _is_foreign(f): return f.__name__
     if not isinstance(f, FunctionType): return None
-
-    cells = dict(zip(f.__code__.co_freevars, f.__closure__ or ()))
-    for name, taken in _names_used(f.__code__):
-        thing = cells[name].cell_contents if name in cells else f.__globals__.get(name)
-        imported = name if name.startswith("sdpo_nb") and thing is None else ""
-        if imported not in ("", "sdpo_nb.world", HERE): return name
-        if _is_foreign(thing): return taken if isinstance(thing, ModuleType) and taken else name
-        if isinstance(thing, ModuleType) and thing.__name__ == HERE and taken not in GIVEN: return taken
-        found = foreign_name(thing, seen) if isinstance(thing, (FunctionType, partial, MethodType)) else None
+    for name, thing in _things_used(f):
+        if _is_foreign(thing): return name
+        inner = _plain(thing)
+        own = isinstance(inner, FunctionType) and inner.__globals__ is f.__globals__
+        found = foreign_name(inner, seen) if own else None
         if found: return found
 
 
 # %% [markdown]
-# Four functions. Three of them hide the package's own, one behind another name, one behind a helper, one behind an import. The fourth is honest.
+# Four functions. Three of them hide the package's own: one behind another name, one behind a helper, one behind an import. The fourth is honest.
 
 # %%
 from sdpo_nb.loss import dpo_loss as theirs
@@ -248,9 +265,9 @@ def per_pair(
     n = len(inputs[0])
     if not isinstance(answer, Tensor): raise WrongForm(f"it returns {_kind(answer)}, not a tensor")
     shape = tuple(answer.shape)
-    if shape == (): raise WrongForm("it returns one number for all pairs; return one per pair, the mean is taken later")
+    if shape == (): raise WrongForm("one number for all pairs; return one per pair, the mean is taken later")
     if shape == (n, n) and n > 1:
-        raise WrongForm(f"it returns shape {shape}: unequal shapes broadcast to every pair against every other")
+        raise WrongForm(f"shape {shape}: unequal shapes broadcast to every pair against every other")
     if shape != (n,): raise WrongForm(f"it returns shape {shape} for {n} pairs, not ({n},)")
     return answer.detach().double()
 
@@ -294,7 +311,7 @@ def lists_of_rows(
 ) -> list:
     "The form of a partition. Raises WrongForm, saying what is wrong with it."
     try: return [[operator.index(row) for row in chunk] for chunk in answer]
-    except TypeError: raise WrongForm(f"it returns {_kind(answer)}, not a list of lists of row numbers") from None
+    except TypeError: raise WrongForm(f"it returns {_kind(answer)}, not lists of row numbers") from None
 
 def as_it_is(
     answer,        # what was seen
@@ -321,7 +338,8 @@ def alike(
 ) -> bool:
     "Whether two answers agree to 1e-4. NaN agrees with NaN."
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
+        if a.shape != b.shape: return False
+        return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
     if isinstance(a, float) and isinstance(b, float): return alike(torch.tensor(a), torch.tensor(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
@@ -550,8 +568,12 @@ def _shapes(inputs) -> str:
         return f"{x:.4g}" if isinstance(x, float) else type(x).__name__
     return ", ".join(map(word, inputs))
 
+def _failed(exercise, kind, text) -> CheckFailed:
+    "The exception for an answer without numbers to compare."
+    return CheckFailed(f"{exercise.name}{text}. {_read(exercise.read)}", [kind])
+
 def _empty(exercise):
-    return CheckFailed(f"{exercise.name} returns nothing yet: replace the `...` by your code. {_read(exercise.read)}", ["empty"])
+    return _failed(exercise, "empty", " returns nothing yet: replace the `...` by your code")
 
 def _run(exercise, f, inputs):
     "The answer of a student's function to one batch. Raises CheckFailed where there is none."
@@ -560,12 +582,11 @@ def _run(exercise, f, inputs):
         if is_empty(seen): raise NotImplementedError
         return exercise.form(seen, inputs)
     except NotImplementedError: raise _empty(exercise) from None
-    except WrongForm as e: raise CheckFailed(f"{exercise.name}: {e}. {_read(exercise.read)}", ["form"]) from None
+    except WrongForm as e: raise _failed(exercise, "form", f": {e}") from None
     except (Exception, SystemExit) as e:
         what = f"{type(e).__name__}: {e}".splitlines()[0][:90]
-        called = f"It was called with {_shapes(inputs)}."[:80]
-        text = f"{exercise.name} stops with {what}. {called} {_read(exercise.read)}"
-        raise CheckFailed(text, ["stopped"]) from None
+        called = f"It was called with {_shapes(inputs)}"[:80]
+        raise _failed(exercise, "stopped", f" stops with {what}. {called}") from None
 
 
 # %% [markdown]
@@ -668,11 +689,9 @@ def run_check(
     if is_empty(f): raise _empty(exercise)
     foreign = foreign_name(f)
     if not callable(f):
-        if exercise.draw: raise CheckFailed(f"{name}: {_kind(f)}, not a function. {_read(exercise.read)}", ["form"])
+        if exercise.draw: raise _failed(exercise, "form", f": {_kind(f)}, not a function")
         f = partial(copy.deepcopy, f)                    # numbers or a table, not a function that makes them
-    if foreign:
-        text = f"{name}: {foreign} is the package's own; write it yourself. {_read(exercise.read)}"
-        raise CheckFailed(text, ["own_work"])
+    if foreign: raise _failed(exercise, "own_work", f": {foreign} is the package's own; write it yourself")
     if seed is None: seed = random.SystemRandom().randrange(1_000_000)
     diagnose(exercise, f, seed)
     print(f"check_{name}: passed (seed {seed})")
@@ -766,7 +785,8 @@ mask.int()
 def _sums_in_half(f, g):
     logits, ids, mask = _draw_rows(g, 3, 0.1, 40, 41)
     logits = logits.bfloat16()
-    return not torch.allclose(f(logits, ids, mask).double(), _sequence_logps(logits.double(), ids, mask), atol=1e-2)
+    right = _sequence_logps(logits.double(), ids, mask)
+    return not torch.allclose(f(logits, ids, mask).double(), right, atol=1e-2)
 
 def _logps_have_no_gradient(f, g):
     logits, ids, mask = _draw_rows(g, 3, 0.1)
@@ -904,7 +924,7 @@ EXERCISES["ipo"] = Exercise(
 )
 
 def check_gradient(
-    f,              # (gamma_theta (n,), gamma_ref (n,), beta) -> (n,) slope of the loss of each pair, by formula
+    f,              # (gamma_theta (n,), gamma_ref (n,), beta) -> (n,) slope of the loss of each pair
     seed: int=None, # of the numbers; None: fresh ones
 ) -> int:           # the seed
     "Check the derivative of the DPO loss of a pair in gamma_theta."
@@ -953,7 +973,7 @@ _NEAR = dict(                            # mistake -> key, the wrong number, why
     loss_bits=("loss", math.log2(1 + math.exp(-2)), "this is in bits; the book counts in nats."),
     loss_sign=("loss", math.log1p(math.exp(2)), "this is the loss at a gain of -20."),
     loss_no_beta=("loss", math.log1p(math.exp(-20)), "beta is missing."),
-    weight_other_side=("weight", 1 / (1 + math.exp(-2)), "this is sigmoid(+beta gain); lambda is sigmoid(-beta gain)."),
+    weight_other_side=("weight", 1 / (1 + math.exp(-2)), "this is sigmoid(+2); lambda is sigmoid(-2) here."),
     weight_slope=("weight", 0.1 / (1 + math.exp(2)), "this is beta times lambda, the slope of the loss."),
     settles_bits=("settles", math.log2(9) / 0.5, "this is in bits; the book counts in nats."),
     settles_base_10=("settles", math.log10(9) / 0.5, "this is to base 10; take the natural logarithm."),
@@ -996,6 +1016,16 @@ def _prediction_edges() -> dict:
     tests = {mistake: partial(near, key, value) for mistake, (key, value, _) in _NEAR.items()}
     return tests | {key: partial(far, key) for key in PREDICTIONS}
 
+def _prediction_places() -> dict:
+    "Where the book explains a prediction, by the beginning of its key."
+    begins = dict(settles="Label smoothing", weight="Its gradient")
+    begins["nearer"] = begins["farther"] = r"What $\beta$ does"
+    found = {}
+    for mistake in (*_NEAR, *PREDICTIONS):
+        for begin, heading in begins.items():
+            if mistake.startswith(begin): found[mistake] = "03", heading
+    return found
+
 
 # %%
 values = {key: [v for k, v, _ in _NEAR.values() if k == key] for key in PREDICTIONS}
@@ -1013,9 +1043,7 @@ EXERCISES["predictions"] = Exercise(
     says={mistake: f"{key}: {why}" for mistake, (key, _, why) in _NEAR.items()}
     | {key: f"{key} is wrong, in a way that this check does not know." for key in PREDICTIONS},
     edges=_prediction_edges(),
-    elsewhere={mistake: ("03", "Label smoothing") for mistake in (*_NEAR, *PREDICTIONS) if "settles" in mistake}
-    | {mistake: ("03", "Its gradient") for mistake in (*_NEAR, *PREDICTIONS) if "weight" in mistake}
-    | {mistake: ("03", r"What $\beta$ does") for mistake in (*_NEAR, *PREDICTIONS) if mistake.startswith(("near", "far"))},
+    elsewhere=_prediction_places(),
 )
 
 def check_predictions(
@@ -1027,7 +1055,15 @@ def check_predictions(
 
 
 # %%
-guess = dict(first_loss=0.693, loss=0.127, weight=0.119, settles=6.34, nearer=4, farther_sgd=4, farther_adam=0)
+guess = dict(
+    first_loss=0.693,
+    loss=0.127,
+    weight=0.119,
+    settles=6.34,
+    nearer=4,
+    farther_sgd=4,
+    farther_adam=0,
+)
 print(said(check_predictions, guess))
 print(said(check_predictions, guess | dict(settles=4.39)))
 
@@ -1090,16 +1126,16 @@ EXERCISES["boundary"] = Exercise(
 )
 
 def check_boundary(
-    f,              # (prompt, chosen, rejected) -> how many tokens all three lists of ids share; the rows begin with the prompt
+    f,              # (prompt, chosen, rejected) -> how many tokens all three lists of ids share
     seed: int=None, # of the numbers; None: fresh ones
 ) -> int:           # the seed
-    "Check where the prompt ends in two tokenised rows."
+    "Check where the prompt ends in two rows, each tokenised together with it."
     return run_check("boundary", f, seed)
 
 
 # %%
 print(said(check_boundary, lambda prompt, chosen, rejected: len(prompt)))
-print(said(check_boundary, lambda *rows: next(i for i, ids in enumerate(zip(*rows)) if len(set(ids)) > 1) - 1))
+print(said(check_boundary, lambda prompt, chosen, rejected: _common(prompt, chosen, rejected) - 1))
 
 
 # %% [markdown]
@@ -1138,7 +1174,8 @@ def _by_prompt(right, prompt_id, wrong=()):
 
 def _draw_prompts(g, n, beta):
     "Verdicts on pairs of four prompts: one has a single pair, one has at least two, the others what comes."
-    prompt = torch.cat([torch.tensor([11, 3, 3]), torch.tensor([3, 5, 7])[torch.randint(3, (n + 3,), generator=g)]])
+    more = torch.tensor([3, 5, 7])[torch.randint(3, (n + 3,), generator=g)]
+    prompt = torch.cat([torch.tensor([11, 3, 3]), more])
     order = torch.randperm(len(prompt), generator=g)
     right = torch.randint(3, (len(prompt),), generator=g) / 2
     return right.double(), prompt[order]
@@ -1237,7 +1274,7 @@ def _overlapping(chunks):
 def _draw_sources(g, n, beta):
     "Four sources, two of them equally easy; three times out of six as many chunks as sources."
     sizes = torch.randint(2, 6, (4,), generator=g)
-    accuracy = 0.5 + 0.1 * torch.randperm(4, generator=g)
+    accuracy = 0.5 + torch.randperm(4, generator=g).double() / 8
     accuracy[int(torch.randint(1, 4, (1,), generator=g))] = accuracy[0]
     return accuracy.tolist(), sizes.tolist(), {1: 4, 2: 4, 4: 4, 3: 3, 5: 5, 6: 2}[n]
 
@@ -1379,10 +1416,11 @@ EXERCISES["accumulation"] = Exercise(
 )
 
 def check_accumulation(
-    f,              # (model, pairs, loss_of, size): adds to .grad; loss_of(model, part) -> a loss for each pair
+    f,              # (model, pairs, loss_of, size): adds to .grad; loss_of(model, part) -> (m,) losses
     seed: int=None, # of the numbers; None: fresh ones
 ) -> int:           # the seed
-    "Check the gradient of the mean loss, in parts of at most `size` pairs. What the function returns does not matter."
+    """Check the gradient of the mean loss, in parts of at most `size` pairs.
+    What the function returns does not matter."""
     return run_check("accumulation", f, seed)
 
 
@@ -1477,10 +1515,10 @@ EXERCISES["reference_table"] = Exercise(
 )
 
 def check_reference_table(
-    f,              # (model, pairs, score) -> {key: (chosen, rejected)}; score(model, pairs) -> chosen, rejected
+    f,              # (model, pairs, score) -> {key: (chosen, rejected)}
     seed: int=None, # of the numbers; None: fresh ones
 ) -> int:           # the seed
-    "Check a table of reference log-probabilities, in nats."
+    "Check a table of reference log-probabilities, in nats; score(model, pairs) -> chosen, rejected."
     return run_check("reference_table", f, seed)
 
 
@@ -1524,7 +1562,7 @@ def _watch_step(f, inputs):
     places, scales = [], []
     for slope in slopes:
         scaler = torch.amp.GradScaler("cpu", init_scale=16.)
-        scaler.scale(torch.zeros(1))                     # makes the scale; otherwise unscale_ stops where no loss was scaled
+        scaler.scale(torch.zeros(1))                     # or unscale_ stops where no loss was scaled
         f((weights * slope).sum(), [weights], optimizer, scaler, clip)
         places.append(weights.detach().clone())
         scales.append(scaler.get_scale())
@@ -1615,7 +1653,8 @@ def _train(model, pairs, table, beta, lr, batch, wrong=()):
         losses.append(loss.item())
     return losses
 
-def _encode(tokenizer, text): return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+def _encode(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 def _draw_stage(g, n, beta):
     "A small model in bf16, seven pairs of the tiny world, and the numbers of another model."
@@ -1643,8 +1682,8 @@ assert time.perf_counter() - started < 5
 
 
 # %% [markdown]
-# Two mistakes would bury the others, so they are looked for first. In bf16 every number depends on how the batch was padded; and shuffled pairs give losses that no other run gives. So the spy looks at the weights while they are used, and
-# a first run, with batches of one pair and a learning rate of zero, shows the order. Where it finds one of the two, it reports nothing else.
+# Some mistakes would bury the others, so they are looked for first. In bf16 every number depends on how the batch was padded; and shuffled pairs give losses that no other run gives. So the spy looks at weights and mode while the model is used, and
+# a first run, with batches of one pair and a learning rate of zero, shows the order. Where it finds something there, it reports nothing else.
 
 # %%
 #| export
@@ -1664,7 +1703,7 @@ def _losses(f, model, *args):
     model = copy.deepcopy(model)
     with _watching(model) as seen: losses = f(model, *args)
     if is_empty(losses): return None, seen
-    if not isinstance(losses, (list, tuple)): raise WrongForm(f"a list of losses is wanted, not {_kind(losses)}")
+    if not isinstance(losses, (list, tuple)): raise WrongForm(f"a list is wanted, not {_kind(losses)}")
     return [one_number(loss, ()) for loss in losses], seen
 
 @torch.no_grad()
@@ -1690,7 +1729,11 @@ def _watch_training(f, inputs):
 
 # %%
 inputs = _draw_stage(torch.Generator().manual_seed(0), 3, 0.1)
-for wrong in ((), ("shuffled",), ("bf16_weights",)): print(wrong, _watch_training(partial(_train, wrong=wrong), inputs))
+def watched(*wrong): return _watch_training(partial(_train, wrong=wrong), inputs)
+
+print("moving_reference:", [round(loss, 4) for loss in watched("moving_reference")["losses"]])
+print("shuffled:", watched("shuffled", "no_zero_grad"))
+print("bf16_weights:", watched("bf16_weights"))
 
 # %%
 #| export
@@ -1723,11 +1766,11 @@ EXERCISES["train"] = Exercise(
 )
 
 def check_train(
-    f,              # (model, pairs, table, beta, lr, batch) -> losses; table: {key: (chosen, rejected)}, in nats
+    f,              # (model, pairs, table, beta, lr, batch) -> losses, one a step
     seed: int=None, # of the numbers; None: fresh ones
 ) -> int:           # the seed
-    """Check a stage of DPO: fp32 weights, train mode, AdamW without weight decay, batches in the order of the pairs.
-    `score(model, pairs)` of this module may be used."""
+    """Check a stage of DPO: fp32 weights, train mode, AdamW without weight decay, batches in the order given.
+    The table is {key: (chosen, rejected)}, in nats. `score(model, pairs)` of this module may be used."""
     return run_check("train", f, seed)
 
 
@@ -1830,7 +1873,7 @@ def check_stepwise(
     f,              # (S, chunks, score, train, copy) -> the last model
     seed: int=None, # is not used here: nothing is drawn
 ) -> int:           # the seed
-    "Check the loop of sDPO, with score(model, chunk) -> table, train(model, chunk, table) in place, copy(model) -> model."
+    "Check the loop of sDPO: score(model, chunk) -> table, train(model, chunk, table), copy(model) -> model."
     return run_check("stepwise", f, seed)
 
 
@@ -1864,7 +1907,9 @@ def _draw_loss(g, n, beta):
     loss, ref = torch.rand(2, dtype=torch.float64, generator=g).tolist()
     return 0.05 + 2 * loss, -40 + 50 * ref, beta
 
-def _dies_of_a_large_loss(f, g): return not math.isclose(one_number(f(5000., -38.6, 0.1), ()), -50038.6, rel_tol=1e-6)
+def _dies_of_a_large_loss(f, g):
+    bound = one_number(f(5000., -38.6, 0.1), ())
+    return not math.isclose(bound, -50038.6, rel_tol=1e-6)
 
 def _first_loss(gamma_start, gamma_ref, beta, wrong=()):
     gain = gamma_start - gamma_ref
@@ -2098,11 +2143,11 @@ catalogue
 
 
 # %% [markdown]
-# And as a picture in letters, as in [chapter 03](03_loss.ipynb): one check down, one mistake across. A mark where the check names it. One mistake, one mark. Four checks of the first two assignments as an example:
+# And as in [chapter 03](03_loss.ipynb), mistakes down and checks across, for four of the checks. Three mistakes can be made in two of these exercises; then each check names its own.
 
 # %%
 def marks(names):
-    "Which check of which exercise names which mistake: only those of its own."
+    "Which check names which mistake."
     table = catalogue.loc[names, "mistake named"].reset_index()
     return pd.crosstab(table["mistake made"], table["check"]).replace({0: "", 1: "named"})
 
@@ -2122,7 +2167,8 @@ for exercise in EXERCISES.values():
         verdicts[exercise.name, two] = kind
 
 pairs_named = pd.Series(verdicts, name="named").rename_axis(["check", "two mistakes"])
-{"singles": len(catalogue), "longest message": int(catalogue["characters"].max())} | pairs_named.value_counts().to_dict()
+counts = {"singles": len(catalogue), "longest message": int(catalogue["characters"].max())}
+counts | pairs_named.value_counts().to_dict()
 
 
 # %% [markdown]
@@ -2152,10 +2198,10 @@ f"{alarms} false alarms in 400 checks"
 #
 # ```python
 # #| question q2 4 check_dpo_loss dpo_loss
-# check_dpo_loss(dpo_loss)
+# try_check(check_dpo_loss, dpo_loss)
 # ```
 #
-# That is the question, its points, the check, and the name of what is checked. A question that a person marks has the word `manual` in the place of the check. `report` reads these lines from the cells that were run, or takes them as text. It calls each check once more, on what the name means *now*, with one
+# The first line names the question, its points, the check, and what is checked. `try_check`, of the next chapter, prints what the check says and lets the notebook go on. A question that a person marks has the word `manual` in the place of the check. `report` reads these lines from the cells that were run, or takes them as text. It calls each check once more, on what the name means *now*, with one
 # seed for all, and says how far one has come. It never raises, whatever the notebook holds.
 
 # %%
@@ -2169,24 +2215,28 @@ def _try_check(check, names, name, seed) -> tuple[bool, str]:
     try:
         with contextlib.redirect_stdout(io.StringIO()): globals()[check](names[name], seed=seed)
     except CheckFailed as e: return False, str(e)
-    except (Exception, SystemExit) as e: return False, f"{check} itself stopped: {type(e).__name__}: {e}"[:LIMIT]
+    except (Exception, SystemExit) as e: return False, f"{check} itself stopped: {e!r}"[:LIMIT]
     return True, ""
 
 def report(
     names: dict,         # globals() of the notebook
-    questions: str=None, # lines `#| question q2 4 check_dpo_loss dpo_loss`; None: those of the cells that were run
+    questions: str=None, # the lines `#| question ...`; None: those of the cells that were run
     seed: int=None,      # of all checks; None: a fresh one
 ) -> pd.DataFrame:       # question, answer, points, of, missing
-    "Points so far and what is missing; prints the sum, the seed and the version of the package. Never raises."
-    cells = [questions] if questions else [cell for cell in names.get("In") or [] if isinstance(cell, str)]
-    found = {q: rest for cell in cells for q, *rest in _QUESTION.findall(cell)}
+    "Points so far and what is missing; prints the sum, the seed and the version. Never raises."
+    cells = [questions] if questions else names.get("In") or []
+    text = "\n".join(cell for cell in cells if isinstance(cell, str))
+    found = {q: rest for q, *rest in _QUESTION.findall(text)}
     if seed is None: seed = random.SystemRandom().randrange(1_000_000)
     rows = []
     for q, (points, check, name) in found.items():
-        passed, missing = (False, "a person marks this one") if check == "manual" else _try_check(check, names, name, seed)
+        passed, missing = False, "a person marks this one"
+        if check != "manual": passed, missing = _try_check(check, names, name, seed)
         rows.append((q, name or "by hand", passed * int(points), int(points), missing))
-    table = pd.DataFrame(rows, columns=["question", "answer", "points", "of", "missing"]).set_index("question")
-    print(f"{table['points'].sum()} of {table['of'].sum()} points so far (seed {seed}, sdpo_nb {__version__})")
+    columns = ["question", "answer", "points", "of", "missing"]
+    table = pd.DataFrame(rows, columns=columns).set_index("question")
+    points, of = table["points"].sum(), table["of"].sum()
+    print(f"{points} of {of} points so far (seed {seed}, sdpo_nb {__version__})")
     return table
 
 
@@ -2201,7 +2251,9 @@ QUESTIONS = """
 #| question q4 3 check_ipo ipo_loss
 #| question q6 3 manual
 """
-student = dict(sequence_logps=with_a_loop, dpo_loss=two_at_once, slope=stub)
+def slope(gamma_theta, gamma_ref, beta): ...
+
+student = dict(sequence_logps=with_a_loop, dpo_loss=two_at_once, slope=slope)
 points = report(student, QUESTIONS, seed=1)
 assert points["points"].sum() == 4
 points
