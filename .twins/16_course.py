@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/16_course.ipynb)
 #
-# **You should know** what [a check](15_checks.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and a half to read with all its code, a minute to run. If you only want to
+# **You should know** what [a check](15_checks.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and three quarters to read with all its code, a minute to run. If you only want to
 # use the assignments, read the last section, "How a teacher uses it", and nothing else.
 #
 # An assignment exists three times: as the students see it, with the solutions, and as something that gives points. When these are three files, they drift apart: a question is reworded in one
@@ -645,6 +645,15 @@ def load_checks(
     spec.loader.exec_module(own)
     return checks, own
 
+
+# %%
+(tmp / "mine.py").write_text("def check_double(f, seed=None):\n    assert f(4) == 8, 'f(4) should be 8'\n    return seed")
+public, private = load_checks(tmp / "mine.py")
+for value in (7, 8): print(_passes(private.check_double, lambda x: value))
+
+
+# %%
+#| export
 def _answer_job(job, modules):
     "Answer one question, silently, and write what came out into a file."
     nowhere = open(os.devnull, "w")

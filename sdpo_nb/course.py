@@ -319,6 +319,7 @@ def load_checks(
     spec.loader.exec_module(own)
     return checks, own
 
+# %% ../nbs/16_course.ipynb #2487565a
 def _answer_job(job, modules):
     "Answer one question, silently, and write what came out into a file."
     nowhere = open(os.devnull, "w")
