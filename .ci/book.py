@@ -1,6 +1,6 @@
 """Keep the book in step: notebooks -> modules, percent scripts, README; run notebooks and store their outputs.
 
-    python .ci/book.py sync          clean, export, write the twins and README.md
+    python .ci/book.py sync          clean, export, build the assignments, write the twins and README.md
     python .ci/book.py check         the same, then puts every file back: fails and names those that would change
     python .ci/book.py run [NB ...]  run notebooks as nbdev_test would, store outputs, then sync
     python .ci/book.py edit [PY ...] take edits made in .twins/**/*.py into the notebooks, then sync
@@ -63,6 +63,7 @@ def sync(only=()):
     os.environ.pop("IN_TEST", None)
     nbdev_clean()
     nbdev_export()
+    subprocess.run([sys.executable, "-m", "sdpo_nb.course", "build", NBS / "course", NBS / "assignments"], check=True, stdout=subprocess.DEVNULL)
     for nb in notebooks():
         if only and nb.stem not in {Path(p).stem for p in only}:
             continue
@@ -124,7 +125,7 @@ def run(paths):
     import pandas
     os.environ.update(TQDM_DISABLE="1", IN_TEST="1", HF_HUB_OFFLINE="1", MPLBACKEND="module://matplotlib_inline.backend_inline")
     flags = set() if os.environ.get("SLOW") else set(get_config().tst_flags.split())
-    for path in paths or notebooks():
+    for path in paths or [nb for nb in notebooks() if nb.parent.name not in ("assignments", "course")]: # these are kept without outputs
         path, start = Path(path).resolve(), time.time()
         proc = NBProcessor(path, process=True)      # reads the #| directives of every cell
         pandas.reset_option("display")              # what an earlier notebook set would change what this one shows

@@ -1,0 +1,1197 @@
+# %% [markdown]
+# # Assignments, made and graded
+# > A teacher keeps one solved notebook. The student's version and the grades are made from it.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/16_course.ipynb)
+#
+# **You should know** what [a check](15_checks.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and three quarters to read with all its code, a minute to run. If you only want to
+# use the assignments, read the last section, "How a teacher uses it", and nothing else.
+#
+# An assignment exists three times: as the students see it, with the solutions, and as something that gives points. When these are three files, they drift apart: a question is reworded in one
+# of them and forgotten in the others. So we keep one file, the *master*: a notebook with all solutions in it, which runs. Two functions do the rest.
+#
+# ```
+#                     build                         students write
+#    master (solved) -------> student's version ---------------------> submissions
+#          |                                                                |
+#          '--------------------------- grade ------------------------------'--> points, feedback
+# ```
+#
+# Both are small, and need nothing but Python's standard library. This chapter grows them on a master with two questions.
+
+# %%
+#| default_exp course
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import argparse, ast, copy, csv, faulthandler, importlib, importlib.util, json, os, re
+import subprocess, sys, tempfile, time, zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# %%
+import math, shutil
+
+from sdpo_nb.world import complaint
+
+tmp = Path(tempfile.mkdtemp())
+
+
+# %% [markdown]
+# ## A master
+#
+# A notebook file is JSON: a list of cells, each with a kind and its text. So a small notebook can be typed. These two helpers do it, and show one:
+
+# %%
+def code(text): return dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=text)
+def prose(text): return dict(cell_type="markdown", metadata={}, source=text)
+
+def notebook(*cells):
+    "A notebook of these cells."
+    named = [dict(cell, id=f"c{i}") for i, cell in enumerate(cells)]
+    return dict(cells=named, metadata={}, nbformat=4, nbformat_minor=5)
+
+def show(nb):
+    "The cells of a notebook, one under the other."
+    for i, cell in enumerate(nb["cells"]): print(f"[{i} {cell['cell_type']}]\n{''.join(cell['source'])}\n")
+
+
+# %% [markdown]
+# Our master asks two questions about the [DPO loss](03_loss.ipynb): one to program, one to answer in words. Five marks say which part is what. Can you find them?
+
+# %%
+loss_cell = '''
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    "(n,) each, nats -> (n,) the loss of each pair"
+    ### BEGIN SOLUTION
+    gain = (chosen - rejected) - (ref_chosen - ref_rejected)
+    return -F.logsigmoid(beta * gain)
+    ### END SOLUTION
+'''.strip()
+imports_cell = '''
+import torch.nn.functional as F
+from sdpo_nb.checks import check_dpo_loss
+from sdpo_nb.course import try_check
+'''.strip()
+check_cell = "#| question q1 4 check_dpo_loss dpo_loss\ntry_check(check_dpo_loss, dpo_loss)"
+words_cell = '''
+<!-- question q2 3 manual -->
+Why does Z(x) cancel?
+
+### BEGIN SOLUTION
+It depends on the prompt only, and both responses of a pair answer the same prompt.
+### END SOLUTION
+'''.strip()
+
+master = notebook(
+    prose("# A loss\n<!-- badge -->"),
+    code(imports_cell),
+    code(loss_cell),
+    code("#| teacher\nassert dpo_loss.__doc__"),
+    code(check_cell),
+    prose(words_cell),
+)
+
+
+# %% [markdown]
+# - `### BEGIN SOLUTION` and `### END SOLUTION`, in code or in text: what stands between them is for the teacher, and becomes `...`
+# - `#| question q1 4 check_dpo_loss dpo_loss`, on top of the cell with the check: question q1 is worth 4 points, which `check_dpo_loss` gives to what is called `dpo_loss`.
+# - `<!-- question q2 3 manual -->`: question q2 is worth 3 points, which a person gives.
+# - `#| teacher`: the whole cell is for the teacher, and vanishes.
+# - `<!-- badge -->`: here comes the button that opens the notebook in Colab.
+#
+# A check raises an error where it objects. In a notebook this would stop *Run all* at the first question that is not answered yet. So the cell asks with `try_check`, which prints the sentence and goes on.
+
+# %%
+#| export
+def try_check(
+    check, # a function that raises where it objects
+    value, # what the student wrote
+):
+    "Call a check. What it objects to is printed, so that the cells below can run."
+    try: check(value)
+    except AssertionError as e: print(e)
+
+
+# %%
+from sdpo_nb.checks import check_dpo_loss
+
+def nothing_yet(chosen, rejected, ref_chosen, ref_rejected, beta): ...
+
+try_check(check_dpo_loss, nothing_yet)
+
+
+# %% [markdown]
+# Now, the questions of a master:
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Question:
+    "One question of an assignment."
+    name: str        # q1, q2, ...
+    points: int      # at most
+    check: str = ""  # name of the function that gives them; empty where a person does
+    target: str = "" # name of what the student writes
+
+def text_of(
+    cell: dict, # of a notebook
+) -> str:
+    "The text of a cell, which a file may hold as a list of lines."
+    return "".join(cell["source"])
+
+_ASKED = re.compile(r"^#\| question (\w+) (\d+) (\w+) (\w+)$|^<!-- question (\w+) (\d+) manual -->$", re.M)
+
+def questions(
+    master: dict, # a notebook
+) -> list[Question]:
+    "The questions of a master, in order. Raises ValueError where two have one name, or where there is none."
+    found = []
+    for cell in master["cells"]:
+        for q, points, check, target, by_hand, marks in _ASKED.findall(text_of(cell)):
+            found.append(Question(q or by_hand, int(points or marks), check, target))
+    names = [q.name for q in found]
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f"question {name} is there twice")
+    if not found: raise ValueError("no question; a check cell begins with '#| question q1 4 check_it it'")
+    return found
+
+
+# %%
+for q in questions(master): print(q)
+
+# %%
+twice = notebook(code(check_cell), code(check_cell))
+print(complaint(questions, twice))
+
+# %% [markdown]
+# ## The student's version
+#
+# Inside a cell, the solution becomes `...`, with the indentation of its mark. A mark without its partner would leave half a solution, or swallow what comes after it. So that is an error. Where only a part of one line is the
+# solution, the line carries its own replacement: `x = 0.5 ### SOLUTION x = ...`.
+
+# %%
+#| export
+BEGIN, END, INLINE = "### BEGIN SOLUTION", "### END SOLUTION", "### SOLUTION"
+
+def _split_line(line):
+    "A line that ends with its own replacement: what a student sees, what is for the teacher."
+    hidden, seen = line.split(INLINE)
+    indent = hidden[:len(hidden) - len(hidden.lstrip())]
+    return indent + seen.strip(), hidden
+
+def split_solution(
+    text: str, # of a cell of a master
+) -> tuple[list[str], list[str]]: # lines that a student sees, lines that are for the teacher
+    "Cut the solutions out of a cell, and leave `...`. Raises ValueError for a mark without its partner."
+    given, hidden, inside = [], [], False
+    for line in text.split("\n"):
+        mark = line.strip()
+        if mark == (BEGIN if inside else END): raise ValueError(f"'{mark}' without its partner")
+        if INLINE in line:
+            seen, own = _split_line(line)
+            given.append(seen)
+            hidden.append(own)
+        elif mark == BEGIN: given.append(line.replace(BEGIN, "..."))
+        elif mark != END: (hidden if inside else given).append(line)
+        if mark in (BEGIN, END): inside = mark == BEGIN
+    if inside: raise ValueError(f"'{BEGIN}' without its partner")
+    return given, hidden
+
+
+# %%
+given, hidden = split_solution(loss_cell)
+assert len(hidden) == 2
+print("\n".join(given))
+
+# %%
+given, hidden = split_solution("    first_loss=math.log(2), ### SOLUTION first_loss=...,")
+given, hidden
+
+# %%
+cut_off = loss_cell.replace("    ### END SOLUTION", "")
+print(complaint(split_solution, cut_off))
+
+# %% [markdown]
+# Now the whole notebook: solutions out, teacher's cells out, outputs out. An output may tell a solution, too.
+
+# %%
+#| export
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
+
+def _for_teacher(cell): return text_of(cell).startswith(("#| teacher", "<!-- teacher -->"))
+
+def _lines(text): return text.splitlines(keepends=True)
+
+def student_version(
+    master: dict, # a notebook
+    url: str="",  # where Colab finds the student's version; empty: no badge
+) -> dict:        # a notebook
+    "A master without solutions, teacher's cells and outputs."
+    badge = BADGE.format(url=url) if url else ""
+    out = dict(copy.deepcopy(master), cells=[])
+    for cell in master["cells"]:
+        if _for_teacher(cell): continue
+        given, _ = split_solution(text_of(cell))
+        text = "\n".join(given).replace("<!-- badge -->", badge)
+        kept = dict(copy.deepcopy(cell), source=_lines(text))
+        if cell["cell_type"] == "code": kept.update(outputs=[], execution_count=None)
+        out["cells"].append(kept)
+    return out
+
+
+# %%
+handed_out = student_version(master, "https://colab.research.google.com/...")
+assert len(handed_out["cells"]) == len(master["cells"]) - 1
+show(handed_out)
+
+# %% [markdown]
+# ## Did anything leak?
+#
+# Marks are set by people, and people forget them. A published course once handed out its answers; its readers asked for a version without. So every build ends with a test: is any line of a solution
+# anywhere in the student's version? Blanks do not count, so that `beta*gain` is found in `beta * gain`. Very short lines do not count either, for `return out` may stand in many places.
+
+# %%
+#| export
+TELLING = 15 # characters, blanks not counted: a shorter line of a solution may stand elsewhere
+
+def _bare(text): return "".join(text.split())
+
+def leaks(
+    master: dict,  # a notebook
+    student: dict, # its student's version, or anything that students see
+) -> list[str]:    # lines of solutions, as they stand in the master; empty is good
+    "Lines of the solutions that can be read in a student's version."
+    hidden = [line for cell in master["cells"] for line in split_solution(text_of(cell))[1]]
+    seen = "\n".join(_bare(json.dumps(cell.get("outputs", [])) + text_of(cell)) for cell in student["cells"])
+    return [line.strip() for line in hidden if len(_bare(line)) >= TELLING and _bare(line) in seen]
+
+
+# %%
+assert leaks(master, handed_out) == []
+
+# %% [markdown]
+# A test that never fails is worth nothing. Here is a master in which the teacher has tried the solution in a second cell, and forgot to mark it:
+
+# %%
+tried = code("gain = (c - r) - (rc - rr)\nloss = -F.logsigmoid(beta * gain)\nreturn_value = loss")
+spare = code("def draft(beta, gain):\n    return -F.logsigmoid(beta*gain)")
+careless = notebook(*master["cells"], tried, spare)
+leaks(careless, student_version(careless))
+
+# %% [markdown]
+# It found the line in `draft`, where only the blanks differ. It did not find the first cell: with other names it is another line. So the test guards against a forgotten mark, not against a teacher who explains
+# too much.
+#
+# `build` does this for a folder of masters, and writes nothing if one of them leaks.
+
+# %%
+#| export
+COLAB, REPOSITORY = "https://colab.research.google.com/github", "sdpo-nb/sdpo_nb"
+
+def read_notebook(
+    path, # of an .ipynb file
+) -> dict:
+    "A notebook. Raises ValueError, with the path, for a file that is none."
+    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e: raise ValueError(f"{path}: is no notebook ({e})") from e
+    cells = found.get("cells") if isinstance(found, dict) else None
+    if not isinstance(cells, list): raise ValueError(f"{path}: is no notebook (it has no cells)")
+    for cell in cells:
+        whole = isinstance(cell, dict) and "cell_type" in cell
+        if not whole or not isinstance(cell.get("source"), (str, list)):
+            raise ValueError(f"{path}: is no notebook (a cell has no text)")
+    return found
+
+def build(
+    masters,       # folder of solved notebooks
+    out,           # folder of the students' versions, as seen from the repository; what is there is replaced
+    repository: str=REPOSITORY, # on GitHub, where Colab finds `out` on the branch main; empty: no badge
+) -> list[Path]:   # what was written
+    """Students' versions of all masters of a folder.
+
+    Raises ValueError, with the line, where a solution can still be read.
+    """
+    made, out = {}, Path(out)
+    for path in sorted(Path(masters).glob("*.ipynb")):
+        master = read_notebook(path)
+        try:
+            questions(master)
+            place = f"{COLAB}/{repository}/blob/main/{(out / path.name).as_posix()}"
+            student = student_version(master, place if repository else "")
+        except ValueError as e: raise ValueError(f"{path}: {e}") from e
+        for line in leaks(master, student):
+            raise ValueError(f"{path}: this line of a solution is left in the student's version: {line}")
+        made[out / path.name] = json.dumps(student, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if not made: raise ValueError(f"{masters}: there is no notebook here")
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in made.items(): path.write_text(text, encoding="utf-8")
+    return list(made)
+
+
+# %%
+def save(nb, path):
+    "Write a notebook, and the folder that it lies in."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(nb))
+    return path
+
+save(master, tmp / "masters/a0.ipynb")
+(written,) = build(tmp / "masters", tmp / "students")
+assert read_notebook(written)["cells"][2] == dict(handed_out["cells"][2])
+
+# %%
+save(careless, tmp / "careless/a0.ipynb")
+print(complaint(build, tmp / "careless", tmp / "nowhere").replace(str(tmp), ""))
+assert not (tmp / "nowhere").exists()
+
+# %% [markdown]
+# ## What is graded
+#
+# A submission is whatever a student has left in the notebook: experiments, prints, a training loop that takes an hour, a cell that was never finished. To run all this again is slow, and one broken cell at
+# the top costs all points below it. But what a question asks for is a *function*. So the grader reads a submission and keeps only what defines something: functions, classes, constants,
+# and some imports. The rest is never run.
+
+# %%
+#| export
+IMPORTS = (
+    "torch", "math", "random", "numpy", "itertools", "dataclasses", "collections", "functools",
+    "sdpo_nb.world", "sdpo_nb.checks",
+)
+_CALLS = {"dict", "float", "int", "list", "tuple", "set", "round", "abs", "min", "max", "sum", "len", "range"}
+_PLAIN = (
+    ast.Constant, ast.Name, ast.Load, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.BinOp, ast.UnaryOp,
+    ast.operator, ast.unaryop, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.Slice,
+)
+
+def _is_constant(value):
+    "Whether an expression only computes with numbers and words: `0.1`, `{'a': -math.log(2)}`."
+    for node in ast.walk(value):
+        if not isinstance(node, _PLAIN): return False
+        if not isinstance(node, ast.Call): continue
+        called = ast.unparse(node.func)
+        if called not in _CALLS and not called.startswith("math."): return False
+    return True
+
+
+# %%
+for line in ("0.1", "{'first': -math.log(0.5)}", "train(model)", "model.forward"):
+    value = ast.parse(line).body[0].value
+    print(f"{line:28} {_is_constant(value)}")
+
+
+# %% [markdown]
+# An import runs code, too. It is kept if it is on the list above, or if the master has the very same one: then the student was given it.
+
+# %%
+#| export
+def _imported(node):
+    "What an import statement names, as (module, name) with the name empty for `import module`."
+    if isinstance(node, ast.Import): return [(a.name, "") for a in node.names]
+    return [(node.module or "", a.name) for a in node.names]
+
+def _is_allowed(module, name, given):
+    own = module if module.startswith("sdpo_nb") else module.split(".")[0]
+    whole = f"{module}.{name}"      # from sdpo_nb import world
+    return own in IMPORTS or whole in IMPORTS or (module, name) in given
+
+def _kept(node, given, dropped):
+    "A statement of a submission, as far as it defines something; None where it does not."
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return node
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        good = [a for a, what in zip(node.names, _imported(node)) if _is_allowed(*what, given)]
+        dropped += [module for module, name in _imported(node) if not _is_allowed(module, name, given)]
+        if not good: return None
+        node.names = good
+        return node
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None: return None
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    named = all(map(_is_named, targets))
+    defines = isinstance(node.value, ast.Lambda) or _is_constant(node.value)
+    return node if named and defines else None
+
+def _is_named(target):
+    "Whether an assignment gives names, `a = 1` or `a, b = 1, 2`, and changes no object, as in `a.b = 1`."
+    if isinstance(target, ast.Tuple): return all(map(_is_named, target.elts))
+    return isinstance(target, ast.Name)
+
+
+# %% [markdown]
+# Cells are parsed one by one. Lines that are magic to Jupyter (`%pip`, `!ls`) are no Python, and are dropped. If a cell still cannot be parsed, it is skipped, and the report names it.
+
+# %%
+#| export
+def _parse(text):
+    "The statements of a cell, with magic lines dropped."
+    try: return ast.parse(text).body
+    except SyntaxError: pass
+    if text.lstrip().startswith("%%"): return []
+    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", text, flags=re.M)).body
+
+def _code_of(nb): return [text_of(cell) for cell in nb["cells"] if cell["cell_type"] == "code"]
+
+def given_imports(
+    master: dict, # a notebook
+) -> set[tuple]:  # (module, name)
+    "What a master imports: students were given it."
+    nodes = [node for text in _code_of(master) for node in _parse(text)]
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {what for node in imports for what in _imported(node)}
+
+def definitions(
+    submission: dict, # a notebook
+    given: set=frozenset(), # of `given_imports`
+) -> tuple[list[str], list[str]]: # one definition each; one remark each
+    "What a submission defines and may import, and what was left out that may matter."
+    kept, remarks, dropped = [], [], []
+    for i, text in enumerate(_code_of(submission), 1):
+        try: nodes = _parse(text)
+        except (SyntaxError, ValueError) as e:
+            where = f"line {getattr(e, 'lineno', 1)}: {getattr(e, 'msg', e)}"
+            remarks.append(f"code cell {i} does not parse ({where}) and was skipped")
+            continue
+        for node in nodes:
+            node = _kept(node, given, dropped)
+            if node: kept.append(ast.unparse(node))
+    remarks += [f"the import of {module} was left out" for module in dict.fromkeys(dropped)]
+    return kept, remarks
+
+
+# %% [markdown]
+# A submission as students write them: an answer, and around it all sorts of things. What will be left?
+
+# %%
+def answered(*answers, before=()):
+    "The handed-out notebook, with cells of a student before and after the stub."
+    cells = handed_out["cells"]
+    return notebook(*cells[:2], *map(code, before), cells[2], *map(code, answers), *cells[3:])
+
+right_answer = '''
+BETAS = [0.1, 0.5]
+
+def sigmoid(z):
+    return torch.sigmoid(z)
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    gain = chosen - rejected - ref_chosen + ref_rejected
+    return F.softplus(-beta * gain)
+'''
+messy = answered(
+    right_answer,
+    before=(
+        "%pip install -q something\nimport torch, os",
+        "for step in range(10**12): pass        # an hour of training",
+        "raise SystemExit",
+        "def unfinished(:",
+        "import sdpo_nb.checks\nsdpo_nb.checks.check_dpo_loss = print",
+    ),
+)
+kept, remarks = definitions(messy, given_imports(master))
+print("\n".join(kept))
+
+# %%
+assert not any("range" in part or "print" in part or "raise" in part for part in kept)
+remarks
+
+
+# %% [markdown]
+# The stub is kept as well; as in a notebook, the later definition wins. The loop, the `raise` and the line that replaces the check define nothing, so they are gone.
+#
+# ## One question, one process
+#
+# A function of a student may run for ever, fill the memory, or end Python. So each question is answered in a process of its own, with a time limit. If `q1` never ends, this costs `q1` and nothing else.
+#
+# What happens in that process? The definitions are executed, then the check is called with the student's function.
+
+# %%
+#| export
+def _define(code, space) -> str:
+    "Execute definitions one by one; what went wrong first, in words."
+    trouble = ""
+    for part in code:
+        try: exec(compile(part, "<submission>", "exec"), space)
+        except Exception as e: trouble = trouble or f" ({type(e).__name__} in '{part.splitlines()[0]}': {e})"
+    return trouble
+
+def _passes(check, value, seed=None) -> tuple[bool, str]:
+    "Whether a check accepts, and what it says."
+    try: seed = check(value, seed)
+    except Exception as e:
+        told = str(e) if isinstance(e, AssertionError) else f"{type(e).__name__}: {e}"
+        return False, told or type(e).__name__
+    return True, f"passed (seed {seed})"
+
+
+# %% [markdown]
+# A definition that stops, with a name that the grader has left out, does not stop the others. And a check may pass, object, or meet something that it did not expect:
+
+# %%
+names = {}
+trouble = _define(["a = 3", "b = a + unknown", "c = a + 4"], names)
+print(names["c"], trouble)
+
+
+# %%
+def check_seven(value, seed=None):
+    assert value == 7, "it should be 7"
+    return seed
+
+for value in (names["c"], 8, "seven"): print(_passes(check_seven, value, seed=1))
+print(_passes(lambda value, seed: value + 1, "seven"))
+
+# %% [markdown]
+# A student's function could also change the check while it is being checked. Two guards stand against it, after a pass. The first is a *canary*, the bird that miners took along: the check must still refuse a function that returns
+# nothing. The second compares: no function of the package, of torch or of Python may have been replaced.
+
+# %%
+#| export
+PATCHED = "something in this notebook changes the check, or what it computes with"
+_WATCHED = {"sdpo_nb", "torch", "math", "builtins"}
+
+def functions_of_modules() -> dict: # (module, name) -> the function and its code
+    "All functions and classes that a check computes with, as they are now."
+    found = {}
+    for home, module in list(sys.modules.items()):
+        if home.split(".")[0] not in _WATCHED: continue
+        for name, thing in list(vars(module).items()):
+            if callable(thing): found[home, name] = thing, getattr(thing, "__code__", None)
+    return found
+
+def was_patched(
+    before: dict, # of `functions_of_modules`
+) -> bool:
+    "Whether a function has been replaced. What was added does not count: modules load their parts late."
+    for (module, name), (thing, code) in before.items():
+        now = vars(sys.modules[module]).get(name)
+        if now is not thing or getattr(now, "__code__", None) is not code: return True
+    return False
+
+
+# %%
+isclose, before = math.isclose, functions_of_modules()
+math.isclose = lambda *a, **k: True         # all numbers are equal now
+assert was_patched(before)
+math.isclose = isclose
+was_patched(before)
+
+
+# %% [markdown]
+# Definitions, check, guards: that is all of it.
+
+# %%
+#| export
+def answer(
+    code: list[str], # definitions
+    target: str,     # name of what the check looks at
+    checks: list,    # functions that raise where they object
+    seed: int=None,  # of the numbers that a check draws; default: new ones
+) -> tuple[bool, str]: # whether all of them accept it, and what is to be said
+    "Hold the definitions of a submission against checks."
+    before = functions_of_modules()
+    space = {"__name__": "submission"}
+    trouble = _define(code, space)
+    if target not in space: return False, f"{target} is not defined{trouble}"
+    for check in checks:
+        good, told = _passes(check, space[target], seed)
+        if not good: return False, told
+    accepts_anything = any(_passes(check, lambda *a, **k: None)[0] for check in checks)
+    if accepts_anything or was_patched(before): return False, PATCHED
+    return True, told
+
+
+# %% [markdown]
+# Four submissions, and a check of our own:
+
+# %%
+tried_with = [3, 5, 8]
+
+def check_double(f, seed=None):
+    for x in tried_with: assert f(x) == 2 * x, f"f({x}) should be {2 * x}"
+    return seed
+
+honest = "def double(x): return x + x"
+wrong = "def double(x): return x * x"
+sly = "def double(x):\n    import __main__\n    __main__.tried_with = []\n    return 2 * x"
+
+slier = "def double(x):\n    import math\n    math.isclose = lambda *a, **k: True\n    return 2 * x"
+
+for text in (honest, wrong, sly, slier):
+    print(answer([text], "double", [check_double], seed=1))
+math.isclose = isclose
+
+
+# %% [markdown]
+# `honest` passes. `wrong` is told at which number it fails. `sly` empties the list of numbers that the check tries, while it is being checked; it is refused by the canary. `slier` makes all numbers equal, which would help it in the next question; it is refused by the comparison. This catches a trick, not every trick: a student's code runs in
+# the same process as the check. If you grade people whom you do not trust, grade them in a container.
+#
+# Now the process around it. Starting Python and importing torch takes seconds, so it is done once: a *server* imports the checks, and for each question it makes a copy of itself (`os.fork`). The copy answers and ends.
+
+# %%
+#| export
+def load_checks(
+    extra: str="", # path of a Python file with more checks; empty: none
+) -> tuple: # a module, and another or None
+    "The checks of the package, and a teacher's own."
+    from sdpo_nb import checks
+    if not extra: return checks, None
+    spec = importlib.util.spec_from_file_location("extra_checks", extra)
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    return checks, own
+
+
+# %%
+(tmp / "mine.py").write_text("def check_double(f, seed=None):\n    assert f(4) == 8, 'f(4) should be 8'\n    return seed")
+public, private = load_checks(tmp / "mine.py")
+for value in (7, 8): print(_passes(private.check_double, lambda x: value))
+
+
+# %%
+#| export
+def _answer_job(job, modules):
+    "Answer one question, silently, and write what came out into a file."
+    nowhere = open(os.devnull, "w")
+    os.dup2(nowhere.fileno(), 1)
+    os.dup2(nowhere.fileno(), 2)
+    faulthandler.dump_traceback_later(job["limit"], exit=True, file=nowhere)
+    found = [getattr(m, job["check"], None) for m in modules]
+    good, told = answer(job["code"], job["target"], [check for check in found if check], job["seed"])
+    Path(job["result"]).write_text(json.dumps([good, told]))
+
+def _serve(extra="", ready=()):
+    "Answer questions from stdin, one a line, each in a process of its own; without fork, one and no more."
+    modules = load_checks(extra)
+    for name in ready: importlib.import_module(name)
+    known = [name for m in modules if m for name in vars(m) if name.startswith("check_")]
+    print(json.dumps(known), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork() if hasattr(os, "fork") else 0
+        if child: os.waitpid(child, 0)
+        else:
+            try: _answer_job(job, modules)
+            finally: os._exit(0)
+        print("answered", flush=True)
+
+
+# %% [markdown]
+# `dump_traceback_later` is the time limit. It is a thread of its own, written in C: it ends the process even if Python is stuck in an endless loop. `asking` starts the server, and gives a function that asks it.
+
+# %%
+#| export
+@contextmanager
+def asking(
+    extra: str="",   # path of a Python file with more checks
+    limit: float=60, # seconds for one question
+    seed: int=None,  # of the numbers that the checks draw; default: new ones each time
+    ready=(),        # modules that the server imports once, so that not every question has to
+):                   # a context with a function: (definitions, question) -> whether it passed, what is said
+    "A server that answers questions. It is started when needed, and again when a submission has killed it."
+    server, known = [], set()
+    folder = tempfile.TemporaryDirectory()
+    result = Path(folder.name) / "result.json"
+
+    def alive(): return server and server[-1].poll() is None
+
+    def wake():
+        if alive(): return
+        server.append(_start(extra, ready))
+        known.update(_hello(server[-1]))
+
+    def send(job):
+        server[-1].stdin.write(json.dumps(job) + "\n")
+        server[-1].stdin.flush()
+        if not server[-1].stdout.readline(): server.pop().wait()
+
+    def ask(code, question):
+        result.unlink(missing_ok=True)
+        wake()
+        if question.check not in known: raise ValueError(f"there is no check of the name {question.check}")
+        begun = time.monotonic()
+        asked = dict(check=question.check, target=question.target, limit=limit, seed=seed)
+        send(dict(asked, code=code, result=str(result)))
+        if result.exists(): return tuple(json.loads(result.read_text()))
+        if time.monotonic() - begun >= limit: return False, f"no answer within {limit:g} seconds"
+        return False, "Python ended before the check had an answer"
+
+    with folder:
+        try: yield ask
+        finally:
+            if alive(): server[-1].kill()
+            for started in server: started.communicate()
+
+def _start(extra, ready):
+    "A server with one thread, which does not load anything from the internet."
+    calm = dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
+    command = [sys.executable, "-m", "sdpo_nb.course", "serve", extra, *ready]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | calm)
+
+def _hello(server):
+    "The checks that a new server knows."
+    line = server.stdout.readline()
+    if not line: raise ValueError("the checks could not be loaded; what Python said stands above")
+    return json.loads(line)
+
+
+# %% [markdown]
+# Ask it about four submissions to `q1`: right, not begun, an endless loop, and one that ends Python.
+
+# %%
+q1, q2 = questions(master)
+submissions = dict(
+    right=messy,
+    stub=handed_out,
+    loop=answered("def dpo_loss(*all):\n    while True: pass"),
+    exits=answered("def dpo_loss(*all): __import__('os')._exit(3)"),
+)
+with asking(limit=5, seed=1) as ask:
+    for name, nb in submissions.items():
+        code_of, _ = definitions(nb, given_imports(master))
+        print(f"{name:6}", *ask(code_of, q1))
+
+
+# %% [markdown]
+# ## A whole course
+#
+# `grade_one` asks all questions of one submission. What a student wrote for a question that a person marks is collected on the way, so that the person can read it in one place.
+
+# %%
+#| export
+@dataclass
+class Grade:
+    "What one submission got."
+    student: str
+    points: dict[str, int|None] = field(default_factory=dict) # by question; None: nobody has marked it yet
+    said: dict[str, str] = field(default_factory=dict)        # by question: a sentence, or what the student wrote
+    flags: list[str] = field(default_factory=list)            # what a teacher should know
+
+    @property
+    def total(self): return sum(p or 0 for p in self.points.values())
+
+def _written(submission, question):
+    "What a student wrote under a question that a person marks."
+    mark = f"<!-- question {question.name} {question.points} manual -->"
+    found = [text_of(cell) for cell in submission["cells"] if mark in text_of(cell)]
+    return found[-1].replace(mark, "").strip() if found else "(the cell of this question is gone)"
+
+def grade_one(
+    student: str,     # who handed it in
+    submission: dict, # a notebook
+    master: dict,     # a notebook
+    ask,              # of `asking`
+) -> Grade:
+    "Points and sentences for one submission."
+    code, remarks = definitions(submission, given_imports(master))
+    grade = Grade(student, flags=remarks)
+    for q in questions(master):
+        if not q.check:
+            grade.points[q.name], grade.said[q.name] = None, _written(submission, q)
+            continue
+        good, told = ask(code, q)
+        grade.points[q.name], grade.said[q.name] = q.points if good else 0, told
+        strange = told == PATCHED or told.startswith(("no answer", "Python ended"))
+        if strange: grade.flags.append(f"{q.name}: {told}")
+    return grade
+
+
+# %%
+with asking(seed=1) as ask: alice = grade_one("alice", messy, master, ask)
+assert alice.points == dict(q1=4, q2=None)
+alice
+
+
+# %% [markdown]
+# The marks of a person come from a table: `student,q2`, one student a line. A point that stands there counts, also where a check has given another one: the last word is the teacher's.
+
+# %%
+#| export
+def _number(text): return int(text) if text.isdigit() else float(text)
+
+def read_marks(
+    path, # of a CSV file: student, and any questions
+) -> dict[str, dict[str, int|float]]: # points by student and question
+    "Points that a person gave."
+    with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
+    marks = {}
+    for row in rows:
+        given = {q: text for q, text in row.items() if q != "student" and text}
+        try: marks[row["student"]] = {q: _number(text) for q, text in given.items()}
+        except KeyError: raise ValueError(f"{path}: has no column 'student'") from None
+        except ValueError as e: raise ValueError(f"{path}: student {row['student']}: {e}") from None
+    return marks
+
+def add_marks(
+    grades: list,      # of Grades
+    marks: dict,       # of `read_marks`
+    asked: list,       # of Questions
+):
+    "Write a person's points into grades. Raises ValueError for a student, question or number that cannot be."
+    most, by_name = {q.name: q.points for q in asked}, {g.student: g for g in grades}
+    for student, given in marks.items():
+        if student not in by_name: raise ValueError(f"marks: there is no submission of '{student}'")
+        for q, points in given.items():
+            if q not in most: raise ValueError(f"marks: there is no question '{q}'")
+            if not 0 <= points <= most[q]:
+                raise ValueError(f"marks: {student}, {q}: {points} is not between 0 and {most[q]}")
+            by_name[student].points[q] = points
+
+
+# %%
+(tmp / "marks.csv").write_text("student,q2\nalice,2\n")
+add_marks([alice], read_marks(tmp / "marks.csv"), [q1, q2])
+assert alice.total == 6
+
+(tmp / "marks.csv").write_text("student,q2\nalice,30\n")
+print(complaint(add_marks, [alice], read_marks(tmp / "marks.csv"), [q1, q2]))
+
+
+# %% [markdown]
+# What leaves the grader: a table for the teacher, and a page for each student.
+
+# %%
+#| export
+def write_grades(
+    grades: list,      # of Grades
+    path,              # of the CSV file
+    asked: list,       # of Questions
+):
+    "A table: student, one column a question, total, flags. A question that nobody has marked is empty."
+    names = [q.name for q in asked]
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        table = csv.writer(f)
+        table.writerow(["student", *names, "total", "flags"])
+        for g in grades:
+            points = [g.points.get(q) for q in names]
+            table.writerow([g.student, *points, g.total, "; ".join(g.flags)])
+
+def feedback(
+    grade: Grade, # of one submission
+    asked: list,       # of Questions
+) -> str: # Markdown
+    "What a student is told."
+    most = sum(q.points for q in asked)
+    parts = [f"# {grade.student}: {grade.total} of {most} points"]
+    for q in asked:
+        points = grade.points.get(q.name)
+        got = "not marked yet" if points is None else f"{points} of {q.points}"
+        title = f"{q.name}, {q.target}" if q.target else q.name
+        parts.append(f"## {title}: {got}\n\n{grade.said.get(q.name, '')}")
+    if grade.flags: parts.append("## Remarks\n\n" + "\n".join(f"- {flag}" for flag in grade.flags))
+    return "\n\n".join(parts) + "\n"
+
+
+# %%
+print(feedback(alice, [q1, q2]))
+
+
+# %% [markdown]
+# And the whole folder. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. A file that is no notebook gets 0 and a flag. It must not stop the other thirty.
+
+# %%
+#| export
+def _students(folder):
+    "{name: path} of the submissions in a folder or of one file."
+    folder = Path(folder)
+    if folder.is_file(): return {folder.stem: folder}
+    paths = [p for p in sorted(folder.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+    if not paths: raise ValueError(f"{folder}: there is no notebook here")
+    return {"_".join(p.relative_to(folder).with_suffix("").parts): p for p in paths}
+
+def grade(
+    master,          # path of the solved notebook
+    submissions,     # folder of notebooks, or one notebook
+    extra: str="",   # path of a Python file with more checks, called after those of the same name
+    limit: float=60, # seconds for one question
+    manual: str="",  # path of a CSV file with a person's points
+    seed: int=None,  # of the numbers that the checks draw; default: new ones each time
+    say=print,       # is told one line a student
+) -> list[Grade]:
+    "Grade all submissions of an assignment."
+    master = read_notebook(master)
+    asked, students, grades = questions(master), _students(submissions), []
+    most = sum(q.points for q in asked)
+    ready = sorted({module for module, _ in given_imports(master)})
+    with asking(extra, limit, seed, ready) as ask:
+        for i, (student, path) in enumerate(students.items(), 1):
+            begun = time.monotonic()
+            try: submission = read_notebook(path)
+            except ValueError as e:
+                one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be read: {e}"])
+            else: one = grade_one(student, submission, master, ask)
+            grades.append(one)
+            say(f"{i}/{len(students)} {student}: {one.total} of {most} ({time.monotonic() - begun:.1f} s)")
+    if manual: add_marks(grades, read_marks(manual), asked)
+    return grades
+
+
+# %%
+patched = answered('''
+def dpo_loss(*all):
+    import sdpo_nb.checks as c
+    c.find_mistakes = lambda *a: ()
+    c.DPO_LOSS.edges.clear()
+    return all[0]
+''')
+no_beta = answered(right_answer.replace("-beta *", "-"))
+for name, nb in (submissions | dict(no_beta=no_beta, patched=patched)).items():
+    save(nb, tmp / f"handed_in/{name}.ipynb")
+(tmp / "handed_in/word.ipynb").write_text("my homework")
+
+grades = grade(tmp / "masters/a0.ipynb", tmp / "handed_in", limit=5, seed=1, say=lambda line: None)
+write_grades(grades, tmp / "grades.csv", [q1, q2])
+
+# %%
+import pandas as pd
+pd.set_option("display.max_colwidth", 120)
+told = {g.student: dict(q1=g.points["q1"], said=g.said.get("q1", "; ".join(g.flags))) for g in grades}
+told = pd.DataFrame(told).T
+assert told["q1"].to_dict() == dict(right=4) | dict.fromkeys(set(told.index) - {"right"}, 0)
+told.replace(str(tmp), "", regex=True)
+
+
+# %% [markdown]
+# ## Gradescope
+#
+# Gradescope runs a *zip* for each submission, in a container of its own: `setup.sh` installs, `run_autograder` grades and leaves `results.json`. Its fields are few, so we write them directly.
+
+# %%
+#| export
+def gradescope_results(
+    grade: Grade, # of one submission
+    asked: list,       # of Questions
+) -> dict: # as Gradescope reads it
+    "One test a question; those that a person marks are left to Gradescope's own rubric."
+    tests = []
+    for q in asked:
+        if not q.check: continue
+        points, told = grade.points[q.name], grade.said.get(q.name, "")
+        tests.append(dict(name=q.name, score=points, max_score=q.points, output=told))
+    return dict(tests=tests, output="\n".join(grade.flags))
+
+_SETUP = """#!/usr/bin/env bash
+apt-get install -y python3 python3-pip git
+pip3 install --break-system-packages "sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v{version}"
+"""
+_RUN = """#!/usr/bin/env bash
+cd /autograder
+python3 -m sdpo_nb.course grade source/{name} submission --results results/results.json{extra}
+"""
+
+def gradescope(
+    master,        # path of the solved notebook
+    out,           # path of the zip
+    extra: str="", # path of a Python file with more checks
+) -> Path:
+    "The zip that Gradescope wants."
+    from sdpo_nb import __version__
+    master = Path(master)
+    run = _RUN.format(name=master.name, extra=f" --extra source/{Path(extra).name}" if extra else "")
+    with zipfile.ZipFile(out, "w") as z:
+        z.writestr("setup.sh", _SETUP.format(version=__version__))
+        z.writestr("run_autograder", run)
+        z.write(master, master.name)
+        if extra: z.write(extra, Path(extra).name)
+    return Path(out)
+
+
+# %%
+made = gradescope(tmp / "masters/a0.ipynb", tmp / "a0.zip")
+print(*zipfile.ZipFile(made).namelist())
+wrong_one = next(g for g in grades if g.student == "no_beta")
+print(json.dumps(gradescope_results(wrong_one, [q1, q2]), indent=1))
+
+
+# %% [markdown]
+# ## The commands
+#
+# Three verbs, with the same names as the functions. (`serve` is the server of above; you never type it.) This is how a line is read:
+
+# %%
+#| export
+def _parser():
+    "The three verbs and their options."
+    parser = argparse.ArgumentParser("python -m sdpo_nb.course", description="Make and grade assignments.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    v = verbs.add_parser("build", help="students' versions of a folder of masters")
+    v.add_argument("masters", help="folder of solved notebooks")
+    v.add_argument("out", help="folder of the students' versions")
+    v.add_argument("--repository", default=REPOSITORY, help="on GitHub, with OUT (default: %(default)s)")
+
+    v = verbs.add_parser("grade", help="points and feedback for submissions")
+    v.add_argument("master", help="the solved notebook")
+    v.add_argument("submissions", help="folder of notebooks, or one notebook")
+    v.add_argument("--csv", help="write the table of points here")
+    v.add_argument("--feedback", help="write a page for each student into this folder")
+    v.add_argument("--limit", type=float, default=60, help="seconds for one question (default: %(default)s)")
+    v.add_argument("--extra", default="", help="Python file with more checks")
+    v.add_argument("--manual", default="", help="CSV file with a person's points: student, q6, ...")
+    v.add_argument("--seed", type=int, help="of the numbers that checks draw (default: new ones each time)")
+    v.add_argument("--results", help="write Gradescope's results.json here (of the last submission)")
+
+    v = verbs.add_parser("gradescope", help="the zip that Gradescope wants")
+    v.add_argument("master", help="the solved notebook")
+    v.add_argument("--out", required=True, help="path of the zip")
+    v.add_argument("--extra", default="", help="as for grade")
+
+    v = verbs.add_parser("serve")
+    v.add_argument("extra")
+    v.add_argument("ready", nargs="*")
+    return parser
+
+
+
+# %%
+args = _parser().parse_args(["grade", "a1.ipynb", "submissions/", "--limit", "30"])
+args.verb, args.limit
+
+
+# %% [markdown]
+# What `grade` leaves behind is what was asked for. A file that cannot be used ends in one line and status 1.
+
+# %%
+#| export
+def _write_all(args, grades):
+    "What `grade` leaves behind, where it was asked for."
+    asked = questions(read_notebook(args.master))
+    if args.csv: write_grades(grades, args.csv, asked)
+    if args.results:
+        results = gradescope_results(grades[-1], asked)
+        Path(args.results).write_text(json.dumps(results, indent=1))
+    if not args.feedback: return
+    folder = Path(args.feedback)
+    folder.mkdir(parents=True, exist_ok=True)
+    for g in grades: (folder / f"{g.student}.md").write_text(feedback(g, asked), encoding="utf-8")
+
+def main(
+    argv: list=None, # words of the command line; default: those of this process
+):
+    "`python -m sdpo_nb.course`. A file that cannot be used ends in one line and status 1."
+    args = _parser().parse_args(argv)
+    if args.verb == "serve": return _serve(args.extra, args.ready)
+    try:
+        if args.verb == "build": print(*build(args.masters, args.out, args.repository), sep="\n")
+        elif args.verb == "gradescope": print(gradescope(args.master, args.out, args.extra))
+        else:
+            how = dict(extra=args.extra, limit=args.limit, manual=args.manual, seed=args.seed)
+            _write_all(args, grade(args.master, args.submissions, **how))
+    except (ValueError, OSError) as e: sys.exit(f"{e}")
+
+
+# %%
+#| export
+#| eval: false
+if __name__ == "__main__": main()
+
+
+# %%
+def course_says(*words):
+    "Exit status of a command, and what it printed."
+    command = [sys.executable, "-m", "sdpo_nb.course", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, (done.stdout + done.stderr).replace(str(tmp), "").strip()
+
+status, text = course_says("build", tmp / "careless", tmp / "nowhere")
+assert status == 1
+print(text)
+
+# %%
+(tmp / "marks.csv").write_text("student,q2\nright,3\n")
+files = ["--csv", tmp / "grades.csv", "--feedback", tmp / "out", "--manual", tmp / "marks.csv"]
+how = ["--limit", 5, "--seed", 1]
+status, text = course_says("grade", tmp / "masters/a0.ipynb", tmp / "handed_in", *how, *files)
+assert status == 0, text
+pd.read_csv(tmp / "grades.csv", dtype=str, keep_default_na=False)[["student", "q1", "q2", "total"]]
+
+# %%
+print((tmp / "out/no_beta.md").read_text())
+
+# %%
+#| hide
+shutil.rmtree(tmp)
+
+# %% [markdown]
+# ## Why not Otter or nbgrader?
+#
+# Both are good programs, and many courses have them. A review of this project, at commit b9eec8b, tried both with a short form of assignment 1, and a prototype of this chapter beside them. The numbers are
+# the review's, not this notebook's:
+#
+# | | Otter 7.0.0 | nbgrader | this chapter's prototype |
+# |---|---|---|---|
+# | what it installs | 94 packages, 574 MB | 102 packages, 337 MB | nothing |
+# | to grade one submission | 11 to 20 s; runs the whole notebook | 7 s for a toy; runs the whole notebook | 4 to 5 s; runs definitions only |
+# | two lines that replace the checks | full points | not tried; the same design | 0 points |
+# | on Colab | needs its folder of tests there | does not support it | needs nothing |
+#
+# nbgrader keeps its marks in the metadata of cells. This book is cleaned by nbdev, which removes such metadata; the marks were gone. If your university has one of the two, use it: the checks are plain functions that
+# raise an error, so a test that calls `check_dpo_loss(dpo_loss)` works in either. Know then that a student's notebook can replace the checks.
+#
+# ## How a teacher uses it
+#
+# Clone the repository, and set it up with `make demo`. The masters are in `nbs/course`, the students' versions in `nbs/assignments`.
+#
+# 1. **Hand out**: send the link behind the Colab badge of `nbs/assignments/a1.ipynb`. Students save a copy in Drive, and download the notebook when they have finished (*File > Download > Download .ipynb*).
+# 2. **Change something**, if you like: edit the master, run it from the top, then
+#
+#    ```
+#    python -m sdpo_nb.course build nbs/course nbs/assignments --repository YOU/YOURS
+#    ```
+# 3. **Collect** the notebooks into one folder, and grade them:
+#
+#    ```
+#    python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
+#    ```
+# 4. **Mark by hand** what is left: each page in `out/` holds the student's text. Write the points into `marks.csv` (columns `student`, `q6`), and grade once more with `--manual marks.csv`.
+#
+# *Private checks.* The solutions of the masters are public, like everything here. The checks draw new numbers at each call, so a table of answers passes none of them, but a copied solution does. If points matter, change a
+# question, and put a check of your own into a file that only you have: `--extra mine.py`. A function in it that has the name of a check is called after it, with the same argument; one with a new name is a new check, which
+# a new question of your master can name.
+#
+# ## What you now have
+#
+# - `build`: students' versions without solutions, or an error with the line that is left.
+# - `grade`: definitions only, a process for each question, a time limit, two guards against patched checks; a table, and a page for each student.
+# - `gradescope`: the same, as the zip that Gradescope wants.
+#
+# ## Questions to test yourself
+#
+# 1. A student's training cell runs for an hour. How long does the grader take for it?
+#
+# <details><summary>Answer</summary>
+#
+# No time. The cell defines nothing, so it is not run. Only if the loop stands inside the function that is checked does it run, and then until the time limit.
+#
+# </details>
+#
+# 2. The leak test compares lines without blanks. What would it miss?
+#
+# <details><summary>Answer</summary>
+#
+# A solution with other names, one that is cut into lines at other places, and lines of fewer than 15 characters. It finds forgotten marks, and copies.
+#
+# </details>
+#
+# 3. Why does the canary call the check *after* the student's function, and not before it?
+#
+# <details><summary>Answer</summary>
+#
+# Before, the student's function has not run yet, so it cannot have changed anything.
+#
+# </details>
+#
+# ## Try this
+#
+# Add a third question to `master`, with a check of your own in a file: `check_double` of above, say, for a function `double`. Then grade with `--extra`.
+#
+# <details><summary>What you should see</summary>
+#
+# The table has a column q3. A submission without `double` gets 0 there, with the sentence "double is not defined".
+#
+# </details>

@@ -1,0 +1,190 @@
+# %% [markdown]
+# # Assignment 1: a loss from four numbers
+# > Write the DPO loss, its slope and a rival, and say before you compute what they will do.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/assignments/a1.ipynb)
+#
+# **First: File > Save a copy in Drive.** A notebook that was opened from GitHub is not saved when you close it.
+#
+# **Goal.** A model gives four log-probabilities for a pair of answers, two of its own and two of the reference. From these four numbers come the loss, its gradient, and everything that DPO does. You write the functions; a check tells
+# you what is wrong with them, if something is.
+# **Before you start**, read [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), part 1, and [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb) to the end of "Its gradient" (80 minutes).
+# **Time**: 90 minutes, of which 20 are reading. All cells together run in less than a minute. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
+#
+# **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
+again = "Choose Runtime > Disconnect and delete runtime, then run this cell again."
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
+
+import sdpo_nb
+version = sdpo_nb.__version__
+assert version == "0.1.0", f"This assignment is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from sdpo_nb.checks import check_dpo_loss, check_gradient, check_ipo, check_predictions, check_sequence_logps
+from sdpo_nb.checks import report
+from sdpo_nb.course import try_check
+
+
+# %% [markdown]
+# ## Question 1. How likely is this answer? (4 points)
+#
+# A language model gives, at every position, *logits*: a score for each token that could come next. The log-probability of an answer $y$ to a prompt $x$ is the sum over its tokens,
+#
+# $$\log \pi(y|x) = \sum_t \log \pi(y_t \mid x, y_{<t}).$$
+#
+# Two things are easy to forget. The logits at position $i$ speak about the token at position $i+1$. And only the tokens of the *answer* count, not those of the prompt and not the padding; `mask` is true for them.
+#
+# *By hand.* Three tokens, the first is the prompt; a vocabulary of two. At position 0 the logits are $(0, \ln 3)$, so token 1 has the probability 3/4. At position 1 they are $(0, 0)$: one half each. For `ids = [0, 1, 0]`
+# the sum is $\ln\frac34 + \ln\frac12 = -0.981$. What stands at position 2 is never read.
+
+# %%
+def sequence_logps(
+    logits, # (n, L, V): n rows of L positions, a score for each of V tokens; any float dtype
+    ids,    # (n, L): the tokens of each row
+    mask,   # (n, L) bool: true where a token belongs to the answer
+):          # -> (n,): log-probability of each answer, in nats; computed in fp32 or better
+    "Sum of the log-probabilities of the answer's tokens, one number a row."
+    ...
+
+
+# %%
+#| question q1 4 check_sequence_logps sequence_logps
+try_check(check_sequence_logps, sequence_logps)
+
+
+# %% [markdown]
+# ## Question 2. The loss (4 points)
+#
+# The *policy* is the model in training, the *reference* a frozen model, usually the one that training started from. Of one pair we know how likely the policy finds the chosen answer $y_w$ and the rejected answer $y_l$, and how likely the reference finds them. The loss is
+#
+# $$L = -\log\sigma\big(\beta\,\Delta\big), \qquad \Delta = \big(\log\pi(y_w|x) - \log\pi(y_l|x)\big) - \big(\log\pi_{ref}(y_w|x) - \log\pi_{ref}(y_l|x)\big).$$
+#
+# $\Delta$ is the *gain*: how much more than the reference the policy prefers the chosen answer. Return one number for each pair; the mean over a batch is taken later. It must also work for $\Delta = -9000$ nats, where
+# $\sigma$ is 0 in floating point.
+#
+# *By hand.* Policy $-2.0$ and $-3.0$, reference $-2.5$ and $-2.9$, $\beta = 0.5$. Then $\Delta = 1.0 - 0.4 = 0.6$ and $L = -\log\sigma(0.3) = 0.554$.
+
+# %%
+def dpo_loss(
+    chosen,       # (n,) log pi(y_w|x) of the policy, nats
+    rejected,     # (n,) log pi(y_l|x) of the policy, nats
+    ref_chosen,   # (n,) log pi_ref(y_w|x), nats
+    ref_rejected, # (n,) log pi_ref(y_l|x), nats
+    beta,         # a number > 0, per nat
+):                # -> (n,): the loss of each pair
+    "-log sigmoid(beta gain), one number a pair."
+    ...
+
+
+# %%
+#| question q2 4 check_dpo_loss dpo_loss
+try_check(check_dpo_loss, dpo_loss)
+
+
+# %% [markdown]
+# ## Question 3. The slope (2 points)
+#
+# From here on two numbers per pair are enough: $\gamma_\theta = \log\pi(y_w|x) - \log\pi(y_l|x)$ of the policy, and $\gamma_{ref}$, the same of the reference. So $\Delta = \gamma_\theta - \gamma_{ref}$.
+#
+# How does the loss of a pair change with $\gamma_\theta$? Take the derivative on paper; $\frac{d}{dz}\log\sigma(z) = \sigma(-z)$ helps. Then write it down. Do not use autograd: this function is about knowing the formula.
+#
+# *By hand.* Gain 0.6 and $\beta = 0.5$: the slope is $-0.213$. At gain 0 it is $-\beta/2 = -0.25$.
+
+# %%
+def gradient(
+    gamma_theta, # (n,) log-ratio of the policy, nats
+    gamma_ref,   # (n,) log-ratio of the reference, nats
+    beta,        # a number > 0, per nat
+):               # -> (n,): derivative of each pair's loss in gamma_theta
+    "The derivative of -log sigmoid(beta (gamma_theta - gamma_ref)) in gamma_theta."
+    ...
+
+
+# %%
+#| question q3 2 check_gradient gradient
+try_check(check_gradient, gradient)
+
+
+# %% [markdown]
+# ## Question 4. A rival (3 points)
+#
+# The DPO loss never stops asking for more gain: it falls for ever. IPO (arXiv 2310.12036) asks for a certain gain, and no more:
+#
+# $$L_{IPO} = \Big(\Delta - \frac{1}{2\beta}\Big)^2.$$
+#
+# This loss is not in the package; you are on your own.
+#
+# *By hand.* Gain 0.6 and $\beta = 0.5$: the wanted gain is 1, so $L_{IPO} = (0.6 - 1)^2 = 0.16$.
+
+# %%
+def ipo(
+    gamma_theta, # (n,) log-ratio of the policy, nats
+    gamma_ref,   # (n,) log-ratio of the reference, nats
+    beta,        # a number > 0, per nat
+):               # -> (n,): the loss of each pair, nats squared
+    "Squared distance of the gain from 1 / (2 beta)."
+    ...
+
+
+# %%
+#| question q4 3 check_ipo ipo
+try_check(check_ipo, ipo)
+
+# %% [markdown]
+# ## Question 5. Say it before you see it (4 points)
+#
+# Whoever trains models looks at a log and must know what is normal. Seven predictions; work them out with paper and a calculator, and write numbers (three digits are enough) or expressions such as `math.log(3)`.
+#
+# - `first_loss`: the loss in the first step, if the policy begins as a copy of the reference. (It does not depend on $\beta$.)
+# - `loss` and `weight`: a pair has reached a gain of 20 nats at $\beta = 0.1$. What is its loss? And its weight $\lambda = \sigma(-\beta\Delta)$, which says how hard it still pulls?
+# - `settles`: *label smoothing* $s$ says that a share $s$ of the labels is wrong. The loss becomes $-(1-s)\log\sigma(\beta\Delta) - s\log\sigma(-\beta\Delta)$, and the gain of a pair no longer rises for ever. At which gain, in nats, does it settle for $s = 0.1$ and $\beta = 0.5$?
+# - `nearer`: two runs on many pairs, some with wrong labels, one with $\beta = 1$ and one with $\beta = 4$, both trained until nothing changes any more. Which of the two ends nearer to its reference? Write 1 or 4.
+# - `farther_sgd`: the same two runs after three steps of plain gradient descent, with the same learning rate. Which has moved farther? Write 1 or 4.
+# - `farther_adam`: the same with Adam. Write 1 or 4, or 0 if there is no difference.
+#
+# *By hand*, as a model: a pair with a gain of 10 nats at $\beta = 0.1$ has $\beta\Delta = 1$, the loss $\ln(1 + e^{-1}) = 0.313$, and the weight $1/(1 + e) = 0.269$.
+
+# %%
+predictions = {
+    "first_loss": ...,
+    "loss": ...,
+    "weight": ...,
+    "settles": ...,
+    "nearer": ...,
+    "farther_sgd": ...,
+    "farther_adam": ...,
+}
+
+# %%
+#| question q5 4 check_predictions predictions
+try_check(check_predictions, predictions)
+
+# %% [markdown]
+# <!-- question q6 3 manual -->
+# ## Question 6. In words (3 points)
+#
+# The best policy of RLHF is $\pi^*(y|x) = S(y|x)\,e^{r(x,y)/\beta} / Z(x)$, and nobody can compute $Z(x)$, a sum over all texts. The DPO loss has no $Z$ in it. Why not? Explain it in at most 120 words to somebody who knows what a
+# softmax is. Say what $Z$ depends on and what it does not depend on, and where exactly it disappears. What would go wrong if the two answers of a pair belonged to different prompts?
+#
+# *Your answer (double-click this cell, write, and keep the first line):*
+#
+# ...
+
+# %% [markdown]
+# ## Hand in
+#
+# The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 6 is marked by a person.
+
+# %%
+#| question q6 3 manual
+report(globals())

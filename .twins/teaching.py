@@ -1,0 +1,118 @@
+# %% [markdown]
+# # Teaching with this book
+# > Six sessions, four assignments, one project; how to hand out, grade and read what comes back.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/teaching.ipynb)
+#
+# This page is for teachers. Your students should know PyTorch (a training loop, autograd), what a language model computes, and logarithms. They need no graphics card, except for the project and one part of assignment 3; a free T4 on Colab will do.
+#
+# ## What they can do afterwards
+#
+# 1. Compute the log-probability of an answer, and say which four mistakes give a wrong number without an error.
+# 2. Write the DPO loss from memory, derive it, and say what $\beta$ does and why a log begins with 0.693.
+# 3. Write the training loop of a stage with a reference table, gradient accumulation and half precision.
+# 4. Say what stepwise DPO changes, which model is the reference of which stage, and which runs a fair comparison needs.
+# 5. Read somebody else's result: which baseline is missing, what the interval means, what one world does not show.
+#
+# ## Six sessions of 90 minutes
+#
+# Read before the session, run together, write afterwards. How long each part takes to read stands at the top of its chapter.
+#
+# | session | students read before | in class | after |
+# |---|---|---|---|
+# | 1. What people prefer | [welcome](welcome.ipynb); [00](00_world.ipynb) to the first comparisons | let students label ten pairs of the tiny world, and compare their labels with Bradley-Terry; which answer would *you* choose? | |
+# | 2. What a model says | [02](02_logprobs.ipynb), part 1; [01](01_preferences.ipynb), where the prompt ends | one response by hand on the board: shift, gather, mask, sum; then break each of the four | assignment 1, questions 1 and 2 |
+# | 3. The loss | [03](03_loss.ipynb) to the end of "Its gradient" | the line on one pair; predict each cell before it is run; the derivation with books closed | rest of assignment 1 |
+# | 4. Data and order | [05](05_partition.ipynb) to "The blind spot: length" | which of two sources is easier? vote, then measure; flipped labels | assignment 2 |
+# | 5. One stage for real | [06](06_trainer.ipynb), "Six lines" to "One step" | the six lines, live; then a bf16 model whose weights do not move; choose project models | assignment 3 |
+# | 6. Stages, and what a result shows | [03](03_loss.ipynb), the sections on stages; [13](13_stepwise.ipynb), the method; [08](08_evaluate.ipynb), asking both models the same | run the [demo](demo.ipynb); then plan the comparison that would convince a sceptic | assignment 4, project |
+#
+# ## The assignments
+#
+# | | points | by checks | by hand | minutes | runtime |
+# |---|---|---|---|---|---|
+# | [a1: a loss from four numbers](assignments/a1.ipynb) | 20 | 17 | 3 | 90 | CPU |
+# | [a2: which data first](assignments/a2.ipynb) | 20 | 16 | 4 | 75 | CPU |
+# | [a3: one stage, half the precision](assignments/a3.ipynb) | 20 | 18 | 2 | 90 (+ 15 on a T4) | CPU, then T4 |
+# | [a4: stages](assignments/a4.ipynb) | 20 | 15 | 5 | 100 | CPU |
+#
+# The minutes are estimates; ask your first group. **To hand out**, send the link behind a notebook's Colab badge. **To grade**, put what comes back into one folder:
+#
+# ```
+# python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
+# ```
+#
+# The solved masters, with model answers and points for the questions in words, are in `nbs/course`. How grading works, what it does not catch, and how to change a question or add a private check: [chapter 16](16_course.ipynb).
+#
+# A student who is stuck should read what the check says before anything else: it names the mistake and the section of the book. If three students meet the same message, that is the beginning of the next session.
+#
+# ## What students get wrong
+#
+# Each check knows the usual mistakes of its exercise. This is the whole list, from the package. Use it as a bank of questions: show a wrong line, and ask what it does to the numbers before anybody runs it.
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+import pandas as pd
+from IPython.display import Markdown
+
+from sdpo_nb.checks import EXERCISES
+from sdpo_nb.course import questions, read_notebook
+from sdpo_nb.report import as_markdown
+
+# %%
+rows = []
+for exercise in EXERCISES.values():
+    if exercise.name == "predictions": continue          # its sentences give the answers away
+    for mistake, told in exercise.says.items():
+        chapter, heading = exercise.elsewhere.get(mistake, exercise.read)
+        rows.append((exercise.name, told, f"{chapter}, {heading}"))
+mistakes = pd.DataFrame(rows, columns=["exercise", "what is wrong, and why", "where to read"])
+Markdown(as_markdown(mistakes.set_index("exercise")))
+
+# %% [markdown]
+# ## The project
+#
+# *Align a model of your choice on a T4, and compare stepwise DPO with DPO.* In pairs, two weeks.
+#
+# - A model of at most half a billion parameters. Weights, gradients and AdamW cost 16 bytes a parameter in fp32: 2.2 GB for 135 million, 5.8 GB for 360 million, 8 GB for half a billion. A T4 has 15 GB, so a model of one billion does not fit.
+# - Two sources or more, at least 1,000 pairs, at least two stages.
+# - Four runs: the base model; DPO, with $\beta$ chosen on validation pairs; DPO at $\beta/T$; stepwise DPO at the same $\beta$.
+# - Measured on held-out pairs, with paired intervals and the KL to the base model; ten answers of each model side by side.
+# - The run folder on Drive, so that a disconnect costs nothing. One page of text.
+#
+# | 10 points by the folder | |
+# |---|---|
+# | everything in it agrees with everything else: settings, tables, metrics, hashes | 4 |
+# | the first loss of each stage is $\ln 2$, and the reference of each stage is the model before it | 2 |
+# | the DPO runs saw the same pairs | 2 |
+# | held-out pairs were never trained on | 2 |
+#
+# | 10 points by rubric | 0 | 1 | 2 |
+# |---|---|---|---|
+# | the question | none | one that no result could answer | one that the four runs can answer |
+# | the baseline | none | DPO at the same $\beta$ only | DPO at $\beta$ and at $\beta/T$, with $\beta$ chosen on validation pairs |
+# | the interval | none | there, but unpaired or not explained | paired, and its meaning said in one right sentence |
+# | failures and samples | none | good samples only | signs of failure looked for, samples chosen by a rule that is stated |
+# | what it does not show | nothing said | general caution | the one or two reasons why *this* result might not hold elsewhere |
+
+# %% [markdown]
+# The points of the assignments, from their masters (for a check of the table above; it needs the repository):
+
+# %%
+from pathlib import Path
+
+masters = sorted(Path("course").glob("*.ipynb"))
+points = {}
+for path in masters:
+    asked = questions(read_notebook(path))
+    points[path.stem] = {
+        "points": sum(q.points for q in asked),
+        "by checks": sum(q.points for q in asked if q.check),
+        "by hand": sum(q.points for q in asked if not q.check),
+    }
+if masters: assert [p["by checks"] for p in points.values()] == [17, 16, 18, 15]
+pd.DataFrame(points).T

@@ -1,0 +1,563 @@
+"The checks of the course: no right answer is accused, no wrong one passes, each mistake has its name, and what is said can be found in the book."
+import contextlib, io, itertools, json, math, re
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sdpo_nb.checks as checks
+import sdpo_nb.loss
+from sdpo_nb.checks import EXERCISES, LIMIT, PREDICTIONS, CheckFailed, diagnose, draw_batches, find_mistakes, foreign_name, report, score
+from sdpo_nb.checks import _answer, _is_at_edge
+from sdpo_nb.loss import dpo_loss as theirs
+from sdpo_nb.loss import certificate as their_certificate
+
+BOOK = Path(__file__).parent.parent / "nbs"
+SINGLES = [(name, mistake) for name, exercise in EXERCISES.items() for mistake in exercise.says]
+TABLE = {   # of the specification
+    "sequence_logps": "no_shift late mask_unshifted mean all_tokens no_eos probs raw vocab_dim half detached unstable",
+    "dpo_loss": "no_beta outside half_beta inverse swapped no_ref plus_ref no_minus no_log unstable detached",
+    "gradient": "no_beta no_minus other_side mean", "ipo": "no_half times_beta no_ref abs dpo", "predictions": " ".join(PREDICTIONS),
+    "boundary": "prompt_length chosen_only characters off_by_one", "accuracy": "strict weak no_ref worse soft nan",
+    "by_prompt": "by_pair last_pair singles_dropped any", "partition": "lost twice ascending ties unsorted order uneven count",
+    "accumulation": "mean_of_means sum_of_means sum last_only lost too_many kept clears",
+    "reference_table": "dropout left_in_eval grad random_state by_position half",
+    "fp16_step": "no_scale clip_scaled direct no_update no_clip no_zero_grad",
+    "train": "moving_reference swapped_table summed no_zero_grad eval_mode bf16_weights shuffled last_batch_lost",
+    "stepwise": "S_trained live fixed lag table from_S chunks returned", "certificate": "sign log_of_loss no_beta no_ref overflow",
+    "first_loss": "mean_inside no_beta swapped", "experiment": "no_baseline picked_on_test unpaired one_seed",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check_of(name): return getattr(checks, f"check_{name}")
+
+
+def heard(check, f, seed=1):
+    "The exception of a check, or None where it passes."
+    with contextlib.redirect_stdout(io.StringIO()):
+        try: check(f, seed=seed)
+        except CheckFailed as e: return e
+
+
+def headings():
+    "chapter -> the headings of its notebook"
+    found = {}
+    for path in BOOK.glob("[0-9][0-9]_*.ipynb"):
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown"]
+        lines = "\n".join("".join(c["source"]) for c in cells).splitlines()
+        found[path.name[:2]] = {re.sub(r"^#+ ", "", line).removesuffix(" (you may skip this)") for line in lines if re.match(r"#+ ", line)}
+    return found
+
+
+def assert_can_be_read(message, book=headings()):
+    assert len(message) <= LIMIT, message
+    place = re.search(r'Read chapter (\d\d), "(.*?)"\.', message)
+    assert place, f"no place to read, or it was cut off: {message}"
+    chapter, heading = place.groups()
+    assert chapter in book, message
+    assert heading in book[chapter], f"chapter {chapter} has no heading {heading!r}"
+    assert "..." not in message.replace("`...`", ""), message
+
+
+# ---- right answers, each in four ways ----------------------------------------------------------------------------------
+
+def logps_by_rows(logits, ids, mask):
+    out = []
+    for row, tokens, m in zip(logits, ids, mask):
+        at = m.nonzero()[:, 0]
+        out.append(-F.cross_entropy(row[at - 1].float(), tokens[at], reduction="sum"))
+    return torch.stack(out)
+
+def logps_ce(logits, ids, mask):
+    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return -(nll * mask[:, 1:]).sum(-1)
+
+def logps_labels(logits, ids, mask):
+    labels = ids.masked_fill(~mask, -100)[:, 1:]
+    x = logits[:, :-1].to(torch.float32)
+    each = -F.cross_entropy(x.reshape(-1, x.shape[-1]), labels.reshape(-1), ignore_index=-100, reduction="none")
+    return each.view(labels.shape).sum(1)
+
+def logps_lse(logits, ids, mask):
+    logits = logits.double()
+    picked = logits[:, :-1].gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2) - torch.logsumexp(logits[:, :-1], -1)
+    return torch.where(mask[:, 1:], picked, torch.zeros_like(picked)).sum(1)
+
+def dpo_a(c, r, rc, rr, beta): return -F.logsigmoid(beta * ((c - r) - (rc - rr)))
+def dpo_b(c, r, rc, rr, beta): return F.softplus(beta * (rc - c) - beta * (rr - r))
+def dpo_c(c, r, rc, rr, beta): return dpo_a(*(x.float() for x in (c, r, rc, rr)), beta)
+def dpo_d(c, r, rc, rr, beta): return torch.logaddexp(torch.zeros_like(c), beta * (r - rr) - beta * (c - rc))
+
+def slope_a(t, r, beta): return -beta * torch.sigmoid(-beta * (t - r))
+def slope_b(t, r, beta): return -beta / (1 + torch.exp(beta * (t - r)))
+def slope_c(t, r, beta): return beta * (torch.sigmoid(beta * (t.float() - r.float())) - 1)
+def slope_d(t, r, beta): return torch.stack([-beta / (1 + (beta * (a - b)).exp()) for a, b in zip(t, r)])
+
+def ipo_a(t, r, beta): return (t - r - 1 / (2 * beta)) ** 2
+def ipo_b(t, r, beta): return F.mse_loss(t - r, torch.full_like(t, 0.5 / beta), reduction="none")
+def ipo_c(t, r, beta): return (t - r).pow(2) - (t - r) / beta + 1 / (4 * beta**2)
+def ipo_d(t, r, beta): return torch.square((2 * beta * (t - r) - 1) / (2 * beta))
+
+def boundary_a(p, c, r):
+    n = 0
+    while n < min(len(p), len(c), len(r)) and p[n] == c[n] == r[n]: n += 1
+    return n
+def boundary_b(p, c, r): return next((i for i, t in enumerate(zip(p, c, r)) if len(set(t)) > 1), min(map(len, (p, c, r))))
+def boundary_c(p, c, r):
+    def lcp(a, b):
+        same = [x == y for x, y in zip(a, b)]
+        return same.index(False) if False in same else len(same)
+    return min(lcp(p, c), lcp(p, r))
+def boundary_d(p, c, r):
+    n = min(len(p), len(c), len(r)); p, c, r = (torch.tensor(x[:n]) for x in (p, c, r))
+    return ((p == c) & (p == r)).cumprod(0).sum()
+
+def acc_a(g, r): return torch.where((g - r).isnan(), math.nan, (0.5 + 0.5 * (g - r).sign()).float())
+def acc_b(g, r): return ((g > r) + 0.5 * (g == r)) + 0 * (g - r)
+def acc_c(g, r): return torch.tensor([math.nan if a != a or b != b else 1. if a > b else 0.5 if a == b else 0. for a, b in zip(g.tolist(), r.tolist())])
+def acc_d(g, r): return torch.heaviside(g - r, torch.tensor(0.5, dtype=g.dtype)).where(~(g - r).isnan(), math.nan)
+
+def prompt_a(right, ids): return pd.Series(right.numpy()).groupby(ids.numpy()).mean().mean()
+def prompt_b(right, ids): return sum(right[ids == i].mean() for i in ids.unique()) / len(ids.unique())
+def prompt_c(right, ids):
+    _, where, n = ids.unique(return_inverse=True, return_counts=True)
+    return (torch.zeros(len(n)).index_add(0, where, right.float()) / n).mean()
+def prompt_d(right, ids):
+    seen = {}
+    for x, i in zip(right, ids): seen.setdefault(int(i), []).append(float(x))
+    return sum(sum(v) / len(v) for v in seen.values()) / len(seen)
+
+def part_a(accuracy, sizes, T):
+    order = sorted(range(len(sizes)), key=lambda i: (-accuracy[i], i))
+    per = [[sum(sizes[:i]) + j for j in range(sizes[i])] for i in order]
+    if T == len(sizes): return per
+    flat = [x for s in per for x in s]; n = len(flat)
+    out, at = [], 0
+    for t in range(T):
+        k = n // T + (t < n % T)
+        out.append(flat[at:at + k]); at += k
+    return out
+def part_b(accuracy, sizes, T):
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    order = sorted(range(len(sizes)), key=accuracy.__getitem__, reverse=True)
+    per = [torch.arange(ends[i] - sizes[i], ends[i]) for i in order]
+    return [p.tolist() for p in (per if T == len(sizes) else torch.cat(per).tensor_split(T))]
+def part_c(accuracy, sizes, T):
+    import numpy as np
+    order = np.argsort(-np.array(accuracy), kind="stable"); starts = np.cumsum([0, *sizes])
+    per = [np.arange(starts[i], starts[i + 1]) for i in order]
+    return per if T == len(sizes) else np.array_split(np.concatenate(per), T)
+def part_d(accuracy, sizes, T): return tuple(map(tuple, part_a(accuracy, sizes, T)))
+
+def acc_grad_a(model, pairs, loss_of, size):
+    for i in range(0, len(pairs), size): (loss_of(model, pairs[i:i + size]).sum() / len(pairs)).backward()
+def acc_grad_b(model, pairs, loss_of, size):
+    total = 0.
+    for part in (pairs[i:i + size] for i in range(0, len(pairs), size)):
+        loss = loss_of(model, part).mean() * (len(part) / len(pairs)); loss.backward(); total += loss.item()
+    return total
+def acc_grad_c(model, pairs, loss_of, size):
+    for pair in pairs: loss_of(model, [pair]).div(len(pairs)).sum().backward()
+def acc_grad_d(model, pairs, loss_of, size):
+    rest, n = list(pairs), len(pairs)
+    while rest:
+        part, rest = rest[:size], rest[size:]
+        losses = loss_of(model, part); losses.backward(torch.full_like(losses, 1 / n))
+
+def table_a(model, pairs, score):
+    mode = model.training; model.eval()
+    with torch.no_grad(): c, r = score(model, pairs)
+    model.train(mode)
+    return {p["key"]: (a, b) for p, a, b in zip(pairs, c.tolist(), r.tolist())}
+def table_b(model, pairs, score):
+    mode, out = model.training, {}; model.eval()
+    with torch.inference_mode():
+        for p in pairs:
+            c, r = score(model, [p]); out[p["key"]] = [c.item(), r.item()]
+    model.train(mode)
+    return out
+@torch.no_grad()
+def table_c(model, pairs, score):
+    mode = model.training
+    try: return {p["key"]: numbers for p, *numbers in zip(pairs, *score(model.eval(), pairs))}
+    finally: model.train(mode)
+def table_d(model, pairs, score):
+    modes = {m: m.training for m in model.modules()}; model.train(False)
+    with torch.no_grad(): rows = torch.stack(score(model, pairs), 1).double()
+    for m, t in modes.items(): m.training = t
+    return dict(zip([p["key"] for p in pairs], rows.tolist()))
+
+def step_a(loss, parameters, optimizer, scaler, clip):
+    optimizer.zero_grad(); scaler.scale(loss).backward(); scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(parameters, clip); scaler.step(optimizer); scaler.update()
+def step_b(loss, parameters, optimizer, scaler, clip):
+    scaler.scale(loss).backward(); scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm=clip); scaler.step(optimizer); scaler.update(); optimizer.zero_grad(set_to_none=False)
+    return norm
+def step_c(loss, parameters, optimizer, scaler, clip):
+    for p in parameters: p.grad = None
+    scaler.scale(loss).backward(); scaler.unscale_(optimizer)
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+    for p in parameters: p.grad *= min(1., clip / (norm.item() + 1e-6))
+    scaler.step(optimizer); scaler.update()
+def step_d(loss, parameters, optimizer, scaler, clip):
+    (scaler.get_scale() * loss).backward(); scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(parameters, clip); scaler.step(optimizer); scaler.update(); optimizer.zero_grad()
+
+def train_a(model, pairs, table, beta, lr, batch):
+    model.float().train(); opt, losses = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.), []
+    for i in range(0, len(pairs), batch):
+        part = pairs[i:i + batch]; c, r = score(model, part); rc, rr = torch.tensor([table[p["key"]] for p in part]).T
+        loss = -F.logsigmoid(beta * (c - r - rc + rr)).mean(); opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
+    return losses
+def train_b(model, pairs, table, beta, lr, batch):     # without score: a row at a time
+    model = model.train().to(torch.float32); opt, out = torch.optim.Adam(model.parameters(), lr), []
+    def logp(x, y):
+        row = torch.tensor([list(x) + list(y)]); scores = model(input_ids=row).logits[0].log_softmax(-1)
+        return scores[len(x) - 1:-1].gather(1, torch.tensor(y)[:, None]).sum()
+    for i in range(0, len(pairs), batch):
+        losses = []
+        for p in pairs[i:i + batch]:
+            c, r = (logp(p["prompt_ids"], p[f"{side}_ids"]) for side in ("chosen", "rejected")); rc, rr = table[p["key"]]
+            losses.append(F.softplus(-beta * (c - r - (rc - rr))))
+        loss = sum(losses) / len(losses); loss.backward(); opt.step(); opt.zero_grad(); out.append(loss)
+    return out
+def train_c(model, pairs, table, beta, lr, batch):     # every pair a backward pass of its own
+    model.float(); model.train(); opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0); losses = []
+    for part in [pairs[i:i + batch] for i in range(0, len(pairs), batch)]:
+        total = 0.
+        for p in part:
+            c, r = score(model, [p]); ref = table[p["key"]][0] - table[p["key"]][1]
+            loss = -F.logsigmoid(beta * (c - r - ref)).sum() / len(part); loss.backward(); total += loss.item()
+        opt.step(); opt.zero_grad(); losses.append(total)
+    return losses
+def train_d(model, pairs, table, beta, lr, batch):     # torch's default weight decay is too small to matter here
+    model.train(); model.double(); opt = torch.optim.AdamW(model.parameters(), lr=lr); losses = []
+    for i in range(math.ceil(len(pairs) / batch)):
+        part = pairs[i * batch:(i + 1) * batch]; c, r = score(model, part); ref = torch.tensor([table[p["key"]] for p in part]).double()
+        z = beta * (c - r) - beta * (ref[:, 0] - ref[:, 1]); loss = torch.log1p(torch.exp(-z)).mean()
+        loss.backward(); opt.step(); opt.zero_grad(); losses.append(loss.detach())
+    return losses
+
+def stages_a(S, chunks, score, train, copy):
+    M = copy(S)
+    for D in chunks: train(M, D, score(M, D))
+    return M
+def stages_b(S, chunks, score, train, copy):
+    models = [copy(S)]
+    for D in chunks:
+        reference = models[-1]; target = copy(reference); train(target, D, score(reference, D)); models.append(target)
+    return models[-1]
+def stages_c(S, chunks, score, train, copy):
+    if not chunks: return copy(S)
+    M = stages_c(S, chunks[:-1], score, train, copy); table = score(M, chunks[-1]); train(M, chunks[-1], table)
+    return M
+def stages_d(S, chunks, score, train, copy):
+    import copy as c
+    reference = c.deepcopy(S)
+    for t in range(len(chunks)):
+        policy = copy(reference); table = score(copy(reference), chunks[t]); policy = train(policy, chunks[t], table); reference = policy
+    return reference
+
+def bound_a(loss, ref, beta): return ref - (loss + math.log(-math.expm1(-loss))) / beta
+def bound_b(loss, ref, beta): return ref - (loss + torch.log1p(-torch.exp(torch.tensor(-loss, dtype=torch.float64)))) / beta
+def bound_c(loss, ref, beta): return ref - (math.log(math.expm1(loss)) if loss < 30 else loss) / beta
+def bound_d(loss, ref, beta): return torch.tensor(ref + (-loss - math.log(1 - math.exp(-loss))) / beta, dtype=torch.float64)
+
+def first_a(s, r, beta): return -F.logsigmoid(beta * (s - r)).mean()
+def first_b(s, r, beta): return sum(math.log1p(math.exp(-beta * (a - b))) for a, b in zip(s.tolist(), r.tolist())) / len(s)
+def first_c(s, r, beta): return float(F.softplus(beta * (r - s).float()).sum() / r.numel())
+def first_d(s, r, beta): return F.binary_cross_entropy_with_logits(beta * (s - r), torch.ones_like(s))
+
+WAYS = dict(
+    sequence_logps=(logps_by_rows, logps_ce, logps_labels, logps_lse), dpo_loss=(dpo_a, dpo_b, dpo_c, dpo_d), gradient=(slope_a, slope_b, slope_c, slope_d),
+    ipo=(ipo_a, ipo_b, ipo_c, ipo_d), boundary=(boundary_a, boundary_b, boundary_c, boundary_d), accuracy=(acc_a, acc_b, acc_c, acc_d),
+    by_prompt=(prompt_a, prompt_b, prompt_c, prompt_d), partition=(part_a, part_b, part_c, part_d), accumulation=(acc_grad_a, acc_grad_b, acc_grad_c, acc_grad_d),
+    reference_table=(table_a, table_b, table_c, table_d), fp16_step=(step_a, step_b, step_c, step_d), train=(train_a, train_b, train_c, train_d),
+    stepwise=(stages_a, stages_b, stages_c, stages_d), certificate=(bound_a, bound_b, bound_c, bound_d), first_loss=(first_a, first_b, first_c, first_d),
+)
+SEEDS = {name: range(200) for name in WAYS} | dict(train=range(4))     # two stages are trained for each
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_right_answers_are_never_accused(name):
+    assert len(WAYS[name]) == 4
+    for f, seed in itertools.product(WAYS[name], SEEDS[name]):
+        assert heard(check_of(name), f, seed) is None, f"{f.__name__}, seed {seed}: {heard(check_of(name), f, seed)}"
+
+
+def test_right_predictions_and_experiments_in_four_ways():
+    digits = [{k: round(v, n) for k, v in PREDICTIONS.items()} for n in (3, 4)]
+    for answers in (PREDICTIONS, *digits, {k: torch.tensor(v) for k, v in PREDICTIONS.items()}, lambda: PREDICTIONS):
+        assert heard(checks.check_predictions, answers) is None
+    runs = checks._experiment()
+    swapped = runs.sample(frac=1, random_state=0)
+    t_interval = runs.copy()                                   # Student's t instead of 1.96
+    middle, half = (runs["low"] + runs["high"]) / 2, (runs["high"] - runs["low"]) / 2
+    t_interval["low"], t_interval["high"] = middle - half * 2.0096 / 1.96, middle + half * 2.0096 / 1.96
+    arrays = runs.assign(rewards=[torch.tensor(r) for r in runs["rewards"]])
+    for answer in (runs, swapped, t_interval, arrays, lambda: runs):
+        assert heard(checks.check_experiment, answer) is None
+
+
+# ---- wrong answers -----------------------------------------------------------------------------------------------------
+
+def test_the_catalogue_holds_what_was_asked_for():
+    assert set(TABLE) == set(EXERCISES)
+    assert len(EXERCISES) == 17
+    for name, mistakes in TABLE.items():
+        assert set(mistakes.split()) <= set(EXERCISES[name].says), name
+        assert callable(check_of(name))
+
+
+@pytest.mark.parametrize("name,mistake", SINGLES)
+def test_every_mistake_is_named_as_itself(name, mistake):
+    exercise = EXERCISES[name]
+    with pytest.raises(CheckFailed) as e: diagnose(exercise, partial(exercise.crooked, wrong=(mistake,)), seed=2)
+    assert e.value.mistakes == (mistake,)
+    assert_can_be_read(str(e.value))
+    assert exercise.says[mistake] in str(e.value)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_no_pair_passes(name):
+    exercise = EXERCISES[name]
+    if exercise.draw is None: return                           # edges only: tested one by one above
+    for seed in (0, 1):
+        batches = draw_batches(exercise, seed)[:1 if name == "train" else None]
+        right = [_answer(exercise, exercise.crooked, b) for b in batches]
+        for two in itertools.combinations(exercise.says, 2):
+            f = partial(exercise.crooked, wrong=two)
+            try: seen = [_answer(exercise, f, b) for b in batches]
+            except Exception: continue                         # the student hears that it stops
+            passes = all(map(checks.alike, seen, right)) and not any(_is_at_edge(test, f, seed) for test in exercise.edges.values())
+            assert not passes, two
+        if name == "train": return
+
+
+@pytest.mark.parametrize("name", [name for name, e in EXERCISES.items() if e.draw and name != "train"])
+def test_a_pair_is_named_by_its_own_or_by_fewer(name):
+    "What is said of two mistakes gives exactly the same numbers; and it fits into the message."
+    exercise, by_both = EXERCISES[name], 0
+    batches = draw_batches(exercise, 3)
+    for two in itertools.combinations(exercise.mistakes, 2):
+        try: seen = [_answer(exercise, partial(exercise.crooked, wrong=two), b) for b in batches]
+        except Exception: continue
+        found = find_mistakes(exercise, batches, seen)
+        assert 1 <= len(found) <= 2
+        by_both += found == two
+        assert_can_be_read(str(checks._diagnosis(exercise, found, 999_999)))
+    assert by_both >= 2
+
+
+def test_every_two_sentences_fit_into_a_message():
+    for exercise in EXERCISES.values():
+        for two in itertools.permutations(exercise.says, 2):
+            if exercise.draw is None: continue
+            assert_can_be_read(str(checks._diagnosis(exercise, two, 999_999)))
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_stub_is_nothing_yet(name):
+    def stub(*args): ...
+    def ellipsis(*args): return ...
+    def not_implemented(*args): raise NotImplementedError
+    for f in (..., None, stub, ellipsis, not_implemented):
+        e = heard(check_of(name), f)
+        assert "returns nothing yet" in str(e), (f, e)
+        assert e.mistakes == ("empty",)
+        assert_can_be_read(str(e))
+
+
+def test_an_empty_prediction_is_nothing_yet():
+    e = heard(checks.check_predictions, PREDICTIONS | dict(weight=...))
+    assert "weight is nothing yet" in str(e)
+    assert_can_be_read(str(e))
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_an_exception_is_named_with_its_class(name):
+    def breaks(*args): return {}["gamma of the policy, a key with a long name" * 9]
+    e = heard(check_of(name), breaks)
+    assert "stops with KeyError: " in str(e)
+    assert e.mistakes == ("stopped",)
+    assert_can_be_read(str(e).replace("...", ""))
+
+
+def test_an_exception_with_nothing_to_say_and_one_that_leaves():
+    def silent(*args): raise AssertionError
+    def leaves(*args): raise SystemExit(3)
+    assert "stops with AssertionError" in str(heard(checks.check_ipo, silent))
+    assert "stops with SystemExit: 3" in str(heard(checks.check_ipo, leaves))
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_what_is_no_function_is_told_so(name):
+    e = heard(check_of(name), 3.5)
+    assert e.mistakes == ("form",)
+    assert "float" in str(e)
+    assert_can_be_read(str(e))
+
+
+@pytest.mark.parametrize("name,right", [("sequence_logps", logps_ce), ("dpo_loss", dpo_a), ("gradient", slope_a), ("ipo", ipo_a), ("accuracy", acc_a)])
+def test_broadcasting_and_other_shapes_are_named(name, right):
+    says = {
+        "broadcast": lambda *a: right(*a)[:, None] + 0 * right(*a)[None],
+        "the mean is taken later": lambda *a: right(*a).mean(),
+        "not (": lambda *a: right(*a)[:, None],
+        "not a tensor": lambda *a: right(*a).tolist(),
+    }
+    for words, f in says.items():
+        e = heard(check_of(name), f)
+        assert words in str(e), e
+        assert e.mistakes == ("form",)
+        assert_can_be_read(str(e))
+
+
+def test_unsqueezed_references_broadcast():
+    e = heard(checks.check_dpo_loss, lambda c, r, rc, rr, beta: -F.logsigmoid(beta * (c - r - (rc - rr)[:, None])))
+    assert "every pair against every other" in str(e)
+
+
+def test_what_nobody_foresaw_shows_the_first_difference():
+    for f, name in ((lambda *a: 2 * dpo_a(*a), "dpo_loss"), (lambda *a: 7, "boundary"), (lambda *a: [[0]], "partition"),
+                    (lambda *a: 0.25, "certificate"), (lambda m, p, l, size: (l(m, p[:size]).sum() * 3).backward(), "accumulation"),
+                    (lambda m, p, s: {x["key"]: (0., 0.) for x in p}, "reference_table")):
+        e = heard(check_of(name), f)
+        assert e.mistakes == ("unknown",), (name, e)
+        assert "First difference" in str(e)
+        assert_can_be_read(str(e).replace("...", ""))
+
+
+# ---- whose is it? ------------------------------------------------------------------------------------------------------
+
+def renamed(c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
+def by_module(c, r, rc, rr, beta): return sdpo_nb.loss.dpo_loss(c - r, rc - rr, beta)
+def by_helper(*args): return renamed(*args)
+def inside(c, r, rc, rr, beta):
+    from sdpo_nb.loss import dpo_loss
+    return dpo_loss(c - r, rc - rr, beta)
+def in_a_lambda(c, r, rc, rr, beta): return (lambda: theirs(c - r, rc - rr, beta))()
+def from_the_checks(c, r, rc, rr, beta): return checks._dpo_loss(c, r, rc, rr, beta)
+def of_the_catalogue(*args): return EXERCISES["dpo_loss"].crooked(*args)
+def catalogue_inside(*args):
+    from sdpo_nb.checks import _dpo_loss
+    return _dpo_loss(*args)
+def by_long_path(*args): return sdpo_nb.checks._dpo_loss(*args)
+class Callable:
+    def __call__(self, c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
+    def method(self, c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
+def closed_over(f=theirs):
+    g = theirs
+    def inner(c, r, rc, rr, beta): return g(c - r, rc - rr, beta)
+    return inner
+
+
+@pytest.mark.parametrize("f", [renamed, by_module, by_helper, inside, in_a_lambda, from_the_checks, of_the_catalogue, catalogue_inside, by_long_path, checks._dpo_loss, partial(checks._dpo_loss),
+                               Callable(), Callable().method, closed_over(), partial(renamed)], ids=lambda f: getattr(f, "__name__", type(f).__name__))
+def test_the_package_s_own_function_is_refused(f):
+    e = heard(checks.check_dpo_loss, f)
+    assert "the package's own" in str(e), e
+    assert e.mistakes == ("own_work",)
+    assert_can_be_read(str(e))
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_check_refuses_what_the_package_holds(name):
+    assert "the package's own" in str(heard(check_of(name), EXERCISES[name].crooked))
+    assert "the package's own" in str(heard(check_of(name), their_certificate))
+
+
+def test_the_world_and_score_may_be_used():
+    from sdpo_nb.world import true_reward
+    def honest(model, pairs): return score(model, pairs), true_reward, checks.score
+    def attribute(x): return x.theirs, x.dpo_loss              # a name behind a point is no global
+    assert foreign_name(honest) is None
+    assert foreign_name(attribute) is None
+    assert foreign_name(len) is None
+    def given_inside(model, pairs):
+        from sdpo_nb.checks import score as s
+        return s(model, pairs), sdpo_nb.checks.score(model, pairs), F.cross_entropy
+    def own_names(theirs, dpo_loss):                           # captured by the lambda; the globals of these names are others
+        renamed = theirs
+        return lambda x: renamed(theirs(x), [dpo_loss for _ in x])
+    assert foreign_name(given_inside) is None
+    assert foreign_name(own_names) is None
+    assert foreign_name(own_names(len, len)) is None
+
+
+# ---- the rest ----------------------------------------------------------------------------------------------------------
+
+def test_a_check_returns_its_seed_prints_it_and_draws_fresh_ones(capsys):
+    assert checks.check_dpo_loss(dpo_a, seed=123) == 123
+    assert capsys.readouterr().out == "check_dpo_loss: passed (seed 123)\n"
+    assert len({checks.check_dpo_loss(dpo_a) for _ in range(4)}) > 1
+
+
+def test_a_check_leaves_random_numbers_threads_and_modes_alone():
+    state = torch.get_rng_state()
+    torch.set_num_threads(2)
+    for name in ("reference_table", "train", "dpo_loss"): assert heard(check_of(name), WAYS[name][0]) is None
+    assert heard(checks.check_dpo_loss, lambda *a: 0) is not None
+    assert torch.get_num_threads() == 2
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.is_grad_enabled()
+
+
+def test_a_function_that_changes_its_inputs_does_not_change_those_of_others():
+    def greedy(c, r, rc, rr, beta):
+        out = dpo_a(c, r, rc, rr, beta); c.data.zero_(); return out
+    assert heard(checks.check_dpo_loss, greedy) is None
+
+
+def test_no_traceback_in_a_notebook():
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell()
+    shell.user_ns.update(check=checks.check_ipo, f=lambda *a: None)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out): shell.run_cell("check(f)")
+    assert "returns nothing yet" in out.getvalue()
+    assert "Traceback" not in out.getvalue()
+
+
+QUESTIONS = """#| question q1 4 check_dpo_loss dpo_loss
+#| question q2 3 check_ipo ipo_loss
+#|question q3 2 check_gradient slope
+# | question q4 5 check_nothing nothing
+#| question q5 1 report report
+#| question q6 3 manual
+"""
+
+
+def test_the_report_counts_says_what_is_missing_and_never_raises(capsys):
+    class Odd:
+        def __call__(self, *args): raise KeyboardInterrupt if False else RecursionError
+        def __getattr__(self, name): raise ValueError(name)
+    names = dict(dpo_loss=dpo_a, slope=Odd())
+    table = report(names, QUESTIONS, seed=5)
+    assert list(table["points"]) == [4, 0, 0, 0, 0, 0]
+    assert list(table["of"]) == [4, 3, 2, 5, 1, 3]
+    assert table.loc["q1", "missing"] == ""
+    assert "not defined" in table.loc["q2", "missing"]
+    assert "there is no check_nothing" in table.loc["q4", "missing"]
+    assert "a person" in table.loc["q6", "missing"]
+    printed = capsys.readouterr().out
+    assert printed == f"4 of 18 points so far (seed 5, sdpo_nb {sdpo_nb.__version__})\n"
+    for nothing in ({}, dict(In=None), dict(In=["", 3]), dict(In="text")): assert len(report(nothing)) == 0
+
+
+def test_the_report_reads_the_cells_that_were_run():
+    run = ["", "import torch", QUESTIONS.splitlines()[0] + "\ncheck_dpo_loss(dpo_loss)", "report(globals())"]
+    assert report(dict(In=run, dpo_loss=dpo_b))["points"].sum() == 4
+    assert report(dict(In=run, dpo_loss=...))["points"].sum() == 0
