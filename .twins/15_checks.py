@@ -1670,7 +1670,7 @@ def _draw_stage(g, n, beta):
             rejected_ids=_encode(tokenizer, answer(prompt, right=False)),
         ))
         table[prompt] = (-20 + 5 * torch.randn(2, generator=g)).tolist()
-    return model, pairs, table, 5 * beta, 0.01, 3
+    return model, pairs, table, 5 * beta, 0.002, 3       # so small a rate hides AdamW's own weight decay
 
 
 # %%

@@ -287,7 +287,7 @@ WAYS = dict(
     reference_table=(table_a, table_b, table_c, table_d), fp16_step=(step_a, step_b, step_c, step_d), train=(train_a, train_b, train_c, train_d),
     stepwise=(stages_a, stages_b, stages_c, stages_d), certificate=(bound_a, bound_b, bound_c, bound_d), first_loss=(first_a, first_b, first_c, first_d),
 )
-SEEDS = {name: range(200) for name in WAYS} | dict(train=range(4))     # two stages are trained for each
+SEEDS = {name: range(200) for name in WAYS} | dict(train=(0, 1, 2, 114))     # two stages are trained for each; 114 once accused AdamW's own weight decay
 
 
 @pytest.mark.parametrize("name", WAYS)
