@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_verify.ipynb)
 #
-# **You should know** that [a run is a folder](09_folder.ipynb), and what [a stage writes down about itself](12_stages.ipynb). **Time** 45 minutes to read with its code, half a minute to run.
+# **You should know** that [a run is a folder](09_folder.ipynb), and what [a stage writes down about itself](12_stages.ipynb). **Time** an hour and a half to read with its code, half a minute to run.
 #
 # A student hands in a run, or a colleague sends you one. Its report says that accuracy rose from 0.74 to 0.86, and that the reference of stage 2 was $M_1$. A report is a claim. Why should you believe it?
 #
@@ -54,7 +54,6 @@ from sdpo_nb.trainer import all_batches
 # %%
 import shutil
 
-from sdpo_nb.folder import save_model
 from sdpo_nb.logprobs import write_json
 from sdpo_nb.loss import reward_accuracy
 from sdpo_nb.stepwise import sdpo
@@ -94,8 +93,7 @@ print(f"claimed {claimed['accuracy']:.4f}, by the table {by_table:.4f}, of {len(
 #
 # ## Reading a folder without trusting it
 #
-# Each check needs the same few things: what a stage claims, the table of a model, the table of a reference. Which table was the reference's? The folder has several. `stage.json` holds the hash of the weights of the reference that the stage was trained against, and each table holds the hash of its model. So the table is found
-# *by its hash*, whatever the settings say. Whether the settings say the same is a question of its own.
+# Each check needs the same few things: what a stage claims, the hash that a model is said to have, the table of a model. `Evidence` holds them. It loads no model, and believes nothing.
 
 # %%
 #| export
@@ -142,53 +140,72 @@ class Evidence:
         "What M_t said. Raises ValueError where there is no table."
         return read_table(self.at(t) / "logprobs")
 
-    def reference(
-        self,
-        t: int, # the stage
-    ) -> LogprobTable:
-        "The table of the reference of stage t, found by its hash. Raises ValueError where there is none."
-        weights = self.stages[t-1]["reference_kind"]["weights"]
-        own = [self.at(t) / "reference"]
-        for folder in own + [self.at(s) / "logprobs" for s in reversed(range(t))]:
-            table = read_table(folder) if folder.exists() else None
-            if table and table.kind["weights"] == weights: return table
-        raise ValueError(f"no table of the reference, {self.whose(weights)}, is in the folder")
-
-    def keys(
-        self,
-        t: int, # the stage
-    ) -> list[str]: # None where they are not known
-        "The keys of D_t, in their order: of a chunk that is larger than its probe, only the data know them."
-        stage, chunk = self.stages[t-1], self.at(t) / "chunk"
-        if chunk.exists(): return load_from_disk(str(chunk))["key"][:]
-        probe = stage["probes"][stage["chunk"]]
-        if len(probe) == stage["pairs"]: return probe
-        if not self.loaded: return None
-        every = [key for source in self.loaded for key in keys_of(source.pairs)]
-        rows = read_part(self.folder / "partition.json")["chunks"][t-1]
-        return [every[i] for i in rows]
-
 def read_evidence(
     folder, # of a run
 ) -> Evidence:
     "A run folder. Raises ValueError for one that is no run, or has no finished stage."
     folder = Path(folder)
-    if not (folder / "config.yaml").exists(): raise ValueError(f"{folder}: no config.yaml here, so it is not a run")
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"{folder}: no config.yaml here, so it is not a run")
     run = Run(folder)
     config, stages = run.config, run.stages
     if not stages: raise ValueError(f"{folder}: no stage is finished, so there is nothing to check")
     defaults = {f.name: f.default for f in fields(StepwiseConfig)}
-    part = folder / "partition.json"
-    names = read_part(part)["names"] if part.exists() else [stage["chunk"] for stage in stages]
-    return Evidence(folder, config, stages, SimpleNamespace(**defaults | config["settings"]), names)
+    settings = SimpleNamespace(**defaults | config["settings"])
+    parted = _part(folder, "partition.json")
+    names = parted.get("names") or [stage["chunk"] for stage in stages]
+    return Evidence(folder, config, stages, settings, names)
+
+def _part(folder, name):
+    "A file that not every run has; nothing where it is missing."
+    path = folder / name
+    return read_part(path) if path.exists() else {}
 
 
 # %%
 ev = read_evidence(run.folder)
-assert ev.reference(2).kind == ev.table(1).kind
-assert len(ev.keys(2)) == claimed["pairs"]
 print("stage 2 was trained against", ev.whose(claimed["reference_kind"]["weights"]))
 print(complaint(read_evidence, w.base).replace(w.base, "S"))
+
+
+# %% [markdown]
+# Which table was that of the reference? The folder has several. `stage.json` holds the hash of the weights of the reference that the stage was trained against, and each table holds the hash of its model. So the table is found *by its hash*, whatever the settings say. Whether the settings say the same is a question of its own.
+
+# %%
+#| export
+def _reference_table(t, ev):
+    "The table of the reference of stage t, found by its hash. Raises ValueError where there is none."
+    weights = ev.stages[t-1]["reference_kind"]["weights"]
+    earlier = [ev.at(s) / "logprobs" for s in reversed(range(t))]
+    for folder in [ev.at(t) / "reference", *earlier]: # the first is that of a model from elsewhere
+        table = read_table(folder) if folder.exists() else None
+        if table and table.kind["weights"] == weights: return table
+    raise ValueError(f"no table of the reference, {ev.whose(weights)}, is in the folder")
+
+
+# %%
+assert _reference_table(2, ev).kind == ev.table(1).kind
+
+
+# %% [markdown]
+# And which pairs were in $D_t$? A table has keys, without an order. `stage.json` names the pairs of the probe, in the order of the chunk. A chunk of up to 512 pairs is its own probe; of a larger one, only the data know all of it.
+
+# %%
+#| export
+def _chunk_keys(t, ev):
+    "The keys of D_t, in their order; nothing where they are not known."
+    stage, made = ev.stages[t-1], ev.at(t) / "chunk" # of a chunk that a function made
+    if made.exists(): return load_from_disk(str(made))["key"][:]
+    probe = stage["probes"][stage["chunk"]]
+    if len(probe) == stage["pairs"]: return probe
+    every = [key for source in ev.loaded for key in keys_of(source.pairs)]
+    rows = _part(ev.folder, "partition.json")["chunks"][t-1]
+    return [every[i] for i in rows] if every else []
+
+
+# %%
+assert len(_chunk_keys(2, ev)) == claimed["pairs"]
+_chunk_keys(2, ev)[:3]
 
 # %% [markdown]
 # ## Three answers
@@ -205,9 +222,9 @@ def _row(check, ask, *args):
     "One row: `ask` returns True, False or None, where it cannot be checked, and a note."
     try: right, note = ask(*args)
     except KeyError as e: right, note = None, f"{e} was not written down"
-    except (ValueError, TypeError, OSError) as e:
-        first = str(e).split("\n")[0].split("; ")[0]
-        right, note = False, first or type(e).__name__
+    except (ValueError, TypeError, AttributeError, IndexError, OSError) as e:
+        first_line = str(e).split("\n")[0]
+        right, note = False, first_line.split("; ")[0] or type(e).__name__
     return dict(check=check, result=_ANSWERS[right], note=note)
 
 
@@ -254,9 +271,6 @@ pd.DataFrame(rows).set_index("check")
 # ## The numbers of a stage
 #
 # [Chapter 12](12_stages.ipynb) computes the numbers of a stage from three tables: that of the reference, of $M_{t-1}$ and of $M_t$. The same function is called here, so nobody can say that we measure otherwise. They must agree to 1e-4: another processor may add in another order.
-#
-# One more number hides in the log. Each line of `metrics.jsonl` has the mean $\gamma_{ref}$ of its batch. The [order of the data](06_trainer.ipynb) follows from the seed, so the folder knows which pairs were in each batch, and the table of the reference knows their $\gamma$. If every line agrees, this log belongs to this
-# reference, these pairs and this seed.
 
 # %%
 #| export
@@ -270,23 +284,47 @@ def _close(a, b, near=NEAR):
     if math.isnan(b): return math.isnan(a)
     return math.isclose(a, b, abs_tol=near, rel_tol=near / 10)
 
+
+# %%
+assert _close(0.69315, 0.69317)
+assert not _close([1.0, 2.0], [1.0, 2.1])
+assert not _close(None, 1.0)
+
+
+# %%
+#| export
 def _as_pairs(keys): return [dict(key=key) for key in keys]
+
+def _three_tables(t, ev): return _reference_table(t, ev), ev.table(t-1), ev.table(t)
 
 def recomputed(
     t: int, # the stage
     ev: Evidence,
 ) -> dict:  # as `stage_measures`; gamma_ref is missing where the keys of D_t are not known
     "What stage.json should say about stage t, by the tables."
-    stage, keys = ev.stages[t-1], ev.keys(t)
+    stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
     probes = stage["probes"]
     probe = _as_pairs(probes[stage["chunk"]])
     coming = [_as_pairs(probes[name]) for name in ev.names[t:t+1] if name in probes]
-    tables = ev.reference(t), ev.table(t-1), ev.table(t)
-    whole = _as_pairs(keys) if keys else probe
+    tables = _three_tables(t, ev)
+    whole = _as_pairs(keys) or probe
     found = stage_measures(*tables, probe, whole, coming[0] if coming else None, ev.settings.beta)
     if not keys: del found["gamma_ref"]
     return found
 
+
+# %%
+by_tables = recomputed(2, ev)
+as_claimed = {name: claimed[name] for name in by_tables}
+pd.DataFrame({"claimed": as_claimed, "by the tables": by_tables})
+
+
+# %% [markdown]
+# One more number hides in the log. Each line of `metrics.jsonl` has the mean $\gamma_{ref}$ of its batch. The [order of the data](06_trainer.ipynb) follows from the seed, so the folder knows which pairs were in each batch, and the table of the reference knows their $\gamma$. If every line agrees, this log belongs to this
+# reference, these pairs and this seed.
+
+# %%
+#| export
 def _log(t, ev):
     "The lines of metrics.jsonl. Raises ValueError for one that is cut."
     lines = (ev.at(t) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -301,9 +339,9 @@ def _whole_log(t, ev):
 
 def _batch_means(t, ev):
     "gamma_ref of each batch by the table, in the order of the log; nothing where the pairs are not known."
-    keys = ev.keys(t)
+    keys = _chunk_keys(t, ev)
     if not keys: return []
-    gamma_ref = ev.reference(t).gamma(_as_pairs(keys))
+    gamma_ref = _reference_table(t, ev).gamma(_as_pairs(keys))
     return [gamma_ref[rows].mean().item() for _, rows in all_batches(len(keys), ev.settings, t)]
 
 
@@ -322,7 +360,7 @@ pd.DataFrame({"in the log": logged, "by the table": by_table}).round(4).T
 def _other_machine(t, ev):
     "In words, where a table was computed otherwise than when stage t was measured."
     was = ev.stages[t-1]["reference_kind"]
-    for table in (ev.reference(t), ev.table(t-1), ev.table(t)):
+    for table in _three_tables(t, ev):
         for name in ("device", "precision"):
             now = table.kind.get(name)
             if now != was.get(name): return f"measured with {name} {was.get(name)}, the table is of {now}"
@@ -333,15 +371,20 @@ def _numbers(t, ev):
     if other: return None, other
     stage, found = ev.stages[t-1], recomputed(t, ev)
     wrong = [name for name, value in found.items() if not _close(stage.get(name), value)]
-    if wrong:
-        told = [f"{name} is {_shown(stage.get(name))}, by the tables {_shown(found[name])}" for name in wrong]
-        return False, ", ".join(told)
+    if wrong: return False, _told(wrong, stage, found)
 
     lines, means = _whole_log(t, ev), _batch_means(t, ev)
     if not lines or not means: return True, f"{len(found)} numbers"
     logged = [line["gamma_ref"] for line in lines]
-    if not _close(logged, means): return False, "gamma_ref of the log is not that of these pairs in this order"
+    if not _close(logged, means):
+        return False, "gamma_ref of the log is not that of these pairs in this order"
     return True, f"{len(found)} numbers, and gamma_ref of {len(lines)} steps"
+
+def _told(wrong, stage, found):
+    "The first number that is wrong, and how many more."
+    first = wrong[0]
+    more = f", and {len(wrong) - 1} more numbers" if len(wrong) > 1 else ""
+    return f"{first} is {_shown(stage.get(first))}, by the tables {_shown(found[first])}{more}"
 
 def _shown(value):
     "A number, or several, in a few digits."
@@ -356,6 +399,43 @@ rows = [_row(f"stage {t}", _numbers, t, ev) for t in (1, 2, 3)]
 ev = read_evidence(run.folder)
 assert [row["result"] for row in rows] == [OK, DIFFERS, DIFFERS]
 pd.DataFrame(rows).set_index("check")
+
+
+# %% [markdown]
+# ## Pairs and steps
+#
+# `partition.json` says which rows of the data make each chunk, `stage.json` names their keys, and `config.yaml` has a hash of all keys in the order of the data. So the chunks can be put together again, and must give that hash.
+
+# %%
+#| export
+def _finished(ev):
+    "Are all stages there, with the pairs of their chunks?"
+    done = len(ev.stages)
+    parted = _part(ev.folder, "partition.json")
+    if not parted: return True, f"{done}, their chunks made by a function"
+    sizes = [len(rows) for rows in parted["chunks"]]
+    wanted = list(zip(parted["names"], sizes))
+    found = [(stage["chunk"], stage["pairs"]) for stage in ev.stages]
+    if found != wanted[:done]: return False, "chunks or their sizes are not those of partition.json"
+    if done < len(sizes): return None, f"only {done} of {len(sizes)} are finished"
+    return True, f"{done} of {done} are finished"
+
+def _keys(ev):
+    "Do the chunks hold the pairs of which config.yaml has a hash?"
+    parted = _part(ev.folder, "partition.json")
+    if not parted: return None, "the chunks were made by a function"
+    chunks = [_chunk_keys(t, ev) for t in range(1, len(ev.stages) + 1)]
+    if len(chunks) < len(parted["chunks"]) or not all(chunks):
+        return None, "the keys of some chunks are not in the folder"
+    by_row = {}
+    for rows, keys in zip(parted["chunks"], chunks): by_row |= zip(rows, keys)
+    found = pairs_hash(_as_pairs(by_row[i] for i in sorted(by_row)))
+    return found == ev.config["pairs"], f"{len(by_row)} pairs in {len(chunks)} chunks"
+
+
+# %%
+print(_finished(ev))
+print(_keys(ev))
 
 
 # %% [markdown]
@@ -391,18 +471,20 @@ _steps(2, ev)
 #| export
 def _implied(t, ev):
     "The first loss that stage t must have, and why."
-    stage, keys = ev.stages[t-1], ev.keys(t)
+    stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
     start, ref = stage["start"], stage["reference_kind"]["weights"]
     if start == ref: return math.log(2), "ln 2"
     rows = all_batches(len(keys), ev.settings, t)[0][1] if keys else []
-    batch = _as_pairs(keys[i] for i in rows)
-    for s in range(t):
-        if ev.ended(s) != start or not batch: continue
-        table = ev.table(s)
-        if not set(keys_of(batch)) <= set(table.rows.index): continue # it has read a probe of D_t only
-        losses = dpo_loss(table.gamma(batch), ev.reference(t).gamma(batch), ev.settings.beta, ev.settings.label_smoothing)
-        return losses.mean().item(), "by the tables"
+    batch = [keys[i] for i in rows]
+    for table in [ev.table(s) for s in range(t) if ev.ended(s) == start]:
+        if batch and set(batch) <= set(table.rows.index): # it may have read a probe of D_t only
+            return _loss_of(_as_pairs(batch), table, _reference_table(t, ev), ev.settings), "by the tables"
     return stage["implied_first_loss"], "as the stage says itself"
+
+def _loss_of(batch, table, ref, config):
+    "The loss of a policy that says what the table says."
+    losses = dpo_loss(table.gamma(batch), ref.gamma(batch), config.beta, config.label_smoothing)
+    return losses.mean().item()
 
 def _first_loss(t, ev):
     "Is the first loss of stage t what it must be?"
@@ -411,7 +493,8 @@ def _first_loss(t, ev):
     near = NEAR * max(1, must)
     if stage["precision"] != "fp32": near += ev.settings.beta / 4
     told = f"{said:.4f}; it must be {must:.4f}, {why}"
-    if lines and not _close(said, lines[0]["loss"], 1e-6): return False, f"{told}; the log begins with {lines[0]['loss']:.4f}"
+    if lines and not _close(said, lines[0]["loss"], 1e-6):
+        return False, f"{told}; the log begins with {lines[0]['loss']:.4f}"
     return abs(said - must) <= near, told
 
 
@@ -422,25 +505,32 @@ for t in (1, 2, 3): print(t, *_first_loss(t, ev))
 # %% [markdown]
 # ## Held-out pairs
 #
-# Held-out pairs are worth something only if nobody trained on them. Are their keys among those that were trained on?
+# Held-out pairs are worth something only if nobody trained on them, and if none that went badly was dropped afterwards. `config.yaml` has a hash of their keys since the run began. Are the keys still the same, and are they others than those that were trained on?
 
 # %%
 #| export
 def _held_out_keys(ev):
-    path = ev.folder / "held_out.json"
-    held = read_part(path) if path.exists() else {}
-    return {key for part in held.values() for key in part["keys"]}
+    "The keys of held-out pairs, in their order."
+    held = _part(ev.folder, "held_out.json")
+    return [key for part in held.values() for key in part["keys"]]
 
-def _apart(ev):
-    "Was no held-out pair trained on?"
-    held = _held_out_keys(ev)
-    if not held: return None, "no pairs are held out"
+def _trained_keys(ev):
+    "Keys that were trained on, as far as they are known, and whether these are all."
     trained, whole = set(), True
     for t, stage in enumerate(ev.stages, 1):
-        keys = ev.keys(t)
-        whole = whole and keys is not None
+        keys = _chunk_keys(t, ev)
+        if not keys: whole = False
         trained |= set(keys or stage["probes"][stage["chunk"]])
-    both = len(held & trained)
+    return trained, whole
+
+def _apart(ev):
+    "Are the held-out pairs those that were held out, and was none of them trained on?"
+    held = _held_out_keys(ev)
+    if not held: return None, "no pairs are held out"
+    if pairs_hash(_as_pairs(held)) != ev.config["held_out_pairs"]:
+        return False, "held_out.json does not name the pairs with the hash of config.yaml"
+    trained, whole = _trained_keys(ev)
+    both = len(trained & set(held))
     if both: return False, f"{both} of {len(held)} held-out pairs were trained on"
     known = "" if whole else ", as far as the folder tells which those are"
     return True, f"{len(held)} held out, none of them among the {len(trained)} that were trained on{known}"
@@ -463,10 +553,22 @@ def _alike(a, b):
     "Whether two lines of a report are the same, but for one in the last digit of a number."
     if _NUMBER.sub("0", a) != _NUMBER.sub("0", b): return False
     for x, y in zip(_NUMBER.findall(a), _NUMBER.findall(b)):
-        last_digit = 10.0 ** -len(y.split(".")[1])
-        if abs(float(x) - float(y)) > 1.01 * last_digit: return False
+        digits = len(y.split(".")[1])
+        if abs(float(x) - float(y)) > 1.01 * 10.0 ** -digits: return False
     return True
 
+
+# %%
+assert _alike("| gamma | 8.463 |", "| gamma | 8.464 |")
+assert not _alike("| gamma | 8.463 |", "| gamma | 8.563 |")
+assert not _alike("| gamma | 8.463 |", "| loss | 8.463 |")
+
+
+# %% [markdown]
+# Which lines must be there? Those of the tables of stages, of the partition and of the held-out pairs, made again by the functions that [wrote them](10_report.ipynb):
+
+# %%
+#| export
 def _stage_lines(stages):
     "The lines of the table of stages that hold measured numbers."
     plain = ("chunk", "pairs", "steps", "reference")
@@ -479,21 +581,33 @@ def _by_tables(t, ev):
     stage = ev.stages[t-1]
     try: found = recomputed(t, ev)
     except (ValueError, KeyError): return stage
-    change = list(found["gamma_change"])
-    return stage | found | dict(gamma_change=change)
+    return stage | found | dict(gamma_change=list(found["gamma_change"]))
+
+def _held_out_lines(ev):
+    "The lines of the tables of held-out pairs."
+    lines = []
+    for (source, model, _), cells in held_out_table(Run(ev.folder)).iterrows():
+        numbers = [as_text(cell) if isinstance(cell, tuple) else "" for cell in cells]
+        label = escaped(f"{source}, {model}")
+        lines.append(f"| {label} | {' | '.join(numbers)} |")
+    return lines
 
 def _lines(ev):
     "Lines that the report must have: of each, the ways in which it may read."
-    again = [_by_tables(t, ev) for t in range(1, len(ev.stages) + 1)]
-    lines = list(zip(_stage_lines(ev.stages), _stage_lines(again)))
-    run = Run(ev.folder)
-    if (ev.folder / "partition.json").exists():
-        lines += [(line,) for line in as_markdown(run.partition()).splitlines()[2:]]
-    for (source, model, _), cells in held_out_table(run).iterrows():
-        numbers = [as_text(cell) if isinstance(cell, tuple) else "" for cell in cells]
-        lines.append((f"| {escaped(f'{source}, {model}')} | {' | '.join(numbers)} |",))
-    return lines
+    stages = [_by_tables(t, ev) for t in range(1, len(ev.stages) + 1)]
+    lines = list(zip(_stage_lines(ev.stages), _stage_lines(stages)))
+    for line in _held_out_lines(ev): lines.append((line,))
+    if not (ev.folder / "partition.json").exists(): return lines
+    measures = as_markdown(Run(ev.folder).partition())
+    return lines + [(line,) for line in measures.splitlines()[2:]]
 
+
+# %%
+print(_lines(ev)[3][0])
+
+
+# %%
+#| export
 def _label(line): return line.split(" | ")[0]
 
 def _report(ev):
@@ -501,16 +615,20 @@ def _report(ev):
     path = ev.folder / "report.md"
     if not path.exists(): return None, "report.md is not here"
     said = {}
-    for line in path.read_text(encoding="utf-8").splitlines(): said.setdefault(_label(line), []).append(line)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        said.setdefault(_label(line), []).append(line)
+
     wanted = _lines(ev)
     known = [ways for ways in wanted if _label(ways[0]) in said]
     if not known: return None, "report.md has none of the usual lines"
     wrong = []
     for ways in known:
         label = _label(ways[0])
-        if not any(_alike(line, way) for line in said[label] for way in ways): wrong.append(label.strip("| "))
-    if wrong: return False, f"{len(wrong)} lines say something else: {', '.join(wrong)}"
-    return True, f"{len(known)} of {len(wanted)} lines with numbers"
+        agrees = any(_alike(line, way) for line in said[label] for way in ways)
+        if not agrees: wrong.append(label.strip("| "))
+    if not wrong: return True, f"{len(known)} of {len(wanted)} lines with numbers"
+    say = "line says" if len(wrong) == 1 else "lines say"
+    return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
 
 
 # %%
@@ -518,7 +636,7 @@ report = run.folder / "report.md"
 honest = report.read_text()
 assert _report(ev)[0]
 
-report.write_text(honest.replace("riddle, after stage 3 | ", "riddle, after stage 3 | 9"))
+report.write_text(honest.replace("| accuracy of M_t on D_t | 0.909", "| accuracy of M_t on D_t | 0.999"))
 edited = _report(ev)
 report.write_text(honest)
 edited
@@ -535,14 +653,15 @@ def _weights(t, ev):
     "Are the weights that lie in the folder those of M_t?"
     where = _path_of(t, ev)
     if where is None: return None, "the weights are not here"
-    if t: load_stage(ev.at(t), "cpu") # raises for others
-    elif weights_hash(load_model(where, "cpu", ev.config.get("revision"))) != ev.ended(0):
-        return False, "the model is another one"
-    return True, (_saved(t, ev) if t else ev.ended(0))
+    if t:
+        load_stage(ev.at(t), "cpu") # raises ValueError for others
+        return True, _saved(t, ev)["weights"]
+    found = weights_hash(load_model(where, "cpu"))
+    return found == ev.ended(0), f"S has {ev.ended(0)}, the model that lies there {found}"
 
 def _saved(t, ev):
-    "The hash of M_t as it was saved, perhaps rounded."
-    return ev.stages[t-1].get("saved", {}).get("weights", ev.ended(t))
+    "dtype and hash of M_t as it was saved, perhaps rounded."
+    return ev.stages[t-1].get("saved") or dict(dtype="float32", weights=ev.ended(t))
 
 def _path_of(t, ev):
     "Where M_t lies, or None. S may lie outside of the folder; a hub id is not followed."
@@ -554,9 +673,9 @@ def _path_of(t, ev):
 def _which(model, ev):
     "The number of a model of this run, by its weights; None for another model."
     if weights_hash(model) == ev.ended(0): return 0
-    for t, stage in enumerate(ev.stages, 1):
-        dtype = stage.get("saved", {}).get("dtype", "float32")
-        if weights_hash(model, getattr(torch, dtype)) == _saved(t, ev): return t
+    for t in range(1, len(ev.stages) + 1):
+        saved = _saved(t, ev)
+        if weights_hash(model, getattr(torch, saved["dtype"])) == saved["weights"]: return t
 
 def _given(ev):
     "Is the model that came beside the folder one of this run?"
@@ -584,29 +703,46 @@ def _read_data(
     sources: dict, # name -> where the data lie now
     tokenizer,     # of any model of the run
 ):
-    "Read the sources again. Raises ValueError for a name that the run does not know, or for one that is missing."
+    "Read the sources again. Raises ValueError for a name that the run does not know, and for a missing one."
     check_names(sources)
     written = ev.config["sources"]
-    held_path = ev.folder / "held_out.json"
-    apart = [name for name in (read_part(held_path) if held_path.exists() else {}) if name not in written]
-    for name in sources:
-        if name in written or name in apart: continue
-        raise ValueError(f"sources: this run has no source '{name}'; it has {', '.join([*written, *apart]) or 'none'}")
-    for name in written:
-        if name not in sources: raise ValueError(f"sources: '{name}' is missing; give all of {', '.join(written)}")
+    apart = [name for name in _part(ev.folder, "held_out.json") if name not in written]
+    _check_sources(sources, written, apart)
 
     train = {name: _as_written(written[name], sources[name]) for name in written}
     if train:
-        read, ev.held = part_sources(load_sources(train, tokenizer, ev.settings), train, ev.settings)
+        read = load_sources(train, tokenizer, ev.settings)
+        read, ev.held = part_sources(read, train, ev.settings)
         ev.loaded = check_chunks(ev.settings.chunks, read)
     own = {name: sources[name] for name in apart if name in sources}
     if own: ev.held += load_sources(own, tokenizer, ev.settings, "held_out")
+
+def _check_sources(sources, written, apart):
+    known = [*written, *apart]
+    for name in sources:
+        if name in known: continue
+        raise ValueError(f"sources: this run has no source '{name}'; it has {', '.join(known) or 'none'}")
+    for name in written:
+        if name not in sources: raise ValueError(f"sources: '{name}' is missing; give {', '.join(written)}")
 
 def _as_written(written, data):
     "What `load_sources` takes: the options that the run had, and the place that is given now."
     new = data if isinstance(data, dict) else dict(source=data)
     return (written if isinstance(written, dict) else {}) | new
 
+
+# %%
+tok = load_tokenizer(w.base)
+_read_data(ev, w.sources, tok)
+print(ev.loaded[0].counts["rows"], "rows, as the run had them:", run.config["sources"]["primer"]["max_pairs"])
+print(complaint(_read_data, ev, dict(riddles="a.jsonl"), tok))
+
+
+# %% [markdown]
+# Only paths were given; that sixty rows of each source count came from `config.yaml`. Now: are these the pairs, were these held out, and do the [chunks](05_partition.ipynb) follow from what S said about them?
+
+# %%
+#| export
 def _pairs(ev):
     "Are these the pairs that were trained on?"
     found = pairs_hash(*(source.pairs for source in ev.loaded))
@@ -616,13 +752,14 @@ def _pairs(ev):
 
 def _held_out_pairs(ev):
     "Are these the pairs that were held out?"
-    keys = {key for source in ev.held for key in keys_of(source.pairs)}
-    if keys == _held_out_keys(ev): return True, f"{len(keys)} pairs"
-    return False, f"{len(keys & _held_out_keys(ev))} of these {len(keys)} pairs were held out, of {len(_held_out_keys(ev))}"
+    found = {key for source in ev.held for key in keys_of(source.pairs)}
+    held = set(_held_out_keys(ev))
+    if found == held: return True, f"{len(held)} pairs"
+    return False, f"{len(found & held)} of the {len(held)} pairs that were held out"
 
 def _partition(ev):
     "Do the chunks follow from what S said about the pairs?"
-    config, there = ev.settings, read_part(ev.folder / "partition.json")
+    config, there = ev.settings, _part(ev.folder, "partition.json")
     T = config.chunks if isinstance(config.chunks, int) else None
     mine = partition(ev.loaded, ev.table(0), config.order, T, config.seed)
     if mine.names != there["names"]: return False, f"the order would be {', '.join(mine.names)}"
@@ -631,13 +768,9 @@ def _partition(ev):
 
 
 # %%
-tok = load_tokenizer(w.base)
-_read_data(ev, w.sources, tok)
 for ask in (_pairs, _held_out_pairs, _partition): print(*ask(ev))
 
 # %% [markdown]
-# The paths above are another way to name the data than the run had, and `max_pairs=60` came from `config.yaml`.
-#
 # ## With data and weights
 #
 # One question is left, and it is the one that matters most. The tables are numbers in a file. Did *these models* say them? Somebody who makes up a table, computes everything else from it and writes it all down is consistent, and everything above says ok.
@@ -656,11 +789,14 @@ def _known_pairs(ev):
     return {key: (pairs, i) for pairs in sets for i, key in enumerate(keys_of(pairs))}
 
 def _load(t, ev):
-    "M_t as exactly as it is there, or None."
+    "M_t as exactly as it is there, or None. Raises ValueError where another model lies in its place."
     if ev.given and ev.given_is == t: return load_model(ev.given, "cpu")
     where = _path_of(t, ev)
     if where is None: return None
-    return load_exactly(ev.at(t), "cpu") if t else load_model(where, "cpu", ev.config.get("revision"))
+    if t: return load_exactly(ev.at(t), "cpu")
+    model = load_model(where, "cpu")
+    if weights_hash(model) != ev.ended(0): raise ValueError(f"{where}: is not S")
+    return model
 
 def _again(t, ev, known, seed):
     "Does M_t say again what its table says?"
@@ -671,8 +807,9 @@ def _again(t, ev, known, seed):
     keys = sorted(set(table.rows.index) & set(known))
     if not keys: return None, "its table has none of these pairs"
     drawn = random.Random(seed).sample(keys, min(ROWS, len(keys)))
-    chosen = [known[key] for key in drawn]
-    mine = score_pairs(model, [pairs[i] for pairs, i in chosen]).rows.loc[drawn]
+    pairs = []
+    for source, i in map(known.get, drawn): pairs.append(source[i])
+    mine = score_pairs(model, pairs).rows.loc[drawn]
 
     off = (mine - table.rows.loc[drawn]).abs()
     exact = table.kind["precision"] == "fp32" and weights_hash(model) == ev.ended(t)
@@ -733,10 +870,12 @@ def pack_run(
     folder = Path(folder).resolve()
     read_evidence(folder)
     out = Path(out) if out else folder.with_name(f"{folder.name}.zip")
-    if out.suffix != ".zip" or out.is_dir(): raise ValueError(f"{out}: must be the name of a file that ends in .zip")
+    if out.suffix != ".zip" or out.is_dir():
+        raise ValueError(f"{out}: must be the name of a file that ends in .zip")
     with alone_in(folder), replacing(out) as tmp:
         files = _files(folder)
-        manifest = dict(sdpo_nb=versions()["sdpo_nb"], files={name: _sha256(path) for name, path in files.items()})
+        hashes = {name: _sha256(path) for name, path in files.items()}
+        manifest = dict(sdpo_nb=versions()["sdpo_nb"], files=hashes)
         with zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED) as z:
             for name, path in files.items(): z.write(path, f"{folder.name}/{name}")
             z.writestr(f"{folder.name}/{MANIFEST}", json.dumps(manifest, indent=1) + "\n")
@@ -783,10 +922,13 @@ def _unpack(where, folder):
     try:
         with zipfile.ZipFile(where) as z:
             size = sum(file.file_size for file in z.infolist())
-            if size > MOST_BYTES: raise ValueError(f"{where}: {size / 1e9:.0f} GB when unpacked; unpack it yourself, and give the folder")
+            if size > MOST_BYTES:
+                size = f"{size / 1e9:.0f} GB"
+                raise ValueError(f"{where}: {size} when unpacked; unpack it, and give the folder")
             z.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as e:
-        raise ValueError(f"{where}: is no zip, or was cut or damaged on the way ({e}); hand it in again") from e
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
+        raise ValueError(f"{where}: is no zip, or was cut or damaged on the way ({e}); "
+                         "it must be handed in again") from e
 
 
 # %%
@@ -808,12 +950,13 @@ def verify(
     model: str=None,   # folder or hub id of any model of the run, or none
     seed: int=None,    # of the pairs that models are asked about again; none: drawn anew
 ) -> pd.DataFrame:     # check: the index; result: ok, DIFFERS or not checked; note
-    """Check that what a run says follows from what its folder holds, and from data and weights as far as they are there.
+    """Check that what a run says follows from its folder, and from data and weights as far as they are there.
 
     Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
     """
     with _opened(where) as folder:
-        ev = read_evidence(folder)
+        try: ev = read_evidence(folder)
+        except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
         ev.given = model
         if sources: _read_data(ev, sources, _tokenizer(ev))
         rows = [*_rows_of_run(ev), *_rows_of_data(ev, seed)]
@@ -830,21 +973,11 @@ STAGE_CHECKS = { # name -> (t, evidence) -> right, note
     "weights": _weights,
 }
 
-def _finished(ev):
-    "Are all stages there, with the pairs of their chunks?"
-    done = len(ev.stages)
-    part = ev.folder / "partition.json"
-    if not part.exists(): return True, f"{done}, their chunks made by a function"
-    sizes = [len(rows) for rows in read_part(part)["chunks"]]
-    found = [(stage["chunk"], stage["pairs"]) for stage in ev.stages]
-    if found != list(zip(ev.names, sizes))[:done]: return False, "chunks or their sizes are not those of partition.json"
-    if done < len(sizes): return None, f"only {done} of {len(sizes)} are finished"
-    return True, f"{done} of {done} are finished"
-
 def _rows_of_run(ev):
     "What the folder alone can tell."
     yield _row("manifest", _manifest, ev)
     yield _row("stages", _finished, ev)
+    yield _row("pairs", _keys, ev)
     yield _row("S: table", _table, 0, ev)
     yield _row("S: weights", _weights, 0, ev)
     for t in range(1, len(ev.stages) + 1):
@@ -858,18 +991,21 @@ def _rows_of_data(ev, seed):
     if ev.loaded:
         same = _row("data: pairs", _pairs, ev)
         yield same
-        if same["result"] != OK: return
+        if same["result"] != OK: return # whatever else is asked would be asked about other pairs
         yield _row("data: partition", _partition, ev)
     if ev.held: yield _row("data: held-out pairs", _held_out_pairs, ev)
     known = _known_pairs(ev)
-    if not known: yield _row("data", lambda: (None, "the pairs are not here; give the sources"))
-    for t in range(len(ev.stages) + 1 if known else 0): yield _row(f"M_{t} asked again", _again, t, ev, known, seed)
+    if not known:
+        yield _row("data", lambda: (None, "the pairs are not here; give the sources"))
+        return
+    for t in range(len(ev.stages) + 1): yield _row(f"M_{t} asked again", _again, t, ev, known, seed)
 
 def _tokenizer(ev):
     "Of the model given, or of any that lies there."
     places = [ev.given] + [_path_of(t, ev) for t in range(len(ev.stages) + 1)]
     for place in filter(None, places): return load_tokenizer(place)
-    raise ValueError("sources: to read them, a tokenizer is needed, and no model lies in the folder; give a model of this run")
+    raise ValueError("sources: reading them needs a tokenizer, and no model lies in the folder; "
+                     "give a model of this run")
 
 
 # %% [markdown]
@@ -927,22 +1063,19 @@ def better_pair(folder):
 
 
 # %% [markdown]
-# The fifth is a run that had S as its reference in all stages, and says that its reference moved. It changes the setting, and the name of the reference in each stage:
+# The fifth is a run of two stages that had S as its reference in both, and says that its reference moved. It changes the setting, and the name of the reference in each stage:
 
 # %%
 fixed = StepwiseConfig(**settings, reference="fixed")
-sdpo(w.base, sources, fixed, tmp / "fixed")
+two = {name: sources[name] for name in ("primer", "digest")}
+sdpo(w.base, two, fixed, tmp / "fixed")
 
 def says_it_moved(folder):
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("reference: fixed", "reference: moving"))
     for t in (1, 2): wrote(folder, t, reference=f"M_{t-1}")
-    shutil.rmtree(folder / "stage-3")
     Run(folder).report()
 
-
-# %% [markdown]
-# Its third stage is thrown away, to keep one fault to one stage: in stage 1 the reference is S either way.
 
 # %%
 def differs(cheat, start="run"):
@@ -953,8 +1086,8 @@ def differs(cheat, start="run"):
     found = verify(copy)
     return found[found["result"] == DIFFERS].reset_index()
 
-cheats = {"better_accuracy": better_accuracy, "foreign_weights": foreign_weights, "cut_log": cut_log, "better_pair": better_pair}
-found = {name: differs(cheat) for name, cheat in cheats.items()}
+cheats = better_accuracy, foreign_weights, cut_log, better_pair
+found = {cheat.__name__: differs(cheat) for cheat in cheats}
 found["says_it_moved"] = differs(says_it_moved, "fixed")
 
 # %%
@@ -968,6 +1101,7 @@ pd.concat(found, names=["who", None]).droplevel(1)[["check", "note"]]
 #
 # - *That the numbers mean something.* They follow from the tables. Whether the comparison is fair is a question for a reader.
 # - *Anything about weights that are not there.* Without them, a student with patience can make up tables that are consistent with each other. So ask for the weights of the last stage, or a hub id: `model=` then finds out whether they are $M_T$, and asks them.
+# - *What no table holds.* The losses of the log after the first, the answers in the report, the figures, seconds and gigabytes.
 # - *How the weights were made.* A hash says that two files are the same, not that gradient descent led from one to the other. Training again is the only proof, and [on the same machine](13_stepwise.ipynb) it gives the same bits.
 # - *Who changed a file.* The manifest finds accidents. Somebody who can edit a file can write its new hash as well.
 
