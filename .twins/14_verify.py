@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_verify.ipynb)
 #
-# **You should know** that [a run is a folder](09_folder.ipynb), and what [a stage writes down about itself](12_stages.ipynb). **Time** an hour and a half to read with its code, half a minute to run.
+# **You should know** that [a run is a folder](09_folder.ipynb), and what [a stage writes down about itself](12_stages.ipynb). **Time** an hour and forty minutes to read with its code, half a minute to run.
 #
 # A student hands in a run, or a colleague sends you one. Its report says that accuracy rose from 0.74 to 0.86, and that the reference of stage 2 was $M_1$. A report is a claim. Why should you believe it?
 #
