@@ -395,7 +395,8 @@ for line in (f"pack {tmp}/run", f"verify {tmp}/run.yaml"):
 # So train on twenty-four pairs, pack, and verify what was packed.
 
 # %%
-train = start.replace("--max-length", "--max-pairs 24 --lr 1e-3 --max-length").replace(f"{tmp}/run", f"{tmp}/small")
+small = f"--folder {tmp}/small --max-length 64 --precision fp32 --max-pairs 24 --lr 1e-3"
+train = f"--model {w.base} {riddle} {small}"
 for line in (f"run {train}", f"pack {tmp}/small", f"verify {tmp}/small.zip {riddle} --model {w.base}"):
     status, text = sdpo_says(line)
     assert status == 0
@@ -485,9 +486,9 @@ def _add_hand_in(sub):
     pack = sub.add_parser("pack", help=short, description=short)
     pack.add_argument("folder", help="of the run")
     pack.add_argument("--out", metavar="FILE.zip", help="default: beside the folder, with its name")
-    about = ("Check that what a run says follows from what its folder holds. Each check is ok, DIFFERS or not checked; "
-             "the exit status is 1 if any DIFFERS.")
-    check = sub.add_parser("verify", help="check that what a run says follows from what it holds", description=about)
+    short = "check that what a run says follows from what its folder holds"
+    about = f"{short.capitalize()}. Each check is ok, DIFFERS or not checked; the exit status is 1 if any DIFFERS."
+    check = sub.add_parser("verify", help=short, description=about)
     check.add_argument("run", help="folder of a run, or what `sdpo pack` made of it")
     check.add_argument("--sources", nargs="+", default=[], metavar="NAME=DATA",
                        help="where the pairs of the run lie; their other options are those of the run")

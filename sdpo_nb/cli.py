@@ -264,9 +264,9 @@ def _add_hand_in(sub):
     pack = sub.add_parser("pack", help=short, description=short)
     pack.add_argument("folder", help="of the run")
     pack.add_argument("--out", metavar="FILE.zip", help="default: beside the folder, with its name")
-    about = ("Check that what a run says follows from what its folder holds. Each check is ok, DIFFERS or not checked; "
-             "the exit status is 1 if any DIFFERS.")
-    check = sub.add_parser("verify", help="check that what a run says follows from what it holds", description=about)
+    short = "check that what a run says follows from what its folder holds"
+    about = f"{short.capitalize()}. Each check is ok, DIFFERS or not checked; the exit status is 1 if any DIFFERS."
+    check = sub.add_parser("verify", help=short, description=about)
     check.add_argument("run", help="folder of a run, or what `sdpo pack` made of it")
     check.add_argument("--sources", nargs="+", default=[], metavar="NAME=DATA",
                        help="where the pairs of the run lie; their other options are those of the run")

@@ -621,6 +621,7 @@ def verify(
 
     Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
     """
+    if model: load_tokenizer(model) # raises where there is no such model
     with _opened(where) as folder:
         try: ev = read_evidence(folder)
         except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
