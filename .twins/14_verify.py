@@ -577,8 +577,9 @@ def _stage_lines(stages):
     return as_markdown(table.loc[labels]).splitlines()[2:]
 
 def _by_tables(t, ev):
-    "stage.json as the tables would have it, as far as they can be read."
-    stage = ev.stages[t-1]
+    "stage.json as the tables and the log would have it, as far as they can be read."
+    stage, lines = ev.stages[t-1], _whole_log(t, ev)
+    if lines: stage = stage | dict(first_loss=lines[0]["loss"])
     try: found = recomputed(t, ev)
     except (ValueError, KeyError): return stage
     return stage | found | dict(gamma_change=list(found["gamma_change"]))
@@ -1147,6 +1148,6 @@ shutil.rmtree(tmp)
 #
 # <details><summary>What you should see</summary>
 #
-# Row `stage 1: numbers`: "gamma_ref of the log is not that of these pairs in this order". The number of steps is right. If the short last batch is the one that was replaced, `stage 1: log` finds it as well, since the pairs do not add up.
+# Row `stage 1: numbers`: "gamma_ref of the log is not that of these pairs in this order". The number of steps is right. If the copy is that of the short last batch, `stage 1: log` finds it as well, since the pairs do not add up.
 #
 # </details>

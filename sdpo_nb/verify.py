@@ -354,8 +354,9 @@ def _stage_lines(stages):
     return as_markdown(table.loc[labels]).splitlines()[2:]
 
 def _by_tables(t, ev):
-    "stage.json as the tables would have it, as far as they can be read."
-    stage = ev.stages[t-1]
+    "stage.json as the tables and the log would have it, as far as they can be read."
+    stage, lines = ev.stages[t-1], _whole_log(t, ev)
+    if lines: stage = stage | dict(first_loss=lines[0]["loss"])
     try: found = recomputed(t, ev)
     except (ValueError, KeyError): return stage
     return stage | found | dict(gamma_change=list(found["gamma_change"]))
