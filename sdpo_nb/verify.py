@@ -405,17 +405,21 @@ def _report(ev):
 # %% ../nbs/14_verify.ipynb #485333fb
 def _weights(t, ev):
     "Are the weights that lie in the folder those of M_t?"
-    where = _path_of(t, ev)
+    where, saved = _path_of(t, ev), _saved(t, ev)
+    rounded = saved["dtype"] != "float32"
+    if saved["weights"] != ev.ended(t) and not rounded:
+        return False, f"the stage ended with {ev.ended(t)}, but saved {saved['weights']}"
     if where is None: return None, "the weights are not here"
     if t:
         load_stage(ev.at(t), "cpu") # raises ValueError for others
-        return True, _saved(t, ev)["weights"]
+        return True, saved["weights"] + (", rounded" if rounded else "")
     found = weights_hash(load_model(where, "cpu"))
     return found == ev.ended(0), f"S has {ev.ended(0)}, the model that lies there {found}"
 
 def _saved(t, ev):
-    "dtype and hash of M_t as it was saved, perhaps rounded."
-    return ev.stages[t-1].get("saved") or dict(dtype="float32", weights=ev.ended(t))
+    "dtype and hash of M_t as it was saved, perhaps rounded; S is saved by others."
+    saved = ev.stages[t-1].get("saved") if t else None
+    return saved or dict(dtype="float32", weights=ev.ended(t))
 
 def _path_of(t, ev):
     "Where M_t lies, or None. S may lie outside of the folder; a hub id is not followed."

@@ -128,6 +128,12 @@ def foreign_weights(folder):
     shutil.copytree(BASE, folder / "stage-2/model")
 
 
+def foreign_weights_and_their_hash(folder):
+    foreign_weights(folder)
+    saved = read_part(folder / "stage-2/stage.json")["saved"]
+    change(folder, 2, saved=saved | dict(weights=read_part(folder / "config.yaml")["weights"]))
+
+
 def cut_log(folder):
     path = folder / "stage-2/metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
@@ -180,6 +186,7 @@ def better_answer_on_held_out_pairs(folder):
 
 @pytest.mark.parametrize("tamper, row", [
     (better_accuracy, "stage 2: numbers"), (better_accuracy_in_the_report_too, "stage 2: numbers"), (foreign_weights, "stage 2: weights"),
+    (foreign_weights_and_their_hash, "stage 2: weights"),
     (cut_log, "stage 2: log"), (half_a_line, "stage 2: log"), (lines_in_another_order, "stage 2: numbers"), (another_first_loss, "stage 1: first loss"),
     (swapped_value, "stage 2: numbers"), (held_out_pair_dropped, "held-out pairs"), (better_report, "report.md"), (better_answer_on_held_out_pairs, "report.md")])
 def test_each_tampering_is_found_once(good, tamper, row):
