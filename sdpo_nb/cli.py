@@ -265,7 +265,8 @@ def _add_hand_in(sub):
     pack.add_argument("folder", help="of the run")
     pack.add_argument("--out", metavar="FILE.zip", help="default: beside the folder, with its name")
     short = "check that what a run says follows from what its folder holds"
-    about = f"{short.capitalize()}. Each check is ok, DIFFERS or not checked; the exit status is 1 if any DIFFERS."
+    answers = "Each check is ok, DIFFERS or not checked; the exit status is 1 if any DIFFERS."
+    about = f"{short.capitalize()}. {answers}"
     check = sub.add_parser("verify", help=short, description=about)
     check.add_argument("run", help="folder of a run, or what `sdpo pack` made of it")
     check.add_argument("--sources", nargs="+", default=[], metavar="NAME=DATA",
