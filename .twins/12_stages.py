@@ -48,7 +48,7 @@ from sdpo_nb.folder import (
     read_part, recorded, save_model, share_changed
 )
 from sdpo_nb.logprobs import (
-    SMALL, Clock, check_model, check_rows, load_model, pair_tokens, pairs_hash, pick_precision,
+    SMALL, Clock, LogprobTable, check_model, check_rows, load_model, pair_tokens, pairs_hash, pick_precision,
     read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind,
     weights_hash, write_json
 )
@@ -656,30 +656,45 @@ name, len(table.rows)
 # - $\gamma$ before and after, and its change with a *paired* interval, since the same pairs were read twice;
 # - the [certificate](03_loss.ipynb): the least mean $\gamma$ that the loss guarantees. It is computed from a pass of the finished $M_t$, not from the running loss of training;
 # - the share of pairs of which the certificate says nothing: those that fell below their reference.
+#
+# `stage_measures` needs no model, only what three models said. So anybody who has the tables can compute these numbers again, and [chapter 14](14_verify.ipynb) does.
 
 # %%
 #| export
-def _measures(t, chunks, table, ctx):
-    "What the report says about stage t: in nats, on the probe of D_t."
-    config, chunk = ctx.config, chunks[t-1]
-    probe = list(chunk.probe(config.probe))
-    ref, before, after = table.gamma(probe), ctx.table(t-1).gamma(probe), ctx.table(t).gamma(probe)
+def stage_measures(
+    ref: LogprobTable,    # of the reference of stage t
+    before: LogprobTable, # of M_{t-1}
+    after: LogprobTable,  # of M_t
+    probe,                # pairs of D_t, with keys, that all three have read
+    chunk,                # all pairs of D_t, which the reference has read
+    coming,               # the probe of D_{t+1}, which the reference has read; None where nothing comes
+    beta: float,          # of the DPO loss, per nat
+) -> dict:                # in nats, or shares from 0 to 1; gamma_change as (mean, low, high)
+    "What the report says about stage t, from tables alone."
+    gamma_ref, gamma_before, gamma_after = (table.gamma(probe) for table in (ref, before, after))
 
     def mean(x): return x.float().mean().item()
-    loss = mean(dpo_loss(after, ref, config.beta))
-    next_ref = table.gamma(chunks[t].probe(config.probe)) if t < len(chunks) else None
+    loss = mean(dpo_loss(gamma_after, gamma_ref, beta))
     return dict(
-        gamma_ref=mean(table.gamma(chunk.pairs)),       # of the whole chunk
-        gamma_ref_next=None if next_ref is None else mean(next_ref),
-        gamma=mean(after),
+        gamma_ref=mean(ref.gamma(chunk)),               # of the whole chunk
+        gamma_ref_next=None if coming is None else mean(ref.gamma(coming)),
+        gamma=mean(gamma_after),
         probe=len(probe),
-        gamma_change=mean_interval(after - before),     # paired
+        gamma_change=mean_interval(gamma_after - gamma_before), # paired
         loss=loss,
-        certificate=certificate(loss, mean(ref), config.beta),
-        below_reference=mean(after < ref),              # of these it says nothing
-        accuracy_before=mean(reward_accuracy(before)),
-        accuracy=mean(reward_accuracy(after)),
+        certificate=certificate(loss, mean(gamma_ref), beta),
+        below_reference=mean(gamma_after < gamma_ref),  # of these it says nothing
+        accuracy_before=mean(reward_accuracy(gamma_before)),
+        accuracy=mean(reward_accuracy(gamma_after)),
     )
+
+def _measures(t, chunks, table, ctx):
+    "The measures of stage t of a run that is going on."
+    n = ctx.config.probe
+    probe = chunks[t-1].probe(n)
+    coming = chunks[t].probe(n) if t < len(chunks) else None
+    tables = table, ctx.table(t-1), ctx.table(t)
+    return stage_measures(*tables, probe, chunks[t-1].pairs, coming, ctx.config.beta)
 
 
 # %%

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The command line
-# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push` and `sdpo demo`.
+# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_cli.ipynb)
 #
@@ -13,6 +13,8 @@
 # | `sdpo run` | the same, and then one DPO stage per chunk; the same command goes on where it stopped |
 # | `sdpo report` | writes the report of a run again |
 # | `sdpo push` | uploads the last model with a card, or writes both into a folder |
+# | `sdpo pack` | makes one small file of a run, without its weights, to hand in |
+# | `sdpo verify` | checks that what a run says follows from what its folder, or such a file, holds |
 # | `sdpo demo` | the [tiny world](demo.ipynb), from partition to true reward |
 #
 # A command line is a way in and nothing more, so it has no settings of its own. Every setting of a run becomes an option, generated from `StepwiseConfig`, with its meaning, its bounds and its default. Whoever adds a setting in [chapter 11](11_plan.ipynb) has added the option. The few
@@ -196,8 +198,12 @@ def _sources(args, words, option) -> dict:
         max_pairs=args.max_pairs,
     )
     how = {name: value for name, value in asked.items() if value is not None}
+    return {name: dict(source=data, **how) for name, data in _places(words, option).items()}
+
+def _places(words, option) -> dict:
+    "Name -> data. Data without a name have their own."
     named = [word if "=" in word else f"{_stem(word)}={word}" for word in words]
-    return {name: dict(source=data, **how) for name, data in _pairs_of(named, option).items()}
+    return _pairs_of(named, option)
 
 
 # %%
@@ -314,7 +320,7 @@ print("\n".join(text.splitlines()[:2]))
 
 
 # %% [markdown]
-# The other three begin where a run has ended. `sdpo push` gives the model away; with `--export` it writes into a folder what would be uploaded, so that you can look first.
+# The others begin where a run has ended. `sdpo push` gives the model away; with `--export` it writes into a folder what would be uploaded, so that you can look first.
 
 # %%
 #| export
@@ -353,6 +359,47 @@ def _demo(args):
 # %%
 status, text = sdpo_says(f"report {tmp}/run")
 assert status == 2
+print(text.replace(str(tmp), "."))
+
+
+# %% [markdown]
+# Two commands are for handing a run in, and for whoever gets it: `sdpo pack` and `sdpo verify`, which call [chapter 14](14_verify.ipynb). The second must be of use in a script that grades fifty runs. So its exit status is 1 if anything differs, and 0 if nothing does; what could not be checked is counted, and is no fault.
+
+# %%
+#| export
+def _pack(args):
+    from sdpo_nb.verify import pack_run
+    out = pack_run(args.folder, args.out)
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, without weights")
+
+def _verify(args):
+    from sdpo_nb.report import as_markdown
+    from sdpo_nb.verify import DIFFERS, NOT_CHECKED, OK, verify
+    found = verify(args.run, _places(args.sources, "--sources"), args.model)
+    print(as_markdown(found))
+    counts = found["result"].value_counts()
+    print("\n" + ", ".join(f"{counts.get(answer, 0)} {answer}" for answer in (OK, DIFFERS, NOT_CHECKED)))
+    if DIFFERS in counts: sys.exit(1)
+
+
+# %% [markdown]
+# A folder with a partition alone has nothing to hand in, and a text file is no run:
+
+# %%
+for line in (f"pack {tmp}/run", f"verify {tmp}/run.yaml"):
+    status, text = sdpo_says(line)
+    assert status == 2
+    print(text.replace(str(tmp), "."))
+
+# %% [markdown]
+# So train on twenty-four pairs, pack, and verify what was packed.
+
+# %%
+small = f"--folder {tmp}/small --max-length 64 --precision fp32 --max-pairs 24 --lr 1e-3"
+train = f"--model {w.base} {riddle} {small}"
+for line in (f"run {train}", f"pack {tmp}/small", f"verify {tmp}/small.zip {riddle} --model {w.base}"):
+    status, text = sdpo_says(line)
+    assert status == 0
 print(text.replace(str(tmp), "."))
 
 
@@ -399,6 +446,7 @@ def _parser(argv):
         if argv[:1] == [name]: _add_settings(command)
     sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
     _add_push(sub)
+    _add_hand_in(sub)
     demo = sub.add_parser("demo", help="the tiny world, from partition to true reward, in a minute or two")
     demo.add_argument("--folder", default="runs/demo")
     return p
@@ -432,6 +480,21 @@ def _add_push(sub):
     where.add_argument("--export", metavar="FOLDER", help="only write there what would be uploaded")
     push.add_argument("--public", action="store_true", help="make a new repository public")
 
+def _add_hand_in(sub):
+    "To pack a run, and to check one."
+    short = "make one file of a run, without its weights, to hand in"
+    pack = sub.add_parser("pack", help=short, description=short)
+    pack.add_argument("folder", help="of the run")
+    pack.add_argument("--out", metavar="FILE.zip", help="default: beside the folder, with its name")
+    short = "check that what a run says follows from what its folder holds"
+    answers = "Each check is ok, DIFFERS or not checked; the exit status is 1 if any DIFFERS."
+    about = f"{short.capitalize()}. {answers}"
+    check = sub.add_parser("verify", help=short, description=about)
+    check.add_argument("run", help="folder of a run, or what `sdpo pack` made of it")
+    check.add_argument("--sources", nargs="+", default=[], metavar="NAME=DATA",
+                       help="where the pairs of the run lie; their other options are those of the run")
+    check.add_argument("--model", help="folder or hub id of any model of the run, which is asked again")
+
 
 # %%
 words = ["run", "--model", "S", "--sources", "a.jsonl", "b=c.jsonl", "--beta", "0.3"]
@@ -454,7 +517,16 @@ def main(
     SDPO_TRACEBACK=1 shows where it came from.
     """
     argv = sys.argv[1:] if argv is None else argv
-    commands = dict(run=_run, partition=_partition, data=_data, report=_report, push=_push, demo=_demo)
+    commands = dict(
+        run=_run,
+        partition=_partition,
+        data=_data,
+        report=_report,
+        push=_push,
+        pack=_pack,
+        verify=_verify,
+        demo=_demo,
+    )
     try:
         args = _parser(argv).parse_args(argv)
         from transformers.utils import logging
@@ -531,7 +603,7 @@ import shutil; shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# Six commands, and no setting that the library does not have.
+# Eight commands, and no setting that the library does not have.
 #
 # ## Questions to test yourself
 #

@@ -1,0 +1,1157 @@
+# %% [markdown]
+# # What somebody else can check
+# > A run is handed in without its weights. Does what its report says follow from what its folder holds?
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_verify.ipynb)
+#
+# **You should know** that [a run is a folder](09_folder.ipynb), and what [a stage writes down about itself](12_stages.ipynb). **Time** an hour and forty minutes to read with its code, half a minute to run.
+#
+# A student hands in a run, or a colleague sends you one. Its report says that accuracy rose from 0.74 to 0.86, and that the reference of stage 2 was $M_1$. A report is a claim. Why should you believe it?
+#
+# You need not train again. A run keeps more than its report shows: for each model a table of what it said about each pair, a hash of its weights, and one line for each optimizer step. The numbers of the report were *computed* from these. So compute them again. Three kinds of claims are left, and it helps to keep them apart:
+#
+# | what is claimed | what you need to check it |
+# |---|---|
+# | numbers of a stage, its reference, its first loss, the steps that it made | the folder |
+# | these are the pairs, this is their order | the folder and the data |
+# | the tables were written by these models | the folder, the data and the weights |
+#
+# What cannot be checked is not passed over: it is listed as *not checked*.
+
+# %%
+#| default_exp verify
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+
+# %%
+#| export
+import hashlib, json, math, random, re, tempfile, zipfile, zlib
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import torch
+from datasets import load_from_disk
+
+from sdpo_nb.evaluate import as_text
+from sdpo_nb.folder import alone_in, load_exactly, load_stage, read_part, stage_folders, versions
+from sdpo_nb.logprobs import (
+    LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing,
+    score_pairs, weights_hash
+)
+from sdpo_nb.loss import dpo_loss
+from sdpo_nb.partition import partition
+from sdpo_nb.plan import StepwiseConfig, check_chunks, check_names, load_sources, part_sources
+from sdpo_nb.report import STAGE_ROWS, Run, as_markdown, escaped, held_out_table, stage_table
+from sdpo_nb.stages import stage_measures
+from sdpo_nb.trainer import all_batches
+
+# %%
+import shutil
+
+from sdpo_nb.logprobs import write_json
+from sdpo_nb.loss import reward_accuracy
+from sdpo_nb.stepwise import sdpo
+from sdpo_nb.world import complaint, load_world
+
+torch.set_num_threads(1)
+pd.set_option("display.width", 180, "display.max_columns", 20, "display.max_colwidth", 100)
+
+# %% [markdown]
+# ## One number, computed again
+#
+# Here is a small run to check: sixty pairs of each of three sources, a fifth of the prompts held out.
+
+# %%
+w, tmp = load_world(), Path(tempfile.mkdtemp())
+sources = {name: dict(source=w.sources[name], max_pairs=60) for name in ("primer", "digest", "riddle")}
+settings = dict(beta=0.3, lr=1e-3, batch_size=16, precision="fp32", max_length=64, eval_share=0.2)
+
+run = sdpo(w.base, sources, StepwiseConfig(**settings), tmp / "run")
+run.table().loc[["chunk", "reference", "first loss", "accuracy of M_t on D_t"]]
+
+# %% [markdown]
+# Take one number: the accuracy of $M_2$ on $D_2$. `stage.json` of stage 2 claims it, and names the pairs on which it was measured. The table of $M_2$ holds what the model said about them. Reward accuracy is the share of pairs with $\gamma > 0$:
+
+# %%
+claimed = run.stages[1]
+M_2 = read_table(run.folder / "stage-2/logprobs")
+pairs = [dict(key=key) for key in claimed["probes"]["digest"]]
+
+by_table = reward_accuracy(M_2.gamma(pairs)).mean().item()
+assert abs(by_table - claimed["accuracy"]) < 1e-4
+print(f"claimed {claimed['accuracy']:.4f}, by the table {by_table:.4f}, of {len(pairs)} pairs")
+
+
+# %% [markdown]
+# That is the whole idea, and no model was loaded. The rest of the chapter does it for every claim.
+#
+# ## Reading a folder without trusting it
+#
+# Each check needs the same few things: what a stage claims, the hash that a model is said to have, the table of a model. `Evidence` holds them. It loads no model, and believes nothing.
+
+# %%
+#| export
+@dataclass
+class Evidence:
+    "A run folder, as somebody reads it who was not there."
+    folder: Path     # config.yaml lies in it
+    config: dict     # config.yaml
+    stages: list     # stage.json of each finished stage
+    settings: object # those of config.yaml, with defaults for what it lacks
+    names: list      # of the chunks, in order
+    given: str = None # folder or hub id of a model that came beside the folder
+    given_is: int = None # t, where that model is M_t
+    loaded: list = field(default_factory=list) # sources that were trained on, where they were given
+    held: list = field(default_factory=list)   # sources that were held out, where they were given
+
+    def at(
+        self,
+        t: int, # of M_t; 0: S
+    ) -> Path:
+        "The folder of M_t."
+        return self.folder / (f"stage-{t}" if t else "base")
+
+    def ended(
+        self,
+        t: int, # of M_t; 0: S
+    ) -> str:
+        "The hash that M_t is said to have."
+        return self.stages[t-1]["end"] if t else self.config["weights"]
+
+    def whose(
+        self,
+        weights: str, # a hash
+    ) -> str:
+        "The model of this run that has these weights, in words."
+        for t in range(len(self.stages) + 1):
+            if self.ended(t) == weights: return f"M_{t}"
+        return f"a model that is not of this run ({weights})"
+
+    def table(
+        self,
+        t: int, # of M_t; 0: S
+    ) -> LogprobTable:
+        "What M_t said. Raises ValueError where there is no table."
+        return read_table(self.at(t) / "logprobs")
+
+def read_evidence(
+    folder, # of a run
+) -> Evidence:
+    "A run folder. Raises ValueError for one that is no run, or has no finished stage."
+    folder = Path(folder)
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"{folder}: no config.yaml here, so it is not a run")
+    run = Run(folder)
+    config, stages = run.config, run.stages
+    if not stages: raise ValueError(f"{folder}: no stage is finished, so there is nothing to check")
+    defaults = {f.name: f.default for f in fields(StepwiseConfig)}
+    settings = SimpleNamespace(**defaults | config["settings"])
+    parted = _part(folder, "partition.json")
+    names = parted.get("names") or [stage["chunk"] for stage in stages]
+    return Evidence(folder, config, stages, settings, names)
+
+def _part(folder, name):
+    "A file that not every run has; nothing where it is missing."
+    path = folder / name
+    return read_part(path) if path.exists() else {}
+
+
+# %%
+ev = read_evidence(run.folder)
+print("stage 2 was trained against", ev.whose(claimed["reference_kind"]["weights"]))
+print(complaint(read_evidence, w.base).replace(w.base, "S"))
+
+
+# %% [markdown]
+# Which table was that of the reference? The folder has several. `stage.json` holds the hash of the weights of the reference that the stage was trained against, and each table holds the hash of its model. So the table is found *by its hash*, whatever the settings say. Whether the settings say the same is a question of its own.
+
+# %%
+#| export
+def _reference_table(t, ev):
+    "The table of the reference of stage t, found by its hash. Raises ValueError where there is none."
+    weights = ev.stages[t-1]["reference_kind"]["weights"]
+    earlier = [ev.at(s) / "logprobs" for s in reversed(range(t))]
+    for folder in [ev.at(t) / "reference", *earlier]: # the first is that of a model from elsewhere
+        table = read_table(folder) if folder.exists() else None
+        if table and table.kind["weights"] == weights: return table
+    raise ValueError(f"no table of the reference, {ev.whose(weights)}, is in the folder")
+
+
+# %%
+assert _reference_table(2, ev).kind == ev.table(1).kind
+
+
+# %% [markdown]
+# And which pairs were in $D_t$? A table has keys, without an order. `stage.json` names the pairs of the probe, in the order of the chunk. A chunk of up to 512 pairs is its own probe; of a larger one, only the data know all of it.
+
+# %%
+#| export
+def _chunk_keys(t, ev):
+    "The keys of D_t, in their order; nothing where they are not known."
+    stage, made = ev.stages[t-1], ev.at(t) / "chunk" # of a chunk that a function made
+    if made.exists(): return load_from_disk(str(made))["key"][:]
+    probe = stage["probes"][stage["chunk"]]
+    if len(probe) == stage["pairs"]: return probe
+    every = [key for source in ev.loaded for key in keys_of(source.pairs)]
+    rows = _part(ev.folder, "partition.json")["chunks"][t-1]
+    return [every[i] for i in rows] if every else []
+
+
+# %%
+assert len(_chunk_keys(2, ev)) == claimed["pairs"]
+_chunk_keys(2, ev)[:3]
+
+# %% [markdown]
+# ## Three answers
+#
+# A check has one of three answers, and a note that says what was compared. The third answer is as important as the others. If a check that could not be made counted as passed, leaving a file out would be the best way to pass.
+
+# %%
+#| export
+OK, DIFFERS, NOT_CHECKED = "ok", "DIFFERS", "not checked"
+
+_ANSWERS = {True: OK, False: DIFFERS, None: NOT_CHECKED}
+
+def _row(check, ask, *args):
+    "One row: `ask` returns True, False or None, where it cannot be checked, and a note."
+    try: right, note = ask(*args)
+    except KeyError as e: right, note = None, f"{e} was not written down"
+    except (ValueError, TypeError, AttributeError, IndexError, OSError) as e:
+        first_line = str(e).split("\n")[0]
+        right, note = False, first_line.split("; ")[0] or type(e).__name__
+    return dict(check=check, result=_ANSWERS[right], note=note)
+
+
+# %% [markdown]
+# ## Who was whose reference?
+#
+# Four hashes of a stage must fit together: that of its reference, that of the model it started from, that of the model it ended with, and that of the table which this model is said to have written.
+
+# %%
+#| export
+def _reference(t, ev):
+    "Is the reference of stage t the one that the settings name?"
+    which, stage = ev.settings.reference, ev.stages[t-1]
+    named = dict(moving=(f"M_{t-1}", ev.ended(t-1)), fixed=("S", ev.ended(0)))
+    name, weights = named.get(which) or (which, ev.config["reference_weights"])
+    found = stage["reference_kind"]["weights"]
+    if found != weights: return False, f"{which} means {name}; the table was that of {ev.whose(found)}"
+    if stage["reference"] != name: return False, f"{which} means {name}; the stage names {stage['reference']}"
+    return True, f"{which}: {name}, {weights}"
+
+def _start(t, ev):
+    "Did stage t start where the settings say?"
+    before = 0 if ev.settings.init_target == "S" else t - 1
+    found = ev.stages[t-1]["start"]
+    if found == ev.ended(before): return True, f"M_{before}"
+    return False, f"started from {ev.whose(found)}, not from M_{before}"
+
+def _table(t, ev):
+    "Is the table of M_t of the weights that M_t is said to have?"
+    table = ev.table(t)
+    found = table.kind["weights"]
+    if found == ev.ended(t): return True, f"{len(table.rows)} pairs"
+    return False, f"the table is that of {ev.whose(found)}"
+
+
+# %%
+ev.stages[1]["start"] = ev.ended(0) # what if stage 2 had started from S?
+rows = [_row(f.__name__, f, 2, ev) for f in (_reference, _start, _table)]
+ev = read_evidence(run.folder)
+assert [row["result"] for row in rows] == [OK, DIFFERS, OK]
+pd.DataFrame(rows).set_index("check")
+
+# %% [markdown]
+# ## The numbers of a stage
+#
+# [Chapter 12](12_stages.ipynb) computes the numbers of a stage from three tables: that of the reference, of $M_{t-1}$ and of $M_t$. The same function is called here, so nobody can say that we measure otherwise. They must agree to 1e-4: another processor may add in another order.
+
+# %%
+#| export
+NEAR = 1e-4 # how far a number may be from the same number computed again
+
+def _close(a, b, near=NEAR):
+    "Whether two numbers, or two lists of numbers, are the same but for rounding."
+    if a is None or b is None: return a is b
+    if isinstance(b, (list, tuple)):
+        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(_close, a, b))
+    if math.isnan(b): return math.isnan(a)
+    return math.isclose(a, b, abs_tol=near, rel_tol=near / 10)
+
+
+# %%
+assert _close(0.69315, 0.69317)
+assert not _close([1.0, 2.0], [1.0, 2.1])
+assert not _close(None, 1.0)
+
+
+# %%
+#| export
+def _as_pairs(keys): return [dict(key=key) for key in keys]
+
+def _three_tables(t, ev): return _reference_table(t, ev), ev.table(t-1), ev.table(t)
+
+def recomputed(
+    t: int, # the stage
+    ev: Evidence,
+) -> dict:  # as `stage_measures`; gamma_ref is missing where the keys of D_t are not known
+    "What stage.json should say about stage t, by the tables."
+    stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
+    probes = stage["probes"]
+    probe = _as_pairs(probes[stage["chunk"]])
+    coming = [_as_pairs(probes[name]) for name in ev.names[t:t+1] if name in probes]
+    tables = _three_tables(t, ev)
+    whole = _as_pairs(keys) or probe
+    found = stage_measures(*tables, probe, whole, coming[0] if coming else None, ev.settings.beta)
+    if not keys: del found["gamma_ref"]
+    return found
+
+
+# %%
+by_tables = recomputed(2, ev)
+as_claimed = {name: claimed[name] for name in by_tables}
+pd.DataFrame({"claimed": as_claimed, "by the tables": by_tables})
+
+
+# %% [markdown]
+# One more number hides in the log. Each line of `metrics.jsonl` has the mean $\gamma_{ref}$ of its batch. The [order of the data](06_trainer.ipynb) follows from the seed, so the folder knows which pairs were in each batch, and the table of the reference knows their $\gamma$. If every line agrees, this log belongs to this
+# reference, these pairs and this seed.
+
+# %%
+#| export
+def _log(t, ev):
+    "The lines of metrics.jsonl. Raises ValueError for one that is cut."
+    lines = (ev.at(t) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+def _whole_log(t, ev):
+    "The lines, or nothing, where some are missing."
+    try: lines = _log(t, ev)
+    except (ValueError, OSError): return []
+    stage = ev.stages[t-1]
+    return lines if len(lines) == stage["steps"] + stage["skipped"] else []
+
+def _batch_means(t, ev):
+    "gamma_ref of each batch by the table, in the order of the log; nothing where the pairs are not known."
+    keys = _chunk_keys(t, ev)
+    if not keys: return []
+    gamma_ref = _reference_table(t, ev).gamma(_as_pairs(keys))
+    return [gamma_ref[rows].mean().item() for _, rows in all_batches(len(keys), ev.settings, t)]
+
+
+# %%
+logged = [line["gamma_ref"] for line in _log(2, ev)]
+by_table = _batch_means(2, ev)
+assert _close(logged, by_table)
+pd.DataFrame({"in the log": logged, "by the table": by_table}).round(4).T
+
+
+# %% [markdown]
+# A table may have been computed a second time on another machine, when a run went on there. Its numbers are then near, and not the same, and the check says that it cannot compare.
+
+# %%
+#| export
+def _other_machine(t, ev):
+    "In words, where a table was computed otherwise than when stage t was measured."
+    was = ev.stages[t-1]["reference_kind"]
+    for table in _three_tables(t, ev):
+        for name in ("device", "precision"):
+            now = table.kind.get(name)
+            if now != was.get(name): return f"measured with {name} {was.get(name)}, the table is of {now}"
+
+def _numbers(t, ev):
+    "Do the numbers of stage t follow from the tables?"
+    other = _other_machine(t, ev)
+    if other: return None, other
+    stage, found = ev.stages[t-1], recomputed(t, ev)
+    wrong = [name for name, value in found.items() if not _close(stage.get(name), value)]
+    if wrong: return False, _told(wrong, stage, found)
+
+    lines, means = _whole_log(t, ev), _batch_means(t, ev)
+    if not lines or not means: return True, f"{len(found)} numbers"
+    logged = [line["gamma_ref"] for line in lines]
+    if not _close(logged, means):
+        return False, "gamma_ref of the log is not that of these pairs in this order"
+    return True, f"{len(found)} numbers, and gamma_ref of {len(lines)} steps"
+
+def _told(wrong, stage, found):
+    "The first number that is wrong, and how many more."
+    first = wrong[0]
+    more = f", and {len(wrong) - 1} more numbers" if len(wrong) > 1 else ""
+    return f"{first} is {_shown(stage.get(first))}, by the tables {_shown(found[first])}{more}"
+
+def _shown(value):
+    "A number, or several, in a few digits."
+    if isinstance(value, (list, tuple)): return as_text(value)
+    return f"{value:.4g}" if isinstance(value, (int, float)) else value
+
+
+# %%
+ev.stages[1]["accuracy"] = 0.95
+ev.stages[2]["gamma_change"][0] += 1
+rows = [_row(f"stage {t}", _numbers, t, ev) for t in (1, 2, 3)]
+ev = read_evidence(run.folder)
+assert [row["result"] for row in rows] == [OK, DIFFERS, DIFFERS]
+pd.DataFrame(rows).set_index("check")
+
+
+# %% [markdown]
+# ## Pairs and steps
+#
+# `partition.json` says which rows of the data make each chunk, `stage.json` names their keys, and `config.yaml` has a hash of all keys in the order of the data. So the chunks can be put together again, and must give that hash.
+
+# %%
+#| export
+def _finished(ev):
+    "Are all stages there, with the pairs of their chunks?"
+    done = len(ev.stages)
+    parted = _part(ev.folder, "partition.json")
+    if not parted: return True, f"{done}, their chunks made by a function"
+    sizes = [len(rows) for rows in parted["chunks"]]
+    wanted = list(zip(parted["names"], sizes))
+    found = [(stage["chunk"], stage["pairs"]) for stage in ev.stages]
+    if found != wanted[:done]: return False, "chunks or their sizes are not those of partition.json"
+    if done < len(sizes): return None, f"only {done} of {len(sizes)} are finished"
+    return True, f"{done} of {done} are finished"
+
+def _keys(ev):
+    "Do the chunks hold the pairs of which config.yaml has a hash?"
+    parted = _part(ev.folder, "partition.json")
+    if not parted: return None, "the chunks were made by a function"
+    chunks = [_chunk_keys(t, ev) for t in range(1, len(ev.stages) + 1)]
+    if len(chunks) < len(parted["chunks"]) or not all(chunks):
+        return None, "the keys of some chunks are not in the folder"
+    by_row = {}
+    for rows, keys in zip(parted["chunks"], chunks): by_row |= zip(rows, keys)
+    found = pairs_hash(_as_pairs(by_row[i] for i in sorted(by_row)))
+    return found == ev.config["pairs"], f"{len(by_row)} pairs in {len(chunks)} chunks"
+
+
+# %%
+print(_finished(ev))
+print(_keys(ev))
+
+
+# %% [markdown]
+# ## The log, and the first loss
+#
+# A log can be cut where it gets ugly. But its length is known: epochs times the number of batches, and in all epochs together every pair of the chunk once an epoch.
+
+# %%
+#| export
+def _steps(t, ev):
+    "Has the log of stage t every step and every pair?"
+    stage, lines = ev.stages[t-1], _log(t, ev)
+    config = ev.settings
+    batches = config.epochs * math.ceil(stage["pairs"] / config.batch_size)
+    pairs = config.epochs * stage["pairs"]
+    found = sum(line["pairs"] for line in lines)
+    made = stage["steps"] + stage["skipped"]
+    told = f"{len(lines)} of {batches} steps, {found} of {pairs} pairs"
+    return len(lines) == batches == made and found == pairs, told
+
+
+# %%
+_steps(2, ev)
+
+
+# %% [markdown]
+# The first loss is the best witness of all. Before its first step, the policy is the model that it starts from. If that is its own reference, the loss is $\ln 2$, whatever the data. If it is not, two tables say what it must be: softplus of $\beta\,(\gamma_{ref} - \gamma_{start})$, as a mean over the first batch. Three numbers must
+# then be one: what `stage.json` says, what the log says, and what the tables say.
+#
+# In half precision the policy and the table round in different ways. Half a nat of difference in $\gamma$ moves a loss near $\ln 2$ by $\beta/4$, and so much is allowed.
+
+# %%
+#| export
+def _implied(t, ev):
+    "The first loss that stage t must have, and why."
+    stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
+    start, ref = stage["start"], stage["reference_kind"]["weights"]
+    if start == ref: return math.log(2), "ln 2"
+    rows = all_batches(len(keys), ev.settings, t)[0][1] if keys else []
+    batch = [keys[i] for i in rows]
+    for table in [ev.table(s) for s in range(t) if ev.ended(s) == start]:
+        if batch and set(batch) <= set(table.rows.index): # it may have read a probe of D_t only
+            return _loss_of(_as_pairs(batch), table, _reference_table(t, ev), ev.settings), "by the tables"
+    return stage["implied_first_loss"], "as the stage says itself"
+
+def _loss_of(batch, table, ref, config):
+    "The loss of a policy that says what the table says."
+    losses = dpo_loss(table.gamma(batch), ref.gamma(batch), config.beta, config.label_smoothing)
+    return losses.mean().item()
+
+def _first_loss(t, ev):
+    "Is the first loss of stage t what it must be?"
+    stage, lines = ev.stages[t-1], _whole_log(t, ev)
+    said, (must, why) = stage["first_loss"], _implied(t, ev)
+    near = NEAR * max(1, must)
+    if stage["precision"] != "fp32": near += ev.settings.beta / 4
+    told = f"{said:.4f}; it must be {must:.4f}, {why}"
+    if lines and not _close(said, lines[0]["loss"], 1e-6):
+        return False, f"{told}; the log begins with {lines[0]['loss']:.4f}"
+    return abs(said - must) <= near, told
+
+
+# %%
+for t in (1, 2, 3): print(t, *_first_loss(t, ev))
+
+
+# %% [markdown]
+# ## Held-out pairs
+#
+# Held-out pairs are worth something only if nobody trained on them, and if none that went badly was dropped afterwards. `config.yaml` has a hash of their keys since the run began. Are the keys still the same, and are they others than those that were trained on?
+
+# %%
+#| export
+def _held_out_keys(ev):
+    "The keys of held-out pairs, in their order."
+    held = _part(ev.folder, "held_out.json")
+    return [key for part in held.values() for key in part["keys"]]
+
+def _trained_keys(ev):
+    "Keys that were trained on, as far as they are known, and whether these are all."
+    trained, whole = set(), True
+    for t, stage in enumerate(ev.stages, 1):
+        keys = _chunk_keys(t, ev)
+        if not keys: whole = False
+        trained |= set(keys or stage["probes"][stage["chunk"]])
+    return trained, whole
+
+def _apart(ev):
+    "Are the held-out pairs those that were held out, and was none of them trained on?"
+    held = _held_out_keys(ev)
+    if not held: return None, "no pairs are held out"
+    if pairs_hash(_as_pairs(held)) != ev.config["held_out_pairs"]:
+        return False, "held_out.json does not name the pairs with the hash of config.yaml"
+    trained, whole = _trained_keys(ev)
+    both = len(trained & set(held))
+    if both: return False, f"{both} of {len(held)} held-out pairs were trained on"
+    known = "" if whole else ", as far as the folder tells which those are"
+    return True, f"{len(held)} held out, none of them among the {len(trained)} that were trained on{known}"
+
+
+# %%
+_apart(ev)
+
+# %% [markdown]
+# ## What the report says
+#
+# The report is what people read, and it is a text file: whoever wants a better number can type one. Each line with numbers of a stage, of the partition and of held-out pairs is compared with what can be computed now. If `stage.json` itself is wrong, this has been said in its own row. So a line is right if it agrees with `stage.json` *or* with the tables: each
+# fault is then reported once, where it is.
+
+# %%
+#| export
+_NUMBER = re.compile(r"[-+]?\d+\.\d+")
+
+def _alike(a, b):
+    "Whether two lines of a report are the same, but for one in the last digit of a number."
+    if _NUMBER.sub("0", a) != _NUMBER.sub("0", b): return False
+    for x, y in zip(_NUMBER.findall(a), _NUMBER.findall(b)):
+        digits = len(y.split(".")[1])
+        if abs(float(x) - float(y)) > 1.01 * 10.0 ** -digits: return False
+    return True
+
+
+# %%
+assert _alike("| gamma | 8.463 |", "| gamma | 8.464 |")
+assert not _alike("| gamma | 8.463 |", "| gamma | 8.563 |")
+assert not _alike("| gamma | 8.463 |", "| loss | 8.463 |")
+
+
+# %% [markdown]
+# Which lines must be there? Those of the tables of stages, of the partition and of the held-out pairs, made again by the functions that [wrote them](10_report.ipynb):
+
+# %%
+#| export
+def _stage_lines(stages):
+    "The lines of the table of stages that hold measured numbers."
+    plain = ("chunk", "pairs", "steps", "reference")
+    labels = [label for label, name in STAGE_ROWS.items() if name not in plain]
+    table = stage_table(SimpleNamespace(stages=stages))
+    return as_markdown(table.loc[labels]).splitlines()[2:]
+
+def _by_tables(t, ev):
+    "stage.json as the tables and the log would have it, as far as they can be read."
+    stage, lines = ev.stages[t-1], _whole_log(t, ev)
+    if lines: stage = stage | dict(first_loss=lines[0]["loss"])
+    try: found = recomputed(t, ev)
+    except (ValueError, KeyError): return stage
+    return stage | found | dict(gamma_change=list(found["gamma_change"]))
+
+def _held_out_lines(ev):
+    "The lines of the tables of held-out pairs."
+    lines = []
+    for (source, model, _), cells in held_out_table(Run(ev.folder)).iterrows():
+        numbers = [as_text(cell) if isinstance(cell, tuple) else "" for cell in cells]
+        label = escaped(f"{source}, {model}")
+        lines.append(f"| {label} | {' | '.join(numbers)} |")
+    return lines
+
+def _lines(ev):
+    "Lines that the report must have: of each, the ways in which it may read."
+    stages = [_by_tables(t, ev) for t in range(1, len(ev.stages) + 1)]
+    lines = list(zip(_stage_lines(ev.stages), _stage_lines(stages)))
+    for line in _held_out_lines(ev): lines.append((line,))
+    if not (ev.folder / "partition.json").exists(): return lines
+    measures = as_markdown(Run(ev.folder).partition())
+    return lines + [(line,) for line in measures.splitlines()[2:]]
+
+
+# %%
+print(_lines(ev)[3][0])
+
+
+# %%
+#| export
+def _label(line): return line.split(" | ")[0]
+
+def _report(ev):
+    "Does report.md say what stage.json and the tables say?"
+    path = ev.folder / "report.md"
+    if not path.exists(): return None, "report.md is not here"
+    said = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        said.setdefault(_label(line), []).append(line)
+
+    wanted = _lines(ev)
+    known = [ways for ways in wanted if _label(ways[0]) in said]
+    if not known: return None, "report.md has none of the usual lines"
+    wrong = []
+    for ways in known:
+        label = _label(ways[0])
+        agrees = any(_alike(line, way) for line in said[label] for way in ways)
+        if not agrees: wrong.append(label.strip("| "))
+    if not wrong: return True, f"{len(known)} of {len(wanted)} lines with numbers"
+    say = "line says" if len(wrong) == 1 else "lines say"
+    return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
+
+
+# %%
+report = run.folder / "report.md"
+honest = report.read_text()
+assert _report(ev)[0]
+
+report.write_text(honest.replace("| accuracy of M_t on D_t | 0.909", "| accuracy of M_t on D_t | 0.999"))
+edited = _report(ev)
+report.write_text(honest)
+edited
+
+
+# %% [markdown]
+# ## Weights, where they are
+#
+# Everything so far was read from files of a few kilobytes. Where the models lie in the folder too, their hashes can be compared with what the stages claim. `load_stage` does that whenever it loads a model, so nothing new is needed. A model may also come beside the folder, from the hub for example. Which model of the run is it? Its hash says.
+
+# %%
+#| export
+def _weights(t, ev):
+    "Are the weights that lie in the folder those of M_t?"
+    where, saved = _path_of(t, ev), _saved(t, ev)
+    rounded = saved["dtype"] != "float32"
+    if saved["weights"] != ev.ended(t) and not rounded:
+        return False, f"the stage ended with {ev.ended(t)}, but saved {saved['weights']}"
+    if where is None: return None, "the weights are not here"
+    if t:
+        load_stage(ev.at(t), "cpu") # raises ValueError for others
+        return True, saved["weights"] + (", rounded" if rounded else "")
+    found = weights_hash(load_model(where, "cpu"))
+    return found == ev.ended(0), f"S has {ev.ended(0)}, the model that lies there {found}"
+
+def _saved(t, ev):
+    "dtype and hash of M_t as it was saved, perhaps rounded; S is saved by others."
+    saved = ev.stages[t-1].get("saved") if t else None
+    return saved or dict(dtype="float32", weights=ev.ended(t))
+
+def _path_of(t, ev):
+    "Where M_t lies, or None. S may lie outside of the folder; a hub id is not followed."
+    if (ev.at(t) / "model").exists(): return str(ev.at(t) / "model")
+    elsewhere = Path(ev.config["model"])
+    if t == 0 and (elsewhere / "config.json").exists(): return str(elsewhere)
+    return None
+
+def _which(model, ev):
+    "The number of a model of this run, by its weights; None for another model."
+    if weights_hash(model) == ev.ended(0): return 0
+    for t in range(1, len(ev.stages) + 1):
+        saved = _saved(t, ev)
+        if weights_hash(model, getattr(torch, saved["dtype"])) == saved["weights"]: return t
+
+def _given(ev):
+    "Is the model that came beside the folder one of this run?"
+    ev.given_is = _which(load_model(ev.given, "cpu"), ev)
+    if ev.given_is is None: return False, f"{ev.given} has the weights of no model of this run"
+    return True, f"it is M_{ev.given_is}"
+
+
+# %%
+ev.given = str(run.model_folder(2))
+print(_given(ev))
+print(_weights(3, ev))
+ev = read_evidence(run.folder)
+
+
+# %% [markdown]
+# ## With the data
+#
+# Tables have keys, not texts. Which pairs stand behind the keys? A key is a hash of the token ids of a pair, so whoever has the data and the tokenizer computes the keys again. Split, columns and the other options of a source are taken from `config.yaml`; only where the data lie has to be said.
+
+# %%
+#| export
+def _read_data(
+    ev: Evidence,  # gets the sources
+    sources: dict, # name -> where the data lie now
+    tokenizer,     # of any model of the run
+):
+    "Read the sources again. Raises ValueError for a name that the run does not know, and for a missing one."
+    check_names(sources)
+    written = ev.config["sources"]
+    apart = [name for name in _part(ev.folder, "held_out.json") if name not in written]
+    _check_sources(sources, written, apart)
+
+    train = {name: _as_written(written[name], sources[name]) for name in written}
+    if train:
+        read = load_sources(train, tokenizer, ev.settings)
+        read, ev.held = part_sources(read, train, ev.settings)
+        ev.loaded = check_chunks(ev.settings.chunks, read)
+    own = {name: sources[name] for name in apart if name in sources}
+    if own: ev.held += load_sources(own, tokenizer, ev.settings, "held_out")
+
+def _check_sources(sources, written, apart):
+    known = [*written, *apart]
+    for name in sources:
+        if name in known: continue
+        raise ValueError(f"sources: this run has no source '{name}'; it has {', '.join(known) or 'none'}")
+    for name in written:
+        if name not in sources: raise ValueError(f"sources: '{name}' is missing; give {', '.join(written)}")
+
+def _as_written(written, data):
+    "What `load_sources` takes: the options that the run had, and the place that is given now."
+    new = data if isinstance(data, dict) else dict(source=data)
+    return (written if isinstance(written, dict) else {}) | new
+
+
+# %%
+tok = load_tokenizer(w.base)
+_read_data(ev, w.sources, tok)
+print(ev.loaded[0].counts["rows"], "rows, as the run had them:", run.config["sources"]["primer"]["max_pairs"])
+print(complaint(_read_data, ev, dict(riddles="a.jsonl"), tok))
+
+
+# %% [markdown]
+# Only paths were given; that sixty rows of each source count came from `config.yaml`. Now: are these the pairs, were these held out, and do the [chunks](05_partition.ipynb) follow from what S said about them?
+
+# %%
+#| export
+def _pairs(ev):
+    "Are these the pairs that were trained on?"
+    found = pairs_hash(*(source.pairs for source in ev.loaded))
+    n = sum(map(len, ev.loaded))
+    if found == ev.config["pairs"]: return True, f"{n} pairs, {found}"
+    return False, f"{n} pairs with the hash {found}; the run had {ev.config['pairs']}"
+
+def _held_out_pairs(ev):
+    "Are these the pairs that were held out?"
+    found = {key for source in ev.held for key in keys_of(source.pairs)}
+    held = set(_held_out_keys(ev))
+    if found == held: return True, f"{len(held)} pairs"
+    return False, f"{len(found & held)} of the {len(held)} pairs that were held out"
+
+def _partition(ev):
+    "Do the chunks follow from what S said about the pairs?"
+    config, there = ev.settings, _part(ev.folder, "partition.json")
+    T = config.chunks if isinstance(config.chunks, int) else None
+    mine = partition(ev.loaded, ev.table(0), config.order, T, config.seed)
+    if mine.names != there["names"]: return False, f"the order would be {', '.join(mine.names)}"
+    if mine.chunks != there["chunks"]: return False, "the chunks would hold other pairs"
+    return True, f"{config.order}: {', '.join(mine.names)}"
+
+
+# %%
+for ask in (_pairs, _held_out_pairs, _partition): print(*ask(ev))
+
+# %% [markdown]
+# ## With data and weights
+#
+# One question is left, and it is the one that matters most. The tables are numbers in a file. Did *these models* say them? Somebody who makes up a table, computes everything else from it and writes it all down is consistent, and everything above says ok.
+#
+# Ask the model. Thirty-two pairs are enough, if nobody knows beforehand which: they are drawn anew at each call. They are read in fp32, padded, in the way of [chapter 02](02_logprobs.ipynb), which has the fewest tricks. The numbers must agree to a thousandth of a nat, and a hundred-thousandth of themselves; where the table or the model on disk is in half precision, to half a nat.
+
+# %%
+#| export
+ROWS = 32 # that a model is asked about again
+
+def _known_pairs(ev):
+    "Key -> (Dataset, row), of all pairs that can be read."
+    sets = [source.pairs for source in ev.loaded + ev.held]
+    made = [ev.at(t) / "chunk" for t in range(1, len(ev.stages) + 1)]
+    sets += [load_from_disk(str(path)) for path in made if path.exists()]
+    return {key: (pairs, i) for pairs in sets for i, key in enumerate(keys_of(pairs))}
+
+def _load(t, ev):
+    "M_t as exactly as it is there, or None. Raises ValueError where another model lies in its place."
+    if ev.given and ev.given_is == t: return load_model(ev.given, "cpu")
+    where = _path_of(t, ev)
+    if where is None: return None
+    if t: return load_exactly(ev.at(t), "cpu")
+    model = load_model(where, "cpu")
+    if weights_hash(model) != ev.ended(0): raise ValueError(f"{where}: is not S")
+    return model
+
+def _again(t, ev, known, seed):
+    "Does M_t say again what its table says?"
+    try: model = _load(t, ev)
+    except ValueError: return None, "other weights lie in its place"
+    if model is None: return None, "its weights are not here"
+    table = ev.table(t)
+    keys = sorted(set(table.rows.index) & set(known))
+    if not keys: return None, "its table has none of these pairs"
+    drawn = random.Random(seed).sample(keys, min(ROWS, len(keys)))
+    pairs = []
+    for source, i in map(known.get, drawn): pairs.append(source[i])
+    mine = score_pairs(model, pairs).rows.loc[drawn]
+
+    off = (mine - table.rows.loc[drawn]).abs()
+    exact = table.kind["precision"] == "fp32" and weights_hash(model) == ev.ended(t)
+    allowed = 1e-3 + 1e-5 * mine.abs() if exact else 0.5
+    told = f"{len(drawn)} pairs, at most {off.max(axis=None):.1g} nats apart"
+    return bool((off <= allowed).all(axis=None)), told
+
+
+# %%
+known = _known_pairs(ev)
+for t in range(4): print(f"M_{t}", *_again(t, ev, known, seed=0))
+
+
+# %% [markdown]
+# And a table that is made up? Suppose that somebody adds two nats to each chosen response of $M_3$:
+
+# %%
+class Wishful(Evidence):
+    "Tables in which every model likes the chosen responses more."
+    def table(self, t):
+        table = super().table(t)
+        return LogprobTable(table.kind, table.rows + dict(chosen=2, rejected=0))
+
+wishful = Wishful(**vars(ev))
+_again(3, wishful, known, seed=0)
+
+# %% [markdown]
+# ## Handing in
+#
+# The folder of a real run is large because of its weights. Without them it is small enough for an upload form. `pack_run` leaves out models and checkpoints, and adds a list of the sha256 of every file, so that a file that was lost or changed on the way is found.
+
+# %%
+#| export
+LEFT_OUT = {"model", "checkpoint"} # folders that hold weights
+
+MANIFEST = "MANIFEST.json"
+
+def _files(folder):
+    "Every file that is handed in, by its name inside the folder."
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        name = path.relative_to(folder)
+        weights = LEFT_OUT & set(name.parts[:-1])
+        passing = name.name in (".lock", MANIFEST) or name.suffix in (".tmp", ".zip")
+        if path.is_file() and not weights and not passing: found[name.as_posix()] = path
+    return found
+
+def _sha256(path): return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def pack_run(
+    folder,   # of a run
+    out=None, # the zip; default: beside the folder, with its name
+) -> Path:    # the zip
+    """A run without its weights, as one file, with the hash of each file in MANIFEST.json.
+
+    Raises ValueError where no stage is finished, or where a run is going on.
+    """
+    folder = Path(folder).resolve()
+    read_evidence(folder)
+    out = Path(out) if out else folder.with_name(f"{folder.name}.zip")
+    if out.suffix != ".zip" or out.is_dir():
+        raise ValueError(f"{out}: must be the name of a file that ends in .zip")
+    with alone_in(folder), replacing(out) as tmp:
+        files = _files(folder)
+        hashes = {name: _sha256(path) for name, path in files.items()}
+        manifest = dict(sdpo_nb=versions()["sdpo_nb"], files=hashes)
+        with zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED) as z:
+            for name, path in files.items(): z.write(path, f"{folder.name}/{name}")
+            z.writestr(f"{folder.name}/{MANIFEST}", json.dumps(manifest, indent=1) + "\n")
+    return out
+
+def _manifest(ev):
+    "Are the files those that were packed?"
+    path = ev.folder / MANIFEST
+    if not path.exists(): return None, f"no {MANIFEST}: this was not made by sdpo pack"
+    said = json.loads(path.read_text(encoding="utf-8"))["files"]
+    there = {name: _sha256(path) for name, path in _files(ev.folder).items()}
+    wrong = [name for name in said | there if said.get(name) != there.get(name)]
+    if wrong: return False, f"changed, missing or new: {', '.join(sorted(wrong)[:5])}"
+    return True, f"{len(said)} files"
+
+
+# %%
+packed = pack_run(run.folder)
+whole = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+print(f"{whole / 1e6:.1f} MB with weights, {packed.stat().st_size / 1e6:.2f} MB without")
+
+# %% [markdown]
+# What is handed in may be a folder or a zip, and a zip may be cut or no zip at all.
+
+# %%
+#| export
+MOST_BYTES = 8 << 30 # of a zip, unpacked
+
+@contextmanager
+def _opened(where):
+    "The run folder of a folder or a zip. Raises ValueError for what is neither."
+    where = Path(where)
+    if where.is_dir():
+        yield where
+        return
+    if not where.exists(): raise ValueError(f"{where}: no such folder or file")
+    with tempfile.TemporaryDirectory() as tmp:
+        _unpack(where, tmp)
+        found = sorted(Path(tmp).rglob("config.yaml"), key=lambda path: len(path.parts))
+        if not found: raise ValueError(f"{where}: no config.yaml in it, so it is not a run")
+        yield found[0].parent
+
+def _unpack(where, folder):
+    try:
+        with zipfile.ZipFile(where) as z:
+            size = sum(file.file_size for file in z.infolist())
+            if size > MOST_BYTES:
+                size = f"{size / 1e9:.0f} GB"
+                raise ValueError(f"{where}: {size} when unpacked; unpack it, and give the folder")
+            z.extractall(folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
+        raise ValueError(f"{where}: is no zip, or was cut or damaged on the way ({e}); "
+                         "it must be handed in again") from e
+
+
+# %%
+half = tmp / "half.zip"
+half.write_bytes(packed.read_bytes()[:100_000])
+print(complaint(_opened(half).__enter__).replace(str(tmp), "."))
+
+
+# %% [markdown]
+# ## All of it
+#
+# `verify` asks every question once, and returns one row for each.
+
+# %%
+#| export
+def verify(
+    where,             # a run: its folder, or the zip of `pack_run`
+    sources: dict=None, # name -> where the data lie; the options of a source are those of the run
+    model: str=None,   # folder or hub id of any model of the run, or none
+    seed: int=None,    # of the pairs that models are asked about again; none: drawn anew
+) -> pd.DataFrame:     # check: the index; result: ok, DIFFERS or not checked; note
+    """Check that what a run says follows from its folder, and from data and weights as far as they are there.
+
+    Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
+    """
+    if model: load_tokenizer(model) # raises where there is no such model
+    with _opened(where) as folder:
+        try: ev = read_evidence(folder)
+        except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
+        ev.given = model
+        if sources: _read_data(ev, sources, _tokenizer(ev))
+        rows = [*_rows_of_run(ev), *_rows_of_data(ev, seed)]
+        for row in rows: row["note"] = row["note"].replace(f"{folder}/", "")
+    return pd.DataFrame(rows).set_index("check")
+
+STAGE_CHECKS = { # name -> (t, evidence) -> right, note
+    "reference": _reference,
+    "start": _start,
+    "table": _table,
+    "numbers": _numbers,
+    "log": _steps,
+    "first loss": _first_loss,
+    "weights": _weights,
+}
+
+def _rows_of_run(ev):
+    "What the folder alone can tell."
+    yield _row("manifest", _manifest, ev)
+    yield _row("stages", _finished, ev)
+    yield _row("pairs", _keys, ev)
+    yield _row("S: table", _table, 0, ev)
+    yield _row("S: weights", _weights, 0, ev)
+    for t in range(1, len(ev.stages) + 1):
+        for name, ask in STAGE_CHECKS.items(): yield _row(f"stage {t}: {name}", ask, t, ev)
+    yield _row("held-out pairs", _apart, ev)
+    yield _row("report.md", _report, ev)
+    if ev.given: yield _row("the model given", _given, ev)
+
+def _rows_of_data(ev, seed):
+    "What needs the pairs, and perhaps weights."
+    if ev.loaded:
+        same = _row("data: pairs", _pairs, ev)
+        yield same
+        if same["result"] != OK: return # whatever else is asked would be asked about other pairs
+        yield _row("data: partition", _partition, ev)
+    if ev.held: yield _row("data: held-out pairs", _held_out_pairs, ev)
+    known = _known_pairs(ev)
+    if not known:
+        yield _row("data", lambda: (None, "the pairs are not here; give the sources"))
+        return
+    for t in range(len(ev.stages) + 1): yield _row(f"M_{t} asked again", _again, t, ev, known, seed)
+
+def _tokenizer(ev):
+    "Of the model given, or of any that lies there."
+    places = [ev.given] + [_path_of(t, ev) for t in range(len(ev.stages) + 1)]
+    for place in filter(None, places): return load_tokenizer(place)
+    raise ValueError("sources: reading them needs a tokenizer, and no model lies in the folder; "
+                     "give a model of this run")
+
+
+# %% [markdown]
+# A good run, with data and weights:
+
+# %%
+good = verify(run.folder, sources, seed=0)
+assert not (good["result"] == DIFFERS).any()
+good
+
+# %% [markdown]
+# The same run as it was handed in. No weights are in the zip and no data beside it, and each question that needs them says so. (S lies where the run says; on another computer it would not be there.)
+
+# %%
+handed_in = verify(packed)
+assert not (handed_in["result"] == DIFFERS).any()
+handed_in[handed_in["result"] == NOT_CHECKED]
+
+
+# %% [markdown]
+# ## Five who cheat
+#
+# Now copy the run five times, and tamper with each copy in one way. Which row will find it? Before you look: some of these change several files. Is each found exactly once?
+
+# %%
+def wrote(folder, t, **changes):
+    "Change what a stage says about itself."
+    path = folder / f"stage-{t}/stage.json"
+    write_json(path, read_part(path) | changes)
+
+def better_accuracy(folder):
+    wrote(folder, 2, accuracy=0.95)
+    Run(folder).report() # and the report is written again
+
+def foreign_weights(folder):
+    shutil.rmtree(folder / "stage-3/model")
+    shutil.copytree(w.base, folder / "stage-3/model")
+
+def cut_log(folder):
+    path = folder / "stage-2/metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+
+def better_pair(folder):
+    "The worst pair of the last chunk changes sides in the table of M_3."
+    table = read_table(folder / "stage-3/logprobs")
+    last = read_part(folder / "stage-3/stage.json")
+    gamma = table.gamma(_as_pairs(last["probes"]["riddle"]))
+    worst = last["probes"]["riddle"][gamma.argmin()]
+    for path in (folder / "stage-3/logprobs").glob("*.parquet"):
+        rows = pd.read_parquet(path)
+        if worst not in rows.index: continue
+        rows.loc[worst, ["chosen", "rejected"]] = rows.loc[worst, ["rejected", "chosen"]].to_numpy()
+        rows.to_parquet(path, write_page_checksum=True)
+
+
+# %% [markdown]
+# The fifth is a run of two stages that had S as its reference in both, and says that its reference moved. It changes the setting, and the name of the reference in each stage:
+
+# %%
+fixed = StepwiseConfig(**settings, reference="fixed")
+two = {name: sources[name] for name in ("primer", "digest")}
+sdpo(w.base, two, fixed, tmp / "fixed")
+
+def says_it_moved(folder):
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("reference: fixed", "reference: moving"))
+    for t in (1, 2): wrote(folder, t, reference=f"M_{t-1}")
+    Run(folder).report()
+
+
+# %%
+def differs(cheat, start="run"):
+    "What is found in a copy of a run, after somebody tampered with it."
+    copy = tmp / cheat.__name__
+    shutil.copytree(tmp / start, copy)
+    cheat(copy)
+    found = verify(copy)
+    return found[found["result"] == DIFFERS].reset_index()
+
+cheats = better_accuracy, foreign_weights, cut_log, better_pair
+found = {cheat.__name__: differs(cheat) for cheat in cheats}
+found["says_it_moved"] = differs(says_it_moved, "fixed")
+
+# %%
+for name, rows in found.items(): assert len(rows) == 1, name
+pd.concat(found, names=["who", None]).droplevel(1)[["check", "note"]]
+
+# %% [markdown]
+# Each is found once. Look at the fourth: one value in a table, and the whole row of numbers moves. And look at what did *not* fire for the fifth: its numbers are right, since they were computed from the table that the stage really had. Only its story is wrong, and the hash of the reference tells.
+#
+# ## What this does not show
+#
+# - *That the numbers mean something.* They follow from the tables. Whether the comparison is fair is a question for a reader.
+# - *Anything about weights that are not there.* Without them, a student with patience can make up tables that are consistent with each other. So ask for the weights of the last stage, or a hub id: `model=` then finds out whether they are $M_T$, and asks them.
+# - *What no table holds.* The losses of the log after the first, the answers in the report, the figures, seconds and gigabytes.
+# - *How the weights were made.* A hash says that two files are the same, not that gradient descent led from one to the other. Training again is the only proof, and [on the same machine](13_stepwise.ipynb) it gives the same bits.
+# - *Who changed a file.* The manifest finds accidents. Somebody who can edit a file can write its new hash as well.
+
+# %%
+#| hide
+shutil.rmtree(tmp)
+
+# %% [markdown]
+# ## What you now have
+#
+# `pack_run` makes of a run one small file. `verify` asks it every question that can be asked, and says of each: ok, DIFFERS, or not checked. On the command line they are [`sdpo pack` and `sdpo verify`](14_cli.ipynb).
+#
+# ## Questions to test yourself
+#
+# 1. Why is the table of the reference found by its hash, and not by the setting `reference`?
+#
+# <details><summary>Answer</summary>
+#
+# The setting is one of the claims. If the table were chosen by it, a run that lies about its reference would get other numbers in every row, and the reader would have to guess what the one fault is. By the hash, the numbers are checked against what was really used, and the setting is checked alone.
+#
+# </details>
+#
+# 2. Somebody changes `end` of stage 1 to the hash of another model. Which rows differ?
+#
+# <details><summary>Answer</summary>
+#
+# Several. The table of $M_1$ has another hash, the weights on disk have another one, stage 2 started from a model that is now "not of this run", and so is its reference. A hash stands in the middle of the chain, and everything that is tied to it speaks.
+#
+# </details>
+#
+# 3. Why are the 32 pairs drawn anew at each call?
+#
+# <details><summary>Answer</summary>
+#
+# If they were always the same, it would be enough to have the right numbers for these 32.
+#
+# </details>
+#
+# ## Try this
+#
+# Before the last cell removes the folders, take a line out of the middle of `stage-1/metrics.jsonl` instead of the last one, and copy another line into its place, so that their number is right again. Which row of `verify` finds it?
+#
+# <details><summary>What you should see</summary>
+#
+# Row `stage 1: numbers`: "gamma_ref of the log is not that of these pairs in this order". The number of steps is right. If the copy is that of the short last batch, `stage 1: log` finds it as well, since the pairs do not add up.
+#
+# </details>
