@@ -1118,7 +1118,7 @@ shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# `pack_run` makes of a run one small file. `verify` asks it every question that can be asked, and says of each: ok, DIFFERS, or not checked. On the command line they are [`sdpo pack` and `sdpo verify`](14_cli.ipynb).
+# `pack_run` makes of a run one small file. `verify` asks it every question that can be asked, and says of each: ok, DIFFERS, or not checked. On the command line they are [`sdpo pack` and `sdpo verify`](15_cli.ipynb).
 #
 # ## Questions to test yourself
 #

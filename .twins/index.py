@@ -148,7 +148,13 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [11 plan](11_plan.ipynb) | what is asked of a run: settings, sources, chunks, checked before anything is computed |
 # | [12 stages](12_stages.ipynb) | one stage: ask the reference, train, measure, save |
 # | [13 stepwise](13_stepwise.ipynb) | stepwise DPO: the loop over stages, and what it does |
-# | [14 cli](14_cli.ipynb) | the command line |
+# | [14 verify](14_verify.ipynb) | what somebody else can check of a run |
+# | [15 cli](15_cli.ipynb) | the command line |
+# | [16 checks](16_checks.ipynb) | exercises, and checks that name the mistake |
+# | [17 course](17_course.ipynb) | a notebook for students, and points for it |
+# | [18 colab](18_colab.ipynb) | from an empty runtime to an aligned model |
+#
+# To teach with it: [a course of six sessions](teaching.ipynb), with four assignments that run on Colab: [1](assignments/a1.ipynb), [2](assignments/a2.ipynb), [3](assignments/a3.ipynb), [4](assignments/a4.ipynb).
 #
 # | question | in ten tiny worlds |
 # |---|---|

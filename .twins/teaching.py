@@ -42,7 +42,7 @@
 # python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
 # ```
 #
-# The solved masters, with model answers and points for the questions in words, are in `nbs/course`. How grading works, what it does not catch, and how to change a question or add a private check: [chapter 16](16_course.ipynb).
+# The solved masters, with model answers and points for the questions in words, are in `nbs/course`. How grading works, what it does not catch, and how to change a question or add a private check: [chapter 17](17_course.ipynb).
 #
 # A student who is stuck should read what the check says before anything else: it names the mistake and the section of the book. If three students meet the same message, that is the beginning of the next session.
 #

@@ -2,9 +2,9 @@
 # # The command line
 # > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_cli.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/15_cli.ipynb)
 #
-# **You should know** what [a run](13_stepwise.ipynb) is. If you only want to use the commands, [your model, your pairs](your_model.ipynb) is the page for you. **Time** 45 minutes to read with its code, half a minute to run.
+# **You should know** what [a run](13_stepwise.ipynb) is. If you only want to use the commands, [your model, your pairs](your_model.ipynb) is the page for you. **Time** 55 minutes to read with its code, half a minute to run.
 #
 # | command | what it does |
 # |---|---|
