@@ -647,7 +647,12 @@ def load_checks(
 
 
 # %%
-(tmp / "mine.py").write_text("def check_double(f, seed=None):\n    assert f(4) == 8, 'f(4) should be 8'\n    return seed")
+mine = """
+def check_double(f, seed=None):
+    assert f(4) == 8, 'f(4) should be 8'
+    return seed
+"""
+(tmp / "mine.py").write_text(mine)
 public, private = load_checks(tmp / "mine.py")
 for value in (7, 8): print(_passes(private.check_double, lambda x: value))
 
@@ -769,7 +774,7 @@ class Grade:
     "What one submission got."
     student: str
     points: dict[str, int|None] = field(default_factory=dict) # by question; None: nobody has marked it yet
-    said: dict[str, str] = field(default_factory=dict)        # by question: a sentence, or what the student wrote
+    said: dict[str, str] = field(default_factory=dict)        # by question: a sentence, or the student's words
     flags: list[str] = field(default_factory=list)            # what a teacher should know
 
     @property
