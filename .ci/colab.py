@@ -1,7 +1,7 @@
 """Run notebooks as a reader on Colab would: the package as a wheel, each notebook alone in an empty folder.
 
     .venv-colab/bin/python .ci/colab.py install     build the wheel, install it; says what pip added beside it
-    .venv-colab/bin/python .ci/colab.py run [NB ...]  every cell but slow and cuda ones; with SLOW=1 those, too
+    .venv-colab/bin/python .ci/colab.py run [NB ...]    every cell but slow and cuda ones; with SLOW=1 all, as "Run all" does
 
 `make test-colab` makes .venv-colab from constraints-colab.txt and calls both.
 """
@@ -44,15 +44,15 @@ def install():
     print("installed:", ", ".join(sorted(line.split(" @")[0] for line in added)))
 
 
-def run_notebook(path):
+def run_notebook(path, slow):
     "What went wrong, in words, or None."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     book = nbformat.read(path, 4)
     for cell in book.cells:
-        slow = LEFT_OUT.search(cell.source) and not os.environ.get("SLOW")
-        if cell.cell_type == "code" and (slow or NEVER.search(cell.source)): cell.source = ""
+        left_out = LEFT_OUT.search(cell.source) and not slow
+        if cell.cell_type == "code" and (left_out or NEVER.search(cell.source)): cell.source = ""
         if cell.cell_type == "code": cell.outputs = []
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy2(path, folder)
@@ -77,15 +77,18 @@ def _reason(e):
 
 
 def run(paths):
+    slow = bool(os.environ.get("SLOW"))
     os.environ.pop("PYTHONPATH", None)                   # the wheel, not the tree
+    os.environ.pop("SLOW", None)                         # a reader has not set it
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.update(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", JUPYTER_PREFER_ENV_PATH="1")
+    os.environ.update(OMP_WAIT_POLICY="passive", TOKENIZERS_PARALLELISM="false", JUPYTER_PREFER_ENV_PATH="1",
+                      PYDEVD_DISABLE_FILE_VALIDATION="1")
     paths = [Path(p).resolve() for p in paths] or sorted((ROOT / "nbs").rglob("*.ipynb"))
     paths = [p for p in paths if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT).parts)]
     failed = 0
     for path in paths:
         start = time.time()
-        wrong = run_notebook(path)
+        wrong = run_notebook(path, slow)
         failed += wrong is not None
         name = path.relative_to(ROOT / "nbs").with_suffix("")
         print(f"{name}: {f'FAILED in {wrong}' if wrong else 'passed'}, {time.time() - start:.0f} s", flush=True)

@@ -19,15 +19,17 @@
 # %%
 import importlib.util
 if not importlib.util.find_spec("sdpo_nb"):
-    get_ipython().run_line_magic("pip", 'install -q "sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"')
-assert importlib.util.find_spec("sdpo_nb"), "pip could not install sdpo_nb; its reason stands above"
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
+again = "On Colab, choose Runtime > Disconnect and delete runtime, then run this cell again."
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb; why stands above. {again}"
 
 import sdpo_nb
-other = "this page is made for sdpo_nb 0.1.0; on Colab: Runtime > Disconnect and delete runtime, then run again"
-assert sdpo_nb.__version__ == "0.1.0", f"{sdpo_nb.__version__} is installed, and {other}"
+version = sdpo_nb.__version__
+assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
 
 # %% [markdown]
-# This cell installs the package, in the version for which the page was written. You should see nothing, or one line of pip. If something goes wrong, the cell stops here and says what.
+# This cell installs the package, in the version for which the page was written. You should see nothing, or a line of pip about restarting, which you need not do. If something goes wrong, the cell stops and says what.
 
 # %%
 import json, math, os, shutil, signal, subprocess, sys, tempfile
@@ -98,13 +100,13 @@ else:
 folder = home / Path(model).name
 
 # %% [markdown]
-# To take a model of your own, change the id. On a T4 it may have up to half a billion parameters, because all of them are trained. (LoRA trains far fewer, but it is not in this package yet.) Each model gets a folder of its own. If you change the sources or the settings after a run has begun, give the folder another name as well.
+# To take a model of your own, change the id. All of its parameters are trained, so on a T4 it may have about half a billion of them. (LoRA trains far fewer, but it is not in this package yet.) Each model gets a folder of its own. If you change the sources or the settings after a run has begun, give the folder another name as well.
 #
 # ## Will it fit?
 #
 # A T4 has no bf16, so we train in **fp16**: less memory for what the forward pass keeps, and a card that computes much faster. The package scales the loss, so that small gradients do not become zero, and it keeps the weights in fp32 ([chapter 06](06_trainer.ipynb)). The second saving is **gradient checkpointing**: what the forward pass would keep is thrown away and computed again when it is needed.
 #
-# What does each of them save? The plan is made from the shape of the model, before any weight is loaded; so it can be made without a card, too. This one is for a T4 and 4,096 tokens in a forward pass. Which columns do you expect to stay as they are?
+# What does each of them save? The plan is made from the shape of the model, before any weight is loaded; so it can be made without a card, too. This one is for a T4 and 4,096 tokens in a forward pass. Which columns do you expect to stay the same?
 
 # %%
 if tiny: # the shape of SmolLM2-135M, which needs no download for this
@@ -140,7 +142,7 @@ plans.round(1).rename_axis("GiB").style.format("{:.1f}")
 # %% [markdown]
 # Weights, gradients and the two moments of AdamW stay as they are: 16 bytes a parameter, whatever you do. Only the activations shrink. If the second `assert` stops you, the model is too large for this card; [Your model](your_model.ipynb) has a table of what fits where. You need not choose the tokens of a forward pass: on a card the package takes as many as fit.
 #
-# The disk needs a plan, too. A checkpoint holds weights and moments. Drive has 15 GB for nothing, and a file that is replaced or deleted there goes to the **bin**, where it still counts. So the run should not save too often:
+# The disk needs a plan, too. A checkpoint holds weights and moments. Drive has 15 GB for nothing, and a file that is deleted or replaced there may go to the **bin**, where it still counts. So the run should not save too often:
 
 # %%
 steps = math.ceil(0.9 * 2000 / 32)              # a tenth of the 2,000 pairs is held out, 32 pairs a step
@@ -161,7 +163,7 @@ shutil.rmtree(home / "rehearsal", ignore_errors=True)      # of an earlier visit
 small = {name: world.sources[name] for name in ("primer", "riddle")}
 savings = dict(precision="fp16", gradient_checkpointing=True, eval_share=0.1)
 quick = dict(beta=0.3, lr=1e-4, save_every=5, **savings)
-asked = world.base, small, quick, str(home / "rehearsal")
+asked = torch.get_num_threads(), world.base, small, quick, str(home / "rehearsal")
 
 program = """
 import json, os, signal, sys
@@ -171,8 +173,8 @@ from sdpo_nb.stepwise import StepwiseConfig, sdpo
 def lights_out(row):
     if row["stage"] == 2 and row["step"] == 8: os.kill(os.getpid(), signal.SIGKILL)
 
-torch.set_num_threads(1)
-model, sources, settings, folder = json.loads(sys.argv[1])
+threads, model, sources, settings, folder = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
 sdpo(model, sources, StepwiseConfig(**settings), folder, on_step=lights_out)
 """
 
@@ -188,11 +190,11 @@ assert len(left.stages) == 1
 assert made == 8
 print(f"killed: 1 stage is finished; of the second, {made} steps were made, {kept} are in its checkpoint")
 
+
 # %% [markdown]
 # The process is dead, and its folder is there. Now the same call, here. And once more into another folder, without a kill.
 
 # %%
-torch.set_num_threads(1)
 def rehearse(folder): return sdpo(world.base, small, StepwiseConfig(**quick), folder)
 
 resumed = rehearse(home / "rehearsal")
@@ -215,7 +217,7 @@ pd.Series({
 #
 # ## The run
 #
-# Now the real one. `eval_share` keeps a tenth of the prompts aside: they are never trained on, and say afterwards whether it helped.
+# Now the real one. `eval_share=0.1`, which is in `savings`, keeps a tenth of the prompts aside: they are never trained on, and say afterwards whether it helped.
 
 # %%
 settings = StepwiseConfig(**own, **savings, save_every=save_every)
@@ -251,9 +253,9 @@ measures = ["change of gamma", "reward accuracy", "log-ratio of chosen"]
 held[measures].map(as_text).droplevel("against").style
 
 # %% [markdown]
-# *Change of gamma* above zero: the model prefers the chosen responses more than S did, on prompts that are new to it. *Reward accuracy* is the share of pairs on which it does. The last column is a warning light: DPO may lower the probability of the **chosen** responses, too, as long as the rejected ones fall faster. A few nats are usual. If it falls by tens, take a larger `beta` or a smaller `lr`.
+# *Change of gamma* above zero: the model prefers the chosen responses more than S did, on prompts that are new to it. *Reward accuracy* is the share of pairs on which it does. The last column is a warning light: DPO may lower the probability of the **chosen** responses, too, as long as the rejected ones fall faster. Here it falls by less than one nat. A steep fall says that the model goes too far from S: take a larger `beta` or a smaller `lr`.
 #
-# The picture shows the same pairs that were trained on, model after model. Both boxes of a source should climb.
+# The picture shows the pairs that *were* trained on: S, then the model of each stage. The boxes should climb from left to right.
 
 # %%
 plot_gamma(gamma_table(run));
@@ -269,7 +271,8 @@ plot_gamma(gamma_table(run));
 # %%
 def answers_of(model): return json.loads((run.folder / model / "answers.json").read_text())
 
-replies = {"S": answers_of("base"), "after stage 1": answers_of("stage-1"), "after stage 2": answers_of("stage-2")}
+folders = {"S": "base", "after stage 1": "stage-1", "after stage 2": "stage-2"}
+replies = {name: answers_of(where) for name, where in folders.items()}
 shown = pd.DataFrame({name: said["answers"] for name, said in replies.items()}, replies["S"]["prompts"])
 shown.style.set_properties(**{"white-space": "pre-wrap", "text-align": "left", "vertical-align": "top"})
 
