@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %%
 from itertools import permutations
@@ -126,7 +127,7 @@ distances
 
 
 # %% [markdown]
-# One letter too many or too few costs 1. Two letters exchanged cost 2, and a string read backwards fits nowhere. The reward is 1 minus this distance, as a share of the longer string.
+# One letter too many or too few costs 1. Two letters exchanged cost 2, and `geca`, the answer read backwards, fits nowhere. The reward is 1 minus this distance, as a share of the longer string.
 
 # %%
 #| export
@@ -190,7 +191,8 @@ def make_prompts(
     lengths: tuple=(3, 6), # shortest and longest string
     keep=lambda p: True,   # prompt -> whether it may be taken
 ) -> list[str]:            # n distinct prompts of this split
-    "Draw distinct prompts of one split. Raises ValueError for an unknown split, and where so many cannot be found."
+    """Draw distinct prompts of one split.
+    Raises ValueError for an unknown split, and where so many cannot be found."""
     if split not in SPLITS: raise ValueError(f"split '{split}': expected one of {SPLITS}")
     seen, missed = {}, 0
     while len(seen) < n:
@@ -224,7 +226,8 @@ def complaint(
     call, # what should refuse
     *args, **kwargs # what it is called with
 ) -> str:
-    "What a call says when it refuses, without the names of temporary folders. Raises AssertionError where it does not refuse."
+    """What a call says when it refuses, without the names of temporary folders.
+    Raises AssertionError where it does not refuse."""
     try: call(*args, **kwargs)
     except (ValueError, OSError, RuntimeError) as e: return str(e).replace(_temporary(str(e)), "")
     raise AssertionError("it did not refuse")
@@ -425,7 +428,7 @@ pd.DataFrame({"token": tok.convert_ids_to_tokens(ids[1]), "label": labels[1].tol
 
 # %% [markdown]
 # Only `a`, `b` and the end have labels. Now the training loop, with two details. Rows that do not fill a batch wait for the next epoch, so every step weighs its rows alike. And the learning rate rises during the first tenth of the steps, then falls. With ten
-# steps this rise would be one step long, from the first step to the first step, and the schedule would divide by zero. So it is made for at least eleven.
+# steps this rise would have no length, and PyTorch's schedule would divide by zero. So it is made for at least eleven.
 
 # %%
 #| export
@@ -434,7 +437,7 @@ def sft(
     tokenizer,       # of the model
     rows: list,      # (prompt, response), both texts
     epochs: int=12,  # how often each row is seen
-    batch: int=128,  # rows a step
+    batch: int=128,  # rows per step
     lr: float=2e-3,  # highest learning rate
     seed: int=0,     # of the order of rows
 ):                   # the model, in eval mode
@@ -551,11 +554,12 @@ ends, token
 # %%
 #| export
 def _continue(model, x, luck, tau):
-    "x (n, t) prompts of one length, luck (n, max_new) -> (n, max_new) new ids. One token a step."
+    "x (n, t) prompts of one length, luck (n, max_new) -> (n, max_new) new ids. One token per step."
     past, new = {}, []
     for t in range(luck.shape[1]):
         step = model(input_ids=x, use_cache=True, **past)
-        past = {k: v for k, v in step.items() if k in ("cache", "past_key_values")} # renamed in transformers 5.24
+        kept = ("cache", "past_key_values")            # renamed in transformers 5.24
+        past = {k: v for k, v in step.items() if k in kept}
         logits = step.logits[:, -1].double()
         if tau == 0: x = logits.argmax(-1, keepdim=True)
         else:
@@ -687,7 +691,7 @@ def skill_table(
     tokenizer,     # of the model
     prompts: list, # n prompts of this world
     tau: float=1., # sampling temperature; 0 is greedy
-):                 # data frame, one row a skill: exact, reward
+):                 # data frame, one row per skill: exact, reward
     "Share of exact answers and mean true reward, by skill."
     scores = score_responses(model, tokenizer, prompts, tau)
     return scores.groupby("skill")[["exact", "reward"]].mean()
@@ -799,14 +803,15 @@ def make_pairs(
     seed: int,       # of the answers and of the labels
     k: float=K,      # scale of Bradley-Terry
 ) -> list[dict]:     # rows of messages: prompt, chosen, rejected; and `flipped`: the better one was rejected
-    "Two samples of the model per prompt, labelled by Bradley-Terry on the true reward; equal samples are dropped."
+    """Two samples of the model per prompt, labelled by Bradley-Terry on the true reward.
+    Equal samples are dropped."""
     first = respond(model, tokenizer, prompts, seed=2 * seed)
     second = respond(model, tokenizer, prompts, seed=2 * seed + 1)
     rng = random.Random(seed)
     rows = []
     for p, y, z in zip(prompts, first, second):
         gap = true_reward(p, y) - true_reward(p, z)
-        coin = rng.random()                          # one a prompt, also where the pair is dropped
+        coin = rng.random()                          # one per prompt, also where the pair is dropped
         if y == z: continue
         y_wins = coin < 1 / (1 + math.exp(-k * gap)) # (1)
         chosen, rejected = (y, z) if y_wins else (z, y)
@@ -1161,7 +1166,7 @@ written
 #
 # `make world` does everything again, the training of S included, and compares. Texts and pairs must agree to the letter anywhere. The retrained S agrees to the bit only where CPU, torch
 # and transformers are the same. Elsewhere training amplifies the rounding: about one in six greedy answers turns right or wrong. On
-# 150 prompts this is a standard error of 3.4 points. So there every skill must be within twelve points, and the check says by how much they differ, and why.
+# 150 prompts this is a standard error of three to four points. So there every skill must be within twelve points, and the check says by how much they differ, and why.
 
 # %%
 #| export

@@ -7,8 +7,8 @@
 # **You should know** what a tokenizer does: it cuts a text into *tokens* and gives each a whole number, its *id*. The
 # examples come from the tiny world of [chapter 00](00_world.ipynb).
 #
-# **Time**: 40 minutes to read part one, nearly three hours for all three parts; under a minute to run on two
-# CPU cores.
+# **Time**: an hour to read what everybody needs (part one, and of part three the beginning, "What was dropped" and "Held
+# out"), nearly three hours for the whole page; under a minute to run on two CPU cores.
 #
 # A *preference* is one sentence: for this prompt, this response is better than that one. Somebody has compared the two,
 # a person or another model. The three texts have names that you will meet everywhere:
@@ -33,7 +33,7 @@
 # |---|---|---|
 # | one | which tokens of a pair are scored, what is cut, what is dropped | everybody who wants to understand DPO |
 # | two | how files and chats in many formats become pairs | people with data of their own; all others may skip it |
-# | three | how many pairs are tokenised once, counted, and partly held out | read "What was dropped" and "Held out"; the rest is for engineers |
+# | three | how many pairs are tokenised once, counted, and partly held out | everybody, but for "How it is done", which is for engineers |
 
 # %%
 #| default_exp preferences
@@ -58,11 +58,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import load_dataset, load_dataset_builder, load_from_disk
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 # %%
 import tempfile
+from unittest.mock import Mock
+
 import matplotlib.pyplot as plt
 import seaborn as sns
 from tokenizers import Tokenizer, decoders, models, trainers
@@ -77,6 +80,8 @@ datasets.config.HF_DATASETS_CACHE = folder / "cache"  # it leaves nothing in you
 # ## Part one: from a pair to scored tokens
 #
 # ### One pair
+#
+# What does a preference look like in a file, and which part of it will a model be asked about?
 #
 # Here is the first pair of `primer`, one of the world's three sources. It is written as a chat: each text is a list of
 # *messages*, and each message says who speaks, its *role*, and what is said.
@@ -250,10 +255,6 @@ def draw(ax, y, ids, boundary, colour):
         ax.text(left + width / 2, y, shown, ha="center", va="center", family="monospace")
         left += width
 
-def mark(ax, at, text, style):
-    ax.axvline(at, color="black", ls=style)
-    ax.text(at, 1.02, text, ha="center", fontsize="small", transform=ax.get_xaxis_transform())
-
 palette = sns.color_palette("colorblind")
 rows = {
     "prompt alone": (prompt, "whitesmoke"),
@@ -263,21 +264,28 @@ rows = {
 fig, ax = plt.subplots(figsize=(8, 2.2))
 for name, (ids, colour) in rows.items(): draw(ax, name, ids, n, colour)
 ax.invert_yaxis()
-mark(ax, len(tok.decode(prompt[:n])), "boundary (1)", "--")
-mark(ax, len(link["prompt"]), "prompt text ends", ":")
-ax.set(xlabel="position (characters); grey is read, colour is scored")
+
+boundary, text_ends = len(tok.decode(prompt[:n])), len(link["prompt"])
+ax.axvline(boundary, color="black")
+ax.axvline(text_ends, color="grey", ls=":")
+above = dict(y=1.04, transform=ax.get_xaxis_transform())
+ax.text(boundary - 0.8, s="read, not scored ←", ha="right", **above)
+ax.text(boundary, s="(1)", ha="center", weight="bold", **above)
+ax.text(boundary + 0.8, s="→ scored", ha="left", **above)
+ax.text(text_ends, s="the prompt's text ends", color="grey", **above)
+ax.set(xlabel="position (characters)")
 sns.despine(ax=ax, left=True)
 
 
 # %% [markdown]
-# The text of the prompt ends at the dotted line, inside a token of the chosen row. The boundary stands at the dashed
+# The text of the prompt ends at the dotted line, inside a token of the chosen row. The boundary (1) stands at the solid
 # line, the last place where all three rows agree.
 #
 # ### What is too long is cut
 #
-# A row of tokens costs memory, so there is a longest row, `max_length`. There is also a longest prompt,
-# `max_prompt_length`: if the prompt could fill the row, nothing would be left to score. Where nobody names it, it is
-# half of the row.
+# What happens to a pair that is longer than the memory allows? A row of tokens costs memory, so there is a longest row,
+# `max_length`. There is also a longest prompt, `max_prompt_length`: if the prompt could fill the row, nothing would be
+# left to score. Where nobody names it, it is half of the row.
 
 # %%
 #| export
@@ -289,8 +297,8 @@ def prompt_limit(
     if max_length < 2: raise ValueError(f"max_length: must be at least 2, got {max_length}")
     if not given: return max_length // 2
     if not 1 <= given < max_length:
-        raise ValueError(f"max_prompt_length: must be at least 1 and below max_length = {max_length}, got {given}; "
-                         "a longer prompt leaves no room for a response")
+        raise ValueError(f"max_prompt_length: must be at least 1 and below max_length = {max_length}, "
+                         f"got {given}; a longer prompt leaves no room for a response")
     return given
 
 
@@ -309,7 +317,8 @@ complaint(prompt_limit, 64, 64)
 #
 # ### Pairs that teach nothing
 #
-# Some pairs are written correctly, and still DPO can learn nothing from them:
+# Is every pair worth training on? Some are written correctly, and still DPO can learn nothing from them. We leave them
+# out, and count them by reason, so that a file in which half of the pairs are empty does not pass for a good one:
 #
 # - `empty`: a response has no text. Its end token alone is no answer.
 # - `equal`: both responses are the same, so neither is better.
@@ -322,7 +331,7 @@ complaint(prompt_limit, 64, 64)
 DROPPED = "empty", "equal", "no_prompt", "no_room" # reasons
 
 def _why_dropped(texts, prompt, whole, kept) -> str:
-    "Why a pair carries no signal: texts without end tokens, ids of the prompt, of the responses, of what is kept of them."
+    "Why a pair carries no signal: texts without end tokens; ids of prompt, responses, what is kept of them."
     if not all(whole): return "empty"
     if not all(text.strip() for text in texts): return "empty"
     if whole[0] == whole[1]: return "equal"
@@ -354,13 +363,22 @@ reasons
 # %% [markdown]
 # ### A pair, encoded
 #
-# Now all of it in one function: ids, boundary, cuts, reason. It also gives the pair a name. Its `key` is a hash of the
-# ids and the boundary; [chapter 02](02_logprobs.ipynb) keeps the numbers of a pair under it. `swapped` is the key that
-# this pair would have with the opposite label, that is, with chosen and rejected exchanged. A pair may be plain text,
-# as here, or a chat (`chat=True`); part two makes the ids of chats.
+# Now all of it in one function: ids, boundary, cuts, reason. A pair may be plain text, as here, or a chat
+# (`chat=True`); part two makes the ids of chats.
+#
+# The function also gives the pair a name. What is it for? Later a model will say two numbers about this pair, and they
+# are kept in a table ([chapter 02](02_logprobs.ipynb)). If they were kept under the number of the row, then a row more
+# in the file, or another length limit, would give a pair the numbers of other texts. So they are kept under the pair's
+# `key`, a hash of its ids and its boundary: other ids, another key. `swapped` is the key that this pair would
+# have with the opposite label, that is, with chosen and rejected exchanged. With it we find pairs that two people
+# have judged in two ways.
 
 # %%
 #| export
+def _spelled(pair, tokenizer):
+    "The three lists of ids of a pair as text."
+    return {field: tokenizer.decode(pair[f"{field}_ids"]) for field in ("prompt", *_SIDES)}
+
 def _key(prompt, first, second):
     return hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
 
@@ -376,7 +394,7 @@ def encode(
     max_prompt_length: int=None, # longest prompt, in tokens, its end is kept; None: half of max_length
     end: tuple=None,             # `turn_end(tokenizer)`, for chats; asked for where it is not given
 ) -> dict:                       # key, swapped, prompt_ids, chosen_ids, rejected_ids, and what was done
-    "Token ids of one pair. Its prompt is the longest common prefix of the prompt's ids and both full rows (1)."
+    "Token ids of one pair. Its prompt is what the prompt's ids and both full rows begin with (1)."
     if pair["chat"]: prompt, full = _chat_ids(pair, tokenizer, end)
     else: prompt, full = _text_ids(pair, tokenizer)
 
@@ -402,14 +420,10 @@ def encode(
 
 
 # %%
-def spelled(encoded, tokenizer=tok):
-    "The three lists of ids as text."
-    return {name: tokenizer.decode(encoded[f"{name}_ids"]) for name in ("prompt", *_SIDES)}
-
 e = encode(link, tok)
 assert e["boundary_moved"]
 assert not e["drop"]
-stored = spelled(e)
+stored = _spelled(e, tok)
 for side in _SIDES:
     written_out = link["prompt"] + link[side] + "</s>"
     assert stored["prompt"] + stored[side] == written_out
@@ -438,18 +452,19 @@ for max_length, longest in limits:
     assert len(e["prompt_ids"]) <= longest
     for side in _SIDES:
         assert len(e["prompt_ids"]) + len(e[f"{side}_ids"]) <= max_length
-    cuts.append(spelled(e) | dict(truncated=e["truncated"], drop=e["drop"]))
+    cuts.append(_spelled(e, tok) | dict(truncated=e["truncated"], drop=e["drop"]))
 assert [c["drop"] for c in cuts] == ["", "", "", "no_room", "no_room"]
 pd.DataFrame(cuts, index=pd.MultiIndex.from_tuples(limits, names=["max_length", "max_prompt_length"]))
 
 
 # %% [markdown]
 # A cut can remove the signal. In the last two rows what is left of both responses is the same, so the pair is dropped,
-# and the reason is counted.
+# and the reason is counted. In the third row both end tokens are gone, and yet the pair is kept: the two beginnings
+# differ, and which of them is better was judged.
 #
 # **This is all that the following chapters need to know about a preference**: a prompt, two responses that follow the
-# same prompt tokens and end where a model should stop, and a count of what was left out. If you came for DPO, go on
-# with "What was dropped" in part three, or with [chapter 02](02_logprobs.ipynb).
+# same prompt tokens and end where a model should stop, and a count of what was left out. If you came for DPO, read
+# "What was dropped" and "Held out" near the end of part three, and go on with [chapter 02](02_logprobs.ipynb).
 
 # %% [markdown]
 # ## Part two: from files and chats to pairs (you may skip this)
@@ -472,9 +487,9 @@ pd.DataFrame(cuts, index=pd.MultiIndex.from_tuples(limits, names=["max_length", 
 #
 # ### What a field may hold
 #
-# A field holds a string, or a list of messages, or nothing. Which of these each field may hold is the whole schema. An
-# empty list is a case of its own: no earlier `messages` is fine, a prompt without a message is not. The words are those
-# of the error messages.
+# Can this row be read at all? A field holds a string, or a list of messages, or nothing. Which of these each field may
+# hold is the whole schema. An empty list is a case of its own: no earlier `messages` is fine, a prompt without a
+# message is not. The words are those of the error messages.
 
 # %%
 #| export
@@ -638,7 +653,7 @@ def _looks_like_messages(x):
     return isinstance(x, str) and x.lstrip().startswith("[{") and "role" in x[:20]
 
 def _check_text(row, where):
-    "Raise ValueError for text that is none."
+    "Raise ValueError for text that is broken."
     for field, text in _said(row):
         try: text.encode()
         except UnicodeEncodeError as e:
@@ -655,15 +670,12 @@ for i, row in enumerate([emoji, flattened]): print(complaint(_check_text, row, f
 
 
 # %% [markdown]
-# The four checks make one.
+# The four checks make one. Their order matters: the later ones may rely on what the earlier ones have found to be
+# right. Who walks through the messages of a field need not ask again whether they are messages.
 
 # %%
 #| export
-def _check(
-    row: dict,        # one raw row
-    where: str,       # file and row, for the message
-    chat: bool=False, # are strings turns of a chat?
-):
+def _check(row, where, chat=False):
     "Raise ValueError, naming file, row and field, for a row that cannot be read in full."
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with fields, got {_short(row)}")
@@ -674,18 +686,16 @@ def _check(
 
 
 # %% [markdown]
-# Seven wrong rows and what is said about them. Note the second one: a number is not turned into its digits. A file that
-# has `4` in one row and `"4"` in another may have meant a score.
+# Five more wrong rows and what is said about them. Note the second one: a number is not turned into its digits. A file
+# that has `4` in one row and `"4"` in another may have meant a score.
 
 # %%
 null = {"role": "assistant", "content": None}
 wrong_rows = [
     dict(prompt="sort gace", chosen="aceg"),
     dict(prompt="add 1 2", chosen="3", rejected=4),
-    dict(question="add 2 2", chosen="4", rejected="5"),
     dict(prompt=[], chosen="a", rejected="b"),
     dict(chosen=[null], rejected="b"),
-    dict(prompt="what is this?", chosen="a cat", rejected="a dog", images=["cat.png"]),
     dict(prompt="translate", input="hello", chosen="bonjour", rejected="salut"),
 ]
 said = [complaint(_check, row, f"pairs.jsonl, row {i}") for i, row in enumerate(wrong_rows)]
@@ -695,6 +705,9 @@ pd.DataFrame({"the message": said}).style.hide().set_uuid("bad")
 # %% [markdown]
 # ### One pair, many spellings
 #
+# How do many ways to write a pair become one? There are three questions, and each data set answers them in its own way:
+# where is the prompt, is it written once or twice, and what was said before it? We take them one by one.
+#
 # #### The prompt inside the responses
 #
 # Where the prompt is not written out, it is what the two sides share at their beginning. As in TRL, the trainer most
@@ -703,7 +716,7 @@ pd.DataFrame({"the message": said}).style.hide().set_uuid("bad")
 # %%
 #| export
 def _split(chosen, rejected):
-    "The common beginning of two strings or lists of messages, and what is left of each: at least one element."
+    "The common beginning of two strings or lists of messages, and at least one element that is left of each."
     n = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     n = max(0, n)
     if n and chosen[n-1] == " ": n -= 1 # a blank belongs to the word after it
@@ -719,7 +732,8 @@ _split("Q: 2+3? A: it is 5", "Q: 2+3? A: it is 6")
 # #### The prompt written twice
 #
 # Sets on the hub often have a string in `prompt` and whole conversations in `chosen` and `rejected`. The prompt is then
-# inside them already and must not be asked twice. But a prompt that is *not* inside them must not be lost.
+# inside them already and must not be asked twice: the model would learn to answer a question that is always repeated,
+# and nobody repeats it later. But a prompt that is *not* inside them must not be lost.
 
 # %%
 #| export
@@ -820,7 +834,7 @@ def normalise(
     row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
     where: str="row",  # file and row number, for error messages
     chat: bool=False,  # read string fields as turns of a chat
-) -> dict:             # chat (bool), prompt, chosen, rejected: three strings, or messages and two closing messages
+) -> dict:             # chat (bool), prompt, chosen, rejected: strings, or messages and two closing messages
     "One preference, whatever its spelling. Raises ValueError naming file, row and field."
     _check(row, where, chat)
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -880,7 +894,7 @@ pd.DataFrame({name: on_a_line(pair) for name, pair in pairs.items()}).T
 # %% [markdown]
 # ### Where a turn ends
 #
-# Now the ids of a chat. A template closes the assistant's turn with an end token, and some templates write more after
+# Which token tells a chat model that its answer is finished, and is it scored? A template closes the assistant's turn with an end token, and some templates write more after
 # it: ChatML, a common one, a line feed. When the model is used, it is stopped at the end token and never asked for the
 # rest. So the rest must not be scored.
 #
@@ -927,8 +941,8 @@ chatter.decode(_render(chatter, talk))
 
 # %% [markdown]
 # What follows the response? Nobody tells us, but we can ask the template: render two conversations that differ only in
-# the response. What the two rows share at their *end* comes after the response. It is the implicit prompt again, from
-# the other side.
+# the response. What the two rows share at their *end* comes after the response. A missing prompt was found in the same
+# way, at the beginning.
 
 # %%
 #| export
@@ -1029,7 +1043,7 @@ def _chat_ids(pair, tokenizer, end):
 
 # %%
 asked = normalise(dict(prompt=[user("is it?")], chosen=[assistant("yes")], rejected=[assistant("no")]))
-uncut, cut = (spelled(encode(asked, chatter, max_prompt_length=n), chatter) for n in (64, 15))
+uncut, cut = (_spelled(encode(asked, chatter, max_prompt_length=n), chatter) for n in (64, 15))
 assert uncut["chosen"] == "yes<|im_end|>"
 assert uncut["prompt"].startswith("<|im_start|>user")
 assert uncut["prompt"].endswith(cut["prompt"])
@@ -1053,25 +1067,9 @@ pd.DataFrame({"whole": uncut, "prompt of 15 tokens": cut}).map(repr)
 # #### Columns with other names
 #
 # Columns with other names are renamed first. Where only the new name is there, nothing is to be done, so one renaming
-# serves several sources that spell it differently.
-
-# %%
-#| export
-def _rename(names, columns):
-    "Old name -> new name, for the columns that stay."
-    taken = {columns[c] for c in names if c in columns}      # a rename wins over a column of that name
-    return {c: columns.get(c, c) for c in names if c in columns or c not in taken}
-
-
-# %%
-question = {"question": "prompt"}
-print(_rename(["prompt", "chosen"], question))               # nothing to do
-_rename(["question", "prompt", "chosen"], question)
-
-
-# %% [markdown]
-# A renaming can be wrong in two ways. It may name a column that no row has: that is a slip of the pen. Or it gives two
-# columns of a row one name, and nobody can say which of them is meant.
+# serves several sources that spell it differently. A renaming can be wrong in two ways. It may name a column that no
+# row has: that is a slip of the pen. Or it gives two columns of a row one name, and nobody can say which of them is
+# meant.
 
 # %%
 #| export
@@ -1082,20 +1080,25 @@ def _check_columns(columns, names, where):
     if absent:
         raise ValueError(f"{where}: columns= names {sorted(absent)}, but the rows have {sorted(names)}")
 
-def _check_one_each(columns, names, where):
-    "Raise ValueError where two columns of a row would get one name."
-    renamed = [c for c in columns if c in names]
-    for first in renamed:
-        for other in renamed:
-            name = columns[first]
-            if other == first or columns[other] != name: continue
-            raise ValueError(f"{where}: columns= gives both '{first}' and '{other}' the name '{name}'")
+def _rename(columns, names, where):
+    "Old name -> new name, for the columns that stay. Raises ValueError where two would get one name."
+    taken = {}
+    for c in columns:
+        if c in names: taken.setdefault(columns[c], []).append(c)
+    for name, (first, *others) in taken.items():
+        if not others: continue
+        raise ValueError(f"{where}: columns= gives both '{first}' and '{others[0]}' the name '{name}'")
+    return {c: columns.get(c, c) for c in names if c in columns or c not in taken} # a rename wins
 
 
 # %%
+question = {"question": "prompt"}
+both = question | {"query": "prompt"}
 names = ["question", "query", "chosen", "rejected"]
+print(_rename(question, ["prompt", "chosen"], ""))           # nothing to do
+print(_rename(question, ["question", "prompt", "chosen"], ""))
 print(complaint(_check_columns, {"qestion": "prompt"}, names, "pairs.jsonl"))
-print(complaint(_check_one_each, {"question": "prompt", "query": "prompt"}, names, "pairs.jsonl, row 0"))
+print(complaint(_rename, both, names, "pairs.jsonl, row 0"))
 
 
 # %% [markdown]
@@ -1127,8 +1130,7 @@ def _checked(rows, columns: dict): # rows: (where, row)
     for where, row in rows:
         if isinstance(row, dict):
             names |= set(row)
-            _check_one_each(columns, row, where)
-            row = {new: row[old] for old, new in _rename(row, columns).items()}
+            row = {new: row[old] for old, new in _rename(columns, row, where).items()}
         _check(row, where)
         _check_drift(row, where, first_seen)
         yield _fields_of(row)
@@ -1359,9 +1361,8 @@ complaint(_read_folder, folder / "set", "dev", {})
 #| export
 def _from_dataset(data, split, columns, where):
     if isinstance(data, DatasetDict): data = _pick(data, split, where)
-    names = _rename(data.column_names, columns)
     _check_columns(columns, data.column_names, where)
-    _check_one_each(columns, data.column_names, where)
+    names = _rename(columns, data.column_names, where)
     new_names = {old: new for old, new in names.items() if old != new}
     data = data.with_format(None).select_columns(list(names)).rename_columns(new_names)
 
@@ -1464,21 +1465,20 @@ assert data.to_list() == load_pairs(orca, columns=question).to_list()
 assert data.to_list() == load_pairs(folder / "orca").to_list()
 pd.DataFrame([on_a_line(normalise(row)) for row in data])
 
-# %% [markdown]
-# The second row has an empty system message. It is a conversation like its neighbour, only without a system turn. And
-# this is said where a field changes its shape:
-
-# %%
-chat_row = spellings["conversational"]
-complaint(load_pairs, orca + [chat_row], columns=question)
-
 
 # %% [markdown]
+# The second row has an empty system message. It is a conversation like its neighbour, only without a system turn.
+#
 # ## Part three: many pairs, tokenised once
 #
+# A file has thousands of pairs. Which of them are used, and how do we know that the others are not missed? Three calls
+# are what you need of this part. `load_pairs(file)` reads the rows (part two), `tokenize_pairs(rows, tokenizer)` gives
+# every row to `encode` of part one, and `hold_out(source, share)` keeps some pairs apart. How the second one keeps its
+# ids in a file is engineering; you may go on with "What was dropped".
+#
 # What later chapters get is a `Source`: the usable pairs of one data set as ids, and the counts of all others. Its rows
-# are lists of their own length. Padding is added in the batch, and is known by its place and never by its id, which for
-# many models is the id of EOS.
+# are lists of their own length. They become equally long only in a batch, where *padding* is added: tokens that mean
+# nothing. Padding is known by its place and never by its id, which for many models is the id of EOS.
 
 # %%
 #| export
@@ -1486,7 +1486,7 @@ complaint(load_pairs, orca + [chat_row], columns=question)
 class Source:
     "A named preference dataset, tokenised."
     name: str      # what the partition and the report call it
-    pairs: Dataset # one usable pair a row: key, prompt_ids, chosen_ids, rejected_ids, truncated; memory-mapped
+    pairs: Dataset # a usable pair a row: key, prompt_ids, chosen_ids, rejected_ids, truncated; memory-mapped
     counts: dict   # rows read, dropped by reason, truncated, ...
 
     def __len__(self): return len(self.pairs)
@@ -1511,10 +1511,13 @@ counts_table([by_hand])
 
 
 # %% [markdown]
-# ### Kept under a name (engineering)
+# ### How it is done (engineering, you may skip it)
 #
-# Tokenising takes time, so the ids are made once and kept in a file. Its name is a hash of all that decides them: the
-# content of the rows, the tokenizer, the template, the lengths. A tokenizer written in Python may add tokens by itself,
+# #### Kept under a name
+#
+# When may ids that were made yesterday be used again? Tokenising takes time, so the ids are made once and kept in a
+# file. Its name is a hash of all that decides them: the content of the rows, the tokenizer, the template, the lengths.
+# When one of these is another, the name is another, no file is found under it, and the ids are made anew. A tokenizer written in Python may add tokens by itself,
 # which is written in no file; so it is asked about one short text. Padding and truncation are left out of the name: a
 # tokenizer remembers them from whatever it was last asked.
 
@@ -1545,15 +1548,11 @@ one_row = load_pairs([strings])
 name = _digest(one_row, tok, 1024)
 padding = toy_tokenizer(LINES)
 padding.backend_tokenizer.enable_padding(length=9)          # somebody else asked for it: not in the name
-acge = load_pairs([strings | dict(chosen="acge")])
-names = {
-    "padding": _digest(one_row, padding, 1024),
-    "other length": _digest(one_row, tok, 512),
-    "a template": _digest(one_row, chatter, 1024),
-    "another response": _digest(acge, tok, 1024),
+same = {
+    "padding": _digest(one_row, padding, 1024) == name,
+    "other length": _digest(one_row, tok, 512) == name,
 }
-same = {what: digest == name for what, digest in names.items()}
-assert list(same.values()) == [True, False, False, False]
+assert list(same.values()) == [True, False]
 same
 
 # %% [markdown]
@@ -1593,7 +1592,7 @@ complaint(_usable, "hopeless", nothing)
 
 
 # %% [markdown]
-# ### Text or chat?
+# #### Text or chat?
 #
 # Whether strings are plain text or the turns of a chat is asked once for a source, and not for every row. One row with
 # a system message or with earlier turns says that all of them are turns. Otherwise half of a file would go through the
@@ -1670,25 +1669,20 @@ print(encoder.end, encoder.because)
 complaint(encoder.ids, mixed[0], 0)
 
 # %% [markdown]
-# ### All rows of a source
+# #### All rows of a source
 #
 # Tokenising is a `map` of `datasets`. It may be stopped at any time, because the result is written to a temporary file
 # and then renamed.
 
 # %%
 #| export
-_FEATURES = datasets.Features({
-    "key": datasets.Value("string"),
-    "swapped": datasets.Value("string"),
-    "prompt_ids": datasets.List(datasets.Value("int32")),
-    "chosen_ids": datasets.List(datasets.Value("int32")),
-    "rejected_ids": datasets.List(datasets.Value("int32")),
-    "drop": datasets.Value("string"),
-    "chat": datasets.Value("bool"),
-    "truncated": datasets.Value("bool"),
-    "prompt_truncated": datasets.Value("bool"),
-    "boundary_moved": datasets.Value("bool"),
-})
+_TEXT, _IDS = datasets.Value("string"), datasets.List(datasets.Value("int32"))
+_FEATURES = datasets.Features(
+    dict(key=_TEXT, swapped=_TEXT)
+    | dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids"], _IDS)
+    | dict(drop=_TEXT)
+    | dict.fromkeys(_FLAGS, datasets.Value("bool"))
+)
 
 def _processes(rows): return min(os.cpu_count() or 1, rows // 10_000) or None
 
@@ -1726,7 +1720,34 @@ def tokenize_pairs(
 
 
 # %% [markdown]
+# *Once* is a promise. The tokenizer below counts how often its template is rendered.
+
+# %%
+def renders(rows, **kw):
+    "How many conversations are rendered while these rows are tokenised."
+    t = AutoTokenizer.from_pretrained(world.base)
+    t.apply_chat_template = Mock(wraps=t.apply_chat_template)   # counts its calls
+    tokenize_pairs(load_pairs(rows), t, **kw)
+    return t.apply_chat_template.call_count
+
+few = load_pairs(world.sources["riddle"]).to_list()[:10]
+edited = few[:9] + [dict(few[9], chosen=[assistant("abc")])]
+renderings = pd.Series({
+    "first call": renders(few),
+    "the same again": renders(few),
+    "other name": renders(few, name="again"),
+    "shorter": renders(few, max_length=20),
+    "one row edited": renders(edited),
+}, name="renderings")
+assert renderings.tolist() == [32, 2, 2, 32, 32]
+renderings.to_frame()
+
+# %% [markdown]
+# Thirty renderings are three for each of ten rows. The other two find the turn's end, and are always needed.
+#
 # ### What was dropped
+#
+# How many pairs of a source can be trained on, and what became of the others? Every `Source` has these counts:
 #
 # | count | what it says |
 # |---|---|
@@ -1740,12 +1761,16 @@ def tokenize_pairs(
 # | `boundary_moved` | usable pairs with $n$ of (1) shorter than the prompt |
 # | `duplicates`, `both_labels` | usable pairs that occurred before, and pairs that occur with the opposite label, too |
 #
+# The last two are counted and kept. A pair that somebody judged twice counts twice. Two people may judge it in two ways,
+# and this is no mistake: the model of preferences behind DPO ([chapter 03](03_loss.ipynb)) gives each response a
+# chance to win. But a source of which half is in `both_labels` says nearly nothing, and you want to know it.
+#
 # We count the world's three sources, and one made of trouble. It has nine rows; how many of them will be usable?
 
 # %%
 sources = [tokenize_pairs(load_pairs(file), base, name) for name, file in world.sources.items()]
 
-answers = [("ab", "ba"), ("ba", "ab"), ("ab", "ba")]                # a pair, the opposite label, the pair again
+answers = [("ab", "ba"), ("ba", "ab"), ("ab", "ba")]                # a pair, opposite label, the pair again
 answers += [("ab", "ab"), ("", "ba"), ("<|end|>", "ba")]
 answers += [("abcdefghij", "ba"), ("abcdefghija", "abcdefghijb")]   # too long
 trouble = [dict(prompt="copy ab", chosen=chosen, rejected=rejected) for chosen, rejected in answers]
@@ -1769,36 +1794,6 @@ counts.T
 # Even the world has an `empty` row: once, its base model S ended an answer before it began. In `trouble` there are two,
 # one of them with nothing but an end token.
 #
-# *Once* is a promise too. The tokenizer below counts how often its template is rendered.
-
-# %%
-def renders(rows, **kw):
-    "How many conversations are rendered while these rows are tokenised."
-    rendered, t = [], AutoTokenizer.from_pretrained(world.base)
-    render = t.apply_chat_template
-    def counted(*args, **options):
-        rendered.append(1)
-        return render(*args, **options)
-    t.apply_chat_template = counted
-    tokenize_pairs(load_pairs(rows), t, **kw)
-    return len(rendered)
-
-few = load_pairs(world.sources["riddle"]).to_list()[:10]
-edited = few[:9] + [dict(few[9], chosen=[assistant("abc")])]
-renderings = pd.Series({
-    "first call": renders(few),
-    "the same again": renders(few),
-    "other name": renders(few, name="again"),
-    "shorter": renders(few, max_length=20),
-    "one row edited": renders(edited),
-}, name="renderings")
-assert renderings.tolist() == [32, 2, 2, 32, 32]
-renderings.to_frame()
-
-
-# %% [markdown]
-# Thirty renderings are three for each of ten rows. The other two find the turn's end, and are always needed.
-#
 # What is kept is small. These are the first pairs of `primer` as text, what is read and what is scored. It is all that
 # the next chapters will see of a preference. The first one is the pair with which this chapter began:
 
@@ -1811,10 +1806,7 @@ def decoded(
 ) -> list[dict]:     # prompt, chosen, rejected: what is read and what is scored, with special tokens
     "Some pairs of a source, as text."
     first = source.pairs.select(range(min(n, len(source))))
-    texts = []
-    for pair in first:
-        texts.append({field: tokenizer.decode(pair[f"{field}_ids"]) for field in ("prompt", *_SIDES)})
-    return texts
+    return [_spelled(pair, tokenizer) for pair in first]
 
 
 # %%
@@ -1848,8 +1840,8 @@ def hold_out(
     if not share: return source, None
     held = np.array([_lot(ids) < share for ids in source.pairs["prompt_ids"]])
     if held.all():
-        raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} pairs; "
-                         "a smaller one leaves some to train on")
+        raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} "
+                         "pairs; a smaller one leaves some to train on")
     if not held.any(): return source, None
     kept = source.pairs.select((~held).nonzero()[0])
     apart = source.pairs.select(held.nonzero()[0])

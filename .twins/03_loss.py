@@ -5,7 +5,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb)
 #
 # **You should know** what a pair is ([chapter 01](01_preferences.ipynb)), what the log-probability of a response and the log-ratio $\gamma$ are
-# ([chapter 02](02_logprobs.ipynb)), and what a gradient does. **Time** to read: 50 minutes to the end of "Its gradient", which is the loss and why it is so, and 60 for the rest. To run: under
+# ([chapter 02](02_logprobs.ipynb)), and what a gradient does. **Time** to read: an hour to the end of "Its gradient", which is the loss and why it is so, and 75 minutes for the rest. To run: under
 # a minute on one CPU core. Headings that say "you may skip this" are for a second reading.
 
 # %%
@@ -33,7 +33,8 @@ import seaborn as sns
 from torch.testing import assert_close
 
 from sdpo_nb.logprobs import response_logprobs
-from sdpo_nb.world import K, complaint, enumerable_world, load_base, load_world, prompt_ids, respond, true_reward
+from sdpo_nb.world import K, complaint, enumerable_world, load_base, load_world
+from sdpo_nb.world import prompt_ids, respond, true_reward
 
 torch.set_num_threads(1)
 pd.set_option("display.width", 200, "display.max_columns", 20, "display.max_colwidth", 90)
@@ -559,7 +560,8 @@ def dpo_loss(
     beta: float,                # strength of the pull to the reference, > 0, per nat
     label_smoothing: float=0.,  # assumed share of flipped labels, in [0, 0.5): target 1 - label_smoothing
 ) -> Tensor:                    # (n,) loss of each pair
-    """-log sigmoid(beta (gamma_theta - gamma_ref)), per pair: Eq. 1 of the sDPO paper, Eq. 7 of the DPO paper.
+    """-log sigmoid(beta (gamma_theta - gamma_ref)), per pair.
+    Eq. 1 of the sDPO paper, Eq. 7 of the DPO paper.
     Raises ValueError for unequal shapes."""
     z = beta * _gain(gamma_theta, gamma_ref)
     return (1 - label_smoothing) * F.softplus(-z) + label_smoothing * F.softplus(z)
@@ -782,7 +784,7 @@ def draw_kl(ax, runs, title):
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
 draw_kl(axes[0], plain, "plain gradient descent: the order turns")
 draw_kl(axes[1], adam, "Adam: it never turns")
-axes[0].set_ylabel("KL to S (nats); farther up")
+axes[0].set_ylabel("KL to S (nats)\nfarther from S  →")
 sns.despine()
 fig.tight_layout(w_pad=4)
 

@@ -9,7 +9,7 @@
 #
 # **Time**: about 70 minutes to read, a minute to run on two CPU cores.
 #
-# Stepwise DPO does not use its data all at once. It cuts them into *chunks* and trains in *stages*, one chunk a stage.
+# Stepwise DPO does not use its data all at once. It cuts them into *chunks* and trains in *stages*, one chunk per stage.
 # Three names are needed:
 #
 # - $M_0$ is the model before the first stage. It is the base model S, the one that was fine-tuned on demonstrations.
@@ -51,7 +51,8 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.world import SOURCES, answer, demonstration, load_world, make_model, make_prompts, misled, sft, true_reward
+from sdpo_nb.world import SOURCES, answer, complaint, demonstration, load_world, make_model
+from sdpo_nb.world import make_prompts, misled, sft, true_reward
 
 torch.set_num_threads(1)
 pd.set_option("display.width", 180, "display.max_columns", 20);
@@ -80,7 +81,7 @@ pd.set_option("display.width", 180, "display.max_columns", 20);
 # choice (`reference=`, below).
 #
 # The tiny world has three sources. Here they are in no particular order, and S has said once how likely it finds each
-# response. The result is a table: one row a pair, two log-probabilities.
+# response. The result is a table: one row per pair, two log-probabilities.
 
 # %%
 world = load_world()
@@ -109,10 +110,10 @@ few = sources[0].pairs.select(range(5))
 gamma = table.gamma(few)
 shown = pd.DataFrame([texts_of(pair) for pair in few], columns=FIELDS)
 shown["gamma"] = gamma.numpy().round(2)
-shown["by_2"] = verdict(gamma)
-shown["by_1_with_ref_S"] = verdict(gamma, table.gamma(few))
-assert {*shown["by_2"]} == {"right", "wrong"}
-assert {*shown["by_1_with_ref_S"]} == {"tie"}
+shown["by (2)"] = verdict(gamma)
+shown["by (1), reference S"] = verdict(gamma, table.gamma(few))
+assert {*shown["by (2)"]} == {"right", "wrong"}
+assert {*shown["by (1), reference S"]} == {"tie"}
 shown
 
 # %% [markdown]
@@ -122,7 +123,7 @@ shown
 # any response.
 
 # %%
-rewards = shown[["prompt", "by_2"]].copy()
+rewards = shown[["prompt", "by (2)"]].copy()
 for side in ("chosen", "rejected"):
     graded = [true_reward(prompt, response) for prompt, response in zip(shown["prompt"], shown[side])]
     rewards[f"reward of {side}"] = np.round(graded, 2)
@@ -152,7 +153,8 @@ def wilson(
     n: int,        # of how many, at least 1
     z: float=1.96, # normal quantile; 1.96 gives 95 %
 ) -> tuple[float, float]: # lower and upper end, in [0, 1]
-    "Wilson's score interval of a share of independent pairs, equation (3). Raises ValueError if there is no share."
+    """Wilson's score interval of a share of independent pairs, equation (3).
+    Raises ValueError if there is no share."""
     if not (n > 0 and 0 <= p <= 1):
         raise ValueError(f"wilson: p = {p}, n = {n}; it takes a share in [0, 1] of at least one pair")
     middle = p + z*z / (2*n)
@@ -277,7 +279,7 @@ held_by.round(3)
 # %%
 #| export
 def _scan(pairs: Dataset) -> list:
-    "Tokens of chosen, tokens of rejected, truncated (0 or 1): three columns of n numbers, read block by block."
+    "Tokens of chosen, tokens of rejected, truncated (0 or 1): three columns of n numbers."
     columns = [], [], []
     needed = pairs.select_columns(["chosen_ids", "rejected_ids", "truncated"])
     for block in needed.with_format("arrow").iter(10_000):
@@ -290,7 +292,8 @@ def _scan(pairs: Dataset) -> list:
     return [torch.from_numpy(np.concatenate(column)) for column in columns]
 
 def _nats(table: LogprobTable|None, pairs: Dataset) -> tuple:
-    "Log-probabilities of chosen and rejected, (n,) each, in fp64, so that equal numbers stay ties; 0 without a table."
+    """Log-probabilities of chosen and rejected, (n,) each; 0 without a table.
+    In fp64, so that equal numbers stay ties."""
     if table is None: return 0., 0.
     chosen, rejected = table.lookup(pairs)
     return chosen.double(), rejected.double()
@@ -320,7 +323,8 @@ def measure_source(
     table: LogprobTable,   # of M_0, the model before the first stage
     reference: LogprobTable=None, # reads (1) against this model; None: (2)
 ) -> dict:                 # one row of the partition table: shares in [0, 1], counts, gamma in nats
-    "Reward accuracy of one source under M_0, and what stands beside it. Raises ValueError for an empty source."
+    """Reward accuracy of one source under M_0, and what stands beside it.
+    Raises ValueError for an empty source."""
     if not len(source): raise ValueError(f"source '{source.name}': no pairs to measure")
     chosen, rejected = _nats(table, source.pairs)
     ref_chosen, ref_rejected = _nats(reference, source.pairs)
@@ -486,7 +490,7 @@ def is_flipped(pair):
     return true_reward(prompt, chosen) < true_reward(prompt, rejected)
 
 def share_flipped(named):
-    "Of {name: pairs}: the share of flipped labels, one name a row."
+    "Of {name: pairs}: the share of flipped labels, one row per name."
     rows = []
     for name, pairs in named.items():
         flags = [is_flipped(pair) for pair in pairs]
@@ -604,7 +608,7 @@ assert [len(chunk) for chunk in mixed] == [2, 3]
 @dataclass
 class Partition:
     "Which pairs each stage trains on."
-    measures: pd.DataFrame # one source a row, in the order of training; easy to hard where that is random
+    measures: pd.DataFrame # one row per source, in the order of training; easy to hard where that is random
     chunks: list           # T lists of row numbers of `pairs`
     names: list            # T names
     pairs: Dataset         # all pairs of all sources, in the order given
@@ -624,7 +628,8 @@ def partition(
     seed: int=0,          # of the random order
     reference: LogprobTable=None, # reads (1) against this model; None: (2)
 ) -> Partition:           # T chunks; every pair is in exactly one
-    "The paper's chunks, by reward accuracy under M_0. Raises ValueError for an unknown order or an impossible T."
+    """The paper's chunks, by reward accuracy under M_0.
+    Raises ValueError for an unknown order or an impossible T."""
     if order not in ORDERS: raise ValueError(f"order: {order!r} is none of {', '.join(ORDERS)}")
     if not sources: raise ValueError("sources: at least one is needed")
     pairs = concatenate_datasets([s.pairs for s in sources])
@@ -660,12 +665,11 @@ stages = [f"stage {t}" for t in (1, 2, 3)]
 pd.DataFrame({order: described(plan) for order, plan in plans.items()}, index=stages).T
 
 # %% [markdown]
-# An impossible request raises an error:
+# An impossible request is refused:
 
 # %%
 for wrong_setting in (dict(order="upwards"), dict(chunks=0)):
-    try: partition(sources, table, **wrong_setting)
-    except ValueError as e: print(e)
+    print(complaint(partition, sources, table, **wrong_setting))
 
 # %% [markdown]
 # ## One source, pair by pair
@@ -684,7 +688,7 @@ lowest, highest = gammas["part 3"].min().item(), gammas["part 1"].max().item()
 bins = np.arange(math.floor(lowest), math.ceil(highest) + 1)
 colours = sns.color_palette("viridis_r", 3)
 ax.hist([g.numpy() for g in gammas.values()], bins, stacked=True, color=colours, edgecolor="white")
-places = {"part 3": (-4, 25, "right"), "part 2": (0, 80, "center"), "part 1": (5, 25, "left")}
+places = {"part 3": (-4, 25, "right"), "part 2": (2.5, 65, "left"), "part 1": (7, 25, "left")}
 for name, colour in zip(gammas, colours):
     x, y, side = places[name]
     ax.text(x, y, name, ha=side, color=colour, weight="bold")
@@ -828,7 +832,7 @@ accuracy.rename_axis(columns="c (nats)").round(2)
 def asked(model, pairs, folder):
     "How many pairs a pass asks the model about."
     counts = []
-    def count(module, args, kwargs): counts.append(len(kwargs["input_ids"]) // 2)     # two rows a pair
+    def count(module, args, kwargs): counts.append(len(kwargs["input_ids"]) // 2)     # two rows per pair
     hook = model.register_forward_pre_hook(count, with_kwargs=True)
     score_pairs(model, pairs, folder)
     hook.remove()

@@ -81,7 +81,7 @@ torch.set_num_threads(1);
 # %% [markdown]
 # ## Six lines
 #
-# We take 64 pairs of the tiny world. The reference is S, the model that we start from. It is not kept in memory as a second model: a table holds the two numbers that the
+# What is the least that trains a model with DPO? We take 64 pairs of the tiny world. The reference is S, the model that we start from. It is not kept in memory as a second model: a table holds the two numbers that the
 # loss asks of it for every pair.
 
 # %%
@@ -96,6 +96,8 @@ table.rows.head(3).round(3)
 
 
 # %% [markdown]
+# Why a table, and not a second model? Because a frozen model says the same about a pair every time: asked once, it need not be asked again, and its memory is free.
+#
 # Each row is a pair, and its name is a hash of the pair's texts. Each number is a log-probability: the reference gives the chosen response of the first pair a probability of $e^{-0.544}$, more than one half, and the rejected one next to nothing.
 #
 # Here is the trainer that everything below has to agree with. The six lines are the body of the loop: take a batch, ask the policy for its log-probabilities, compute the loss against the table, go backwards, let the optimizer step, and clear the gradients.
@@ -158,7 +160,7 @@ round(sum(squares).sqrt().item(), 3)
 # %% [markdown]
 # ## Accumulation: divide by pairs
 #
-# A large batch does not fit into memory. So it is cut into micro-batches: one forward and one backward pass for each, and their gradients add up. What should each micro-batch
+# What if a batch does not fit into memory? Then it is cut into micro-batches: one forward and one backward pass for each, and their gradients add up. What should each micro-batch
 # contribute? If it is its own *mean*, the pairs of a short last micro-batch count more than the others. What we want is the gradient of the mean over all $n$ pairs, and that is a sum over micro-batches $m$ in which every pair has the same weight:
 #
 # $$\nabla \frac1n\sum_{i=1}^n \ell_i = \sum_m \nabla \sum_{i \in m} \frac{\ell_i}{n}$$
@@ -195,7 +197,7 @@ pd.Series(off, name="relative difference of the gradient").map("{:.1e}".format)
 # %% [markdown]
 # ## What is measured
 #
-# The loss alone tells little. It sees only the gap between the two responses, and the log-probabilities of *both* may fall while it goes down. So chosen and rejected are
+# How do we see what is learned? The loss alone tells little. It sees only the gap between the two responses, and the log-probabilities of *both* may fall while it goes down. So chosen and rejected are
 # measured apart, too. Metrics are sums over pairs for the same reason as the gradient: they are divided once, at the end.
 #
 # A word on two of them. The *reward* of a response is $\beta(\log\pi_\theta - \log\pi_{ref})$, and the margin is the reward of the chosen response minus that of the rejected one. The *reward accuracy* is the share of pairs with a margin above zero;
@@ -257,7 +259,7 @@ assert sums["logratio_chosen"] == 3 - 2
 # %% [markdown]
 # ## Half precision, full weights
 #
-# A forward pass in 16 bits needs half the memory for its activations and, on a graphics card, a fraction of the time. Two formats are used:
+# Can we compute in 16 bits, and what goes wrong? A forward pass in 16 bits needs half the memory for its activations and, on a graphics card, a fraction of the time. Two formats are used:
 #
 # | format | bits of precision | smallest number above zero | what goes wrong |
 # |---|---|---|---|
@@ -278,7 +280,7 @@ def ten_steps(model, lr=5e-7):
 
 def all_weights(model): return torch.cat([p.detach().flatten().float() for p in model.parameters()])
 
-def share_changed(model):
+def moved_by_ten_steps(model):
     old = all_weights(model)
     ten_steps(model)
     moved = old != all_weights(model)
@@ -294,7 +296,8 @@ with tempfile.TemporaryDirectory() as folder:
     start_model().bfloat16().save_pretrained(folder)
     in_bf16 = load_model(folder).bfloat16()
     in_fp32 = load_model(folder)
-moved = pd.DataFrame({"bf16 weights": share_changed(in_bf16), "fp32 weights": share_changed(in_fp32)})
+ways = {"bf16 weights": in_bf16, "fp32 weights": in_fp32}
+moved = pd.DataFrame({name: moved_by_ten_steps(model) for name, model in ways.items()})
 assert moved.loc["share that moved", "bf16 weights"] < 0.01
 assert moved.loc["share that moved", "fp32 weights"] > 0.999
 assert moved.loc["largest that moved", "bf16 weights"] < 2.5e-4
@@ -327,6 +330,8 @@ assert half.training
 # PyTorch's *autocast* is a context in which matrix products are computed in half precision while the weights stay as they are. In fp16 there is a second problem: small gradients become zero. So the loss is multiplied by a large number before the
 # backward pass, and the gradient is divided by it afterwards. PyTorch's `GradScaler` does this. If a scaled gradient overflows, it skips the step and halves the number.
 #
+# (Why scale at all, if we divide again? In between, the small numbers are large enough for fp16. And a power of two changes no digit of a number.)
+#
 # How much accuracy does all this cost? Here it is by hand, for the same eleven pairs:
 
 # %%
@@ -356,7 +361,7 @@ pd.Series(rounding, name="relative difference of the gradient").map("{:.1e}".for
 # [Accelerate](https://huggingface.co/docs/accelerate) is a small library between a training loop and the machine. The loop calls `accelerator.backward(loss)` instead of `loss.backward()`, and the same loop can then run with loss scaling, on another device, or in several processes. We use two things
 # of it, the backward pass and the clipping of gradients, and leave the door to several processes open.
 #
-# It also has defaults that would change our gradient without an error. There are four:
+# Does it compute our gradient? It also has defaults that would change our gradient without an error. There are four:
 #
 # - **Its precision belongs to the whole process.** A launcher, or another trainer before us, may have set it. And if you ask for fp16 on a CPU, it agrees but makes no scaler, so that the first overflow is final. So the precision stays ours: autocast around the forward pass, as above, and our own `GradScaler` in the
 #   place of Accelerate's. In fp32 and bf16 that scaler passes everything through.
@@ -502,7 +507,7 @@ off.map("{:.0e}".format).rename_axis("precision").rename_axis("tokens per forwar
 # %% [markdown]
 # ## One step
 #
-# A gradient is not yet a step. A step also clips the gradient: if its norm over all parameters is above `clip`, the whole gradient is multiplied by `clip / norm`, so that one odd batch cannot throw the model far away. Then AdamW moves the weights.
+# How does a gradient become a step? A step also clips the gradient: if its norm over all parameters is above `clip`, the whole gradient is multiplied by `clip / norm`, so that one odd batch cannot throw the model far away. Then AdamW moves the weights.
 #
 # What can go wrong here? A gradient that is not finite. One step with it makes every weight NaN, and the next checkpoint keeps them. Under fp16 the scaler skips such a step, which is normal and is reported. In fp32 and bf16 it is an error.
 #
@@ -551,7 +556,7 @@ class Trainer:
             group["lr"] = lr
         scaler = self.accelerator.scaler
         scale = scaler.get_scale()
-        scaler.unscale_(self.optimizer)      # before clipping, or the norm would be that of the scaled gradient
+        scaler.unscale_(self.optimizer)      # before clipping, or the norm would be the scaled one
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
         finite = math.isfinite(norm)
         if not finite and not scaler.is_enabled():
@@ -611,7 +616,7 @@ moved.iloc[[0, 1, 2, -2, -1]].style.format({"weights": "{:.0f}", "moved": "{:.3f
 # Every tensor moved, and in each the farthest weight moved by the learning rate. That is AdamW: in its first step it divides each gradient by its own size, so only the sign is left. (The norm was 4.7 and the gradient was clipped to 1. The first step of AdamW would have
 # been nearly the same without it.)
 #
-# Now break it. One gradient is infinite:
+# Now break it: one gradient is infinite. In fp32 this is an error. What does fp16 do?
 
 # %%
 before = weights_hash(learner)
@@ -621,11 +626,25 @@ print(complaint(trainer.update, metrics, lr=1e-4))
 assert weights_hash(learner) == before
 learner.zero_grad()
 
+# %%
+trainer = replace(trainer, accelerator=make_accelerator("fp16"), precision="fp16")
+scales = [trainer.accelerator.scaler.get_scale()]
+metrics = trainer.gradients(batch)
+next(learner.parameters()).grad[0, 0] = math.inf
+skipped = trainer.update(metrics, lr=1e-4)["skipped"]
+scales.append(trainer.accelerator.scaler.get_scale())
+assert skipped
+assert weights_hash(learner) == before
+{"skipped": skipped, "the loss is multiplied by, before and after": scales}
+
+
+# %% [markdown]
+# It skips the step and multiplies by half as much from now on. No weight was changed, in either case.
 
 # %% [markdown]
 # ## Settings
 #
-# So far `settings` was a bag of names, and a bag takes anything: `beta=0`, `lr="fast"`, `precision="half"`. The mistake shows up later, somewhere else. So each setting gets a default, a
+# What if a setting is wrong? So far `settings` was a bag of names, and a bag takes anything: `beta=0`, `lr="fast"`, `precision="half"`. The mistake shows up later, somewhere else. So each setting gets a default, a
 # help text and a range, all in one place. The error messages, the table of defaults and the command line are made from it.
 
 # %%
@@ -675,7 +694,7 @@ def _check_range(name, value, low, high, choices, open_low, help):
 
 
 # %% [markdown]
-# A dataclass with two settings. Numbers may come as `4.0` from a YAML file, or from numpy. What fits is stored in the field's own type: otherwise `range`, the seed of the data order and the written
+# How does it look in use? A dataclass with two settings. Numbers may come as `4.0` from a YAML file, or from numpy. What fits is stored in the field's own type: otherwise `range`, the seed of the data order and the written
 # configuration would each take it in a way of their own.
 
 # %%
@@ -691,7 +710,7 @@ assert type(two.size) is int
 
 
 # %% [markdown]
-# These are the settings of a stage. They are of three kinds:
+# Which settings does a stage have? They are of three kinds:
 #
 # - *What is learned*: `beta`, `lr`, `batch_size`, `epochs`, `warmup`, `clip`, `label_smoothing`, `shuffle`, `seed`. Change one, and you get another model.
 # - *How it is computed*: `token_budget`, `packing`, `precision`, `gradient_checkpointing`, `compile`, `deterministic`. They trade memory against time. The gradient stays the same up to rounding.
@@ -743,25 +762,11 @@ class TrainConfig:
     complaint(TrainConfig, seed=2**63),
 ]
 
-# %% [markdown]
-# The same settings written in two ways are equal. And a `TrainConfig` gives the metrics that the bag of names gave:
-
-# %%
-written_otherwise = TrainConfig(batch_size=4.0, seed=0.0, lr=1)
-assert repr(written_otherwise) == repr(TrainConfig(batch_size=4, seed=0, lr=1.0))
-
-config = TrainConfig(beta=0.5, lr=1e-4, batch_size=8, precision="fp32")
-trainer.config = config
-trainer.model = trainable(policy)
-policy.zero_grad()
-assert trainer.gradients(batch) == once       # the metrics that the bag of names gave
-policy.zero_grad()
-
 
 # %% [markdown]
 # ## The order of the data
 #
-# Each epoch goes through the pairs in a new random order. The order comes from a generator of its own, seeded by (seed, stage, epoch). If it were drawn from PyTorch's global generator, a logging call or an extra
+# In which order do the pairs come? Each epoch goes through the pairs in a new random order. The order comes from a generator of its own, seeded by (seed, stage, epoch). If it were drawn from PyTorch's global generator, a logging call or an extra
 # evaluation that also draws a number would change what is learned. And a run that goes on after an interruption could not find its place again.
 
 # %%
@@ -819,7 +824,7 @@ assert batches != all_batches(70, two_epochs, stage=2)
 # %% [markdown]
 # ## The schedule
 #
-# The learning rate rises in the first tenth of the steps (*warm-up*: AdamW does not know the size of the gradients yet), then falls in a straight line. With a peak rate of $\eta$ and $N$ steps in all, of which $W$ are warm-up, step $s = 0, 1, \ldots$ has the rate
+# How large is a step? The learning rate rises in the first tenth of the steps (*warm-up*: AdamW does not know the size of the gradients yet), then falls in a straight line. With a peak rate of $\eta$ and $N$ steps in all, of which $W$ are warm-up, step $s = 0, 1, \ldots$ has the rate
 #
 # $$\eta \cdot \frac{s+1}{W} \quad\text{for } s < W, \qquad \eta \cdot \frac{N-s}{N-W} \quad\text{after it.}$$
 #
@@ -850,7 +855,7 @@ some.rename_axis("step").map("{:.1e}".format)
 # %% [markdown]
 # ## A stage in ten lines
 #
-# Now we have a whole stage: for each batch, add the gradient, look up the rate, update.
+# Is this all? Nearly. Now we have a whole stage: for each batch, add the gradient, look up the rate, update.
 
 # %%
 def simple_stage(model, pairs, table, config):
@@ -864,6 +869,7 @@ def simple_stage(model, pairs, table, config):
     model.eval()
     return pd.DataFrame(lines)
 
+config = TrainConfig(beta=0.5, lr=1e-4, batch_size=8, precision="fp32")
 simple = start_model()
 simple_metrics = simple_stage(simple, pairs, table, config)
 assert len(simple_metrics) == 8
@@ -872,6 +878,8 @@ simple_metrics[["loss", "reward_accuracy", "margin", "lr", "grad_norm"]].round(5
 
 
 # %% [markdown]
+# Read the table from left to right. The loss starts at $\ln 2$ and wanders before it falls: each line is another eight pairs. The reward accuracy starts at one half, since at margin zero every pair is a tie. The rate starts at its peak, as one step of eight is warm-up, and falls. The norm of the gradient is above 1 in every step, so every step was clipped.
+#
 # The margin rises from zero to 0.22. And these are pairs that the policy has not been trained on: in a single epoch, every batch is new. This loop is all that DPO asks for. What does it *not* do?
 #
 # - It believes the table. With another model's numbers it would train just as happily.
@@ -884,7 +892,9 @@ simple_metrics[["loss", "reward_accuracy", "margin", "lr", "grad_norm"]].round(5
 # %% [markdown]
 # ## Before the first update (you may skip this)
 #
-# A wrong reference raises no error. The loss falls, the model learns something, and nobody knows against what. The first batch is the last moment to notice, because nothing has been changed yet. Two questions can be asked then.
+# What if the reference is the wrong one? A wrong reference raises no error. The loss falls, the model learns something, and nobody knows against what. The first batch is the last moment to notice, because nothing has been changed yet. Two questions can be asked then.
+#
+# (Why not `score_pairs` of chapter 02? It keeps a table, cuts pairs in its own way, and refuses numbers that are not finite. Here the micro-batches must be those of training, or the roundings would differ.)
 #
 # **Is the model the same twice?** Score the batch once more: by the same function, in the same micro-batches, but without gradients and in eval mode. The shapes are equal, so the roundings are equal, and the loss must be *exactly* the same, in any precision. If it is not, something in
 # the model is random in training: dropout under a name that we did not know, or noise in a router.
@@ -1043,7 +1053,8 @@ def check_table(
     nats = off.square().mean().sqrt().item()
     times = apart / limit
     raise ValueError(f"the table of reference log-probabilities is {nats:.2g} nats a response "
-                     f"from what this model says in {precision}, {times:.0f} times as far as rounding allows: "
+                     f"from what this model says in {precision}, "
+                     f"{times:.0f} times as far as rounding allows: "
                      "it is of other weights, of other pairs, or was changed. "
                      "Remove it (in a run, the folder logprobs or reference that holds it) and start again: "
                      "it is computed anew")
@@ -1180,7 +1191,7 @@ dict(loss=round(metrics["loss"], 6), must_be=round(must_be, 6))
 # %% [markdown]
 # ## Gradient checkpointing (you may skip this)
 #
-# The backward pass needs the results of the forward pass, the *activations*. Autograd keeps them until then, and for long rows they take most of the memory. With gradient checkpointing they are thrown away and computed again when their turn comes: less memory, more time. (It has nothing to do with the
+# What can we do without in memory? The backward pass needs the results of the forward pass, the *activations*. Autograd keeps them until then, and for long rows they take most of the memory. With gradient checkpointing they are thrown away and computed again when their turn comes: less memory, more time. (It has nothing to do with the
 # checkpoints of a run.) The gradient must stay the same, and the bytes that autograd keeps must fall.
 #
 # Each layer must be computed again with the attention of its forward pass; `recompute_alike` of [chapter 04](04_packing.ipynb) sees to it. transformers renamed the switch in version 5; older versions know it by its old name.
@@ -1270,7 +1281,7 @@ pd.Series(peak, name="peak memory, GiB").rename_axis("checkpointing").round(1)
 #
 # A run that needs more memory than there is dies an hour after it was started. Can we know before? Weights, gradients and the two moments of AdamW are four numbers of four bytes for each parameter: 16 bytes, before a single token is read. Activations come on top, and they grow with the tokens of a forward pass.
 #
-# We need not load a model to know how much. PyTorch can run it on *fake tensors*, which have a shape and a dtype but no memory. We let a fake model read a row of fake pairs, and add up what autograd would keep. (The three kernels are the ways in which packed rows attend on a CPU and on old and new graphics cards, see [chapter 04](04_packing.ipynb).)
+# How much they take depends on the architecture, and no formula knows them all. But we need not load a model to know. PyTorch can run it on *fake tensors*, which have a shape and a dtype but no memory. We let a fake model read a row of fake pairs, and add up what autograd would keep. (The three kernels are the ways in which packed rows attend on a CPU and on old and new graphics cards, see [chapter 04](04_packing.ipynb).)
 
 # %%
 #| export
@@ -1550,8 +1561,7 @@ def plan_for(
     if torch.device(device).type != "cuda": return memory_plan(config, train, precision)
     new_card = torch.cuda.get_device_capability(device) >= (8, 0)
     kernel = "flash" if precision != "fp32" and new_card else "padded"
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return memory_plan(config, train, precision, kernel, memory // 16)
+    return memory_plan(config, train, precision, kernel, piece_bytes(device))
 
 def as_line(
     plan: dict, # name -> GiB
@@ -1594,7 +1604,7 @@ print(complaint(check_memory, plan=too_much, device="cpu").split("; ")[0])
 # %% [markdown]
 # ## Compiled layers (you may skip this)
 #
-# PyTorch can compile the layers of a model into fewer and larger steps. On a graphics card this saves time ([chapter 04](04_packing.ipynb)), so it is done there unless a setting says otherwise. On a CPU it does not pay, but you can ask for it.
+# Can the layers be made faster? PyTorch can compile the layers of a model into fewer and larger steps. On a graphics card this saves time ([chapter 04](04_packing.ipynb)), so it is done there unless a setting says otherwise. On a CPU it does not pay, but you can ask for it.
 
 # %%
 #| export
@@ -1627,7 +1637,7 @@ pd.DataFrame({"cpu": compiled_on("cpu"), "cuda": compiled_on("cuda")}, choices).
 # %% [markdown]
 # ## The same bits on a card (you may skip this)
 #
-# A CPU computes the same bits every time. A graphics card need not: some of its kernels add up in any order. `same_bits` of [chapter 02](02_logprobs.ipynb) asks every kernel for its deterministic form. But does every operation of *this* model have one? PyTorch's switch has two forms: the strict one raises an error for an operation that cannot, the other one only warns.
+# Does the same run give the same weights twice? A CPU computes the same bits every time. A graphics card need not: some of its kernels add up in any order. `same_bits` of [chapter 02](02_logprobs.ipynb) asks every kernel for its deterministic form. But does every operation of *this* model have one? PyTorch's switch has two forms: the strict one raises an error for an operation that cannot, the other one only warns.
 #
 # Why care? Because an interrupted run should end in the same weights as one that was left alone, and because two runs that differ by a setting should differ by nothing else.
 #
@@ -1657,13 +1667,13 @@ assert why_not_same_bits(policy.train(), response_logprobs, "fp32") is None  # a
 # %% [markdown]
 # ## Checkpoints (you may skip this)
 #
-# A process dies: the power, the queue, Colab. The next call should go on from the last checkpoint and end *in the same bits*. So everything that the next step depends on goes into one file:
+# What if the process dies? It does: the power, the queue, Colab. The next call should go on from the last checkpoint and end *in the same bits*. So everything that the next step depends on goes into one file:
 #
 # - the weights, and the moments of AdamW: without them, AdamW would begin again with the signs of the gradients;
 # - the scale of the scaler, which decides what overflows;
 # - how far the stage has come: batch, step, and the length of the metrics file.
 #
-# The order of the data and the learning rate are not in it. They are functions of the step.
+# The order of the data and the learning rate are not in it. They are functions of the step. That is why they were written as plain functions: what has no state cannot be forgotten.
 #
 # `replacing` of [chapter 02](02_logprobs.ipynb) writes to another name and renames at the end, so the file is whole or not there.
 
@@ -1724,26 +1734,21 @@ def _saying_what_to_do(path):
         why = str(e).strip().splitlines() or [type(e).__name__]
         end = path.parent.parent / "stage.json"
         also = f" and {end.name} beside its folder" if end.exists() else ""
-        raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); remove it{also}, and run again: "
+        raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); "
+                         f"remove it{also}, and run again: "
                          "the stage is trained anew, to the same bits") from e
 
 
 # %% [markdown]
-# One flipped bit, half a file, an empty file:
+# One flipped bit among some hundred thousand bytes:
 
 # %%
 path = Path(tmp.name, "checkpoint/state.pt")
-whole = path.read_bytes()
+whole = bytearray(path.read_bytes())
 assert read_checkpoint(tmp.name)["state"] == saved["state"]
-flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
-
-messages = []
-for data in (flipped, whole[:1000], b""):
-    path.write_bytes(data)
-    message = complaint(read_checkpoint, folder=tmp.name)
-    messages.append(message.removeprefix(tmp.name).split(";")[0])
+whole[5000] ^= 1
 path.write_bytes(whole)
-messages
+complaint(read_checkpoint, folder=tmp.name).removeprefix(tmp.name)
 
 # %% [markdown]
 # A checkpoint belongs to one stage. What if it is loaded under another learning rate, or with other pairs? The stage would go on as a mixture, or be found finished, and nothing would be
@@ -1781,7 +1786,8 @@ def load_checkpoint(
     wanted = (identity or {}).items()
     differs = [f"{name} = {old.get(name)}, not {value}" for name, value in wanted if old.get(name) != value]
     if differs:
-        raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; use that or another folder")
+        raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; "
+                         "use that or another folder")
     with _saying_what_to_do(path):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -1861,7 +1867,7 @@ tmp.cleanup()
 # %% [markdown]
 # ## The stage
 #
-# What is left is bookkeeping: where to start, when to save, what to say. First, everything that the first step needs. `previous` serves [chapter 13](13_stepwise.ipynb), where one optimizer may go on over several
+# How do all these parts become one call? What is left is bookkeeping: where to start, when to save, what to say. First, everything that the first step needs. `previous` serves [chapter 13](13_stepwise.ipynb), where one optimizer may go on over several
 # stages.
 
 # %%
@@ -2062,7 +2068,7 @@ def _show(bar, row, clock):
 # %% [markdown]
 # ## The checks, once more
 #
-# Every refinement was checked against the version before it. Now the whole is checked: against the ten lines, against the six, and against three things that go wrong in practice.
+# Is the finished stage still the six lines? Every refinement was checked against the version before it. Now the whole is checked: against the ten lines, against the six, and against two things that go wrong in practice.
 #
 # **The ten lines.** With the same settings, and read by the same function, the finished stage must end in the weights of `simple_stage`, to the bit. And its two first losses, measured and implied by the table, must be $\ln 2$.
 
@@ -2113,33 +2119,6 @@ first_losses = {name: round(passed[name], 5) for name in ("first_loss", "implied
 
 
 # %% [markdown]
-# **A skipped step**, on purpose: one batch whose gradient overflows. Neither the step count nor the learning rate may move, and the third batch must meet the weights that
-# the second one met.
-
-# %%
-def overflow_at(call):
-    def logprobs(model, batch):
-        chosen, rejected = response_logprobs(model, batch)
-        if not model.training: return chosen, rejected             # the first look
-        logprobs.met.append(weights_hash(model))
-        if len(logprobs.met) == call:
-            chosen = chosen + (chosen - chosen.detach()) * 1e38    # the same value, a gradient beyond any float
-        return chosen, rejected
-    logprobs.met = []
-    return logprobs
-
-overflow = overflow_at(2)
-_, metrics = run(start_model(), table, precision="fp16", logprobs=overflow)
-met = overflow.met
-assert metrics["skipped"].tolist() == [False, True, False, False]
-assert metrics["step"].tolist() == [1, 1, 2, 3]
-assert metrics["lr"][1] == metrics["lr"][2]
-assert met[1] == met[2]
-assert len(set(met)) == 3
-metrics[["step", "skipped", "lr", "loss"]].round(5).assign(weights=met)
-
-
-# %% [markdown]
 # **An interruption.** Interrupted and continued, the stage must end in the same bits. We raise an exception in the middle of the eighth of eight steps. The last checkpoint is of
 # the sixth, so one finished step is lost and made again, and its line must not appear twice. Asked to go on with another learning rate, the folder refuses.
 
@@ -2180,7 +2159,7 @@ dict(
 # %% [markdown]
 # ## What training looks like from inside
 #
-# Each pair's gradient is weighted by $\lambda = \sigma(-\beta\Delta)$: how wrong the policy still is about this pair. At first every pair has one half. What will become of the weights when the same pairs come again and again?
+# Which pairs does the model still learn from? Each pair's gradient is weighted by $\lambda = \sigma(-\beta\Delta)$: how wrong the policy still is about this pair. At first every pair has one half. What will become of the weights when the same pairs come again and again?
 #
 # We train on all pairs of the source, for four epochs. Each column of the picture is one step, and shows how the weights of its pairs are spread. Bright cells hold many pairs. Below the dotted line the policy prefers the chosen response more than the reference does, and the lower, the less this pair still pulls.
 
@@ -2204,7 +2183,8 @@ steps, edges = range(0, len(metrics) + 1, 8), range(0, 11, 2)
 ax.set_xticks(steps, steps, rotation=0)
 ax.set_yticks(edges, [edge / 10 for edge in edges], rotation=0)
 ax.invert_yaxis()
-ax.set(xlabel="optimizer step", ylabel=r"weight of a pair, $\lambda$");
+ax.set(xlabel="optimizer step", ylabel=r"weight of a pair, $\lambda$")
+ax.set_title("all pairs start at one half; most are learned, a few are not", fontsize=10, pad=20);
 
 # %%
 last_epoch = metrics["epoch"] == 3

@@ -71,7 +71,7 @@ plan.measures[["source", "n", "accuracy", "low", "high", "accuracy_per_token"]].
 config = TrainConfig(lr=1e-4, beta=0.3, batch_size=32, epochs=2, precision="fp32")
 
 def train(t, reference):
-    "Train stage t; its optimizer steps, one a row."
+    "Train stage t; its optimizer steps, one per row."
     with tempfile.TemporaryDirectory() as folder:
         train_stage(policy, plan.chunk(t - 1), reference, config, folder, t)
         steps = pd.read_json(Path(folder) / "metrics.jsonl", lines=True)
@@ -84,7 +84,8 @@ for t in (1, 2):
 metrics = pd.concat(steps, ignore_index=True)
 
 # %%
-metrics.groupby(["stage", "epoch"])[["loss", "margin", "logratio_chosen", "logratio_rejected"]].mean().round(3)
+columns = ["loss", "margin", "logratio_chosen", "logratio_rejected"]
+metrics.groupby(["stage", "epoch"])[columns].mean().round(3)
 
 # %% [markdown]
 # The *log-ratio* of a response is its log-probability under the policy minus that under the reference. The *margin* is $\beta$ times the log-ratio of chosen minus that of rejected; the loss falls as it grows. More of both below.
@@ -111,13 +112,13 @@ sns.color_palette([CHOSEN, REJECTED, *_model_colors(2)]) # chosen, rejected, M_0
 # %% [markdown]
 # ## Which source came first?
 #
-# One bar a source, in the order of training. Its length is the reward accuracy under $M_0$, and the whisker is its 95 % interval. A diamond is the same share, read from the *mean* log-probability per token instead of the sum.
+# One bar per source, in the order of training. Its length is the reward accuracy under $M_0$, and the whisker is its 95 % interval. A diamond is the same share, read from the *mean* log-probability per token instead of the sum.
 # A sum over more tokens is lower, so where bar and diamond part, the length of the responses decides.
 
 # %%
 #| export
 def plot_partition(
-    measures: pd.DataFrame, # one source a row: source, accuracy, low, high, accuracy_per_token
+    measures: pd.DataFrame, # one row per source: source, accuracy, low, high, accuracy_per_token
 ) -> plt.Figure:
     "Reward accuracy of each source under M_0 with its 95 % interval, in the order of training."
     fig, ax = plt.subplots(figsize=(6, 0.5 * len(measures) + 1.2))
@@ -178,7 +179,8 @@ def _step_axis(ax, steps):
         start, end = rows.index[0] - 0.5, rows.index[-1] + 0.5
         if i: ax.axvline(start, color="0.5", lw=0.8)
         name = f"{stage}" if i else f"stage {stage}"
-        ax.text((start + end) / 2, 1.02, name, transform=ax.get_xaxis_transform(), ha="center", fontsize="small")
+        above = dict(transform=ax.get_xaxis_transform(), ha="center", fontsize="small")
+        ax.text((start + end) / 2, 1.02, name, **above)
     ax.set(xlabel="optimizer step", xlim=(0.5, len(steps) + 0.5))
     sns.despine(ax.figure)
 
@@ -211,7 +213,7 @@ assert _apart([1.0, 3.0, 1.1], gap=0.5).tolist() == [1.0, 3.0, 1.5]
 # %%
 #| export
 def plot_loss(
-    metrics: pd.DataFrame, # stage, loss; one optimizer step a row
+    metrics: pd.DataFrame, # stage, loss; one row per optimizer step
 ) -> plt.Figure:
     "Loss of each optimizer step, stages side by side; ln 2 is where a stage starts when policy = reference."
     steps, window = _whole_run(metrics)
@@ -239,7 +241,7 @@ plot_loss(metrics);
 #
 # ## Does it prefer the chosen responses?
 #
-# $\gamma$ is the log-probability of the chosen response minus that of the rejected one. It needs no reference, so it *can* be compared across stages. One panel a chunk, one box a model: the line is the median, the dot the mean (the paper's
+# $\gamma$ is the log-probability of the chosen response minus that of the rejected one. It needs no reference, so it *can* be compared across stages. One panel per chunk, one box per model: the line is the median, the dot the mean (the paper's
 # $\gamma_{ref}$ is a mean), the box holds half of the pairs, and the whiskers nearly all. A box is hollow while its model has not been trained on this chunk.
 
 # %%
@@ -260,7 +262,7 @@ def _boxes(gammas, models, ax, **look):
     )
 
 def plot_gamma(
-    gammas: pd.DataFrame, # model, chunk, gamma: one pair a row; chunks in the order of training
+    gammas: pd.DataFrame, # model, chunk, gamma: one row per pair; chunks in the order of training
 ) -> plt.Figure:
     """Distribution of gamma under every model of a run (from M_0 on), one panel per chunk;
     hollow where the model was not yet trained on it."""
@@ -318,7 +320,7 @@ plot_gamma(gammas);
 # %%
 #| export
 def plot_change(
-    gammas: pd.DataFrame, # model, chunk, gamma: one pair a row; chunks in the order of training
+    gammas: pd.DataFrame, # model, chunk, gamma: one row per pair; chunks in the order of training
 ) -> plt.Figure:
     """Mean change of gamma since M_0 on every chunk, with 95 % intervals; hollow where the model
     was not yet trained on it. For every model (from M_0 on) the same pairs in the same order."""
@@ -374,7 +376,7 @@ plot_change(gammas);
 # %%
 #| export
 def plot_drift(
-    metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejected (nats); one optimizer step a row
+    metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejected (nats); one row per optimizer step
 ) -> plt.Figure:
     "log pi_theta / pi_ref of chosen and of rejected responses: DPO needs the gap, not a rise of the chosen."
     steps, window = _whole_run(metrics)

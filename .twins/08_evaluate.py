@@ -152,8 +152,11 @@ def answers_beside(
     tokenizer,     # of both
     prompts: list, # of the tiny world, as text
 ) -> pd.DataFrame: # prompt: the index; S says, aligned, right
-    "Greedy answers of two models, on few prompts that a rule picks: what was mended, or not, and what was spoilt."
-    said = {"S says": respond(S, tokenizer, prompts, tau=0), "aligned": respond(model, tokenizer, prompts, tau=0)}
+    "Greedy answers of two models, on few prompts that a rule picks: what was mended and what was spoilt."
+    said = {
+        "S says": respond(S, tokenizer, prompts, tau=0),
+        "aligned": respond(model, tokenizer, prompts, tau=0),
+    }
     answers = pd.DataFrame(said, index=pd.Index(prompts, name="prompt"))
     answers["right"] = [answer(p) for p in prompts]
     was_right = answers["S says"] == answers["right"]
@@ -183,7 +186,7 @@ answers_beside(S, M, tok, w.test)
 # %%
 #| export
 def bootstrap(
-    values,          # (n,) one number per prompt or pair; or (worlds, seeds, prompts), prompts shared by seeds
+    values,          # (n,) numbers; or (worlds, seeds, prompts), where seeds share the prompts
     draws: int=2000, # how many means
     seed: int=0,     # of the draws
 ) -> np.ndarray:     # (draws,)
@@ -354,10 +357,12 @@ def held_out(
     pairs,                # n tokenized pairs; both tables have a row for each
     beta: float,          # of the DPO loss, above 0
 ) -> dict:                # name -> (mean, low, high)
-    "What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals."
+    """What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals.
+    A loss cannot be negative, and neither can the lower end of its interval."""
     chosen, rejected = now.lookup(pairs)
     chosen_0, rejected_0 = before.lookup(pairs)
     g, g_0 = gamma(chosen, rejected), gamma(chosen_0, rejected_0)
+    loss, low, high = mean_interval(dpo_loss(g, g_0, beta))
 
     def share(right):
         p = right.mean().item()
@@ -366,7 +371,7 @@ def held_out(
     return {
         "gamma": mean_interval(g),
         "prefers chosen": share(reward_accuracy(g)),
-        "loss": mean_interval(dpo_loss(g, g_0, beta)),
+        "loss": (loss, max(low, 0.0), high),
         "reward accuracy": share(reward_accuracy(g, g_0)),
         "change of gamma": mean_interval(g - g_0),
         "log-ratio of chosen": mean_interval(chosen - chosen_0),
@@ -414,8 +419,23 @@ by_source[["loss", "reward accuracy", "change of gamma"]].map(as_text)
 assert all(v[2] < 0 for v in of_M["log-ratio of chosen"])
 by_source[["log-ratio of chosen", "log-ratio of rejected"]].map(as_text)
 
+
 # %% [markdown]
 # Both halves are negative. The chosen responses became less likely, too; the rejected ones lost more. [Chapter 07](07_figures.ipynb) has the picture of this, and what it means.
+#
+# And how many pairs does one need? Here are the first 2, 6 and 20 of the held-out pairs of `riddle`, and all 100.
+
+# %%
+def first(n): return held_out(tables["M"], tables["S"], held["riddle"][:n], beta=0.3)
+
+few = pd.DataFrame({n: first(n) for n in (2, 6, 20, 100)}, dtype=object).T.rename_axis("pairs")
+assert few.loc[2, "loss"][1] == 0
+assert few.loc[2, "change of gamma"][1] < 0 < few.loc[100, "change of gamma"][1]
+few[["gamma", "change of gamma", "loss"]].map(as_text)
+
+# %% [markdown]
+# With two pairs, Student's factor is 12.7 instead of 1.96, and the interval says nothing. The formula knows no bounds: it would reach below zero for the loss, which cannot be negative, so its lower end is cut there. A report says so where
+# a source holds out fewer than 20 pairs.
 #
 # ## Are the answers right?
 #
@@ -939,7 +959,7 @@ as_text(ends_above(pd.Series(climbing)))
 def failure_signs(
     gammas: pd.DataFrame,  # model, chunk, gamma: one pair a row; chunks in the order of training
     metrics: pd.DataFrame, # stage, loss: one optimizer step a row
-) -> list[str]:            # one sentence a sign; none where all is well
+) -> list[str]:            # one sentence per sign; none where all is well
     """Forgetting, instability and stages that changed nothing, as sentences.
     `gammas` has models from M_0 on, and for every model the same pairs in the same order."""
     gamma_of = {}
@@ -1040,7 +1060,7 @@ assert bad["the rule"] > 0.1 * bad["runs"]
 rates.rename_axis("true reward in the end")
 
 # %% [markdown]
-# The old rule gave a false alarm in a quarter of the good runs. The new one hardly ever does. But it overlooks most of the bad runs: a run may fail with a falling loss.
+# The old rule gave a false alarm in three of ten good runs. The new one hardly ever does. But it overlooks most of the bad runs: a run may fail with a falling loss.
 #
 # The other signs are one-sided comparisons at 2.5 %, one for each chunk. With nothing wrong, one chunk in forty shows one by chance. A report says all this in one paragraph.
 

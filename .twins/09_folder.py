@@ -22,6 +22,8 @@
 #
 # This chapter holds what keeps such a folder honest. It answers five questions, one a section: what does a file say? which stages are finished? is this the model that the stage
 # saved? is this the same run? is anybody else at work here?
+#
+# Each answer is a guard: some lines that stop a run, or say something, where it would otherwise go wrong in silence. So each section first lets it go wrong.
 
 # %%
 #| default_exp folder
@@ -55,14 +57,41 @@ from sdpo_nb.trainer import TrainConfig, save_checkpoint
 from sdpo_nb.world import complaint, load_world
 
 torch.set_num_threads(1)
-w, tmp = load_world(), Path(tempfile.mkdtemp()) / "run"
-tmp.mkdir()
+w, place = load_world(), Path(tempfile.mkdtemp())
 
+# %% [markdown]
+# Here is a real one. We borrow the call of [chapter 13](13_stepwise.ipynb), for two stages of thirty pairs.
+
+# %%
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
+
+real = place / "real"
+few = {name: dict(source=w.sources[name], max_pairs=30) for name in ("primer", "digest")}
+sdpo(w.base, few, StepwiseConfig(beta=0.3, lr=3e-4, precision="fp32"), real)
+
+def inside(folder): return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+print(inside(real))
+print(inside(real / "stage-1"))
+
+# %% [markdown]
+# Nothing else is needed: whoever has the folder can read the run, and go on with it. To break things, we take another folder, in which nothing is lost.
+
+# %%
+tmp = place / "run"
+tmp.mkdir()
 
 # %% [markdown]
 # ## What does a file say?
 #
-# People write YAML by hand, and by hand one writes a setting twice. YAML then takes the second value and says nothing. Here that is an error, and it names the line.
+# People write YAML by hand, and by hand one writes a setting twice. Which $\beta$ will this be?
+
+# %%
+twice = "beta: 0.1\nlr: 1e-5\nbeta: 0.3\n"
+yaml.safe_load(twice)
+
+
+# %% [markdown]
+# YAML takes the second value and says nothing. Here that is an error, and it names the line.
 
 # %%
 #| export
@@ -72,13 +101,17 @@ class _Once(yaml.SafeLoader):
         names = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if names.count(key.value) == 1: continue
-            raise yaml.constructor.ConstructorError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
+            problem = f"'{key.value}' is given twice"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 def read_yaml(
     path, # of any YAML file
 ):        # whatever it holds; None where it is empty
-    "A YAML file. Raises ValueError, with file and line, for what is not YAML and for a name that is given twice."
+    """A YAML file.
+
+    Raises ValueError, with file and line, for what is not YAML and for a name that is given twice.
+    """
     try: return yaml.load(Path(path).read_text(encoding="utf-8"), _Once)
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: is not text in UTF-8 ({e.reason})") from e
@@ -91,25 +124,22 @@ def read_yaml(
 
 # %%
 file = tmp / "run.yaml"
-for text in ("beta: 0.1\nlr: 1e-5\nbeta: 0.3\n", "sources: [a.jsonl\n"):
+for text in (twice, "sources: [a.jsonl\n"):
     file.write_text(text)
     print(complaint(read_yaml, file))
 
 # %% [markdown]
-# The files that a run writes itself are read by one function. By the time they are read, in the next call or in a year, one may be missing, empty or cut. A complaint then says three things:
-# which file, what is wrong with it, and what to do about it.
+# The files that a run writes itself are read in the next call, or in a year. By then one may be missing, empty or cut. What does Python say of an empty one?
+
+# %%
+complaint(json.loads, "")
+
+# %% [markdown]
+# Which of the many files of a run was it, and what can be done? A complaint should say three things: which file, what is wrong with it, and how to go on. The last depends on the file. What the report can do without may go; a partition is
+# measured anew; but what was trained must come back, or be trained again.
 
 # %%
 #| export
-NEEDED = { # name of a file -> what it must hold
-    "config.yaml": {"model", "weights", "sources", "pairs", "device", "settings", "versions"},
-    "partition.json": {"measures", "names", "chunks"},
-    "stage.json": {"stage", "chunk", "end", "probes", "steps", "skipped"},
-    "held_out.json": set(),
-    "answers.json": {"prompts", "answers"},
-    "cost.json": {"seconds", "peak_gib"},
-}
-
 _CURES = {
     "config.yaml": "put a copy of it back, or use another folder",
     "partition.json": "remove it and run again: the partition is made anew",
@@ -122,9 +152,18 @@ def cure_of(
     path: Path, # of a file or folder of a run
 ) -> str:
     "What to do about a part of a run that cannot be used."
-    of_a_stage = f"put it back, or remove {path.parent.name} and the stages after it, and run again: they are trained anew"
+    stage = path.parent.name
+    of_a_stage = (f"put it back, or remove {stage} and the stages after it, "
+                  "and run again: they are trained anew")
     return _CURES.get(path.name) or of_a_stage
 
+
+# %%
+for name in ("answers.json", "stage.json"): print(name, "->", cure_of(real / "stage-2" / name))
+
+
+# %%
+#| export
 @contextmanager
 def naming(
     path: Path, # of a file of a run
@@ -135,6 +174,27 @@ def naming(
         told = str(e).removeprefix(f"{path}: ").split("\n")[0]
         why = getattr(e, "strerror", None) or told or type(e).__name__
         raise ValueError(f"{path}: cannot be used ({why}); {cure_of(path)}") from e
+
+
+# %%
+def read_cut(path):
+    with naming(path): return json.loads(path.read_text()[:-9])
+
+print(complaint(read_cut, real / "stage-2/cost.json"))
+
+# %% [markdown]
+# A file that can be read may still be the wrong one. So each must hold what others will look for in it.
+
+# %%
+#| export
+NEEDED = { # name of a file -> what it must hold
+    "config.yaml": {"model", "weights", "sources", "pairs", "device", "settings", "versions"},
+    "partition.json": {"measures", "names", "chunks"},
+    "stage.json": {"stage", "chunk", "end", "probes", "steps", "skipped"},
+    "held_out.json": set(),
+    "answers.json": {"prompts", "answers"},
+    "cost.json": {"seconds", "peak_gib"},
+}
 
 def read_part(
     path, # of a config.yaml, partition.json, stage.json, ...
@@ -148,7 +208,8 @@ def read_part(
         absent = NEEDED[path.name] - set(found)
         if absent: raise ValueError(f"lacks {', '.join(sorted(absent))}")
         for name in ("settings", "versions", "sources"):
-            if not isinstance(found.get(name, {}), dict): raise ValueError(f"{name} holds no names and values")
+            inner = found.get(name, {})
+            if not isinstance(inner, dict): raise ValueError(f"{name} holds no names and values")
         return found
 
 
@@ -162,12 +223,21 @@ for text in ("", "null", '{"stage": 1', '{"stage": 1, "chunk": "primer"}'):
     (stage / "stage.json").write_text(text)
     print(complaint(read_part, stage / "stage.json"))
 
-
 # %% [markdown]
 # ## Which stages are finished?
 #
-# `stage.json` is the last file that a stage writes. So a stage is finished when it is there, and only then. Two things could go wrong, and both have: a copy that you made, `stage-1-before`, is
-# no stage. And with stage 1 gone, what is left of two stages is still stage 2.
+# `stage.json` is the last file that a stage writes. So a stage is finished when it is there, and only then. Here are some folders, the way users leave them. Counting them, or sorting their names, what would one take for the last stage?
+
+# %%
+for name in ("stage-2", "stage-10", "stage-1-before"):
+    (tmp / name).mkdir()
+    (tmp / name / "stage.json").write_text("{}")
+(tmp / "stage-3").mkdir() # begun
+inside(tmp)
+
+
+# %% [markdown]
+# By name, stage 3; by their number, stage 5. It is stage 10. So the number is read from the name, and a copy that you made, `stage-1-before`, is no stage.
 
 # %%
 #| export
@@ -178,18 +248,22 @@ def stage_numbers(
     found = [re.fullmatch(r"stage-([1-9]\d*)", p.name) for p in Path(folder).glob("stage-*")]
     return sorted(int(match[1]) for match in found if match)
 
+
+# %%
+stage_numbers(tmp)
+
+
+# %%
+#| export
 def finished_stages(
     folder, # of a run
 ) -> list[int]:
     "Numbers of the finished stages in a run folder, in order. Another folder beside them is no stage."
-    return [t for t in stage_numbers(folder) if (Path(folder) / f"stage-{t}" / "stage.json").exists()]
+    def finished(t): return (Path(folder) / f"stage-{t}" / "stage.json").exists()
+    return [t for t in stage_numbers(folder) if finished(t)]
 
 
 # %%
-for name in ("stage-2", "stage-10", "stage-1-before"):
-    (tmp / name).mkdir()
-    (tmp / name / "stage.json").write_text("{}")
-(tmp / "stage-3").mkdir() # begun
 assert stage_numbers(tmp) == [1, 2, 3, 10]
 finished_stages(tmp)
 
@@ -223,7 +297,20 @@ for folder in tmp.glob("stage-*"): shutil.rmtree(folder)
 # %% [markdown]
 # ## Is this the model that the stage saved?
 #
-# A model is saved as a folder that `from_pretrained` reads. Two promises go with it. The folder appears under its name only when it is complete, so half a model never looks like a whole one. And
+# A model is saved as a folder that `from_pretrained` reads. What if the disk is full when half of it is written? This tokenizer stands for a disk without room.
+
+# %%
+class NoRoom:
+    def save_pretrained(self, path): raise OSError(28, "No space left on device")
+
+model, tokenizer = load_model(w.base, "cpu"), load_tokenizer(w.base)
+model.save_pretrained(tmp / "plain")
+print(complaint(NoRoom().save_pretrained, tmp / "plain"))
+inside(tmp / "plain")
+
+
+# %% [markdown]
+# A model without a tokenizer, which looks like a whole one until somebody uses it. So `save_model` makes two promises. The folder appears under its name only when it is complete. And
 # it has the dtype of S: if you bring a model in bf16, you get one in bf16 back, although training keeps its weights in fp32.
 
 # %%
@@ -245,6 +332,19 @@ def save_model(
         usual = (tmp / "config.json").stat().st_mode
         for file in tmp.glob("*.safetensors"): file.chmod(usual)
 
+
+# %%
+print(complaint(save_model, model, NoRoom(), tmp / "whole"))
+assert not (tmp / "whole").exists()
+save_model(model, tokenizer, tmp / "whole")
+inside(tmp / "whole")
+
+
+# %% [markdown]
+# The other dtype is made on the way to the disk. The model in memory stays as it is.
+
+# %%
+#| export
 def _save_rounded(model, path, dtype):
     "The model stays as it is; the file, and what its config says of it, are of another dtype."
     rounded = {id(p): p.detach().to(dtype) for p in model.parameters()} # tied weights stay one tensor
@@ -258,9 +358,7 @@ def _save_rounded(model, path, dtype):
 
 
 # %%
-model, tokenizer = load_model(w.base, "cpu"), load_tokenizer(w.base)
 save_model(model, tokenizer, tmp / "half", torch.bfloat16)
-
 config = json.loads((tmp / "half/config.json").read_text())
 
 def size(folder): return (Path(folder) / "model.safetensors").stat().st_size
@@ -298,12 +396,23 @@ with torch.no_grad():
 for dtype in (torch.float32, torch.bfloat16):
     print(f"{dtype}: {share_changed(grown, w.base, dtype):.0%} of the weights differ")
 
-
 # %% [markdown]
 # So a stage counts this share, and says so where most weights did not move.
 #
-# A file on disk may also have been *replaced*: a colleague copies a model into the folder, or a synchronised drive restores an old one. Its path stays the same, and nothing would show it. But every stage wrote down the hash of
-# the weights that it saved. When a model is loaded, the two are compared.
+# A file on disk may also have been *replaced*: a colleague copies a model into the folder, or a synchronised drive restores an old one. Its path stays the same, so nothing shows it:
+
+# %%
+stage.mkdir()
+save_model(model, tokenizer, stage / "model")
+ended = dict(stage=1, chunk="primer", end=weights_hash(model), probes={}, steps=0, skipped=0)
+write_json(stage / "stage.json", ended)
+
+save_model(grown, tokenizer, stage / "model") # somebody puts another model there
+weights_hash(load_model(stage / "model", "cpu")) == ended["end"]
+
+
+# %% [markdown]
+# It was loaded without a word. But every stage wrote down the hash of the weights that it saved. `load_stage` compares the two.
 
 # %%
 #| export
@@ -324,19 +433,14 @@ def _saved(ended):
 
 def _compare(model, dtype, weights, path):
     found = weights_hash(model, dtype)
-    if found != weights:
-        raise ValueError(f"{path}: has weights {found}, but the stage ended with {weights}; {cure_of(path)}")
+    if found == weights: return
+    raise ValueError(f"{path}: has weights {found}, but the stage ended with {weights}; {cure_of(path)}")
 
 
 # %%
-stage.mkdir()
-save_model(model, tokenizer, stage / "model")
-ended = dict(stage=1, chunk="primer", end=weights_hash(model), probes={}, steps=0, skipped=0)
-write_json(stage / "stage.json", ended)
-assert weights_hash(load_stage(stage)) == ended["end"]
-
-save_model(grown, tokenizer, stage / "model") # somebody puts another model there
 print(complaint(load_stage, stage))
+save_model(model, tokenizer, stage / "model") # the right one is put back
+assert weights_hash(load_stage(stage)) == ended["end"]
 
 
 # %% [markdown]
@@ -349,9 +453,10 @@ def load_exactly(
     folder,           # of a finished stage
     device: str=None, # as for `load_model`
 ):                    # M_t in fp32
-    """The model that a stage ended with: from its checkpoint, where the model on disk is rounded and a checkpoint is there.
+    """The model that a stage ended with.
 
-    Raises ValueError where another one lies there.
+    From its checkpoint, where the model on disk is rounded and a checkpoint is there. Raises ValueError
+    where another one lies there.
     """
     folder = Path(folder)
     model = load_stage(folder, device)
@@ -376,9 +481,20 @@ save_checkpoint(stage, grown, optimizer, scaler, dict(batch=0))
 assert weights_hash(load_stage(stage)) != weights_hash(grown)
 assert weights_hash(load_exactly(stage)) == weights_hash(grown)
 
+def rounded_away(p, q): return (p != q).float().mean().item()
+lost = map(rounded_away, load_stage(stage).parameters(), grown.parameters())
+print(f"of the weights on disk, up to {max(lost):.0%} of a matrix are not what the stage ended with")
 
 # %% [markdown]
-# S itself may come in as an object, not as a path. Trainers that reload "the" model by the name in its config then get another model, without a word. Here the object is saved into the run first, and from then on it has a path like any other.
+# S itself may come in as an object, not as a path. Some code then reloads "the" model by the name in its config. Does it get the same one?
+
+# %%
+reloaded = load_model(grown.config._name_or_path, "cpu")
+{"the object": weights_hash(grown), "by its name": weights_hash(reloaded)}
+
+
+# %% [markdown]
+# It gets the model that the object was made of, not the object. Here the object is saved into the run first, and from then on it has a path like any other.
 
 # %%
 #| export
@@ -396,15 +512,16 @@ def base_folder(
     if isinstance(model, (str, Path)):
         return str(model), tokenizer or load_tokenizer(str(model), revision)
     check_model(model)
-    if tokenizer is None: raise ValueError("model: a loaded model needs its tokenizer, sdpo(model=..., tokenizer=...)")
+    if tokenizer is None:
+        raise ValueError("model: a loaded model needs its tokenizer, sdpo(model=..., tokenizer=...)")
     path = folder / "base" / "model"
     started = (folder / "config.yaml").exists()
     if started:
         mine = weights_hash(model, torch.float32)
         theirs = read_part(folder / "config.yaml")["weights"]
         if mine != theirs:
-            raise ValueError(f"{folder}: this run was started with a model of weights {theirs}, the loaded one has {mine}; "
-                             "use that or another folder")
+            raise ValueError(f"{folder}: this run was started with a model of weights {theirs}, "
+                             f"the loaded one has {mine}; use that or another folder")
     if not (started and path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_model(model, tokenizer, path)
@@ -435,9 +552,7 @@ shutil.rmtree(stage)
 #| export
 FREE = {"save_every", "log_with"} # may change at any time
 
-HOW = {"precision", "compile", "deterministic"} | COMPUTED_ALIKE - FREE # may change until the first update is saved
-
-SAID = {"base": "a config of S with the hash", "held_out_pairs": "held-out pairs with the hash"} # names shown in messages
+HOW = {"precision", "compile", "deterministic"} | COMPUTED_ALIKE - FREE # until the first update is saved
 
 RECORDED = [ # in config.yaml, beside what was asked for
     "weights", "reference_weights", "pairs", "held_out_pairs", "base",
@@ -447,6 +562,10 @@ RECORDED = [ # in config.yaml, beside what was asked for
 MAY_DIFFER = FREE | { # of config.yaml, between two calls
     "settings", "versions", "machine", "device", "model", "revision", "not_deterministic", "command",
 }
+
+# %%
+assert "beta" not in FREE | HOW
+{"at any time": sorted(FREE), "until the first update": sorted(HOW)}
 
 
 # %% [markdown]
@@ -458,13 +577,14 @@ def _compared(config):
     "What must agree between two calls on one folder."
     flat = config | config["settings"]
     compared = {name: value for name, value in flat.items() if name not in MAY_DIFFER}
-    return compared | dict(sources=list(config["sources"])) # the names; where the data lie may change, what they are may not
+    names = list(config["sources"]) # where the data lie may change, what they are may not
+    return compared | dict(sources=names)
 
 def _differences(there, new) -> dict: # name -> (what it was, what it is now)
     "What differs and must not, the settings first: they say more than the hash that they changed."
     now = _compared(new)
-    later = {name: now.get(name) for name in ("base", "held_out_pairs", "eval_share")} # which older folders did not record
-    old = later | _compared(there)
+    not_in_older_folders = ("base", "held_out_pairs", "eval_share")
+    old = {name: now.get(name) for name in not_in_older_folders} | _compared(there)
     if there["versions"].get("transformers") != new["versions"]["transformers"]:
         old["base"] = now["base"] # another version may give a config more fields
     names = sorted(now, key=lambda name: name not in new["settings"])
@@ -475,7 +595,8 @@ def _differences(there, new) -> dict: # name -> (what it was, what it is now)
 def made_up(**changes):
     "A config.yaml, as far as it matters here."
     settings = dict(beta=0.3, save_every=50, precision="fp32") | changes
-    return dict(sources=dict(riddle="riddle.jsonl"), settings=settings, weights="1f0c", device="cpu", versions=dict(transformers="5.23"))
+    sources, versions = dict(riddle="riddle.jsonl"), dict(transformers="5.23")
+    return dict(sources=sources, settings=settings, weights="1f0c", device="cpu", versions=versions)
 
 assert _differences(made_up(), made_up(save_every=7)) == {} # may change at any time
 _differences(made_up(), made_up(beta=0.2, precision="bf16"))
@@ -492,8 +613,10 @@ def what_differs(
 ) -> str:      # nothing, where they agree
     "A sentence, where two calls on one folder compute on different machines."
     was, now = _facts(old), _facts(new)
-    differs = [f"{_fact(name, now[name])}, started with {was[name]}" for name in now if name in was and was[name] != now[name]]
-    return f"goes on with {'; with '.join(differs)}: the last bits may differ" if differs else ""
+    differs = [name for name in now if name in was and was[name] != now[name]]
+    if not differs: return ""
+    told = [f"{_fact(name, now[name])}, started with {was[name]}" for name in differs]
+    return f"goes on with {'; with '.join(told)}: the last bits may differ"
 
 def _facts(config): return dict(device=config["device"]) | config.get("machine", {}) | config["versions"]
 
@@ -510,15 +633,97 @@ what_differs(here, there)
 
 
 # %% [markdown]
+# Where do these facts come from? The machine and the versions are asked, the commit too, where the package lies in a checkout.
+
+# %%
+#| export
+def machine_of(
+    device: torch.device, # that a run computes on
+) -> dict: # card; or threads, cpu
+    "What the last bits depend on, beside the settings: the card, or threads and kind of CPU."
+    if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
+    return dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+
+@functools.cache
+def versions() -> dict[str, str]: # package -> its version
+    "Of what computes, and of this package with the commit that it is at, where that can be known."
+    found = {p: version(p) for p in ("torch", "transformers", "datasets", "accelerate", "sdpo_nb")}
+    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    if "site-packages" in here.parts: return found
+    ask = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+    try: commit = subprocess.run(ask, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError): return found
+    if commit.returncode == 0: found["sdpo_nb"] += f" at {commit.stdout.strip()}"
+    return found
+
+
+# %%
+list(machine_of(torch.device("cpu"))), list(versions())
+
+
+# %%
+#| export
+def command() -> str: # as a shell takes it
+    "What was typed; of a call from Python, the script."
+    name = Path(sys.argv[0]).name
+    return shlex.join(["sdpo" if name in ("sdpo", "cli.py") else name, *sys.argv[1:]])
+
+def recorded(
+    value, # of a setting
+):         # a number, a text, a list or None
+    "A setting as config.yaml can hold it: of a function, the name."
+    if isinstance(value, (int, float, str, list, type(None))): return value
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+# %%
+typed, sys.argv = sys.argv, ["/usr/bin/sdpo", "run", "--folder", "my runs/first"]
+said = command()
+sys.argv = typed
+said, recorded(0.3), recorded(made_up)
+
+
+# %% [markdown]
+# What decides whether a change of *how* it is computed is harmless? Whether an update has been saved. A stage that has only begun holds nothing that could be spoilt.
+
+# %%
+#| export
+def _has_trained(folder):
+    "Whether an update of any stage has been saved."
+    marks = ("checkpoint/state.pt", "stage.json")
+    return any((folder / f"stage-{t}" / mark).exists() for t in stage_numbers(folder) for mark in marks)
+
+SAID = { # names shown in messages
+    "base": "a config of S with the hash",
+    "held_out_pairs": "held-out pairs with the hash",
+}
+
+def _check_may_differ(folder, differs):
+    "Raise ValueError unless only the way of computing differs and nothing has been trained."
+    first = next((name for name in differs if name not in HOW), next(iter(differs)))
+    if first in HOW and not _has_trained(folder): return
+    was, now = differs[first]
+    raise ValueError(f"{folder}: this run was started with {SAID.get(first, first)} = {was}, not {now}; "
+                     "use that or another folder")
+
+
+# %%
+assert not _has_trained(tmp)
+_check_may_differ(tmp, dict(precision=("fp32", "bf16"))) # nothing to protect yet
+print(complaint(_check_may_differ, real, dict(precision=("fp32", "bf16"))))
+print(complaint(_check_may_differ, tmp, dict(pairs=("90d2", "11aa"))))
+
+
+# %% [markdown]
 # All of it goes into the folder: `open_folder` writes `config.yaml`, or compares with the one that is there.
 
 # %%
 #| export
 def open_folder(
-    folder: Path,
+    folder: Path,   # of the run
     config,         # the settings, a dataclass
     precision: str, # fp32, bf16 or fp16: what "auto" meant
-    identity: dict, # hashes and names of S, the sources, the machine: what goes into config.yaml beside the settings
+    identity: dict, # hashes and names of S, the sources, the machine: what config.yaml holds beside settings
 ) -> str:           # what may change the last bits, or nothing
     """Write config.yaml, or compare with the one that is there.
 
@@ -538,49 +743,6 @@ def open_folder(
         (folder / "partition.json").unlink(missing_ok=True) # it is measured anew
     with replacing(path) as tmp: tmp.write_text(yaml.safe_dump(new, sort_keys=False))
     return ""
-
-def _check_may_differ(folder, differs):
-    "Raise ValueError unless only the way of computing differs and nothing has been trained."
-    first = next((name for name in differs if name not in HOW), next(iter(differs)))
-    if first in HOW and not _has_trained(folder): return
-    was, now = differs[first]
-    raise ValueError(f"{folder}: this run was started with {SAID.get(first, first)} = {was}, not {now}; use that or another folder")
-
-def _has_trained(folder):
-    "Whether an update of any stage has been saved."
-    marks = ("checkpoint/state.pt", "stage.json")
-    return any((folder / f"stage-{t}" / mark).exists() for t in stage_numbers(folder) for mark in marks)
-
-def recorded(
-    value, # of a setting
-):
-    "A setting as config.yaml can hold it: of a function, the name."
-    if isinstance(value, (int, float, str, list, type(None))): return value
-    return getattr(value, "__qualname__", type(value).__name__)
-
-@functools.cache
-def versions() -> dict[str, str]:
-    "Of what computes, and of this package with the commit that it is at, where that can be known."
-    found = {p: version(p) for p in ("torch", "transformers", "datasets", "accelerate", "sdpo_nb")}
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    if "site-packages" in here.parts: return found
-    ask = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
-    try: commit = subprocess.run(ask, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.SubprocessError): return found
-    if commit.returncode == 0: found["sdpo_nb"] += f" at {commit.stdout.strip()}"
-    return found
-
-def command() -> str:
-    "What was typed; of a call from Python, the script."
-    name = Path(sys.argv[0]).name
-    return shlex.join(["sdpo" if name in ("sdpo", "cli.py") else name, *sys.argv[1:]])
-
-def machine_of(
-    device: torch.device,
-) -> dict:
-    "What the last bits depend on, beside the settings: the card, or threads and kind of CPU."
-    if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
-    return dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
 
 # %% [markdown]
@@ -614,12 +776,31 @@ print(complaint(open_folder, tmp, TrainConfig(beta=0.2), "bf16", S_here))
 elsewhere = S_here | dict(machine=dict(threads=2, cpu="AVX2"))
 print(open_folder(tmp, TrainConfig(beta=0.3), "bf16", elsewhere))
 
+# %% [markdown]
+# The guard keeps an honest user from a mistake. It is no seal: who changes `beta` in `config.yaml` *and* in the call is believed.
+
+# %%
+config = read_part(tmp / "config.yaml")
+config["settings"]["beta"] = 0.2
+(tmp / "config.yaml").write_text(yaml.safe_dump(config))
+assert open_folder(tmp, TrainConfig(beta=0.2), "bf16", S_here) == ""
 
 # %% [markdown]
 # ## Is anybody else at work here?
 #
-# Two processes in one folder would write the same checkpoint and each other's metrics. So a call holds a lock while it works. The system gives the lock back when a process dies, however it dies; there is nothing to
-# clean up.
+# It happens quickly: a job seems to hang, one starts it again, and both go on. Here are two of them, as they write their steps.
+
+# %%
+file = tmp / "metrics.jsonl"
+with open(file, "a") as one, open(file, "a") as other:
+    for step in (1, 2, 3):
+        for process in (one, other): print(json.dumps(dict(step=step)), file=process, flush=True)
+[json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+# %% [markdown]
+# Neither of them notices. They would overwrite each other's checkpoint as well, and what is left belongs to no run. So a call holds a lock while it works. The usual way, a file that says "busy", stays behind when a process is killed, and then locks out everybody. This lock
+# belongs to the system, which gives it back when the process dies, however it dies.
 
 # %%
 #| export
@@ -638,11 +819,12 @@ def alone_in(
     lock = _open_lock(folder / ".lock") if fcntl else None
     try:
         if lock is not None and not _take(lock):
-            raise ValueError(f"{folder}: another process works in this folder; wait until it has ended, or use another folder")
+            raise ValueError(f"{folder}: another process works in this folder; "
+                             "wait until it has ended, or use another folder")
         yield
     finally:
         if lock is not None:
-            fcntl.flock(lock, fcntl.LOCK_UN) # said, not left to closing: a process that was forked may still hold a copy
+            fcntl.flock(lock, fcntl.LOCK_UN) # not left to closing: a forked process may still hold a copy
             os.close(lock)
 
 def _open_lock(path):
@@ -659,11 +841,19 @@ def _take(lock) -> bool:
 # %%
 with alone_in(tmp / "once"):
     print(complaint(alone_in(tmp / "once").__enter__))
-with alone_in(tmp / "once"): pass # it has been given back
+assert (tmp / "once/.lock").exists() # the file stays,
+with alone_in(tmp / "once"): pass     # the lock has been given back
+
+# %% [markdown]
+# The last guard is for a folder that holds stages but no `config.yaml`, say because only some of it was copied. What would a run go on from?
+
+# %%
+shutil.copytree(real / "stage-1", tmp / "part/stage-1")
+finished_stages(tmp / "part")
 
 
 # %% [markdown]
-# The last guard is for a folder that holds stages but no `config.yaml`. Nobody knows with which settings they were trained, so nothing may go on from them.
+# From stage 1, and nobody knows with which settings that was trained. So nothing may go on from it.
 
 # %%
 #| export
@@ -679,22 +869,34 @@ def check_fresh(
     parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
     parts += folder.glob("partition.json")
     parts += [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
-    if parts:
-        part = parts[0].relative_to(folder)
-        raise ValueError(f"{folder}: not empty and not a run, there is {part} but no config.yaml; use another folder")
+    if not parts: return
+    part = parts[0].relative_to(folder)
+    raise ValueError(f"{folder}: not empty and not a run, there is {part} but no config.yaml; "
+                     "use another folder")
 
 
 # %%
 check_fresh(tmp / "once")
-(tmp / "config.yaml").unlink() # stage-1 stays
-print(complaint(check_fresh, tmp))
+check_fresh(real)
+print(complaint(check_fresh, tmp / "part"))
 
 # %%
 #| hide
-shutil.rmtree(tmp.parent)
+shutil.rmtree(place)
 
 # %% [markdown]
 # ## What you now have
+#
+# | guard | without it |
+# | --- | --- |
+# | `read_yaml` | a setting that is given twice has its second value |
+# | `read_part`, `naming` | "Expecting value: line 1 column 1", and forty files to search |
+# | `stage_numbers`, `stage_folders` | stage 10 sorts before stage 2, and a copy counts as a stage |
+# | `save_model` | half a model looks like a whole one |
+# | `load_stage`, `load_exactly`, `base_folder` | another model, or a rounded one, is trained on |
+# | `open_folder` | half a run at one $\beta$, half at another |
+# | `alone_in` | two processes write one file |
+# | `check_fresh` | a run goes on from a stage whose settings nobody knows |
 #
 # A folder that knows what it is. `read_part` reads each of its files or says what to do; `stage_folders` lists what is finished; `load_stage` gives you the model that a stage saved, and no other;
 # `open_folder` lets a run go on only as the run that it was; `alone_in` keeps a second process out. The [next chapter](10_report.ipynb) reads such a folder, and [13](13_stepwise.ipynb) writes one.
@@ -717,7 +919,15 @@ shutil.rmtree(tmp.parent)
 #
 # </details>
 #
-# 3. Why does a path not answer the question "which model is this"?
+# 3. A run in bf16 was stopped after stage 1 and goes on. Why does it read the checkpoint of stage 1, and not the model beside it?
+#
+# <details><summary>Answer</summary>
+#
+# The model on disk is rounded to bf16. A run that was never stopped starts stage 2 from the fp32 weights in memory; only the checkpoint holds these. From the rounded ones it would end in another model.
+#
+# </details>
+#
+# 4. Why does a path not answer the question "which model is this"?
 #
 # <details><summary>Answer</summary>
 #

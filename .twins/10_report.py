@@ -5,10 +5,12 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/10_report.ipynb)
 #
 # **You should know** that [a run is a folder](09_folder.ipynb) and what is [measured on pairs](08_evaluate.ipynb). If you came to learn what stepwise DPO does, read [13](13_stepwise.ipynb) first.
-# **Time** an hour to read with its code, half a minute to run.
+# **Time** an hour to read with its code, a minute to run. If you have a report of your own before you, half an hour: read the text and the tables, and skip the cells that begin with `#| export`.
 #
 # When a run has ended, its reader has one question: *is the last model better than the one I began with?* Then come the smaller ones: which stage did it, what did it cost, can I trust it, can I run it
-# again? This chapter reads the folder and answers in that order. Nothing here computes with a model, so a report can be made again in seconds, also on a laptop to which you copied the folder without its models.
+# again? The report answers in that order, and this chapter goes through it from top to bottom. Of each part it says what it is for, what a healthy value is, and what should worry you. Then come the few lines that make it.
+#
+# Nothing here computes with a model. So a report can be made again in seconds, also on a laptop to which you copied the folder without its models.
 
 # %%
 #| default_exp report
@@ -34,18 +36,50 @@ from sdpo_nb.folder import cure_of, finished_stages, load_stage, naming, read_pa
 from sdpo_nb.logprobs import load_tokenizer, read_table, replacing
 
 # %%
-import torch
+import math
 
+import torch
+from IPython.display import Markdown
+
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import complaint, load_world
 
 torch.set_num_threads(1)
 pd.set_option("display.width", 180, "display.max_columns", 20)
 
+# %% [markdown]
+# ## Three runs
+#
+# To have something to read, we borrow the call of [chapter 13](13_stepwise.ipynb), and train three times in the tiny world, each time in three stages, one per source of pairs. The first run has usual settings. The second has
+# a learning rate that is thirty times too large. The third has few pairs and reads them ten times. A share of the prompts of each source is *held out*: never trained on, and read by every model.
+
+# %%
+w, tmp = load_world(), Path(tempfile.mkdtemp())
+usual = dict(beta=0.3, lr=1e-4, epochs=2, precision="fp32", eval_share=0.1)
+run = sdpo(w.base, w.sources, StepwiseConfig(**usual), tmp / "run")
+
+# %%
+hot = sdpo(w.base, w.sources, StepwiseConfig(**usual | dict(lr=3e-3)), tmp / "hot")
+
+few = {name: dict(source=file, max_pairs=30) for name, file in w.sources.items()}
+often = dict(lr=3e-4, epochs=10, eval_share=0.4)
+by_heart = sdpo(w.base, few, StepwiseConfig(**usual | often), tmp / "by-heart")
 
 # %% [markdown]
+# Each folder now holds a `report.md`. After a line or two, the page of the first run shows this table. Which numbers say that the model after stage 3 is better than S?
+
+# %%
+page = (run.folder / "report.md").read_text()
+begin, end = page.index("| model | gamma"), page.index("### Against the stage before")
+Markdown(page[begin:end])
+
+
+# %% [markdown]
+# Look at *change of gamma* in the three rows "after stage 3": +3.7, +3.9 and +3.4 nats, and none of the intervals comes near zero. That is the answer. What the other columns are for comes below; before, we need the folder.
+#
 # ## A folder, read
 #
-# `Run` gives the files of a folder names. It keeps nothing in memory: each property reads its file when you ask. Its last methods are the sections of this chapter.
+# `Run` gives the files of a folder names. It keeps nothing in memory: each property reads its file when you ask. Its last methods are what you will type; each hands over to a function of this chapter, where it is explained.
 
 # %%
 #| export
@@ -86,15 +120,16 @@ class Run:
         "Where a model lies, as `from_pretrained` reads it. Raises ValueError where no stage is finished."
         if t == 0: return Path(self.config["model"])
         finished = finished_stages(self.folder)
-        if t is None and not finished: raise ValueError(f"{self.folder}: no stage is finished, so there is no model yet")
+        if t is None and not finished:
+            raise ValueError(f"{self.folder}: no stage is finished, so there is no model yet")
         return self.folder / f"stage-{t or finished[-1]}" / "model"
 
     def partition(self) -> pd.DataFrame:
         "What was measured of each source under S, in the order of training."
         return pd.DataFrame(read_part(self.folder / "partition.json")["measures"]).set_index("source")
 
-    def table(self) -> pd.DataFrame: return stage_table(self)
     def held_out(self) -> pd.DataFrame: return held_out_table(self)
+    def table(self) -> pd.DataFrame: return stage_table(self)
     def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics)
     def report(self): return write_report(self)
     def export(self, folder) -> Path: return export_model(self, folder)
@@ -111,31 +146,17 @@ def _steps(folder):
         if len(steps) != made: raise ValueError(f"it holds {len(steps)} steps, and the stage made {made}")
     return steps
 
-def _model_folders(run):
-    "Of M_0, M_1, ...: where the tables of log-probabilities lie."
-    return [run.folder / "base", *stage_folders(run.folder)]
-
-
-# %% [markdown]
-# To have something to read, we borrow one call of the [next chapter](13_stepwise.ipynb): three stages in the tiny world, one per source. A tenth of the prompts of each source is held out: never trained on, and
-# read by every model.
 
 # %%
-from sdpo_nb.stepwise import StepwiseConfig, sdpo
-
-w, tmp = load_world(), Path(tempfile.mkdtemp())
-settings = StepwiseConfig(beta=0.3, lr=1e-4, epochs=2, precision="fp32", eval_share=0.1)
-run = sdpo(w.base, w.sources, settings, tmp / "run")
-
-# %%
+run, hot, by_heart = (Run(r.folder) for r in (run, hot, by_heart))
 assert [s["stage"] for s in run.stages] == [1, 2, 3]
 run.metrics.groupby("stage")[["loss", "reward_accuracy", "margin"]].last().round(3)
 
 # %% [markdown]
 # The last step of each stage, from `metrics.jsonl`: its loss, the share of its pairs whose chosen response gained on the rejected one, and by how much (the *margin*, in units of reward). These numbers
-# come from one batch each, and from pairs that are being trained on. The tables below are better.
+# come from one batch each, and from pairs that are being trained on. They are good for watching a run. To judge it, there are better ones.
 #
-# A file of steps may have been cut on the way, when a disk was full or a copy was stopped. Then the number of steps gives it away:
+# A file of steps may have been cut on the way, when a disk was full or a copy was stopped. A loss curve without its end looks like any other, so the number of steps is compared with what the stage says it made:
 
 # %%
 metrics = run.folder / "stage-2/metrics.jsonl"
@@ -146,9 +167,48 @@ metrics.write_text(whole);
 
 
 # %% [markdown]
+# ### As markdown
+#
+# The report is a markdown file. Names of sources come from users, and a user may call a source `a|b` or `<b>`. So whatever is printed first loses what markdown would read as a mark.
+
+# %%
+#| export
+def escaped(
+    value, # anything that can be printed; a float gets three digits
+) -> str:
+    "Text in one line, in which nothing ends a cell, begins a tag or a picture, or changes the type."
+    printed = f"{value:.3f}" if isinstance(value, float) else str(value)
+    text = " ".join(printed.splitlines())
+    for mark in ("|", "<", "*", "`"): text = text.replace(mark, "\\" + mark)
+    return text.replace("![", r"!\[")
+
+
+# %%
+assert escaped("two\nlines") == "two lines"
+print(escaped("a|b <img>"))
+
+
+# %%
+#| export
+def as_markdown(
+    frame: pd.DataFrame, # its index becomes the first column
+) -> str:
+    "A data frame as a markdown table."
+    head = [frame.index.name or "", *frame.columns]
+    rule = ["---"] * len(head)
+    body = [[name, *row] for name, row in zip(frame.index, frame.to_numpy(dtype=object))]
+    rows = [" | ".join(map(escaped, row)) for row in [head, rule, *body]]
+    return "\n".join(f"| {row} |" for row in rows)
+
+
+# %%
+print(as_markdown(pd.DataFrame({"accuracy": [0.5]}, index=["a|b <img>"])))
+
+
+# %% [markdown]
 # ## Did it help on pairs that it never saw?
 #
-# This is the question of the reader, so it comes first, here and in the report. Each model is compared with S, and with the stage before it.
+# This is the question of the reader, so it comes first. Each model is compared with S, and with the stage before it. Every cell of the table holds a mean and its 95 % interval.
 
 # %%
 #| export
@@ -162,33 +222,257 @@ def held_out_table(
     tables = [read_table(folder / "logprobs") for folder in _model_folders(run)]
     beta = run.config["settings"]["beta"]
     found = {}
-    for name, held in _held(run).items():
+    for source, held in _held(run).items():
         pairs = [dict(key=key) for key in held["keys"]]
         of_S = held_out(tables[0], tables[0], pairs, beta)
-        found[name, "S", "S"] = {measure: of_S[measure] for measure in ("gamma", "prefers chosen")} # against itself, the rest is nothing
+        of_one_model = ("gamma", "prefers chosen") # against itself, the rest is nothing
+        found[source, "S", "S"] = {measure: of_S[measure] for measure in of_one_model}
         for t, table in enumerate(tables[1:], 1):
-            found[name, f"after stage {t}", "S"] = held_out(table, tables[0], pairs, beta)
-            if t > 1: found[name, f"after stage {t}", f"stage {t-1}"] = held_out(table, tables[t-1], pairs, beta)
+            model = f"after stage {t}"
+            found[source, model, "S"] = held_out(table, tables[0], pairs, beta)
+            if t > 1: found[source, model, f"stage {t-1}"] = held_out(table, tables[t-1], pairs, beta)
     if not found: return pd.DataFrame()
     return pd.DataFrame(found, dtype=object).T.rename_axis(["source", "model", "against"])
+
+def _model_folders(run):
+    "Of M_0, M_1, ...: where the tables of log-probabilities lie."
+    return [run.folder / "base", *stage_folders(run.folder)]
 
 def _held(run) -> dict: # name -> keys, tokens
     path = run.folder / "held_out.json"
     return read_part(path) if path.exists() else {}
 
+def _in_words(found):
+    "The same table with text in its cells; nothing where a model is compared with itself."
+    return found.map(lambda cell: as_text(cell) if isinstance(cell, tuple) else "")
+
 
 # %%
-held = held_out_table(run)
-against_S = held.xs("S", level="against")[["gamma", "prefers chosen", "change of gamma"]]
-against_S.map(lambda cell: as_text(cell) if isinstance(cell, tuple) else "")
+held = run.held_out()
+assert held.loc[("riddle", "after stage 3", "S"), "change of gamma"][1] > 0
+_in_words(held.xs("S", level="against")[["gamma", "prefers chosen", "change of gamma"]])
 
 # %% [markdown]
-# Only some fifty pairs of each source are held out here, so the intervals are wide.
+# Read it in this order:
+#
+# | column | question | healthy | worry |
+# | --- | --- | --- | --- |
+# | change of gamma | by how many nats did the chosen response gain on the rejected one? | the whole interval is above 0 | it holds 0: nothing is shown; it is below 0: the model got worse |
+# | reward accuracy | on which share of the pairs did it gain? | above 0.5, with its interval | near 0.5 although the change is large: a few pairs make the mean |
+# | loss | how surprised is the model by these labels, with the model it is compared with as reference? | below $\ln 2$ = 0.693, which is the value for learning nothing | above 0.693: not training at all would have been better |
+# | prefers chosen | on which share of the pairs is the chosen response the likelier one? | higher than in the row of S | lower than in the row of S |
+# | log-ratio of chosen, of rejected | which of the two moved? | rejected falls, chosen falls less | chosen falls by several nats a token: the model leaves the language of its data |
+# | gamma | the same as change of gamma, but of one model alone | not to be judged alone | |
+#
+# Two kinds of intervals stand here. Shares have Wilson's interval, means Student's, [chapter 05](05_partition.ipynb) explains both. *Change of gamma* is *paired*: the difference is taken pair by pair, so it does not matter that some pairs are easy and some are hard. That is why the intervals of *gamma* of S and after
+# stage 2 overlap on `primer`, [0.44, 2.95] and [2.40, 5.30], and the change between them is still clear: [1.26, 3.06].
+#
+# All of them answer one question: what would other pairs of the same kind have shown of *these* models? They say nothing about another training run, another seed, or other data.
+#
+# Now the same columns of the run that was too hot. Its $\gamma$ has risen as well. What has happened?
+
+# %%
+columns = ["change of gamma", "loss", "log-ratio of chosen", "log-ratio of rejected"]
+of_hot = hot.held_out().xs(("after stage 3", "S"), level=("model", "against"))
+assert of_hot["change of gamma"].map(lambda cell: cell[0] > 0).all()
+assert of_hot["loss"].map(lambda cell: cell[0] > math.log(2)).all()
+assert of_hot["log-ratio of chosen"].map(lambda cell: cell[0] < -15).all()
+_in_words(of_hot[columns])
+
+# %% [markdown]
+# Both responses became less likely, by about twenty nats or more. A response has six tokens here, so each token of a *chosen* response is now some twenty times less likely than it was under S, or worse. The rejected ones lost even more, so the mean of $\gamma$ grew; for two of the sources its interval holds 0. The loss tells: it is above $\ln 2$
+# for all three, because the pairs that were lost are lost by far.
+#
+# ### When an interval says little
+#
+# From two or six pairs one learns next to nothing ([chapter 08](08_evaluate.ipynb) shows how little). A table does not look different for that, so a sentence says it.
+
+# %%
+#| export
+FEW = 20 # held-out pairs of a source; with fewer, a report warns of its intervals
+
+def _few_text(held):
+    "One sentence, where a source holds out few pairs."
+    few = [escaped(name) for name, part in held.items() if len(part["keys"]) < FEW]
+    if not few: return []
+    return [f"Fewer than {FEW} pairs of {', '.join(few)} are held out, so their intervals say little; "
+            "a larger `eval_share`, or a larger held-out source, would help."]
+
+
+# %%
+assert _few_text(_held(run)) == []
+print(*_few_text(_held(by_heart)))
+
+# %%
+pairs_of = {name: len(part["keys"]) for name, part in _held(by_heart).items()}
+last = by_heart.held_out().xs(("after stage 3", "S"), level=("model", "against"))
+_in_words(last[["prefers chosen", "change of gamma", "loss"]]).assign(pairs=pairs_of)
+
+
+# %% [markdown]
+# With 5 to 14 pairs nothing is decided. The model may be better than S, or worse.
+#
+# Each part of the report is made by a function that takes the run and returns paragraphs. This is the first of them. If nothing was held out, that is the first thing a reader must know.
+
+# %%
+#| export
+def _held_out_text(run):
+    "One table for each comparison."
+    title = "## Held-out pairs"
+    found, held = run.held_out(), _held(run)
+    if found.empty:
+        return [title, NOTHING_HELD_OUT]
+    sizes = ", ".join(_size(name, part) for name, part in held.items())
+    text = [title, f"Never trained on: {sizes}. {HELD_OUT_TEXT}", *_few_text(held)]
+
+    shown = _in_words(found).reset_index()
+    shown["model"] = shown["source"] + ", " + shown["model"]
+    of_S = shown["against"] == "S"
+    for heading, rows in (("Against S", shown[of_S]), ("Against the stage before", shown[~of_S])):
+        if not len(rows): continue
+        table = rows.drop(columns=["source", "against"]).set_index("model")
+        text += [f"### {heading}", as_markdown(table)]
+    return text
+
+NOTHING_HELD_OUT = (
+    "None: everything below is about pairs that were trained on. "
+    "`eval_share` keeps some aside."
+)
+
+HELD_OUT_TEXT = (
+    "Log-probabilities in nats; "
+    "*loss* and *reward accuracy* take the model that is compared with as the reference."
+)
+
+def _size(name, held):
+    "How many pairs a source holds out, and how long their responses are."
+    chosen, rejected = held["tokens"]["chosen"], held["tokens"]["rejected"]
+    tokens = f"{chosen:.0f} and {rejected:.0f} tokens on average, chosen and rejected"
+    return f"{escaped(name)} ({len(held['keys'])} pairs; responses of {tokens})"
+
+
+# %%
+print(_held_out_text(run)[1])
+
+
+# %% [markdown]
+# ## What do they say?
+#
+# Next, what no table of numbers can show. Each model has answered the same four prompts, held-out ones where there are any, with the likeliest token each time. So the same weights always give the same answers, and you may compare word by word.
+#
+# Healthy is: the answers end by themselves, stay with the subject, and change where S was wrong. Worry about answers that repeat themselves, that grow longer from stage to stage, or that end in the middle of a word (64 tokens is the most that
+# is asked for). If nothing changes over all stages, the learning rate is probably too small.
+
+# %%
+#| export
+def _answers_text(run):
+    "What each model answers to the same prompts."
+    parts = {}
+    for t, folder in enumerate(_model_folders(run)):
+        file = folder / "answers.json"
+        if file.exists(): parts[f"after stage {t}" if t else "S"] = read_part(file)
+    if not parts: return []
+    text = ["## Answers", ANSWERS_TEXT]
+    prompts = next(iter(parts.values()))["prompts"]
+    for i, prompt in enumerate(prompts):
+        answers = {name: part["answers"][i] for name, part in parts.items()}
+        table = pd.DataFrame({"answer": answers}).rename_axis("model")
+        text += [f"**{escaped(prompt.strip())}**", as_markdown(table)]
+    return text
+
+ANSWERS_TEXT = "The likeliest token each time, 64 at most; the prompts are held-out ones where there are any."
+
+# %%
+print("\n\n".join(_answers_text(run)[2:4]))
+
+# %% [markdown]
+# The usual run and the hot one, on the fourth prompt:
+
+# %%
+Markdown("\n\n".join(_answers_text(run)[-2:] + _answers_text(hot)[-1:]))
+
+
+# %% [markdown]
+# No more has to be said about the hot run. Its table of stages, as we shall see, looks fine.
+#
+# ## What was trained on, and in which order?
+#
+# First the counts: how many rows were read, and what became of them. [Chapter 01](01_preferences.ipynb) has a line on each. Healthy is that nearly all rows are `usable`. Worry where `truncated` or `prompt_truncated` is a large share of them (a
+# larger `max_length` helps), and where `both_labels` is not 0: these pairs occur with the opposite label, too, and teach nothing.
+
+# %%
+#| export
+def _data_text(run):
+    "What was read, dropped and cut, one column per source; of chunks that a function makes, nothing."
+    path = run.folder / "partition.json"
+    counts = read_part(path).get("counts") if path.exists() else None
+    if not counts or "rows" not in counts[0]: return []
+    return ["## Data", as_markdown(pd.DataFrame(counts).set_index("source").T.rename_axis("rows"))]
+
+
+# %%
+Markdown(_data_text(run)[1])
+
+
+# %% [markdown]
+# Then the order. `accuracy` is the share of pairs that S ranks rightly before any training, with its interval from `low` to `high`; the easy source goes first. The columns are those of [chapter 05](05_partition.ipynb).
+#
+# An order looks decided. So a sentence says where it is not: where the intervals of two neighbours overlap, and where the mean per token would have ordered the sources differently from the sum.
+
+# %%
+#| export
+def undecided(
+    measures: pd.DataFrame, # of a partition, in the order of training; indexed by source
+    order: str="easy_to_hard", # or hard_to_easy
+) -> list[str]:
+    "What the order of the sources does not say."
+    rows, out = list(measures.iterrows()), []
+    for (a, x), (b, y) in zip(rows, rows[1:]):
+        overlap = x["low"] <= y["high"] and y["low"] <= x["high"]
+        if not overlap: continue
+        out.append(f"The intervals of {a} and {b} overlap: "
+                   "which of them comes first is not decided by these pairs.")
+    hard_first = order == "hard_to_easy"
+    by_token = measures.sort_values("accuracy_per_token", ascending=hard_first, kind="stable").index.tolist()
+    if by_token != measures.index.tolist():
+        other = ", ".join(map(str, by_token))
+        out.append(f"By the mean log-probability of a token, not the sum, the order would be {other}.")
+    return out
+
+
+# %%
+measures = pd.DataFrame(
+    dict(accuracy=[0.6, 0.55], low=[0.5, 0.5], high=[0.7, 0.6], accuracy_per_token=[0.4, 0.6]),
+    index=["short", "mixed"])
+apart = measures.assign(low=[0.59, 0.5], high=[0.7, 0.56], accuracy_per_token=[0.6, 0.4])
+assert undecided(apart) == []
+undecided(measures)
+
+
+# %%
+#| export
+def _partition_text(run):
+    "What the order of the sources rests on; nothing for chunks that a function makes."
+    config = run.config
+    if not config["sources"]: return []
+    measures, order = run.partition(), config["settings"]["order"]
+    ordered = order in ("easy_to_hard", "hard_to_easy")
+    words = [escaped(sentence) for sentence in undecided(measures, order)] if ordered else []
+    return ["## Partition under S", as_markdown(measures), *words, "![](figures/partition.png)"]
+
+
+# %%
+assert len(_partition_text(run)) == 3
+print(_partition_text(by_heart)[2])
+plot_partition(run.partition().reset_index());
+
+# %% [markdown]
+# What to see in the first figure of the report: in the usual run the whiskers do not touch, so the order is decided by these pairs. In the run with few pairs they do, and the sentence above the figure says so. A diamond away from the end of its bar says that the
+# length of the responses has a hand in the order.
 #
 # ## What did each stage do?
 #
-# One column per stage. $\gamma$ is how much likelier the chosen response is than the rejected one, in nats. `gamma_ref on D_t` is what the reference of the stage says about its pairs, and `gamma_ref on D_t+1`
-# what it says about the next stage's.
+# One column per stage. All of it is measured on pairs of the stage's own chunk $D_t$, *which were trained on*. It tells you whether the training worked, and not whether it was of any use.
 
 # %%
 #| export
@@ -217,7 +501,8 @@ def stage_table(
     """
     columns = {}
     for stage in run.stages:
-        columns[f"stage {stage['stage']}"] = {label: _shown(stage.get(name)) for label, name in STAGE_ROWS.items()}
+        column = {label: _shown(stage.get(name)) for label, name in STAGE_ROWS.items()}
+        columns[f"stage {stage['stage']}"] = column
     return pd.DataFrame(columns, dtype=object)
 
 def _shown(value):
@@ -228,12 +513,37 @@ def _shown(value):
 
 
 # %%
-stage_table(run)
+for stage in run.stages: assert stage["certificate"] <= stage["gamma"]
+run.table()
+
+# %% [markdown]
+# Row by row:
+#
+# | row | what it is | what to look for |
+# | --- | --- | --- |
+# | chunk, pairs, steps | what the stage was trained on, and how many optimizer steps it made | ten steps at the default learning rate change nothing |
+# | reference | whose log-probabilities the loss compares with | `M_t-1` in stepwise DPO |
+# | first loss | the loss of the first batch, before any step | 0.693 = $\ln 2$ where a policy is its own reference; anything else says that it starts elsewhere |
+# | gamma_ref on D_t | mean $\gamma$ of the reference on the chunk: the bar of this stage | |
+# | gamma_ref on D_t+1 | what the same reference says about the *next* chunk, which it has not seen | compare with the next column's `gamma_ref on D_t`: the rise is what this stage taught beyond its own pairs |
+# | gamma of M_t on D_t | mean $\gamma$ after the stage | above the bar |
+# | change of gamma | the same pairs before and after, pair by pair, with the paired interval | above 0; if it holds 0, the stage did nothing: more steps, or a larger learning rate |
+# | gamma certified by the loss | the least mean $\gamma$ that the loss allows ([chapter 03](03_loss.ipynb)) | near the row two above it; far below: some pairs gained much and others lost |
+# | pairs below reference | the share of pairs on which the model fell below its reference; of single pairs the certificate says nothing | small; near one half, the stage moved pairs at random |
+# | accuracy of M_t-1, of M_t on D_t | the share of pairs with $\gamma > 0$ before and after | it rises; near 1.000 with many epochs, the pairs may have been learned by heart |
+#
+# Now look at the run with few pairs. Is this a success?
+
+# %%
+for stage in by_heart.stages: assert stage["accuracy"] > 0.9
+table = by_heart.table()
+told = table.index.str.contains("^pairs|change|accuracy")
+table[told]
 
 
 # %% [markdown]
-# Two rows need a word. `gamma certified by the loss` is the least mean $\gamma$ that the loss allows ([chapter 03](03_loss.ipynb)); the certificate speaks only of the mean, and `pairs below reference` is the share of
-# pairs on which the model fell below its reference all the same.
+# It is the finest table of the three: a change of more than ten nats in each stage, and nearly every pair ranked rightly. But these are pairs that the model read ten times. On held-out pairs, above, the change of the last model could as well be zero. This is why the report begins with them, and why it says under "Stages": *a check
+# of the training, not of its success*.
 #
 # ## What did it do to the *other* chunks?
 #
@@ -278,149 +588,96 @@ gammas = gamma_table(run)
 assert set(gammas["model"]) == {"M_0", "M_1", "M_2", "M_3"}
 gammas.groupby(["chunk", "model"], sort=False)["gamma"].mean().unstack().round(2)
 
+# %% [markdown]
+# Read a row from left to right. Which number of a row did training on that very chunk make? For the first row it is the step from `M_0` to `M_1`; the other steps are what the other stages did to it. The report draws this table, as the change since S, with intervals:
+
+# %%
+plot_change(gammas);
 
 # %% [markdown]
-# Read a row from left to right. Which number of a row did training on that very chunk make? For the first row it is the step from `M_0` to `M_1`; the other steps are what the other stages did to it.
-
-# %% [markdown]
-# ## From tables to a page
+# What to see: every line rises at every stage. A hollow point is a chunk that was not trained on yet; where the line rises there, the bar of a later stage rises before that stage begins. A line that comes down after its points are filled is *forgetting*.
 #
-# The report is markdown, so every cell goes through one function that takes away what markdown would read as a mark. Names of sources come from users, and a user may call a source `a|b`.
+# The other two figures come from `metrics.jsonl`. The loss:
 
 # %%
-#| export
-def escaped(
-    value, # anything that can be printed; a float gets three digits
-) -> str:
-    "A value as text in one line, in which nothing ends a cell, begins a tag or a picture, or changes the type."
-    printed = f"{value:.3f}" if isinstance(value, float) else str(value)
-    text = " ".join(printed.splitlines())
-    for mark in ("|", "<", "*", "`"): text = text.replace(mark, "\\" + mark)
-    return text.replace("![", r"!\[")
+plot_loss(run.metrics);
 
-def as_markdown(
-    frame: pd.DataFrame,
-) -> str:
-    "A data frame as a markdown table."
-    head = [frame.index.name or "", *frame.columns]
-    rule = ["---"] * len(head)
-    body = [[name, *row] for name, row in zip(frame.index, frame.to_numpy(dtype=object))]
-    return "\n".join("| " + " | ".join(map(escaped, row)) + " |" for row in [head, rule, *body])
-
+# %% [markdown]
+# What to see: each stage starts at the dotted line, $\ln 2$, and goes down. That the second curve starts higher than the first one ended is no setback: it is measured from a new reference. Worry where the thick line ends above the dotted one.
 
 # %%
-print(as_markdown(pd.DataFrame({"accuracy": [0.5]}, index=["a|b <img>"])))
+plot_drift(run.metrics);
+
+# %% [markdown]
+# What to see: in each stage the orange line (rejected) falls away from the blue one (chosen), and that gap is what DPO trains. Blue may sink a little. How it looks when it sinks too far, the hot run shows; mind the scale:
+
+# %%
+falls = [r.metrics["logratio_chosen"].min() for r in (run, hot)]
+assert falls[1] < -10 < falls[0]
+plot_drift(hot.metrics);
 
 
 # %% [markdown]
-# Each section of the report is a list of paragraphs. *Held out* leads. If nothing was held out, that is the first thing a reader must know.
+# In stage 1 of the hot run *both* responses fell by more than twenty nats, together. The gap between them is narrow beside that. Where you see this picture, read the answers, and train again with a smaller learning rate or a larger $\beta$.
+#
+# ## Signs of failure
+#
+# Some patterns are looked for by rule, and each becomes a sentence. [Chapter 08](08_evaluate.ipynb) makes the rules and measures how often they are wrong:
+#
+# | sign | what it says | what to do |
+# | --- | --- | --- |
+# | minimal improvement | the interval of a stage's change of $\gamma$ does not lie above 0.01 nats | a larger learning rate, more epochs or more pairs |
+# | made worse | that interval lies below 0 | a smaller learning rate |
+# | forgetting | the last model prefers the chosen response of a chunk less often than the model right after that chunk's stage | fewer epochs, a smaller learning rate, or the chunks mixed in one stage |
+# | instability | the last quarter of a stage's losses lies above its first loss | a smaller learning rate, or a larger batch |
+#
+# Which signs will the three runs show?
 
 # %%
 #| export
-def _held_out_text(run):
-    "One table for each comparison."
-    found = run.held_out()
-    if found.empty:
-        return ["## Held-out pairs", "None: everything below is about pairs that were trained on. `eval_share` keeps some aside."]
-    sizes = ", ".join(_size(name, held) for name, held in _held(run).items())
-    text = ["## Held-out pairs",
-            f"Never trained on: {sizes}. Log-probabilities in nats; *loss* and *reward accuracy* take the model that is compared with as the reference."]
-    shown = found.map(lambda cell: as_text(cell) if isinstance(cell, tuple) else "").reset_index()
-    shown["model"] = shown["source"] + ", " + shown["model"]
-    of_S = shown["against"] == "S"
-    for title, rows in (("Against S", shown[of_S]), ("Against the stage before", shown[~of_S])):
-        if len(rows): text += [f"### {title}", as_markdown(rows.drop(columns=["source", "against"]).set_index("model"))]
-    return text
-
-def _size(name, held):
-    "How many pairs a source holds out, and how long their responses are."
-    chosen, rejected = held["tokens"]["chosen"], held["tokens"]["rejected"]
-    return f"{escaped(name)} ({len(held['keys'])} pairs; responses of {chosen:.0f} and {rejected:.0f} tokens on average, chosen and rejected)"
+def _signs_text(run):
+    "What the rules have found, and how far they can be trusted."
+    signs = [f"- {escaped(sign)}" for sign in run.signs()]
+    found = "\n".join(signs) or "None of forgetting, instability, minimal improvement."
+    return ["## Signs of failure", found, FALSE_ALARMS]
 
 
 # %%
-print(_held_out_text(run)[1])
+assert run.signs() == []
+assert {sign.split(":")[0] for sign in hot.signs()} == {"forgetting"}
+assert by_heart.signs() == []
+Markdown("\n\n".join(_signs_text(hot)[1:]))
 
 
 # %% [markdown]
-# Next, what a table of numbers cannot show: what the models *say*. Each of them has answered the same four prompts.
+# The hot run forgets. The usual run has no sign; but neither has the one that learned by heart, for the rules look at pairs that were trained on. So a sign is a reason to look, and no sign is no proof. The last paragraph stands in every report and gives the known rates of false alarms.
+#
+# ## How was it run?
+#
+# Last, enough to run it again, and to know what it cost. Worry where a value is not what you thought you had asked for: `precision`, `lr`, the revision of the model.
 
 # %%
 #| export
-def _answers_text(run):
-    "What each model answers to the same prompts."
-    parts = {}
-    for t, folder in enumerate(_model_folders(run)):
-        file = folder / "answers.json"
-        if file.exists(): parts[f"after stage {t}" if t else "S"] = read_part(file)
-    if not parts: return []
-    text = ["## Answers", "The likeliest token each time, 64 at most; the prompts are held-out ones where there are any."]
-    prompts = next(iter(parts.values()))["prompts"]
-    for i, prompt in enumerate(prompts):
-        answers = {name: part["answers"][i] for name, part in parts.items()}
-        text += [f"**{escaped(prompt.strip())}**", as_markdown(pd.DataFrame({"answer": answers}).rename_axis("model"))]
-    return text
-
-def _data_text(run):
-    "What was read, dropped and cut, one column per source; of chunks that a function makes, nothing is known."
-    path = run.folder / "partition.json"
-    counts = read_part(path).get("counts") if path.exists() else None
-    if not counts or "rows" not in counts[0]: return []
-    return ["## Data", as_markdown(pd.DataFrame(counts).set_index("source").T.rename_axis("rows"))]
+def _costs(run):
+    "Time and memory of the stages, as far as they are known."
+    files = [folder / "cost.json" for folder in _model_folders(run)]
+    costs = [read_part(file) for file in files if file.exists()]
+    seconds = sum(cost["seconds"] for cost in costs)
+    peak = max((cost["peak_gib"] for cost in costs), default=0)
+    took = f"{seconds // 60} min {seconds % 60} s (of a stage that was interrupted, of its last call)"
+    return {"time of the stages": took if costs else "unknown",
+            "peak memory": f"{peak:.1f} GiB" if peak else "unknown"}
 
 
 # %%
-print("\n\n".join(_answers_text(run)[2:4]))
+list(_costs(run))
 
-
-# %% [markdown]
-# The partition is an order, and an order looks decided. So a sentence says where it is not: where the intervals of two neighbours overlap, and where the mean per token would have ordered the sources differently from the sum.
 
 # %%
 #| export
-def undecided(
-    measures: pd.DataFrame, # of a partition, in the order of training; indexed by source
-    order: str="easy_to_hard", # or hard_to_easy
-) -> list[str]:
-    "What the order of the sources does not say."
-    rows, out = list(measures.iterrows()), []
-    for (a, x), (b, y) in zip(rows, rows[1:]):
-        overlap = x["low"] <= y["high"] and y["low"] <= x["high"]
-        if overlap: out.append(f"The intervals of {a} and {b} overlap: which of them comes first is not decided by these pairs.")
-    hard_first = order == "hard_to_easy"
-    by_token = measures.sort_values("accuracy_per_token", ascending=hard_first, kind="stable").index.tolist()
-    if by_token != measures.index.tolist():
-        out.append(f"By the mean log-probability of a token, not the sum, the order would be {', '.join(map(str, by_token))}.")
-    return out
-
-def _partition_text(measures, order):
-    if measures is None: return []
-    ordered = order in ("easy_to_hard", "hard_to_easy")
-    words = [escaped(sentence) for sentence in undecided(measures, order)] if ordered else []
-    return ["## Partition under S", as_markdown(measures), *words, "![](figures/partition.png)"]
-
-
-# %%
-measures = pd.DataFrame(
-    dict(accuracy=[0.6, 0.55], low=[0.5, 0.5], high=[0.7, 0.6], accuracy_per_token=[0.4, 0.6]),
-    index=["short", "mixed"])
-apart = measures.assign(low=[0.59, 0.5], high=[0.7, 0.56], accuracy_per_token=[0.6, 0.4])
-assert undecided(apart) == []
-undecided(measures)
-
-
-# %% [markdown]
-# Last, how it was run: enough to run it again, and to know what it cost.
-
-# %%
-#| export
-def _signs_text(gammas, metrics):
-    signs = [f"- {escaped(sign)}" for sign in failure_signs(gammas, metrics)]
-    return ["## Signs of failure", "\n".join(signs) or "None of forgetting, instability, minimal improvement.", FALSE_ALARMS]
-
-def _run_text(run, metrics):
+def _run_text(run):
     "The command, versions, tokens, time and memory; then all settings."
-    config = run.config
+    config, metrics = run.config, run.metrics
     sources = [f"{name}: {what or 'from memory'}" for name, what in config["sources"].items()]
     facts = {
         "command": config.get("command", "unknown"),
@@ -436,17 +693,8 @@ def _run_text(run, metrics):
         "optimizer steps": f"{len(metrics):,}",
         **_costs(run),
     }
-    return ["## How it was run", _values(facts, "what"), "## Settings", _values(config["settings"], "setting")]
-
-def _costs(run):
-    "Time and memory of the stages, as far as they are known."
-    files = [folder / "cost.json" for folder in _model_folders(run)]
-    costs = [read_part(file) for file in files if file.exists()]
-    seconds = sum(cost["seconds"] for cost in costs)
-    peak = max((cost["peak_gib"] for cost in costs), default=0)
-    took = f"{seconds // 60} min {seconds % 60} s (of a stage that was interrupted, of its last call)"
-    return {"time of the stages": took if costs else "unknown",
-            "peak memory": f"{peak:.1f} GiB" if peak else "unknown"}
+    settings = _values(config["settings"], "setting")
+    return ["## How it was run", _values(facts, "what"), "## Settings", settings]
 
 def _values(values, name):
     "Names and values as a table."
@@ -455,21 +703,92 @@ def _values(values, name):
 
 
 # %%
-print("\n".join(_values(run.config["settings"], "setting").splitlines()[:6]))
+how = _run_text(run)
+print("\n".join(how[3].splitlines()[:6]))
+[line for line in how[1].splitlines() if "steps" in line or "tokens" in line]
+
+# %% [markdown]
+# ## The page
+#
+# One section after the other, the answer first:
+
+# %%
+#| export
+INTERVALS_TEXT = "Intervals are 95 % intervals: Student's for means, Wilson's for shares."
+
+STAGES_TEXT = (
+    "Stage t trains on the chunk D_t and ends in the model M_t; M_0 is S. "
+    "Gamma is how much more likely the chosen response is than the rejected one, in nats. "
+    "All of it is measured on pairs that were trained on: a check of the training, not of its success."
+)
+
+def _in_stages(run):
+    T = len(run.stages)
+    return f"{T} {'stage' if T == 1 else 'stages'}"
+
+def _report_text(run):
+    "One section after the other, the answer first."
+    model = run.model_folder().relative_to(run.folder) # there must be one
+    signs = _signs_text(run) # it reads all tables, and says which of them lacks something
+    text = [
+        f"# Stepwise DPO of {escaped(run.config['model'])} in {_in_stages(run)}",
+        f"The trained model lies in `{model}`. {INTERVALS_TEXT}",
+        *_held_out_text(run),
+        *_answers_text(run),
+        *_data_text(run),
+        *_partition_text(run),
+        "## Stages", STAGES_TEXT, as_markdown(run.table()),
+        *(f"![](figures/{name}.png)" for name in ("change", "loss", "drift")),
+        *signs,
+        *_run_text(run),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+# %%
+text = _report_text(run)
+headings = [line for line in text.splitlines() if line.startswith("##")]
+assert headings[0] == "## Held-out pairs"
+headings
 
 
 # %% [markdown]
-# ## The report
-#
-# A finished run may lie on a disk that can only be read: then there is nothing to write, but still much to show. And a name may hold a dollar sign, which
-# Matplotlib would take for the beginning of a formula.
+# The four figures you have seen. In a name, a dollar sign would begin a formula for Matplotlib; so it is escaped.
+
+# %%
+#| export
+def _drawn(run):
+    "The figures of a report; names in them are no formulas."
+    def plain(frame, column):
+        names = frame[column].str.replace("$", r"\$", regex=False)
+        return frame.assign(**{column: names})
+
+    metrics = run.metrics
+    drawn = dict(
+        change=plot_change(plain(gamma_table(run), "chunk")),
+        loss=plot_loss(metrics),
+        drift=plot_drift(metrics),
+    )
+    if run.config["sources"]: # chunks that a function makes have no partition
+        drawn["partition"] = plot_partition(plain(run.partition().reset_index(), "source"))
+    return drawn
+
+
+# %%
+drawn = _drawn(run)
+plt.close("all") # they were all shown above
+list(drawn)
+
+
+# %% [markdown]
+# A notebook should show the page with its figures, but its markdown finds no files in another folder. So they go into the text:
 
 # %%
 #| export
 @dataclass
 class Report:
     "report.md of a run; a notebook shows it with its figures."
-    path: Path
+    path: Path # of report.md; the figures lie beside it
 
     def _repr_markdown_(self):
         if not self.path.exists(): return f"{self.path}: not written"
@@ -479,6 +798,18 @@ class Report:
         picture = (self.path.parent / match[1]).read_bytes()
         return f"![](data:image/png;base64,{base64.b64encode(picture).decode()})"
 
+
+# %%
+shown = Report(run.folder / "report.md")._repr_markdown_()
+assert "(figures/" not in shown
+shown.count("(data:image/png;base64,")
+
+
+# %% [markdown]
+# A finished run may lie on a disk that can only be read. Then there is nothing to write, but still much to show: one line says so, and the tables are there all the same.
+
+# %%
+#| export
 def write_report(
     run: Run, # with a finished stage
 ) -> Report:
@@ -486,74 +817,42 @@ def write_report(
 
     Where it cannot be written, this is said in one line.
     """
-    metrics, gammas = run.metrics, gamma_table(run)
-    measures = run.partition() if run.config["sources"] else None # chunks that a function makes have none
-    text = _report_text(run, metrics, gammas, measures)
-    figures, path = run.folder / "figures", run.folder / "report.md"
-    drawn = _drawn(metrics, gammas, measures)
+    text, drawn = _report_text(run), _drawn(run)
+    path, figures = run.folder / "report.md", run.folder / "figures"
+    look = dict(format="png", dpi=110, bbox_inches="tight")
     try:
         if figures.is_symlink(): figures.unlink()
         figures.mkdir(exist_ok=True)
         for name, fig in drawn.items():
-            with replacing(figures / f"{name}.png") as tmp: fig.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
+            with replacing(figures / f"{name}.png") as tmp: fig.savefig(tmp, **look)
         with replacing(path) as tmp: tmp.write_text(text, encoding="utf-8")
     except OSError as e: print(f"no new report: {e}")
     finally:
         for fig in drawn.values(): plt.close(fig)
     return Report(path)
 
-def _drawn(metrics, gammas, measures):
-    "The figures of a report; names in them are no formulas."
-    def plain(names): return names.str.replace("$", r"\$", regex=False)
-    drawn = dict(
-        loss=plot_loss(metrics),
-        change=plot_change(gammas.assign(chunk=plain(gammas["chunk"]))),
-        drift=plot_drift(metrics),
-    )
-    if measures is None: return drawn
-    sources = measures.reset_index()
-    return drawn | dict(partition=plot_partition(sources.assign(source=plain(sources["source"]))))
-
-STAGES_TEXT = ("Stage t trains on the chunk D_t and ends in the model M_t; M_0 is S. Gamma is how much more likely the chosen response is than the rejected one, in nats. "
-               "All of it is measured on pairs that were trained on: a check of the training, not of its success.")
-
-def _report_text(run, metrics, gammas, measures):
-    "One section after the other, the answer first."
-    config, T = run.config, len(run.stages)
-    model = run.model_folder().relative_to(run.folder)
-    text = [
-        f"# Stepwise DPO of {escaped(config['model'])} in {T} {'stage' if T == 1 else 'stages'}",
-        f"The trained model lies in `{model}`. Intervals are 95 % intervals: Student's for means, Wilson's for shares.",
-        *_held_out_text(run),
-        *_answers_text(run),
-        *_data_text(run),
-        *_partition_text(measures, config["settings"]["order"]),
-        "## Stages", STAGES_TEXT, as_markdown(run.table()),
-        *(f"![](figures/{name}.png)" for name in ("change", "loss", "drift")),
-        *_signs_text(gammas, metrics),
-        *_run_text(run, metrics),
-    ]
-    return "\n\n".join(text) + "\n"
-
 
 # %%
-report = write_report(run)
-headings = [line for line in report.path.read_text().splitlines() if line.startswith("##")]
-assert headings[0] == "## Held-out pairs"
-headings
-
-# %% [markdown]
-# In a notebook, `run.report()` shows the page with its figures. This one shows how $\gamma$ changed from S to each later model, on the probe of each chunk:
-
-# %%
-plot_change(gammas);
+report = run.report()
+assert report.path.read_text() == text
+sorted(p.name for p in (run.folder / "figures").iterdir())
 
 
 # %% [markdown]
+# In a notebook, end a cell with `run.report()`, and the whole page appears under it.
+#
 # ## To give away
 #
-# A model that leaves its run needs a card: what it was made of, by which method, and what came out. `sdpo push` writes one and uploads both. `export` does the same into a folder, so that you can look first. A path on your machine says nothing to others, so
-# the card names the model and the data only if they have a name on the hub.
+# A model that leaves its run needs a card. A stranger who finds it must be able to tell:
+#
+# - what it was made from: the base model, and the data, by names that others can find;
+# - how: the method, and the settings that matter;
+# - what came out, *on pairs that were not trained on*, with intervals; or that nothing was held out;
+# - where it fails, and what it may be used for.
+#
+# The first three are in the folder. The last is not: which licence holds, for whom the model is, and what you saw it do wrong, only you know. So export, look, add these lines to `README.md`, and then upload.
+#
+# A path on your machine says nothing to others. So the card names the model and the data only if they have a name on the hub.
 
 # %%
 #| export
@@ -563,36 +862,56 @@ def _hub_ids(config):
     base = config["model"] if _on_hub(config["model"]) else None
     return base, [source for source in sources if _on_hub(source)]
 
-def _on_hub(name): return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+def _on_hub(name):
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
 
+
+# %%
+assert _hub_ids(run.config) == (None, [])
+named = dict(own="pairs.jsonl", orca="Intel/orca_dpo_pairs")
+_hub_ids(dict(model="HuggingFaceTB/SmolLM2-135M-Instruct", sources=named))
+
+
+# %%
+#| export
 def model_card(
     run: Run, # with a finished stage
 ) -> ModelCard:
     "The card of the last stage's model, for the hub."
-    base, data = _hub_ids(run.config)
+    config = run.config
+    base, data = _hub_ids(config)
     about = ModelCardData(
         base_model=base,
         datasets=data or None,
         library_name="transformers",
         tags=["dpo", "stepwise-dpo", "sdpo", "alignment"],
     )
-    c, T = run.config["settings"], len(run.stages)
-    method = (f"Trained by stepwise DPO (sDPO, [arXiv 2403.19270](https://arxiv.org/abs/2403.19270)) in {T} {'stage' if T == 1 else 'stages'} "
-              "with [sdpo_nb](https://github.com/sdpo-nb/sdpo_nb): the model that a stage leaves behind is the reference of the next. ")
-    how = f"beta = {c['beta']}, learning rate {c['lr']}, {c['batch_size']} pairs a step, {c['epochs']} epoch(s) a stage, {c['precision']}."
     text = [
-        f"# {escaped(Path(run.config['model']).name)}, aligned by stepwise DPO",
-        method + how,
+        f"# {escaped(Path(config['model']).name)}, aligned by stepwise DPO",
+        _method_text(run),
         *_held_out_text(run),
         "## Stages", as_markdown(run.table()), "![](figures/change.png)",
         *_data_text(run),
     ]
     return ModelCard(f"---\n{about.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n")
 
+def _method_text(run):
+    c = run.config["settings"]
+    return (
+        "Trained by stepwise DPO (sDPO, [arXiv 2403.19270](https://arxiv.org/abs/2403.19270)) "
+        f"in {_in_stages(run)} with [sdpo_nb](https://github.com/sdpo-nb/sdpo_nb): "
+        "the model that a stage leaves behind is the reference of the next. "
+        f"beta = {c['beta']}, learning rate {c['lr']}, {c['batch_size']} pairs a step, "
+        f"{c['epochs']} epoch(s) a stage, {c['precision']}."
+    )
+
 
 # %%
 print(model_card(run).content[:560])
 
+
+# %% [markdown]
+# `run.export` puts model, card and figure into a new folder. It refuses one that exists, because it would have to delete what is in it; and it refuses a model that [is not the one that the stage saved](09_folder.ipynb), because then the card would speak of another.
 
 # %%
 #| export
@@ -605,7 +924,7 @@ def export_model(
     Raises ValueError for a folder that exists, or a model that is not the one that the stage saved.
     """
     folder = Path(folder)
-    for there in (folder, folder.with_suffix(".tmp")): # the second is where it is made
+    for there in (folder, folder.with_suffix(".tmp")): # the second is where `replacing` makes it
         if there.exists(): raise ValueError(f"{there}: is there already; give a folder that does not exist")
     load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
     run.report()
@@ -616,6 +935,18 @@ def export_model(
         model_card(run).save(tmp / "README.md")
     return folder
 
+
+# %%
+given = run.export(tmp / "to-give")
+print(complaint(run.export, given))
+sorted(str(path.relative_to(given)) for path in given.rglob("*") if path.is_file())
+
+
+# %% [markdown]
+# `run.push` exports to a temporary folder and uploads that. A stand-in for the hub shows what would be sent:
+
+# %%
+#| export
 def push_model(
     run: Run, # with a finished stage
     repo_id: str, # on the hub, as user/name; made if it is not there
@@ -631,18 +962,33 @@ def push_model(
 
 
 # %%
-given = export_model(run, tmp / "to-give")
-sorted(str(path.relative_to(given)) for path in given.rglob("*") if path.is_file())
+class NoHub:
+    def create_repo(self, repo_id, private, exist_ok):
+        return f"https://huggingface.co/{repo_id} (private: {private})"
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        print(sorted(path.name for path in folder_path.iterdir()))
+
+the_hub, HfApi = HfApi, NoHub
+said = push_model(run, "me/aligned")
+HfApi = the_hub
+said
 
 # %%
 #| hide
 shutil.rmtree(tmp)
 
 # %% [markdown]
+# ## What this does not show
+#
+# - Held-out pairs come from the same sources as the training pairs. Whether the model is better at what *you* want it for, only a test of your own can say ([chapter 08](08_evaluate.ipynb) has win rates and benchmarks).
+# - One run is one seed. If a choice depends on the difference between two runs, train each of them several times.
+# - The answers are four. Read more of them before you give a model away.
+#
 # ## What you now have
 #
-# `Run(folder)` reads any run: settings, stages, steps, models. `run.table()`, `run.held_out()` and `gamma_table(run)` are what it found; `run.report()` is the page, `run.export(...)` and `run.push(...)` the model with
-# its card.
+# `Run(folder)` reads any run: settings, stages, steps, models. `run.held_out()`, `run.table()`, `run.signs()` and `gamma_table(run)` are what it found; `run.report()` is the page, `run.export(...)` and `run.push(...)` the model with
+# its card. And an order to read in: held-out pairs, answers, stages, signs.
 #
 # ## Questions to test yourself
 #
@@ -650,11 +996,19 @@ shutil.rmtree(tmp)
 #
 # <details><summary>Answer</summary>
 #
-# It is measured on pairs that were trained on. A model that learned them by heart would show the same. Held-out pairs, which lead the report, were never trained on.
+# It is measured on pairs that were trained on. A model that learned them by heart shows the same, as the third run does. Held-out pairs, which lead the report, were never trained on.
 #
 # </details>
 #
-# 2. Why does every model read a probe of *every* chunk, also of those that come later?
+# 2. On held-out pairs $\gamma$ rose by 4 nats, and the loss is 1.2. What has happened?
+#
+# <details><summary>Answer</summary>
+#
+# Some pairs gained much, and others lost so much that their loss is far above $\ln 2$. The mean hides it, the loss does not. Look at the log-ratio of chosen and at the answers.
+#
+# </details>
+#
+# 3. Why does every model read a probe of *every* chunk, also of those that come later?
 #
 # <details><summary>Answer</summary>
 #
@@ -662,7 +1016,7 @@ shutil.rmtree(tmp)
 #
 # </details>
 #
-# 3. Why does the report say that two sources whose intervals overlap are not ordered?
+# 4. Why does the report say that two sources whose intervals overlap are not ordered?
 #
 # <details><summary>Answer</summary>
 #
@@ -672,10 +1026,19 @@ shutil.rmtree(tmp)
 #
 # ## Try this
 #
-# Call the first source `$ 5|<b>` and make a report.
+# - Call the first source `$ 5|<b>` and make a report.
 #
 # <details><summary>What you should see</summary>
 #
 # The name as you typed it. In the tables the marks of markdown are escaped, in the figures the dollar sign is.
+#
+# </details>
+#
+# - Train the run that learned by heart with 200 pairs of each source (`max_pairs=200`) instead of 30. What do the held-out pairs say now?
+#
+# <details><summary>What you should see</summary>
+#
+# A success and a warning at once. With 73 to 82 held-out pairs the intervals say something: after stage 3 the change of $\gamma$ is +10.0, +7.7 and +8.9 nats, clearly above 0. But the loss is above $\ln 2$ on `digest` and `riddle`, the chosen
+# responses lost 5 to 12 nats, and on `riddle` stages 2 and 3 made *prefers chosen* smaller again (0.740, 0.671, 0.644). Ten epochs were too many. The table of stages, with accuracies above 0.96, and the signs of failure, of which there is none, show nothing of it.
 #
 # </details>

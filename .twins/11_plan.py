@@ -311,7 +311,7 @@ print(complaint(load_sources, dict(riddle=pairs | dict(max_pairs=0)), tok, Stepw
 # %%
 #| export
 def data_notes(
-    source: Source,
+    source: Source, # tokenised, with its counts
     templated: bool=False, # whether the tokenizer has a chat template
 ) -> list[str]: # first what was read and used, then whatever is worth a second look
     "What was read, dropped and cut, in words."
@@ -487,7 +487,7 @@ def read_sources(
     sources: dict,  # as for `load_sources`; not asked for where a function makes the chunks
     held_out: dict, # the same, for pairs that are only measured; or None
     tokenizer,      # of the model
-    config: StepwiseConfig,
+    config: StepwiseConfig, # its lengths and eval_share count
 ) -> tuple[list[Source], list[Source]]: # to train on, held out
     "What is trained on, and what is held out of it or comes as sources of its own."
     train, held = [], []

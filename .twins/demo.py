@@ -66,7 +66,7 @@ Markdown(as_markdown(found.run.table()))
 # %% [markdown]
 # ## What happens to the bar?
 #
-# $\gamma$ says how much likelier the chosen response is than the rejected one. Its mean climbs from model to model on every chunk, also on those that have not been trained on yet (hollow boxes). So the bar of a stage is higher than S would have set it.
+# $\gamma$ says how much likelier the chosen response is than the rejected one. The $\gamma$ of its reference is the *bar* of a stage: what counts is how far the policy gets above it. The mean of $\gamma$ climbs from model to model on every chunk, also on those that have not been trained on yet (hollow boxes). So the bar of a stage is higher than S would have set it.
 
 # %%
 gammas = gamma_table(found.run)
@@ -145,7 +145,7 @@ answers_beside(base, found.run.model, tokenizer, load_world().test)
 def demo_rewards(
     S,      # the base model
     models: dict, # name -> trained model
-    tokenizer,
+    tokenizer,    # of all of them
     prompts: list, # test prompts
     tau: float,    # the best temperature of S, chosen on validation prompts
 ) -> dict: # sampled, greedy -> data frame of true rewards: one row per prompt, one column per model

@@ -22,14 +22,14 @@
 # There are two ways.
 #
 # **RLHF**, reinforcement learning from human feedback, takes two steps. First it trains a *reward model* on the pairs: a second network that gives each response a number, its reward, such that chosen responses get more than rejected ones. Then the language model writes responses, the reward model scores
-# them, and reinforcement learning (usually PPO) makes responses with a high score more likely. A leash keeps the model close to S, because far from S the reward model has seen nothing and its scores mean nothing.
+# them, and reinforcement learning (usually an algorithm called PPO) makes responses with a high score more likely. A leash keeps the model close to S, because far from S the reward model has seen nothing and its scores mean nothing.
 #
-# **DPO**, direct preference optimization, needs one step and no second network. It trains the language model on the pairs directly, with a loss that has the same optimum where the labels follow the reward, there are enough of them, and the model is free to express it:
+# **DPO**, direct preference optimization, needs one step and no second network. It trains the language model on the pairs directly. Its loss has the same optimum as RLHF, if the labels follow the reward, there are enough of them, and the model is free to express that optimum:
 #
 # $$-\log \sigma\Big(\beta \big[\underbrace{\log\pi(y_w|x) - \log\pi(y_l|x)}_{\gamma\text{ of the policy}} - \underbrace{(\log\pi_{ref}(y_w|x) - \log\pi_{ref}(y_l|x))}_{\gamma\text{ of the reference}}\big]\Big)$$
 #
-# In words: the **policy** $\pi$, the model that we train, should prefer the chosen response *more than the **reference** $\pi_{ref}$ does*. The reference is a frozen model, usually S. It is the zero from which gain is counted. So it is a bar: only what lies above it lowers the loss. And it is a leash: once a pair has gained enough, it stops pulling. Without it nothing of S would
-# enter the loss, and all that S learned besides these pairs would have no weight. $\beta$ says how soon a pair is satisfied: the larger $\beta$, the fewer nats of gain it takes, and the nearer the policy stays to its reference. [Chapter 03](03_loss.ipynb) derives this loss, line by line, and checks every line.
+# In words: the **policy** $\pi$, the model that we train, should prefer the chosen response *more than the **reference** $\pi_{ref}$ does*. The reference is a frozen model, usually S. It is the zero from which gain is counted. So it is a bar: what counts is how far the policy is above it. And it is a leash: once a pair has gained enough, that pair stops pulling. Without a reference, nothing of S would
+# enter the loss, and all that S learned besides these pairs would have no weight. $\beta$ says how soon a pair is satisfied: the larger $\beta$, the fewer nats (units of the natural logarithm) of gain it takes, and the nearer the policy stays to its reference. [Chapter 03](03_loss.ipynb) derives this loss, line by line, and checks every line.
 #
 # ## Stepwise
 #
@@ -39,35 +39,44 @@
 #| echo: false
 import matplotlib.pyplot as plt
 
-def box(ax, x, y, text, color):
-    ax.text(x, y, text, ha="center", va="center", fontsize=11, bbox=dict(boxstyle="round,pad=0.5", fc=color, ec="black", lw=0.8))
-
-def arrow(ax, start, end, text="", bend=0):
-    ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", lw=1.2, color="black", shrinkA=0, shrinkB=0, connectionstyle=f"arc3,rad={bend}"))
-    x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-    ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=dict(fc="white", ec="none", pad=1.5))
-
 fig, ax = plt.subplots(figsize=(9.5, 4))
-for t, name in enumerate(["$M_0 = S$", "$M_1$", "$M_2$", "$M_3$"]):
-    box(ax, 4 * t, 0, name, "lightsteelblue")
-for t in (1, 2, 3):
-    left, middle = 4 * t - 4, 4 * t - 2
-    ax.text(middle, 3.6, f"stage {t}", ha="center", fontsize=12, weight="bold")
-    box(ax, middle, 2.6, f"chunk $D_{t}$", "moccasin")
-    box(ax, middle, -2.6, f"reference table:\nwhat $M_{t-1}$ says\nabout $D_{t}$", "honeydew")
-    arrow(ax, (left + 0.75, 0), (left + 3.4, 0), "train")
-    arrow(ax, (middle, 2.05), (middle, 0.35))
-    arrow(ax, (middle, -1.5), (middle, -0.35))
-    arrow(ax, (left, -0.6), (left + 0.75, -2.4), "reads")
 ax.set(xlim=(-1, 13), ylim=(-3.9, 4.1))
-ax.axis("off");
+ax.axis("off")
+centred = dict(ha="center", va="center")
+
+def box(x, y, text, color):
+    "Words in a coloured box."
+    frame = dict(boxstyle="round,pad=0.5", fc=color, ec="black", lw=0.8)
+    ax.text(x, y, text, fontsize=11, bbox=frame, **centred)
+
+def arrow(x1, y1, x2, y2, text=""):
+    "An arrow with a word on its middle."
+    look = dict(arrowstyle="-|>", lw=1.2)
+    ax.annotate("", xy=(x2, y2), xytext=(x1, y1), arrowprops=look)
+    behind = dict(fc="white", ec="none", pad=1.5)
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    ax.text(x, y, text, fontsize=10, bbox=behind, **centred)
+
+box(0, 0, "$M_0 = S$", "lightsteelblue")
+for t in (1, 2, 3):
+    left = 4 * t - 4
+    middle, right = left + 2, left + 4
+    table = f"reference table:\nwhat $M_{t-1}$ says\nabout $D_{t}$"
+    ax.text(middle, 3.6, f"stage {t}", fontsize=12, weight="bold", **centred)
+    box(middle, 2.6, f"chunk $D_{t}$", "moccasin")
+    box(middle, -2.6, table, "honeydew")
+    box(right, 0, f"$M_{t}$", "lightsteelblue")
+    arrow(middle, 2.1, middle, 0.3)
+    arrow(middle, -1.5, middle, -0.3)
+    arrow(left + 0.6, 0, right - 0.5, 0, "train")
+    arrow(left, -0.5, left + 0.7, -2.2, "writes")
 
 # %% [markdown]
 # One run, from left to right. Before stage $t$, the model of the stage before reads the chunk $D_t$, and what it says about each pair is written into a table. Then it is trained on that chunk against its own table. The first loss of every stage is therefore the same: the policy *is* its reference, its
 # gain over it is zero, and the loss is $-\log\sigma(0) = \ln 2 = 0.693$.
 #
 # Why would one want this? The authors' reason: a reference that is already aligned is a higher bar to clear than S. Is it better, then? The paper reports so. This book asks again, in a [tiny world](00_world.ipynb) where the true reward of every response is known, with controls that the paper does not have, and finds: tuned alike,
-# stepwise DPO and plain DPO end [equally good](experiments/protocol.ipynb). It is worth understanding all the same, because people align their models in stages, with new data each time, and then *which model is the reference* is the question that decides.
+# stepwise DPO and plain DPO end [equally good](experiments/protocol.ipynb). It is worth understanding all the same. People align their models in stages, with new data each time, and must then choose *where a stage starts* and *which model is its reference*. In our worlds the start matters much, and the reference little.
 #
 # ## The symbols
 #
@@ -95,16 +104,16 @@ ax.axis("off");
 #
 # **To understand DPO and its stages, about four hours.**
 #
-# 1. [00](00_world.ipynb): "Four skills", "The true reward", then from "The world of this book" to "A world one can list". The world in which we can see the truth. 40 minutes.
+# 1. [00](00_world.ipynb): "Four skills", "The true reward", then from "The world of this book" to "A world one can list". The world in which we can see the truth. 55 minutes.
 # 2. [01](01_preferences.ipynb), part one: where the prompt ends and the response begins. 40 minutes.
 # 3. [02](02_logprobs.ipynb), part 1: what a model says about a response. 30 minutes.
 # 4. [03](03_loss.ipynb), to the end of "What $\beta$ does", then "The same loss in sDPO's words": where the loss comes from. This is the heart. 70 minutes.
 # 5. [06](06_trainer.ipynb), to the end of "What is measured", then "A stage in ten lines": one stage of training. 30 minutes.
-# 6. [13](13_stepwise.ipynb), "The method in four lines", then from "A run" on: the stages. 30 minutes.
+# 6. [13](13_stepwise.ipynb): the stages. 35 minutes.
 #
 # **To align a model of your own, about an hour.** [Your model, your pairs](your_model.ipynb), the [demo](demo.ipynb), then the heads of [01](01_preferences.ipynb) (formats), [05](05_partition.ipynb) (order), [08](08_evaluate.ipynb) (did it work?) and [10](10_report.ipynb) (the report).
 #
-# **Everything, with every line of code, some twenty-five hours.** In the order of the numbers. A number is also a floor: the code of a chapter uses only chapters with smaller numbers.
+# **Everything, with every line of code, some twenty-five hours,** and nine more for the experiments. In the order of the numbers. A number is also a floor: the code of a chapter uses only chapters with smaller numbers.
 #
 # ## Words
 #
@@ -114,7 +123,7 @@ ax.axis("off");
 # | Bradley-Terry | the model of a comparison: the better response wins with probability $\sigma$(difference of rewards) | [03](03_loss.ipynb) |
 # | certificate | the least mean $\gamma$ that a given loss guarantees | [03](03_loss.ipynb) |
 # | checkpoint | all that is needed to go on as if nothing had happened | [06](06_trainer.ipynb) |
-# | chunk | the pairs of one stage | [13](13_stepwise.ipynb) |
+# | chunk | the pairs of one stage | [11](11_plan.ipynb) |
 # | gain | $\gamma$ of the policy minus $\gamma$ of the reference | [03](03_loss.ipynb) |
 # | held out | pairs that are never trained on, only measured | [08](08_evaluate.ipynb) |
 # | log-probability | logarithm of a probability; of a response, the sum over its tokens | [02](02_logprobs.ipynb) |
@@ -123,7 +132,7 @@ ax.axis("off");
 # | partition | which pairs are trained on in which stage | [05](05_partition.ipynb) |
 # | policy | the model that is being trained | [03](03_loss.ipynb) |
 # | precision (fp32, bf16, fp16) | how many digits a computation keeps | [06](06_trainer.ipynb) |
-# | probe | a few hundred pairs of a chunk on which every model is measured | [13](13_stepwise.ipynb) |
+# | probe | a few hundred pairs of a chunk on which every model is measured | [11](11_plan.ipynb) |
 # | reference | the frozen model that the policy is compared with; here a table of what it said | [02](02_logprobs.ipynb) |
 # | run | all stages, in one folder | [09](09_folder.ipynb) |
 # | source | a named set of preference pairs | [01](01_preferences.ipynb) |

@@ -11,7 +11,7 @@
 # ```
 # pip install git+https://github.com/sdpo-nb/sdpo_nb
 # sdpo run --model HuggingFaceTB/SmolLM2-135M-Instruct --sources orca=Intel/orca_dpo_pairs uf=trl-lib/ultrafeedback_binarized \
-#          --columns question=prompt --folder runs/first
+#          --columns question=prompt --lr 5e-6 --eval-share 0.05 --folder runs/first
 # ```
 #
 # or, in Python,
@@ -83,8 +83,8 @@ defaults_table()
 # %% [markdown]
 # ## What fits?
 #
-# Full fine-tuning keeps weights, gradients and two moments of AdamW in fp32: 16 bytes a parameter, before a single token is read. What is left of the memory decides how many tokens a forward pass may have. [Chapter 06](06_trainer.ipynb) counts them, on models that are not loaded. "Recomputed" is
-# `gradient_checkpointing`, which keeps less and computes more. These numbers are planned, not yet measured on a card; the cell below takes two minutes. `sdpo run` prints its own plan, and stops at once where it cannot fit.
+# Full fine-tuning keeps weights, gradients and two moments of AdamW in fp32: 16 bytes per parameter, before a single token is read. What is left of the memory decides how many tokens a forward pass may have. [Chapter 06](06_trainer.ipynb) counts them, on models that are not loaded. "Recomputed" is
+# `gradient_checkpointing`, which keeps less and computes more. A T4 is too old for the fast kernel of attention (`flash`), so it is planned with the slower one (`padded`). These numbers are planned, not yet measured on these cards; the cell below takes two minutes. `sdpo run` prints its own plan, and stops at once where it cannot fit.
 
 # %%
 def shape(hidden, inner, layers, heads, key_heads, vocabulary):

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .logprobs import load_model
-from .world import World, freeze_world, load_base, load_world, make_tokenizer, sft, true_rewards, world_texts
+from .world import World, freeze_world, load_base, load_world, make_tokenizer
+from .world import sft, true_rewards, world_texts
 
 # %% ../nbs/experiments/bodies.ipynb #ade6a70b
 def _made_once(folder: Path, make) -> Path: # make(path) fills a new folder
@@ -119,7 +120,8 @@ def build_beginning(
     body: str,               # a name in BODIES
     worlds = "runs/worlds",  # folder that keeps worlds and beginnings
 ): # -> model
-    "Where all worlds of a body begin: random weights, fine-tuned in a search world to a true reward of 0.4 to 0.5."
+    """Where all worlds of a body begin:
+    random weights, fine-tuned in a search world to a true reward of 0.4 to 0.5."""
     def make(folder):
         tokenizer, world = make_tokenizer(), SEARCH_WORLDS[0]
         train = tuning_to_reward(0.45, make_body(body, tokenizer), within=0.05)
@@ -144,7 +146,8 @@ def build_world(
     body: str = "llama",     # or a name in BODIES
 ) -> World:
     """A world, made where it is not there yet.
-    S of another body is as good as the Llama of this seed, on the same demonstrations, and writes its own pairs."""
+    S of another body is as good as the Llama of this seed, on the same demonstrations.
+    It writes its own pairs."""
     if body == "llama":
         if seed == 0: return load_world()
         return load_world(_made_once(Path(worlds) / str(seed), lambda folder: freeze_world(folder, seed)))

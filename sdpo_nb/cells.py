@@ -48,7 +48,7 @@ class Cell:
     world: int
     seed: int
     method: str                                  # of METHODS or BASELINES
-    settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS and COMMON_SETTINGS
+    settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS
     split: str = "test"                          # prompts it is measured on; see `prompts_of_split`
     pairs: int = None                            # of each source; None: all
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
@@ -147,11 +147,11 @@ def _fine_tuned(cell, base, tokenizer, sources): # -> model, trained tokens
     model = sft(copy.deepcopy(base), tokenizer, rows, epochs, config["batch_size"], config["lr"], cell.seed)
     tokens = 0
     for prompt, response in rows:
-        tokens += len(prompt_ids(tokenizer, prompt)) + len(response) + 1    # one a letter, and EOS
+        tokens += len(prompt_ids(tokenizer, prompt)) + len(response) + 1    # one per letter, and EOS
     return model, epochs * tokens
 
-def _run_baseline(cell: Cell, world: World, sources: dict, exam: Exam): # -> results, kept, tables by stage, tokens
-    "A method without DPO."
+def _run_baseline(cell: Cell, world: World, sources: dict, exam: Exam):
+    "A method without DPO: results, what else is kept, tables by stage, tokens."
     model, tau, tokens = exam.base, 1., 0
     if cell.method == "S, best temperature": tau = _best_temperature(exam.base, exam.tokenizer, world)
     if cell.method == "SFT on chosen": model, tokens = _fine_tuned(cell, exam.base, exam.tokenizer, sources)
@@ -180,8 +180,9 @@ def _counting_wrong(make_chunk, wrong: list):
         return rows
     return chunk
 
-def _run_dpo(cell: Cell, world: World, sources, exam: Exam): # -> results, kept, tables by stage, tokens
-    "A method of DPO, on sources or on chunks that are made on the way."
+def _run_dpo(cell: Cell, world: World, sources, exam: Exam):
+    """A method of DPO, on sources or on chunks that are made on the way.
+    Results, what else is kept, tables by stage, tokens."""
     settings, wrong = cell.config, []
     if callable(sources):
         settings = settings | dict(chunks=_counting_wrong(sources, wrong))

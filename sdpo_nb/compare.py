@@ -56,11 +56,12 @@ def difference_intervals(
 
 def outcome_means(
     found: dict,       # name -> rows of the table of runs
-) -> pd.DataFrame:     # a name a row, an outcome a column
+) -> pd.DataFrame:     # one row per name, one column per outcome
     "Mean and 95 % interval of every outcome, as text."
     means = {}
     for name, rows in found.items():
-        means[name] = {label: as_text(interval(outcome_values(rows, what))) for what, label in OUTCOMES.items()}
+        values = {label: outcome_values(rows, what) for what, label in OUTCOMES.items()}
+        means[name] = {label: as_text(interval(v)) for label, v in values.items()}
     return pd.DataFrame(means).T
 
 # %% ../nbs/experiments/compare.ipynb #d86a2595
@@ -109,10 +110,11 @@ def plot_outcomes(
     height = 0.3 * len(tables["kl"]) + 1.2
     fig, axes = plt.subplots(1, len(OUTCOMES), figsize=(12, height), sharey=True, constrained_layout=True)
     for ax, (what, label) in zip(axes, OUTCOMES.items()):
+        of_this = f"{label}\n({unit})"
         if what == "kl":
-            plot_contrasts(tables[what], f"{unit}: {label}", 0, ax, ("nearer to S", "farther from S"))
+            plot_contrasts(tables[what], of_this, 0, ax, ("nearer to S", "farther from S"))
         else:
-            plot_contrasts(tables[what], f"{unit}: {label}", SAME, ax, sides)
+            plot_contrasts(tables[what], of_this, SAME, ax, sides)
     return fig
 
 # %% ../nbs/experiments/compare.ipynb #87aa7a67
@@ -123,7 +125,7 @@ def sign_flip_p_value(
     values = np.asarray(difference)
     means = values.reshape(len(values), -1).mean(1)
     signs = np.array(list(itertools.product((1, -1), repeat=len(means))))
-    as_large = abs(signs @ means) >= abs(means.sum()) - 1e-12     # the choice that we saw is as large as itself
+    as_large = abs(signs @ means) >= abs(means.sum()) - 1e-12     # what we saw is as large as itself
     return float(as_large.mean())
 
 # %% ../nbs/experiments/compare.ipynb #4df16747
@@ -147,7 +149,8 @@ def check_same_draws(
     first = next(iter(draws))
     for name in draws:
         if draws[name] != draws[first]:
-            raise ValueError(f"contrasts: '{name}' was run in other worlds or with other seeds than '{first}'")
+            raise ValueError(f"contrasts: '{name}' was run in other worlds "
+                             f"or with other seeds than '{first}'")
 
 def tested_differences(
     differences: dict, # question -> paired difference, (worlds, seeds, prompts)
@@ -181,7 +184,7 @@ def reward_at_kl(
 ) -> np.ndarray:     # (worlds, seeds, 1)
     """Mean sampled reward of a method at another's KL, linear between neighbours of its ladder.
     Raises ValueError outside the ladder."""
-    kls = np.array([outcome_values(rows, "kl").mean(2) for rows in ladder])            # (rungs, worlds, seeds)
+    kls = np.array([outcome_values(rows, "kl").mean(2) for rows in ladder])     # (rungs, worlds, seeds)
     rewards = np.array([outcome_values(rows, "sampled").mean(2) for rows in ladder])
     asked = kl.mean(2)
     out = np.empty((*asked.shape, 1))
@@ -189,7 +192,7 @@ def reward_at_kl(
         order = np.argsort(kls[:, *run])
         x, y = kls[order, *run], rewards[order, *run]
         if not x[0] <= asked[run] <= x[-1]:
-            raise ValueError(f"at_kl: {asked[run]:.2f} nats is outside the ladder, {x[0]:.2f} to {x[-1]:.2f}; "
-                             "add a beta")
+            raise ValueError(f"at_kl: {asked[run]:.2f} nats is outside the ladder, "
+                             f"{x[0]:.2f} to {x[-1]:.2f}; add a beta")
         out[run] = np.interp(asked[run], x, y)
     return out

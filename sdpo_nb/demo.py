@@ -21,7 +21,7 @@ from .world import load_base, load_world, true_rewards
 def demo_rewards(
     S,      # the base model
     models: dict, # name -> trained model
-    tokenizer,
+    tokenizer,    # of all of them
     prompts: list, # test prompts
     tau: float,    # the best temperature of S, chosen on validation prompts
 ) -> dict: # sampled, greedy -> data frame of true rewards: one row per prompt, one column per model

@@ -63,8 +63,11 @@ def answers_beside(
     tokenizer,     # of both
     prompts: list, # of the tiny world, as text
 ) -> pd.DataFrame: # prompt: the index; S says, aligned, right
-    "Greedy answers of two models, on few prompts that a rule picks: what was mended, or not, and what was spoilt."
-    said = {"S says": respond(S, tokenizer, prompts, tau=0), "aligned": respond(model, tokenizer, prompts, tau=0)}
+    "Greedy answers of two models, on few prompts that a rule picks: what was mended and what was spoilt."
+    said = {
+        "S says": respond(S, tokenizer, prompts, tau=0),
+        "aligned": respond(model, tokenizer, prompts, tau=0),
+    }
     answers = pd.DataFrame(said, index=pd.Index(prompts, name="prompt"))
     answers["right"] = [answer(p) for p in prompts]
     was_right = answers["S says"] == answers["right"]
@@ -78,7 +81,7 @@ def answers_beside(
 
 # %% ../nbs/08_evaluate.ipynb #e75cf70f
 def bootstrap(
-    values,          # (n,) one number per prompt or pair; or (worlds, seeds, prompts), prompts shared by seeds
+    values,          # (n,) numbers; or (worlds, seeds, prompts), where seeds share the prompts
     draws: int=2000, # how many means
     seed: int=0,     # of the draws
 ) -> np.ndarray:     # (draws,)
@@ -129,10 +132,12 @@ def held_out(
     pairs,                # n tokenized pairs; both tables have a row for each
     beta: float,          # of the DPO loss, above 0
 ) -> dict:                # name -> (mean, low, high)
-    "What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals."
+    """What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals.
+    A loss cannot be negative, and neither can the lower end of its interval."""
     chosen, rejected = now.lookup(pairs)
     chosen_0, rejected_0 = before.lookup(pairs)
     g, g_0 = gamma(chosen, rejected), gamma(chosen_0, rejected_0)
+    loss, low, high = mean_interval(dpo_loss(g, g_0, beta))
 
     def share(right):
         p = right.mean().item()
@@ -141,7 +146,7 @@ def held_out(
     return {
         "gamma": mean_interval(g),
         "prefers chosen": share(reward_accuracy(g)),
-        "loss": mean_interval(dpo_loss(g, g_0, beta)),
+        "loss": (loss, max(low, 0.0), high),
         "reward accuracy": share(reward_accuracy(g, g_0)),
         "change of gamma": mean_interval(g - g_0),
         "log-ratio of chosen": mean_interval(chosen - chosen_0),
@@ -356,7 +361,7 @@ def ends_above(
 def failure_signs(
     gammas: pd.DataFrame,  # model, chunk, gamma: one pair a row; chunks in the order of training
     metrics: pd.DataFrame, # stage, loss: one optimizer step a row
-) -> list[str]:            # one sentence a sign; none where all is well
+) -> list[str]:            # one sentence per sign; none where all is well
     """Forgetting, instability and stages that changed nothing, as sentences.
     `gammas` has models from M_0 on, and for every model the same pairs in the same order."""
     gamma_of = {}

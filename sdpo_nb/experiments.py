@@ -15,10 +15,12 @@ import pandas as pd
 import torch
 
 from .bodies import BODIES, build_world
-from .cells import BASELINES, METHODS, RESULTS, Cell, add_rows, read_rows, run_grid, stored_rows, worker_pool
+from .cells import BASELINES, METHODS, RESULTS, Cell
+from .cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from .compare import SAME, paired_difference
 from .evaluate import as_text, frontier, interval
-from .questions import GRIDS, SEARCHES, WORLDS, all_cells_of, choose_settings, load_grid, primary_contrasts
+from .questions import GRIDS, SEARCHES, WORLDS
+from .questions import all_cells_of, choose_settings, load_grid, primary_contrasts
 from .world import load_base
 
 # %% ../nbs/experiments/protocol.ipynb #31193c9d
@@ -99,7 +101,8 @@ def _verdict(mean, low, high, different): # in words
 # %% ../nbs/experiments/protocol.ipynb #42b2f2dc
 def _mean_difference(found, a, b): # (worlds, seeds, prompts), a mean over bodies where the names ask for them
     bodies = BODIES if "{}" in a else [""]
-    return np.mean([paired_difference(found[a.format(body)], found[b.format(body)]) for body in bodies], axis=0)
+    names = [(a.format(body), b.format(body)) for body in bodies]
+    return np.mean([paired_difference(found[one], found[other]) for one, other in names], axis=0)
 
 def claims_table() -> pd.DataFrame: # claim, what we found, how sure, where
     "Every claim with its difference, interval and verdict, from the stored table."
@@ -145,7 +148,7 @@ def small_cells() -> list[Cell]:
 # %% ../nbs/experiments/protocol.ipynb #3fea920d
 def rerun_stored_cells(
     seed: int = 0, # of the draw
-) -> pd.DataFrame: # one row a grid: the cell, same_S, stored, again (mean rewards), other_rewards (share of prompts)
+) -> pd.DataFrame: # a row per grid: the cell, same_S, stored, again (mean rewards), other_rewards (share)
     """A stored cell of each grid, at random, run once more:
     does today's code on this machine still make what the table holds?"""
     drawn = {grid: _draw_cell(grid, seed) for grid in GRIDS}

@@ -25,7 +25,7 @@ def _model_colors(T):
 
 # %% ../nbs/07_figures.ipynb #b9f493da
 def plot_partition(
-    measures: pd.DataFrame, # one source a row: source, accuracy, low, high, accuracy_per_token
+    measures: pd.DataFrame, # one row per source: source, accuracy, low, high, accuracy_per_token
 ) -> plt.Figure:
     "Reward accuracy of each source under M_0 with its 95 % interval, in the order of training."
     fig, ax = plt.subplots(figsize=(6, 0.5 * len(measures) + 1.2))
@@ -58,7 +58,8 @@ def _step_axis(ax, steps):
         start, end = rows.index[0] - 0.5, rows.index[-1] + 0.5
         if i: ax.axvline(start, color="0.5", lw=0.8)
         name = f"{stage}" if i else f"stage {stage}"
-        ax.text((start + end) / 2, 1.02, name, transform=ax.get_xaxis_transform(), ha="center", fontsize="small")
+        above = dict(transform=ax.get_xaxis_transform(), ha="center", fontsize="small")
+        ax.text((start + end) / 2, 1.02, name, **above)
     ax.set(xlabel="optimizer step", xlim=(0.5, len(steps) + 0.5))
     sns.despine(ax.figure)
 
@@ -78,7 +79,7 @@ def _label_lines(ax, heights, names, colors):
 
 # %% ../nbs/07_figures.ipynb #2d8a1b45
 def plot_loss(
-    metrics: pd.DataFrame, # stage, loss; one optimizer step a row
+    metrics: pd.DataFrame, # stage, loss; one row per optimizer step
 ) -> plt.Figure:
     "Loss of each optimizer step, stages side by side; ln 2 is where a stage starts when policy = reference."
     steps, window = _whole_run(metrics)
@@ -111,7 +112,7 @@ def _boxes(gammas, models, ax, **look):
     )
 
 def plot_gamma(
-    gammas: pd.DataFrame, # model, chunk, gamma: one pair a row; chunks in the order of training
+    gammas: pd.DataFrame, # model, chunk, gamma: one row per pair; chunks in the order of training
 ) -> plt.Figure:
     """Distribution of gamma under every model of a run (from M_0 on), one panel per chunk;
     hollow where the model was not yet trained on it."""
@@ -136,7 +137,7 @@ def plot_gamma(
 
 # %% ../nbs/07_figures.ipynb #cf188e53
 def plot_change(
-    gammas: pd.DataFrame, # model, chunk, gamma: one pair a row; chunks in the order of training
+    gammas: pd.DataFrame, # model, chunk, gamma: one row per pair; chunks in the order of training
 ) -> plt.Figure:
     """Mean change of gamma since M_0 on every chunk, with 95 % intervals; hollow where the model
     was not yet trained on it. For every model (from M_0 on) the same pairs in the same order."""
@@ -172,7 +173,7 @@ def plot_change(
 
 # %% ../nbs/07_figures.ipynb #8f7dda14
 def plot_drift(
-    metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejected (nats); one optimizer step a row
+    metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejected (nats); one row per optimizer step
 ) -> plt.Figure:
     "log pi_theta / pi_ref of chosen and of rejected responses: DPO needs the gap, not a rise of the chosen."
     steps, window = _whole_run(metrics)

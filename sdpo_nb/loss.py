@@ -69,7 +69,8 @@ def dpo_loss(
     beta: float,                # strength of the pull to the reference, > 0, per nat
     label_smoothing: float=0.,  # assumed share of flipped labels, in [0, 0.5): target 1 - label_smoothing
 ) -> Tensor:                    # (n,) loss of each pair
-    """-log sigmoid(beta (gamma_theta - gamma_ref)), per pair: Eq. 1 of the sDPO paper, Eq. 7 of the DPO paper.
+    """-log sigmoid(beta (gamma_theta - gamma_ref)), per pair.
+    Eq. 1 of the sDPO paper, Eq. 7 of the DPO paper.
     Raises ValueError for unequal shapes."""
     z = beta * _gain(gamma_theta, gamma_ref)
     return (1 - label_smoothing) * F.softplus(-z) + label_smoothing * F.softplus(z)

@@ -92,16 +92,23 @@ def visible(
     return sees & (position[:, None] - position < window) if window else sees
 
 # %% ../nbs/04_packing.ipynb #c84f9b6e
+def _as_bias(sees, dtype):
+    "0 where a token is seen, the lowest number elsewhere."
+    bias = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return bias.masked_fill_(~sees, torch.finfo(dtype).min)
+
+def _capped(q, k, v, bias, scaling, softcap):
+    "Attention written out, with scores between -softcap and softcap."
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scaling / softcap))
+    return (scores + bias).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
 def _attend(q, k, v, bias, scaling, softcap):
     "(heads, n, d) queries, (key heads, n, d) keys and values -> (n, heads, d)."
     share = q.shape[0] // k.shape[0]                 # so many query heads share a key head
     k, v = (x.repeat_interleave(share, 0) for x in (k, v))
-    if not softcap:
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0]
-        return out.transpose(0, 1)
-    scores = torch.tanh(q @ k.transpose(1, 2) * (scaling / softcap))
-    weights = (softcap * scores + bias).softmax(-1, dtype=torch.float32)
-    return (weights.to(v.dtype) @ v).transpose(0, 1)
+    if softcap: return _capped(q, k, v, bias, scaling, softcap).transpose(0, 1)
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias, scale=scaling)[0]
+    return out.transpose(0, 1)
 
 # %% ../nbs/04_packing.ipynb #722c9a4a
 def _bias(row, tokens, window, dtype):
@@ -109,10 +116,7 @@ def _bias(row, tokens, window, dtype):
     n = tokens.stop - tokens.start
     if not window or window >= n: window = None      # it hides nothing
     key = tokens.start, window, dtype
-    if key not in row.masks:
-        hidden = ~visible(row, tokens, window)
-        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        row.masks[key] = bias.masked_fill_(hidden, torch.finfo(dtype).min)
+    if key not in row.masks: row.masks[key] = _as_bias(visible(row, tokens, window), dtype)
     return row.masks[key]
 
 @torch.compiler.disable
@@ -148,7 +152,9 @@ def packed_attention(
     softcap: float=None,      # of the scores
     **rest,                   # whatever else a layer says
 ) -> tuple[Tensor, None]:     # (1, N, heads, d), and no attention weights
-    "What transformers calls in each layer. Raises NotImplementedError for what a layer wants and cannot have."
+    """What transformers calls in each layer.
+
+    Raises NotImplementedError for what a layer wants and cannot have."""
     unknown = [k for k in ("s_aux", "position_bias", "head_mask") if rest.get(k) is not None]
     if dropout: unknown.append("dropout")
     if unknown: raise NotImplementedError(f"its attention wants {', '.join(unknown)}")
@@ -248,11 +254,13 @@ def packed_tokens(
 def packed_row(
     model,        # a causal LM
     pairs: list,  # n pairs
+    plan=None,    # row -> how a card attends; None: `padded_plan` on a card, nothing on a CPU
 ) -> Row|list:    # a row; the pairs themselves where their rows must be read alone
     "What `packed_logprobs` makes of pairs. It can be made while the model is busy with another row."
     if must_read_alone(model, pairs): return pairs
     row = pack(pairs)
-    if model.device.type == "cuda": row.plan = padded_plan(row)
+    if plan is None and model.device.type == "cuda": plan = padded_plan
+    if plan: row.plan = plan(row)
     return row
 
 def packed_logprobs(
@@ -306,7 +314,6 @@ class Copies:
     ) -> Tensor:     # (places, ...)
         return _Copy.apply(x, self.take, self.first, self.second)
 
-# %% ../nbs/04_packing.ipynb #27629244
 def copies(
     take: np.ndarray,  # (...) token of each place; `tokens` where there is none
     tokens: int,       # how many there are
@@ -386,10 +393,7 @@ def flash_row(
     pairs: list,  # n pairs
 ) -> Row|list:    # a row with its plan; the pairs themselves where their rows must be read alone
     "What `flash_logprobs` makes of pairs."
-    if must_read_alone(model, pairs): return pairs
-    row = pack(pairs)
-    row.plan = flash_plan(row)
-    return row
+    return packed_row(model, pairs, flash_plan)
 
 def flash_logprobs(
     model,                    # a causal LM under autocast, on a graphics card that has the kernel
@@ -430,7 +434,7 @@ class Padded:
         k, v = (self.keys(x).transpose(1, 2) for x in (k, v))
         plain = self.causal and not window and not softcap
         mask = None if plain else self.visible(window)
-        if softcap: out = _capped(q, k, v, mask, scaling, softcap)
+        if softcap: out = _capped(q, k, v, _as_bias(mask, v.dtype), scaling, softcap)
         else:
             with sdpa_kernel(BACKENDS):
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scaling)
@@ -443,12 +447,23 @@ class Padded:
         ahead = self.query_at[:, None, :, None] - self.key_at[:, None, None, :]
         return (ahead >= 0) & (ahead < window) if window else ahead >= 0
 
-def _capped(q, k, v, mask, scaling, softcap):
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+def _grid(rows, none):
+    "Lists of numbers -> (n, longest), filled up with `none`."
+    out = np.full((len(rows), max(map(len, rows))), none)
+    for line, row in zip(out, rows): line[:len(row)] = row
+    return out
 
-# %% ../nbs/04_packing.ipynb #8816d12f
+def _padded(queries, keys, position, causal):
+    "Sequences of one kind, from the numbers of the tokens that each of them asks and sees."
+    none = len(position)                                  # one past the end
+    q, k = _grid(queries, none), _grid(keys, none)
+    position = np.r_[position, 0]                         # padding asks from position 0: it sees one token
+    query_at = position[q]
+    key_at = np.where(k < none, position[k], 2**30)       # a key that is padding is ahead of everyone
+    places = torch.from_numpy(query_at), torch.from_numpy(key_at)
+    return Padded(copies(q, none), copies(k, none), *places, causal)
+
+# %% ../nbs/04_packing.ipynb #667a2822
 @dataclass
 class PaddedPlan:
     "A row as two batches of padded sequences, and the way back."
@@ -463,22 +478,6 @@ class PaddedPlan:
         parts = [kind.attend(q, k, v, scaling, window, softcap) for kind in (self.chosen, self.rejected)]
         return self.back(torch.cat(parts))
 
-def _grid(rows, none):
-    "Lists of numbers -> (n, longest), filled up with `none`."
-    out = np.full((len(rows), max(map(len, rows))), none)
-    for line, row in zip(out, rows): line[:len(row)] = row
-    return out
-
-def _padded(queries, keys, position, causal):
-    "Sequences of one kind, from the tokens that each of them asks and sees."
-    tokens = len(position)
-    q, k = _grid(queries, tokens), _grid(keys, tokens)
-    position = np.r_[position, 0]                         # padding asks from position 0: it sees one token
-    query_at = position[q]
-    key_at = np.where(k < tokens, position[k], 2**30)     # a key that is padding is ahead of everyone
-    places = torch.from_numpy(query_at), torch.from_numpy(key_at)
-    return Padded(copies(q, tokens), copies(k, tokens), *places, causal)
-
 def padded_plan(
     row: Row,   # on the CPU
 ) -> PaddedPlan:
@@ -491,15 +490,12 @@ def padded_plan(
         second.append(np.arange(middle, end))              # rejected
         seen.append(np.r_[start:start + x, middle:end])    # what rejected sees
         start = end
-    position, tokens = row.position.numpy(), len(row.ids)
+    position = row.position.numpy()
     chosen = _padded(first, first, position, True)
     rejected = _padded(second, seen, position, False)
-
     places = np.concatenate([kind.queries.take.numpy().flatten() for kind in (chosen, rejected)])
-    used = np.flatnonzero(places < tokens)
-    back = np.empty(tokens, "int64")
-    back[places[used]] = used
-    return PaddedPlan(chosen, rejected, copies(back, len(places)))
+    there = copies(places, len(position))
+    return PaddedPlan(chosen, rejected, copies(there.first.numpy(), len(places)))
 
 # %% ../nbs/04_packing.ipynb #99593119
 def try_out(

@@ -26,7 +26,8 @@ def wilson(
     n: int,        # of how many, at least 1
     z: float=1.96, # normal quantile; 1.96 gives 95 %
 ) -> tuple[float, float]: # lower and upper end, in [0, 1]
-    "Wilson's score interval of a share of independent pairs, equation (3). Raises ValueError if there is no share."
+    """Wilson's score interval of a share of independent pairs, equation (3).
+    Raises ValueError if there is no share."""
     if not (n > 0 and 0 <= p <= 1):
         raise ValueError(f"wilson: p = {p}, n = {n}; it takes a share in [0, 1] of at least one pair")
     middle = p + z*z / (2*n)
@@ -46,7 +47,7 @@ def mean_interval(
 
 # %% ../nbs/05_partition.ipynb #1b9b30d7
 def _scan(pairs: Dataset) -> list:
-    "Tokens of chosen, tokens of rejected, truncated (0 or 1): three columns of n numbers, read block by block."
+    "Tokens of chosen, tokens of rejected, truncated (0 or 1): three columns of n numbers."
     columns = [], [], []
     needed = pairs.select_columns(["chosen_ids", "rejected_ids", "truncated"])
     for block in needed.with_format("arrow").iter(10_000):
@@ -59,7 +60,8 @@ def _scan(pairs: Dataset) -> list:
     return [torch.from_numpy(np.concatenate(column)) for column in columns]
 
 def _nats(table: LogprobTable|None, pairs: Dataset) -> tuple:
-    "Log-probabilities of chosen and rejected, (n,) each, in fp64, so that equal numbers stay ties; 0 without a table."
+    """Log-probabilities of chosen and rejected, (n,) each; 0 without a table.
+    In fp64, so that equal numbers stay ties."""
     if table is None: return 0., 0.
     chosen, rejected = table.lookup(pairs)
     return chosen.double(), rejected.double()
@@ -70,7 +72,8 @@ def measure_source(
     table: LogprobTable,   # of M_0, the model before the first stage
     reference: LogprobTable=None, # reads (1) against this model; None: (2)
 ) -> dict:                 # one row of the partition table: shares in [0, 1], counts, gamma in nats
-    "Reward accuracy of one source under M_0, and what stands beside it. Raises ValueError for an empty source."
+    """Reward accuracy of one source under M_0, and what stands beside it.
+    Raises ValueError for an empty source."""
     if not len(source): raise ValueError(f"source '{source.name}': no pairs to measure")
     chosen, rejected = _nats(table, source.pairs)
     ref_chosen, ref_rejected = _nats(reference, source.pairs)
@@ -130,7 +133,7 @@ def _shuffled(rows, seed):
 @dataclass
 class Partition:
     "Which pairs each stage trains on."
-    measures: pd.DataFrame # one source a row, in the order of training; easy to hard where that is random
+    measures: pd.DataFrame # one row per source, in the order of training; easy to hard where that is random
     chunks: list           # T lists of row numbers of `pairs`
     names: list            # T names
     pairs: Dataset         # all pairs of all sources, in the order given
@@ -150,7 +153,8 @@ def partition(
     seed: int=0,          # of the random order
     reference: LogprobTable=None, # reads (1) against this model; None: (2)
 ) -> Partition:           # T chunks; every pair is in exactly one
-    "The paper's chunks, by reward accuracy under M_0. Raises ValueError for an unknown order or an impossible T."
+    """The paper's chunks, by reward accuracy under M_0.
+    Raises ValueError for an unknown order or an impossible T."""
     if order not in ORDERS: raise ValueError(f"order: {order!r} is none of {', '.join(ORDERS)}")
     if not sources: raise ValueError("sources: at least one is needed")
     pairs = concatenate_datasets([s.pairs for s in sources])

@@ -202,7 +202,7 @@ def _check_spec(name, spec):
 
 # %% ../nbs/11_plan.ipynb #263f8bb5
 def data_notes(
-    source: Source,
+    source: Source, # tokenised, with its counts
     templated: bool=False, # whether the tokenizer has a chat template
 ) -> list[str]: # first what was read and used, then whatever is worth a second look
     "What was read, dropped and cut, in words."
@@ -308,7 +308,7 @@ def read_sources(
     sources: dict,  # as for `load_sources`; not asked for where a function makes the chunks
     held_out: dict, # the same, for pairs that are only measured; or None
     tokenizer,      # of the model
-    config: StepwiseConfig,
+    config: StepwiseConfig, # its lengths and eval_share count
 ) -> tuple[list[Source], list[Source]]: # to train on, held out
     "What is trained on, and what is held out of it or comes as sources of its own."
     train, held = [], []

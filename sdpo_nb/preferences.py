@@ -20,7 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import load_dataset, load_dataset_builder, load_from_disk
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 # %% ../nbs/01_preferences.ipynb #ca9771f6
@@ -65,15 +66,15 @@ def prompt_limit(
     if max_length < 2: raise ValueError(f"max_length: must be at least 2, got {max_length}")
     if not given: return max_length // 2
     if not 1 <= given < max_length:
-        raise ValueError(f"max_prompt_length: must be at least 1 and below max_length = {max_length}, got {given}; "
-                         "a longer prompt leaves no room for a response")
+        raise ValueError(f"max_prompt_length: must be at least 1 and below max_length = {max_length}, "
+                         f"got {given}; a longer prompt leaves no room for a response")
     return given
 
 # %% ../nbs/01_preferences.ipynb #9498605b
 DROPPED = "empty", "equal", "no_prompt", "no_room" # reasons
 
 def _why_dropped(texts, prompt, whole, kept) -> str:
-    "Why a pair carries no signal: texts without end tokens, ids of the prompt, of the responses, of what is kept of them."
+    "Why a pair carries no signal: texts without end tokens; ids of prompt, responses, what is kept of them."
     if not all(whole): return "empty"
     if not all(text.strip() for text in texts): return "empty"
     if whole[0] == whole[1]: return "equal"
@@ -83,6 +84,10 @@ def _why_dropped(texts, prompt, whole, kept) -> str:
     return ""
 
 # %% ../nbs/01_preferences.ipynb #7951f514
+def _spelled(pair, tokenizer):
+    "The three lists of ids of a pair as text."
+    return {field: tokenizer.decode(pair[f"{field}_ids"]) for field in ("prompt", *_SIDES)}
+
 def _key(prompt, first, second):
     return hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
 
@@ -98,7 +103,7 @@ def encode(
     max_prompt_length: int=None, # longest prompt, in tokens, its end is kept; None: half of max_length
     end: tuple=None,             # `turn_end(tokenizer)`, for chats; asked for where it is not given
 ) -> dict:                       # key, swapped, prompt_ids, chosen_ids, rejected_ids, and what was done
-    "Token ids of one pair. Its prompt is the longest common prefix of the prompt's ids and both full rows (1)."
+    "Token ids of one pair. Its prompt is what the prompt's ids and both full rows begin with (1)."
     if pair["chat"]: prompt, full = _chat_ids(pair, tokenizer, end)
     else: prompt, full = _text_ids(pair, tokenizer)
 
@@ -221,7 +226,7 @@ def _looks_like_messages(x):
     return isinstance(x, str) and x.lstrip().startswith("[{") and "role" in x[:20]
 
 def _check_text(row, where):
-    "Raise ValueError for text that is none."
+    "Raise ValueError for text that is broken."
     for field, text in _said(row):
         try: text.encode()
         except UnicodeEncodeError as e:
@@ -231,11 +236,7 @@ def _check_text(row, where):
         raise _wrong(where, "chosen", "messages, written as text; keep conversations in JSONL or Parquet")
 
 # %% ../nbs/01_preferences.ipynb #e36ea088
-def _check(
-    row: dict,        # one raw row
-    where: str,       # file and row, for the message
-    chat: bool=False, # are strings turns of a chat?
-):
+def _check(row, where, chat=False):
     "Raise ValueError, naming file, row and field, for a row that cannot be read in full."
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with fields, got {_short(row)}")
@@ -246,7 +247,7 @@ def _check(
 
 # %% ../nbs/01_preferences.ipynb #d2d1685a
 def _split(chosen, rejected):
-    "The common beginning of two strings or lists of messages, and what is left of each: at least one element."
+    "The common beginning of two strings or lists of messages, and at least one element that is left of each."
     n = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     n = max(0, n)
     if n and chosen[n-1] == " ": n -= 1 # a blank belongs to the word after it
@@ -304,7 +305,7 @@ def normalise(
     row: dict,         # a raw row: prompt (may be missing), chosen, rejected; optional system, messages
     where: str="row",  # file and row number, for error messages
     chat: bool=False,  # read string fields as turns of a chat
-) -> dict:             # chat (bool), prompt, chosen, rejected: three strings, or messages and two closing messages
+) -> dict:             # chat (bool), prompt, chosen, rejected: strings, or messages and two closing messages
     "One preference, whatever its spelling. Raises ValueError naming file, row and field."
     _check(row, where, chat)
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -392,12 +393,6 @@ def _chat_ids(pair, tokenizer, end):
     return _render(tokenizer, pair["prompt"], add_generation_prompt=True), full
 
 # %% ../nbs/01_preferences.ipynb #410af910
-def _rename(names, columns):
-    "Old name -> new name, for the columns that stay."
-    taken = {columns[c] for c in names if c in columns}      # a rename wins over a column of that name
-    return {c: columns.get(c, c) for c in names if c in columns or c not in taken}
-
-# %% ../nbs/01_preferences.ipynb #e50d4c30
 def _check_columns(columns, names, where):
     "Raise ValueError where a rename finds neither its old nor its new name."
     there = {*names, *(columns[c] for c in columns if c in names)}
@@ -405,14 +400,15 @@ def _check_columns(columns, names, where):
     if absent:
         raise ValueError(f"{where}: columns= names {sorted(absent)}, but the rows have {sorted(names)}")
 
-def _check_one_each(columns, names, where):
-    "Raise ValueError where two columns of a row would get one name."
-    renamed = [c for c in columns if c in names]
-    for first in renamed:
-        for other in renamed:
-            name = columns[first]
-            if other == first or columns[other] != name: continue
-            raise ValueError(f"{where}: columns= gives both '{first}' and '{other}' the name '{name}'")
+def _rename(columns, names, where):
+    "Old name -> new name, for the columns that stay. Raises ValueError where two would get one name."
+    taken = {}
+    for c in columns:
+        if c in names: taken.setdefault(columns[c], []).append(c)
+    for name, (first, *others) in taken.items():
+        if not others: continue
+        raise ValueError(f"{where}: columns= gives both '{first}' and '{others[0]}' the name '{name}'")
+    return {c: columns.get(c, c) for c in names if c in columns or c not in taken} # a rename wins
 
 # %% ../nbs/01_preferences.ipynb #3625ce9d
 def _fields_of(row):
@@ -435,8 +431,7 @@ def _checked(rows, columns: dict): # rows: (where, row)
     for where, row in rows:
         if isinstance(row, dict):
             names |= set(row)
-            _check_one_each(columns, row, where)
-            row = {new: row[old] for old, new in _rename(row, columns).items()}
+            row = {new: row[old] for old, new in _rename(columns, row, where).items()}
         _check(row, where)
         _check_drift(row, where, first_seen)
         yield _fields_of(row)
@@ -574,9 +569,8 @@ def _read_folder(path, split, columns):
 # %% ../nbs/01_preferences.ipynb #f521bf85
 def _from_dataset(data, split, columns, where):
     if isinstance(data, DatasetDict): data = _pick(data, split, where)
-    names = _rename(data.column_names, columns)
     _check_columns(columns, data.column_names, where)
-    _check_one_each(columns, data.column_names, where)
+    names = _rename(columns, data.column_names, where)
     new_names = {old: new for old, new in names.items() if old != new}
     data = data.with_format(None).select_columns(list(names)).rename_columns(new_names)
 
@@ -632,12 +626,12 @@ def load_pairs(
     if path.is_dir(): return _read_folder(path, split, columns)
     return _from_dataset(_from_hub(str(source), split, revision), split, columns, str(source))
 
-# %% ../nbs/01_preferences.ipynb #49f0a74d
+# %% ../nbs/01_preferences.ipynb #ac6122c4
 @dataclass
 class Source:
     "A named preference dataset, tokenised."
     name: str      # what the partition and the report call it
-    pairs: Dataset # one usable pair a row: key, prompt_ids, chosen_ids, rejected_ids, truncated; memory-mapped
+    pairs: Dataset # a usable pair a row: key, prompt_ids, chosen_ids, rejected_ids, truncated; memory-mapped
     counts: dict   # rows read, dropped by reason, truncated, ...
 
     def __len__(self): return len(self.pairs)
@@ -744,18 +738,13 @@ def _encoder(data, name, tokenizer, max_length, max_prompt_length, chat):
     return _Encoder(name, tokenizer, max_length, max_prompt_length, chat, because, end)
 
 # %% ../nbs/01_preferences.ipynb #bbbba85a
-_FEATURES = datasets.Features({
-    "key": datasets.Value("string"),
-    "swapped": datasets.Value("string"),
-    "prompt_ids": datasets.List(datasets.Value("int32")),
-    "chosen_ids": datasets.List(datasets.Value("int32")),
-    "rejected_ids": datasets.List(datasets.Value("int32")),
-    "drop": datasets.Value("string"),
-    "chat": datasets.Value("bool"),
-    "truncated": datasets.Value("bool"),
-    "prompt_truncated": datasets.Value("bool"),
-    "boundary_moved": datasets.Value("bool"),
-})
+_TEXT, _IDS = datasets.Value("string"), datasets.List(datasets.Value("int32"))
+_FEATURES = datasets.Features(
+    dict(key=_TEXT, swapped=_TEXT)
+    | dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids"], _IDS)
+    | dict(drop=_TEXT)
+    | dict.fromkeys(_FLAGS, datasets.Value("bool"))
+)
 
 def _processes(rows): return min(os.cpu_count() or 1, rows // 10_000) or None
 
@@ -791,7 +780,7 @@ def tokenize_pairs(
     )
     return _usable(name, out)
 
-# %% ../nbs/01_preferences.ipynb #e616ef00
+# %% ../nbs/01_preferences.ipynb #ea1048e4
 def decoded(
     source: Source,  # tokenised pairs
     tokenizer,       # the one that made the ids
@@ -799,10 +788,7 @@ def decoded(
 ) -> list[dict]:     # prompt, chosen, rejected: what is read and what is scored, with special tokens
     "Some pairs of a source, as text."
     first = source.pairs.select(range(min(n, len(source))))
-    texts = []
-    for pair in first:
-        texts.append({field: tokenizer.decode(pair[f"{field}_ids"]) for field in ("prompt", *_SIDES)})
-    return texts
+    return [_spelled(pair, tokenizer) for pair in first]
 
 # %% ../nbs/01_preferences.ipynb #43ea27a9
 def _lot(ids) -> float:
@@ -820,8 +806,8 @@ def hold_out(
     if not share: return source, None
     held = np.array([_lot(ids) < share for ids in source.pairs["prompt_ids"]])
     if held.all():
-        raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} pairs; "
-                         "a smaller one leaves some to train on")
+        raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} "
+                         "pairs; a smaller one leaves some to train on")
     if not held.any(): return source, None
     kept = source.pairs.select((~held).nonzero()[0])
     apart = source.pairs.select(held.nonzero()[0])

@@ -61,7 +61,8 @@ def choose_settings(
 ) -> dict:              # method -> settings
     """The settings with the highest mean true reward, sampled on validation prompts.
     Raises ValueError where they lie on the edge of what was tried."""
-    rewards = rows.assign(reward=rows["sampled"].map(np.mean)).groupby(["method", "settings"])["reward"].mean()
+    rewards = rows.assign(reward=rows["sampled"].map(np.mean))
+    rewards = rewards.groupby(["method", "settings"])["reward"].mean()
     best = {}
     for method, (_, settings) in rewards.groupby("method").idxmax().items():
         best[method] = json.loads(settings)
@@ -144,7 +145,7 @@ def primary_contrasts(
     for question in questions.itertuples():
         a = question_values(found, question.a, question.outcome)
         b = question_values(found, question.b, question.outcome)
-        if a.shape != b.shape: b = b.mean(2, keepdims=True)     # a is one number a run
+        if a.shape != b.shape: b = b.mean(2, keepdims=True)     # a is one number per run
         differences[question.question] = a - b
     return questions.merge(tested_differences(differences), on="question")
 
@@ -152,7 +153,7 @@ def primary_contrasts(
 STAGE_COUNTS = (1, 2, 3, 5, 8)
 
 def smaller_beta_grid() -> dict: # name -> Condition
-    "T stages at beta against one at beta / T: chunks with prompts of their own, and chunks with the same prompts."
+    "T stages at beta against one at beta / T: chunks with prompts of their own, and with the same prompts."
     dpo = chosen_settings()["DPO"]
     grid = {"DPO at beta": Condition("DPO", dpo)}
     for T in STAGE_COUNTS[1:]:
@@ -163,8 +164,9 @@ def smaller_beta_grid() -> dict: # name -> Condition
     return grid
 
 def how_many_stages_grid() -> dict: # name -> Condition
-    """T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages and at a beta that grows with T;
-    and three stages at an eighth and at eight times their beta, which take the ladder of `primary_grid` to both sides."""
+    """T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages
+    and at a beta that grows with T. And three stages at an eighth and at eight times their beta,
+    which take the ladder of `primary_grid` to both sides."""
     best = chosen_settings()["sDPO"]
     grid = {}
     for T in range(1, 9): grid[f"T = {T}"] = Condition("sDPO", best | dict(chunks=T))
@@ -205,7 +207,8 @@ def paper_in_miniature_grid() -> dict: # name -> Condition
 
 # %% ../nbs/experiments/questions.ipynb #d83d70da
 def how_to_partition_grid() -> dict: # name -> Condition
-    """Three chunks, ordered in both directions by several measures, by gamma also at the best settings of stepwise DPO;
+    """Three chunks, ordered in both directions by several measures,
+    by gamma also at the best settings of stepwise DPO;
     and two selections, with as many pairs at random."""
     dpo, tuned = chosen_settings()["DPO"], chosen_settings()["sDPO"]
     grid = {
@@ -270,7 +273,8 @@ def with_new_data_grid() -> dict: # name -> Condition
             grid[f"{writer}, {label}"] = Condition("sDPO", best, ("new", writer, *labels[label]))
     for label in without_errors:
         data = ("new", "S", *labels[label])
-        for factor in (2, 4): grid[f"S, {label}, {factor:g} beta"] = Condition("sDPO", _scaled(best, factor), data)
+        for factor in (2, 4):
+            grid[f"S, {label}, {factor:g} beta"] = Condition("sDPO", _scaled(best, factor), data)
     return grid
 
 # %% ../nbs/experiments/questions.ipynb #e9042ae9
@@ -320,7 +324,9 @@ GRIDS = { # name -> function that makes it
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
 }
-OTHER_DRAWS = {"which_architecture": (BODY_WORLDS, range(4))} # worlds and seeds; the others have WORLDS, SEEDS
+OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
+    "which_architecture": (BODY_WORLDS, range(4)),
+}
 
 def _search_bodies():
     starts = [cell for body in ("llama", *BODIES) for cell in start_cells(body)]
@@ -351,8 +357,8 @@ def load_grid(
     grid: str, # of GRIDS
 ) -> dict:     # name of a row -> rows of the table of runs
     """What was run of a grid.
-    Raises ValueError where cells are missing, or where a world was run with two S (built anew, on another machine),
-    so that rows of one grid are always about the same worlds and seeds."""
+    Raises ValueError where cells are missing, or where a world was run with two S
+    (built anew, on another machine), so that rows of one grid are always about the same worlds and seeds."""
     table, found, missing = read_runs(), {}, {}
     for name, cells in grid_cells(grid).items():
         found[name] = rows_of_cells(table, cells)

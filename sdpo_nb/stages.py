@@ -184,7 +184,7 @@ def _decide(loaded, table, config):
 def made_chunk(
     t: int, # the stage
     policy, # M_{t-1}, which the function may ask
-    ctx: Context,
+    ctx: Context, # of the run
 ) -> Chunk: # D_t, or None where the function has no more
     "The chunk that the user's function makes for stage t; kept in the stage's folder."
     path = ctx.at(t) / "chunk"
@@ -450,7 +450,7 @@ def run_stage(
     t: int,  # the stage, from 1
     chunks,  # of the whole run, as far as they are known
     policy,  # M_{t-1}; it is trained in place, or its memory is given back
-    ctx: Context,
+    ctx: Context, # of the run
 ): # M_t
     "Train M_t against the reference of stage t, measure it, save it."
     config, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]

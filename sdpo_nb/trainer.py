@@ -177,7 +177,7 @@ class Trainer:
             group["lr"] = lr
         scaler = self.accelerator.scaler
         scale = scaler.get_scale()
-        scaler.unscale_(self.optimizer)      # before clipping, or the norm would be that of the scaled gradient
+        scaler.unscale_(self.optimizer)      # before clipping, or the norm would be the scaled one
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
         finite = math.isfinite(norm)
         if not finite and not scaler.is_enabled():
@@ -383,7 +383,8 @@ def check_table(
     nats = off.square().mean().sqrt().item()
     times = apart / limit
     raise ValueError(f"the table of reference log-probabilities is {nats:.2g} nats a response "
-                     f"from what this model says in {precision}, {times:.0f} times as far as rounding allows: "
+                     f"from what this model says in {precision}, "
+                     f"{times:.0f} times as far as rounding allows: "
                      "it is of other weights, of other pairs, or was changed. "
                      "Remove it (in a run, the folder logprobs or reference that holds it) and start again: "
                      "it is computed anew")
@@ -599,8 +600,7 @@ def plan_for(
     if torch.device(device).type != "cuda": return memory_plan(config, train, precision)
     new_card = torch.cuda.get_device_capability(device) >= (8, 0)
     kernel = "flash" if precision != "fp32" and new_card else "padded"
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return memory_plan(config, train, precision, kernel, memory // 16)
+    return memory_plan(config, train, precision, kernel, piece_bytes(device))
 
 def as_line(
     plan: dict, # name -> GiB
@@ -699,7 +699,8 @@ def _saying_what_to_do(path):
         why = str(e).strip().splitlines() or [type(e).__name__]
         end = path.parent.parent / "stage.json"
         also = f" and {end.name} beside its folder" if end.exists() else ""
-        raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); remove it{also}, and run again: "
+        raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); "
+                         f"remove it{also}, and run again: "
                          "the stage is trained anew, to the same bits") from e
 
 # %% ../nbs/06_trainer.ipynb #96c05af6
@@ -733,7 +734,8 @@ def load_checkpoint(
     wanted = (identity or {}).items()
     differs = [f"{name} = {old.get(name)}, not {value}" for name, value in wanted if old.get(name) != value]
     if differs:
-        raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; use that or another folder")
+        raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; "
+                         "use that or another folder")
     with _saying_what_to_do(path):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])

@@ -85,7 +85,7 @@ def true_gap(
 
 def pair_measure(
     row: dict,  # conversational pair
-    what: str,  # length: letters of both responses; distance: edits from one to the other; true gap: without its sign
+    what: str,  # length (letters of both), distance (edits between them), true gap (without its sign)
 ) -> float:
     "What is known of a pair without a model. Raises ValueError for another measure."
     chosen, rejected = _chosen(row), _rejected(row)
@@ -95,7 +95,7 @@ def pair_measure(
     raise ValueError(f"measure: {what!r} is none of length, distance, true gap")
 
 # %% ../nbs/experiments/training_data.ipynb #7fdd0af9
-def _sorted(world, base, tokenizer, what, sign): # one source, from small to large with sign 1, the other way with -1
+def _sorted(world, base, tokenizer, what, sign): # one source; sign 1: from small to large, -1: the other way
     rows = all_pairs(world)
     shuffled = random.Random(0).sample(rows, len(rows))
     return {"all": sorted(shuffled, key=lambda row: sign * pair_measure(row, what))}

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% ../nbs/00_world.ipynb #2be2afc7
 ALPHABET = "abcdefghijk"
@@ -94,7 +95,8 @@ def make_prompts(
     lengths: tuple=(3, 6), # shortest and longest string
     keep=lambda p: True,   # prompt -> whether it may be taken
 ) -> list[str]:            # n distinct prompts of this split
-    "Draw distinct prompts of one split. Raises ValueError for an unknown split, and where so many cannot be found."
+    """Draw distinct prompts of one split.
+    Raises ValueError for an unknown split, and where so many cannot be found."""
     if split not in SPLITS: raise ValueError(f"split '{split}': expected one of {SPLITS}")
     seen, missed = {}, 0
     while len(seen) < n:
@@ -116,7 +118,8 @@ def complaint(
     call, # what should refuse
     *args, **kwargs # what it is called with
 ) -> str:
-    "What a call says when it refuses, without the names of temporary folders. Raises AssertionError where it does not refuse."
+    """What a call says when it refuses, without the names of temporary folders.
+    Raises AssertionError where it does not refuse."""
     try: call(*args, **kwargs)
     except (ValueError, OSError, RuntimeError) as e: return str(e).replace(_temporary(str(e)), "")
     raise AssertionError("it did not refuse")
@@ -227,7 +230,7 @@ def sft(
     tokenizer,       # of the model
     rows: list,      # (prompt, response), both texts
     epochs: int=12,  # how often each row is seen
-    batch: int=128,  # rows a step
+    batch: int=128,  # rows per step
     lr: float=2e-3,  # highest learning rate
     seed: int=0,     # of the order of rows
 ):                   # the model, in eval mode
@@ -288,11 +291,12 @@ def load_base(
 
 # %% ../nbs/00_world.ipynb #52468469
 def _continue(model, x, luck, tau):
-    "x (n, t) prompts of one length, luck (n, max_new) -> (n, max_new) new ids. One token a step."
+    "x (n, t) prompts of one length, luck (n, max_new) -> (n, max_new) new ids. One token per step."
     past, new = {}, []
     for t in range(luck.shape[1]):
         step = model(input_ids=x, use_cache=True, **past)
-        past = {k: v for k, v in step.items() if k in ("cache", "past_key_values")} # renamed in transformers 5.24
+        kept = ("cache", "past_key_values")            # renamed in transformers 5.24
+        past = {k: v for k, v in step.items() if k in kept}
         logits = step.logits[:, -1].double()
         if tau == 0: x = logits.argmax(-1, keepdim=True)
         else:
@@ -378,7 +382,7 @@ def skill_table(
     tokenizer,     # of the model
     prompts: list, # n prompts of this world
     tau: float=1., # sampling temperature; 0 is greedy
-):                 # data frame, one row a skill: exact, reward
+):                 # data frame, one row per skill: exact, reward
     "Share of exact answers and mean true reward, by skill."
     scores = score_responses(model, tokenizer, prompts, tau)
     return scores.groupby("skill")[["exact", "reward"]].mean()
@@ -395,14 +399,15 @@ def make_pairs(
     seed: int,       # of the answers and of the labels
     k: float=K,      # scale of Bradley-Terry
 ) -> list[dict]:     # rows of messages: prompt, chosen, rejected; and `flipped`: the better one was rejected
-    "Two samples of the model per prompt, labelled by Bradley-Terry on the true reward; equal samples are dropped."
+    """Two samples of the model per prompt, labelled by Bradley-Terry on the true reward.
+    Equal samples are dropped."""
     first = respond(model, tokenizer, prompts, seed=2 * seed)
     second = respond(model, tokenizer, prompts, seed=2 * seed + 1)
     rng = random.Random(seed)
     rows = []
     for p, y, z in zip(prompts, first, second):
         gap = true_reward(p, y) - true_reward(p, z)
-        coin = rng.random()                          # one a prompt, also where the pair is dropped
+        coin = rng.random()                          # one per prompt, also where the pair is dropped
         if y == z: continue
         y_wins = coin < 1 / (1 + math.exp(-k * gap)) # (1)
         chosen, rejected = (y, z) if y_wins else (z, y)

@@ -105,3 +105,17 @@ def test_forgetting_is_counted_from_the_best_so_far():
 
 
 def test_stability_of_a_constant_loss(): assert ev.stability([0.5] * 20) == dict(sd=0.0, robust_sd=0.0, spikes=[])
+
+
+def test_the_interval_of_a_loss_is_not_negative():
+    "Two pairs: Student's formula would go far below zero. The other quantities may be negative, and keep their ends; of one pair there is no interval."
+    def table(chosen): return LogprobTable({}, pd.DataFrame(dict(chosen=chosen, rejected=[0., 0.]), index=["a", "b"], dtype="float32"))
+    now, before, pairs = table([9., -2.]), table([0., 0.]), [dict(key="a"), dict(key="b")]
+    got = ev.held_out(now, before, pairs, beta=0.5)
+    mean, low, high = got["loss"]
+    losses = [math.log1p(math.exp(-0.5 * change)) for change in (9, -2)]
+    half = 12.7062047 * np.std(losses, ddof=1) / math.sqrt(2)
+    assert mean == pytest.approx(sum(losses) / 2) and high == pytest.approx(mean + half) and mean - half < low == 0
+    assert got["change of gamma"][1] < 0 and got["gamma"][1] < 0
+    one = ev.held_out(now, before, pairs[:1], beta=0.5)["loss"]
+    assert one[0] == pytest.approx(losses[0]) and math.isnan(one[1]) and math.isnan(one[2])

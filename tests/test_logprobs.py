@@ -1,8 +1,9 @@
 "Guards of chapter 02: bad input, kills, tables of another kind, equality with other computations."
-import copy, json, os, shutil, sys
+import copy, errno, json, os, shutil, sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -525,6 +526,18 @@ def test_unreadable_tables_are_named(model, tmp_path):
     with pytest.raises(ValueError, match="logprobs-00000.parquet: cannot be read"): read_table(tmp_path)
 
 
+def test_a_bit_that_flipped_in_a_table_is_noticed(tmp_path):
+    rows = pd.DataFrame(dict(chosen=[-1., -2.], rejected=[-4., -1.]), index=["a", "b"], dtype="float32")
+    logprobs._write_piece(tmp_path, rows)
+    piece = tmp_path / "logprobs-00000.parquet"
+    assert logprobs._read_pieces(tmp_path).equals(rows)
+    flipped = bytearray(piece.read_bytes())
+    flipped[flipped.index(np.float32(-4.).tobytes()) + 2] ^= 1     # where the piece keeps its -4
+    piece.write_bytes(flipped)
+    assert pd.read_parquet(piece)["rejected"].tolist() == [-4.03125, -1.]     # without the checksum nothing is said
+    with pytest.raises(ValueError, match="logprobs-00000.parquet: cannot be read .*delete this file and run again"): logprobs._read_pieces(tmp_path)
+
+
 def test_weights_that_are_not_numbers(tmp_path):
     broken, pairs = make(), make_pairs(3)
     broken.lm_head.weight.data[:] = float("nan")
@@ -543,6 +556,14 @@ def test_a_dataset_is_scored_like_a_list(model):
     from datasets import Dataset
     pairs = make_pairs(9)
     assert_close(score_pairs(model, Dataset.from_list(pairs)).gamma(pairs), score_pairs(model, pairs).gamma(pairs), atol=0, rtol=0)
+
+
+def test_a_full_disk_is_told_from_other_errors():
+    "Python says it with a number, a library in Rust in its text."
+    in_python = OSError(errno.ENOSPC, "No space left on device")
+    in_rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    another = PermissionError(errno.EACCES, "Permission denied")
+    assert [logprobs._why(e) for e in (in_python, in_rust, another)] == ["disk full?", "disk full?", "Permission denied"]
 
 
 def test_write_json_leaves_no_temporary_file(tmp_path):

@@ -523,6 +523,20 @@ def test_a_run_is_read_while_a_stage_is_unfinished(tmp_path):
     assert str(got.model_folder(0)) == BASE
 
 
+def test_few_held_out_pairs_are_told(tmp_path):
+    "One sentence names the sources with fewer than 20, and no loss of theirs has an interval below zero."
+    held = dict(many=rows("riddle", 20), few=rows("riddle", 19, 20), two=rows("riddle", 2, 40))
+    got = sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(lr=1e-3, epochs=4)), tmp_path / "run", held_out=held)
+    told = [part for part in report._held_out_text(got) if "Fewer than" in part]
+    assert told == ["Fewer than 20 pairs of few, two are held out, so their intervals say little; "
+                    "a larger `eval_share`, or a larger held-out source, would help."]
+    found = got.held_out().xs("two")
+    low = found["loss"].dropna().map(lambda cell: cell[1])
+    assert len(low) == 3 and min(low) == 0 and all(found["gamma"].map(lambda cell: cell[1] < 0))
+    without = sdpo(BASE, TWO, StepwiseConfig(**SETTINGS), tmp_path / "without", held_out=dict(many=held["many"]))
+    assert not any("Fewer than" in part for part in report._held_out_text(without))
+
+
 def test_two_sources_of_one_name_are_refused(tmp_path):
     tok = load_tokenizer(load_world().base)
     one = plan.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))[0]

@@ -31,12 +31,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_nb.logprobs import load_model
-from sdpo_nb.world import World, freeze_world, load_base, load_world, make_tokenizer, sft, true_rewards, world_texts
+from sdpo_nb.world import World, freeze_world, load_base, load_world, make_tokenizer
+from sdpo_nb.world import sft, true_rewards, world_texts
 
 # %%
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.partition import mean_interval
-from sdpo_nb.world import make_model, respond, true_reward
+from sdpo_nb.world import complaint, make_model, respond, true_reward
 
 
 # %% [markdown]
@@ -204,7 +205,7 @@ def tuning_to_reward(
 
 
 # %% [markdown]
-# Let us ask for something small. S of world 0 has a reward of 0.64 or so. We show it demonstrations without errors, 640 an epoch, until it has
+# Let us ask for something small. S of world 0 has a reward of 0.64 or so. We show it demonstrations without errors, 640 per epoch, until it has
 # 0.70 within 0.02; and then we ask for 0.99 in two epochs, which is too much.
 
 # %%
@@ -223,8 +224,8 @@ assert abs(rewards["tuned"] - 0.70) <= 0.02
 {name: round(float(reward), 3) for name, reward in rewards.items()}
 
 # %%
-try: tuning_to_reward(0.99, S, most=2)(texts, tokenizer, 0)
-except RuntimeError as error: print(error)
+train = tuning_to_reward(0.99, S, most=2)
+print(complaint(train, texts, tokenizer, 0))
 
 # %% [markdown]
 # ## Where a body begins
@@ -241,7 +242,8 @@ def build_beginning(
     body: str,               # a name in BODIES
     worlds = "runs/worlds",  # folder that keeps worlds and beginnings
 ): # -> model
-    "Where all worlds of a body begin: random weights, fine-tuned in a search world to a true reward of 0.4 to 0.5."
+    """Where all worlds of a body begin:
+    random weights, fine-tuned in a search world to a true reward of 0.4 to 0.5."""
     def make(folder):
         tokenizer, world = make_tokenizer(), SEARCH_WORLDS[0]
         train = tuning_to_reward(0.45, make_body(body, tokenizer), within=0.05)
@@ -289,7 +291,8 @@ def build_world(
     body: str = "llama",     # or a name in BODIES
 ) -> World:
     """A world, made where it is not there yet.
-    S of another body is as good as the Llama of this seed, on the same demonstrations, and writes its own pairs."""
+    S of another body is as good as the Llama of this seed, on the same demonstrations.
+    It writes its own pairs."""
     if body == "llama":
         if seed == 0: return load_world()
         return load_world(_made_once(Path(worlds) / str(seed), lambda folder: freeze_world(folder, seed)))

@@ -31,6 +31,9 @@ import seaborn as sns
 
 from sdpo_nb.evaluate import as_text, interval
 
+# %%
+from sdpo_nb.world import complaint
+
 
 # %% [markdown]
 # ## Invented results
@@ -42,7 +45,7 @@ from sdpo_nb.evaluate import as_text, interval
 # - the luck of the run, different for each method, world and seed;
 # - the luck of the prompt.
 #
-# The table has one row a run, as the [real one](cells.ipynb).
+# The table has one row per run, like the [real one](cells.ipynb).
 
 # %%
 def invent(mean, worlds=10, seeds=2, prompts=50, seed=0): # rows of one invented method
@@ -64,7 +67,8 @@ def invent(mean, worlds=10, seeds=2, prompts=50, seed=0): # rows of one invented
     return pd.DataFrame(rows).sample(frac=1, random_state=seed)        # a real table is in no order, too
 
 plain, better = invent(0.80, seed=1), invent(0.83, seed=2)
-plain.assign(sampled=plain["sampled"].map(np.mean))[["world", "seed", "weights", "sampled"]].head(3).round(3)
+shown = plain.assign(sampled=plain["sampled"].map(np.mean))
+shown[["world", "seed", "weights", "sampled"]].head(3).round(3)
 
 # %% [markdown]
 # ## Numbers in their place
@@ -96,8 +100,7 @@ def outcome_values(
 
 # %%
 values = outcome_values(plain, "sampled")
-try: outcome_values(plain.iloc[1:], "sampled")
-except ValueError as error: print(error)
+print(complaint(outcome_values, plain.iloc[1:], "sampled"))
 values.shape
 
 
@@ -161,11 +164,12 @@ def difference_intervals(
 
 def outcome_means(
     found: dict,       # name -> rows of the table of runs
-) -> pd.DataFrame:     # a name a row, an outcome a column
+) -> pd.DataFrame:     # one row per name, one column per outcome
     "Mean and 95 % interval of every outcome, as text."
     means = {}
     for name, rows in found.items():
-        means[name] = {label: as_text(interval(outcome_values(rows, what))) for what, label in OUTCOMES.items()}
+        values = {label: outcome_values(rows, what) for what, label in OUTCOMES.items()}
+        means[name] = {label: as_text(interval(v)) for label, v in values.items()}
     return pd.DataFrame(means).T
 
 
@@ -262,10 +266,11 @@ def plot_outcomes(
     height = 0.3 * len(tables["kl"]) + 1.2
     fig, axes = plt.subplots(1, len(OUTCOMES), figsize=(12, height), sharey=True, constrained_layout=True)
     for ax, (what, label) in zip(axes, OUTCOMES.items()):
+        of_this = f"{label}\n({unit})"
         if what == "kl":
-            plot_contrasts(tables[what], f"{unit}: {label}", 0, ax, ("nearer to S", "farther from S"))
+            plot_contrasts(tables[what], of_this, 0, ax, ("nearer to S", "farther from S"))
         else:
-            plot_contrasts(tables[what], f"{unit}: {label}", SAME, ax, sides)
+            plot_contrasts(tables[what], of_this, SAME, ax, sides)
     return fig
 
 
@@ -297,7 +302,7 @@ def sign_flip_p_value(
     values = np.asarray(difference)
     means = values.reshape(len(values), -1).mean(1)
     signs = np.array(list(itertools.product((1, -1), repeat=len(means))))
-    as_large = abs(signs @ means) >= abs(means.sum()) - 1e-12     # the choice that we saw is as large as itself
+    as_large = abs(signs @ means) >= abs(means.sum()) - 1e-12     # what we saw is as large as itself
     return float(as_large.mean())
 
 
@@ -308,8 +313,8 @@ assert smallest[5] == 2 / 2**5
 smallest
 
 # %% [markdown]
-# With five worlds no result can be below 0.06, however many prompts there are. This is why we need ten. Does the test keep its promise? Two equal methods in eight worlds, four hundred times: it should cry
-# wolf in about 5 %.
+# With five worlds no result can be below 0.06, however many prompts there are. This is why we need ten. Does the test keep its promise? Two equal methods in eight worlds, four hundred times: it should give
+# a false alarm in about 5 %.
 
 # %%
 rng = np.random.default_rng(0)
@@ -367,7 +372,8 @@ def check_same_draws(
     first = next(iter(draws))
     for name in draws:
         if draws[name] != draws[first]:
-            raise ValueError(f"contrasts: '{name}' was run in other worlds or with other seeds than '{first}'")
+            raise ValueError(f"contrasts: '{name}' was run in other worlds "
+                             f"or with other seeds than '{first}'")
 
 def tested_differences(
     differences: dict, # question -> paired difference, (worlds, seeds, prompts)
@@ -384,8 +390,7 @@ def tested_differences(
 # %%
 check_same_draws(found)
 other_worlds = better[better["world"] != 3]
-try: check_same_draws(found | {"better": other_worlds})
-except ValueError as error: print(error)
+print(complaint(check_same_draws, found | {"better": other_worlds}))
 
 tested = tested_differences({
     "better minus plain": paired_difference(better, plain),
@@ -458,7 +463,7 @@ def reward_at_kl(
 ) -> np.ndarray:     # (worlds, seeds, 1)
     """Mean sampled reward of a method at another's KL, linear between neighbours of its ladder.
     Raises ValueError outside the ladder."""
-    kls = np.array([outcome_values(rows, "kl").mean(2) for rows in ladder])            # (rungs, worlds, seeds)
+    kls = np.array([outcome_values(rows, "kl").mean(2) for rows in ladder])     # (rungs, worlds, seeds)
     rewards = np.array([outcome_values(rows, "sampled").mean(2) for rows in ladder])
     asked = kl.mean(2)
     out = np.empty((*asked.shape, 1))
@@ -466,8 +471,8 @@ def reward_at_kl(
         order = np.argsort(kls[:, *run])
         x, y = kls[order, *run], rewards[order, *run]
         if not x[0] <= asked[run] <= x[-1]:
-            raise ValueError(f"at_kl: {asked[run]:.2f} nats is outside the ladder, {x[0]:.2f} to {x[-1]:.2f}; "
-                             "add a beta")
+            raise ValueError(f"at_kl: {asked[run]:.2f} nats is outside the ladder, "
+                             f"{x[0]:.2f} to {x[-1]:.2f}; add a beta")
         out[run] = np.interp(asked[run], x, y)
     return out
 
@@ -482,8 +487,7 @@ def rung(reward): # two worlds, one seed, three prompts
 ladder = [rung(0.5), rung(0.2), rung(0.4)]
 at = reward_at_kl(ladder, np.array([[[3.0]], [[4.5]]]))
 assert at.ravel().round(6).tolist() == [0.3, 0.45]
-try: reward_at_kl(ladder, np.full((2, 1, 1), 6.0))
-except ValueError as error: print(error)
+print(complaint(reward_at_kl, ladder, np.full((2, 1, 1), 6.0)))
 at.ravel()
 
 # %% [markdown]

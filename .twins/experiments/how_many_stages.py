@@ -33,7 +33,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from sdpo_nb.cells import learning_rate_sum
-from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_values, paired_difference, plot_contrasts, reward_at_kl
+from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_values, paired_difference
+from sdpo_nb.compare import plot_contrasts, reward_at_kl
 from sdpo_nb.evaluate import as_text, interval
 from sdpo_nb.questions import BETA_LADDER, chosen_settings, load_grid
 
@@ -79,7 +80,8 @@ right.plot(kl, reward, color="0.7", lw=2)
 right.annotate("three stages,\nother $\\beta$", (kl[-1], reward[-1]), xytext=(10, -4), ha="left",
                color="0.5", textcoords="offset points")
 
-for color, (name, line) in zip(sns.color_palette("colorblind"), LINES.items()):
+PLACES = (6, -14)                                      # the numbers of a line: above its points, or below
+for color, up, (name, line) in zip(sns.color_palette("colorblind"), PLACES, LINES.items()):
     stages = list(line)
     paired = [interval(paired_difference(rows, dpo)) for rows in line.values()]
     middle, low, high = np.array(paired).T
@@ -88,7 +90,7 @@ for color, (name, line) in zip(sns.color_palette("colorblind"), LINES.items()):
     for T, rows, y in zip(stages, line.values(), middle):
         x = mean(rows, "kl")
         right.plot(x, y, "o", color=color)
-        right.annotate(T, (x, y), xytext=(0, 6), textcoords="offset points", ha="center",
+        right.annotate(T, (x, y), xytext=(0, up), textcoords="offset points", ha="center",
                        fontsize="small", color=color)
 
 left.axhline(0, color="black", lw=1, ls=":")

@@ -221,20 +221,20 @@ def every_answer(method):
     rows = found[f"{method}, seven letters"]
     return np.concatenate([np.stack(rows[how]).ravel() for how in ("greedy", "sampled")])
 
-six_letters = {}
+seven_letters = {}
 for method in ("S", *METHODS):
     rewards = every_answer(method)
     assert (rewards < 1).all()
     kl_seven = mean_over(f"{method}, seven letters", "kl", everything)
     kl_six = mean_over(method, "kl", lambda skill, string: len(string) == 6)
-    six_letters[method] = {
+    seven_letters[method] = {
         "answers": len(rewards),
         "all letters right": (rewards == 1).sum(),
         "highest true reward": rewards.max(),
         "KL from S, seven letters": as_text(interval(kl_seven)),
         "six letters": as_text(interval(kl_six)),
     }
-pd.DataFrame(six_letters).T
+pd.DataFrame(seven_letters).T
 
 # %% [markdown]
 # None of 12,000. Here is what S itself says, in the world that travels with the package. The last three prompts are about other letters, which come next.

@@ -42,7 +42,8 @@ import pandas as pd
 import seaborn as sns
 import torch.nn.functional as F
 from sdpo_nb.cells import unfold_column
-from sdpo_nb.compare import difference_intervals, outcome_means, outcome_values, paired_difference, plot_contrasts
+from sdpo_nb.compare import difference_intervals, outcome_means, outcome_values
+from sdpo_nb.compare import paired_difference, plot_contrasts
 from sdpo_nb.evaluate import interval
 from sdpo_nb.logprobs import read_table
 from sdpo_nb.questions import chosen_settings, load_grid
@@ -257,7 +258,7 @@ for losses, label, height in LINES:
     ax.annotate(label, (24, height), color=line.get_color())
 ax.axhline(math.log(2), color="black", lw=1, ls=":")
 ax.annotate("ln 2", (43, math.log(2)), xytext=(0, 3), textcoords="offset points")
-ax.set(xlabel="optimizer step of stage 2", ylabel="loss (nats)", ylim=(-0.2, 3.2))
+ax.set(xlabel="optimizer step of stage 2", ylabel="loss (nats)\n← better", ylim=(-0.2, 3.2))
 sns.despine()
 
 # %% [markdown]

@@ -40,16 +40,18 @@ import pandas as pd
 import torch
 
 from sdpo_nb.bodies import BODIES, build_world
-from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell, add_rows, read_rows, run_grid, stored_rows, worker_pool
+from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
+from sdpo_nb.cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
-from sdpo_nb.questions import GRIDS, SEARCHES, WORLDS, all_cells_of, choose_settings, load_grid, primary_contrasts
+from sdpo_nb.questions import GRIDS, SEARCHES, WORLDS
+from sdpo_nb.questions import all_cells_of, choose_settings, load_grid, primary_contrasts
 from sdpo_nb.world import load_base
 
 # %%
 import matplotlib.pyplot as plt
 import seaborn as sns
-from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_means, outcome_values, plot_contrasts, reward_at_kl
+from sdpo_nb.compare import difference_intervals, outcome_means, outcome_values, plot_contrasts, reward_at_kl
 from sdpo_nb.evaluate import excess
 from sdpo_nb.questions import BETA_LADDER
 
@@ -279,7 +281,7 @@ assert np.abs(beside["moving against fixed reference"]["below the frontier"]).ma
 pd.DataFrame(beside).T.map(as_text)
 
 # %% [markdown]
-# Random order brings the same reward 0.43 nats nearer to S. (Its best $\beta$ is 2.4, that of easy first is 1.2.) So it is exactly where plain DPO at $\beta = 0.6$ and that learning rate is, in all three outcomes. A moving reference pays 0.26 nats for its 0.012, and is no nearer to the
+# Random order brings the same reward 0.43 nats nearer to S. (Its best $\beta$ is 2.4, that of easy first is 1.2.) So it stands where plain DPO at $\beta = 0.6$ and that learning rate stands, in all three outcomes. With a moving reference the model goes 0.26 nats farther for its 0.012 of reward, and is no nearer to the
 # frontier.
 #
 # And stepwise against plain DPO at the same rate, at the KL of the latter?
@@ -369,7 +371,8 @@ for mean, low, high in four:
 #| export
 def _mean_difference(found, a, b): # (worlds, seeds, prompts), a mean over bodies where the names ask for them
     bodies = BODIES if "{}" in a else [""]
-    return np.mean([paired_difference(found[a.format(body)], found[b.format(body)]) for body in bodies], axis=0)
+    names = [(a.format(body), b.format(body)) for body in bodies]
+    return np.mean([paired_difference(found[one], found[other]) for one, other in names], axis=0)
 
 def claims_table() -> pd.DataFrame: # claim, what we found, how sure, where
     "Every claim with its difference, interval and verdict, from the stored table."
@@ -457,7 +460,7 @@ pd.DataFrame(rows).tail(10)
 #| export
 def rerun_stored_cells(
     seed: int = 0, # of the draw
-) -> pd.DataFrame: # one row a grid: the cell, same_S, stored, again (mean rewards), other_rewards (share of prompts)
+) -> pd.DataFrame: # a row per grid: the cell, same_S, stored, again (mean rewards), other_rewards (share)
     """A stored cell of each grid, at random, run once more:
     does today's code on this machine still make what the table holds?"""
     drawn = {grid: _draw_cell(grid, seed) for grid in GRIDS}

@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from sdpo_nb.compare import SAME, paired_difference, sign_flip_p_value, standard_deviations
 from sdpo_nb.evaluate import interval
+from sdpo_nb.world import complaint
 
 # %% [markdown]
 # ## How many worlds, how many seeds?
@@ -118,6 +119,9 @@ def search_table(
     return pd.DataFrame(runs)
 
 
+# %% [markdown]
+# Here are the three best runs of the whole search. They belong to two methods, lie within 0.003 of each other, and went quite different distances:
+
 # %%
 search_rows = stored_rows(search_cells())
 assert len(search_rows) == len(search_cells())
@@ -136,7 +140,8 @@ def choose_settings(
 ) -> dict:              # method -> settings
     """The settings with the highest mean true reward, sampled on validation prompts.
     Raises ValueError where they lie on the edge of what was tried."""
-    rewards = rows.assign(reward=rows["sampled"].map(np.mean)).groupby(["method", "settings"])["reward"].mean()
+    rewards = rows.assign(reward=rows["sampled"].map(np.mean))
+    rewards = rewards.groupby(["method", "settings"])["reward"].mean()
     best = {}
     for method, (_, settings) in rewards.groupby("method").idxmax().items():
         best[method] = json.loads(settings)
@@ -166,8 +171,7 @@ def invented(method, rewards): # beta -> reward
 inside = invented("A", {1: 0.2, 2: 0.4, 3: 0.1})
 on_the_edge = invented("B", {1: 0.5, 2: 0.6, 3: 0.7})
 assert choose_settings(inside) == dict(A=dict(beta=2))
-try: choose_settings(pd.concat([inside, on_the_edge]))
-except ValueError as error: print(error)
+print(complaint(choose_settings, pd.concat([inside, on_the_edge])))
 
 # %% [markdown]
 # So we know what the function protects us from. The real search met it once. It began as six $\beta$ from 0.075 and three rates. Where the grid lies was seen from DPO and sDPO in world 0, and it was moved up by a factor of two before it ran. Then `sDPO, target S` was best at the largest of both,
@@ -207,7 +211,7 @@ for ax in axes.flat: ax.label_outer()
 # Eight comparisons are *primary*. They were committed before the grid was run, and their p-values are corrected by Holm's method, so that they hold for all eight at once. All else in the experiments
 # is *exploratory*: an interval without correction. We say *equal* where the whole interval lies within $\pm 0.02$, two points of a hundred of the true reward.
 #
-# So far as it stood before the answers. Words for the other cases came after them (commit `b218013`). We say *different* where a primary p-value is below 0.05, or an exploratory interval
+# This much was fixed before the answers were seen. The words for the other cases were added afterwards (commit `b218013`). We say *different* where a primary p-value is below 0.05, or an exploratory interval
 # leaves out 0. Both at once is a difference that is there and *small*; neither is *we cannot tell*.
 
 # %%
@@ -355,7 +359,7 @@ def primary_contrasts(
     for question in questions.itertuples():
         a = question_values(found, question.a, question.outcome)
         b = question_values(found, question.b, question.outcome)
-        if a.shape != b.shape: b = b.mean(2, keepdims=True)     # a is one number a run
+        if a.shape != b.shape: b = b.mean(2, keepdims=True)     # a is one number per run
         differences[question.question] = a - b
     return questions.merge(tested_differences(differences), on="question")
 
@@ -380,17 +384,17 @@ answer.round(3)
 # %% [markdown]
 # ## The grids of the other pages
 #
-# You may skip this section and come back from the experiment that you are reading. Each grid belongs to the page of its name.
+# You may skip this section and come back from the experiment that you are reading. Each grid belongs to the page of its name. A table shows a row for each condition: first its name, by which the page asks for its runs, then what sets it apart from the others. What is the same in all rows is left out.
 #
 # Two are about the number of stages $T$. In theory $T$ stages at $\beta$ on the *same* prompts end where one stage at $\beta/T$ ends, and stages on prompts of their own need not. So [smaller beta](smaller_beta.ipynb) has both kinds of chunks, and DPO at $\beta/T$ beside each. Then,
-# [how many stages](how_many_stages.ipynb) are best? If more stages act like a smaller $\beta$, that question must be asked twice: at one $\beta$, and at a $\beta$ that grows with $T$.
+# [how many stages](how_many_stages.ipynb) are best? If more stages act like a smaller $\beta$, that question must be asked twice: at one $\beta$, and at a $\beta$ that grows with $T$. In the first table every row of stages has its opponent directly above it: DPO at $\beta/T$, trained on the same pairs.
 
 # %%
 #| export
 STAGE_COUNTS = (1, 2, 3, 5, 8)
 
 def smaller_beta_grid() -> dict: # name -> Condition
-    "T stages at beta against one at beta / T: chunks with prompts of their own, and chunks with the same prompts."
+    "T stages at beta against one at beta / T: chunks with prompts of their own, and with the same prompts."
     dpo = chosen_settings()["DPO"]
     grid = {"DPO at beta": Condition("DPO", dpo)}
     for T in STAGE_COUNTS[1:]:
@@ -401,8 +405,9 @@ def smaller_beta_grid() -> dict: # name -> Condition
     return grid
 
 def how_many_stages_grid() -> dict: # name -> Condition
-    """T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages and at a beta that grows with T;
-    and three stages at an eighth and at eight times their beta, which take the ladder of `primary_grid` to both sides."""
+    """T = 1 ... 8 parts of the ordered data, at the beta that is best for three stages
+    and at a beta that grows with T. And three stages at an eighth and at eight times their beta,
+    which take the ladder of `primary_grid` to both sides."""
     best = chosen_settings()["sDPO"]
     grid = {}
     for T in range(1, 9): grid[f"T = {T}"] = Condition("sDPO", best | dict(chunks=T))
@@ -421,7 +426,7 @@ as_table(how_many_stages_grid())
 
 
 # %% [markdown]
-# Two grids throw one switch at a time. Stepwise DPO differs from DPO in its reference, its order and its schedule. [Why it works](why_it_works.ipynb) has all twelve combinations of these, at one $\beta$, so that the effect of each can be told from the others. 
+# Two grids throw one switch at a time. Stepwise DPO differs from DPO in its reference, its order and its schedule. [Why it works](why_it_works.ipynb) has all twelve combinations of these, at one $\beta$, so that the effect of each can be told from the others. The names say how the three switches stand: `moving, random, never` has a moving reference, chunks at random, and a schedule that never restarts.
 # [The paper in miniature](paper_in_miniature.ipynb) repeats the paper's tables: one source trained against three references, and stages that each start from S.
 
 # %%
@@ -463,13 +468,14 @@ as_table(paper_in_miniature_grid())
 
 
 # %% [markdown]
-# Two are about which pairs stand in which chunk. [How to partition](how_to_partition.ipynb) sorts the pairs by five measures, in both directions, and leaves out a third of them by three rules. [Stage by stage](stage_by_stage.ipynb) needs chunks that have nothing in common, to see what a
+# Two are about which pairs stand in which chunk. [How to partition](how_to_partition.ipynb) sorts the pairs by five measures, in both directions, and leaves out a third of them by three rules. `-1` and `1` in the column `data` say in which direction a measure sorts. [Stage by stage](stage_by_stage.ipynb) needs chunks that have nothing in common, to see what a
 # stage undoes: there each source is a skill.
 
 # %%
 #| export
 def how_to_partition_grid() -> dict: # name -> Condition
-    """Three chunks, ordered in both directions by several measures, by gamma also at the best settings of stepwise DPO;
+    """Three chunks, ordered in both directions by several measures,
+    by gamma also at the best settings of stepwise DPO;
     and two selections, with as many pairs at random."""
     dpo, tuned = chosen_settings()["DPO"], chosen_settings()["sDPO"]
     grid = {
@@ -511,7 +517,7 @@ as_table(stage_by_stage_grid())
 
 # %% [markdown]
 # Two go beyond the usual pairs and prompts. [New domain](new_domain.ipynb) leaves out a skill, and measures on strings that are longer or made of other letters: what carries over? [With new data](with_new_data.ipynb) has pairs that are written between the stages. There two things could make a
-# difference, the writer and the labels, so the grid combines them, and it has a larger $\beta$ for comparisons at equal distance.
+# difference, the writer and the labels, so the grid combines them: `S, true` means that S wrote the pairs and that the true reward labelled them. Pairs of S also run at larger $\beta$, for comparisons at equal distance.
 
 # %%
 #| export
@@ -547,7 +553,8 @@ def with_new_data_grid() -> dict: # name -> Condition
             grid[f"{writer}, {label}"] = Condition("sDPO", best, ("new", writer, *labels[label]))
     for label in without_errors:
         data = ("new", "S", *labels[label])
-        for factor in (2, 4): grid[f"S, {label}, {factor:g} beta"] = Condition("sDPO", _scaled(best, factor), data)
+        for factor in (2, 4):
+            grid[f"S, {label}, {factor:g} beta"] = Condition("sDPO", _scaled(best, factor), data)
     return grid
 
 
@@ -623,7 +630,9 @@ GRIDS = { # name -> function that makes it
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
 }
-OTHER_DRAWS = {"which_architecture": (BODY_WORLDS, range(4))} # worlds and seeds; the others have WORLDS, SEEDS
+OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
+    "which_architecture": (BODY_WORLDS, range(4)),
+}
 
 def _search_bodies():
     starts = [cell for body in ("llama", *BODIES) for cell in start_cells(body)]
@@ -650,6 +659,9 @@ def all_cells_of(
     return [cell for cells in grid_cells(what).values() for cell in cells]
 
 
+# %% [markdown]
+# How many cells is that? Two grids that ask for the same run name cells with the same key. Such a run is made once, and both grids find it in the table.
+
 # %%
 counts = {name: len({cell.key for cell in all_cells_of(name)}) for name in (*SEARCHES, *GRIDS)}
 pd.Series(counts, name="cells").to_frame().T
@@ -661,8 +673,8 @@ def load_grid(
     grid: str, # of GRIDS
 ) -> dict:     # name of a row -> rows of the table of runs
     """What was run of a grid.
-    Raises ValueError where cells are missing, or where a world was run with two S (built anew, on another machine),
-    so that rows of one grid are always about the same worlds and seeds."""
+    Raises ValueError where cells are missing, or where a world was run with two S
+    (built anew, on another machine), so that rows of one grid are always about the same worlds and seeds."""
     table, found, missing = read_runs(), {}, {}
     for name, cells in grid_cells(grid).items():
         found[name] = rows_of_cells(table, cells)
@@ -686,8 +698,7 @@ found = load_grid("stage_by_stage")
 print({name: len(rows) for name, rows in found.items()}, "runs")
 
 GRIDS["half"] = lambda: {"DPO at beta 77": Condition("DPO", dict(beta=77))}
-try: load_grid("half")
-except ValueError as error: print(error)
+print(complaint(load_grid, "half"))
 del GRIDS["half"]
 
 # %% [markdown]

@@ -83,7 +83,7 @@ for ax, (what, label) in zip(axes, AXES.items()):
         ax.annotate(name, (3, mean[-1]), xytext=(8, -3), textcoords="offset points",
                     color=color, fontsize="small")
     ax.set_xticks(range(4), ["S", "$M_1$", "$M_2$", "$M_3$"])
-    ax.set(ylabel=label, xlim=(-0.2, 4.4))
+    ax.set(ylabel=label, xlim=(-0.2, 4.9))
 sns.despine(fig)
 
 # %% [markdown]

@@ -36,7 +36,7 @@ from sdpo_nb.world import World, edit_distance, make_pairs, true_reward
 # %%
 import pandas as pd
 from sdpo_nb.bodies import build_world
-from sdpo_nb.world import load_base, sft
+from sdpo_nb.world import complaint, load_base, sft
 
 
 # %% [markdown]
@@ -190,7 +190,7 @@ def true_gap(
 
 def pair_measure(
     row: dict,  # conversational pair
-    what: str,  # length: letters of both responses; distance: edits from one to the other; true gap: without its sign
+    what: str,  # length (letters of both), distance (edits between them), true gap (without its sign)
 ) -> float:
     "What is known of a pair without a model. Raises ValueError for another measure."
     chosen, rejected = _chosen(row), _rejected(row)
@@ -218,8 +218,7 @@ shown = pd.DataFrame([dict(
     length=pair_measure(row, "length"),
     distance=pair_measure(row, "distance"),
 ) for row in examples])
-try: pair_measure(wrong[0], "size")
-except ValueError as error: print(error)
+print(complaint(pair_measure, wrong[0], "size"))
 shown
 
 
@@ -229,7 +228,7 @@ shown
 
 # %%
 #| export
-def _sorted(world, base, tokenizer, what, sign): # one source, from small to large with sign 1, the other way with -1
+def _sorted(world, base, tokenizer, what, sign): # one source; sign 1: from small to large, -1: the other way
     rows = all_pairs(world)
     shuffled = random.Random(0).sample(rows, len(rows))
     return {"all": sorted(shuffled, key=lambda row: sign * pair_measure(row, what))}
@@ -248,7 +247,7 @@ pd.DataFrame({
 }, index=["first third", "second third", "last third"]).round(2)
 
 # %% [markdown]
-# Labels are drawn by Bradley-Terry, so they are wrong where two rewards are close: in the last third.
+# Labels are drawn by Bradley-Terry, so they are wrong most often where two rewards are close: in the last third.
 
 # %% [markdown]
 # ## What is the same in all runs
@@ -315,10 +314,14 @@ pd.DataFrame({
     "share of wrong labels": [wrong[smallest].mean(), wrong[largest].mean()],
 }, index=["third with the smallest gaps", "third with the largest gaps"]).round(2)
 
+# %% [markdown]
+# Among the smallest gaps. A wrong label makes a worse response the chosen one, and to that the model gives less.
+#
+# A gap needs both responses. A pair with an empty one is refused:
+
 # %%
 broken = some[0] | dict(chosen=[dict(role="assistant", content="")])
-try: _implicit_gap(base, base, tokenizer, [some[1], some[2], broken])
-except ValueError as error: print(error)
+print(complaint(_implicit_gap, base, base, tokenizer, [some[1], some[2], broken]))
 
 
 # %% [markdown]
@@ -457,8 +460,9 @@ assert len(chunks["S, as many, true"]) == len(chunks["policy, true"])
 assert TRAINING_DATA["new"](world, base, tokenizer, "S", "true")(4, model) is None
 written = {}
 for name, rows in chunks.items():
-    written[name] = {"pairs": len(rows), "share of wrong labels": round(share_wrong_where_different(rows), 2)}
-pd.DataFrame(written).T
+    share = share_wrong_where_different(rows)
+    written[name] = {"pairs": len(rows), "share of wrong labels": round(share, 2)}
+pd.DataFrame(written).T.astype({"pairs": int})
 
 # %% [markdown]
 # The policy writes fewer pairs, as expected. And its own labels of its own answers are wrong in two of five: it is sure of what it writes, right or wrong.

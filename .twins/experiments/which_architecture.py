@@ -49,6 +49,7 @@ from sdpo_nb.world import make_model, make_tokenizer
 found = load_grid("which_architecture")
 tokenizer = make_tokenizer()
 KINDS = ("llama", *BODIES)
+NAMES = dict(llama="Llama", gpt2="GPT-2", opt="OPT", bloom="BLOOM", qwen3="Qwen3") # in the figures
 
 def model_of(body):
     if body == "llama": return make_model(tokenizer)
@@ -91,7 +92,8 @@ def search_of(body):
 tried = {body: search_of(body) for body in BODIES}
 
 # %%
-fig, axes = plt.subplots(2, len(BODIES), figsize=(13, 4.4), sharex=True, sharey=True, constrained_layout=True)
+size = dict(figsize=(13, 4.4), constrained_layout=True)
+fig, axes = plt.subplots(2, len(BODIES), sharex=True, sharey=True, **size)
 for column, body in zip(axes.T, BODIES):
     for ax, (method, chosen) in zip(column, chosen_for_body(body).items()):
         runs = tried[body][tried[body]["method"] == method]
@@ -100,7 +102,7 @@ for column, body in zip(axes.T, BODIES):
                     vmin=0.5, vmax=0.9, cbar=False, ax=ax)
         corner = (grid.columns.get_loc(chosen["beta"]), grid.index.get_loc(chosen["lr"]))
         ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, color="red", lw=2))
-        ax.set_title(f"{body}, {method}", fontsize="medium")
+        ax.set_title(f"{NAMES[body]}, {method}", fontsize="medium")
         ax.set(xlabel=r"$\beta$", ylabel="learning rate")
 for ax in axes.flat:
     ax.tick_params(axis="y", rotation=0)
@@ -119,7 +121,8 @@ def gain(body, what):
 gains = {what: difference_intervals({body: gain(body, what) for body in KINDS}) for what in OUTCOMES}
 
 # %%
-plot_outcomes(gains, "sDPO minus DPO", sides=("DPO better", "sDPO better"));
+named = {what: table.replace({"question": NAMES}) for what, table in gains.items()}
+plot_outcomes(named, "sDPO minus DPO", sides=("DPO better", "sDPO better"));
 
 # %% [markdown]
 # Grey is equal; a KL has no band in which it is the same. And the mean of the four bodies that are not the Llama:
