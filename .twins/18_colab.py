@@ -230,6 +230,8 @@ run.table()
 # - *reference*: stage 1 is measured against S, the model that we began with, stage 2 against the model of stage 1.
 # - *first loss*: $\ln 2 = 0.693$ in both stages, because each begins as its own reference.
 # - *change of gamma*: an interval above zero says that the stage learned to prefer the chosen responses.
+#
+# In fp16, the first steps of a stage may be skipped: the scale of the loss begins high, and is halved until no gradient overflows ([chapter 06](06_trainer.ipynb)). `run.metrics["skipped"].sum()` counts them. When we tried this page with SmolLM2 and seven pairs a source, the only step of each stage was skipped, and nothing was learned. So a stage should have many more steps than that.
 
 # %%
 assert len(run.stages) == 2
@@ -326,7 +328,7 @@ pd.Series(sizes, name="MiB").round(2).to_frame()
 #
 # ## What this does not show
 #
-# The numbers stored on this page are from the tiny world on a processor. The cells for a graphics card were run with a real model too, but not on a T4: how long it takes there, and how far a thousand pairs move this model, is for your run to say. Two stages on two sources are not [better than one](experiments/protocol.ipynb) for being two.
+# The numbers stored on this page are from the tiny world on a processor. The way for a graphics card was tried with SmolLM2 too, on a processor and on a handful of pairs, but not on a T4. How long it takes there, and how far a thousand pairs move this model, is for your run to say. Two stages on two sources are not [better than one](experiments/protocol.ipynb) for being two.
 
 # %%
 #| hide
