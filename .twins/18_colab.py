@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/18_colab.ipynb)
 #
-# **You should know** what [DPO and its stages](welcome.ipynb) are. What the settings mean stands in [Your model](your_model.ipynb). **Time** 15 minutes to read. Without a graphics card the page runs in a minute, on the [tiny world](00_world.ipynb). With one it aligns a real model, and the bar says how long that takes.
+# **You should know** what [DPO and its stages](welcome.ipynb) are. What the settings mean stands in [Your model](your_model.ipynb). **Time** half an hour to read. Without a graphics card the page runs in a minute, on the [tiny world](00_world.ipynb). With one it aligns a real model, and the bar says how long that takes.
 #
 # Colab lends you a machine with a graphics card, a T4 with 15 GB, for nothing. There is a price: the machine is taken away again. After some hours, or when you leave the page for too long, everything on it is gone. So the question of this page is not only how to align a model there. It is how to do it so that **a lost machine costs minutes, not the run**.
 #
