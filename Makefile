@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-oldest test-newest check notebooks sync world bench bench-gpu bench-first-look experiments-small experiments clean
+.PHONY: demo test test-oldest test-newest test-colab check notebooks sync world bench bench-gpu bench-first-look experiments-small experiments clean
 
 .venv/.run: settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,15 @@ test-newest:                ## the suite with whatever pip finds today
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install -q -U --upgrade-strategy eager -e '.[dev]'
 	.venv-newest/bin/python -m pytest -q -n 2 --dist worksteal -W default tests
+
+test-colab: .venv-colab/.dev ## every notebook alone in an empty folder, the package as a wheel, with Colab's versions (NB=nbs/03_loss.ipynb for one)
+	.venv-colab/bin/python .ci/colab.py install
+	.venv-colab/bin/python .ci/colab.py run $(NB)
+
+.venv-colab/.dev: constraints-colab.txt
+	$(PYTHON) -m venv --clear .venv-colab
+	.venv-colab/bin/python -m pip install -q -r constraints-colab.txt
+	touch $@
 
 .venv-oldest/.dev: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv --clear .venv-oldest
@@ -65,4 +74,4 @@ experiments: .venv/.run      ## the grids of the experiments: hours, goes on whe
 	$(PY) -m sdpo_nb.experiments
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest runs _proc build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-colab runs _proc build dist *.egg-info

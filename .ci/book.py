@@ -112,9 +112,24 @@ def check():
         if found and found != [want]:
             extra.append(f"{nb}: its Colab badge should open {want}")
     errors = [f"{p}: would change (make sync)" for p in wrong] + [f"{p}: belongs to no notebook" if p.endswith(".py") else p for p in extra]
+    errors += [error for nb in notebooks() for error in wrong_pins(nb, ini["version"])]
     errors += [f"pyproject.toml says {a!r}, settings.ini {b!r}" for a, b in same if a != b]
     print("\n".join(errors) if errors else f"check: {len(before)} files in step")
     sys.exit(bool(errors))
+
+
+def wrong_pins(nb, version):
+    "What is wrong with the install cell of a notebook: it installs one version and asks for it, that of settings.ini."
+    for cell in json.loads(nb.read_text())["cells"]:
+        source = text(cell["source"])
+        if cell["cell_type"] != "code" or 'find_spec("sdpo_nb")' not in source:
+            continue
+        pinned = re.findall(r"sdpo_nb@v([\w.]+)", source)
+        named = set(re.findall(r"\d+\.\d+\.\d+", source))
+        asked = f'== "{version}"' in source
+        if pinned and not (pinned == [version] and named == {version} and asked):
+            return [f"{nb}: its install cell should install version {version} of settings.ini, and ask for it"]
+    return []
 
 
 def run(paths):
