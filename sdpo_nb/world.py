@@ -8,10 +8,11 @@ __all__ = ['ALPHABET', 'SKILLS', 'SPLITS', 'WRONG', 'NOISE', 'CHAT_TEMPLATE', 'S
            'make_tokenizer', 'prompt_ids', 'make_model', 'sft', 'World', 'load_world', 'load_base', 'respond_ids',
            'text_of', 'respond', 'true_rewards', 'score_responses', 'skill_table', 'make_pairs', 'source_prompts',
            'EnumerableWorld', 'enumerable_world', 'world_texts', 'world_pairs', 'content_hash', 'train_base',
-           'freeze_world', 'check_world']
+           'freeze_world', 'check_world', 'skipped_without']
 
 # %% ../nbs/00_world.ipynb #ac4ebd23
-import copy, hashlib, json, math, random, re, tempfile
+import copy, hashlib, json, math, os, random, re, tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -606,6 +607,23 @@ def check_world() -> list[str]: # what was checked, one sentence each
     what = f"other hash {got}, skills at most {100 * off:.1f} points off ({_elsewhere(frozen)})"
     assert off <= 0.12, f"model: {what}; 12 are allowed"
     return said + [f"model, retrained: {what}"]
+
+# %% ../nbs/00_world.ipynb #5c1e4a02
+@contextmanager
+def skipped_without(
+    needed: str, # what the cell needs
+    showed: str, # what it showed where it was run
+    strict: bool=None, # fail all the same; None: where SLOW is set
+):
+    "Run a slow cell; where it cannot be run, say in one line why, and what it showed."
+    if strict is None: strict = bool(os.environ.get("SLOW"))
+    threads = torch.get_num_threads()
+    try: yield
+    except Exception as e:
+        if strict: raise
+        reason = (str(e).splitlines() or [""])[0] or type(e).__name__
+        print(f"not run here: {reason[:120].rstrip('.')}. It needs {needed}. Where it was run, it showed: {showed}")
+    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/00_world.ipynb #a0d2d8aa
 if __name__ == "__main__" and __spec__:
