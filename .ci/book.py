@@ -127,7 +127,7 @@ def wrong_pins(nb, version):
         pinned = re.findall(r"sdpo_nb@v([\w.]+)", source)
         named = set(re.findall(r"\d+\.\d+\.\d+", source))
         asked = f'== "{version}"' in source
-        if pinned and not (pinned == [version] and named == {version} and asked):
+        if not (pinned == [version] and named == {version} and asked):
             return [f"{nb}: its install cell should install version {version} of settings.ini, and ask for it"]
     return []
 

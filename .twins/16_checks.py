@@ -24,7 +24,14 @@
 # %%
 import importlib.util
 if not importlib.util.find_spec("sdpo_nb"):
-    get_ipython().system("pip install -q git+https://github.com/sdpo-nb/sdpo_nb")
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
+again = "On Colab, choose Runtime > Disconnect and delete runtime, then run this cell again."
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
+
+import sdpo_nb
+version = sdpo_nb.__version__
+assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
 
 # %%
 #| export
