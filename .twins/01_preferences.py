@@ -1257,10 +1257,10 @@ def _features(row):
     return datasets.Features(types)
 
 @contextmanager
-def _no_bar():
+def _no_bar(hide=True):
     "Reading a file is not the long work; the bar of tokenising it is enough."
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
+    shown = hide and not are_progress_bars_disabled()
+    if hide: disable_progress_bars()
     try: yield
     finally:
         if shown: enable_progress_bars()
@@ -1712,17 +1712,18 @@ def tokenize_pairs(
     digest = _digest(data, tokenizer, max_length, max_prompt_length, chat)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "sdpo_nb"
     cache.mkdir(parents=True, exist_ok=True)
-    out = data.map(
-        encoder.ids,
-        with_indices=True,
-        remove_columns=data.column_names,
-        features=_FEATURES,
-        num_proc=num_proc or _processes(len(data)),
-        desc=f"tokenising {name}",
-        cache_file_name=str(cache / f"{digest}.arrow"),
-        load_from_cache_file=True,
-        new_fingerprint=digest,
-    )
+    with _no_bar(hide=len(data) < 1000): # they take a second or two
+        out = data.map(
+            encoder.ids,
+            with_indices=True,
+            remove_columns=data.column_names,
+            features=_FEATURES,
+            num_proc=num_proc or _processes(len(data)),
+            desc=f"tokenising {name}",
+            cache_file_name=str(cache / f"{digest}.arrow"),
+            load_from_cache_file=True,
+            new_fingerprint=digest,
+        )
     return _usable(name, out)
 
 

@@ -58,6 +58,7 @@ from tqdm.notebook import tqdm_notebook
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig,
 )
+from transformers.utils import logging as bars
 
 # %%
 import io, tempfile
@@ -1294,8 +1295,17 @@ def _from_pretrained(kind, model, revision, **kw):
     "Never with code that comes from the model."
     found = _find_model(model)
     if revision and not Path(found).is_dir(): kw["revision"] = revision
-    with _loading(model, kind is AutoModelForCausalLM):
+    with _loading(model, kind is AutoModelForCausalLM), _no_bar(hide=Path(found).is_dir()):
         return kind.from_pretrained(found, trust_remote_code=False, **kw)
+
+@contextlib.contextmanager
+def _no_bar(hide):
+    "Reading a folder is short; a download from the hub keeps its bar."
+    shown = hide and bars.is_progress_bar_enabled()
+    if shown: bars.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: bars.enable_progress_bar()
 
 def load_config(
     model: str,          # hub id or folder

@@ -1,5 +1,5 @@
 "Guards of chapter 02: bad input, kills, tables of another kind, equality with other computations."
-import copy, errno, json, os, shutil, sys
+import copy, errno, json, os, shutil, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -569,3 +569,14 @@ def test_a_full_disk_is_told_from_other_errors():
 def test_write_json_leaves_no_temporary_file(tmp_path):
     write_json(tmp_path / "a.json", {"x": 1}); write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_reading_a_folder_shows_no_bar():
+    "Its bar is switched off while a folder is read, and on again for a download."
+    code = ("from transformers.utils import logging as bars; bars.enable_progress_bar()\n"
+            "from sdpo_nb.logprobs import load_model; from sdpo_nb.world import load_base, load_world; w = load_world()\n"
+            "import sys; {0}; print('MARK', file=sys.stderr); assert bars.is_progress_bar_enabled()")
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"} | dict(PYTHONPATH=str(Path(logprobs.__file__).parent.parent))
+    def said(call): return subprocess.run([sys.executable, "-c", code.format(call)], env=env, capture_output=True, text=True, check=True).stderr
+    assert "Loading weights" in said("load_base(w)")       # the test can see a bar
+    assert "Loading weights" not in said("load_model(w.base)")
