@@ -144,6 +144,7 @@ def run(paths):
         path, start = Path(path).resolve(), time.time()
         proc = NBProcessor(path, process=True)      # reads the #| directives of every cell
         pandas.reset_option("display")              # what an earlier notebook set would change what this one shows
+        pandas.set_option("display.width", 180, "display.max_columns", 30)
         nb = read_nb(path)
         shell = CaptureShell(mpl_format="png")
         os.chdir(path.parent); sys.path.insert(0, str(path.parent))
