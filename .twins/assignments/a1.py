@@ -186,5 +186,11 @@ try_check(check_predictions, predictions)
 # The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 6 is marked by a person.
 
 # %%
-#| question q6 3 manual
-report(globals())
+report(globals(), """
+q1 4 check_sequence_logps sequence_logps
+q2 4 check_dpo_loss dpo_loss
+q3 2 check_gradient gradient
+q4 3 check_ipo ipo
+q5 4 check_predictions predictions
+q6 3 manual
+""")

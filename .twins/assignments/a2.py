@@ -175,5 +175,10 @@ measured[shown].round(3)
 # The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person.
 
 # %%
-#| question q5 4 manual
-report(globals())
+report(globals(), """
+q1 3 check_boundary boundary
+q2 4 check_accuracy accuracy
+q3 4 check_by_prompt by_prompt
+q4 5 check_partition partition
+q5 4 manual
+""")

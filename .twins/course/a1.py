@@ -225,5 +225,4 @@ try_check(check_predictions, predictions)
 # The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 6 is marked by a person.
 
 # %%
-#| question q6 3 manual
 report(globals())

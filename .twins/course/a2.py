@@ -230,5 +230,4 @@ measured[shown].round(3)
 # The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person.
 
 # %%
-#| question q5 4 manual
 report(globals())

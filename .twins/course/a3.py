@@ -250,5 +250,4 @@ pd.DataFrame([planned(*way) for way in ways]).round(2)
 # The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person.
 
 # %%
-#| question q5 2 manual
 report(globals())

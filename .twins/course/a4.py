@@ -247,5 +247,4 @@ with_kl(runs) if isinstance(runs, pd.DataFrame) else "experiment returns nothing
 # The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person.
 
 # %%
-#| question q5 5 manual
 report(globals())
