@@ -807,7 +807,8 @@ with asking(limit=5, seed=1) as ask:
 # %% [markdown]
 # ## A whole course
 #
-# `grade_one` asks all questions of one submission. What a student wrote for a question that a person marks is collected on the way, so that the person can read it in one place.
+# `grade_one` asks all questions of one submission. What a student wrote for a question that a person marks is collected on the way, so that the person can read it in one place. Students write below the cell instead of in it, or delete its first line with the mark. So we look
+# for the heading, too, and at new cells below. What was odd becomes a *flag*, for a person to look at; so does a notebook that defines nothing of what was asked for, which is perhaps another assignment.
 
 # %%
 #| export
@@ -993,7 +994,7 @@ print(feedback(alice, [q1, q2]))
 
 
 # %% [markdown]
-# And the whole folder. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. A file that is no notebook gets 0 and a flag. It must not stop the other thirty.
+# And the whole folder. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. A file that is no notebook gets 0 and a flag. It must not stop the other thirty. A wrong name in the teacher's own table of marks, however, is told at once, and not after an hour of grading.
 
 # %%
 #| export
@@ -1248,7 +1249,7 @@ shutil.rmtree(tmp)
 # Clone the repository, and set it up with `make demo`. The masters are in `nbs/course`, the students' versions in `nbs/assignments`.
 #
 # 1. **Hand out**: send the link behind the Colab badge of `nbs/assignments/a1.ipynb`. Students save a copy in Drive, and download the notebook when they have finished (*File > Download > Download .ipynb*).
-# 2. **Change something**, if you like: edit the master, run it from the top, then
+# 2. **Change something**, if you like: edit the master (points stand in the line `#| question q1 4 ...` and in the heading, a date belongs into the first cell), run it from the top, then
 #
 #    ```
 #    python -m sdpo_nb.course build nbs/course nbs/assignments --repository YOU/YOURS
@@ -1258,7 +1259,8 @@ shutil.rmtree(tmp)
 #    ```
 #    python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
 #    ```
-# 4. **Mark by hand** what is left: each page in `out/` holds the student's text. Write the points into `marks.csv` (columns `student`, `q6`), and grade once more with `--manual marks.csv`.
+#    A question that a check grades gives all its points or none. Look at the column `flags`: there stands what a person should see, such as a cell that could not be read, an answer in the wrong place, or an endless loop, which costs the time limit. Files that are no `.ipynb` are named and left out.
+# 4. **Mark by hand** what is left: each page in `out/` holds the student's text. Write the points into `marks.csv` (columns `student`, `q6`), and grade once more with `--manual marks.csv`. Until then the total is without these questions.
 #
 # *Private checks.* The solutions of the masters are public, like everything here. The checks draw new numbers at each call, so a table of answers passes none of them, but a copied solution does. If points matter, change a
 # question, and put a check of your own into a file that only you have: `--extra mine.py`. A function in it that has the name of a check is called after it, with the same argument; one with a new name is a new check, which
