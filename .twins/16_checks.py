@@ -1216,6 +1216,7 @@ EXERCISES["boundary"] = Exercise(
     draw=_draw_ids,
     form=whole_number,
     read=("01", "Where does the prompt end?"),
+    by_hand="[5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2] give 2",
     says=dict(
         prompt_length="it is the length of the prompt; its last tokens may merge with a response.",
         chosen_only="only the chosen row is compared; the boundary must serve both.",
@@ -1292,6 +1293,7 @@ EXERCISES["accuracy"] = Exercise(
     crooked=_accuracy,
     draw=_draw_whole_gammas,
     read=("03", "The same loss in sDPO's words"),
+    by_hand="(2.5, -1, 3), (1, 0.5, 3) give (1, 0, 0.5)",
     says=dict(
         strict="a tie counts as wrong; it counts one half.",
         weak="a tie counts as right; it counts one half.",
@@ -1308,6 +1310,7 @@ EXERCISES["by_prompt"] = Exercise(
     draw=_draw_prompts,
     form=one_number,
     read=("05", "How sure is a share?"),
+    by_hand="[1, 1, 1, 0], [7, 7, 7, 3] give 0.5",
     says=dict(
         by_pair="it is the mean over pairs, so a prompt with many pairs counts more.",
         last_pair="only the last pair of each prompt is used.",
@@ -2002,7 +2005,8 @@ said(check_stepwise, lags)
 def _certificate(loss, mean_gamma_ref, beta, wrong=()):
     bound = math.log(loss) if "log_of_loss" in wrong else loss + math.log(-math.expm1(-loss))
     if "overflow" in wrong: bound = math.log(math.exp(loss) - 1)
-    if "no_beta" not in wrong: bound = bound / beta
+    if "times_beta" in wrong: bound = bound * beta
+    elif "no_beta" not in wrong: bound = bound / beta
     if "sign" in wrong: bound = -bound
     return -bound if "no_ref" in wrong else mean_gamma_ref - bound
 
@@ -2021,7 +2025,10 @@ def _first_loss(gamma_start, gamma_ref, beta, wrong=()):
     if "no_beta" in wrong: beta = 1.
     if "mean_inside" in wrong: gain = gain.mean(0, keepdim=True)
     if "always_ln2" in wrong: gain = 0 * gain
-    return F.softplus(-beta * gain).mean().item()
+    losses = F.softplus(-beta * gain)
+    if "outside" in wrong: losses = beta * F.softplus(-gain)
+    if "no_minus" in wrong: losses = -losses
+    return (losses.sum() if "sum" in wrong else losses.mean()).item()
 
 
 # %%
@@ -2039,10 +2046,12 @@ EXERCISES["certificate"] = Exercise(
         sign="the sign is wrong: a smaller loss must certify more.",
         log_of_loss="it takes log(L); equation (10) has log(exp(L) - 1).",
         no_beta="it does not divide by beta.",
+        times_beta="it multiplies by beta; divide by it.",
         no_ref="the mean gamma of the reference is not added.",
         overflow="exp(L) overflows at a loss of 5000; use L + log(1 - exp(-L)).",
     ),
     edges=dict(overflow=_dies_of_a_large_loss),
+    by_hand="loss 0.5, reference 2, beta 0.1 give 6.33",
 )
 EXERCISES["first_loss"] = Exercise(
     name="first_loss",
@@ -2056,7 +2065,11 @@ EXERCISES["first_loss"] = Exercise(
         swapped="start and reference are swapped.",
         no_ref="the reference is not used.",
         always_ln2="it is ln 2, which is right only where the policy is its reference.",
+        outside="beta stands outside the logarithm; it must scale the gain inside.",
+        no_minus="the minus is missing: a loss is not negative.",
+        sum="it is the sum over pairs; the log shows the mean.",
     ),
+    by_hand="(1, 3), (1, 1), beta 0.5 give 0.503",
     elsewhere=dict(mean_inside=("03", "The reference as a lower bound")),
 )
 

@@ -465,10 +465,18 @@ def test_the_example_by_hand_is_right_and_fits():
     four = [torch.tensor([v]).double() for v in (-2.0, -3.0, -2.5, -2.9)]
     two = [torch.tensor([v]).double() for v in (1.0, 0.4)]
     for name, inputs in (("dpo_loss", four), ("gradient", two), ("ipo", two)):
-        told = EXERCISES[name].by_hand
-        assert told == f"gain 0.6, beta 0.5 give {EXERCISES[name].crooked(*inputs, 0.5).item():.3g}", name
-        e = heard(check_of(name), lambda *all: 3 * WAYS[name][0](*all))
-        assert f". Try: {told}." in str(e) and len(str(e)) <= LIMIT
+        assert EXERCISES[name].by_hand == f"gain 0.6, beta 0.5 give {EXERCISES[name].crooked(*inputs, 0.5).item():.3g}", name
+    def right(name, *inputs): return EXERCISES[name].crooked(*map(torch.tensor, inputs))
+    assert f"{right('first_loss', [1., 3.], [1., 1.], 0.5):.3f}" == "0.503" and "(1, 3), (1, 1), beta 0.5 give 0.503" == EXERCISES["first_loss"].by_hand
+    assert f"{EXERCISES['certificate'].crooked(0.5, 2, 0.1):.2f}" == "6.33" and EXERCISES["certificate"].by_hand == "loss 0.5, reference 2, beta 0.1 give 6.33"
+    assert right("accuracy", [2.5, -1., 3.], [1., 0.5, 3.]).tolist() == [1, 0, 0.5] and EXERCISES["accuracy"].by_hand == "(2.5, -1, 3), (1, 0.5, 3) give (1, 0, 0.5)"
+    assert right("by_prompt", [1., 1., 1., 0.], [7, 7, 7, 3]) == 0.5 and EXERCISES["by_prompt"].by_hand == "[1, 1, 1, 0], [7, 7, 7, 3] give 0.5"
+    assert checks._boundary([5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2]) == 2 and EXERCISES["boundary"].by_hand == "[5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2] give 2"
+    with_example = [name for name, exercise in EXERCISES.items() if exercise.by_hand]
+    assert len(with_example) == 8
+    for name in with_example:
+        e = heard(check_of(name), lambda *all: 3 * WAYS[name][0](*all) + 3)
+        assert e.mistakes == ("unknown",) and str(e).endswith(f". Try: {EXERCISES[name].by_hand}.") and len(str(e)) <= LIMIT, e
 
 
 def test_rows_are_called_rows():
