@@ -273,7 +273,8 @@ def per_pair(
     n = len(inputs[0])
     if not isinstance(answer, Tensor): raise WrongForm(f"it returns {_kind(answer)}, not a tensor")
     shape = tuple(answer.shape)
-    if shape == (): raise WrongForm(f"one number for all {each}s; return one per {each}, the mean is taken later")
+    if shape == ():
+        raise WrongForm(f"one number for all {each}s; return one per {each}, the mean is taken later")
     if shape == (n, n) and n > 1:
         raise WrongForm(f"shape {shape}: unequal shapes broadcast to every {each} against every other")
     if shape != (n,): raise WrongForm(f"it returns shape {shape} for {n} {each}s, not ({n},)")
@@ -393,7 +394,8 @@ class Exercise:
     parts: tuple=()         # of an answer that has parts; what is wrong with a part begins with its name
     by_hand: str=""         # an example with a result, to try
     each: str="pair"        # what a number of the answer belongs to
-    idle: str="returns None: either the `return` is missing, or the `...` is still there" # if nothing came back
+    # what is said where nothing came back
+    idle: str="returns None: either the `return` is missing, or the `...` is still there"
 
     @property
     def mistakes(self) -> list:
@@ -725,8 +727,9 @@ def diagnose(
         wrong = find_mistakes(exercise, batches, seen)
         if wrong: raise _diagnosis(exercise, wrong, seed)
         if wrong is None:
-            telling = [mistake for mistake in exercise.telling if _is_at_edge(exercise.edges[mistake], f, seed)]
-            if telling: raise _diagnosis(exercise, telling[:1], seed, exactly=False)
+            for mistake in exercise.telling:
+                makes_it = _is_at_edge(exercise.edges[mistake], f, seed)
+                if makes_it: raise _diagnosis(exercise, [mistake], seed, exactly=False)
             raise _unknown(exercise, batches, seen, seed)
     made = [mistake for mistake, test in exercise.edges.items() if _is_at_edge(test, f, seed)]
     if not made: return
@@ -768,7 +771,7 @@ def check_dpo_loss(
 
 
 # %% [markdown]
-# Now we are students. Eight answers, and what is said to each. (`said` is for this chapter: it returns the message. In an assignment, the message stands under the cell.)
+# Now we are students. Nine answers, and what is said to each. (`said` is for this chapter: it returns the message. In an assignment, the message stands under the cell.)
 
 # %%
 def said(check, f, seed=1):
@@ -777,13 +780,14 @@ def said(check, f, seed=1):
     return "passed"
 
 def log_of_sigmoid(c, r, rc, rr, beta): return -torch.sigmoid(beta * (c - r - rc + rr)).log()
+def clamped(c, r, rc, rr, beta): return -torch.sigmoid(beta * (c - r - rc + rr)).clamp(1e-6).log()
 def mean(*args): return right(*args).mean()
 def broadcast(c, r, rc, rr, beta): return right(c[:, None], r[:, None], rc, rr, beta)
 def their_own(c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
 
 with contextlib.redirect_stdout(io.StringIO()):
     heard = {f.__name__: said(check_dpo_loss, f)
-             for f in (right, two_at_once, log_of_sigmoid, mean, broadcast, twice, their_own, stub)}
+             for f in (right, two_at_once, log_of_sigmoid, clamped, mean, broadcast, twice, their_own, stub)}
 for name, message in heard.items(): print(f"{name:14} {message}\n")
 
 
@@ -2347,7 +2351,7 @@ def _try_check(check, names, name, seed) -> tuple[bool, str]:
 
 def report(
     names: dict,         # globals() of the notebook
-    questions: str=None, # one a line: name, points, check, what is checked; None: those of the cells that were run
+    questions: str=None, # a line each: name, points, check, what is checked; None: those that were run
     seed: int=None,      # of all checks; None: a fresh one
 ) -> pd.DataFrame:       # question, answer, points, of, missing
     "Points so far and what is missing; prints the sum, and what the checks say. Never raises."

@@ -892,6 +892,20 @@ def grade_one(
     return grade
 
 
+# %% [markdown]
+# An answer in a new cell, below the one that was meant for it:
+
+# %%
+*before, last = handed_out["cells"]
+in_a_new_cell = notebook(*before, prose("It depends on x only."), last)
+given = {text_of(cell).strip() for cell in handed_out["cells"]}
+text, remarks = _written(in_a_new_cell, given, q2)
+assert text.endswith("It depends on x only.")
+remarks
+
+# %% [markdown]
+# And a whole submission. Alice has programmed `q1`, and has not written anything for `q2`:
+
 # %%
 with asking(seed=1) as ask: alice = grade_one("alice", messy, master, ask)
 assert alice.points == dict(q1=4, q2=None)
@@ -980,7 +994,7 @@ def feedback(
     unmarked = [q.name for q in asked if grade.points.get(q.name) is None]
     left = f", without {', '.join(unmarked)}" if unmarked else ""
     parts = [f"# {grade.student}: {grade.total} of {most} points{left}"]
-    for q in asked if grade.said else ():                # of a file that could not be read, there is nothing to say
+    for q in asked if grade.said else ():                # nothing is said of a file that is no notebook
         points = grade.points.get(q.name)
         got = "not marked yet" if points is None else f"{points} of {q.points}"
         title = f"{q.name}, {q.target}" if q.target else q.name

@@ -133,7 +133,8 @@ def per_pair(
     n = len(inputs[0])
     if not isinstance(answer, Tensor): raise WrongForm(f"it returns {_kind(answer)}, not a tensor")
     shape = tuple(answer.shape)
-    if shape == (): raise WrongForm(f"one number for all {each}s; return one per {each}, the mean is taken later")
+    if shape == ():
+        raise WrongForm(f"one number for all {each}s; return one per {each}, the mean is taken later")
     if shape == (n, n) and n > 1:
         raise WrongForm(f"shape {shape}: unequal shapes broadcast to every {each} against every other")
     if shape != (n,): raise WrongForm(f"it returns shape {shape} for {n} {each}s, not ({n},)")
@@ -217,7 +218,8 @@ class Exercise:
     parts: tuple=()         # of an answer that has parts; what is wrong with a part begins with its name
     by_hand: str=""         # an example with a result, to try
     each: str="pair"        # what a number of the answer belongs to
-    idle: str="returns None: either the `return` is missing, or the `...` is still there" # if nothing came back
+    # what is said where nothing came back
+    idle: str="returns None: either the `return` is missing, or the `...` is still there"
 
     @property
     def mistakes(self) -> list:
@@ -458,8 +460,9 @@ def diagnose(
         wrong = find_mistakes(exercise, batches, seen)
         if wrong: raise _diagnosis(exercise, wrong, seed)
         if wrong is None:
-            telling = [mistake for mistake in exercise.telling if _is_at_edge(exercise.edges[mistake], f, seed)]
-            if telling: raise _diagnosis(exercise, telling[:1], seed, exactly=False)
+            for mistake in exercise.telling:
+                makes_it = _is_at_edge(exercise.edges[mistake], f, seed)
+                if makes_it: raise _diagnosis(exercise, [mistake], seed, exactly=False)
             raise _unknown(exercise, batches, seen, seed)
     made = [mistake for mistake, test in exercise.edges.items() if _is_at_edge(test, f, seed)]
     if not made: return
@@ -1580,7 +1583,7 @@ def _try_check(check, names, name, seed) -> tuple[bool, str]:
 
 def report(
     names: dict,         # globals() of the notebook
-    questions: str=None, # one a line: name, points, check, what is checked; None: those of the cells that were run
+    questions: str=None, # a line each: name, points, check, what is checked; None: those that were run
     seed: int=None,      # of all checks; None: a fresh one
 ) -> pd.DataFrame:       # question, answer, points, of, missing
     "Points so far and what is missing; prints the sum, and what the checks say. Never raises."

@@ -575,7 +575,7 @@ def feedback(
     unmarked = [q.name for q in asked if grade.points.get(q.name) is None]
     left = f", without {', '.join(unmarked)}" if unmarked else ""
     parts = [f"# {grade.student}: {grade.total} of {most} points{left}"]
-    for q in asked if grade.said else ():                # of a file that could not be read, there is nothing to say
+    for q in asked if grade.said else ():                # nothing is said of a file that is no notebook
         points = grade.points.get(q.name)
         got = "not marked yet" if points is None else f"{points} of {q.points}"
         title = f"{q.name}, {q.target}" if q.target else q.name

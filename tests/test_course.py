@@ -241,7 +241,7 @@ def test_an_answer_in_words_is_found_wherever_it_stands():
         cells[at]["source"] = text if mark else text.split("\n", 1)[1]
 
     told, flags = words_and_flags(write)
-    assert "Both answers have one prompt." in told and "<!--" not in told and flags == []
+    assert "Both answers have one prompt." in told and "3 manual -->" not in told and flags == []
     told, flags = words_and_flags(lambda cells, at: write(cells, at, mark=False))
     assert "Both answers have one prompt." in told and flags == ["q6: its first line is gone; it was found by its heading"]
     told, flags = words_and_flags(lambda cells, at: cells.insert(at + 1, prose("# My answer\nIt cancels.")))
