@@ -424,7 +424,7 @@ def _diagnosis(exercise, mistakes, seed, exactly=True, also=()) -> CheckFailed:
     sure = f"Your numbers are exactly those of {these}; " if exactly else ""
     more = f" Wrong, too: {', '.join(also)}." if also else ""
     text = f"{exercise.name}: {what}{more} {_read(place)} {sure}seed={seed}"
-    return CheckFailed(_with_example(exercise, text), mistakes)
+    return CheckFailed(_with_example(exercise, text) if exactly else text, mistakes)
 
 def _unknown(exercise, batches, seen, seed) -> CheckFailed:
     where = _first_difference(exercise, batches, seen)

@@ -457,6 +457,7 @@ def test_mistakes_of_students_that_were_not_known_at_first():
     for seed, small in itertools.product(range(20), (1e-4, 1e-8, 1e-12)):        # whatever the cut, and whether the batches show it or not
         f = lambda c, r, rc, rr, beta: -torch.sigmoid(beta * ((c - r) - (rc - rr))).clamp(small).log()
         assert named("dpo_loss", f, seed) == ("clamped",)
+    assert "Try" not in str(heard(checks.check_dpo_loss, f))      # the example comes out right there
     constant = lambda c, *rest: torch.full_like(c, 0.7)
     assert named("dpo_loss", constant) == named("dpo_loss", lambda *a: 2 * dpo_a(*a)) == ("unknown",)
 
