@@ -263,19 +263,28 @@ found
 #| export
 class WrongForm(ValueError):
     "An answer of another kind than was asked for."
+    def __init__(
+        self,
+        message: str,  # what is wrong with it
+        about: str="", # the part that it is about, where an answer has parts
+    ):
+        super().__init__(message)
+        self.about = about
 
 def per_pair(
-    answer,         # what the student's function returned
-    inputs: tuple,  # what it was called with; the first has a row per pair
-) -> Tensor:        # (n,) float64, detached
+    answer,           # what the student's function returned
+    inputs: tuple,    # what it was called with; the first has a row per pair
+    each: str="pair", # what a number belongs to, for the message
+) -> Tensor:          # (n,) float64, detached
     "The form of one number per pair. Raises WrongForm, saying what is wrong with it."
     n = len(inputs[0])
     if not isinstance(answer, Tensor): raise WrongForm(f"it returns {_kind(answer)}, not a tensor")
     shape = tuple(answer.shape)
-    if shape == (): raise WrongForm("one number for all pairs; return one per pair, the mean is taken later")
+    if shape == ():
+        raise WrongForm(f"one number for all {each}s; return one per {each}, the mean is taken later")
     if shape == (n, n) and n > 1:
-        raise WrongForm(f"shape {shape}: unequal shapes broadcast to every pair against every other")
-    if shape != (n,): raise WrongForm(f"it returns shape {shape} for {n} pairs, not ({n},)")
+        raise WrongForm(f"shape {shape}: unequal shapes broadcast to every {each} against every other")
+    if shape != (n,): raise WrongForm(f"it returns shape {shape} for {n} {each}s, not ({n},)")
     return answer.detach().double()
 
 def _kind(thing) -> str: return f"a {type(thing).__name__}"
@@ -388,6 +397,12 @@ class Exercise:
     edges: dict=field(default_factory=dict)     # mistake -> (f, generator) -> whether f makes it
     elsewhere: dict=field(default_factory=dict) # mistake -> chapter and heading, if it is explained elsewhere
     tries: int=6            # batches
+    telling: tuple=()       # edges that are looked at, too, when nobody knows the numbers
+    parts: tuple=()         # of an answer that has parts; what is wrong with a part begins with its name
+    by_hand: str=""         # an example with a result, to try
+    each: str="pair"        # what a number of the answer belongs to
+    # what is said where nothing came back
+    idle: str="returns None: either the `return` is missing, or the `...` is still there"
 
     @property
     def mistakes(self) -> list:
@@ -412,9 +427,13 @@ def _dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, wrong=()):
     if "half_beta" in wrong: inside = beta / 2
     if "inverse" in wrong: inside = 1 / beta
     if "outside" in wrong: inside, before = 1., beta
-    z = inside * (gamma - gamma_ref)
+    gain = gamma - gamma_ref
+    if "rejected_added" in wrong: gain = (chosen - ref_chosen) - (ref_rejected - rejected)
+    z = inside * gain
+    if "one_beta" in wrong: z = inside * gamma - gamma_ref
 
     loss = F.softplus(-z)
+    if "clamped" in wrong: loss = -torch.sigmoid(z).clamp(1e-8).log()
     if "unstable" in wrong: loss = -torch.sigmoid(z).log()
     if "no_log" in wrong: loss = -torch.sigmoid(z)
     if "no_minus" in wrong: loss = -loss
@@ -433,8 +452,8 @@ _dpo_loss(*inputs), _dpo_loss(*inputs, wrong=["swapped"])
 
 
 # %% [markdown]
-# Three mistakes do not show in ordinary numbers. `log(sigmoid(z))` is right until $z$ is below about $-700$ (fp64), where the sigmoid becomes zero and its logarithm minus infinity. A `.detach()` in the wrong place leaves the value
-# right and kills the gradient. For these an exercise has *edges*: functions that try the extreme case.
+# Three mistakes do not show in ordinary numbers, or not always. `log(sigmoid(z))` is right until $z$ is below about $-700$ (fp64), where the sigmoid becomes zero and its logarithm minus infinity. Who mends this with `.clamp(1e-8)` has a loss that stops growing at 18, and a pair beyond it no longer
+# pulls. And a `.detach()` in the wrong place leaves the value right and kills the gradient. For these an exercise has *edges*: functions that try the extreme case.
 
 # %%
 #| export
@@ -442,6 +461,13 @@ def _dies_far_away(f, g):
     "A policy that is 9000 nats behind its reference."
     near, far = torch.zeros(2).double(), torch.tensor([-9000., 9000.]).double()
     return not f(far, near, near, near, 0.1).isfinite().all()
+
+def _stops_growing(f, g):
+    "Policies that are 50, 6000 and 9000 nats behind their reference."
+    zero = torch.zeros(1).double()
+    def loss_at(gain): return f(zero + gain, zero, zero, zero, 0.1).item()
+    near, far, farther = map(loss_at, (-50, -6000, -9000))
+    return near < far == farther < math.inf
 
 def _has_no_gradient(f, g):
     *logps, beta = _draw_logps(g, 3, 0.1)
@@ -463,11 +489,17 @@ DPO_LOSS = Exercise(
         plus_ref="the log-ratio of the reference is added; it must be subtracted.",
         no_minus="the minus is missing, so training would make it worse.",
         no_log="the logarithm is missing: the loss is -log(sigmoid(z)).",
+        one_beta="only the policy is multiplied by beta; put brackets around the gain.",
+        rejected_added="the rejected answer counts with the wrong sign; write (c - rc) - (r - rr).",
+        clamped="it stops growing at some gain: it is clamped. Use F.logsigmoid(z).",
         unstable="it is infinite at a gain of -9000 nats; F.logsigmoid(z) is not.",
         detached="no gradient reaches the policy: something is detached.",
     ),
-    edges=dict(unstable=_dies_far_away, detached=_has_no_gradient),
+    edges=dict(unstable=_dies_far_away, clamped=_stops_growing, detached=_has_no_gradient),
+    telling=("clamped",),
+    by_hand="gain 0.6, beta 0.5 give 0.554",
     elsewhere=dict(
+        rejected_added=("03", "The same loss in sDPO's words"),
         no_ref=("03", "The same loss in sDPO's words"),
         plus_ref=("03", "The same loss in sDPO's words"),
         detached=("03", "Its gradient"),
@@ -566,7 +598,21 @@ def is_empty(
     "Whether it is what an assignment was handed out with."
     return answer is None or answer is ...
 
+_IDLE_STEPS = {"RESUME", "NOP", "POP_TOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE"}
+
+def is_stub(
+    f, # a student's function
+) -> bool:
+    "Whether its body is still `...`: it returns at once, without looking at anything."
+    code = getattr(_plain(f), "__code__", None)
+    return code is not None and {step.opname for step in dis.get_instructions(code)} <= _IDLE_STEPS
+
 def _read(place) -> str: return f'Read chapter {place[0]}, "{place[1]}".'
+
+def _with_example(exercise, text) -> str:
+    "A message, and the example worked by hand where there is room for it."
+    longer = f"{text}. Try: {exercise.by_hand}."
+    return longer if exercise.by_hand and len(longer) <= LIMIT else text
 
 def _shapes(inputs) -> str:
     "What a function was called with, in a few words."
@@ -575,35 +621,46 @@ def _shapes(inputs) -> str:
         return f"{x:.4g}" if isinstance(x, float) else type(x).__name__
     return ", ".join(map(word, inputs))
 
-def _failed(exercise, kind, text) -> CheckFailed:
+def _failed(exercise, kind, text, about="") -> CheckFailed:
     "The exception for an answer without numbers to compare."
-    return CheckFailed(f"{exercise.name}{text}. {_read(exercise.read)}", [kind])
+    place = exercise.elsewhere.get(about, exercise.read)
+    return CheckFailed(f"{exercise.name}{text}. {_read(place)}", [kind])
 
-def _empty(exercise):
-    return _failed(exercise, "empty", " returns nothing yet: replace the `...` by your code")
+def _empty(exercise, f=None):
+    "The exception where nothing came back: not begun, or begun and not returned."
+    begun = f is not None and not is_stub(f)
+    what = exercise.idle if begun else "returns nothing yet: replace the `...` by your code"
+    return _failed(exercise, "empty", f" {what}")
+
+def _stopped(exercise, inputs, e):
+    "The exception for a function that stops with an error."
+    what = f"{type(e).__name__}: {e}".splitlines()[0][:90].removesuffix(": ")
+    if "bitwise_xor" in what or "for ^" in what: what += " (in Python, a power is `**`)"
+    called = f"It was called with {_shapes(inputs)}"[:80]
+    return _failed(exercise, "stopped", f" stops with {what}. {called}")
 
 def _run(exercise, f, inputs):
     "The answer of a student's function to one batch. Raises CheckFailed where there is none."
     try:
         seen = exercise.observe(f, inputs)
-        if is_empty(seen): raise NotImplementedError
+        if seen is ...: raise _empty(exercise)
+        if seen is None: raise _empty(exercise, f)
         return exercise.form(seen, inputs)
-    except NotImplementedError: raise _empty(exercise) from None
-    except WrongForm as e: raise _failed(exercise, "form", f": {e}") from None
-    except (Exception, SystemExit) as e:
-        what = f"{type(e).__name__}: {e}".splitlines()[0][:90]
-        called = f"It was called with {_shapes(inputs)}"[:80]
-        raise _failed(exercise, "stopped", f" stops with {what}. {called}") from None
+    except CheckFailed: raise
+    except WrongForm as e: raise _failed(exercise, "form", f": {e}", e.about) from None
+    except (Exception, SystemExit) as e: raise _stopped(exercise, inputs, e) from None
 
 
 # %% [markdown]
-# A function that adds up words, and one that is still empty:
+# A function that adds up words, one that takes a power as in a formula, one that is still empty, and one that computes everything and forgets the `return`:
 
 # %%
 def words(c, r, rc, rr, beta): return c + "beta"
+def power(c, r, rc, rr, beta): return c^2
 def stub(c, r, rc, rr, beta): ...
+def kept_for_itself(c, r, rc, rr, beta): loss = crooked(c - r, rc - rr, beta)
 
-for f in (words, stub):
+for f in (words, power, stub, kept_for_itself):
     try: _run(DPO_LOSS, f, batches[0])
     except CheckFailed as e: print(e)
 
@@ -621,23 +678,25 @@ def _first_difference(exercise, batches, seen) -> str:
         if isinstance(got, Tensor) and isinstance(want, Tensor) and got.shape == want.shape and got.dim():
             far = ~torch.isclose(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
             i = int(far.nonzero()[0, 0])
-            return f"pair {i} of {len(want)}: {got[i].item():.5g}, right is {want[i].item():.5g}"
+            return f"{exercise.each} {i} of {len(want)}: {got[i].item():.5g}, right is {want[i].item():.5g}"
         return f"{_short(got)}, right is {_short(want)}"
 
 def _short(thing) -> str: return (f"{thing:.5g}" if isinstance(thing, float) else str(thing))[:50]
 
-def _diagnosis(exercise, mistakes, seed, exactly=True) -> CheckFailed:
-    "The exception for known mistakes."
+def _diagnosis(exercise, mistakes, seed, exactly=True, also=()) -> CheckFailed:
+    "The exception for known mistakes; `also` are other parts that are wrong."
     what = " Also: ".join(exercise.says[mistake] for mistake in mistakes)
     place = exercise.elsewhere.get(mistakes[0], exercise.read)
     these = "these mistakes" if len(mistakes) > 1 else "this mistake"
     sure = f"Your numbers are exactly those of {these}; " if exactly else ""
-    return CheckFailed(f"{exercise.name}: {what} {_read(place)} {sure}seed={seed}", mistakes)
+    more = f" Wrong, too: {', '.join(also)}." if also else ""
+    text = f"{exercise.name}: {what}{more} {_read(place)} {sure}seed={seed}"
+    return CheckFailed(_with_example(exercise, text) if exactly else text, mistakes)
 
 def _unknown(exercise, batches, seen, seed) -> CheckFailed:
     where = _first_difference(exercise, batches, seen)
     text = f"{exercise.name} is not right, and not in a way that this check knows. First difference: {where}."
-    return CheckFailed(f"{text} {_read(exercise.read)} seed={seed}", ["unknown"])
+    return CheckFailed(_with_example(exercise, f"{text} {_read(exercise.read)} seed={seed}"), ["unknown"])
 
 
 # %%
@@ -673,10 +732,16 @@ def diagnose(
         batches = draw_batches(exercise, seed)
         seen = [_run(exercise, f, inputs) for inputs in batches]
         wrong = find_mistakes(exercise, batches, seen)
-        if wrong is None: raise _unknown(exercise, batches, seen, seed)
         if wrong: raise _diagnosis(exercise, wrong, seed)
-    for mistake, test in exercise.edges.items():
-        if _is_at_edge(test, f, seed): raise _diagnosis(exercise, [mistake], seed, exactly=False)
+        if wrong is None:
+            for mistake in exercise.telling:
+                makes_it = _is_at_edge(exercise.edges[mistake], f, seed)
+                if makes_it: raise _diagnosis(exercise, [mistake], seed, exactly=False)
+            raise _unknown(exercise, batches, seen, seed)
+    made = [mistake for mistake, test in exercise.edges.items() if _is_at_edge(test, f, seed)]
+    if not made: return
+    also = [part for part in exercise.parts if part in made and not made[0].startswith(part)]
+    raise _diagnosis(exercise, made[:1], seed, exactly=False, also=also)
 
 
 # %% [markdown]
@@ -713,7 +778,7 @@ def check_dpo_loss(
 
 
 # %% [markdown]
-# Now we are students. Eight answers, and what is said to each. (`said` is for this chapter: it returns the message. In an assignment, the message stands under the cell.)
+# Now we are students. Nine answers, and what is said to each. (`said` is for this chapter: it returns the message. In an assignment, the message stands under the cell.)
 
 # %%
 def said(check, f, seed=1):
@@ -722,13 +787,14 @@ def said(check, f, seed=1):
     return "passed"
 
 def log_of_sigmoid(c, r, rc, rr, beta): return -torch.sigmoid(beta * (c - r - rc + rr)).log()
+def clamped(c, r, rc, rr, beta): return -torch.sigmoid(beta * (c - r - rc + rr)).clamp(1e-6).log()
 def mean(*args): return right(*args).mean()
 def broadcast(c, r, rc, rr, beta): return right(c[:, None], r[:, None], rc, rr, beta)
 def their_own(c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
 
 with contextlib.redirect_stdout(io.StringIO()):
     heard = {f.__name__: said(check_dpo_loss, f)
-             for f in (right, two_at_once, log_of_sigmoid, mean, broadcast, twice, their_own, stub)}
+             for f in (right, two_at_once, log_of_sigmoid, clamped, mean, broadcast, twice, their_own, stub)}
 for name, message in heard.items(): print(f"{name:14} {message}\n")
 
 
@@ -740,7 +806,7 @@ for name, message in heard.items(): print(f"{name:14} {message}\n")
 #
 # ### The log-probability of a response
 #
-# The first exercise of the first assignment is the one with most ways to get it wrong. The answer has four steps: shift, gather, mask, sum ([chapter 02](02_logprobs.ipynb)). In `late` the shift goes in the wrong direction; in `mask_unshifted` logits and
+# The first exercise of the first assignment is the one with most ways to get it wrong. The answer has four steps: shift, gather, mask, sum ([chapter 02](02_logprobs.ipynb)). In `late` the shift goes in the wrong direction, and in `late_cut` also, but the mask is cut the right way; in `mask_unshifted` logits and
 # ids are shifted and the mask is not.
 
 # %%
@@ -761,11 +827,13 @@ def _sequence_logps(logits, ids, mask, wrong=()):
     scores_at, ids_at, mask_at = before, after, after
     if "mask_unshifted" in wrong: mask_at = before
     if "late" in wrong: scores_at, ids_at, mask_at = after, before, before
+    if "late_cut" in wrong: scores_at, ids_at, mask_at = after, before, after
     if "no_shift" in wrong: scores_at = ids_at = mask_at = slice(None)
     scores, ids, mask = scores[:, scores_at], ids[:, ids_at], mask[:, mask_at]
 
     picked = scores.gather(-1, ids[..., None]).squeeze(-1)
     total = (picked * mask).sum(1)
+    if "negative" in wrong: total = -total
     return total / mask.sum(1) if "mean" in wrong else total
 
 def _draw_rows(g, n, beta, shortest=2, longest=6):
@@ -807,10 +875,14 @@ EXERCISES["sequence_logps"] = Exercise(
     name="sequence_logps",
     crooked=_sequence_logps,
     draw=_draw_rows,
+    form=partial(per_pair, each="row"),
+    each="row",
     read=("02", "One response, by hand"),
     says=dict(
         no_shift="the shift is missing: logits at position i speak about token i+1.",
         late="the shift goes the wrong way: token i+1 is scored by logits i.",
+        late_cut="the shift of logits and ids goes the wrong way; that of the mask is right.",
+        negative="it has the wrong sign: cross_entropy is minus the log-probability.",
         mask_unshifted="logits and ids are shifted, the mask is not; it belongs to the ids.",
         mean="it is the mean over tokens; the log-probability is the sum.",
         all_tokens="prompt and padding are counted, too; the mask says which count.",
@@ -869,8 +941,10 @@ said(check_sequence_logps, unshifted)
 # %%
 #| export
 def _gradient(gamma_theta, gamma_ref, beta, wrong=()):
-    z = beta * (gamma_theta - gamma_ref)
+    gain = gamma_theta if "no_ref" in wrong else gamma_theta - gamma_ref
+    z = gain if "no_beta_inside" in wrong else beta * gain
     weight = torch.sigmoid(z if "other_side" in wrong else -z)
+    if "no_log" in wrong: weight = torch.sigmoid(z) * torch.sigmoid(-z)
     slope = -weight if "no_beta" in wrong else -beta * weight
     if "no_minus" in wrong: slope = -slope
     if "mean" in wrong: slope = slope / len(z)
@@ -880,8 +954,13 @@ def _gradient(gamma_theta, gamma_ref, beta, wrong=()):
 def _ipo(gamma_theta, gamma_ref, beta, wrong=()):
     gain = gamma_theta if "no_ref" in wrong else gamma_theta - gamma_ref
     if "dpo" in wrong: return F.softplus(-beta * gain)
-    goal = 1 / beta if "no_half" in wrong else 1 / (2 * beta)
-    off = beta * gain - 0.5 if "times_beta" in wrong else gain - goal
+    goal = 1 / (2 * beta)
+    if "no_half" in wrong: goal = 1 / beta
+    if "no_brackets" in wrong: goal = 1 / 2 * beta
+    if "times_beta" in wrong: gain, goal = beta * gain, 0.5
+    if "plus" in wrong: goal = -goal
+    off = gain - goal
+    if "hinge" in wrong: off = off.clamp(max=0)
     return off.abs() if "abs" in wrong else off ** 2
 
 def _draw_gammas(g, n, beta):
@@ -909,19 +988,27 @@ EXERCISES["gradient"] = Exercise(
     read=("03", "Its gradient"),
     says=dict(
         no_beta="the beta in front is missing.",
+        no_beta_inside="the beta inside the sigmoid is missing.",
+        no_ref="the reference is not used.",
+        no_log="this is the derivative of sigmoid(z); that of log(sigmoid(z)) is sigmoid(-z).",
         no_minus="the minus is missing: the loss falls as gamma rises.",
         other_side="it is sigmoid(+z); the weight is large where the pair is ranked wrong.",
         mean="it is divided by the number of pairs; one slope per pair is wanted.",
         autograd="it uses autograd; write the formula.",
     ),
     edges=dict(autograd=_needs_autograd),
+    by_hand="gain 0.6, beta 0.5 give -0.213",
 )
 EXERCISES["ipo"] = Exercise(
     name="ipo",
     crooked=_ipo,
     draw=_draw_gammas,
     read=("03", "When there is no optimum"),
+    by_hand="gain 0.6, beta 0.5 give 0.16",
     says=dict(
+        no_brackets="`1/2*beta` is beta/2 in Python; write 1/(2*beta).",
+        plus="1/(2 beta) is added to the gain; it must be subtracted.",
+        hinge="a gain above 1/(2 beta) costs nothing here; IPO punishes it, too.",
         no_half="the gain should reach 1/(2 beta), not 1/beta.",
         times_beta="it is (beta gain - 1/2)^2; IPO compares the gain itself with 1/(2 beta).",
         no_ref="the reference is not used.",
@@ -972,6 +1059,7 @@ PREDICTIONS = dict(
     farther_sgd=4.,                      # which has moved farther after 3 steps of plain descent
     farther_adam=0.,                     # the same with Adam; 0: neither
 )
+_ROUNDED = ("first_loss", "loss", "weight", "settles") # no whole numbers
 _NEAR = dict(                            # mistake -> key, the wrong number, why it is wrong
     first_loss_base_10=("first_loss", math.log10(2), "this is log 2 to base 10; take the natural logarithm."),
     first_loss_bits=("first_loss", 1., "this is in bits; the book counts in nats."),
@@ -1004,23 +1092,38 @@ def _close(a, b) -> bool: return math.isclose(a, b, rel_tol=0.01, abs_tol=1e-6)
 def _predictions(wrong=()):
     answers = dict(PREDICTIONS)
     for mistake in wrong:
+        key = mistake.removesuffix("_digits")
         if mistake in _NEAR: answers[_NEAR[mistake][0]] = _NEAR[mistake][1]
+        elif key in _ROUNDED and key != mistake: answers[key] = 1.03 * PREDICTIONS[key]
         else: answers[mistake] = -77.
     return answers
 
 def _seven_numbers(answers, inputs) -> dict:
     "The form of predictions."
     if not isinstance(answers, dict): raise WrongForm(f"a dict is wanted, not {_kind(answers)}")
-    for key in PREDICTIONS:
-        if key not in answers: raise WrongForm(f"{key} is missing")
-        if is_empty(answers[key]): raise WrongForm(f"{key} is nothing yet: replace the `...` by a number")
-    return {key: one_number(answers[key], inputs) for key in PREDICTIONS}
+    absent = [key for key in PREDICTIONS if key not in answers]
+    empty = [key for key in PREDICTIONS if key not in absent and is_empty(answers[key])]
+    if absent: raise WrongForm(f"{_are(absent)} missing", absent[0])
+    if empty: raise WrongForm(f"{_are(empty)} nothing yet: replace the `...` by a number", empty[0])
+    return {key: _one_prediction(key, answers[key]) for key in PREDICTIONS}
+
+def _are(keys) -> str: return f"{', '.join(keys)} {'are' if len(keys) > 1 else 'is'}"
+
+def _one_prediction(key, value) -> float:
+    "The number of a prediction. Raises WrongForm, with its key, where there is none."
+    quotes = "; leave out the quotes" if isinstance(value, str) else ""
+    try: return one_number(value, ())
+    except WrongForm: raise WrongForm(f"{key} is {_kind(value)}, not a number{quotes}", key) from None
 
 def _prediction_edges() -> dict:
     "A test for every near miss, then one for everything else."
     def near(key, value, f, g): return _close(one_number(f()[key], ()), value)
     def far(key, f, g): return not near(key, PREDICTIONS[key], f, g)
+    def rough(key, f, g):
+        off = one_number(f()[key], ()) / PREDICTIONS[key] - 1
+        return far(key, f, g) and abs(off) <= 0.05
     tests = {mistake: partial(near, key, value) for mistake, (key, value, _) in _NEAR.items()}
+    tests |= {f"{key}_digits": partial(rough, key) for key in _ROUNDED}
     return tests | {key: partial(far, key) for key in PREDICTIONS}
 
 def _prediction_places() -> dict:
@@ -1028,7 +1131,7 @@ def _prediction_places() -> dict:
     begins = dict(settles="Label smoothing", weight="Its gradient")
     begins["nearer"] = begins["farther"] = r"What $\beta$ does"
     found = {}
-    for mistake in (*_NEAR, *PREDICTIONS):
+    for mistake in (*_NEAR, *(f"{key}_digits" for key in _ROUNDED), *PREDICTIONS):
         for begin, heading in begins.items():
             if mistake.startswith(begin): found[mistake] = "03", heading
     return found
@@ -1048,8 +1151,10 @@ EXERCISES["predictions"] = Exercise(
     form=_seven_numbers,
     read=("03", "The line, on one pair"),
     says={mistake: f"{key}: {why}" for mistake, (key, _, why) in _NEAR.items()}
+    | {f"{key}_digits": f"{key} is near; one percent is allowed, so give three digits." for key in _ROUNDED}
     | {key: f"{key} is wrong, in a way that this check does not know." for key in PREDICTIONS},
     edges=_prediction_edges(),
+    parts=tuple(PREDICTIONS),
     elsewhere=_prediction_places(),
 )
 
@@ -1072,7 +1177,7 @@ guess = dict(
     farther_adam=0,
 )
 print(said(check_predictions, guess))
-print(said(check_predictions, guess | dict(settles=4.39)))
+print(said(check_predictions, guess | dict(settles=4.39, loss=0.13, nearer=1)))
 
 
 # %% [markdown]
@@ -1122,6 +1227,7 @@ EXERCISES["boundary"] = Exercise(
     draw=_draw_ids,
     form=whole_number,
     read=("01", "Where does the prompt end?"),
+    by_hand="[5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2] give 2",
     says=dict(
         prompt_length="it is the length of the prompt; its last tokens may merge with a response.",
         chosen_only="only the chosen row is compared; the boundary must serve both.",
@@ -1198,6 +1304,7 @@ EXERCISES["accuracy"] = Exercise(
     crooked=_accuracy,
     draw=_draw_whole_gammas,
     read=("03", "The same loss in sDPO's words"),
+    by_hand="(2.5, -1, 3), (1, 0.5, 3) give (1, 0, 0.5)",
     says=dict(
         strict="a tie counts as wrong; it counts one half.",
         weak="a tie counts as right; it counts one half.",
@@ -1214,6 +1321,7 @@ EXERCISES["by_prompt"] = Exercise(
     draw=_draw_prompts,
     form=one_number,
     read=("05", "How sure is a share?"),
+    by_hand="[1, 1, 1, 0], [7, 7, 7, 3] give 0.5",
     says=dict(
         by_pair="it is the mean over pairs, so a prompt with many pairs counts more.",
         last_pair="only the last pair of each prompt is used.",
@@ -1409,6 +1517,7 @@ EXERCISES["accumulation"] = Exercise(
     form=as_it_is,
     observe=_watch_accumulation,
     tries=3,
+    idle="does nothing: `loss_of` was never called",
     read=("06", "Accumulation: divide by pairs"),
     says=dict(
         mean_of_means="it is the mean of means; a pair of a short part counts more.",
@@ -1594,6 +1703,7 @@ EXERCISES["fp16_step"] = Exercise(
     form=as_it_is,
     observe=_watch_step,
     tries=2,
+    idle="does nothing: no weight moved, and there is no gradient",
     read=("06", "Half precision, full weights"),
     says=dict(
         no_scale="the loss is not scaled before the backward pass.",
@@ -1906,7 +2016,8 @@ said(check_stepwise, lags)
 def _certificate(loss, mean_gamma_ref, beta, wrong=()):
     bound = math.log(loss) if "log_of_loss" in wrong else loss + math.log(-math.expm1(-loss))
     if "overflow" in wrong: bound = math.log(math.exp(loss) - 1)
-    if "no_beta" not in wrong: bound = bound / beta
+    if "times_beta" in wrong: bound = bound * beta
+    elif "no_beta" not in wrong: bound = bound / beta
     if "sign" in wrong: bound = -bound
     return -bound if "no_ref" in wrong else mean_gamma_ref - bound
 
@@ -1925,7 +2036,10 @@ def _first_loss(gamma_start, gamma_ref, beta, wrong=()):
     if "no_beta" in wrong: beta = 1.
     if "mean_inside" in wrong: gain = gain.mean(0, keepdim=True)
     if "always_ln2" in wrong: gain = 0 * gain
-    return F.softplus(-beta * gain).mean().item()
+    losses = F.softplus(-beta * gain)
+    if "outside" in wrong: losses = beta * F.softplus(-gain)
+    if "no_minus" in wrong: losses = -losses
+    return (losses.sum() if "sum" in wrong else losses.mean()).item()
 
 
 # %%
@@ -1943,10 +2057,12 @@ EXERCISES["certificate"] = Exercise(
         sign="the sign is wrong: a smaller loss must certify more.",
         log_of_loss="it takes log(L); equation (10) has log(exp(L) - 1).",
         no_beta="it does not divide by beta.",
+        times_beta="it multiplies by beta; divide by it.",
         no_ref="the mean gamma of the reference is not added.",
         overflow="exp(L) overflows at a loss of 5000; use L + log(1 - exp(-L)).",
     ),
     edges=dict(overflow=_dies_of_a_large_loss),
+    by_hand="loss 0.5, reference 2, beta 0.1 give 6.33",
 )
 EXERCISES["first_loss"] = Exercise(
     name="first_loss",
@@ -1960,7 +2076,11 @@ EXERCISES["first_loss"] = Exercise(
         swapped="start and reference are swapped.",
         no_ref="the reference is not used.",
         always_ln2="it is ln 2, which is right only where the policy is its reference.",
+        outside="beta stands outside the logarithm; it must scale the gain inside.",
+        no_minus="the minus is missing: a loss is not negative.",
+        sum="it is the sum over pairs; the log shows the mean.",
     ),
+    by_hand="(1, 3), (1, 1), beta 0.5 give 0.503",
     elsewhere=dict(mean_inside=("03", "The reference as a lower bound")),
 )
 
@@ -2208,12 +2328,23 @@ f"{alarms} false alarms in 400 checks"
 # try_check(check_dpo_loss, dpo_loss)
 # ```
 #
-# The first line names the question, its points, the check, and what is checked. `try_check`, of the next chapter, prints what the check says and lets the notebook go on. A question that a person marks has the word `manual` in the place of the check. `report` reads these lines from the cells that were run, or takes them as text. It calls each check once more, on what the name means *now*, with one
-# seed for all, and says how far one has come. It never raises, whatever the notebook holds.
+# The first line names the question, its points, the check, and what is checked. `try_check`, of the next chapter, prints what the check says and lets the notebook go on. A question that a person marks has the word `manual` in the place of the check.
+#
+# `report` gets these lines as text, with or without their beginning `#| question`. So it counts every question, also one whose cell was not run. (Without the text it reads the cells that were run, and knows only these.) It calls each check once more, on what the name means *now*, with one
+# seed for all, and says how far one has come. What the checks say is printed in full, because a table shows 50 characters of it. It never raises, whatever the notebook holds.
 
 # %%
 #| export
-_QUESTION = re.compile(r"^#\s*\|\s*question +(\S+) +(\d+) +(\S+)(?: +(\S+))?", re.M)
+_MARK, _ASKED = r"#\s*\|\s*question +", r"(\w+) +(\d+) +(\w+)(?: +(\w+))?"
+_QUESTION = re.compile(f"^{_MARK}{_ASKED}", re.M)            # in a cell
+_LISTED = re.compile(f"^(?:{_MARK})?{_ASKED}", re.M)         # in a list of questions
+
+def _asked_for(names, questions) -> dict:
+    "question -> points, check and what is checked."
+    if questions: return {q: rest for q, *rest in _LISTED.findall(questions)}
+    cells = names.get("In") or []
+    text = "\n".join(cell for cell in cells if isinstance(cell, str))
+    return {q: rest for q, *rest in _QUESTION.findall(text)}
 
 def _try_check(check, names, name, seed) -> tuple[bool, str]:
     "Whether an answer passes, and what is missing."
@@ -2227,16 +2358,13 @@ def _try_check(check, names, name, seed) -> tuple[bool, str]:
 
 def report(
     names: dict,         # globals() of the notebook
-    questions: str=None, # the lines `#| question ...`; None: those of the cells that were run
+    questions: str=None, # a line each: name, points, check, what is checked; None: those that were run
     seed: int=None,      # of all checks; None: a fresh one
 ) -> pd.DataFrame:       # question, answer, points, of, missing
-    "Points so far and what is missing; prints the sum, the seed and the version. Never raises."
-    cells = [questions] if questions else names.get("In") or []
-    text = "\n".join(cell for cell in cells if isinstance(cell, str))
-    found = {q: rest for q, *rest in _QUESTION.findall(text)}
+    "Points so far and what is missing; prints the sum, and what the checks say. Never raises."
     if seed is None: seed = random.SystemRandom().randrange(1_000_000)
     rows = []
-    for q, (points, check, name) in found.items():
+    for q, (points, check, name) in _asked_for(names, questions).items():
         passed, missing = False, "a person marks this one"
         if check != "manual": passed, missing = _try_check(check, names, name, seed)
         rows.append((q, name or "by hand", passed * int(points), int(points), missing))
@@ -2244,6 +2372,9 @@ def report(
     table = pd.DataFrame(rows, columns=columns).set_index("question")
     points, of = table["points"].sum(), table["of"].sum()
     print(f"{points} of {of} points so far (seed {seed}, sdpo_nb {__version__})")
+    checked = table[table["answer"] != "by hand"]
+    for q, missing in checked["missing"].items():
+        if missing: print(f"{q}: {missing}")
     return table
 
 
@@ -2252,11 +2383,11 @@ def report(
 
 # %%
 QUESTIONS = """
-#| question q1 4 check_sequence_logps sequence_logps
-#| question q2 4 check_dpo_loss dpo_loss
-#| question q3 2 check_gradient slope
-#| question q4 3 check_ipo ipo_loss
-#| question q6 3 manual
+q1 4 check_sequence_logps sequence_logps
+q2 4 check_dpo_loss dpo_loss
+q3 2 check_gradient slope
+q4 3 check_ipo ipo_loss
+q6 3 manual
 """
 def slope(gamma_theta, gamma_ref, beta): ...
 

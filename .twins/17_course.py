@@ -70,7 +70,7 @@ def show(nb):
 
 
 # %% [markdown]
-# Our master asks two questions about the [DPO loss](03_loss.ipynb): one to program, one to answer in words. Five marks say which part is what. Can you find them?
+# Our master asks two questions about the [DPO loss](03_loss.ipynb): one to program, one to answer in words. The last cell counts the points. Five marks say which part is what. Can you find them?
 
 # %%
 loss_cell = '''
@@ -87,6 +87,7 @@ from sdpo_nb.checks import check_dpo_loss
 from sdpo_nb.course import try_check
 '''.strip()
 check_cell = "#| question q1 4 check_dpo_loss dpo_loss\ntry_check(check_dpo_loss, dpo_loss)"
+last_cell = "from sdpo_nb.checks import report\nreport(globals())"
 words_cell = '''
 <!-- question q2 3 manual -->
 Why does Z(x) cancel?
@@ -103,6 +104,7 @@ master = notebook(
     code("#| teacher\nassert dpo_loss.__doc__"),
     code(check_cell),
     prose(words_cell),
+    code(last_cell),
 )
 
 
@@ -112,6 +114,8 @@ master = notebook(
 # - `<!-- question q2 3 manual -->`: question q2 is worth 3 points, which a person gives.
 # - `#| teacher`: the whole cell is for the teacher, and vanishes.
 # - `<!-- badge -->`: here comes the button that opens the notebook in Colab.
+#
+# One line more is not a mark, but is changed for the students: `report(globals())`, at the end, gets the list of all questions. So it counts "of 7 points" also if a student has not run the cell of a check.
 #
 # A check raises an error where it objects. In a notebook this would stop *Run all* at the first question that is not answered yet. So the cell asks with `try_check`, which prints the sentence and goes on.
 
@@ -155,14 +159,19 @@ def text_of(
 
 _ASKED = re.compile(r"^#\| question (\w+) (\d+) (\w+) (\w+)$|^<!-- question (\w+) (\d+) manual -->$", re.M)
 
-def questions(
-    master: dict, # a notebook
-) -> list[Question]:
-    "The questions of a master, in order. Raises ValueError where two have one name, or where there is none."
+def _questions(master):
+    "The questions of a notebook, in order."
     found = []
     for cell in master["cells"]:
         for q, points, check, target, by_hand, marks in _ASKED.findall(text_of(cell)):
             found.append(Question(q or by_hand, int(points or marks), check, target))
+    return found
+
+def questions(
+    master: dict, # a notebook
+) -> list[Question]:
+    "The questions of a master, in order. Raises ValueError where two have one name, or where there is none."
+    found = _questions(master)
     names = [q.name for q in found]
     for name in names:
         if names.count(name) > 1: raise ValueError(f"question {name} is there twice")
@@ -234,7 +243,15 @@ BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.
 
 def _for_teacher(cell): return text_of(cell).startswith(("#| teacher", "<!-- teacher -->"))
 
+REPORT = "report(globals())" # the last line of a master
+
 def _lines(text): return text.splitlines(keepends=True)
+
+def _full_report(asked):
+    "`report`, with a list of the questions."
+    def line(q): return f"{q.name} {q.points} " + (f"{q.check} {q.target}" if q.check else "manual")
+    listed = map(line, asked)
+    return "\n".join(['report(globals(), """', *listed, '""")'])
 
 def student_version(
     master: dict, # a notebook
@@ -242,11 +259,13 @@ def student_version(
 ) -> dict:        # a notebook
     "A master without solutions, teacher's cells and outputs."
     badge = BADGE.format(url=url) if url else ""
+    counts = _full_report(_questions(master))
     out = dict(copy.deepcopy(master), cells=[])
     for cell in master["cells"]:
         if _for_teacher(cell): continue
         given, _ = split_solution(text_of(cell))
         text = "\n".join(given).replace("<!-- badge -->", badge)
+        if cell["cell_type"] == "code": text = text.replace(REPORT, counts)
         kept = dict(copy.deepcopy(cell), source=_lines(text))
         if cell["cell_type"] == "code": kept.update(outputs=[], execution_count=None)
         out["cells"].append(kept)
@@ -307,6 +326,7 @@ def read_notebook(
 ) -> dict:
     "A notebook. Raises ValueError, with the path, for a file that is none."
     try: found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError: raise ValueError(f"{path}: there is no such file") from None
     except (ValueError, OSError) as e: raise ValueError(f"{path}: is no notebook ({e})") from e
     cells = found.get("cells") if isinstance(found, dict) else None
     if not isinstance(cells, list): raise ValueError(f"{path}: is no notebook (it has no cells)")
@@ -315,6 +335,21 @@ def read_notebook(
         if not whole or not isinstance(cell.get("source"), (str, list)):
             raise ValueError(f"{path}: is no notebook (a cell has no text)")
     return found
+
+def _notebooks_of(folder):
+    "The notebooks of a folder. Raises ValueError where there are none."
+    if not folder.is_dir(): raise ValueError(f"{folder}: there is no such folder")
+    found = sorted(folder.glob("*.ipynb"))
+    if not found: raise ValueError(f"{folder}: there is no notebook here")
+    return found
+
+def _place_in_repository(out):
+    "A folder as seen from the repository, which is where the command runs: the badge is a link to there."
+    here = Path.cwd().resolve()
+    try: return (here / out).resolve().relative_to(here)
+    except ValueError:
+        advice = "name a folder inside, or leave out the badge with --repository ''"
+        raise ValueError(f"{out}: is outside {here}, so Colab cannot find it; {advice}") from None
 
 def build(
     masters,       # folder of solved notebooks
@@ -326,17 +361,17 @@ def build(
     Raises ValueError, with the line, where a solution can still be read.
     """
     made, out = {}, Path(out)
-    for path in sorted(Path(masters).glob("*.ipynb")):
+    inside = _place_in_repository(out) if repository else out
+    for path in _notebooks_of(Path(masters)):
         master = read_notebook(path)
         try:
             questions(master)
-            place = f"{COLAB}/{repository}/blob/main/{(out / path.name).as_posix()}"
+            place = f"{COLAB}/{repository}/blob/main/{(inside / path.name).as_posix()}"
             student = student_version(master, place if repository else "")
         except ValueError as e: raise ValueError(f"{path}: {e}") from e
         for line in leaks(master, student):
             raise ValueError(f"{path}: this line of a solution is left in the student's version: {line}")
         made[out / path.name] = json.dumps(student, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    if not made: raise ValueError(f"{masters}: there is no notebook here")
     out.mkdir(parents=True, exist_ok=True)
     for path, text in made.items(): path.write_text(text, encoding="utf-8")
     return list(made)
@@ -350,12 +385,19 @@ def save(nb, path):
     return path
 
 save(master, tmp / "masters/a0.ipynb")
-(written,) = build(tmp / "masters", tmp / "students")
+(written,) = build(tmp / "masters", tmp / "students", repository="")
 assert read_notebook(written)["cells"][2] == dict(handed_out["cells"][2])
+
+# %% [markdown]
+# The badge is a link to the place of the notebook in the repository. A folder elsewhere has no such link. So it is refused, unless you want no badge:
+
+# %%
+told = complaint(build, tmp / "masters", tmp / "students")
+print(told.replace(str(tmp), "").replace(str(Path.cwd()), "the repository"))
 
 # %%
 save(careless, tmp / "careless/a0.ipynb")
-print(complaint(build, tmp / "careless", tmp / "nowhere").replace(str(tmp), ""))
+print(complaint(build, tmp / "careless", tmp / "nowhere", "").replace(str(tmp), ""))
 assert not (tmp / "nowhere").exists()
 
 # %% [markdown]
@@ -772,7 +814,8 @@ with asking(limit=5, seed=1) as ask:
 # %% [markdown]
 # ## A whole course
 #
-# `grade_one` asks all questions of one submission. What a student wrote for a question that a person marks is collected on the way, so that the person can read it in one place.
+# `grade_one` asks all questions of one submission. What a student wrote for a question that a person marks is collected on the way, so that the person can read it in one place. Students write below the cell instead of in it, or delete its first line with the mark. So we look
+# for the heading, too, and at new cells below. What was odd becomes a *flag*, for a person to look at; so does a notebook that defines nothing of what was asked for, which is perhaps another assignment.
 
 # %%
 #| export
@@ -787,11 +830,49 @@ class Grade:
     @property
     def total(self): return sum(p or 0 for p in self.points.values())
 
-def _written(submission, question):
-    "What a student wrote under a question that a person marks."
+def _place_of(texts, question):
+    "Where the question stands in a submission, and what is odd about it."
     mark = f"<!-- question {question.name} {question.points} manual -->"
-    found = [text_of(cell) for cell in submission["cells"] if mark in text_of(cell)]
-    return found[-1].replace(mark, "").strip() if found else "(the cell of this question is gone)"
+    heading = re.compile(rf"^#+ *Question {question.name[1:]}\b", re.M)
+    by_mark = [i for i, text in enumerate(texts) if mark in text]
+    if by_mark: return by_mark[-1], ""
+    by_heading = [i for i, text in enumerate(texts) if heading.search(text)]
+    if by_heading: return by_heading[-1], "its first line is gone; it was found by its heading"
+    return None, "its cell is gone; look for the answer in the notebook"
+
+def _written(
+    submission, # a notebook
+    given,      # texts of the cells that were handed out
+    question,   # that a person marks
+):              # the text, and remarks
+    "What a student wrote under a question that a person marks, also in new cells below it."
+    mark = f"<!-- question {question.name} {question.points} manual -->"
+    texts = [text_of(cell).strip() for cell in submission["cells"]]
+    at, odd = _place_of(texts, question)
+    if at is None: return "(the cell of this question is gone)", [odd]
+
+    below = []
+    for text in texts[at + 1:]:
+        if text in given: break
+        if text: below.append(text)
+    handed_out = {line.strip() for text in given for line in text.splitlines()}
+    own = [line for line in texts[at].splitlines() if line.strip() not in handed_out]
+    remarks = [odd] if odd else []
+    if below: remarks.append("there is text in a new cell below it; it is part of what is shown")
+    elif not own: remarks.append("nothing is written there")
+    return "\n\n".join([texts[at].replace(mark, "").strip(), *below]), remarks
+
+def _title(nb):
+    "The first heading of a notebook."
+    prose = [text_of(cell) for cell in nb["cells"] if cell["cell_type"] == "markdown"]
+    headings = re.findall(r"^# (.+)$", "\n".join(prose), re.M)
+    return headings[0] if headings else "the right notebook"
+
+def _is_another(code, master):
+    "Whether a submission defines nothing that the master asks for."
+    wanted = {q.target for q in questions(master) if q.target}
+    defined = {word for part in code for word in re.findall(r"^(?:def |class )?(\w+)", part, re.M)}
+    return bool(wanted) and not wanted & defined
 
 def grade_one(
     student: str,     # who handed it in
@@ -802,9 +883,14 @@ def grade_one(
     "Points and sentences for one submission."
     code, remarks = definitions(submission, given_imports(master))
     grade = Grade(student, flags=remarks)
+    given = {text_of(cell).strip() for cell in student_version(master)["cells"]}
+    if _is_another(code, master):
+        grade.flags.append(f"it defines nothing that is asked for: is it '{_title(master)}'?")
     for q in questions(master):
         if not q.check:
-            grade.points[q.name], grade.said[q.name] = None, _written(submission, q)
+            grade.points[q.name] = None
+            grade.said[q.name], odd = _written(submission, given, q)
+            grade.flags += [f"{q.name}: {remark}" for remark in odd]
             continue
         good, told = ask(code, q)
         grade.points[q.name], grade.said[q.name] = q.points if good else 0, told
@@ -812,6 +898,20 @@ def grade_one(
         if strange: grade.flags.append(f"{q.name}: {told}")
     return grade
 
+
+# %% [markdown]
+# An answer in a new cell, below the one that was meant for it:
+
+# %%
+*before, last = handed_out["cells"]
+in_a_new_cell = notebook(*before, prose("It depends on x only."), last)
+given = {text_of(cell).strip() for cell in handed_out["cells"]}
+text, remarks = _written(in_a_new_cell, given, q2)
+assert text.endswith("It depends on x only.")
+remarks
+
+# %% [markdown]
+# And a whole submission. Alice has programmed `q1`, and has not written anything for `q2`:
 
 # %%
 with asking(seed=1) as ask: alice = grade_one("alice", messy, master, ask)
@@ -839,20 +939,29 @@ def read_marks(
         except ValueError as e: raise ValueError(f"{path}: student {row['student']}: {e}") from None
     return marks
 
+def check_marks(
+    marks: dict, # of `read_marks`
+    students,    # names of those who handed in
+    asked: list, # of Questions
+):
+    "Raises ValueError for a student, a question or a number that cannot be."
+    most = {q.name: q.points for q in asked}
+    for student, given in marks.items():
+        if student not in students: raise ValueError(f"marks: there is no submission of '{student}'")
+        for q, points in given.items():
+            if q not in most: raise ValueError(f"marks: there is no question '{q}'")
+            if not 0 <= points <= most[q]:
+                raise ValueError(f"marks: {student}, {q}: {points} is not between 0 and {most[q]}")
+
 def add_marks(
     grades: list,      # of Grades
     marks: dict,       # of `read_marks`
     asked: list,       # of Questions
 ):
-    "Write a person's points into grades. Raises ValueError for a student, question or number that cannot be."
-    most, by_name = {q.name: q.points for q in asked}, {g.student: g for g in grades}
-    for student, given in marks.items():
-        if student not in by_name: raise ValueError(f"marks: there is no submission of '{student}'")
-        for q, points in given.items():
-            if q not in most: raise ValueError(f"marks: there is no question '{q}'")
-            if not 0 <= points <= most[q]:
-                raise ValueError(f"marks: {student}, {q}: {points} is not between 0 and {most[q]}")
-            by_name[student].points[q] = points
+    "Write a person's points into grades. Raises ValueError as `check_marks` does, and writes nothing then."
+    by_name = {g.student: g for g in grades}
+    check_marks(marks, by_name, asked)
+    for student, given in marks.items(): by_name[student].points.update(given)
 
 
 # %%
@@ -889,8 +998,10 @@ def feedback(
 ) -> str: # Markdown
     "What a student is told."
     most = sum(q.points for q in asked)
-    parts = [f"# {grade.student}: {grade.total} of {most} points"]
-    for q in asked:
+    unmarked = [q.name for q in asked if grade.points.get(q.name) is None]
+    left = f", without {', '.join(unmarked)}" if unmarked else ""
+    parts = [f"# {grade.student}: {grade.total} of {most} points{left}"]
+    for q in asked if grade.said else ():                # nothing is said of a file that is no notebook
         points = grade.points.get(q.name)
         got = "not marked yet" if points is None else f"{points} of {q.points}"
         title = f"{q.name}, {q.target}" if q.target else q.name
@@ -904,17 +1015,22 @@ print(feedback(alice, [q1, q2]))
 
 
 # %% [markdown]
-# And the whole folder. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. A file that is no notebook gets 0 and a flag. It must not stop the other thirty.
+# And the whole folder. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. A file that is no notebook gets 0 and a flag. It must not stop the other thirty. A wrong name in the teacher's own table of marks, however, is told at once, and not after an hour of grading.
 
 # %%
 #| export
 def _students(folder):
-    "{name: path} of the submissions in a folder or of one file."
+    "{name: path} of the submissions in a folder or of one file, and the other files of the folder."
     folder = Path(folder)
-    if folder.is_file(): return {folder.stem: folder}
-    paths = [p for p in sorted(folder.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+    if folder.is_file(): return {folder.stem: folder}, []
+    if not folder.exists(): raise ValueError(f"{folder}: there is no such file or folder")
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
+    paths = [p for p in files if p.suffix == ".ipynb"]
     if not paths: raise ValueError(f"{folder}: there is no notebook here")
-    return {"_".join(p.relative_to(folder).with_suffix("").parts): p for p in paths}
+    others = [str(p.relative_to(folder)) for p in files if p not in paths]
+    return {"_".join(p.relative_to(folder).with_suffix("").parts): p for p in paths}, others
+
+def _is_hidden(path): return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 def grade(
     master,          # path of the solved notebook
@@ -927,7 +1043,11 @@ def grade(
 ) -> list[Grade]:
     "Grade all submissions of an assignment."
     master = read_notebook(master)
-    asked, students, grades = questions(master), _students(submissions), []
+    asked, grades = questions(master), []
+    students, others = _students(submissions)
+    if others: say(f"not notebooks, left out: {', '.join(others)}")
+    marks = read_marks(manual) if manual else {}
+    check_marks(marks, students, asked)     # before the slow part
     most = sum(q.points for q in asked)
     ready = sorted({module for module, _ in given_imports(master)})
     with asking(extra, limit, seed, ready) as ask:
@@ -939,7 +1059,7 @@ def grade(
             else: one = grade_one(student, submission, master, ask)
             grades.append(one)
             say(f"{i}/{len(students)} {student}: {one.total} of {most} ({time.monotonic() - begun:.1f} s)")
-    if manual: add_marks(grades, read_marks(manual), asked)
+    add_marks(grades, marks, asked)
     return grades
 
 
@@ -1035,7 +1155,7 @@ def _parser():
     v = verbs.add_parser("build", help="students' versions of a folder of masters")
     v.add_argument("masters", help="folder of solved notebooks")
     v.add_argument("out", help="folder of the students' versions")
-    v.add_argument("--repository", default=REPOSITORY, help="on GitHub, with OUT (default: %(default)s)")
+    v.add_argument("--repository", default=REPOSITORY, help="on GitHub; '': no badge (default: %(default)s)")
 
     v = verbs.add_parser("grade", help="points and feedback for submissions")
     v.add_argument("master", help="the solved notebook")
@@ -1110,7 +1230,7 @@ def course_says(*words):
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, (done.stdout + done.stderr).replace(str(tmp), "").strip()
 
-status, text = course_says("build", tmp / "careless", tmp / "nowhere")
+status, text = course_says("build", tmp / "careless", tmp / "nowhere", "--repository", "")
 assert status == 1
 print(text)
 
@@ -1150,7 +1270,7 @@ shutil.rmtree(tmp)
 # Clone the repository, and set it up with `make demo`. The masters are in `nbs/course`, the students' versions in `nbs/assignments`.
 #
 # 1. **Hand out**: send the link behind the Colab badge of `nbs/assignments/a1.ipynb`. Students save a copy in Drive, and download the notebook when they have finished (*File > Download > Download .ipynb*).
-# 2. **Change something**, if you like: edit the master, run it from the top, then
+# 2. **Change something**, if you like: edit the master (points stand in the line `#| question q1 4 ...` and in the heading, a date belongs into the first cell), run it from the top, then
 #
 #    ```
 #    python -m sdpo_nb.course build nbs/course nbs/assignments --repository YOU/YOURS
@@ -1160,7 +1280,8 @@ shutil.rmtree(tmp)
 #    ```
 #    python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
 #    ```
-# 4. **Mark by hand** what is left: each page in `out/` holds the student's text. Write the points into `marks.csv` (columns `student`, `q6`), and grade once more with `--manual marks.csv`.
+#    A question that a check grades gives all its points or none. Look at the column `flags`: there stands what a person should see, such as a cell that could not be read, an answer in the wrong place, or an endless loop, which costs the time limit. Files that are no `.ipynb` are named and left out.
+# 4. **Mark by hand** what is left: each page in `out/` holds the student's text. Write the points into `marks.csv` (columns `student`, `q6`), and grade once more with `--manual marks.csv`. Until then the total is without these questions.
 #
 # *Private checks.* The solutions of the masters are public, like everything here. The checks draw new numbers at each call, so a table of answers passes none of them, but a copied solution does. If points matter, change a
 # question, and put a check of your own into a file that only you have: `--extra mine.py`. A function in it that has the name of a check is called after it, with the same argument; one with a new name is a new check, which

@@ -36,15 +36,42 @@
 # | [a3: one stage, half the precision](assignments/a3.ipynb) | 20 | 18 | 2 | 90 (+ 15 on a T4) | CPU, then T4 |
 # | [a4: stages](assignments/a4.ipynb) | 20 | 15 | 5 | 100 | CPU |
 #
-# The minutes are estimates; ask your first group. **To hand out**, send the link behind a notebook's Colab badge. **To grade**, put what comes back into one folder:
+# The minutes are estimates, without the reading that comes first; ask your first group. A question gives all its points or none; only the questions in words, which you mark, can give a part.
+#
+# ## From handing out to the last mark
+#
+# You need the repository: clone it, run `make demo` once, and give the commands below with `.venv/bin/python`. The solved masters are in `nbs/course`, with model answers and points for the questions in words.
+#
+# 1. **Hand out.** Send the link behind a notebook's Colab badge. Students save a copy, and download the notebook when they have finished.
+# 2. **Grade.** Put what comes back into one folder:
+#
+#    ```
+#    python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
+#    ```
+#
+#    Expect less than ten seconds for each submission. A function with an endless loop costs the time limit (60 seconds for each question, `--limit`). Files that are not `.ipynb` are named and left out; unpack a zip first.
+# 3. **Look at the column `flags`** of `grades.csv`: cells that could not be read, answers out of place, a notebook that belongs to another assignment, functions that never ended.
+# 4. **Mark the words.** Each page in `out/` holds a student's text. Until you have marked it, its question is empty in the table, and the total is without it. Write your points into a file `marks.csv`:
+#
+#    ```
+#    student,q6
+#    alice,2.5
+#    ```
+#
+#    Then give the command of step 2 once more, with `--manual marks.csv`. A name or a number that cannot be is told before anything is graded. A point in this file counts also where a check gave another one.
+#
+# **To change something**, edit the master and never the students' version. The points stand in the line `#| question q1 4 check_sequence_logps sequence_logps` and in the heading of the question; a date for handing in belongs into the first cell. Then write the students' versions anew, into a repository of your own, because the badge is a link to it:
 #
 # ```
-# python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
+# python -m sdpo_nb.course build nbs/course nbs/assignments --repository YOU/YOURS
 # ```
 #
-# The solved masters, with model answers and points for the questions in words, are in `nbs/course`. How grading works, what it does not catch, and how to change a question or add a private check: [chapter 17](17_course.ipynb).
+# **The solutions are public**, like everything here. The checks draw new numbers each time, so a table of answers passes none of them, but a copied solution passes. If points matter, change a question, give the words more weight, ask a student to explain a line, or add a check that only you have (`--extra mine.py`).
+# How all this works, and what grading does not catch: [chapter 17](17_course.ipynb), "How a teacher uses it" and before.
 #
-# A student who is stuck should read what the check says before anything else: it names the mistake and the section of the book. If three students meet the same message, that is the beginning of the next session.
+# ## A student is stuck
+#
+# A student who is stuck should read what the check says before anything else: it names the mistake and the section of the book. To see the same numbers as the student, call the check with the seed of the message: `check_ipo(ipo, seed=528380)`. If three students meet the same message, that is the beginning of the next session.
 #
 # ## What students get wrong
 #

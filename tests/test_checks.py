@@ -372,18 +372,118 @@ def test_every_two_sentences_fit_into_a_message():
 def test_a_stub_is_nothing_yet(name):
     def stub(*args): ...
     def ellipsis(*args): return ...
-    def not_implemented(*args): raise NotImplementedError
-    for f in (..., None, stub, ellipsis, not_implemented):
+    def with_words(*args):
+        "What it should do."
+        ...
+    for f in (..., None, stub, ellipsis, with_words, lambda *args: None):
         e = heard(check_of(name), f)
         assert "returns nothing yet" in str(e), (f, e)
         assert e.mistakes == ("empty",)
         assert_can_be_read(str(e))
 
 
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_forgotten_return_is_not_called_an_empty_answer(name):
+    def forgets(*args): found = len(args)
+    e = heard(check_of(name), forgets)
+    assert "nothing yet" not in str(e)
+    assert ("does nothing" if name in ("accumulation", "fp16_step") else "either the `return` is missing") in str(e), e
+    assert e.mistakes == ("empty",)
+    assert_can_be_read(str(e))
+
+
+def test_a_hat_for_a_power_is_an_error_with_a_hint():
+    "torch raises NotImplementedError there, which once passed for an empty answer."
+    def tensor_hat(t, r, beta): return (t - r - 1 / (2 * beta))^2
+    def float_hat(t, r, beta): return (t - r - 1 / (2 * beta^2)) ** 2
+    def not_implemented(*args): raise NotImplementedError
+    for f, words in ((tensor_hat, "NotImplementedError: "), (float_hat, "TypeError: ")):
+        e = heard(checks.check_ipo, f)
+        assert f"stops with {words}" in str(e) and "a power is `**`" in str(e), e
+        assert e.mistakes == ("stopped",)
+        assert_can_be_read(str(e))
+    e = heard(checks.check_ipo, not_implemented)
+    assert "stops with NotImplementedError. " in str(e) and "**" not in str(e)
+
+
 def test_an_empty_prediction_is_nothing_yet():
     e = heard(checks.check_predictions, PREDICTIONS | dict(weight=...))
     assert "weight is nothing yet" in str(e)
+    assert 'Read chapter 03, "Its gradient"' in str(e)
     assert_can_be_read(str(e))
+    e = heard(checks.check_predictions, PREDICTIONS | dict(loss=..., settles=...))
+    assert "loss, settles are nothing yet" in str(e)
+    without = {key: value for key, value in PREDICTIONS.items() if key != "settles"}
+    for answers in (without, PREDICTIONS | dict(settles=...)):
+        e = heard(checks.check_predictions, answers)
+        assert "settles is" in str(e) and 'Read chapter 03, "Label smoothing"' in str(e)
+        assert_can_be_read(str(e))
+
+
+def test_a_prediction_in_quotes_or_with_two_digits_is_told_so():
+    e = heard(checks.check_predictions, PREDICTIONS | dict(first_loss="math.log(2)"))
+    assert "first_loss is a str, not a number; leave out the quotes" in str(e) and e.mistakes == ("form",)
+    e = heard(checks.check_predictions, PREDICTIONS | dict(loss=0.13, first_loss=0.69))
+    assert "loss is near; one percent is allowed, so give three digits" in str(e) and e.mistakes == ("loss_digits",)
+
+
+def test_all_wrong_predictions_are_named_at_once():
+    e = heard(checks.check_predictions, PREDICTIONS | dict(loss=5., settles=math.log(9), farther_sgd=1))
+    assert e.mistakes == ("settles_no_beta",)
+    assert "settles: beta is missing" in str(e) and "Wrong, too: loss, farther_sgd. " in str(e), e
+    e = heard(checks.check_predictions, dict.fromkeys(PREDICTIONS, 50.))
+    assert "Wrong, too: loss, weight, settles, nearer, farther_sgd, farther_adam. " in str(e), e
+    assert_can_be_read(str(e))
+    e = heard(checks.check_predictions, PREDICTIONS | dict(loss=5.))
+    assert "Wrong, too" not in str(e)
+
+
+def test_mistakes_of_students_that_were_not_known_at_first():
+    def named(name, f, seed=1): return heard(check_of(name), f, seed).mistakes
+    def plus_ce(logits, ids, mask): return -logps_ce(logits, ids, mask)
+    def late_cut(logits, ids, mask):
+        each = logits[:, 1:].float().log_softmax(-1).gather(-1, ids[:, :-1, None])[..., 0]
+        return (each * mask[:, 1:]).sum(1)
+    assert named("sequence_logps", plus_ce) == ("negative",)
+    assert named("sequence_logps", late_cut) == ("late_cut",)
+    assert named("dpo_loss", lambda c, r, rc, rr, beta: -F.logsigmoid(beta * (c - r) - (rc - rr))) == ("one_beta",)
+    assert named("dpo_loss", lambda c, r, rc, rr, beta: -F.logsigmoid(beta * ((c - rc) - (rr - r)))) == ("rejected_added",)
+    assert named("gradient", lambda a, b, beta: -beta * torch.sigmoid(-(a - b))) == ("no_beta_inside",)
+    assert named("gradient", lambda a, b, beta: -beta * torch.sigmoid(-beta * a)) == ("no_ref",)
+    assert named("gradient", lambda a, b, beta: -beta * torch.sigmoid(beta * (a - b)) * torch.sigmoid(-beta * (a - b))) == ("no_log",)
+    assert named("ipo", lambda a, b, beta: (a - b - 1/2*beta) ** 2) == ("no_brackets",)
+    assert named("ipo", lambda a, b, beta: (a - b + 1 / (2 * beta)) ** 2) == ("plus",)
+    assert named("ipo", lambda a, b, beta: F.relu(1 / (2 * beta) - (a - b)) ** 2) == ("hinge",)
+    for seed, small in itertools.product(range(20), (1e-4, 1e-8, 1e-12)):        # whatever the cut, and whether the batches show it or not
+        f = lambda c, r, rc, rr, beta: -torch.sigmoid(beta * ((c - r) - (rc - rr))).clamp(small).log()
+        assert named("dpo_loss", f, seed) == ("clamped",)
+    assert "Try" not in str(heard(checks.check_dpo_loss, f))      # the example comes out right there
+    constant = lambda c, *rest: torch.full_like(c, 0.7)
+    assert named("dpo_loss", constant) == named("dpo_loss", lambda *a: 2 * dpo_a(*a)) == ("unknown",)
+
+
+def test_the_example_by_hand_is_right_and_fits():
+    four = [torch.tensor([v]).double() for v in (-2.0, -3.0, -2.5, -2.9)]
+    two = [torch.tensor([v]).double() for v in (1.0, 0.4)]
+    for name, inputs in (("dpo_loss", four), ("gradient", two), ("ipo", two)):
+        assert EXERCISES[name].by_hand == f"gain 0.6, beta 0.5 give {EXERCISES[name].crooked(*inputs, 0.5).item():.3g}", name
+    def right(name, *inputs): return EXERCISES[name].crooked(*map(torch.tensor, inputs))
+    assert f"{right('first_loss', [1., 3.], [1., 1.], 0.5):.3f}" == "0.503" and "(1, 3), (1, 1), beta 0.5 give 0.503" == EXERCISES["first_loss"].by_hand
+    assert f"{EXERCISES['certificate'].crooked(0.5, 2, 0.1):.2f}" == "6.33" and EXERCISES["certificate"].by_hand == "loss 0.5, reference 2, beta 0.1 give 6.33"
+    assert right("accuracy", [2.5, -1., 3.], [1., 0.5, 3.]).tolist() == [1, 0, 0.5] and EXERCISES["accuracy"].by_hand == "(2.5, -1, 3), (1, 0.5, 3) give (1, 0, 0.5)"
+    assert right("by_prompt", [1., 1., 1., 0.], [7, 7, 7, 3]) == 0.5 and EXERCISES["by_prompt"].by_hand == "[1, 1, 1, 0], [7, 7, 7, 3] give 0.5"
+    assert checks._boundary([5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2]) == 2 and EXERCISES["boundary"].by_hand == "[5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2] give 2"
+    with_example = [name for name, exercise in EXERCISES.items() if exercise.by_hand]
+    assert len(with_example) == 8
+    for name in with_example:
+        e = heard(check_of(name), lambda *all: 3 * WAYS[name][0](*all) + 3)
+        assert e.mistakes == ("unknown",) and str(e).endswith(f". Try: {EXERCISES[name].by_hand}.") and len(str(e)) <= LIMIT, e
+
+
+def test_rows_are_called_rows():
+    assert "First difference: row 0 of 3" in str(heard(checks.check_sequence_logps, lambda *all: 2 * logps_ce(*all)))
+    assert "one per row" in str(heard(checks.check_sequence_logps, lambda *all: logps_ce(*all).mean()))
+    assert "First difference: pair 0 of 3" in str(heard(checks.check_dpo_loss, lambda *all: 2 * dpo_a(*all)))
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -552,9 +652,20 @@ def test_the_report_counts_says_what_is_missing_and_never_raises(capsys):
     assert "not defined" in table.loc["q2", "missing"]
     assert "there is no check_nothing" in table.loc["q4", "missing"]
     assert "a person" in table.loc["q6", "missing"]
-    printed = capsys.readouterr().out
-    assert printed == f"4 of 18 points so far (seed 5, sdpo_nb {sdpo_nb.__version__})\n"
+    first, *said = capsys.readouterr().out.splitlines()
+    assert first == f"4 of 18 points so far (seed 5, sdpo_nb {sdpo_nb.__version__})"
+    assert said == [f"{q}: {table.loc[q, 'missing']}" for q in ("q2", "q3", "q4", "q5")]      # in full, and not what a person marks
     for nothing in ({}, dict(In=None), dict(In=["", 3]), dict(In="text")): assert len(report(nothing)) == 0
+
+
+def test_the_report_counts_questions_whose_cells_were_not_run(capsys):
+    listed = "\n".join(line.split("question ")[1] for line in QUESTIONS.splitlines())
+    assert report(dict(In=[""], dpo_loss=dpo_a), listed, seed=5).equals(report(dict(dpo_loss=dpo_a), QUESTIONS, seed=5))
+    printed = capsys.readouterr().out
+    assert printed.startswith("4 of 18 points")
+    long = str(heard(checks.check_dpo_loss, lambda c, r, rc, rr, beta: F.logsigmoid(beta * (c - r)), 5))
+    report(dict(dpo_loss=lambda c, r, rc, rr, beta: F.logsigmoid(beta * (c - r))), "q1 4 check_dpo_loss dpo_loss", seed=5)
+    assert f"q1: {long}\n" in capsys.readouterr().out
 
 
 def test_the_report_reads_the_cells_that_were_run():

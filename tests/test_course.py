@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from sdpo_nb import __version__
-from sdpo_nb.checks import check_dpo_loss
+from sdpo_nb.checks import check_dpo_loss, report
 from sdpo_nb.course import (
-    asking, build, definitions, given_imports, grade, grade_one, gradescope, leaks, main, questions,
+    asking, build, definitions, feedback, given_imports, grade, grade_one, gradescope, leaks, main, questions,
     read_marks, read_notebook, split_solution, student_version, text_of, try_check, write_grades
 )
 
@@ -31,6 +31,14 @@ def notebook(*texts):
     cells = [dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=text, id=f"c{i}") for i, text in enumerate(texts)]
     return dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
 
+def prose(text, i=0): return dict(cell_type="markdown", metadata={}, source=text, id=f"p{i}")
+
+def with_words(nb, words="It cancels."):
+    "A submission of assignment 1 with question 6 answered, as a student does it."
+    cell = next(cell for cell in read_notebook(ASSIGNMENTS / "a1.ipynb")["cells"] if "question q6" in text_of(cell))
+    answer = "\n".join(words if line == "..." else line for line in text_of(cell).splitlines())
+    return dict(nb, cells=[*nb["cells"], prose(answer)])
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_committed_is_what_build_makes(name, tmp_path, monkeypatch):
@@ -52,7 +60,8 @@ def test_students_version(name):
     assert sum(q.points for q in questions(master)) == 20
     assert sum(q.points for q in questions(master) if q.check) == AUTOMATIC[name]
     assert [q.name for q in questions(student)] == [q.name for q in questions(master)]
-    assert text.rstrip().endswith("report(globals())")
+    listed = re.search(r'report\(globals\(\), """\n(.*)\n"""\)\s*$', text, re.S).group(1).splitlines()
+    assert [line.split() for line in listed] == [[q.name, str(q.points), *([q.check, q.target] if q.check else ["manual"])] for q in questions(master)]
     for wanted in (f"nbs/assignments/{name}.ipynb)", "Save a copy in Drive", "**Goal.**", "reading", "Change runtime type", f"@v{__version__}", f'"{__version__}"'):
         assert wanted in text, wanted
 
@@ -70,6 +79,41 @@ def test_a_badly_stripped_master_is_not_built(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped: main(["build", "masters", "out"])
         assert told in str(stopped.value)
         assert not Path("out").exists()
+
+
+def test_a_folder_outside_the_repository_has_no_badge(tmp_path, monkeypatch):
+    here, outside = tmp_path / "repository", tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for out in (outside, Path("../elsewhere")):
+        with pytest.raises(ValueError, match="is outside .* so Colab cannot find it; .*--repository ''"): build(MASTERS, out)
+        assert not outside.exists()
+    build(MASTERS, here / "nbs/assignments")         # absolute, but inside
+    assert (here / "nbs/assignments/a1.ipynb").read_bytes() == (ASSIGNMENTS / "a1.ipynb").read_bytes()
+    build(MASTERS, outside, repository="")
+    assert "colab.research" not in (outside / "a1.ipynb").read_text()
+
+
+def test_what_is_not_there_is_said_plainly(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for call, told in (
+        (lambda: build(tmp_path / "none", tmp_path, ""), "none: there is no such folder"),
+        (lambda: build(tmp_path / "empty", tmp_path, ""), "empty: there is no notebook here"),
+        (lambda: grade(tmp_path / "a9.ipynb", tmp_path), "a9.ipynb: there is no such file$"),
+        (lambda: grade(MASTERS / "a1.ipynb", tmp_path / "none"), "none: there is no such file or folder"),
+        (lambda: grade(MASTERS / "a1.ipynb", tmp_path / "empty"), "empty: there is no notebook here"),
+    ):
+        with pytest.raises(ValueError, match=told): call()
+
+
+def test_the_report_of_a_student_counts_all_questions():
+    "Run as a student does who has run no cell of a check: of 20, and every question has a row."
+    for name in NAMES:
+        cell = code_cells(read_notebook(ASSIGNMENTS / f"{name}.ipynb"))[-1]
+        space = dict(report=report, In=[cell])
+        exec(cell.replace("report(globals()", "table = report(globals()"), space)
+        assert space["table"]["of"].sum() == 20
+        assert list(space["table"].index) == [q.name for q in questions(master_of(name))]
 
 
 def test_outputs_leak_too():
@@ -151,7 +195,7 @@ def eleven():
 
 def test_eleven_submissions(tmp_path):
     expected = eleven()
-    for name, (cells, _, _) in expected.items(): save(notebook(*cells), tmp_path / f"in/{name}.ipynb")
+    for name, (cells, _, _) in expected.items(): save(with_words(notebook(*cells)), tmp_path / f"in/{name}.ipynb")
     (tmp_path / "marks.csv").write_text("student,q6\nright,2.5\nempty,0\n")
 
     command = [sys.executable, "-m", "sdpo_nb.course", "grade", MASTERS / "a1.ipynb", tmp_path / "in", "--csv", tmp_path / "grades.csv"]
@@ -172,6 +216,48 @@ def test_eleven_submissions(tmp_path):
     assert rows["empty"]["q6"] == "0" and rows["renamed"]["q6"] == ""
     assert rows["endless"]["flags"] and rows["patched_inside"]["flags"] and rows["syntax"]["flags"]
     assert not rows["right"]["flags"] and not rows["long_training"]["flags"]
+
+
+def no_server(*all): raise AssertionError("nothing should have been graded")
+
+@pytest.mark.parametrize("row,told", [("right,7", "right, q6: 7 is not between 0 and 3"), ("wrong,1", "no submission of 'wrong'"), ("right,x", "student right: ")])
+def test_wrong_marks_are_told_before_anything_is_graded(row, told, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdpo_nb.course.asking", no_server)
+    save(with_words(notebook(*solved_a1())), tmp_path / "in/right.ipynb")
+    (tmp_path / "marks.csv").write_text(f"student,q6\n{row}\n")
+    with pytest.raises(ValueError, match=told): grade(MASTERS / "a1.ipynb", tmp_path / "in", manual=tmp_path / "marks.csv")
+
+
+def test_an_answer_in_words_is_found_wherever_it_stands():
+    def ask(code, question): return True, "passed"
+    def words_and_flags(change, stub=True):
+        nb = read_notebook(ASSIGNMENTS / "a1.ipynb")
+        at = next(i for i, cell in enumerate(nb["cells"]) if "question q6" in text_of(cell))
+        change(nb["cells"], at)
+        got = grade_one("x", nb, master_of("a1"), ask)
+        return got.said["q6"], [flag for flag in got.flags if flag.startswith("q6")]
+    def write(cells, at, mark=True):
+        text = text_of(cells[at]).replace("\n...", "\nBoth answers have one prompt.")
+        cells[at]["source"] = text if mark else text.split("\n", 1)[1]
+
+    told, flags = words_and_flags(write)
+    assert "Both answers have one prompt." in told and "3 manual -->" not in told and flags == []
+    told, flags = words_and_flags(lambda cells, at: write(cells, at, mark=False))
+    assert "Both answers have one prompt." in told and flags == ["q6: its first line is gone; it was found by its heading"]
+    told, flags = words_and_flags(lambda cells, at: cells.insert(at + 1, prose("# My answer\nIt cancels.")))
+    assert told.endswith("# My answer\nIt cancels.") and "new cell below" in flags[0]
+    assert "Hand in" not in told
+    told, flags = words_and_flags(lambda cells, at: None)
+    assert flags == ["q6: nothing is written there"]
+    told, flags = words_and_flags(lambda cells, at: cells.pop(at))
+    assert told == "(the cell of this question is gone)" and "is gone" in flags[0]
+
+
+def test_another_assignment_is_recognised(ask):
+    got = grade_one("x", read_notebook(ASSIGNMENTS / "a2.ipynb"), master_of("a1"), ask)
+    assert got.total == 0 and "it defines nothing that is asked for: is it 'Assignment 1: a loss from four numbers'?" in got.flags
+    for nb in (read_notebook(ASSIGNMENTS / "a1.ipynb"), notebook("def ipo(*all): ...")):
+        assert not any("asked for" in flag for flag in grade_one("x", nb, master_of("a1"), ask).flags)
 
 
 def test_the_table_can_be_read_again_as_marks(tmp_path, ask):
@@ -231,11 +317,16 @@ def test_what_is_kept_of_a_submission():
 def test_a_file_that_is_no_notebook_stops_nobody(tmp_path):
     save(notebook(*solved_a1()), tmp_path / "good/a1.ipynb")
     (tmp_path / "bad.ipynb").write_text("{}")
+    (tmp_path / "notes.docx").write_text("my answers")
+    (tmp_path / ".DS_Store").write_text("")
     said = []
     grades = {g.student: g for g in grade(MASTERS / "a1.ipynb", tmp_path, limit=LIMIT, say=said.append)}
     assert grades["good_a1"].total == 17
     assert grades["bad"].total == 0 and "is no notebook" in grades["bad"].flags[0]
-    assert len(said) == 2
+    assert said[0] == "not notebooks, left out: notes.docx" and len(said) == 3
+    page = feedback(grades["bad"], questions(master_of("a1")))
+    assert page.count("##") == 1 and "## Remarks" in page       # no five empty sections
+    assert feedback(grades["good_a1"], questions(master_of("a1"))).startswith("# good_a1: 17 of 20 points, without q6\n")
 
 
 def test_gradescope(tmp_path):

@@ -8,10 +8,12 @@
 #
 # **Goal.** A model gives four log-probabilities for a pair of answers, two of its own and two of the reference. From these four numbers come the loss, its gradient, and everything that DPO does. You write the functions; a check tells
 # you what is wrong with them, if something is.
-# **Before you start**, read [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), part 1, and [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb) to the end of "Its gradient" (80 minutes).
-# **Time**: 90 minutes, of which 20 are reading. All cells together run in less than a minute. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
+# **Before you start**, read [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), part 1, and [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb) to the end of "Its gradient".
+# **Time**: 90 minutes for reading the two chapters, then 90 here. All cells together run in less than a minute. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
+# To see the numbers of a message again, call the check with its seed: `check_ipo(ipo, seed=528380)`. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
+# that you were not asked to read. You can work the question out without it; it is there in case you are stuck.
 
 # %%
 import importlib.util
@@ -43,6 +45,8 @@ from sdpo_nb.course import try_check
 # $$\log \pi(y|x) = \sum_t \log \pi(y_t \mid x, y_{<t}).$$
 #
 # Two things are easy to forget. The logits at position $i$ speak about the token at position $i+1$. And only the tokens of the *answer* count, not those of the prompt and not the padding; `mask` is true for them.
+#
+# The result is in *nats*, the unit of the natural logarithm. Logits may come in bf16, which keeps about three digits: convert them to fp32 before the softmax.
 #
 # *By hand.* Three tokens, the first is the prompt; a vocabulary of two. At position 0 the logits are $(0, \ln 3)$, so token 1 has the probability 3/4. At position 1 they are $(0, 0)$: one half each. For `ids = [0, 1, 0]`
 # the sum is $\ln\frac34 + \ln\frac12 = -0.981$. What stands at position 2 is never read.
@@ -118,7 +122,7 @@ try_check(check_gradient, gradient)
 # %% [markdown]
 # ## Question 4. A rival (3 points)
 #
-# The DPO loss never stops asking for more gain: it falls for ever. IPO (arXiv 2310.12036) asks for a certain gain, and no more:
+# The DPO loss never stops asking for more gain: it falls for ever. IPO (arXiv 2310.12036) asks for a certain gain, and punishes more than that, too:
 #
 # $$L_{IPO} = \Big(\Delta - \frac{1}{2\beta}\Big)^2.$$
 #
@@ -143,14 +147,14 @@ try_check(check_ipo, ipo)
 # %% [markdown]
 # ## Question 5. Say it before you see it (4 points)
 #
-# Whoever trains models looks at a log and must know what is normal. Seven predictions; work them out with paper and a calculator, and write numbers (three digits are enough) or expressions such as `math.log(3)`.
+# Whoever trains models looks at a log and must know what is normal. Seven predictions; work them out with paper and a calculator, and write numbers with three digits, or expressions such as `math.log(3)`.
 #
 # - `first_loss`: the loss in the first step, if the policy begins as a copy of the reference. (It does not depend on $\beta$.)
 # - `loss` and `weight`: a pair has reached a gain of 20 nats at $\beta = 0.1$. What is its loss? And its weight $\lambda = \sigma(-\beta\Delta)$, which says how hard it still pulls?
 # - `settles`: *label smoothing* $s$ says that a share $s$ of the labels is wrong. The loss becomes $-(1-s)\log\sigma(\beta\Delta) - s\log\sigma(-\beta\Delta)$, and the gain of a pair no longer rises for ever. At which gain, in nats, does it settle for $s = 0.1$ and $\beta = 0.5$?
-# - `nearer`: two runs on many pairs, some with wrong labels, one with $\beta = 1$ and one with $\beta = 4$, both trained until nothing changes any more. Which of the two ends nearer to its reference? Write 1 or 4.
+# - `nearer`: two runs on many pairs, some with wrong labels (so that there is an end to reach), one with $\beta = 1$ and one with $\beta = 4$, both trained until nothing changes any more. Which of the two ends nearer to its reference? Write 1 or 4.
 # - `farther_sgd`: the same two runs after three steps of plain gradient descent, with the same learning rate. Which has moved farther? Write 1 or 4.
-# - `farther_adam`: the same with Adam. Write 1 or 4, or 0 if there is no difference.
+# - `farther_adam`: the same with Adam at a small learning rate. Write 1 or 4, or 0 if the two differ by less than one percent.
 #
 # *By hand*, as a model: a pair with a gain of 10 nats at $\beta = 0.1$ has $\beta\Delta = 1$, the loss $\ln(1 + e^{-1}) = 0.313$, and the weight $1/(1 + e) = 0.269$.
 
@@ -173,18 +177,25 @@ try_check(check_predictions, predictions)
 # <!-- question q6 3 manual -->
 # ## Question 6. In words (3 points)
 #
-# The best policy of RLHF is $\pi^*(y|x) = S(y|x)\,e^{r(x,y)/\beta} / Z(x)$, and nobody can compute $Z(x)$, a sum over all texts. The DPO loss has no $Z$ in it. Why not? Explain it in at most 120 words to somebody who knows what a
+# Write $S$ for the reference and $r(x,y)$ for the reward of an answer (chapter 03 writes $k\,r$). RLHF looks for the policy with the highest mean reward that stays near $S$; $\beta$ is the price of going away. The best one is
+# $\pi^*(y|x) = S(y|x)\,e^{r(x,y)/\beta} / Z(x)$, and nobody can compute $Z(x)$, a sum over all texts. The DPO loss has no $Z$ in it. Why not? Explain it in at most 120 words to somebody who knows what a
 # softmax is. Say what $Z$ depends on and what it does not depend on, and where exactly it disappears. What would go wrong if the two answers of a pair belonged to different prompts?
 #
-# *Your answer (double-click this cell, write, and keep the first line):*
+# *Your answer. Double-click this cell and write here, not in a new cell. Keep the line `<!-- question q6 ... -->` at its top.*
 #
 # ...
 
 # %% [markdown]
 # ## Hand in
 #
-# The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 6 is marked by a person.
+# The last cell calls every check once more and adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 6 is marked by a person, so its points are not in the sum yet.
 
 # %%
-#| question q6 3 manual
-report(globals())
+report(globals(), """
+q1 4 check_sequence_logps sequence_logps
+q2 4 check_dpo_loss dpo_loss
+q3 2 check_gradient gradient
+q4 3 check_ipo ipo
+q5 4 check_predictions predictions
+q6 3 manual
+""")

@@ -7,10 +7,12 @@
 # **First: File > Save a copy in Drive.** A notebook that was opened from GitHub is not saved when you close it.
 #
 # **Goal.** Stepwise DPO trains on easy data first. But what is easy? You measure it, from the token ids up to the list of rows that each stage trains on, and learn where the measure deceives.
-# **Before you start**, read [chapter 01](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/01_preferences.ipynb), the section on the boundary, and [chapter 05](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/05_partition.ipynb) to the end of "The blind spot: length" (45 minutes).
-# **Time**: 75 minutes, of which 20 are reading. All cells together run in less than a minute. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
+# **Before you start**, read [chapter 01](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/01_preferences.ipynb), the section on the boundary, and [chapter 05](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/05_partition.ipynb) to the end of "The blind spot: length".
+# **Time**: 45 minutes for reading in the two chapters, then 75 here. All cells together run in less than a minute. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
+# To see the numbers of a message again, call the check with its seed: `check_accuracy(accuracy, seed=528380)`. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
+# that you were not asked to read. You can work the question out without it; it is there in case you are stuck.
 
 # %%
 import importlib.util
@@ -79,7 +81,7 @@ try_check(check_boundary, boundary)
 # %% [markdown]
 # ## Question 2. Right, wrong, tie (4 points)
 #
-# A model is right about a pair if it prefers the chosen answer more than the reference does: $\gamma > \gamma_{ref}$. It is wrong if $\gamma < \gamma_{ref}$. A tie counts one half. And if one of the numbers is NaN, we do not
+# Write $\gamma = \log\pi(y_w|x) - \log\pi(y_l|x)$ for how much likelier a model finds the chosen answer than the rejected one, in *nats*, the unit of the natural logarithm. A model is right about a pair if it prefers the chosen answer more than the reference does: $\gamma > \gamma_{ref}$. It is wrong if $\gamma < \gamma_{ref}$. A tie counts one half. And if one of the numbers is NaN, we do not
 # know: the result is NaN, too, so that nobody takes a broken number for a wrong answer.
 #
 # *By hand.* $\gamma = (2.5, -1, 3)$ against $\gamma_{ref} = (1, 0.5, 3)$ gives $(1, 0, 0.5)$, and the mean is the reward accuracy, 0.5.
@@ -210,7 +212,7 @@ measured[shown].round(3)
 # (a) In which order would easy-to-hard train on the five sources? (b) `noisy` has the same prompts and answers as `primer`. Why does it look harder, and is it what you would call hard? (c) Which column warns you about `terse`, and how? Would you begin with it?
 # (d) Name one thing about a source that matters for training and that none of these numbers tells. At most 200 words.
 #
-# *Your answer (double-click this cell, write, and keep the first line):*
+# *Your answer. Double-click this cell and write here, not in a new cell. Keep the line `<!-- question q5 ... -->` at its top.*
 #
 # ### BEGIN SOLUTION
 # (a) By accuracy: `terse` 0.81, `primer` 0.72, `noisy` 0.60, `digest` 0.59, `riddle` 0.48. The intervals of `noisy` and `digest` overlap, so their order is not certain.
@@ -227,8 +229,7 @@ measured[shown].round(3)
 # %% [markdown]
 # ## Hand in
 #
-# The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person.
+# The last cell calls every check once more and adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person, so its points are not in the sum yet.
 
 # %%
-#| question q5 4 manual
 report(globals())

@@ -7,10 +7,12 @@
 # **First: File > Save a copy in Drive.** A notebook that was opened from GitHub is not saved when you close it.
 #
 # **Goal.** A stage of DPO is a loop of six lines, and five places where it goes wrong without an error. You write the parts, put them together, and measure on a T4 what 16 bits and checkpointing buy.
-# **Before you start**, read [chapter 06](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/06_trainer.ipynb), "Six lines" to "One step", and [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), "Where does dropout hide?" (50 minutes).
-# **Time**: 90 minutes, of which 25 are reading, and 15 more for the cells on a graphics card, which give no points. **Runtime**: CPU for the questions; T4 for the section "On a graphics card" (*Runtime > Change runtime type > T4 GPU*; this starts the notebook anew, so do it at the end and run all cells). **Points**: 20.
+# **Before you start**, read [chapter 06](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/06_trainer.ipynb), "Six lines" to "One step", and [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), "Where does dropout hide?".
+# **Time**: 50 minutes for reading in the two chapters, then 90 here, and 15 more for the cells on a graphics card, which give no points. **Runtime**: CPU for the questions; T4 for the section "On a graphics card" (*Runtime > Change runtime type > T4 GPU*; this starts the notebook anew, so do it at the end and run all cells). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
+# To see the numbers of a message again, call the check with its seed: `check_accumulation(accumulation, seed=528380)`. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
+# that you were not asked to read. You can work the question out without it; it is there in case you are stuck.
 
 # %%
 import importlib.util
@@ -136,7 +138,7 @@ try_check(check_fp16_step, fp16_step)
 # ## Question 4. The stage (5 points)
 #
 # Now the loop. The model may come in bf16 and in eval mode, as many do: train its weights in fp32 (`model.float()`), in train mode. Use `torch.optim.AdamW` with `weight_decay=0.0`. Take the pairs in their order, in batches of `batch`; the last one may be short. The loss of a batch is the mean of
-# $-\log\sigma(\beta(\gamma_\theta - \gamma_{ref}))$, with $\gamma_{ref}$ from the table. Return the losses, one number a step. `score(model, pairs)`, imported above, gives the log-probabilities of the policy.
+# $-\log\sigma(\beta(\gamma_\theta - \gamma_{ref}))$, where $\gamma$ is the log-probability of the chosen answer minus that of the rejected one: $\gamma_\theta$ of the policy, $\gamma_{ref}$ from the table. Log-probabilities are in *nats*, the unit of the natural logarithm. Return the losses, one number a step. `score(model, pairs)`, imported above, gives the log-probabilities of the policy.
 #
 # *By hand.* Seven pairs in batches of three are three steps, with 3, 3 and 1 pairs. If the table is that of the model itself, the first loss is $\ln 2 = 0.693$; the table of the check is that of another model, so expect another number.
 
@@ -235,7 +237,7 @@ pd.DataFrame([planned(*way) for way in ways]).round(2)
 #
 # Take the table of your card, or the planned one. (a) Which part of the memory does fp16 make smaller, which part does it leave alone, and why? (b) What does checkpointing save, what does it cost, and for which of these four settings would a model of 1 billion parameters fit on a T4 with 15 GiB? At most 120 words.
 #
-# *Your answer (double-click this cell, write, and keep the first line):*
+# *Your answer. Double-click this cell and write here, not in a new cell. Keep the line `<!-- question q5 ... -->` at its top.*
 #
 # ### BEGIN SOLUTION
 # (a) Only the activations become smaller, from 3.02 to 2.18 GiB: they are what the forward pass keeps, and it runs in 16 bits. They are not halved, because some parts (the softmax, the norms) stay in fp32. Weights, gradients and moments stay: training keeps the weights in fp32, since a small step would vanish in 16 bits.
@@ -247,8 +249,7 @@ pd.DataFrame([planned(*way) for way in ways]).round(2)
 # %% [markdown]
 # ## Hand in
 #
-# The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person.
+# The last cell calls every check once more and adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person, so its points are not in the sum yet.
 
 # %%
-#| question q5 2 manual
 report(globals())

@@ -7,10 +7,12 @@
 # **First: File > Save a copy in Drive.** A notebook that was opened from GitHub is not saved when you close it.
 #
 # **Goal.** Stepwise DPO trains in stages, and after each stage the reference moves up. The loop is short. Which model is the reference of which stage is easy to get wrong, and whether it helped is easy to claim. You do both properly.
-# **Before you start**, read [chapter 13](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/13_stepwise.ipynb), "The method in four lines", [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb), "The reference as a lower bound" and "What $T$ stages add up to", and [chapter 08](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/08_evaluate.ipynb), "Ask both models the same prompts" (60 minutes).
-# **Time**: 100 minutes, of which 20 are reading and 5 are running. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
+# **Before you start**, read [chapter 13](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/13_stepwise.ipynb), "The method in four lines", [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb), "The reference as a lower bound" and "What $T$ stages add up to", and [chapter 08](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/08_evaluate.ipynb), "Ask both models the same prompts".
+# **Time**: 60 minutes for reading in the three chapters, then 100 here, of which 5 are running. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
+# To see the numbers of a message again, call the check with its seed: `check_certificate(certificate, seed=528380)`. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
+# that you were not asked to read. You can work the question out without it; it is there in case you are stuck.
 
 # %%
 import importlib.util
@@ -45,7 +47,7 @@ from sdpo_nb.world import load_base, load_world, true_rewards
 #
 # $$M_t:\quad \text{train on } -\log\sigma\big(\beta\,(\gamma_\theta - \gamma_{M_{t-1}})\big) \text{ over } D_t, \qquad \theta \text{ starting at } M_{t-1}.$$
 #
-# You get three functions. `score(model, chunk)` returns a table: what this model says about the pairs of this chunk, now. `train(model, chunk, table)` trains the model, in place, against the table as its reference. `copy(model)` returns a copy. $S$ itself must stay as it is.
+# Here $\gamma = \log\pi(y_w|x) - \log\pi(y_l|x)$ is how much likelier a model finds the chosen answer than the rejected one, in *nats*, the unit of the natural logarithm: $\gamma_\theta$ that of the model in training, $\gamma_{M_{t-1}}$ that of its reference. You get three functions. `score(model, chunk)` returns a table: what this model says about the pairs of this chunk, now. `train(model, chunk, table)` trains the model, in place, against the table as its reference. `copy(model)` returns a copy. $S$ itself must stay as it is.
 #
 # *By hand*, for $T = 2$: a copy of $S$ scores $D_1$; it is trained on $D_1$ against this table and is now $M_1$; $M_1$ scores $D_2$; it is trained on $D_2$ against that table and is now $M_2$. That is 2 calls of `score`, 2 of `train`, 1 of `copy`.
 
@@ -230,7 +232,7 @@ with_kl(runs) if isinstance(runs, pd.DataFrame) else "experiment returns nothing
 # Look at your table. (a) At the same $\beta$, is sDPO better than DPO here? By how much, and how sure is it? (b) And against DPO at $\beta/T$? (c) Compare the KL of the three: which runs have moved equally far, and what is left of the difference then? (d) So does the *moving reference* help here, or something
 # else? (e) What does one tiny world with two seeds show about a model of seven billion parameters, and which run would you make next? At most 200 words. If you could not run the training, say what you would expect from chapter 03, and why.
 #
-# *Your answer (double-click this cell, write, and keep the first line):*
+# *Your answer. Double-click this cell and write here, not in a new cell. Keep the line `<!-- question q5 ... -->` at its top.*
 #
 # ### BEGIN SOLUTION
 # In one run of this notebook: $\beta = 0.3$ was picked. Mean reward 0.620 and 0.627 for S; 0.825 and 0.826 for DPO; 0.818 and 0.828 for sDPO; 0.831 and 0.821 for DPO at $\beta/T$. KL 0.60 and 0.78 for DPO, 1.07 and 0.76 for sDPO, 0.87 and 1.15 for DPO at $\beta/T$.
@@ -244,8 +246,7 @@ with_kl(runs) if isinstance(runs, pd.DataFrame) else "experiment returns nothing
 # %% [markdown]
 # ## Hand in
 #
-# The last cell adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person.
+# The last cell calls every check once more and adds up. Run it, then *File > Download > Download .ipynb*, and hand in this file. The grader runs your functions with new numbers, so there is no need to keep the outputs. Question 5 is marked by a person, so its points are not in the sum yet.
 
 # %%
-#| question q5 5 manual
 report(globals())
