@@ -116,11 +116,20 @@ Markdown(as_markdown(mistakes.set_index("exercise")))
 # - Two sources or more, at least 1,000 pairs, at least two stages.
 # - Four runs: the base model; DPO, with $\beta$ chosen on validation pairs; DPO at $\beta/T$; stepwise DPO at the same $\beta$.
 # - Measured on held-out pairs, with paired intervals and the KL to the base model; ten answers of each model side by side.
-# - The run folder on Drive, so that a disconnect costs nothing. One page of text.
+# - The run folder on Drive, so that a disconnect costs nothing ([chapter 18](18_colab.ipynb) shows how). One page of text.
+#
+# Students hand in one small file for each run, without the weights, and you check it:
+#
+# ```
+# sdpo pack runs/mine                               # the student: makes runs/mine.zip
+# sdpo verify mine.zip --sources a=a.jsonl b=b.jsonl   # you: every claim, ok or DIFFERS
+# ```
+#
+# Without `--sources`, the data are listed as not checked; with `--model`, a model is asked again about 32 pairs. What is checked, and what no check can find: [chapter 14](14_verify.ipynb).
 #
 # | 10 points by the folder | |
 # |---|---|
-# | everything in it agrees with everything else: settings, tables, metrics, hashes | 4 |
+# | `sdpo verify` finds no DIFFERS: settings, tables, metrics and hashes agree | 4 |
 # | the first loss of each stage is $\ln 2$, and the reference of each stage is the model before it | 2 |
 # | the DPO runs saw the same pairs | 2 |
 # | held-out pairs were never trained on | 2 |
