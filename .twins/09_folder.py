@@ -280,6 +280,13 @@ finished_stages(tmp)
 
 # %%
 #| export
+def folder_of(
+    folder, # of a run
+    t: int, # of M_t; 0: S
+) -> Path:
+    "Where M_t lies in a run, with its table."
+    return Path(folder) / (f"stage-{t}" if t else "base")
+
 def stage_folders(
     folder, # of a run
 ) -> list[Path]:
@@ -290,10 +297,10 @@ def stage_folders(
     done = finished_stages(folder)
     for t, found in enumerate(done, 1):
         if t == found: continue
-        missing = Path(folder) / f"stage-{t}" / "stage.json"
+        missing = folder_of(folder, t) / "stage.json"
         raise ValueError(f"{missing}: is missing, but stage {done[-1]} is finished; "
                          f"put it back, or remove the stages after {t} and run again: they are trained anew")
-    return [Path(folder) / f"stage-{t}" for t in done]
+    return [folder_of(folder, t) for t in done]
 
 
 # %%
@@ -429,12 +436,14 @@ def load_stage(
 ):                   # M_t as it lies on disk
     "The model that a stage saved. Raises ValueError where another one lies there."
     folder = Path(folder)
-    saved = _saved(read_part(folder / "stage.json"))
+    saved = saved_as(read_part(folder / "stage.json"))
     model = load_model(str(folder / "model"), device)
     _compare(model, getattr(torch, saved["dtype"]), saved["weights"], folder / "model")
     return model
 
-def _saved(ended):
+def saved_as(
+    ended: dict, # stage.json of a finished stage
+) -> dict:       # dtype, weights
     "dtype and hash of the model that a stage saved."
     return ended.get("saved") or dict(dtype="float32", weights=ended["end"])
 
@@ -468,7 +477,7 @@ def load_exactly(
     folder = Path(folder)
     model = load_stage(folder, device)
     ended = read_part(folder / "stage.json")
-    exact = read_checkpoint(folder) if _saved(ended)["dtype"] != "float32" else None
+    exact = read_checkpoint(folder) if saved_as(ended)["dtype"] != "float32" else None
     if exact:
         model.load_state_dict(exact["model"])
         _compare(model, None, ended["end"], folder / "checkpoint")

@@ -51,7 +51,7 @@ from datasets import concatenate_datasets, load_from_disk
 
 from sdpo_nb.evaluate import as_text, greedy_answers
 from sdpo_nb.folder import (
-    base_folder, check_fresh, load_exactly, machine_of, naming, open_folder,
+    base_folder, check_fresh, folder_of, load_exactly, machine_of, naming, open_folder,
     read_part, recorded, save_model, share_changed
 )
 from sdpo_nb.logprobs import (
@@ -140,7 +140,7 @@ class Context:
         t: int, # of M_t; 0: S
     ) -> Path:
         "The folder of M_t."
-        return self.folder / (f"stage-{t}" if t else "base")
+        return folder_of(self.folder, t)
 
     def load(
         self,
@@ -278,10 +278,18 @@ def _partitioned(loaded, policy, ctx):
         if not (every_pair_once and every_name): raise ValueError("its chunks do not hold every pair once")
     return [Chunk(name, pairs.select(rows)) for name, rows in zip(decided["names"], decided["chunks"])]
 
+def partition_of(
+    loaded, # sources that are trained on
+    table,  # what S said about their pairs
+    config: StepwiseConfig, # its order, chunks and seed count
+):
+    "The partition that a run's settings ask for."
+    T = config.chunks if isinstance(config.chunks, int) else None
+    return partition(loaded, table, config.order, T, config.seed)
+
 def _decide(loaded, table, config):
     "What partition.json holds."
-    T = config.chunks if isinstance(config.chunks, int) else None
-    part = partition(loaded, table, config.order, T, config.seed)
+    part = partition_of(loaded, table, config)
     return dict(
         order=config.order,
         measures=part.measures.to_dict("records"),

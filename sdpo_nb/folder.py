@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'FREE', 'HOW', 'RECORDED', 'MAY_DIFFER', 'SAID', 'read_yaml', 'cure_of', 'naming', 'read_part',
-           'stage_numbers', 'finished_stages', 'stage_folders', 'save_model', 'share_changed', 'load_stage',
-           'load_exactly', 'base_folder', 'what_differs', 'machine_of', 'versions', 'command', 'recorded',
-           'open_folder', 'alone_in', 'check_fresh']
+           'stage_numbers', 'finished_stages', 'folder_of', 'stage_folders', 'save_model', 'share_changed',
+           'load_stage', 'saved_as', 'load_exactly', 'base_folder', 'what_differs', 'machine_of', 'versions', 'command',
+           'recorded', 'open_folder', 'alone_in', 'check_fresh']
 
 # %% ../nbs/09_folder.ipynb #b4f80dbf
 import functools, json, os, re, shlex, subprocess, sys
@@ -124,6 +124,13 @@ def finished_stages(
     return [t for t in stage_numbers(folder) if finished(t)]
 
 # %% ../nbs/09_folder.ipynb #28ca91f6
+def folder_of(
+    folder, # of a run
+    t: int, # of M_t; 0: S
+) -> Path:
+    "Where M_t lies in a run, with its table."
+    return Path(folder) / (f"stage-{t}" if t else "base")
+
 def stage_folders(
     folder, # of a run
 ) -> list[Path]:
@@ -134,10 +141,10 @@ def stage_folders(
     done = finished_stages(folder)
     for t, found in enumerate(done, 1):
         if t == found: continue
-        missing = Path(folder) / f"stage-{t}" / "stage.json"
+        missing = folder_of(folder, t) / "stage.json"
         raise ValueError(f"{missing}: is missing, but stage {done[-1]} is finished; "
                          f"put it back, or remove the stages after {t} and run again: they are trained anew")
-    return [Path(folder) / f"stage-{t}" for t in done]
+    return [folder_of(folder, t) for t in done]
 
 # %% ../nbs/09_folder.ipynb #173077ba
 def save_model(
@@ -191,12 +198,14 @@ def load_stage(
 ):                   # M_t as it lies on disk
     "The model that a stage saved. Raises ValueError where another one lies there."
     folder = Path(folder)
-    saved = _saved(read_part(folder / "stage.json"))
+    saved = saved_as(read_part(folder / "stage.json"))
     model = load_model(str(folder / "model"), device)
     _compare(model, getattr(torch, saved["dtype"]), saved["weights"], folder / "model")
     return model
 
-def _saved(ended):
+def saved_as(
+    ended: dict, # stage.json of a finished stage
+) -> dict:       # dtype, weights
     "dtype and hash of the model that a stage saved."
     return ended.get("saved") or dict(dtype="float32", weights=ended["end"])
 
@@ -218,7 +227,7 @@ def load_exactly(
     folder = Path(folder)
     model = load_stage(folder, device)
     ended = read_part(folder / "stage.json")
-    exact = read_checkpoint(folder) if _saved(ended)["dtype"] != "float32" else None
+    exact = read_checkpoint(folder) if saved_as(ended)["dtype"] != "float32" else None
     if exact:
         model.load_state_dict(exact["model"])
         _compare(model, None, ended["end"], folder / "checkpoint")

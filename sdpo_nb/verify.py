@@ -18,16 +18,17 @@ import torch
 from datasets import load_from_disk
 
 from .evaluate import as_text
-from .folder import alone_in, load_exactly, load_stage, read_part, stage_folders, versions
+from sdpo_nb.folder import (
+    alone_in, folder_of, load_exactly, load_stage, read_part, saved_as, versions
+)
 from sdpo_nb.logprobs import (
     LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing,
     score_pairs, weights_hash
 )
 from .loss import dpo_loss
-from .partition import partition
 from .plan import StepwiseConfig, check_chunks, check_names, load_sources, part_sources
 from .report import STAGE_ROWS, Run, as_markdown, escaped, held_out_table, stage_table
-from .stages import stage_measures
+from .stages import partition_of, stage_measures
 from .trainer import all_batches
 
 # %% ../nbs/14_verify.ipynb #57d6f875
@@ -49,7 +50,7 @@ class Evidence:
         t: int, # of M_t; 0: S
     ) -> Path:
         "The folder of M_t."
-        return self.folder / (f"stage-{t}" if t else "base")
+        return folder_of(self.folder, t)
 
     def ended(
         self,
@@ -418,8 +419,7 @@ def _weights(t, ev):
 
 def _saved(t, ev):
     "dtype and hash of M_t as it was saved, perhaps rounded; S is saved by others."
-    saved = ev.stages[t-1].get("saved") if t else None
-    return saved or dict(dtype="float32", weights=ev.ended(t))
+    return saved_as(ev.stages[t-1] if t else dict(end=ev.ended(0)))
 
 def _path_of(t, ev):
     "Where M_t lies, or None. S may lie outside of the folder; a hub id is not followed."
@@ -492,8 +492,7 @@ def _held_out_pairs(ev):
 def _partition(ev):
     "Do the chunks follow from what S said about the pairs?"
     config, there = ev.settings, _part(ev.folder, "partition.json")
-    T = config.chunks if isinstance(config.chunks, int) else None
-    mine = partition(ev.loaded, ev.table(0), config.order, T, config.seed)
+    mine = partition_of(ev.loaded, ev.table(0), config)
     if mine.names != there["names"]: return False, f"the order would be {', '.join(mine.names)}"
     if mine.chunks != there["chunks"]: return False, "the chunks would hold other pairs"
     return True, f"{config.order}: {', '.join(mine.names)}"
