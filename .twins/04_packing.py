@@ -1092,7 +1092,7 @@ many.round(2).to_frame("peak memory (GiB)")
 #
 # ### A whole run
 #
-# And what is left of it in a whole run, in which more is done than training? Two stages of stepwise DPO, 32 pairs each, from loading S to the last file: by `sdpo` ([chapter 13](13_stepwise.ipynb)) packed and padded, and by hand with one TRL trainer per stage. What `sdpo` spends on ordering the sources, on the models between the stages and on the report is in its time. (TRL draws its
+# And what is left of it in a whole run, in which more is done than training? Two stages of stepwise DPO, 32 pairs each, from loading S to the last file: by `sdpo` ([chapter 14](14_stepwise.ipynb)) packed and padded, and by hand with one TRL trainer per stage. What `sdpo` spends on ordering the sources, on the models between the stages and on the report is in its time. (TRL draws its
 # batches in another order and starts its warm-up at 0, so its losses are others.) Minutes and memory are those of a default of 4,096
 # tokens; the last row is a later pair of runs, on another machine, with today's 1,536 tokens against TRL's one pair.
 

@@ -17,7 +17,7 @@
 # - The *reference* of a stage is a frozen model to which the trained one, the *policy*, is compared. In stage $t$ it is
 #   $M_{t-1}$, the model with which the stage begins.
 #
-# [Chapter 13](13_stepwise.ipynb) runs the stages. Here we ask only what comes first. The paper's answer is *easy to
+# [Chapter 14](14_stepwise.ipynb) runs the stages. Here we ask only what comes first. The paper's answer is *easy to
 # hard*: first the data on which the base model already agrees with the labels. This chapter measures that agreement,
 # says how sure the number is and what it cannot see, and then cuts the chunks.
 

@@ -26,7 +26,7 @@
 #
 # The loss of a pair is $-\log\sigma(\beta\Delta)$. [Chapter 03](03_loss.ipynb) says why.
 #
-# A *stage* is one DPO training on one set of pairs, the *chunk*. Stepwise DPO runs several stages, one after the other; that is [chapter 13](13_stepwise.ipynb). Here we only need one.
+# A *stage* is one DPO training on one set of pairs, the *chunk*. Stepwise DPO runs several stages, one after the other; that is [chapter 14](14_stepwise.ipynb). Here we only need one.
 #
 # The way through the chapter: first the gradient (six lines, accumulation, metrics, half precision, Accelerate), then one step, then what turns steps into a stage (settings, order, schedule). After these sections you have a working stage in ten lines. Then come six sections of engineering, which say in their
 # headings that you may skip them. At the end stands the whole stage, and the checks.
@@ -1881,7 +1881,7 @@ tmp.cleanup()
 # %% [markdown]
 # ## The stage
 #
-# How do all these parts become one call? What is left is bookkeeping: where to start, when to save, what to say. First, everything that the first step needs. `previous` serves [chapter 13](13_stepwise.ipynb), where one optimizer may go on over several
+# How do all these parts become one call? What is left is bookkeeping: where to start, when to save, what to say. First, everything that the first step needs. `previous` serves [chapter 14](14_stepwise.ipynb), where one optimizer may go on over several
 # stages.
 
 # %%
@@ -2224,7 +2224,7 @@ shares.rename_axis("lambda").round(2)
 # - A look at the first batch, before anything is changed: the model must say the same twice, and a table that claims to be this model's must hold what it says, as near as rounding allows.
 # - `memory_plan`, which knows what fits before a weight is loaded.
 #
-# **What it leaves out.** It trains in one process and on one device. It trains all weights of the model. It looks at no held-out pairs: that is [chapter 08](08_evaluate.ipynb). And it does not know where its table comes from: that is [chapter 13](13_stepwise.ipynb).
+# **What it leaves out.** It trains in one process and on one device. It trains all weights of the model. It looks at no held-out pairs: that is [chapter 08](08_evaluate.ipynb). And it does not know where its table comes from: that is [chapter 14](14_stepwise.ipynb).
 #
 # ## Questions to test yourself
 #

@@ -150,16 +150,16 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [06 trainer](06_trainer.ipynb) | one stage, grown from six lines |
 # | [07 figures](07_figures.ipynb) | the pictures of a run |
 # | [08 evaluate](08_evaluate.ipynb) | did it work? held-out pairs, true reward, distance from S, signs of failure |
-# | [09 folder](09_folder.ipynb) | a run is a folder that knows what it is |
-# | [10 report](10_report.ipynb) | what a run says, and a model with a card |
-# | [11 plan](11_plan.ipynb) | what is asked of a run: settings, sources, chunks, checked before anything is computed |
-# | [12 stages](12_stages.ipynb) | one stage: ask the reference, train, measure, save |
-# | [13 stepwise](13_stepwise.ipynb) | stepwise DPO: the loop over stages, and what it does |
-# | [14 verify](14_verify.ipynb) | what somebody else can check of a run |
-# | [15 cli](15_cli.ipynb) | the command line |
-# | [16 checks](16_checks.ipynb) | exercises, and checks that name the mistake |
-# | [17 course](17_course.ipynb) | a notebook for students, and points for it |
-# | [18 colab](18_colab.ipynb) | from an empty runtime to an aligned model |
+# | [10 folder](10_folder.ipynb) | a run is a folder that knows what it is |
+# | [11 report](11_report.ipynb) | what a run says, and a model with a card |
+# | [12 plan](12_plan.ipynb) | what is asked of a run: settings, sources, chunks, checked before anything is computed |
+# | [13 stages](13_stages.ipynb) | one stage: ask the reference, train, measure, save |
+# | [14 stepwise](14_stepwise.ipynb) | stepwise DPO: the loop over stages, and what it does |
+# | [17 verify](17_verify.ipynb) | what somebody else can check of a run |
+# | [18 cli](18_cli.ipynb) | the command line |
+# | [20 checks](20_checks.ipynb) | exercises, and checks that name the mistake |
+# | [21 course](21_course.ipynb) | a notebook for students, and points for it |
+# | [22 colab](22_colab.ipynb) | from an empty runtime to an aligned model |
 #
 # To teach with it: [a course of six sessions](teaching.ipynb), with four assignments that run on Colab: [1](assignments/a1.ipynb), [2](assignments/a2.ipynb), [3](assignments/a3.ipynb), [4](assignments/a4.ipynb).
 #
@@ -183,11 +183,11 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # |---|---|
 # | Eq. 1, the loss in terms of $\gamma$ | [03, "The same loss in sDPO's words"](03_loss.ipynb) |
 # | the reference as a lower bound, in prose | [03, "The reference as a lower bound"](03_loss.ipynb): an inequality one can test |
-# | the algorithm: $M_{t-1}$ is reference and start of stage $t$ | [13, equation (1)](13_stepwise.ipynb), [12, "Ask the reference"](12_stages.ipynb) |
+# | the algorithm: $M_{t-1}$ is reference and start of stage $t$ | [14, equation (1)](14_stepwise.ipynb), [13, "Ask the reference"](13_stages.ipynb) |
 # | easy to hard, by reward accuracy under $M_0$ | [05](05_partition.ipynb): the definition, its two readings, its bias by length |
-# | Table 1, DPO with different reference models | `reference="folder/of/a/model"` in [13](13_stepwise.ipynb) |
+# | Table 1, DPO with different reference models | `reference="folder/of/a/model"` in [14](14_stepwise.ipynb) |
 # | Table 3, easy-to-hard against a random split | `order="random"`, with the same chunk sizes, in [05](05_partition.ipynb) |
 # | Figure 2, mean $\gamma_{ref}$ by reference | [demo, "What happens to the bar?"](demo.ipynb) |
-# | Figure 3, stage 2 starting from S or from $M_1$ | [13, "Where the policy starts"](13_stepwise.ipynb) |
+# | Figure 3, stage 2 starting from S or from $M_1$ | [14, "Where the policy starts"](14_stepwise.ipynb) |
 #
 # The paper's benchmark tables are not reproduced here; its comparisons are, with the controls that it lacks.

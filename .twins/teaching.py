@@ -25,7 +25,7 @@
 # | 3. The loss | [03](03_loss.ipynb) to the end of "Its gradient" | the line on one pair; predict each cell before it is run; the derivation with books closed | rest of assignment 1 |
 # | 4. Data and order | [05](05_partition.ipynb) to "The blind spot: length" | which of two sources is easier? vote, then measure; flipped labels | assignment 2 |
 # | 5. One stage for real | [06](06_trainer.ipynb), "Six lines" to "One step" | the six lines, live; then a bf16 model whose weights do not move; choose project models | assignment 3 |
-# | 6. Stages, and what a result shows | [03](03_loss.ipynb), the sections on stages; [13](13_stepwise.ipynb), the method; [08](08_evaluate.ipynb), asking both models the same | run the [demo](demo.ipynb); then plan the comparison that would convince a sceptic | assignment 4, project |
+# | 6. Stages, and what a result shows | [03](03_loss.ipynb), the sections on stages; [14](14_stepwise.ipynb), the method; [08](08_evaluate.ipynb), asking both models the same | run the [demo](demo.ipynb); then plan the comparison that would convince a sceptic | assignment 4, project |
 #
 # ## The assignments
 #
@@ -67,7 +67,7 @@
 # ```
 #
 # **The solutions are public**, like everything here. The checks draw new numbers each time, so a table of answers passes none of them, but a copied solution passes. If points matter, change a question, give the words more weight, ask a student to explain a line, or add a check that only you have (`--extra mine.py`).
-# How all this works, and what grading does not catch: [chapter 17](17_course.ipynb), "How a teacher uses it" and before.
+# How all this works, and what grading does not catch: [chapter 21](21_course.ipynb), "How a teacher uses it" and before.
 #
 # ## A student is stuck
 #
@@ -116,7 +116,7 @@ Markdown(as_markdown(mistakes.set_index("exercise")))
 # - Two sources or more, at least 1,000 pairs, at least two stages.
 # - Four runs: the base model; DPO, with $\beta$ chosen on validation pairs; DPO at $\beta/T$; stepwise DPO at the same $\beta$.
 # - Measured on held-out pairs, with paired intervals and the KL to the base model; ten answers of each model side by side.
-# - The run folder on Drive, so that a disconnect costs nothing ([chapter 18](18_colab.ipynb) shows how). One page of text.
+# - The run folder on Drive, so that a disconnect costs nothing ([chapter 22](22_colab.ipynb) shows how). One page of text.
 #
 # Students hand in one small file for each run, without the weights, and you check it:
 #
@@ -125,7 +125,7 @@ Markdown(as_markdown(mistakes.set_index("exercise")))
 # sdpo verify mine.zip --sources a=a.jsonl b=b.jsonl   # you: every claim, ok or DIFFERS
 # ```
 #
-# Without `--sources`, the data are listed as not checked; with `--model`, a model is asked again about 32 pairs. What is checked, and what no check can find: [chapter 14](14_verify.ipynb).
+# Without `--sources`, the data are listed as not checked; with `--model`, a model is asked again about 32 pairs. What is checked, and what no check can find: [chapter 17](17_verify.ipynb).
 #
 # | 10 points by the folder | |
 # |---|---|

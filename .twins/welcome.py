@@ -109,9 +109,9 @@ for t in (1, 2, 3):
 # 3. [02](02_logprobs.ipynb), part 1: what a model says about a response. 30 minutes.
 # 4. [03](03_loss.ipynb), to the end of "What $\beta$ does", then "The same loss in sDPO's words": where the loss comes from. This is the heart. 70 minutes.
 # 5. [06](06_trainer.ipynb), to the end of "What is measured", then "A stage in ten lines": one stage of training. 30 minutes.
-# 6. [13](13_stepwise.ipynb): the stages. 35 minutes.
+# 6. [14](14_stepwise.ipynb): the stages. 35 minutes.
 #
-# **To align a model of your own, about an hour.** [Your model, your pairs](your_model.ipynb), the [demo](demo.ipynb), then the heads of [01](01_preferences.ipynb) (formats), [05](05_partition.ipynb) (order), [08](08_evaluate.ipynb) (did it work?) and [10](10_report.ipynb) (the report).
+# **To align a model of your own, about an hour.** [Your model, your pairs](your_model.ipynb), the [demo](demo.ipynb), then the heads of [01](01_preferences.ipynb) (formats), [05](05_partition.ipynb) (order), [08](08_evaluate.ipynb) (did it work?) and [11](11_report.ipynb) (the report).
 #
 # **Everything, with every line of code, some twenty-five hours,** and nine more for the experiments. In the order of the numbers. A number is also a floor: the code of a chapter uses only chapters with smaller numbers.
 #
@@ -123,7 +123,7 @@ for t in (1, 2, 3):
 # | Bradley-Terry | the model of a comparison: the better response wins with probability $\sigma$(difference of rewards) | [03](03_loss.ipynb) |
 # | certificate | the least mean $\gamma$ that a given loss guarantees | [03](03_loss.ipynb) |
 # | checkpoint | all that is needed to go on as if nothing had happened | [06](06_trainer.ipynb) |
-# | chunk | the pairs of one stage | [11](11_plan.ipynb) |
+# | chunk | the pairs of one stage | [12](12_plan.ipynb) |
 # | gain | $\gamma$ of the policy minus $\gamma$ of the reference | [03](03_loss.ipynb) |
 # | held out | pairs that are never trained on, only measured | [08](08_evaluate.ipynb) |
 # | log-probability | logarithm of a probability; of a response, the sum over its tokens | [02](02_logprobs.ipynb) |
@@ -132,9 +132,9 @@ for t in (1, 2, 3):
 # | partition | which pairs are trained on in which stage | [05](05_partition.ipynb) |
 # | policy | the model that is being trained | [03](03_loss.ipynb) |
 # | precision (fp32, bf16, fp16) | how many digits a computation keeps | [06](06_trainer.ipynb) |
-# | probe | a few hundred pairs of a chunk on which every model is measured | [11](11_plan.ipynb) |
+# | probe | a few hundred pairs of a chunk on which every model is measured | [12](12_plan.ipynb) |
 # | reference | the frozen model that the policy is compared with; here a table of what it said | [02](02_logprobs.ipynb) |
-# | run | all stages, in one folder | [09](09_folder.ipynb) |
+# | run | all stages, in one folder | [10](10_folder.ipynb) |
 # | source | a named set of preference pairs | [01](01_preferences.ipynb) |
 # | stage | one DPO training on one chunk | [06](06_trainer.ipynb) |
 # | step | one update of the weights | [06](06_trainer.ipynb) |

@@ -7,7 +7,7 @@
 # **First: File > Save a copy in Drive.** A notebook that was opened from GitHub is not saved when you close it.
 #
 # **Goal.** Stepwise DPO trains in stages, and after each stage the reference moves up. The loop is short. Which model is the reference of which stage is easy to get wrong, and whether it helped is easy to claim. You do both properly.
-# **Before you start**, read [chapter 13](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/13_stepwise.ipynb), "The method in four lines", [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb), "The reference as a lower bound" and "What $T$ stages add up to", and [chapter 08](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/08_evaluate.ipynb), "Ask both models the same prompts".
+# **Before you start**, read [chapter 14](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/14_stepwise.ipynb), "The method in four lines", [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb), "The reference as a lower bound" and "What $T$ stages add up to", and [chapter 08](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/08_evaluate.ipynb), "Ask both models the same prompts".
 # **Time**: 60 minutes for reading in the three chapters, then 100 here, of which 5 are running. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.

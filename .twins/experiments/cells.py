@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/cells.ipynb)
 #
-# **You should know** [stepwise DPO](../13_stepwise.ipynb), [how a model is measured](../08_evaluate.ipynb), and the [training data](training_data.ipynb) of the experiments.
+# **You should know** [stepwise DPO](../14_stepwise.ipynb), [how a model is measured](../08_evaluate.ipynb), and the [training data](training_data.ipynb) of the experiments.
 #
 # **Time** an hour to read, one to two minutes to run.
 #

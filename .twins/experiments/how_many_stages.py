@@ -9,7 +9,7 @@
 #
 # All numbers are from ten worlds with two seeds each.
 #
-# **You should know** [stepwise DPO](../13_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 20 minutes to read, a few seconds to run. The grid behind it took 1.3 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../14_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 20 minutes to read, a few seconds to run. The grid behind it took 1.3 core hours (`make experiments`).
 #
 # <details><summary>Words used on this page</summary>
 #

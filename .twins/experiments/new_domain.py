@@ -10,7 +10,7 @@
 #
 # Stepwise DPO loses less of the fourth skill than DPO, and plain DPO at the learning rate of stepwise DPO loses less still. What is lost goes with the distance from S. All numbers are from ten worlds with two seeds each.
 #
-# **You should know** [stepwise DPO](../13_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 28 minutes to read, a few seconds to run. The grid behind it took 1.0 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../14_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 28 minutes to read, a few seconds to run. The grid behind it took 1.0 core hours (`make experiments`).
 #
 # <details><summary>Words used on this page</summary>
 #

@@ -15,7 +15,7 @@
 #
 # All numbers are from ten worlds with two seeds each.
 #
-# **You should know** [stepwise DPO](../13_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 31 minutes to read, half a minute to run. The grid behind its tables took 0.2 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../14_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 31 minutes to read, half a minute to run. The grid behind its tables took 0.2 core hours (`make experiments`).
 #
 # <details><summary>Words used on this page</summary>
 #

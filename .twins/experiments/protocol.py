@@ -16,7 +16,7 @@
 # 7. *A stage that starts where the last one ended, against one that starts from S*: clearly better.
 # 8. *Stepwise DPO at $\beta$, against plain DPO at $\beta/3$*: we cannot tell.
 #
-# **You should know** [stepwise DPO](../13_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** 50 minutes to read, ten for the first three sections, and a minute to run. All runs together took 12.6 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../14_stepwise.ipynb) and [how a model is measured](../08_evaluate.ipynb). **Time** 50 minutes to read, ten for the first three sections, and a minute to run. All runs together took 12.6 core hours (`make experiments`).
 #
 # In a few words: *S* is the fine-tuned model with which training begins. *Plain* DPO trains it on all preference pairs at once. *Stepwise* DPO, or sDPO, trains in three *stages*, each on one *chunk* of the pairs. Stage $t$ starts from $M_{t-1}$, the model
 # of the stage before. Its *reference*, the model that it is held near, is $M_{t-1}$, too: it moves. $\beta$ says how hard it is held. The *KL* from S is the distance that a model has moved, in nats. *True reward*, from 0 to 1, says how right an answer is; only in a small

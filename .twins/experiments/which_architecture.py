@@ -8,7 +8,7 @@
 #
 # One by one they go from -0.011 [-0.021, -0.003] (BLOOM) to +0.013 [+0.008, +0.018] (Qwen3). Do not read these two as findings: the settings come from a search in one world with one run for each cell, and differences of this size are inside the noise of such a search. GPT-2, OPT and the Llama are equal ($\pm 0.02$). All numbers are from five worlds with four seeds each.
 #
-# **You should know** [stepwise DPO](../13_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 19 minutes to read, a few seconds to run. The search and the grid behind it took 1.3 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../14_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 19 minutes to read, a few seconds to run. The search and the grid behind it took 1.3 core hours (`make experiments`).
 #
 # <details><summary>Words used on this page</summary>
 #

@@ -8,7 +8,7 @@
 #
 # Nearly all variants lie on one line: the farther from S, the less reward. On the other side of the best distance, at $\beta$ from 1.2 on, a moving reference beats a fixed one. All numbers but those of the search are from ten worlds with two seeds each.
 #
-# **You should know** [stepwise DPO](../13_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 25 minutes to read, a few seconds to run. The grid behind it took 1.5 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../14_stepwise.ipynb) and the [protocol](protocol.ipynb). **Time** 25 minutes to read, a few seconds to run. The grid behind it took 1.5 core hours (`make experiments`).
 #
 # <details><summary>Words used on this page</summary>
 #

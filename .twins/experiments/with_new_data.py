@@ -8,7 +8,7 @@
 #
 # If the model labels by its own implicit reward, stages 2 and 3 together gain 0.065 [0.040, 0.092] on pairs of S and 0.010 [-0.018, 0.040] on pairs of its own, where true labels bring 0.12. By stage 3, half of its labels of its own pairs are wrong. All numbers are from ten worlds with two seeds each.
 #
-# **You should know** [stepwise DPO](../13_stepwise.ipynb), there the setting `chunks` as a function, and the [protocol](protocol.ipynb). **Time** 23 minutes to read, a few seconds to run. The grid behind it took 1.5 core hours (`make experiments`).
+# **You should know** [stepwise DPO](../14_stepwise.ipynb), there the setting `chunks` as a function, and the [protocol](protocol.ipynb). **Time** 23 minutes to read, a few seconds to run. The grid behind it took 1.5 core hours (`make experiments`).
 #
 # <details><summary>Words used on this page</summary>
 #

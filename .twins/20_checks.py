@@ -2,7 +2,7 @@
 # # Checks that name the mistake
 # > Seventeen exercises, a check for each, and what each check says about a wrong answer.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/16_checks.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/20_checks.ipynb)
 #
 # **You should know** the [DPO loss](03_loss.ipynb) and [one stage of training](06_trainer.ipynb). Read this chapter if you teach, or if you want to know how the checks of the assignments work. If you only want
 # to solve the assignments, you need nothing from here.

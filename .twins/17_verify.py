@@ -2,9 +2,9 @@
 # # What somebody else can check
 # > A run is handed in without its weights. Does what its report says follow from what its folder holds?
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_verify.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/17_verify.ipynb)
 #
-# **You should know** that [a run is a folder](09_folder.ipynb), and what [a stage writes down about itself](12_stages.ipynb). **Time** an hour and forty minutes to read with its code, half a minute to run.
+# **You should know** that [a run is a folder](10_folder.ipynb), and what [a stage writes down about itself](13_stages.ipynb). **Time** an hour and forty minutes to read with its code, half a minute to run.
 #
 # A student hands in a run, or a colleague sends you one. Its report says that accuracy rose from 0.74 to 0.86, and that the reference of stage 2 was $M_1$. A report is a claim. Why should you believe it?
 #
@@ -278,7 +278,7 @@ pd.DataFrame(rows).set_index("check")
 # %% [markdown]
 # ## The numbers of a stage
 #
-# [Chapter 12](12_stages.ipynb) computes the numbers of a stage from three tables: that of the reference, of $M_{t-1}$ and of $M_t$. The same function is called here, so nobody can say that we measure otherwise. They must agree to 1e-4: another processor may add in another order.
+# [Chapter 13](13_stages.ipynb) computes the numbers of a stage from three tables: that of the reference, of $M_{t-1}$ and of $M_t$. The same function is called here, so nobody can say that we measure otherwise. They must agree to 1e-4: another processor may add in another order.
 
 # %%
 #| export
@@ -573,7 +573,7 @@ assert not _alike("| gamma | 8.463 |", "| loss | 8.463 |")
 
 
 # %% [markdown]
-# Which lines must be there? Those of the tables of stages, of the partition and of the held-out pairs, made again by the functions that [wrote them](10_report.ipynb):
+# Which lines must be there? Those of the tables of stages, of the partition and of the held-out pairs, made again by the functions that [wrote them](11_report.ipynb):
 
 # %%
 #| export
@@ -1114,7 +1114,7 @@ pd.concat(found, names=["who", None]).droplevel(1)[["check", "note"]]
 # - *That the numbers mean something.* They follow from the tables. Whether the comparison is fair is a question for a reader.
 # - *Anything about weights that are not there.* Without them, a student with patience can make up tables that are consistent with each other. So ask for the weights of the last stage, or a hub id: `model=` then finds out whether they are $M_T$, and asks them.
 # - *What no table holds.* The losses of the log after the first, the answers in the report, the figures, seconds and gigabytes.
-# - *How the weights were made.* A hash says that two files are the same, not that gradient descent led from one to the other. Training again is the only proof, and [on the same machine](13_stepwise.ipynb) it gives the same bits.
+# - *How the weights were made.* A hash says that two files are the same, not that gradient descent led from one to the other. Training again is the only proof, and [on the same machine](14_stepwise.ipynb) it gives the same bits.
 # - *Who changed a file.* The manifest finds accidents. Somebody who can edit a file can write its new hash as well.
 
 # %%
@@ -1124,7 +1124,7 @@ shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# `pack_run` makes of a run one small file. `verify` asks it every question that can be asked, and says of each: ok, DIFFERS, or not checked. On the command line they are [`sdpo pack` and `sdpo verify`](15_cli.ipynb).
+# `pack_run` makes of a run one small file. `verify` asks it every question that can be asked, and says of each: ok, DIFFERS, or not checked. On the command line they are [`sdpo pack` and `sdpo verify`](18_cli.ipynb).
 #
 # ## Questions to test yourself
 #

@@ -2,9 +2,9 @@
 # # The command line
 # > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/15_cli.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/18_cli.ipynb)
 #
-# **You should know** what [a run](13_stepwise.ipynb) is. If you only want to use the commands, [your model, your pairs](your_model.ipynb) is the page for you. **Time** 55 minutes to read with its code, half a minute to run.
+# **You should know** what [a run](14_stepwise.ipynb) is. If you only want to use the commands, [your model, your pairs](your_model.ipynb) is the page for you. **Time** 55 minutes to read with its code, half a minute to run.
 #
 # | command | what it does |
 # |---|---|
@@ -17,7 +17,7 @@
 # | `sdpo verify` | checks that what a run says follows from what its folder, or such a file, holds |
 # | `sdpo demo` | the [tiny world](demo.ipynb), from partition to true reward |
 #
-# A command line is a way in and nothing more, so it has no settings of its own. Every setting of a run becomes an option, generated from `StepwiseConfig`, with its meaning, its bounds and its default. Whoever adds a setting in [chapter 11](11_plan.ipynb) has added the option. The few
+# A command line is a way in and nothing more, so it has no settings of its own. Every setting of a run becomes an option, generated from `StepwiseConfig`, with its meaning, its bounds and its default. Whoever adds a setting in [chapter 12](12_plan.ipynb) has added the option. The few
 # options that are written by hand here say where the model, the data and the run are. And because a wrong option is what people meet first, bad input ends in one line that says what to do.
 
 # %%
@@ -370,7 +370,7 @@ print(text.replace(str(tmp), "."))
 
 
 # %% [markdown]
-# Two commands are for handing a run in, and for whoever gets it: `sdpo pack` and `sdpo verify`, which call [chapter 14](14_verify.ipynb). The second must be of use in a script that grades fifty runs. So its exit status is 1 if anything differs, and 0 if nothing does; what could not be checked is counted, and is no fault.
+# Two commands are for handing a run in, and for whoever gets it: `sdpo pack` and `sdpo verify`, which call [chapter 17](17_verify.ipynb). The second must be of use in a script that grades fifty runs. So its exit status is 1 if anything differs, and 0 if nothing does; what could not be checked is counted, and is no fault.
 
 # %%
 #| export
@@ -413,7 +413,7 @@ print(text.replace(str(tmp), "."))
 # %% [markdown]
 # ## The way in
 #
-# What is left is the parser: a command, where its model, data and run are, and the settings. An unknown option is answered like [an unknown setting](11_plan.ipynb), with what was probably meant.
+# What is left is the parser: a command, where its model, data and run are, and the settings. An unknown option is answered like [an unknown setting](12_plan.ipynb), with what was probably meant.
 
 # %%
 #| export

@@ -2,10 +2,10 @@
 # # A run is a folder
 # > Everything a run knows lies in files. Each file can be read again, and says what is wrong with it.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/09_folder.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/10_folder.ipynb)
 #
 # **You should know** what [a table of log-probabilities](02_logprobs.ipynb) and [one stage of training](06_trainer.ipynb) are. If you came to learn what stepwise DPO *does*, skip this
-# chapter and read [13](13_stepwise.ipynb) first. **Time** an hour to read with its code, a few seconds to run.
+# chapter and read [14](14_stepwise.ipynb) first. **Time** an hour to read with its code, a few seconds to run.
 #
 # Stepwise DPO trains a model in stages: stage 1 turns the start model S into $M_1$, stage 2 turns $M_1$ into $M_2$, and each stage measures itself against the model before it. That takes
 # hours on a real model, and hours are long enough for a machine to stop, for a disk to fill up, or for a colleague to copy the folder and change one setting. So a run is a
@@ -67,7 +67,7 @@ torch.set_num_threads(1)
 w, place = load_world(), Path(tempfile.mkdtemp())
 
 # %% [markdown]
-# Here is a real one. We borrow the call of [chapter 13](13_stepwise.ipynb), for two stages of thirty pairs.
+# Here is a real one. We borrow the call of [chapter 14](14_stepwise.ipynb), for two stages of thirty pairs.
 
 # %%
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
@@ -915,7 +915,7 @@ shutil.rmtree(place)
 # | `check_fresh` | a run goes on from a stage whose settings nobody knows |
 #
 # A folder that knows what it is. `read_part` reads each of its files or says what to do; `stage_folders` lists what is finished; `load_stage` gives you the model that a stage saved, and no other;
-# `open_folder` lets a run go on only as the run that it was; `alone_in` keeps a second process out. The [next chapter](10_report.ipynb) reads such a folder, and [13](13_stepwise.ipynb) writes one.
+# `open_folder` lets a run go on only as the run that it was; `alone_in` keeps a second process out. The [next chapter](11_report.ipynb) reads such a folder, and [14](14_stepwise.ipynb) writes one.
 #
 # ## Questions to test yourself
 #

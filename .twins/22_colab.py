@@ -2,7 +2,7 @@
 # # On a free graphics card
 # > From an empty Colab runtime to an aligned model, and nothing is lost when the connection is.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/18_colab.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/22_colab.ipynb)
 #
 # **You should know** what [DPO and its stages](welcome.ipynb) are. What the settings mean stands in [Your model](your_model.ipynb). **Time** half an hour to read. Without a graphics card the page runs in a minute, on the [tiny world](00_world.ipynb). With one it aligns a real model, and the bar says how long that takes.
 #

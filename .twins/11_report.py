@@ -2,9 +2,9 @@
 # # What a run says
 # > A finished folder becomes tables, figures and a report for its reader; and a model with a card, to give away.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/10_report.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/11_report.ipynb)
 #
-# **You should know** that [a run is a folder](09_folder.ipynb) and what is [measured on pairs](08_evaluate.ipynb). If you came to learn what stepwise DPO does, read [13](13_stepwise.ipynb) first.
+# **You should know** that [a run is a folder](10_folder.ipynb) and what is [measured on pairs](08_evaluate.ipynb). If you came to learn what stepwise DPO does, read [14](14_stepwise.ipynb) first.
 # **Time** an hour to read with its code, a minute to run. If you have a report of your own before you, half an hour: read the text and the tables, and skip the cells that begin with `#| export`.
 #
 # When a run has ended, its reader has one question: *is the last model better than the one I began with?* Then come the smaller ones: which stage did it, what did it cost, can I trust it, can I run it
@@ -57,7 +57,7 @@ pd.set_option("display.width", 180, "display.max_columns", 20)
 # %% [markdown]
 # ## Three runs
 #
-# To have something to read, we borrow the call of [chapter 13](13_stepwise.ipynb), and train three times in the tiny world, each time in three stages, one per source of pairs. The first run has usual settings. The second has
+# To have something to read, we borrow the call of [chapter 14](14_stepwise.ipynb), and train three times in the tiny world, each time in three stages, one per source of pairs. The first run has usual settings. The second has
 # a learning rate that is thirty times too large. The third has few pairs and reads them ten times. A share of the prompts of each source is *held out*: never trained on, and read by every model.
 
 # %%
@@ -918,7 +918,7 @@ print(model_card(run).content[:560])
 
 
 # %% [markdown]
-# `run.export` puts model, card and figure into a new folder. It refuses one that exists, because it would have to delete what is in it; and it refuses a model that [is not the one that the stage saved](09_folder.ipynb), because then the card would speak of another.
+# `run.export` puts model, card and figure into a new folder. It refuses one that exists, because it would have to delete what is in it; and it refuses a model that [is not the one that the stage saved](10_folder.ipynb), because then the card would speak of another.
 
 # %%
 #| export

@@ -2,9 +2,9 @@
 # # Assignments, made and graded
 # > A teacher keeps one solved notebook. The student's version and the grades are made from it.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/17_course.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/21_course.ipynb)
 #
-# **You should know** what [a check](16_checks.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and three quarters to read with all its code, a minute to run. If you only want to
+# **You should know** what [a check](20_checks.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and three quarters to read with all its code, a minute to run. If you only want to
 # use the assignments, read the last section, "How a teacher uses it", and nothing else.
 #
 # An assignment exists three times: as the students see it, with the solutions, and as something that gives points. When these are three files, they drift apart: a question is reworded in one

@@ -2,7 +2,7 @@
 # # Stepwise DPO
 # > Stage after stage: the model that one stage leaves behind is the reference of the next.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/13_stepwise.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_stepwise.ipynb)
 #
 # **You should know** what [the DPO loss](03_loss.ipynb) and [the order of sources](05_partition.ipynb) are. You can read this chapter without 09 to 12, which hold the machinery. **Time** 35 minutes to read, a minute and a half to run.
 #
@@ -119,7 +119,7 @@ pd.DataFrame(named, index=pd.Index(chunks, name="chunk"))
 # %% [markdown]
 # ## The loop in a folder
 #
-# Four chapters hold what is missing: a run lives in [a folder](09_folder.ipynb), [its report](10_report.ipynb) says what came out, [what is asked](11_plan.ipynb) is checked before anything is computed, and [a stage](12_stages.ipynb) asks its reference, trains, measures and saves. So the loop stays short: find the last finished
+# Four chapters hold what is missing: a run lives in [a folder](10_folder.ipynb), [its report](11_report.ipynb) says what came out, [what is asked](12_plan.ipynb) is checked before anything is computed, and [a stage](13_stages.ipynb) asks its reference, trains, measures and saves. So the loop stays short: find the last finished
 # stage, load its model, go on. It must end in the same weights as the four lines.
 
 # %%
@@ -198,7 +198,7 @@ assert [s["end"] for s in run.stages] == ends[1:]
 run.table()
 
 # %% [markdown]
-# Three rows matter now, `reference`, `first loss` and `gamma`; [chapter 10](10_report.ipynb) explains the others. Each stage's reference is the model before it. The hashes say so, and the first loss agrees: a model that is its own reference starts at $\ln 2 = 0.693$.
+# Three rows matter now, `reference`, `first loss` and `gamma`; [chapter 11](11_report.ipynb) explains the others. Each stage's reference is the model before it. The hashes say so, and the first loss agrees: a model that is its own reference starts at $\ln 2 = 0.693$.
 
 # %%
 assert [s["reference_kind"]["weights"] for s in run.stages] == ends[:-1]

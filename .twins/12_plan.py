@@ -2,9 +2,9 @@
 # # What is asked of a run
 # > Settings, sources and chunks: all that goes into a run, read and checked before anything is computed.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/11_plan.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/12_plan.ipynb)
 #
-# **You should know** how [pairs are read](01_preferences.ipynb), and what [a partition](05_partition.ipynb) is. If you came to learn what stepwise DPO does, read [chapter 13](13_stepwise.ipynb) first: it needs nothing of
+# **You should know** how [pairs are read](01_preferences.ipynb), and what [a partition](05_partition.ipynb) is. If you came to learn what stepwise DPO does, read [chapter 14](14_stepwise.ipynb) first: it needs nothing of
 # this one. **Time** an hour to read with its code, a few seconds to run.
 #
 # A run is asked for in three things: *settings* ($\beta$, the learning rate, how many stages), *sources* (named sets of preference pairs), and a *model*. People get all three wrong in ordinary ways. A setting is
@@ -620,7 +620,7 @@ print(complaint(foreign_weights, w.base, wider).replace(w.base, "S"))
 # ## What you now have
 #
 # `StepwiseConfig` with every switch that an experiment on the paper needs, and `make_config` for what comes from a file. `read_sources` gives what is trained on and what is held out, `data_notes` says what was lost, `Chunk` is what one stage trains on. Nothing has been computed yet, and whatever
-# could be wrong with the question has been said. [The next chapter](12_stages.ipynb) trains one stage.
+# could be wrong with the question has been said. [The next chapter](13_stages.ipynb) trains one stage.
 #
 # ## Questions to test yourself
 #

@@ -2,9 +2,9 @@
 # # One stage of a run
 # > Which model is the reference, when it is asked, and what is written down about a stage.
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/12_stages.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/13_stages.ipynb)
 #
-# **You should know** how [a stage is trained](06_trainer.ipynb), that [a run is a folder](09_folder.ipynb), and [what is asked of it](11_plan.ipynb). If you came to learn what stepwise DPO does, read [chapter 13](13_stepwise.ipynb) first; it needs
+# **You should know** how [a stage is trained](06_trainer.ipynb), that [a run is a folder](10_folder.ipynb), and [what is asked of it](12_plan.ipynb). If you came to learn what stepwise DPO does, read [chapter 14](14_stepwise.ipynb) first; it needs
 # nothing of this one. **Time** an hour and twenty minutes to read with its code, half a minute to run.
 #
 # [Chapter 06](06_trainer.ipynb) trains a model on pairs against a table: the reference's log-probabilities of these pairs. It does not ask where the table came from. In a run with stages this is the question on which everything hangs. The reference of stage $t$ is $M_{t-1}$, the model that the stage before
@@ -476,7 +476,7 @@ print(complaint(tracking(StepwiseConfig(log_with="paper"), tmp).__enter__))
 # %% [markdown]
 # ## What makes it this run?
 #
-# A run that goes on must be the run that it was. So `config.yaml` holds, beside the settings, what the run is *made of*: hashes of the weights of S, of the pairs, of the held-out pairs and of a reference from elsewhere, and the machine. [Chapter 09](09_folder.ipynb) compares them, and refuses by name what has changed.
+# A run that goes on must be the run that it was. So `config.yaml` holds, beside the settings, what the run is *made of*: hashes of the weights of S, of the pairs, of the held-out pairs and of a reference from elsewhere, and the machine. [Chapter 10](10_folder.ipynb) compares them, and refuses by name what has changed.
 
 # %%
 #| export
@@ -558,7 +558,7 @@ read_part(ctx.folder / "held_out.json")["unseen"]["tokens"]
 # %% [markdown]
 # ## All of it, in its order
 #
-# First the checks. What is refused is refused before the folder is touched, so a run with a wrong setting leaves no folder that says otherwise. Then `open_folder` writes `config.yaml`, and from here on [the folder belongs to this run](09_folder.ipynb). Then it is said what will happen, and S reads.
+# First the checks. What is refused is refused before the folder is touched, so a run with a wrong setting leaves no folder that says otherwise. Then `open_folder` writes `config.yaml`, and from here on [the folder belongs to this run](10_folder.ipynb). Then it is said what will happen, and S reads.
 
 # %%
 #| export
@@ -672,7 +672,7 @@ name, len(table.rows)
 # - the [certificate](03_loss.ipynb): the least mean $\gamma$ that the loss guarantees. It is computed from a pass of the finished $M_t$, not from the running loss of training;
 # - the share of pairs of which the certificate says nothing: those that fell below their reference.
 #
-# `stage_measures` needs no model, only what three models said. So anybody who has the tables can compute these numbers again, and [chapter 14](14_verify.ipynb) does.
+# `stage_measures` needs no model, only what three models said. So anybody who has the tables can compute these numbers again, and [chapter 17](17_verify.ipynb) does.
 
 # %%
 #| export
@@ -756,7 +756,7 @@ pd.Series(answers["answers"], index=answers["prompts"], name="answer of S").to_f
 # ## The stage
 #
 # Read it from top to bottom: ask, train, measure, save. Two lines need a word. What $M_{t-1}$ says about the probes was written down when its own stage ended; should that table be lost, or be of another kind on this machine, `score_all` makes it again. And `stage.json` comes last, because it is [the mark that the stage is
-# finished](09_folder.ipynb): whatever dies before it is done again.
+# finished](10_folder.ipynb): whatever dies before it is done again.
 
 # %%
 #| export
@@ -886,7 +886,7 @@ shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# `prepare_run` checks all that can be checked, opens the folder, lets S read and decides the chunks. `run_stage` makes $M_t$ of $M_{t-1}$: it asks the reference, trains, measures and saves. `Context.score` is the one way in which a table is made. [The next chapter](13_stepwise.ipynb) calls them in a loop, which is all that is left of stepwise DPO.
+# `prepare_run` checks all that can be checked, opens the folder, lets S read and decides the chunks. `run_stage` makes $M_t$ of $M_{t-1}$: it asks the reference, trains, measures and saves. `Context.score` is the one way in which a table is made. [The next chapter](14_stepwise.ipynb) calls them in a loop, which is all that is left of stepwise DPO.
 #
 # ## Questions to test yourself
 #
