@@ -18,7 +18,7 @@ setup(
     include_package_data=False,
     package_data={f"{lib}.data": ["**/*"]},
     install_requires=s["requirements"].split(),
-    extras_require={"dev": s["dev_requirements"].split()},
+    extras_require={extra: s[f"{extra}_requirements"].split() for extra in ("dev", "peft", "eval")},
     entry_points={"console_scripts": s["console_scripts"].split(),
                   "nbdev": [f"{lib}={lib}._modidx:d"]},
     zip_safe=False,
