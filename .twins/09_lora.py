@@ -397,7 +397,7 @@ def read_adapter(
     config = json.loads((Path(folder) / CONFIG_FILE).read_text())
     state = load_file(Path(folder) / WEIGHTS_FILE)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    return Adapter(config["r"], config["lora_alpha"], config["target_modules"], state)
+    return Adapter(config["r"], config["lora_alpha"], sorted(config["target_modules"]), state)
 
 
 # %% [markdown]
