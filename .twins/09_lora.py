@@ -615,3 +615,51 @@ asked
 for changes in (dict(use_dora=True), dict(use_rslora=True), dict(modules_to_save=["lm_head"]), dict(bias="all")):
     print(complaint(unwrapped, wrapped(**changes)))
 print(complaint(unwrapped, moved(wrapped())))
+
+# %% [markdown]
+# ## In a run
+#
+# All of this happens by itself when a run has `lora_r`. We borrow the call of [chapter 14](14_stepwise.ipynb), for two stages of forty pairs:
+
+# %%
+from sdpo_nb.stepwise import StepwiseConfig, sdpo
+
+few = {name: dict(source=w.sources[name], max_pairs=40) for name in ("primer", "riddle")}
+adapted = dict(lora_r=4, lr=5e-3, beta=0.3, batch_size=8, precision="fp32", max_length=64, save_every=1)
+run = sdpo(w.base, few, StepwiseConfig(**adapted), tmp / "run")
+assert all(abs(stage["first_loss"] - math.log(2)) < 1e-6 for stage in run.stages)
+run.table().loc[["reference", "first loss", "change of gamma, 95 %"]]
+
+# %% [markdown]
+# Somebody who knows nothing of this package loads `stage-2/model` onto S with PEFT alone. Is it the model that `run.model` gives?
+
+# %%
+theirs = PeftModel.from_pretrained(load_model(w.base, "cpu"), run.model_folder(2)).eval()
+ids = tok("sort dcab", return_tensors="pt").input_ids
+with torch.no_grad(): off = (theirs(ids).logits - run.model(ids).logits).abs().max().item()
+assert off < 1e-4
+assert_close(says(theirs), says(run.model), **near)
+print(f"logits at most {off:.1g} apart")
+
+
+# %% [markdown]
+# And a run that dies in its second stage? Here it is stopped after three steps of it, and something else draws random numbers before the same call is made again.
+
+# %%
+def lights_out(row):
+    if (row["stage"], row["step"]) == (2, 3): raise KeyboardInterrupt
+
+try: sdpo(w.base, few, StepwiseConfig(**adapted), tmp / "died", on_step=lights_out)
+except KeyboardInterrupt: torch.rand(1000)
+resumed = sdpo(w.base, few, StepwiseConfig(**adapted), tmp / "died")
+
+ends = pd.DataFrame({name: [s["end"] for s in r.stages] for name, r in (("left alone", run), ("died and went on", resumed))})
+assert ends["left alone"].equals(ends["died and went on"])
+ends.rename_axis("hash of M_t").rename(index=lambda t: t + 1)
+
+# %% [markdown]
+# The same bits. To give the model away without PEFT, `run.export(folder)` writes it with the adapter merged, as [chapter 11](11_report.ipynb) says. Who wants the adapter takes `stage-2/model` as it is.
+#
+# ## What does it save?
+#
+# On a real model: SmolLM2-135M-Instruct, adapters of rank 16 on all linear layers, two stages of 24 real pairs each (`make bench-lora`, on two CPU cores). First memory. What do you expect, if weights, gradients and moments are 4, 4 and 8 bytes a parameter?
