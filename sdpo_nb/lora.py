@@ -173,7 +173,7 @@ def read_adapter(
 # %% ../nbs/09_lora.ipynb #2e09077f
 @torch.no_grad()
 def merge_adapter(
-    model,            # the one that the adapter belongs on, on the CPU; it is changed
+    model,            # the one that the adapter belongs on; it is changed
     adapter: Adapter,
 ):                    # the same model, plain
     "Add an adapter to the weights: the right side of (1). Raises ValueError where it does not fit the model."
@@ -184,7 +184,7 @@ def merge_adapter(
         if change.shape != layer.weight.shape:
             raise ValueError(f"adapter: {name} is {tuple(layer.weight.shape)} in this model, "
                              f"and {tuple(change.shape)} in the adapter; it belongs on another model")
-        layer.weight.copy_(layer.weight.double() + change)
+        layer.weight.copy_(layer.weight.double() + change.to(layer.weight.device))
     return model
 
 def _layer(model, name):

@@ -4,7 +4,7 @@ Full training and adapters of rank 16 on all linear layers, on the real SmolLM2-
 The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
 
     python tests/bench_lora.py all           everything, but what is in the file already; timings want an otherwise idle machine
-    python tests/bench_lora.py whole SIDE    a run of two stages in this process: peak memory, first losses, bytes on disk; of adapters, what PEFT's own loading answers. SIDE: full, lora or same
+    python tests/bench_lora.py whole SIDE    a run of two stages in this process: peak memory, first losses, bytes on disk; of adapters, what PEFT's own loading answers. SIDE: full or lora
     python tests/bench_lora.py plan SIDE     peak memory, in GiB beyond the process itself, of two training steps, beside what chapter 06 plans
     python tests/bench_lora.py steps         seconds of a step, both sides in turn
     python tests/bench_lora.py resumed       a run of adapters that is killed in its second stage and goes on: the hashes of its models
@@ -27,15 +27,16 @@ from sdpo_nb.trainer import TrainConfig, Trainer, make_accelerator, make_optimiz
 MODEL = os.path.expanduser(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct"))
 DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")).resolve() / "preferences"
 RESULTS = Path(__file__).parents[1] / "data/results/lora.json"
-SIDES = dict(full={}, lora=dict(lora_r=16), same=dict(lora_r=16, lora_stages="same"))
-PAIRS, SOURCES = 24, ("hh_harmless", "ultrafeedback_binarized")
+SIDES = dict(full={}, lora=dict(lora_r=16))
+PAIRS, BATCH, LENGTH = 16, 4, 320
+SOURCES = "hh_harmless", "ultrafeedback_binarized"
 GIB = 2**30
 
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 def size(folder): return sum(p.stat().st_size for p in Path(folder).rglob("*.safetensors"))
-def settings(side): return StepwiseConfig(lr=5e-6 if side == "full" else 1e-4, batch_size=8, precision="fp32", max_length=384, save_every=1, **SIDES[side])
+def settings(side): return StepwiseConfig(lr=5e-6 if side == "full" else 1e-4, batch_size=BATCH, precision="fp32", max_length=LENGTH, save_every=1, **SIDES[side])
 def sources(): return {name: dict(source=str(DATA / f"{name}.jsonl.gz"), chat=True, max_pairs=PAIRS) for name in SOURCES}
 
 
@@ -94,11 +95,11 @@ def trainer_of(model, train):
     model = trainable(model)
     return Trainer(model, None, train, make_accelerator("fp32", "cpu"), make_optimizer(model, train), "fp32", packed_logprobs)
 
-def steps(n=8):
+def steps(n=6):
     "Forward, backward, clip, step: in turn, on the same batches."
     tok, train = load_tokenizer(MODEL), TrainConfig(lr=1e-6)
-    pairs = tokenize_pairs(load_pairs(DATA / "ultrafeedback_binarized.jsonl.gz").select(range(8 * n + 24)), tok, "uf", 384, 192, chat=True).pairs
-    pairs = [pairs[i] for i in range(8 * (n + 1))]
+    pairs = tokenize_pairs(load_pairs(DATA / "ultrafeedback_binarized.jsonl.gz").select(range(BATCH * n + 24)), tok, "uf", LENGTH, LENGTH // 2, chat=True).pairs
+    pairs = [pairs[i] for i in range(BATCH * (n + 1))]
     S = load_model(MODEL, "cpu")
     table = score_pairs(S, pairs, logprobs=packed_logprobs)
     adapted = add_adapter(load_model(MODEL, "cpu"), settings("lora"))
@@ -107,7 +108,7 @@ def steps(n=8):
     return_large_blocks()
     took = dict(full=[], lora=[])
     for i in range(n + 1):                                         # the first one warms up
-        batch = pairs[8*i:8*i+8]
+        batch = pairs[BATCH*i:BATCH*(i+1)]
         for name in list(sides) if i % 2 else list(sides)[::-1]:
             start = time.perf_counter()
             sides[name].update(sides[name].gradients(batch), 1e-6)
@@ -134,8 +135,8 @@ def everything():
     "Each measurement in a process of its own; what is in the file stays."
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found["versions"] = {p: version(p) for p in ("torch", "transformers", "peft")} | dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
-    found["asked"] = dict(pairs=PAIRS, sources=list(SOURCES), batch=8, max_length=384, r=16)
-    for words in (("whole", "full"), ("whole", "lora"), ("whole", "same"), ("resumed",), ("plan", "full"), ("plan", "lora"), ("steps",)):
+    found["asked"] = dict(pairs=PAIRS, sources=list(SOURCES), batch=BATCH, max_length=LENGTH, r=16)
+    for words in (("whole", "full"), ("whole", "lora"), ("resumed",), ("plan", "full"), ("plan", "lora"), ("steps",)):
         name = " ".join(words)
         if name in found: continue
         out = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
