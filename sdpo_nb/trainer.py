@@ -13,7 +13,7 @@ __all__ = ['USUAL_BUDGET', 'SLACK', 'LOOK_AT', 'GIB', 'KERNELS', 'MOST', 'COMPUT
            'load_checkpoint', 'MetricsLog', 'train_stage']
 
 # %% ../nbs/06_trainer.ipynb #ac302dad
-import copy, ctypes, hashlib, json, math, numbers, os, sys, time, zipfile
+import copy, ctypes, hashlib, json, math, numbers, os, sys, time, warnings, zipfile
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -480,8 +480,9 @@ def kept_bytes(
         storage = x.untyped_storage()
         sizes[storage._cdata] = storage.nbytes() # a storage that is kept twice counts once
         return x
+    model = _shape_of(config, lora).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _shape_of(config, lora).train()
+        model.to_empty(device="cpu").tie_weights()
         activation_checkpointing(freeze_dropout(model), recompute)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast("cpu", precision):
             try:
@@ -497,17 +498,18 @@ def kept_bytes(
 
 def _shape_of(config, lora):
     "A model without its numbers, with adapters where these are trained."
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if lora is None: return model
-    from peft import inject_adapter_in_model
-    with torch.random.fork_rng(devices=[]): return inject_adapter_in_model(copy.copy(lora), model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if lora is None: return model
+        from peft import inject_adapter_in_model
+        with warnings.catch_warnings(action="ignore"): return inject_adapter_in_model(copy.copy(lora), model)
 
 def trained_numbers(
     config,    # of a transformers model
     lora=None, # the LoraConfig of adapters, if these are trained
 ) -> int:
     "How many numbers an optimizer changes."
-    with torch.device("meta"): return sum(p.numel() for p in trained_weights(_shape_of(config, lora)))
+    return sum(p.numel() for p in trained_weights(_shape_of(config, lora)))
 
 def _usual_row(tokens, kernel):
     "A packed row of pairs of 256 + 128 + 128 tokens."
@@ -779,7 +781,7 @@ def load_checkpoint(
         scaler.load_state_dict(saved["scaler"])
         found = weights_hash(model)
         if found != state.get("weights", found):
-            frozen = ", with the frozen ones" if _frozen(model) else ""
+            frozen = ", with the frozen ones," if _frozen(model) else ""
             raise ValueError(f"its weights{frozen} are {found}, not {state['weights']}")
     return state
 

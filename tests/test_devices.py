@@ -85,6 +85,7 @@ def card(monkeypatch):
     for ask, answer in dict(is_bf16_supported=True, get_device_capability=(9, 0), get_device_properties=SimpleNamespace(total_memory=2**36)).items():
         monkeypatch.setattr(torch.cuda, ask, lambda *args, answer=answer, **kw: answer)
     monkeypatch.setattr(torch, "from_numpy", real)
+    monkeypatch.setattr(trainer, "trained_weights", lambda model: list(model.parameters()))   # fake weights want no gradient
     monkeypatch.setattr(torch.utils, "swap_tensors", lambda weight, cast: None)   # `model.float()`: fake weights stay as they are
     for module in (logprobs, packing):           # a fake weight is a FakeTensor, not a Parameter
         monkeypatch.setattr(module, "is_plain", lambda head: type(head) is torch.nn.Linear, raising=False)
