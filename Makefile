@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-oldest test-newest test-colab check notebooks sync world bench bench-gpu bench-first-look experiments-small experiments clean
+.PHONY: demo test test-oldest test-newest test-colab check notebooks sync world bench bench-gpu bench-first-look bench-lora experiments-small experiments clean
 
 .venv/.run: settings.ini setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -66,6 +66,9 @@ bench-gpu: .venv/.dev       ## chapter 04 on a graphics card, at most eight minu
 
 bench-first-look: .venv/.run ## chapter 06: false alarms and wrong tables, on a real model (SDPO_MODEL, SDPO_DATA); hours on a CPU, goes on where it stopped
 	$(PY) tests/bench_first_look.py run
+
+bench-lora: .venv/.dev      ## chapter 09: adapters beside full training, on a real model (SDPO_MODEL, SDPO_DATA); some minutes
+	$(PY) tests/bench_lora.py all
 
 experiments-small: .venv/.run ## every method of the experiments once, on few pairs
 	$(PY) -m sdpo_nb.experiments small

@@ -1376,7 +1376,10 @@ assert best_device(S) == "cpu"
 
 # %%
 #| export
-def _has_adapter(model):
+def has_adapter(
+    model,  # any model
+) -> bool:
+    "Whether a model carries adapters of PEFT (chapter 09)."
     return getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
 
 def load_model(
@@ -1389,7 +1392,7 @@ def load_model(
     how = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     loaded, report = _from_pretrained(AutoModelForCausalLM, model, revision, **how)
     _check_report(model, report)
-    if _has_adapter(loaded): raise ValueError(f"{model}: {MERGE}")
+    if has_adapter(loaded): raise ValueError(f"{model}: {MERGE}")
     soft_cap = getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None)
     # Gemma 2 caps the logits of its attention.
     # Before transformers 5.23, other implementations than this one leave the cap out.
@@ -1558,7 +1561,7 @@ def check_model(
 ):
     """Raise ValueError for a model with an adapter, one that would not come back from a folder as it is,
     and one that is not causal."""
-    if _has_adapter(model): raise ValueError(f"model: {MERGE}, then requires_grad_(True)")
+    if has_adapter(model): raise ValueError(f"model: {MERGE}, then requires_grad_(True)")
     lost = _other_class(model) or _frozen_weights(model)
     if lost: raise ValueError(f"model: {lost}")
     rounding = 1e-3 if model.dtype == torch.float32 else 0.05

@@ -54,12 +54,19 @@ import yaml
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
-from sdpo_nb.logprobs import check_model, load_model, load_tokenizer, replacing, weights_hash, write_json
+from transformers import AutoTokenizer
+
+from sdpo_nb.logprobs import (
+    best_device, check_model, load_model, load_tokenizer, replacing, weights_hash, write_json
+)
+from sdpo_nb.lora import Adapter, is_adapter, merge_adapter, read_adapter, write_adapter
 from sdpo_nb.trainer import COMPUTED_ALIKE, check_one_process, read_checkpoint
 
 # %%
 import contextlib, io, shutil, tempfile
+from types import SimpleNamespace
 
+from sdpo_nb.lora import adapter_of, add_adapter
 from sdpo_nb.trainer import TrainConfig, save_checkpoint
 from sdpo_nb.world import complaint, load_world
 
@@ -339,12 +346,23 @@ def save_model(
 
     Safetensors makes files that only you can read; they get the permissions of config.json.
     """
-    with replacing(path) as tmp:
-        if dtype in (None, model.dtype): model.save_pretrained(tmp)
-        else: _save_rounded(model, tmp, dtype)
-        tokenizer.save_pretrained(tmp)
-        usual = (tmp / "config.json").stat().st_mode
-        for file in tmp.glob("*.safetensors"): file.chmod(usual)
+    with replacing(path) as tmp: write_model(model, tokenizer, tmp, dtype)
+
+def write_model(
+    model,     # a transformers model
+    tokenizer, # goes into the same folder
+    folder: Path, # which may hold other files
+    dtype: torch.dtype=None, # of the file; default: the model's own
+):
+    "The files of a model, one after the other."
+    if dtype in (None, model.dtype): model.save_pretrained(folder)
+    else: _save_rounded(model, folder, dtype)
+    tokenizer.save_pretrained(folder)
+    _readable(folder, "config.json")
+
+def _readable(folder, usual):
+    mode = (folder / usual).stat().st_mode
+    for file in folder.glob("*.safetensors"): file.chmod(mode)
 
 
 # %%
@@ -437,7 +455,8 @@ def load_stage(
     "The model that a stage saved. Raises ValueError where another one lies there."
     folder = Path(folder)
     saved = saved_as(read_part(folder / "stage.json"))
-    model = load_model(str(folder / "model"), device)
+    adapted = is_adapter(folder / "model")
+    model = load_merged(folder, device) if adapted else load_model(str(folder / "model"), device)
     _compare(model, getattr(torch, saved["dtype"]), saved["weights"], folder / "model")
     return model
 
@@ -500,6 +519,82 @@ assert weights_hash(load_exactly(stage)) == weights_hash(grown)
 def rounded_away(p, q): return (p != q).float().mean().item()
 lost = map(rounded_away, load_stage(stage).parameters(), grown.parameters())
 print(f"of the weights on disk, up to {max(lost):.0%} of a matrix are not what the stage ended with")
+
+
+# %% [markdown]
+# A stage that trains [adapters](09_lora.ipynb) saves an adapter in `model`, and not the weights beneath it, which are S's. What it ended with is *S with this adapter merged*, and from here on it is a model like any other. The adapter is kept in fp32, whatever the dtype of S, so nothing of it is rounded away.
+
+# %%
+#| export
+def save_adapter(
+    adapter: Adapter, # on S
+    tokenizer,        # goes into the same folder
+    path,             # of the folder; what was there is replaced
+    base: str,        # path or hub id of S
+    revision: str=None, # of a hub id
+):
+    "An adapter as PEFT reads it, under a temporary name, then renamed."
+    there = str(Path(base).resolve()) if Path(base).is_dir() else base
+    with replacing(path) as tmp:
+        tmp.mkdir()
+        write_adapter(adapter, tmp, there, revision)
+        tokenizer.save_pretrained(tmp)
+        _readable(tmp, "adapter_config.json")
+
+def load_base(
+    folder, # of a run
+):          # S in fp32, on the CPU
+    """S, where the run kept it, or where it was said to lie.
+
+    Raises ValueError where it is not there, or another model is.
+    """
+    config, kept = read_part(Path(folder) / "config.yaml"), Path(folder) / "base" / "model"
+    where = str(kept) if kept.exists() else config["model"]
+    S = load_model(where, "cpu", config.get("revision"))
+    found = weights_hash(S)
+    if found == config["weights"]: return S
+    raise ValueError(f"{where}: has weights {found}, but the adapters of this run belong on S "
+                     f"with {config['weights']}; put S back")
+
+def load_merged(
+    folder,           # of a stage that saved an adapter
+    device: str=None, # as for `load_model`
+):                    # M_t in fp32, a plain model
+    "S with the adapter of a stage merged into it. Raises ValueError where one of them is missing, or another."
+    folder = Path(folder)
+    S = load_base(folder.parent)
+    with naming(folder / "model"): merge_adapter(S, read_adapter(folder / "model"))
+    return S.to(device or best_device(S))
+
+def load_saved_tokenizer(
+    folder, # in which a stage saved a model or an adapter
+):
+    "The tokenizer that lies there."
+    if not is_adapter(folder): return load_tokenizer(str(folder))
+    with naming(Path(folder)): return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+# %% [markdown]
+# A run with one stage of adapters, as far as it matters here. Then S is exchanged beneath it:
+
+# %%
+shutil.rmtree(stage)
+stage.mkdir()
+base = tmp / "S"
+save_model(model, tokenizer, base)
+write_json(stage / "stage.json", ended)
+asked = dict(model=str(base), weights=weights_hash(model), sources={}, settings={}, versions={}, pairs="", device="cpu")
+(tmp / "config.yaml").write_text(yaml.safe_dump(asked))
+
+adapted = add_adapter(load_model(base, "cpu"), SimpleNamespace(lora_r=2, lora_alpha=0, lora_targets="q_proj", seed=0))
+save_adapter(adapter_of(adapted), tokenizer, stage / "model", str(base))
+assert weights_hash(load_stage(stage)) == ended["end"]         # B is zero: nothing was learned
+assert len(load_saved_tokenizer(stage / "model")) == len(tokenizer)
+
+save_model(grown, tokenizer, base)
+print(complaint(load_stage, stage))
+(tmp / "config.yaml").unlink()
+inside(stage / "model")
 
 # %% [markdown]
 # S itself may come in as an object, not as a path. Some code then reloads "the" model by the name in its config. Does it get the same one?
@@ -583,12 +678,13 @@ MAY_DIFFER = FREE | { # of config.yaml, between two calls
 assert "beta" not in FREE | HOW
 {"at any time": sorted(FREE), "until the first update": sorted(HOW)}
 
-
 # %% [markdown]
 # So two `config.yaml` are compared without what may differ, and what is left must agree. The first difference that is told is a setting, if there is one: `beta` says more than the hash that it changed.
 
 # %%
 #| export
+WITHOUT_ADAPTERS = dict(lora_r=0, lora_alpha=0, lora_targets="all-linear", lora_stages="merge") # older folders
+
 def _compared(config):
     "What must agree between two calls on one folder."
     flat = config | config["settings"]
@@ -600,7 +696,7 @@ def _differences(there, new) -> dict: # name -> (what it was, what it is now)
     "What differs and must not, the settings first: they say more than the hash that they changed."
     now = _compared(new)
     not_in_older_folders = ("base", "held_out_pairs", "eval_share")
-    old = {name: now.get(name) for name in not_in_older_folders} | _compared(there)
+    old = {name: now.get(name) for name in not_in_older_folders} | WITHOUT_ADAPTERS | _compared(there)
     if there["versions"].get("transformers") != new["versions"]["transformers"]:
         old["base"] = now["base"] # another version may give a config more fields
     names = sorted(now, key=lambda name: name not in new["settings"])
@@ -615,6 +711,8 @@ def made_up(**changes):
     return dict(sources=sources, settings=settings, weights="1f0c", device="cpu", versions=versions)
 
 assert _differences(made_up(), made_up(save_every=7)) == {} # may change at any time
+assert _differences(made_up(), made_up(lora_r=0)) == {}       # a folder from before there were adapters
+assert _differences(made_up(), made_up(lora_r=8)) == dict(lora_r=(0, 8))
 _differences(made_up(), made_up(beta=0.2, precision="bf16"))
 
 

@@ -35,17 +35,20 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from sdpo_nb.evaluate import FALSE_ALARMS, as_text, failure_signs, held_out
 from sdpo_nb.figures import plot_change, plot_drift, plot_loss, plot_partition
-from sdpo_nb.folder import cure_of, finished_stages, load_stage, naming, read_part, stage_folders
-from sdpo_nb.logprobs import load_tokenizer, read_table, replacing
+from sdpo_nb.folder import (
+    cure_of, finished_stages, load_saved_tokenizer, load_stage, naming, read_part, stage_folders, write_model
+)
+from sdpo_nb.logprobs import read_table, replacing, stored_dtype
+from sdpo_nb.lora import is_adapter
 
 # %%
 import math
 
-import torch
 from IPython.display import Markdown
 
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
@@ -118,7 +121,7 @@ class Run:
 
     @property
     def tokenizer(self):
-        return load_tokenizer(str(self.model_folder()))
+        return load_saved_tokenizer(self.model_folder())
 
     def model_folder(
         self,
@@ -733,13 +736,19 @@ def _in_stages(run):
     T = len(run.stages)
     return f"{T} {'stage' if T == 1 else 'stages'}"
 
+def _where_text(run):
+    "Where the trained model lies, or how it is made."
+    model = run.model_folder().relative_to(run.folder) # there must be one
+    if not is_adapter(run.folder / model): return f"The trained model lies in `{model}`."
+    return (f"The trained model is S with the adapter in `{model}`; "
+            "`sdpo push --export` writes it as a whole model.")
+
 def _report_text(run):
     "One section after the other, the answer first."
-    model = run.model_folder().relative_to(run.folder) # there must be one
     signs = _signs_text(run) # it reads all tables, and says which of them lacks something
     text = [
         f"# Stepwise DPO of {escaped(run.config['model'])} in {_in_stages(run)}",
-        f"The trained model lies in `{model}`. {INTERVALS_TEXT}",
+        f"{_where_text(run)} {INTERVALS_TEXT}",
         *_held_out_text(run),
         *_answers_text(run),
         *_data_text(run),
@@ -909,8 +918,13 @@ def _method_text(run):
         f"in {_in_stages(run)} with [sdpo_nb](https://github.com/sdpo-nb/sdpo_nb): "
         "the model that a stage leaves behind is the reference of the next. "
         f"beta = {c['beta']}, learning rate {c['lr']}, {c['batch_size']} pairs a step, "
-        f"{c['epochs']} epoch(s) a stage, {c['precision']}."
+        f"{c['epochs']} epoch(s) a stage, {c['precision']}{_adapters_text(c)}."
     )
+
+def _adapters_text(settings):
+    "What of the weights was trained, where it was not all of them."
+    if not settings.get("lora_r"): return ""
+    return f"; LoRA adapters of rank {settings['lora_r']} ({settings['lora_targets']}), merged into the weights"
 
 
 # %%
@@ -918,7 +932,7 @@ print(model_card(run).content[:560])
 
 
 # %% [markdown]
-# `run.export` puts model, card and figure into a new folder. It refuses one that exists, because it would have to delete what is in it; and it refuses a model that [is not the one that the stage saved](10_folder.ipynb), because then the card would speak of another.
+# `run.export` puts model, card and figure into a new folder. It refuses one that exists, because it would have to delete what is in it; and it refuses a model that [is not the one that the stage saved](10_folder.ipynb), because then the card would speak of another. Where a run trained [adapters](09_lora.ipynb), this is the place where they are merged: what you give away is a whole model, in the dtype of S, that needs no PEFT. The adapter itself stays in `stage-t/model` of the run.
 
 # %%
 #| export
@@ -933,14 +947,23 @@ def export_model(
     folder = Path(folder)
     for there in (folder, folder.with_suffix(".tmp")): # the second is where `replacing` makes it
         if there.exists(): raise ValueError(f"{there}: is there already; give a folder that does not exist")
-    load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
+    model = load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
     run.report()
     with replacing(folder) as tmp:
-        shutil.copytree(run.model_folder(), tmp)
+        if is_adapter(run.model_folder()): _write_merged(model, run, tmp)
+        else: shutil.copytree(run.model_folder(), tmp)
         (tmp / "figures").mkdir()
         shutil.copy(run.folder / "figures/change.png", tmp / "figures/change.png")
         model_card(run).save(tmp / "README.md")
     return folder
+
+def _write_merged(model, run, folder):
+    "A whole model, its adapter merged, in the dtype of S or in fp32, as save_dtype says."
+    config = run.config
+    rounded = config["settings"]["save_dtype"] == "S"
+    dtype = stored_dtype(config["model"], config.get("revision")) if rounded else torch.float32
+    folder.mkdir()
+    write_model(model, run.tokenizer, folder, dtype)
 
 
 # %%

@@ -31,7 +31,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 #| export
 import difflib, unicodedata
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -72,6 +72,10 @@ tok = load_tokenizer(w.base)
 @dataclass
 class StepwiseConfig(TrainConfig):
     "Settings of a run: those of a stage, and what the stages are."
+    lr: float = setting(
+        None,
+        "peak learning rate of AdamW; none: 5e-7, and 5e-6 with adapters (lora_r)",
+        0, 1e3, open_low=True)
     order: str = setting("easy_to_hard", "which source comes first", choices=ORDERS)
     chunks: object = setting(
         None,
@@ -110,17 +114,29 @@ class StepwiseConfig(TrainConfig):
         "S",
         "dtype of the models on disk: that of S, or fp32",
         choices=("S", "fp32"))
+    lora_r: int = setting(0, "rank of LoRA adapters, which are trained in place of the weights; 0: none", low=0)
+    lora_alpha: int = setting(0, "adapters count alpha / r times; 0: alpha is 2 r", low=0)
+    lora_targets: str = setting(
+        "all-linear",
+        "layers that get an adapter: all-linear (all but the output layer), or names with commas between them")
+    lora_stages: str = setting(
+        "merge",
+        "merge: each stage has a new adapter on the merged model; same: one adapter goes on",
+        choices=("merge", "same"))
     device: str = setting(
         "auto",
         "auto: the graphics card, if there is one and the model is not tiny; cpu; or cuda",
         choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
+        self.lr_was_given = self.lr is not None
+        if not self.lr_was_given: self.lr = 5e-6 if self.lora_r else 5e-7
         super().__post_init__() # bounds and choices
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
         self.chunks = _chunks_setting(self.chunks)
         self._check_chunks_and_order()
         self._check_reference()
+        self._check_adapters()
 
     def _check_chunks_and_order(self):
         "Chunks that are given have their own order; those that a function makes are not known beforehand."
@@ -137,6 +153,27 @@ class StepwiseConfig(TrainConfig):
         if not (Path(self.reference) / "config.json").is_file():
             raise ValueError("reference: must be moving, fixed or the folder of a model; "
                              f"there is no model in {self.reference!r}")
+
+    def _check_adapters(self):
+        "Settings of adapters that are not there, and ways of going on that exclude each other."
+        asked = self.lora_alpha, self.lora_targets, self.lora_stages
+        if not self.lora_r and asked != (0, "all-linear", "merge"):
+            raise ValueError("lora_r: is 0, so there are no adapters for lora_alpha, lora_targets or lora_stages; "
+                             "set lora_r, for example to 16")
+        if self.lora_stages == "same" and self.init_target == "S":
+            raise ValueError("lora_stages: 'same' goes on with the adapter of the stage before, "
+                             "and init_target = S begins anew; choose one of them")
+        if self.lora_r and self.lora_stages == "merge" and self.restart == "never":
+            raise ValueError("restart: 'never' needs weights that go on, and each stage has a new adapter; "
+                             "take lora_stages = same")
+
+def changed(
+    config: StepwiseConfig,
+    **settings, # that get another value
+) -> StepwiseConfig: # a copy
+    "The same settings but for these; a learning rate that nobody gave is chosen anew."
+    if not config.lr_was_given: settings = dict(lr=None) | settings
+    return replace(config, **settings)
 
 def _chunks_setting(chunks):
     "None, a number or a function as it is; a list as lists of source names."
@@ -181,7 +218,7 @@ def defaults_table() -> pd.DataFrame: # setting: the index; default, meaning
 defaults_table()
 
 # %% [markdown]
-# Thirty settings look like much. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
+# Thirty-four settings look like much. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
 #
 # | setting | what to ask yourself |
 # |---|---|
@@ -191,6 +228,7 @@ defaults_table()
 # | `eval_share` | With which pairs shall I find out whether it helped? With 0 there are none, and the report cannot say. |
 # | `precision` | Does the machine compute in bf16? `auto` takes it where it does. Weights are kept in fp32 in any case ([06](06_trainer.ipynb)). |
 # | `token_budget` | Only if the memory is too small, or if much of it is free. It is not the batch size: gradients stay what they are ([04](04_packing.ipynb)). |
+# | `lora_r` | Is the memory too small for all weights? 16 is a usual rank ([09](09_lora.ipynb)). |
 # | `order`, `reference`, `init_target` | Leave them, unless the question is about them. |
 #
 # Settings also come from files and command lines. There people misspell them, or call them what another trainer does. So an unknown name is answered with what was probably meant.
@@ -211,6 +249,9 @@ CALLED = dict( # elsewhere
     dtype="precision",
     torch_dtype="precision",
     torch_compile="compile",
+    r="lora_r",
+    rank="lora_r",
+    target_modules="lora_targets",
     max_seq_length="max_length",
     save_steps="save_every",
 )

@@ -51,19 +51,22 @@ from datasets import concatenate_datasets, load_from_disk
 
 from sdpo_nb.evaluate import as_text, greedy_answers
 from sdpo_nb.folder import (
-    base_folder, check_fresh, folder_of, load_exactly, machine_of, naming, open_folder,
-    read_part, recorded, save_model, share_changed
+    base_folder, check_fresh, folder_of, load_exactly, load_merged, machine_of, naming, open_folder,
+    read_part, recorded, save_adapter, save_model, share_changed
 )
 from sdpo_nb.logprobs import (
-    SMALL, Clock, LogprobTable, check_model, check_rows, load_model, pair_tokens, pairs_hash, pick_precision,
+    SMALL, Clock, LogprobTable, check_model, check_rows, has_adapter, load_model, pair_tokens, pairs_hash, pick_precision,
     read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind,
     weights_hash, write_json
+)
+from sdpo_nb.lora import (
+    adapter_of, adapter_size, add_adapter, is_wrapped, join_adapters, lora_config, put_back, read_adapter, unwrapped
 )
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import mean_interval, partition
 from sdpo_nb.plan import (
-    Chunk, StepwiseConfig, check_chunks, check_held_out, check_names, data_notes, extent,
+    Chunk, StepwiseConfig, changed, check_chunks, check_held_out, check_names, data_notes, extent,
     foreign_weights, read_sources
 )
 from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
@@ -196,7 +199,7 @@ class Context:
         pairs, # on the first of which packing is tried
     ):
         "The function that computes log-probabilities, packed or padded: asked once for each kind of model."
-        kind = type(model).__name__
+        kind = type(model).__name__, has_adapter(model)
         if kind not in self.chosen: self.chosen[kind] = self.logprobs or self._choose(model, pairs)
         how = self.chosen[kind]
         if wants_compiling(self.config, model.device): compile_for(model, how, self.precision, self.config)
@@ -363,7 +366,7 @@ asked # stage 1 once, although its chunk was wanted twice
 #| export
 def _say_memory(model_config, config, precision, device):
     "One line on what training will need; an error, if that is not there."
-    try: plan = plan_for(model_config, config, precision, device)
+    try: plan = plan_for(model_config, config, precision, device, lora_config(config))
     except Exception as e: # a plan is made from the config alone, which not every model allows
         print(f"memory: cannot be planned for this model ({type(e).__name__})")
         return
@@ -378,7 +381,19 @@ def _say_model(policy, pairs, ctx):
     rows = _ROWS.get(attention, "padded batches")
     millions = policy.num_parameters() / 1e6
     how = f"on {ctx.device.type} in {ctx.precision}, {rows}"
-    print(f"model: {ctx.base}, {millions:.0f} million parameters; {how}")
+    print(f"model: {ctx.base}, {millions:.0f} million parameters{_adapters(policy, ctx)}; {how}")
+
+def _adapters(policy, ctx):
+    if not ctx.config.lora_r: return ""
+    millions = adapter_size(policy, ctx.config) / 1e6
+    return f", {millions:.1f} million in adapters of rank {ctx.config.lora_r}"
+
+def _check_adapters(policy, config):
+    "Raise ValueError for adapters that cannot be had; say so where the learning rate is low for them."
+    if not config.lora_r: return
+    lora_config(config) # raises where PEFT is missing
+    adapter_size(policy, config)
+    if config.lr < 1e-6: print(f"  note: lr = {config.lr:g} is low for adapters; without lr they get 5e-6")
 
 def _steps_of(chunk, config):
     "Optimizer steps of a stage."
@@ -574,6 +589,7 @@ def prepare_run(
 ) -> tuple: # the context, the chunks, and M_0
     "Check everything, open the folder, measure and partition. Raises ValueError for what cannot work."
     config, folder = config or StepwiseConfig(), Path(folder)
+    if is_wrapped(model): model, config = _unwrapped(model, config)
     if callable(config.chunks) and sources:
         raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
     _tracker(config, folder) # an impossible one is found out before anything is computed
@@ -588,9 +604,11 @@ def prepare_run(
 
     policy = load_model(base, None if config.device == "auto" else config.device, revision)
     check_model(policy)
+    _check_adapters(policy, config)
     for s in loaded + held: check_rows(policy, *extent(s.pairs))
     precision = pick_precision(config.precision, policy.device)
-    dtype = stored_dtype(base, revision) if config.save_dtype == "S" else torch.float32
+    rounded = config.save_dtype == "S" and not config.lora_r # adapters are kept in fp32
+    dtype = stored_dtype(base, revision) if rounded else torch.float32
     ctx = Context(
         config, folder, base, tokenizer, policy.device, precision, logprobs, dtype, revision,
         held=held,
@@ -606,6 +624,13 @@ def prepare_run(
     _say_data(check_held_out(held, loaded), always=True)
     if ctx.talks and loaded: _say_model(policy, loaded[0].pairs, ctx)
     return ctx, _first_pass(loaded, policy, ctx), policy
+
+def _unwrapped(model, config):
+    "S and the settings that a model in PEFT's wrapping asks for."
+    plain, asked = unwrapped(model)
+    if config.lora_r:
+        raise ValueError("lora_r: the model carries an adapter already; set lora_r, or give get_peft_model(...), not both")
+    return plain, changed(config, **asked)
 
 
 # %% [markdown]
@@ -781,18 +806,21 @@ def run_stage(
         free_model(policy)
         policy = ctx.load(0)
     came_in = weights_hash(policy)
+    own = table if table.kind["weights"] == came_in else None
+    if config.lora_r: policy = _with_adapter(t, policy, ctx)
     summary = train_stage(
-        policy, chunk.pairs, table, config, folder, t,
+        policy, chunk.pairs, table, config, folder, t, own,
         logprobs=ctx.how(policy, chunk.pairs),
         clock=ctx.clock,
         on_step=lambda row: ctx.after_step(t, row),
         **_going_on(t, chunks, ctx))
 
+    if config.lora_r: policy = _merged(t, policy, ctx)
     ctx.score_all(t, policy, chunks)
     _answer(t, policy, chunks, ctx)
     peak = peak_memory(ctx.device) / GIB
     write_json(folder / "cost.json", dict(seconds=round(time.time() - start), peak_gib=round(peak, 2)))
-    save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
+    if not config.lora_r: save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     ended = dict(
         stage=t,
         chunk=chunk.name,
@@ -825,6 +853,22 @@ def _going_on(t, chunks, ctx):
     steps = [_steps_of(d, ctx.config) for d in chunks]
     previous = ctx.at(t-1) if t > 1 else None
     return dict(previous=previous, schedule=(sum(steps[:t-1]), sum(steps)))
+
+def _with_adapter(t, policy, ctx):
+    "What stage t trains: a new adapter on M_{t-1}, or the one of the stage before, on S."
+    if ctx.config.lora_stages == "merge" or t == 1: return add_adapter(policy, ctx.config, t)
+    free_model(policy)
+    return put_back(ctx.load(0), read_adapter(ctx.at(t-1) / "model"), ctx.config)
+
+def _merged(t, policy, ctx):
+    "Save the adapter of M_t, one on S; then M_t is S with it, read from the disk as a later call would."
+    adapter, where = adapter_of(policy), ctx.at(t) / "model"
+    from_S = t == 1 or ctx.config.init_target == "S"
+    if ctx.config.lora_stages == "merge" and not from_S:
+        adapter = join_adapters(read_adapter(ctx.at(t-1) / "model"), adapter)
+    free_model(policy)
+    save_adapter(adapter, ctx.tokenizer, where, ctx.base, ctx.revision)
+    return load_merged(ctx.at(t), ctx.device)
 
 def _saved(t, policy, ctx):
     "What stage.json says about the model on disk."

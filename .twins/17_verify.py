@@ -47,12 +47,13 @@ from datasets import load_from_disk
 
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.folder import (
-    alone_in, folder_of, load_exactly, load_stage, read_part, saved_as, versions
+    alone_in, folder_of, load_exactly, load_saved_tokenizer, load_stage, read_part, saved_as, versions
 )
 from sdpo_nb.logprobs import (
     LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing,
     score_pairs, weights_hash
 )
+from sdpo_nb.lora import is_adapter
 from sdpo_nb.loss import dpo_loss
 from sdpo_nb.plan import StepwiseConfig, check_chunks, check_names, load_sources, part_sources
 from sdpo_nb.report import STAGE_ROWS, Run, as_markdown, escaped, held_out_table, stage_table
@@ -665,6 +666,7 @@ def _weights(t, ev):
     if saved["weights"] != ev.ended(t) and not rounded:
         return False, f"the stage ended with {ev.ended(t)}, but saved {saved['weights']}"
     if where is None: return None, "the weights are not here"
+    if _lacks_base(where, ev): return None, "S is not here, on which its adapter belongs"
     if t:
         load_stage(ev.at(t), "cpu") # raises ValueError for others
         return True, saved["weights"] + (", rounded" if rounded else "")
@@ -681,6 +683,10 @@ def _path_of(t, ev):
     elsewhere = Path(ev.config["model"])
     if t == 0 and (elsewhere / "config.json").exists(): return str(elsewhere)
     return None
+
+def _lacks_base(where, ev):
+    "Whether an adapter lies there, and S does not."
+    return is_adapter(where) and _path_of(0, ev) is None
 
 def _which(model, ev):
     "The number of a model of this run, by its weights; None for another model."
@@ -803,7 +809,7 @@ def _load(t, ev):
     "M_t as exactly as it is there, or None. Raises ValueError where another model lies in its place."
     if ev.given and ev.given_is == t: return load_model(ev.given, "cpu")
     where = _path_of(t, ev)
-    if where is None: return None
+    if where is None or _lacks_base(where, ev): return None
     if t: return load_exactly(ev.at(t), "cpu")
     model = load_model(where, "cpu")
     if weights_hash(model) != ev.ended(0): raise ValueError(f"{where}: is not S")
@@ -1015,7 +1021,7 @@ def _rows_of_data(ev, seed):
 def _tokenizer(ev):
     "Of the model given, or of any that lies there."
     places = [ev.given] + [_path_of(t, ev) for t in range(len(ev.stages) + 1)]
-    for place in filter(None, places): return load_tokenizer(place)
+    for place in filter(None, places): return load_saved_tokenizer(place)
     raise ValueError("sources: reading them needs a tokenizer, and no model lies in the folder; "
                      "give a model of this run")
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WIDE_ON_CUDA', 'MERGE', 'WEIGHTS', 'SMALL', 'NO_NUMBER', 'FULL', 'EVERY', 'check_prompts', 'collate',
            'token_logprobs', 'gamma', 'autocast', 'is_plain', 'fp32_logits', 'must_read_alone', 'response_logprobs',
-           'dropouts', 'freeze_dropout', 'load_config', 'load_tokenizer', 'stored_dtype', 'best_device', 'load_model',
-           'weights_hash', 'check_model', 'check_rows', 'pick_precision', 'keys_of', 'pairs_hash', 'LogprobTable',
-           'table_kind', 'replacing', 'write_json', 'read_table', 'padded_tokens', 'micro_batches', 'ahead', 'prepared',
-           'same_bits', 'pair_tokens', 'Clock', 'progress', 'score_pairs']
+           'dropouts', 'freeze_dropout', 'load_config', 'load_tokenizer', 'stored_dtype', 'best_device', 'has_adapter',
+           'load_model', 'weights_hash', 'check_model', 'check_rows', 'pick_precision', 'keys_of', 'pairs_hash',
+           'LogprobTable', 'table_kind', 'replacing', 'write_json', 'read_table', 'padded_tokens', 'micro_batches',
+           'ahead', 'prepared', 'same_bits', 'pair_tokens', 'Clock', 'progress', 'score_pairs']
 
 # %% ../nbs/02_logprobs.ipynb #b095fbfd
 import contextlib, errno, hashlib, json, logging, os, re, shutil, sys, time
@@ -400,7 +400,10 @@ def best_device(
     return "cuda" if torch.cuda.is_available() and not tiny else "cpu"
 
 # %% ../nbs/02_logprobs.ipynb #5d91d409
-def _has_adapter(model):
+def has_adapter(
+    model,  # any model
+) -> bool:
+    "Whether a model carries adapters of PEFT (chapter 09)."
     return getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
 
 def load_model(
@@ -413,7 +416,7 @@ def load_model(
     how = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     loaded, report = _from_pretrained(AutoModelForCausalLM, model, revision, **how)
     _check_report(model, report)
-    if _has_adapter(loaded): raise ValueError(f"{model}: {MERGE}")
+    if has_adapter(loaded): raise ValueError(f"{model}: {MERGE}")
     soft_cap = getattr(loaded.config.get_text_config(), "attn_logit_softcapping", None)
     # Gemma 2 caps the logits of its attention.
     # Before transformers 5.23, other implementations than this one leave the cap out.
@@ -487,7 +490,7 @@ def check_model(
 ):
     """Raise ValueError for a model with an adapter, one that would not come back from a folder as it is,
     and one that is not causal."""
-    if _has_adapter(model): raise ValueError(f"model: {MERGE}, then requires_grad_(True)")
+    if has_adapter(model): raise ValueError(f"model: {MERGE}, then requires_grad_(True)")
     lost = _other_class(model) or _frozen_weights(model)
     if lost: raise ValueError(f"model: {lost}")
     rounding = 1e-3 if model.dtype == torch.float32 else 0.05

@@ -578,11 +578,14 @@ def _plain_pairs(model, pairs):
     return sums("chosen_ids"), sums("rejected_ids")
 
 def _gradient(model, logprobs, pair):
-    "Of the chosen response, for one weight of the model; None where nothing is trained."
-    weight = next((p for p in model.parameters() if p.requires_grad), None)
-    if weight is None: return None
-    chosen, _ = logprobs(model, [pair])
-    return torch.autograd.grad(chosen.sum(), weight)[0]
+    """Of the chosen response, for one weight of the model; None where nothing is trained.
+    The first weight of a new adapter has none, so the next one is asked."""
+    gradient = None
+    for weight in [p for p in model.parameters() if p.requires_grad][:2]:
+        chosen, _ = logprobs(model, [pair])
+        gradient = torch.autograd.grad(chosen.sum(), weight)[0]
+        if gradient.any(): break
+    return gradient
 
 def _numbers_refuse(model, probe):
     "Where packed numbers differ from the model's own on two pairs, the second of them short; or None."

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['USUAL_BUDGET', 'SLACK', 'LOOK_AT', 'GIB', 'KERNELS', 'MOST', 'COMPUTED_ALIKE', 'MAX_SKIPS', 'TRAINING', 'measure',
-           'trainable', 'check_one_process', 'make_accelerator', 'cut', 'batch_gradients', 'make_optimizer', 'Trainer',
-           'setting', 'check_settings', 'TrainConfig', 'epoch_order', 'all_batches', 'learning_rate', 'batch_logprobs',
-           'check_same_twice', 'per_root_token', 'rounding_limit', 'check_table', 'activation_checkpointing',
-           'return_large_blocks', 'kept_bytes', 'memory_plan', 'tokens_that_fit', 'fit', 'free_memory', 'peak_memory',
-           'plan_for', 'as_line', 'check_memory', 'wants_compiling', 'compile_for', 'why_not_same_bits',
-           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'MetricsLog', 'train_stage']
+           'trainable', 'check_one_process', 'make_accelerator', 'cut', 'batch_gradients', 'trained_weights',
+           'make_optimizer', 'Trainer', 'setting', 'check_settings', 'TrainConfig', 'epoch_order', 'all_batches',
+           'learning_rate', 'batch_logprobs', 'check_same_twice', 'per_root_token', 'rounding_limit', 'check_table',
+           'activation_checkpointing', 'return_large_blocks', 'kept_bytes', 'trained_numbers', 'memory_plan',
+           'tokens_that_fit', 'fit', 'free_memory', 'peak_memory', 'plan_for', 'as_line', 'check_memory',
+           'wants_compiling', 'compile_for', 'why_not_same_bits', 'save_checkpoint', 'read_checkpoint',
+           'load_checkpoint', 'MetricsLog', 'train_stage']
 
 # %% ../nbs/06_trainer.ipynb #ac302dad
-import ctypes, hashlib, json, math, numbers, os, sys, time, zipfile
+import copy, ctypes, hashlib, json, math, numbers, os, sys, time, warnings, zipfile
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,8 +29,8 @@ from transformers import AutoModelForCausalLM
 try: import resource
 except ImportError: resource = None # Windows
 
-from .logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, micro_batches
-from .logprobs import pair_tokens, pairs_hash, pick_precision, prepared, progress, replacing
+from .logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, has_adapter
+from .logprobs import micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress, replacing
 from .logprobs import response_logprobs, same_bits, weights_hash
 from .loss import dpo_loss, follow, reward, reward_accuracy
 from .packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack
@@ -141,12 +142,18 @@ def _means(sums, n):
     return means | dict(lambda_hist=histogram)
 
 # %% ../nbs/06_trainer.ipynb #3d51ef78
+def trained_weights(
+    model, # causal LM
+) -> list: # of Parameters
+    "What an optimizer may change: all weights, or those of an adapter (chapter 09)."
+    return [p for p in model.parameters() if p.requires_grad]
+
 def make_optimizer(
     model,  # causal LM with fp32 weights
     config, # has `lr`
-):          # AdamW of its parameters
+):          # AdamW of the weights that are trained
     "AdamW without weight decay."
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(trained_weights(model), lr=config.lr, weight_decay=0.0, fused=True)
 
 @dataclass
 class Trainer:
@@ -178,7 +185,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         scale = scaler.get_scale()
         scaler.unscale_(self.optimizer)      # before clipping, or the norm would be the scaled one
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        norm = self.accelerator.clip_grad_norm_(trained_weights(self.model), self.config.clip).item()
         finite = math.isfinite(norm)
         if not finite and not scaler.is_enabled():
             raise ValueError(f"the gradient is not finite in {self.precision}, "
@@ -416,7 +423,9 @@ def _first_look(trainer, loss, batch, pairs, start):
 
     check_same_twice(loss, again, precision, _near(limit, batch, config, precision, model.device))
     if own is None: return again
-    check_table(own, more, said, limit, precision)
+    # a table of merged weights: in half precision they round otherwise than weights with an adapter beside them
+    told = exact if has_adapter(model) else said
+    check_table(own, more, told, limit, precision)
     return loss_from(own.gamma(batch))
 
 def _near(limit, batch, config, precision, device):
@@ -459,6 +468,7 @@ def kept_bytes(
     precision: str="fp32", # of the forward pass: fp32, bf16 or fp16
     kernel: str="cpu",     # how it attends: cpu, padded or flash
     recompute: bool=False, # gradient checkpointing
+    lora=None,             # the LoraConfig of adapters, if these are trained (chapter 09)
 ) -> tuple[int, int]:      # parameters, bytes
     """What a forward pass with gradients leaves in memory for the backward pass, counted on fake tensors.
 
@@ -470,8 +480,9 @@ def kept_bytes(
         storage = x.untyped_storage()
         sizes[storage._cdata] = storage.nbytes() # a storage that is kept twice counts once
         return x
+    model = _shape_of(config, lora).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        model.to_empty(device="cpu").tie_weights()
         activation_checkpointing(freeze_dropout(model), recompute)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), autocast("cpu", precision):
             try:
@@ -484,6 +495,21 @@ def kept_bytes(
         for p in model.parameters():
             sizes.pop(p.untyped_storage()._cdata, None)
         return sum(p.numel() for p in model.parameters()), sum(sizes.values())
+
+def _shape_of(config, lora):
+    "A model without its numbers, with adapters where these are trained."
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if lora is None: return model
+        from peft import inject_adapter_in_model
+        with warnings.catch_warnings(action="ignore"): return inject_adapter_in_model(copy.copy(lora), model)
+
+def trained_numbers(
+    config,    # of a transformers model
+    lora=None, # the LoraConfig of adapters, if these are trained
+) -> int:
+    "How many numbers an optimizer changes."
+    return sum(p.numel() for p in trained_weights(_shape_of(config, lora)))
 
 def _usual_row(tokens, kernel):
     "A packed row of pairs of 256 + 128 + 128 tokens."
@@ -499,23 +525,25 @@ def memory_plan(
     precision: str="fp32", # of the forward pass: fp32, bf16 or fp16
     kernel: str="cpu",     # how it attends: cpu, padded or flash
     piece: int=None,       # bytes of one piece of logits; default: a CPU's
+    lora=None,             # the LoraConfig of adapters, if these are trained (chapter 09)
 ) -> dict:                 # name -> GiB
     "Memory of a training step, beyond the process itself."
     tokens = train.token_budget or USUAL_BUDGET
-    n, kept = kept_bytes(config, tokens, precision, kernel, train.gradient_checkpointing)
+    n, kept = kept_bytes(config, tokens, precision, kernel, train.gradient_checkpointing, lora)
+    trained = trained_numbers(config, lora) if lora else n
     text = config.get_text_config()
     all_logits = 4 * text.vocab_size * tokens // 2          # half of the tokens are responses
     logits = 3 * min(all_logits, piece or piece_bytes("cpu"))
-    output_gradient = 4 * text.vocab_size * text.hidden_size
+    output_gradient = 0 if lora else 4 * text.vocab_size * text.hidden_size
     layer = 0            # what a recomputed layer keeps while its turn lasts; the logits are gone by then
     if train.gradient_checkpointing:
-        _, kept_by_all = kept_bytes(config, tokens, precision, kernel)
+        _, kept_by_all = kept_bytes(config, tokens, precision, kernel, lora=lora)
         layer = kept_by_all / text.num_hidden_layers
     beyond = max(0, layer - logits - output_gradient)
     found = dict(
         weights=4 * n,
-        gradients=4 * n,
-        moments=8 * n,                           # of AdamW
+        gradients=4 * trained,
+        moments=8 * trained,                     # of AdamW
         activations=kept + beyond,
         logits=logits,                           # of one piece, with their gradients
         output_gradient=output_gradient,
@@ -531,11 +559,12 @@ def tokens_that_fit(
     precision: str,        # of the forward pass: fp32, bf16 or fp16
     kernel: str,           # how it attends: padded or flash
     recompute: bool=False, # gradient checkpointing
+    lora=None,             # the LoraConfig of adapters, if these are trained
 ) -> int:
     "Tokens of a forward pass with gradients that go into this many bytes; in thousands, at most `MOST`."
     def need(tokens):
         train = TrainConfig(token_budget=tokens, gradient_checkpointing=recompute)
-        return GIB * sum(memory_plan(config, train, precision, kernel, memory // 16).values())
+        return GIB * sum(memory_plan(config, train, precision, kernel, memory // 16, lora).values())
     few, many = need(2048), need(4096)
     each = (many - few) / 2048
     room = 0.85 * memory - few
@@ -556,9 +585,10 @@ def fit(
     some = [pairs[i] for i in range(min(len(pairs), 256))]
     longest = pair_tokens(some).max()
     kernel = "flash" if getattr(logprobs, "attention", "") == "flash" else "padded"
+    lora = getattr(model, "peft_config", {}).get("default")
     ways = [True] if config.gradient_checkpointing else [False, True]
     for recompute in ways:
-        budget = tokens_that_fit(model.config, memory, precision, kernel, recompute)
+        budget = tokens_that_fit(model.config, memory, precision, kernel, recompute, lora)
         if budget >= longest: break
     if recompute and not config.gradient_checkpointing:
         print(f"activations are recomputed: without that, {memory / GIB:.0f} GiB do not hold "
@@ -595,12 +625,13 @@ def plan_for(
     train: TrainConfig, # token_budget, gradient_checkpointing
     precision: str,     # of the forward pass: fp32, bf16 or fp16
     device,             # of the model
+    lora=None,          # the LoraConfig of adapters, if these are trained
 ) -> dict:              # name -> GiB
     "The memory plan on this device. On a card that chooses its token budget itself, that of the usual one."
-    if torch.device(device).type != "cuda": return memory_plan(config, train, precision)
+    if torch.device(device).type != "cuda": return memory_plan(config, train, precision, lora=lora)
     new_card = torch.cuda.get_device_capability(device) >= (8, 0)
     kernel = "flash" if precision != "fp32" and new_card else "padded"
-    return memory_plan(config, train, precision, kernel, piece_bytes(device))
+    return memory_plan(config, train, precision, kernel, piece_bytes(device), lora)
 
 def as_line(
     plan: dict, # name -> GiB
@@ -659,22 +690,28 @@ def why_not_same_bits(
 # %% ../nbs/06_trainer.ipynb #d4298a8e
 def save_checkpoint(
     folder,      # of the stage
-    model,       # its weights
+    model,       # its weights; of frozen ones only the hash
     optimizer,   # its moments
     scaler,      # its scale
     state: dict, # how far the stage has come
 ):
     "Model, optimizer, scaler and position of a stage go into folder/checkpoint/state.pt."
+    frozen = _frozen(model)
     path = Path(folder) / "checkpoint"
     path.mkdir(parents=True, exist_ok=True)
     saved = dict(
-        model=model.state_dict(),
+        model={name: x for name, x in model.state_dict().items() if name not in frozen},
         optimizer=optimizer.state_dict(),
         scaler=scaler.state_dict(),
         state=state | dict(weights=weights_hash(model)),
     )
     with replacing(path / "state.pt") as tmp, open(tmp, "xb") as f:
         torch.save(saved, f)                     # through a file of Python's, which keeps the system's error
+
+def _frozen(model):
+    "Names of the weights that are not trained: those beneath an adapter."
+    every = model.named_parameters(remove_duplicate=False) # a shared weight has two names
+    return {name for name, p in every if not p.requires_grad}
 
 # %% ../nbs/06_trainer.ipynb #fd0e83c0
 def read_checkpoint(
@@ -737,12 +774,15 @@ def load_checkpoint(
         raise ValueError(f"{path}: this stage was started with {'; '.join(differs)}; "
                          "use that or another folder")
     with _saying_what_to_do(path):
-        model.load_state_dict(saved["model"])
+        absent, foreign = model.load_state_dict(saved["model"], strict=False)
+        odd = foreign + [name for name in absent if name not in _frozen(model)]
+        if odd: raise ValueError(f"{odd[0]} is only in one of checkpoint and model")
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         found = weights_hash(model)
         if found != state.get("weights", found):
-            raise ValueError(f"its weights are {found}, not {state['weights']}")
+            frozen = ", with the frozen ones," if _frozen(model) else ""
+            raise ValueError(f"its weights{frozen} are {found}, not {state['weights']}")
     return state
 
 # %% ../nbs/06_trainer.ipynb #d9a5a103
