@@ -600,7 +600,8 @@ def _differences(there, new) -> dict: # name -> (what it was, what it is now)
     "What differs and must not, the settings first: they say more than the hash that they changed."
     now = _compared(new)
     not_in_older_folders = ("base", "held_out_pairs", "eval_share")
-    old = {name: now.get(name) for name in not_in_older_folders} | _compared(there)
+    old = {name: now.get(name) for name in not_in_older_folders}
+    old |= dict(schedule="linear", order_by="gamma") | _compared(there) # what there was before one could choose
     if there["versions"].get("transformers") != new["versions"]["transformers"]:
         old["base"] = now["base"] # another version may give a config more fields
     names = sorted(now, key=lambda name: name not in new["settings"])

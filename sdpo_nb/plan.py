@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from .logprobs import load_model, load_tokenizer, pair_tokens, weights_hash
-from .partition import ORDERS
+from .partition import ORDER_BY, ORDERS
 from .preferences import Source, hold_out, load_pairs, prompt_limit, tokenize_pairs
 from .trainer import TrainConfig, setting
 
@@ -26,6 +26,10 @@ from .trainer import TrainConfig, setting
 class StepwiseConfig(TrainConfig):
     "Settings of a run: those of a stage, and what the stages are."
     order: str = setting("easy_to_hard", "which source comes first", choices=ORDERS)
+    order_by: str = setting(
+        "gamma",
+        "what is easy: gamma sums over tokens, gamma_per_token takes the mean",
+        choices=tuple(ORDER_BY))
     chunks: object = setting(
         None,
         "number of stages T; none: one per source. In Python also lists of source names, "
@@ -131,6 +135,8 @@ CALLED = dict( # elsewhere
     dtype="precision",
     torch_dtype="precision",
     torch_compile="compile",
+    lr_scheduler_type="schedule",
+    loss_type="loss",
     max_seq_length="max_length",
     save_steps="save_every",
 )
