@@ -522,6 +522,7 @@ flipped.loc[easy_first.index].round(3)
 # %%
 #| export
 ORDERS = ("easy_to_hard", "hard_to_easy", "as_given", "random")
+ORDER_BY = dict(gamma="accuracy", gamma_per_token="accuracy_per_token") # what is easy -> column of the measures
 
 def _source_order(accuracy: list, order: str) -> list:
     "Positions of the sources, first to last; ties keep the order given, in both directions."
@@ -567,11 +568,14 @@ sizes = dict(a=2, b=3)
 
 # %%
 #| export
-def _pair_order(pairs, table, reference, order):
+def _pair_order(pairs, table, reference, order, order_by="gamma"):
     "Row numbers of a single source, first to last, by the margin; equal margins keep the order given."
     chosen, rejected = _nats(table, pairs)
     ref_chosen, ref_rejected = _nats(reference, pairs)
     margin = chosen - rejected - (ref_chosen - ref_rejected)
+    if order_by == "gamma_per_token":
+        n_chosen, n_rejected, _ = _scan(pairs)
+        margin = (chosen - ref_chosen) / n_chosen - (rejected - ref_rejected) / n_rejected
     return np.array(_source_order(margin.tolist(), order))
 
 
@@ -634,10 +638,12 @@ def partition(
     chunks: int=None,     # T, the number of stages, from 1 to the number of pairs; None: one per source
     seed: int=0,          # of the random order
     reference: LogprobTable=None, # reads (1) against this model; None: (2)
+    order_by: str="gamma", # one of ORDER_BY: sums over tokens, or means
 ) -> Partition:           # T chunks; every pair is in exactly one
     """The paper's chunks, by reward accuracy under M_0.
-    Raises ValueError for an unknown order or an impossible T."""
+    Raises ValueError for an unknown order or measure or an impossible T."""
     if order not in ORDERS: raise ValueError(f"order: {order!r} is none of {', '.join(ORDERS)}")
+    if order_by not in ORDER_BY: raise ValueError(f"order_by: {order_by!r} is none of {', '.join(ORDER_BY)}")
     if not sources: raise ValueError("sources: at least one is needed")
     pairs = concatenate_datasets([s.pairs for s in sources])
     T = len(sources) if chunks is None else chunks
@@ -645,9 +651,10 @@ def partition(
         raise ValueError(f"chunks: {T!r} is not a whole number from 1 to {len(pairs)}, the number of pairs")
 
     measures = pd.DataFrame([measure_source(s, table, reference) for s in sources])
-    ranks = _source_order(measures["accuracy"].tolist(), "easy_to_hard" if order == "random" else order)
+    accuracy = measures[ORDER_BY[order_by]].tolist()
+    ranks = _source_order(accuracy, "easy_to_hard" if order == "random" else order)
     names = [sources[i].name for i in ranks]
-    if len(sources) == 1 and T > 1: rows = [_pair_order(pairs, table, reference, order)]
+    if len(sources) == 1 and T > 1: rows = [_pair_order(pairs, table, reference, order, order_by)]
     else: rows = _rows_by_source([len(s) for s in sources], ranks)
 
     if T != len(sources):
@@ -675,7 +682,7 @@ pd.DataFrame({order: described(plan) for order, plan in plans.items()}, index=st
 # An impossible request is refused:
 
 # %%
-for wrong_setting in (dict(order="upwards"), dict(chunks=0)):
+for wrong_setting in (dict(order="upwards"), dict(order_by="length"), dict(chunks=0)):
     print(complaint(partition, sources, table, **wrong_setting))
 
 # %% [markdown]
@@ -819,7 +826,6 @@ assert accuracy.loc["terse", 0] > 0.8
 assert accuracy.loc["terse", 8] < 0.5
 accuracy.rename_axis(columns="c (nats)").round(2)
 
-
 # %% [markdown]
 # Read the row of `terse` from left to right. Without credit ($c = 0$, which is (2)), S finds it easy, and `wordy`
 # hard, although the answers are equally wrong. At S's own rate, both are coin tosses. With a larger credit the order
@@ -827,6 +833,46 @@ accuracy.rename_axis(columns="c (nats)").round(2)
 #
 # No $c$ is the right one. The finding is that the accuracy depends on it: for sources whose responses differ in length,
 # *easy* is a matter of how length is counted.
+#
+# ## By the token
+#
+# Of all ways to count length, one is used often enough to be a setting: the *mean* over tokens in place of the sum,
+#
+# $$\frac{\log\pi(y_w|x)}{|y_w|} - \frac{\log\pi(y_l|x)}{|y_l|} > 0. \tag{7}$$
+#
+# You know it as `accuracy_per_token`. With `order_by="gamma_per_token"` the sources are ordered by it; the table of measures stays what it
+# is. What will S say of `terse` and `wordy` now? Their texts are the same, only the labels are swapped. So whoever finds
+# one of them easy must find the other one hard.
+
+# %%
+both = score_pairs(S, concatenate_datasets([s.pairs for s in made]))
+by = {order_by: partition(made, both, order_by=order_by) for order_by in ORDER_BY}
+easiest = {order_by: plan.names[0] for order_by, plan in by.items()}
+assert by["gamma"].names[0] == "terse"
+
+per_token = by["gamma"].measures.set_index("source")["accuracy_per_token"]
+assert abs(per_token.sum() - 1) < 1e-9                                 # (7): one is the other, swapped
+by["gamma"].measures.set_index("source")[list(ORDER_BY.values())].round(2).T.assign(easiest=list(easiest.values()))
+
+# %% [markdown]
+# By the sum, short is easy. By the token, the same two sources lie on either side of one half, near it or far from it, as
+# the columns show. A partition by either is a choice, and `partition.json` keeps both numbers, so that a reader can see what the
+# other choice would have done. A single source is cut in the same way: its pairs are sorted by the difference in (7).
+
+# %%
+one = tokenize_pairs(load_pairs(terse + wordy), tok, "mixed", chat=True)
+said = score_pairs(S, one.pairs)
+thirds = {order_by: partition([one], said, chunks=3, order_by=order_by) for order_by in ORDER_BY}
+
+def share_short(chunk): return np.mean([len(p["chosen_ids"]) < len(p["rejected_ids"]) for p in chunk])
+
+shares = {order_by: [share_short(plan.chunk(t)) for t in range(3)] for order_by, plan in thirds.items()}
+assert shares["gamma"][0] > 0.9
+pd.DataFrame(shares, index=thirds["gamma"].names).T.round(2)
+
+
+# %% [markdown]
+# The table says in which share of the pairs of each part the chosen response is the shorter one.
 
 # %% [markdown]
 # ## The pass is kept
@@ -859,7 +905,7 @@ passes
 #
 # - `wilson` and `mean_interval`: how sure a share is, and how sure a mean is.
 # - `measure_source`: reward accuracy of a source with its interval, and the columns that say when length decided it.
-# - `partition`: chunks in four orders, for any number of stages, of several sources or of one; every pair once.
+# - `partition`: chunks in four orders, by sums or by means over tokens, for any number of stages, of several sources or of one; every pair once.
 # - Stage 1's reference table, at no extra cost.
 #
 # ## Questions to test yourself

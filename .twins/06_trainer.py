@@ -48,7 +48,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import copy, ctypes, hashlib, json, math, numbers, os, sys, time, warnings, zipfile
+import copy, ctypes, functools, hashlib, inspect, json, math, numbers, os, sys, time, warnings, zipfile
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -59,7 +59,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 try: import resource
 except ImportError: resource = None # Windows
@@ -209,6 +209,57 @@ pd.Series(off, name="relative difference of the gradient").map("{:.1e}".format)
 #
 # A word on two of them. The *reward* of a response is $\beta(\log\pi_\theta - \log\pi_{ref})$, and the margin is the reward of the chosen response minus that of the rejected one. The *reward accuracy* is the share of pairs with a margin above zero;
 # a tie counts one half.
+#
+# First the loss of each pair. It is the DPO loss, unless the settings name a function of your own; [other losses](other_losses.ipynb) is about those. Training and every check ask for the loss here, so that they cannot mean different ones.
+
+# %%
+#| export
+def pair_losses(
+    chosen: Tensor,       # (n,) log pi_theta of the chosen responses, nats
+    rejected: Tensor,     # (n,) of the rejected ones
+    ref_chosen: Tensor,   # (n,) the same of the reference
+    ref_rejected: Tensor, # (n,)
+    config,               # has `beta`, `label_smoothing` and `loss`
+    pairs: list=None,     # the n tokenised pairs, for a loss that asks for them
+) -> Tensor:              # (n,) nats
+    """The loss of each pair: the DPO loss, or what the function `config.loss` says.
+
+    Raises ValueError for a function that returns something else, or nothing to learn from."""
+    if config.loss is None:
+        gamma_theta = gamma(chosen, rejected)
+        gamma_ref = gamma(ref_chosen, ref_rejected)
+        return dpo_loss(gamma_theta, gamma_ref, config.beta, config.label_smoothing)
+    losses = config.loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, pairs)
+    shape, wanted = getattr(losses, "shape", type(losses).__name__), chosen.shape
+    if shape != wanted:
+        raise ValueError(f"loss: {config.loss.__name__} must return one number per pair, "
+                         f"a tensor of shape {tuple(wanted)}; it returned {shape}")
+    if chosen.requires_grad and not losses.requires_grad:
+        raise ValueError(f"loss: what {config.loss.__name__} returns has no gradient; "
+                         "compute it from chosen and rejected, with torch")
+    return losses
+
+
+# %% [markdown]
+# Two invented pairs. In the first the policy likes the chosen response more than the reference does. In the second both responses became *less* likely, the rejected one even more so. What does DPO say of them, and what a loss that only wants likely chosen responses?
+
+# %%
+settings = SimpleNamespace(beta=0.5, label_smoothing=0.0, loss=None)
+ref = torch.tensor([-8.0, -8.0])
+two_pairs = torch.tensor([-5.0, -10.0]), torch.tensor([-9.0, -12.0]), ref, ref
+
+def likely(chosen, rejected, ref_chosen, ref_rejected, beta, pairs): return -chosen
+def one_number(chosen, rejected, *others): return (rejected - chosen).mean()
+
+other = SimpleNamespace(beta=0.5, loss=likely)
+by_dpo = pair_losses(*two_pairs, settings)
+assert by_dpo.allclose(dpo_loss(torch.tensor([4.0, 2.0]), torch.zeros(2), 0.5))
+print(complaint(pair_losses, *two_pairs, SimpleNamespace(beta=0.5, loss=one_number)))
+dict(dpo=by_dpo.tolist(), likely=pair_losses(*two_pairs, other).tolist())
+
+
+# %% [markdown]
+# Now all that is measured.
 
 # %%
 #| export
@@ -217,15 +268,16 @@ def measure(
     rejected: Tensor,     # (n,) of the rejected ones
     ref_chosen: Tensor,   # (n,) the same of the reference
     ref_rejected: Tensor, # (n,)
-    config,               # has `beta` and `label_smoothing`
+    config,               # has `beta`, `label_smoothing` and `loss`
+    pairs: list=None,     # the n tokenised pairs, for a loss that asks for them
 ) -> dict:                # name -> sum over the pairs; `loss` carries the gradient
     "The loss of some pairs and every metric, as sums."
     ref_chosen = follow(ref_chosen, chosen)
     ref_rejected = follow(ref_rejected, rejected)
-    gamma_theta = gamma(chosen, rejected)
-    gamma_ref = gamma(ref_chosen, ref_rejected)
-    loss = dpo_loss(gamma_theta, gamma_ref, config.beta, config.label_smoothing).sum()
+    loss = pair_losses(chosen, rejected, ref_chosen, ref_rejected, config, pairs).sum()
     with torch.no_grad():
+        gamma_theta = gamma(chosen, rejected)
+        gamma_ref = gamma(ref_chosen, ref_rejected)
         reward_chosen = reward(chosen, ref_chosen, config.beta)
         reward_rejected = reward(rejected, ref_rejected, config.beta)
         margin = reward_chosen - reward_rejected
@@ -247,12 +299,10 @@ def measure(
 
 
 # %% [markdown]
-# Two invented pairs. In the first the policy likes the chosen response more than the reference does. In the second both responses became *less* likely, the rejected one even more so.
+# Our two pairs again:
 
 # %%
-settings = SimpleNamespace(beta=0.5, label_smoothing=0.0)
-ref = torch.tensor([-8.0, -8.0])
-sums = measure(torch.tensor([-5.0, -10.0]), torch.tensor([-9.0, -12.0]), ref, ref, settings)
+sums = measure(*two_pairs, settings)
 assert sums["margin"] == 0.5 * ((-5 + 9) + (-10 + 12))
 assert sums["reward_accuracy"] == 2
 assert sums["logratio_chosen"] == 3 - 2
@@ -456,7 +506,7 @@ def batch_gradients(
     model,                      # causal LM in train mode
     batch: list,                # tokenised pairs of one optimizer batch
     table: LogprobTable,        # of the reference, with these pairs
-    config,                     # has `beta`, `label_smoothing`, `token_budget`
+    config,                     # has `beta`, `label_smoothing`, `loss`, `token_budget`
     accelerator: Accelerator,   # of `make_accelerator`
     precision: str="fp32",      # of the forward pass: fp32, bf16 or fp16
     logprobs=response_logprobs, # (model, pairs) -> (chosen, rejected)
@@ -467,7 +517,7 @@ def batch_gradients(
     for pairs, inputs in parts or prepared(model, cut(batch, config, logprobs), logprobs):
         with autocast(model.device, precision):
             chosen, rejected = logprobs(model, inputs)
-        found = measure(chosen, rejected, *table.lookup(pairs), config)
+        found = measure(chosen, rejected, *table.lookup(pairs), config, pairs)
         accelerator.backward(found["loss"] / len(batch))
         for name, value in found.items():
             sums[name] = sums.get(name, 0) + value.detach()
@@ -486,7 +536,7 @@ def _means(sums, n):
 
 # %%
 def with_accelerate(model, batch, precision, budget=0):
-    settings = SimpleNamespace(beta=0.5, label_smoothing=0.0, token_budget=budget)
+    settings = SimpleNamespace(beta=0.5, label_smoothing=0.0, loss=None, token_budget=budget)
     accelerator = make_accelerator(precision)
     model.zero_grad()
     metrics = batch_gradients(model, batch, table, settings, accelerator, precision)
@@ -590,6 +640,7 @@ class Trainer:
 settings = SimpleNamespace(
     beta=0.5,
     label_smoothing=0.0, # all labels are believed
+    loss=None,           # that of DPO
     token_budget=0,      # the usual one
     clip=1.0,
     lr=1e-4,
@@ -721,11 +772,10 @@ check_settings(two)
 assert type(two.size) is int
 [complaint(check_settings, config=Two(size=0)), complaint(check_settings, config=Two(kind="other"))]
 
-
 # %% [markdown]
 # Which settings does a stage have? They are of three kinds:
 #
-# - *What is learned*: `beta`, `lr`, `batch_size`, `epochs`, `warmup`, `clip`, `label_smoothing`, `shuffle`, `seed`. Change one, and you get another model.
+# - *What is learned*: `beta`, `lr`, `batch_size`, `epochs`, `warmup`, `schedule`, `clip`, `label_smoothing`, `loss`, `shuffle`, `seed`. Change one, and you get another model.
 # - *How it is computed*: `token_budget`, `packing`, `precision`, `gradient_checkpointing`, `compile`, `deterministic`. They trade memory against time. The gradient stays the same up to rounding.
 # - *How often it is saved*: `save_every`.
 #
@@ -733,6 +783,8 @@ assert type(two.size) is int
 
 # %%
 #| export
+SCHEDULES = "linear", "cosine", "constant" # see "The schedule"
+
 @dataclass
 class TrainConfig:
     "Settings of one stage. The defaults are the sDPO paper's where it names any."
@@ -746,9 +798,13 @@ class TrainConfig:
         choices=("auto", "off"))
     epochs: int = setting(1, "passes over a chunk per stage", 1, 10_000)
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
+    schedule: str = setting("linear", "how the learning rate falls after warm-up", choices=SCHEDULES)
     clip: float = setting(1.0, "largest gradient norm", 0, open_low=True)
     label_smoothing: float = setting(
         0.0, "assumed share of flipped labels: the target is 1 minus it", 0, 0.499)
+    loss: object = setting(
+        None, "none: the DPO loss. In Python a function "
+        "(chosen, rejected, ref_chosen, ref_rejected, beta, pairs) -> losses")
     precision: str = setting(
         "auto", "precision of the forward pass; weights stay fp32",
         choices=("auto", "bf16", "fp16", "fp32"))
@@ -764,12 +820,26 @@ class TrainConfig:
 
     def __post_init__(self):
         check_settings(self)
+        if self.loss is not None: _check_loss(self.loss, self.label_smoothing)
+
+def _check_loss(loss, label_smoothing):
+    "Raise ValueError for what cannot be a loss. Its name is written down, so it must have one."
+    takes = "(chosen, rejected, ref_chosen, ref_rejected, beta, pairs)"
+    if not callable(loss):
+        raise ValueError(f"loss: must be a function {takes}, which only Python can give; got {loss!r}")
+    if getattr(loss, "__name__", "<lambda>") == "<lambda>":
+        raise ValueError("loss: must be a function with a name, made by def; its name goes into config.yaml")
+    try: inspect.signature(loss).bind(*range(6))
+    except TypeError as e: raise ValueError(f"loss: {loss.__name__} must take {takes}") from e
+    if label_smoothing:
+        raise ValueError("label_smoothing: belongs to the DPO loss; with a loss of your own, leave it at 0")
 
 
 # %%
 [
     complaint(TrainConfig, beta=0),
     complaint(TrainConfig, lr="fast"),
+    complaint(TrainConfig, loss=lambda *six: six),
     complaint(TrainConfig, batch_size=2.5),
     complaint(TrainConfig, precision="half"),
     complaint(TrainConfig, seed=2**63),
@@ -842,18 +912,27 @@ assert batches != all_batches(70, two_epochs, stage=2)
 # $$\eta \cdot \frac{s+1}{W} \quad\text{for } s < W, \qquad \eta \cdot \frac{N-s}{N-W} \quad\text{after it.}$$
 #
 # Each stage has a schedule of its own. It is a plain function of the step, so there is no state of it that a checkpoint could forget.
+#
+# The straight line is the default. Two other shapes need no number of their own: `cosine` and `constant`. They come from transformers, by the names that they have there. The warm-up is ours in all three. In transformers it begins with a rate of zero, and the first step would change nothing.
 
 # %%
 #| export
 def learning_rate(
     step: int,           # optimizer steps made so far
     total: int,          # of the schedule
-    config: TrainConfig, # lr, warmup
+    config: TrainConfig, # lr, warmup, schedule
 ) -> float:
-    "Linear warm-up over a share of the steps, then linearly towards zero."
+    "Linear warm-up over a share of the steps; then towards zero, or constant."
     warm = math.ceil(config.warmup * total)
     if step < warm: return config.lr * (step + 1) / warm
-    return config.lr * (total - step) / max(1, total - warm)
+    if config.schedule == "linear": return config.lr * (total - step) / max(1, total - warm)
+    return config.lr * _shape(config.schedule, warm, total)(step)
+
+@functools.cache
+def _shape(schedule, warm, total):
+    "Step -> share of the peak rate, by transformers."
+    nothing = torch.optim.SGD([torch.zeros(1)])
+    return get_scheduler(schedule, nothing, warm, total).lr_lambdas[0]
 
 
 # %%
@@ -863,6 +942,40 @@ assert rates.index(max(rates)) == 3
 assert 0 < rates[-1] < 1e-6
 some = pd.Series({step: rates[step] for step in (0, 1, 2, 3, 4, 20, 39)}, name="learning rate")
 some.rename_axis("step").map("{:.1e}".format)
+
+
+# %% [markdown]
+# All three, each over a stage of 40 steps. After the warm-up our straight line is that of transformers:
+
+# %%
+def rates_of(schedule): return [learning_rate(step, 40, TrainConfig(lr=1.0, schedule=schedule)) for step in range(40)]
+
+rates = pd.DataFrame({schedule: rates_of(schedule) for schedule in SCHEDULES})
+theirs = [_shape("linear", 4, 40)(step) for step in range(4, 40)]
+torch.testing.assert_close(rates["linear"][4:].tolist(), theirs)
+assert (rates[:4].nunique(axis=1) == 1).all()          # one warm-up for all
+assert rates["constant"][4:].eq(1).all()
+
+# %%
+fig, ax = plt.subplots(figsize=(6, 2.4))
+places = {"linear": (20, 0.48, "right"), "cosine": (15, 0.87, "left"), "constant": (28, 1.04, "left")}
+for (name, column), color in zip(rates.items(), sns.color_palette("colorblind")):
+    ax.plot(column, color=color)
+    x, y, side = places[name]
+    ax.text(x, y, name, color=color, ha=side)
+ax.axvline(3, color="grey", lw=1, ls=":")
+ax.text(3.4, 0.05, "warm-up ends", color="grey", fontsize=9)
+ax.set(xlabel="optimizer step of the stage", ylabel="learning rate\n(share of the peak)", ylim=(0, 1.15))
+sns.despine()
+
+# %% [markdown]
+# *To see:* all three rise alike. `linear` and `cosine` end near zero, so that the last steps settle what the first ones have moved; over the whole stage their rates add up to nearly the same. `constant` keeps its peak to the end, and its rates add up to twice as much: it wants a smaller `lr`.
+
+# %%
+total = rates.sum().round(2)
+assert abs(total["cosine"] / total["linear"] - 1) < 0.05
+assert 1.7 < total["constant"] / total["linear"] < 2.1
+total.rename("sum of the rates, in peaks")
 
 
 # %% [markdown]
@@ -1158,12 +1271,12 @@ def _first_look(trainer, loss, batch, pairs, start):
     "Ask both questions about the first batch. Returns the loss that it must have by the tables."
     model, table, config = trainer.model, trainer.table, trainer.config
     precision, logprobs = trainer.precision, trainer.logprobs
-    gamma_ref = table.gamma(batch)
-    def loss_from(gamma_start):
-        return dpo_loss(gamma_start, gamma_ref, config.beta, config.label_smoothing).mean().item()
+    def loss_from(chosen, rejected):
+        return pair_losses(chosen, rejected, *table.lookup(batch), config, batch).mean().item()
 
     said = batch_logprobs(model, batch, config, precision, logprobs)
-    again = loss_from(gamma(*said.T))
+    again = loss_from(*said.T)
+    slope = _slope(said, table, batch, config)
     own = start or (table if table.kind["weights"] == weights_hash(model) else None)
 
     more = batch
@@ -1176,19 +1289,28 @@ def _first_look(trainer, loss, batch, pairs, start):
         exact = batch_logprobs(model, more, config, "fp32", plain)
     limit = rounding_limit(said, exact, more)
 
-    check_same_twice(loss, again, precision, _near(limit, batch, config, precision, model.device))
+    rounded = slope * limit * _root_of_tokens(batch)
+    half = precision != "fp32" and wants_compiling(config, model.device)
+    # compiled layers round half precision otherwise with gradients than without
+    check_same_twice(loss, again, precision, 1e-4 + rounded if half else 1e-4)
     if own is None: return again
     # a table of merged weights: in half precision they round otherwise than weights with an adapter beside them
     told = exact if has_adapter(model) else said
     check_table(own, more, told, limit, precision)
-    return loss_from(own.gamma(batch))
+    return loss_from(*own.lookup(batch))
 
-def _near(limit, batch, config, precision, device):
-    "How near two losses must be. Compiled layers round half precision otherwise with gradients than without."
-    if precision == "fp32" or not wants_compiling(config, device): return 1e-4
+
+def _root_of_tokens(batch):
     tokens = [len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in batch]
-    mean_tokens = sum(tokens) / len(tokens)
-    return 1e-4 + config.beta * limit * mean_tokens ** 0.5
+    return (sum(tokens) / len(tokens)) ** 0.5
+
+def _slope(said, table, batch, config):
+    "How far a loss moves, at most, when a log-probability moves by a nat."
+    if config.loss is None: return config.beta
+    chosen, rejected = (side.clone().requires_grad_() for side in said.T)
+    losses = pair_losses(chosen, rejected, *table.lookup(batch), config, batch)
+    slopes = torch.autograd.grad(losses.sum(), (chosen, rejected), allow_unused=True)
+    return max(slope.abs().max().item() for slope in slopes if slope is not None)
 
 
 # %% [markdown]
@@ -1201,6 +1323,22 @@ metrics = trainer.gradients(first)
 must_be = _first_look(trainer, metrics["loss"], first, pairs, start=None)
 assert abs(must_be - math.log(2)) < 1e-6
 dict(loss=round(metrics["loss"], 6), must_be=round(must_be, 6))
+
+
+# %% [markdown]
+# With a loss of your own it is another number, and the tables know that one, too. For $(\Delta - \frac1{2\beta})^2$, the loss of IPO, it is $1/4\beta^2$ where $\Delta = 0$; with $\beta = 0.5$ that is 1. ([Other losses](other_losses.ipynb) trains with it.)
+
+# %%
+def ipo(chosen, rejected, ref_chosen, ref_rejected, beta, pairs):
+    gain = (chosen - rejected) - (ref_chosen - ref_rejected)
+    return (gain - 1 / (2 * beta)) ** 2
+
+other_trainer = replace(trainer, config=replace(config, loss=ipo))
+starter.zero_grad()
+metrics = other_trainer.gradients(first)
+must_be = _first_look(other_trainer, metrics["loss"], first, pairs, start=None)
+assert abs(must_be - 1) < 1e-4
+dict(loss=round(metrics["loss"], 4), must_be=round(must_be, 4))
 
 
 # %% [markdown]
@@ -1813,12 +1951,18 @@ def _identity(pairs, table, config, precision, stage, schedule) -> dict:
     names = [f.name for f in fields(TrainConfig) if f.name not in COMPUTED_ALIKE]
     settings = {name: getattr(config, name) for name in names}
     return settings | dict(
+        loss=getattr(config.loss, "__qualname__", None), # of a function, the name
         precision=precision,
         pairs=pairs_hash(pairs),
         reference=table.kind["weights"],
         stage=stage,
-        schedule=list(schedule),
+        steps=list(schedule),
     )
+
+def _as_today(identity):
+    "An identity from before there were schedules: `schedule` was what `steps` is now."
+    if "steps" in identity or "schedule" not in identity: return identity
+    return identity | dict(schedule="linear", steps=identity["schedule"])
 
 def load_checkpoint(
     folder,              # of the stage
@@ -1832,7 +1976,7 @@ def load_checkpoint(
     if saved is None: return None
     path = Path(folder) / "checkpoint" / "state.pt"
     state = saved["state"]
-    old = state.get("identity") or {}
+    old = _as_today(state.get("identity") or {})
     wanted = (identity or {}).items()
     differs = [f"{name} = {old.get(name)}, not {value}" for name, value in wanted if old.get(name) != value]
     if differs:
@@ -2140,16 +2284,11 @@ assert weights_hash(finished) == weights_hash(simple)
 assert (metrics["loss"] - simple_metrics["loss"]).abs().max() < 1e-9
 summary
 
-
 # %% [markdown]
 # **The six lines.** The plain loop of the first section had no shuffling, no warm-up, no clipping and a constant rate. The stage without them must be that loop. It is: the same four losses.
 
 # %%
-def constant_rate(step, total, config): return config.lr
-
-schedule, learning_rate = learning_rate, constant_rate   # for this cell only
-summary, metrics = run(start_model(), table, shuffle=False, warmup=0, clip=1e9)
-learning_rate = schedule
+summary, metrics = run(start_model(), table, shuffle=False, schedule="constant", warmup=0, clip=1e9)
 torch.testing.assert_close(metrics["loss"].tolist(), losses, rtol=1e-4, atol=1e-5)
 pd.DataFrame({"plain loop": losses, "stage": metrics["loss"]}).round(5)
 

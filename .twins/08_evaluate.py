@@ -363,6 +363,7 @@ def held_out(
     before: LogprobTable, # of the model that it is compared with
     pairs,                # n tokenized pairs; both tables have a row for each
     beta: float,          # of the DPO loss, above 0
+    tokens: Tensor=None,  # (n, 2) of the chosen and of the rejected responses; None: nothing per token
 ) -> dict:                # name -> (mean, low, high)
     """What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals.
     A loss cannot be negative, and neither can the lower end of its interval."""
@@ -375,9 +376,15 @@ def held_out(
         p = right.mean().item()
         return p, *wilson(p, len(right))
 
+    per_token = {}
+    if tokens is not None:
+        chosen_tokens, rejected_tokens = tokens.to(g).T
+        per_token["gamma per token"] = mean_interval(chosen / chosen_tokens - rejected / rejected_tokens)
+
     return {
         "gamma": mean_interval(g),
         "prefers chosen": share(reward_accuracy(g)),
+        **per_token,
         "loss": (loss, max(low, 0.0), high),
         "reward accuracy": share(reward_accuracy(g, g_0)),
         "change of gamma": mean_interval(g - g_0),
@@ -408,6 +415,19 @@ by_source[["gamma", "prefers chosen"]].map(as_text)
 
 # %% [markdown]
 # On every source M agrees with more labels of pairs it has not seen than S does. The gain is largest on the hard source, `riddle`: from 0.48 to 0.73.
+#
+# A sum over many tokens is lower than one over few, whatever the texts say ([chapter 05](05_partition.ipynb) shows how far this goes). So real pairs want **gamma per token**, too: each log-probability divided by the tokens of its response. `held_out` needs their numbers for it.
+
+# %%
+riddle = held["riddle"]
+lengths = torch.tensor([[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in riddle])
+of_both = {name: held_out(table, tables["S"], riddle, 0.3, lengths) for name, table in tables.items()}
+shown = pd.DataFrame(of_both, dtype=object).T[["gamma", "gamma per token"]]
+assert shown.loc["M", "gamma per token"][0] > shown.loc["S", "gamma per token"][0]
+shown.map(as_text)
+
+# %% [markdown]
+# Here the responses of a pair are nearly always equally long, and the two columns tell the same.
 #
 # Now what has changed since S. What must stand in the rows of S, which is compared with itself?
 

@@ -683,7 +683,14 @@ assert "beta" not in FREE | HOW
 
 # %%
 #| export
-WITHOUT_ADAPTERS = dict(lora_r=0, lora_alpha=0, lora_targets="all-linear", lora_stages="merge") # older folders
+AS_BEFORE = dict( # what every run did before one could choose, for older folders
+    lora_r=0,
+    lora_alpha=0,
+    lora_targets="all-linear",
+    lora_stages="merge",
+    schedule="linear",
+    order_by="gamma",
+)
 
 def _compared(config):
     "What must agree between two calls on one folder."
@@ -696,7 +703,7 @@ def _differences(there, new) -> dict: # name -> (what it was, what it is now)
     "What differs and must not, the settings first: they say more than the hash that they changed."
     now = _compared(new)
     not_in_older_folders = ("base", "held_out_pairs", "eval_share")
-    old = {name: now.get(name) for name in not_in_older_folders} | WITHOUT_ADAPTERS | _compared(there)
+    old = {name: now.get(name) for name in not_in_older_folders} | AS_BEFORE | _compared(there)
     if there["versions"].get("transformers") != new["versions"]["transformers"]:
         old["base"] = now["base"] # another version may give a config more fields
     names = sorted(now, key=lambda name: name not in new["settings"])

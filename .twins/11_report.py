@@ -45,6 +45,7 @@ from sdpo_nb.folder import (
 )
 from sdpo_nb.logprobs import read_table, replacing, stored_dtype
 from sdpo_nb.lora import is_adapter
+from sdpo_nb.partition import wilson
 
 # %%
 import math
@@ -234,13 +235,14 @@ def held_out_table(
     found = {}
     for source, held in _held(run).items():
         pairs = [dict(key=key) for key in held["keys"]]
-        of_S = held_out(tables[0], tables[0], pairs, beta)
-        of_one_model = ("gamma", "prefers chosen") # against itself, the rest is nothing
-        found[source, "S", "S"] = {measure: of_S[measure] for measure in of_one_model}
+        tokens = _lengths(held)
+        of_S = held_out(tables[0], tables[0], pairs, beta, tokens)
+        of_one_model = ("gamma", "prefers chosen", "gamma per token") # against itself, the rest is nothing
+        found[source, "S", "S"] = {measure: of_S[measure] for measure in of_one_model if measure in of_S}
         for t, table in enumerate(tables[1:], 1):
             model = f"after stage {t}"
-            found[source, model, "S"] = held_out(table, tables[0], pairs, beta)
-            if t > 1: found[source, model, f"stage {t-1}"] = held_out(table, tables[t-1], pairs, beta)
+            found[source, model, "S"] = held_out(table, tables[0], pairs, beta, tokens)
+            if t > 1: found[source, model, f"stage {t-1}"] = held_out(table, tables[t-1], pairs, beta, tokens)
     if not found: return pd.DataFrame()
     return pd.DataFrame(found, dtype=object).T.rename_axis(["source", "model", "against"])
 
@@ -248,7 +250,15 @@ def _model_folders(run):
     "Of M_0, M_1, ...: where the tables of log-probabilities lie."
     return [run.folder / "base", *stage_folders(run.folder)]
 
-def _held(run) -> dict: # name -> keys, tokens
+def _lengths(held):
+    "Tokens of the responses of held-out pairs, (n, 2); nothing in a folder that does not say them."
+    if "lengths" not in held: return None
+    both = [held["lengths"][side] for side in ("chosen", "rejected")]
+    if any(len(side) != len(held["keys"]) for side in both):
+        raise ValueError("held_out.json: it needs the lengths of both responses of every pair")
+    return torch.tensor(both).T
+
+def _held(run) -> dict: # name -> keys, tokens, lengths
     path = run.folder / "held_out.json"
     return read_part(path) if path.exists() else {}
 
@@ -273,6 +283,7 @@ _in_words(held.xs("S", level="against")[["gamma", "prefers chosen", "change of g
 # | prefers chosen | on which share of the pairs is the chosen response the likelier one? | higher than in the row of S | lower than in the row of S |
 # | log-ratio of chosen, of rejected | which of the two moved? | rejected falls, chosen falls less | chosen falls by several nats a token: the model leaves the language of its data |
 # | gamma | the same as change of gamma, but of one model alone | not to be judged alone | |
+# | gamma per token | gamma with each log-probability divided by its tokens | rises where gamma rises | gamma rises and this one falls: it was learned which response is shorter |
 #
 # Two kinds of intervals stand here. Shares have Wilson's interval, means Student's, [chapter 05](05_partition.ipynb) explains both. *Change of gamma* is *paired*: the difference is taken pair by pair, so it does not matter that some pairs are easy and some are hard. That is why the intervals of *gamma* of S and after
 # stage 2 overlap on `primer`, [0.44, 2.95] and [2.40, 5.30], and the change between them is still clear: [1.26, 3.06].
@@ -434,19 +445,29 @@ Markdown(_data_text(run)[1])
 def undecided(
     measures: pd.DataFrame, # of a partition, in the order of training; indexed by source
     order: str="easy_to_hard", # or hard_to_easy
+    order_by: str="gamma",     # or gamma_per_token
 ) -> list[str]:
     "What the order of the sources does not say."
+    per_token = order_by == "gamma_per_token"
+
+    def ends(row): # of the interval of what the sources are ordered by
+        return wilson(row["accuracy_per_token"], row["n"]) if per_token else (row["low"], row["high"])
+
     rows, out = list(measures.iterrows()), []
     for (a, x), (b, y) in zip(rows, rows[1:]):
-        overlap = x["low"] <= y["high"] and y["low"] <= x["high"]
+        (low_a, high_a), (low_b, high_b) = ends(x), ends(y)
+        overlap = low_a <= high_b and low_b <= high_a
         if not overlap: continue
         out.append(f"The intervals of {a} and {b} overlap: "
                    "which of them comes first is not decided by these pairs.")
     hard_first = order == "hard_to_easy"
-    by_token = measures.sort_values("accuracy_per_token", ascending=hard_first, kind="stable").index.tolist()
-    if by_token != measures.index.tolist():
-        other = ", ".join(map(str, by_token))
-        out.append(f"By the mean log-probability of a token, not the sum, the order would be {other}.")
+    other = "accuracy" if per_token else "accuracy_per_token"
+    by_other = measures.sort_values(other, ascending=hard_first, kind="stable").index.tolist()
+    if by_other != measures.index.tolist():
+        which = ["the mean log-probability of a token", "the sum"]
+        one, not_one = reversed(which) if per_token else which
+        names = ", ".join(map(str, by_other))
+        out.append(f"By {one}, not {not_one}, the order would be {names}.")
     return out
 
 
@@ -466,10 +487,13 @@ def _partition_text(run):
     config = run.config
     if not config["sources"]: return []
     measures, order = run.partition(), config["settings"]["order"]
+    order_by = config["settings"].get("order_by", "gamma")
     ordered = order in ("easy_to_hard", "hard_to_easy")
-    words = [escaped(sentence) for sentence in undecided(measures, order)] if ordered else []
+    words = [escaped(sentence) for sentence in undecided(measures, order, order_by)] if ordered else []
+    if ordered and order_by == "gamma_per_token": words.insert(0, BY_TOKEN)
     return ["## Partition under S", as_markdown(measures), *words, "![](figures/partition.png)"]
 
+BY_TOKEN = "Ordered by *accuracy_per_token*, the diamonds of the figure (`order_by = gamma_per_token`)."
 
 # %%
 assert len(_partition_text(run)) == 3
@@ -732,6 +756,16 @@ STAGES_TEXT = (
     "All of it is measured on pairs that were trained on: a check of the training, not of its success."
 )
 
+def _own_loss(run) -> str|None: # its name
+    return run.config["settings"].get("loss")
+
+def _loss_text(run):
+    "One sentence, where the run was not trained with the DPO loss."
+    name = _own_loss(run)
+    if not name: return []
+    return [f"Trained with a loss of its own, the function `{name}`: *first loss* and the figure of losses are its values. "
+            "Every other loss on this page, and what it certifies, is the DPO loss at the beta of the settings."]
+
 def _in_stages(run):
     T = len(run.stages)
     return f"{T} {'stage' if T == 1 else 'stages'}"
@@ -749,6 +783,7 @@ def _report_text(run):
     text = [
         f"# Stepwise DPO of {escaped(run.config['model'])} in {_in_stages(run)}",
         f"{_where_text(run)} {INTERVALS_TEXT}",
+        *_loss_text(run),
         *_held_out_text(run),
         *_answers_text(run),
         *_data_text(run),
@@ -782,7 +817,7 @@ def _drawn(run):
     metrics = run.metrics
     drawn = dict(
         change=plot_change(plain(gamma_table(run), "chunk")),
-        loss=plot_loss(metrics),
+        loss=plot_loss(metrics, _own_loss(run)),
         drift=plot_drift(metrics),
     )
     if run.config["sources"]: # chunks that a function makes have no partition
@@ -905,6 +940,7 @@ def model_card(
     text = [
         f"# {escaped(Path(config['model']).name)}, aligned by stepwise DPO",
         _method_text(run),
+        *_loss_text(run),
         *_held_out_text(run),
         "## Stages", as_markdown(run.table()), "![](figures/change.png)",
         *_data_text(run),

@@ -40,7 +40,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from sdpo_nb.logprobs import load_model, load_tokenizer, pair_tokens, weights_hash
-from sdpo_nb.partition import ORDERS
+from sdpo_nb.partition import ORDER_BY, ORDERS
 from sdpo_nb.preferences import Source, hold_out, load_pairs, prompt_limit, tokenize_pairs
 from sdpo_nb.trainer import TrainConfig, setting
 
@@ -60,7 +60,7 @@ tok = load_tokenizer(w.base)
 #
 # A run has the settings of [one stage](06_trainer.ipynb), and a few of its own. Four of these are the switches that the paper's experiments turn:
 #
-# - `order`: which source comes first;
+# - `order`: which source comes first, and `order_by`: whether *easy* is measured [by sums over tokens or by means](05_partition.ipynb);
 # - `init_target`: where the policy of a stage starts, at $M_{t-1}$ or at S again;
 # - `reference`: which model is the reference, one that moves up, or a fixed one;
 # - `restart`: whether the optimizer and its schedule start anew in each stage.
@@ -77,6 +77,10 @@ class StepwiseConfig(TrainConfig):
         "peak learning rate of AdamW; none: 5e-7, and 5e-6 with adapters (lora_r)",
         0, 1e3, open_low=True)
     order: str = setting("easy_to_hard", "which source comes first", choices=ORDERS)
+    order_by: str = setting(
+        "gamma",
+        "what is easy: gamma sums over tokens, gamma_per_token takes the mean",
+        choices=tuple(ORDER_BY))
     chunks: object = setting(
         None,
         "number of stages T; none: one per source. In Python also lists of source names, "
@@ -252,6 +256,8 @@ CALLED = dict( # elsewhere
     r="lora_r",
     rank="lora_r",
     target_modules="lora_targets",
+    lr_scheduler_type="schedule",
+    loss_type="loss",
     max_seq_length="max_length",
     save_steps="save_every",
 )
@@ -300,7 +306,7 @@ make_config(dict(lr="1e-5")).lr
 # %% [markdown]
 # ## Sources
 #
-# A *source* is a named set of preference pairs. It may come as a path, a hub id, rows in memory, or a dict with the arguments of `load_pairs`, where columns need other names or a split is wanted.
+# A *source* is a named set of preference pairs. It may come as a path, a hub id, rows in memory, or a dict with the arguments of `load_pairs`, where columns need other names or a split is wanted. With `max_pairs` in its dict, a source gives its first rows only; each source has a number of its own.
 
 # %%
 #| export
@@ -345,8 +351,10 @@ def _check_spec(name, spec):
 
 # %%
 pairs = dict(source=w.sources["riddle"], max_pairs=100)
-few, = load_sources(dict(riddle=pairs), tok, StepwiseConfig())
-print(few.name, len(few))
+asked = dict(riddle=pairs, primer=dict(source=w.sources["primer"], max_pairs=20), digest=w.sources["digest"])
+read = load_sources(asked, tok, StepwiseConfig())
+assert [len(s) for s in read[:2]] == [100, 20]
+print({s.name: len(s) for s in read})
 print(complaint(load_sources, dict(riddle=pairs | dict(max_pairs=0)), tok, StepwiseConfig()))
 
 

@@ -111,7 +111,8 @@ def _add_settings(parser):
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = f.type if f.type in (int, float, str) else int # chunks can only be a number here
+            here = dict(chunks=int, loss=str) # chunks can only be a number here; a loss is refused, with the reason
+            how["type"] = here.get(f.name, f.type)
             how["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 

@@ -71,8 +71,8 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 #          --columns question=prompt --lr 5e-6 --eval-share 0.05 --folder runs/first
 # ```
 #
-# Files, folders or hub ids; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: the result is the same, bit for bit. How, with which settings, and what fits on which card:
-# [your model, your pairs](your_model.ipynb).
+# Files, folders or hub ids, each with a `max_pairs` of its own where you want one; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: the result is the same, bit for bit. How, with which settings, and what fits on which card:
+# [your model, your pairs](your_model.ipynb). Another loss than that of DPO is a function of a few lines: [other losses](other_losses.ipynb).
 #
 # ## Does it help?
 #

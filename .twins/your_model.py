@@ -23,7 +23,7 @@
 #     model="HuggingFaceTB/SmolLM2-135M-Instruct",
 #     sources={
 #         "orca": dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}),
-#         "uf": "trl-lib/ultrafeedback_binarized",
+#         "uf": dict(source="trl-lib/ultrafeedback_binarized", max_pairs=5000),  # its first 5,000 rows
 #     },
 #     config=StepwiseConfig(beta=0.1, lr=5e-6, eval_share=0.05),
 #     folder="runs/first",
@@ -40,18 +40,20 @@
 #
 # **Held-out pairs.** `eval_share=0.05` keeps the pairs of a twentieth of the prompts aside. Every stage is measured on them, and they lead the report. Without them you only know that the model learned its training pairs.
 #
+# **Another loss** than that of DPO is a function in Python, `StepwiseConfig(loss=...)`: [other losses](other_losses.ipynb) has IPO, a term that keeps chosen responses likely, and DPO by the token.
+#
 # **Following a run.** `--log-with tensorboard` (or `wandb`, `trackio`) tells a tracker of every step. `metrics.jsonl` in each stage's folder has the same numbers.
 #
 # ## A run as one file
 #
-# The same run can stand in one YAML file, where each source may have a split and columns of its own:
+# The same run can stand in one YAML file, where each source may have a split, columns and a `max_pairs` of its own (its first so many rows; `--max-pairs` on the command line is for all sources alike):
 #
 # ```yaml
 # model: HuggingFaceTB/SmolLM2-135M-Instruct
 # folder: runs/first
 # sources:
 #   orca: {source: Intel/orca_dpo_pairs, columns: {question: prompt}, max_pairs: 2000}
-#   uf: {source: trl-lib/ultrafeedback_binarized, split: train}
+#   uf: {source: trl-lib/ultrafeedback_binarized, split: train, max_pairs: 5000}
 # lr: 5.0e-6
 # eval_share: 0.05
 # ```

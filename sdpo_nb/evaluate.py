@@ -131,6 +131,7 @@ def held_out(
     before: LogprobTable, # of the model that it is compared with
     pairs,                # n tokenized pairs; both tables have a row for each
     beta: float,          # of the DPO loss, above 0
+    tokens: Tensor=None,  # (n, 2) of the chosen and of the rejected responses; None: nothing per token
 ) -> dict:                # name -> (mean, low, high)
     """What a model says about pairs, and what changed against another model, pair by pair; 95 % intervals.
     A loss cannot be negative, and neither can the lower end of its interval."""
@@ -143,9 +144,15 @@ def held_out(
         p = right.mean().item()
         return p, *wilson(p, len(right))
 
+    per_token = {}
+    if tokens is not None:
+        chosen_tokens, rejected_tokens = tokens.to(g).T
+        per_token["gamma per token"] = mean_interval(chosen / chosen_tokens - rejected / rejected_tokens)
+
     return {
         "gamma": mean_interval(g),
         "prefers chosen": share(reward_accuracy(g)),
+        **per_token,
         "loss": (loss, max(low, 0.0), high),
         "reward accuracy": share(reward_accuracy(g, g_0)),
         "change of gamma": mean_interval(g - g_0),

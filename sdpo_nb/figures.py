@@ -80,6 +80,7 @@ def _label_lines(ax, heights, names, colors):
 # %% ../nbs/07_figures.ipynb #2d8a1b45
 def plot_loss(
     metrics: pd.DataFrame, # stage, loss; one row per optimizer step
+    name: str=None,        # of another loss than DPO's, which need not start at ln 2
 ) -> plt.Figure:
     "Loss of each optimizer step, stages side by side; ln 2 is where a stage starts when policy = reference."
     steps, window = _whole_run(metrics)
@@ -89,10 +90,10 @@ def plot_loss(
         smooth = rows["loss"].rolling(window, min_periods=1, center=True).median()
         ax.plot(rows.index, rows["loss"], color=color, lw=0.8, alpha=0.5)
         ax.plot(rows.index, smooth, color=color, lw=2.2)
-    ax.axhline(math.log(2), color="black", lw=1, ls=":")
-    ax.set(ylabel="DPO loss (nats)\n←  better, within a stage")
+    ax.set(ylabel=f"{name or 'DPO loss (nats)'}\n←  better, within a stage")
+    if name is None: ax.axhline(math.log(2), color="black", lw=1, ls=":")
     _step_axis(ax, steps)
-    _label_lines(ax, [math.log(2)], ["ln 2"], ["black"])
+    if name is None: _label_lines(ax, [math.log(2)], ["ln 2"], ["black"])
     return fig
 
 # %% ../nbs/07_figures.ipynb #c4bc0e5e

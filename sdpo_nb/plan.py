@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from .logprobs import load_model, load_tokenizer, pair_tokens, weights_hash
-from .partition import ORDERS
+from .partition import ORDER_BY, ORDERS
 from .preferences import Source, hold_out, load_pairs, prompt_limit, tokenize_pairs
 from .trainer import TrainConfig, setting
 
@@ -31,6 +31,10 @@ class StepwiseConfig(TrainConfig):
         "peak learning rate of AdamW; none: 5e-7, and 5e-6 with adapters (lora_r)",
         0, 1e3, open_low=True)
     order: str = setting("easy_to_hard", "which source comes first", choices=ORDERS)
+    order_by: str = setting(
+        "gamma",
+        "what is easy: gamma sums over tokens, gamma_per_token takes the mean",
+        choices=tuple(ORDER_BY))
     chunks: object = setting(
         None,
         "number of stages T; none: one per source. In Python also lists of source names, "
@@ -172,6 +176,8 @@ CALLED = dict( # elsewhere
     r="lora_r",
     rank="lora_r",
     target_modules="lora_targets",
+    lr_scheduler_type="schedule",
+    loss_type="loss",
     max_seq_length="max_length",
     save_steps="save_every",
 )

@@ -175,11 +175,11 @@ def _partitioned(loaded, policy, ctx):
 def partition_of(
     loaded, # sources that are trained on
     table,  # what S said about their pairs
-    config: StepwiseConfig, # its order, chunks and seed count
+    config: StepwiseConfig, # its order, order_by, chunks and seed count
 ):
     "The partition that a run's settings ask for."
     T = config.chunks if isinstance(config.chunks, int) else None
-    return partition(loaded, table, config.order, T, config.seed)
+    return partition(loaded, table, config.order, T, config.seed, order_by=config.order_by)
 
 def _decide(loaded, table, config):
     "What partition.json holds."
@@ -346,14 +346,15 @@ def _first_pass(loaded, policy, ctx):
     ctx.score_all(0, policy, [])
     path = ctx.folder / "held_out.json"
     if ctx.held and not path.exists():
-        held = {s.name: dict(keys=s.pairs["key"][:], tokens=_mean_tokens(s.pairs)) for s in ctx.held}
-        write_json(path, held)
+        write_json(path, {s.name: _described(s.pairs) for s in ctx.held})
     if ctx.talks and chunks: print(_plan_line(chunks, ctx))
     return chunks
 
-def _mean_tokens(pairs):
-    "Mean length of the responses."
-    return {side: sum(map(len, pairs[f"{side}_ids"])) / len(pairs) for side in ("chosen", "rejected")}
+def _described(pairs):
+    "Held-out pairs as held_out.json has them: their keys, the tokens of their responses, and the means of these."
+    lengths = {side: list(map(len, pairs[f"{side}_ids"])) for side in ("chosen", "rejected")}
+    means = {side: sum(tokens) / len(pairs) for side, tokens in lengths.items()}
+    return dict(keys=pairs["key"][:], tokens=means, lengths=lengths)
 
 # %% ../nbs/13_stages.ipynb #19605c05
 def prepare_run(
