@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The command line
-# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
+# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push`, `sdpo eval`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/18_cli.ipynb)
 #
@@ -13,6 +13,7 @@
 # | `sdpo run` | the same, and then one DPO stage per chunk; the same command goes on where it stopped |
 # | `sdpo report` | writes the report of a run again |
 # | `sdpo push` | uploads the last model with a card, or writes both into a folder |
+# | `sdpo eval` | asks public benchmarks of S and every $M_t$ of a run, or of any models |
 # | `sdpo pack` | makes one small file of a run, without its weights, to hand in |
 # | `sdpo verify` | checks that what a run says follows from what its folder, or such a file, holds |
 # | `sdpo demo` | the [tiny world](demo.ipynb), from partition to true reward |
@@ -371,6 +372,45 @@ print(text.replace(str(tmp), "."))
 
 
 # %% [markdown]
+# `sdpo eval` calls [chapter 15](15_benchmarks.ipynb). It takes a run, or any models, and local files or the hub. What was asked is kept, so the same command goes on where it stopped.
+
+# %%
+#| export
+def _eval(args):
+    from sdpo_nb.benchmarks import evaluate_folders, evaluate_run
+    from sdpo_nb.evaluate import as_text
+    from sdpo_nb.report import as_markdown
+    how = dict(tasks=args.tasks, limit=args.limit, data=args.data)
+    if bool(args.run) == bool(args.models):
+        raise ValueError("eval: give the folder of a run, or --models A B; one of them")
+    if args.run: where, found = Path(args.run) / "eval", evaluate_run(args.run, **how)
+    else: where, found = Path(args.out), evaluate_folders(_places(args.models, "--models"), args.out, **how)
+    print(f"Points, and their standard errors\n\n{as_markdown(_with_errors(found.table()))}\n")
+    differences = found.differences()
+    if len(differences):
+        differences.index = [f"{model} against {against}" for model, against in differences.index]
+        shown = differences.map(lambda cell: as_text(cell, "+.2f"))
+        print(f"Differences on the same questions, with 95 % intervals\n\n{as_markdown(shown)}\n")
+    print(f"kept in {where}")
+
+def _with_errors(table):
+    "Points and standard error in one cell."
+    names = dict.fromkeys(name for name, _ in table.columns)
+    def cell(row, name): return f"{row[name, 'points']:.2f} ({row[name, 'standard error']:.2f})"
+    rows = [{name: cell(row, name) for name in names} for _, row in table.iterrows()]
+    return table.__class__(rows, index=table.index)
+
+
+# %% [markdown]
+# Without a run and without models there is nothing to ask:
+
+# %%
+status, text = sdpo_says("eval")
+assert status == 2
+print(text)
+
+
+# %% [markdown]
 # Two commands are for handing a run in, and for whoever gets it: `sdpo pack` and `sdpo verify`, which call [chapter 17](17_verify.ipynb). The second must be of use in a script that grades fifty runs. So its exit status is 1 if anything differs, and 0 if nothing does; what could not be checked is counted, and is no fault.
 
 # %%
@@ -454,6 +494,7 @@ def _parser(argv):
         if argv[:1] == [name]: _add_settings(command)
     sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
     _add_push(sub)
+    _add_eval(sub)
     _add_hand_in(sub)
     demo = sub.add_parser("demo", help="the tiny world, from partition to true reward, in a minute or two")
     demo.add_argument("--folder", default="runs/demo")
@@ -487,6 +528,20 @@ def _add_push(sub):
                        help="repository on the hub; made, and private, if it is not there")
     where.add_argument("--export", metavar="FOLDER", help="only write there what would be uploaded")
     push.add_argument("--public", action="store_true", help="make a new repository public")
+
+def _add_eval(sub):
+    short = "ask public benchmarks of the models of a run, or of any models"
+    about = f"{short.capitalize()}. The same command goes on where it stopped. Needs lm_eval."
+    command = sub.add_parser("eval", help=short, description=about)
+    add = command.add_argument
+    add("run", nargs="?", help="folder of a run; S and every M_t are asked, and scores are kept in its folder eval")
+    add("--models", nargs="+", default=[], metavar="[NAME=]MODEL",
+        help="folders or hub ids; the others are compared with the first")
+    add("--tasks", nargs="+", default=["h4"], metavar="TASK",
+        help="h4, arc_challenge, hellaswag, mmlu, truthfulqa_mc2, eq_bench (default: h4)")
+    add("--limit", type=int, metavar="N", help="only the first N questions of each task (of each subject of MMLU)")
+    add("--data", metavar="FOLDER", help="local files of the benchmarks; default: from the hub")
+    add("--out", default="runs/eval", metavar="FOLDER", help="with --models: where scores are kept (default: runs/eval)")
 
 def _add_hand_in(sub):
     "To pack a run, and to check one."
@@ -531,6 +586,7 @@ def main(
         data=_data,
         report=_report,
         push=_push,
+        eval=_eval,
         pack=_pack,
         verify=_verify,
         demo=_demo,
@@ -611,7 +667,7 @@ import shutil; shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# Eight commands, and no setting that the library does not have.
+# Nine commands, and no setting that the library does not have.
 #
 # ## Questions to test yourself
 #

@@ -155,6 +155,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [12 plan](12_plan.ipynb) | what is asked of a run: settings, sources, chunks, checked before anything is computed |
 # | [13 stages](13_stages.ipynb) | one stage: ask the reference, train, measure, save |
 # | [14 stepwise](14_stepwise.ipynb) | stepwise DPO: the loop over stages, and what it does |
+# | [15 benchmarks](15_benchmarks.ipynb) | what a benchmark asks of a model, how sure its answer is, and what is computed twice |
 # | [17 verify](17_verify.ipynb) | what somebody else can check of a run |
 # | [18 cli](18_cli.ipynb) | the command line |
 # | [20 checks](20_checks.ipynb) | exercises, and checks that name the mistake |
