@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/21_course.ipynb)
 #
-# **You should know** what [a check](20_checks.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and three quarters to read with all its code, a minute to run. If you only want to
+# **You should know** what [a check](19_mistakes.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and three quarters to read with all its code, a minute to run. If you only want to
 # use the assignments, read the last section, "How a teacher uses it", and nothing else.
 #
 # An assignment exists three times: as the students see it, with the solutions, and as something that gives points. When these are three files, they drift apart: a question is reworded in one
@@ -70,6 +70,8 @@ def show(nb):
 
 
 # %% [markdown]
+# (`nbformat` could do this, too. But a notebook that a grader reads may be broken in ways that a library refuses to open, so we stay with the JSON.)
+#
 # Our master asks two questions about the [DPO loss](03_loss.ipynb): one to program, one to answer in words. The last cell counts the points. Five marks say which part is what. Can you find them?
 
 # %%
@@ -115,6 +117,8 @@ master = notebook(
 # - `#| teacher`: the whole cell is for the teacher, and vanishes.
 # - `<!-- badge -->`: here comes the button that opens the notebook in Colab.
 #
+# Why these marks, and not the metadata of cells, where other tools put them? A mark that is text is seen in every editor, survives every tool that cleans notebooks, and can be searched for. And the notebook runs as it stands, because each of them is a comment. So a master is tested like any chapter of this book.
+#
 # One line more is not a mark, but is changed for the students: `report(globals())`, at the end, gets the list of all questions. So it counts "of 7 points" also if a student has not run the cell of a check.
 #
 # A check raises an error where it objects. In a notebook this would stop *Run all* at the first question that is not answered yet. So the cell asks with `try_check`, which prints the sentence and goes on.
@@ -130,6 +134,9 @@ def try_check(
     except AssertionError as e: print(e)
 
 
+# %% [markdown]
+# It catches `AssertionError` and nothing else. A check that stops with another error is a mistake of ours, and should be seen.
+
 # %%
 from sdpo_nb.checks import check_dpo_loss
 
@@ -139,7 +146,7 @@ try_check(check_dpo_loss, nothing_yet)
 
 
 # %% [markdown]
-# Now, the questions of a master:
+# Now, the questions of a master. They are read from the marks, in the order of the notebook, and become plain data: a name, points, a check, and the name of what it checks.
 
 # %%
 #| export
@@ -182,6 +189,9 @@ def questions(
 # %%
 for q in questions(master): print(q)
 
+# %% [markdown]
+# Two questions of one name would share a column in the table of grades, and one of them would get the points of both. That is easily done by copying a cell, so it is an error:
+
 # %%
 twice = notebook(code(check_cell), code(check_cell))
 print(complaint(questions, twice))
@@ -221,10 +231,16 @@ def split_solution(
     return given, hidden
 
 
+# %% [markdown]
+# It returns both parts. The first is for the student; the second, which nobody should see, is what we will look for later. The cell with the loss, as it will be handed out:
+
 # %%
 given, hidden = split_solution(loss_cell)
 assert len(hidden) == 2
 print("\n".join(given))
+
+# %% [markdown]
+# What stays is Python that runs: `...` is a statement, so a function without a solution can be defined, and returns nothing. That is what lets a student press *Run all* before the first line is written. A replacement within a line, and a mark that has lost its partner:
 
 # %%
 given, hidden = split_solution("    first_loss=math.log(2), ### SOLUTION first_loss=...,")
@@ -235,7 +251,7 @@ cut_off = loss_cell.replace("    ### END SOLUTION", "")
 print(complaint(split_solution, cut_off))
 
 # %% [markdown]
-# Now the whole notebook: solutions out, teacher's cells out, outputs out. An output may tell a solution, too.
+# Now the whole notebook: solutions out, teacher's cells out, outputs out. An output may tell a solution, too: the value of `first_loss` under a cell is the answer to the question above it. The metadata stay, so that Colab opens the notebook with the same kernel.
 
 # %%
 #| export
@@ -272,6 +288,9 @@ def student_version(
     return out
 
 
+# %% [markdown]
+# Look at three places: the badge in cell 0, the `...` in cell 2, and the list of questions in the last cell. The cell of the teacher is gone.
+
 # %%
 handed_out = student_version(master, "https://colab.research.google.com/...")
 assert len(handed_out["cells"]) == len(master["cells"]) - 1
@@ -299,6 +318,9 @@ def leaks(
     return [line.strip() for line in hidden if len(_bare(line)) >= TELLING and _bare(line) in seen]
 
 
+# %% [markdown]
+# `TELLING` is a compromise. At 15, a line like `n = len(pairs)` is not looked for, because many notebooks contain it; `return ref - bound / beta` is. A lower number would report lines that give nothing away, and a teacher who is warned for nothing stops reading warnings.
+
 # %%
 assert leaks(master, handed_out) == []
 
@@ -315,7 +337,7 @@ leaks(careless, student_version(careless))
 # It found the line in `draft`, where only the blanks differ. It did not find the first cell: with other names it is another line. So the test guards against a forgotten mark, not against a teacher who explains
 # too much.
 #
-# `build` does this for a folder of masters, and writes nothing if one of them leaks.
+# `build` does this for a folder of masters, and writes nothing if one of them leaks. First, reading a notebook. Much of what is called `.ipynb` is none: a file that was cut off, a web page that was saved under this name, an empty upload. The message says which file, and what is missing.
 
 # %%
 #| export
@@ -336,6 +358,17 @@ def read_notebook(
             raise ValueError(f"{path}: is no notebook (a cell has no text)")
     return found
 
+
+# %%
+(tmp / "letter.ipynb").write_text('{"dear": "teacher"}')
+print(complaint(read_notebook, tmp / "letter.ipynb").replace(str(tmp), ""))
+
+
+# %% [markdown]
+# Now the folder. Three decisions are in it. Everything is made in memory and written at the end, so a leak in the fourth master leaves no three new files beside an old one. The keys are sorted, so that `git diff` shows what changed, and a test can compare the files byte for byte with what `build` makes. And the badge is a link to the place of the notebook in the repository, so the folder must be inside.
+
+# %%
+#| export
 def _notebooks_of(folder):
     "The notebooks of a folder. Raises ValueError where there are none."
     if not folder.is_dir(): raise ValueError(f"{folder}: there is no such folder")
@@ -389,11 +422,14 @@ save(master, tmp / "masters/a0.ipynb")
 assert read_notebook(written)["cells"][2] == dict(handed_out["cells"][2])
 
 # %% [markdown]
-# The badge is a link to the place of the notebook in the repository. A folder elsewhere has no such link. So it is refused, unless you want no badge:
+# A folder outside of the repository has no such link. So it is refused, unless you want no badge:
 
 # %%
 told = complaint(build, tmp / "masters", tmp / "students")
 print(told.replace(str(tmp), "").replace(str(Path.cwd()), "the repository"))
+
+# %% [markdown]
+# And the master that leaks. The message holds the line itself, because that is what the teacher will search for:
 
 # %%
 save(careless, tmp / "careless/a0.ipynb")
@@ -406,12 +442,14 @@ assert not (tmp / "nowhere").exists()
 # A submission is whatever a student has left in the notebook: experiments, prints, a training loop that takes an hour, a cell that was never finished. To run all this again is slow, and one broken cell at
 # the top costs all points below it. But what a question asks for is a *function*. So the grader reads a submission and keeps only what defines something: functions, classes, constants,
 # and some imports. The rest is never run.
+#
+# A constant is kept, since a function may use it. But `model = train(...)` is an assignment, too, and takes an hour. How can one tell, without running it? By its form: numbers, words, containers, arithmetic, and calls of a handful of harmless functions. Everything else on the right of `=` is left out. (A `lambda` is a function, and is kept.)
 
 # %%
 #| export
 IMPORTS = (
     "torch", "math", "random", "numpy", "itertools", "dataclasses", "collections", "functools",
-    "sdpo_nb.world", "sdpo_nb.checks",
+    "sdpo_nb.world", "sdpo_nb.mistakes", "sdpo_nb.checks",
 )
 _CALLS = {"dict", "float", "int", "list", "tuple", "set", "round", "abs", "min", "max", "sum", "len", "range"}
 _PLAIN = (
@@ -436,7 +474,7 @@ for line in ("0.1", "{'first': -math.log(0.5)}", "train(model)", "model.forward"
 
 
 # %% [markdown]
-# An import runs code, too. It is kept if it is on the list above, or if the master has the very same one: then the student was given it.
+# An import runs code, too. It is kept if it is on the list above, or if the master has the very same one: then the student was given it. The rest of `sdpo_nb` is not on the list: it holds the solutions. The check would refuse them in any case; but without the import the function is "not defined", and the remark below says why.
 
 # %%
 #| export
@@ -472,6 +510,8 @@ def _is_named(target):
 
 
 # %% [markdown]
+# Each statement of a notebook is now kept or dropped by its form alone. `ast` gives the statements, and writes them as text again, so comments and odd spacing are gone on the way.
+#
 # Cells are parsed one by one. Lines that are magic to Jupyter (`%pip`, `!ls`) are no Python, and are dropped. If a cell still cannot be parsed, it is skipped, and the report names it.
 
 # %%
@@ -544,6 +584,9 @@ messy = answered(
 kept, remarks = definitions(messy, given_imports(master))
 print("\n".join(kept))
 
+# %% [markdown]
+# What was left out silently is what defines nothing. What was left out and *may matter* is a remark: it goes to the student and to the teacher.
+
 # %%
 assert not any("range" in part or "print" in part or "raise" in part for part in kept)
 remarks
@@ -556,7 +599,7 @@ remarks
 #
 # A function of a student may run for ever, fill the memory, or end Python. So each question is answered in a process of its own, with a time limit. If `q1` never ends, this costs `q1` and nothing else.
 #
-# What happens in that process? The definitions are executed, then the check is called with the student's function.
+# What happens in that process? The definitions are executed, then the check is called with the student's function. A definition is executed alone, so that one which stops does not take the others along; what went wrong first is remembered, for it often explains why a name is missing.
 
 # %%
 #| export
@@ -622,6 +665,9 @@ def was_patched(
     return False
 
 
+# %% [markdown]
+# A thing and its code are both compared: `torch.allclose = mine` puts another thing under the name, and `check.__code__ = ...` changes the thing itself. What was *added* does not count, because modules load some of their parts when they are first used.
+
 # %%
 isclose, before = math.isclose, functions_of_modules()
 math.isclose = lambda *a, **k: True         # all numbers are equal now
@@ -631,7 +677,7 @@ was_patched(before)
 
 
 # %% [markdown]
-# Definitions, check, guards: that is all of it.
+# Definitions, check, guards: that is all of it. The order matters. The functions are noted *before* a line of the student's is executed, and both guards come *after* a pass, because only a pass is worth something.
 
 # %%
 #| export
@@ -679,7 +725,9 @@ math.isclose = isclose
 # `honest` passes. `wrong` is told at which number it fails. `sly` empties the list of numbers that the check tries, while it is being checked; it is refused by the canary. `slier` makes all numbers equal, which would help it in the next question; it is refused by the comparison. This catches a trick, not every trick: a student's code runs in
 # the same process as the check. If you grade people whom you do not trust, grade them in a container.
 #
-# Now the process around it. Starting Python and importing torch takes seconds, so it is done once: a *server* imports the checks, and for each question it makes a copy of itself (`os.fork`). The copy answers and ends.
+# Now the process around it. Starting Python and importing torch takes seconds, so it is done once: a *server* imports the checks, and for each question it makes a copy of itself (`os.fork`). The copy answers and ends, and whatever the student's function has done to it ends with it. The next copy is as fresh as the first.
+#
+# A teacher may have checks of their own, in a file that is not public:
 
 # %%
 #| export
@@ -705,6 +753,11 @@ def check_double(f, seed=None):
 public, private = load_checks(tmp / "mine.py")
 for value in (7, 8): print(_passes(private.check_double, lambda x: value))
 
+
+# %% [markdown]
+# A private check has the signature of the others: it takes what the student wrote and a seed, raises an `AssertionError` with a sentence, and returns the seed.
+#
+# The server speaks a small language. It says which checks it knows; then each line that it reads is a job, and the line that it writes says that the job is over. The answer itself goes through a file, because a student's `print` would end up among the answers: so the copy closes its output first.
 
 # %%
 #| export
@@ -735,7 +788,36 @@ def _serve(extra="", ready=()):
 
 
 # %% [markdown]
-# `dump_traceback_later` is the time limit. It is a thread of its own, written in C: it ends the process even if Python is stuck in an endless loop. `asking` starts the server, and gives a function that asks it.
+# `dump_traceback_later` is the time limit. It is a thread of its own, written in C: it ends the process even if Python is stuck in an endless loop. Where there is no `fork`, as on Windows, the server answers one question and ends; the next one starts another server, which is slower and gives the same grades.
+#
+# This is how a server is started, and what it says first:
+
+# %%
+#| export
+def _start(extra, ready):
+    "A server with one thread, which does not load anything from the internet."
+    calm = dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
+    command = [sys.executable, "-m", "sdpo_nb.course", "serve", extra, *ready]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | calm)
+
+def _hello(server):
+    "The checks that a new server knows."
+    line = server.stdout.readline()
+    if not line: raise ValueError("the checks could not be loaded; what Python said stands above")
+    return json.loads(line)
+
+
+# %%
+server = _start("", ())
+known = _hello(server)
+server.kill()
+server.communicate()
+print(len(known), "checks, from", known[0], "to", known[-1])
+
+
+# %% [markdown]
+# `asking` keeps such a server, and gives a function that asks it. It has to expect the worst. A submission may kill not only its own copy but the server as well: then no line comes back, this question has no answer, and the next one wakes a new server. A server that is woken only when there is a question also costs nothing where there is none.
 
 # %%
 #| export
@@ -780,18 +862,6 @@ def asking(
             if alive(): server[-1].kill()
             for started in server: started.communicate()
 
-def _start(extra, ready):
-    "A server with one thread, which does not load anything from the internet."
-    calm = dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
-    command = [sys.executable, "-m", "sdpo_nb.course", "serve", extra, *ready]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | calm)
-
-def _hello(server):
-    "The checks that a new server knows."
-    line = server.stdout.readline()
-    if not line: raise ValueError("the checks could not be loaded; what Python said stands above")
-    return json.loads(line)
 
 
 # %% [markdown]
@@ -814,8 +884,40 @@ with asking(limit=5, seed=1) as ask:
 # %% [markdown]
 # ## A whole course
 #
-# `grade_one` asks all questions of one submission. What a student wrote for a question that a person marks is collected on the way, so that the person can read it in one place. Students write below the cell instead of in it, or delete its first line with the mark. So we look
-# for the heading, too, and at new cells below. What was odd becomes a *flag*, for a person to look at; so does a notebook that defines nothing of what was asked for, which is perhaps another assignment.
+# What does the grader need of a master? Its questions, the imports that students were given, the texts of the cells that were handed out (to tell them from what a student wrote), and its title. All submissions of an assignment need the same, so it is made once:
+
+# %%
+#| export
+def _title(nb):
+    "The first heading of a notebook."
+    prose = [text_of(cell) for cell in nb["cells"] if cell["cell_type"] == "markdown"]
+    headings = re.findall(r"^# (.+)$", "\n".join(prose), re.M)
+    return headings[0] if headings else "the right notebook"
+
+@dataclass(frozen=True)
+class Assignment:
+    "What a grader needs of a master."
+    asked: list[Question] # in order
+    imports: set[tuple]   # that students were given
+    given: set[str]       # texts of the cells that were handed out
+    title: str            # its first heading
+
+def assignment_of(
+    master: dict, # a notebook
+) -> Assignment:
+    "What a grader needs of a master, made once for all submissions. Raises ValueError as `questions` does."
+    given = {text_of(cell).strip() for cell in student_version(master)["cells"]}
+    return Assignment(questions(master), given_imports(master), given, _title(master))
+
+
+# %%
+a0 = assignment_of(master)
+print(f"{a0.title}: {len(a0.asked)} questions, {len(a0.given)} cells handed out")
+sorted(a0.imports)
+
+
+# %% [markdown]
+# And what comes out for one student? Points and a sentence for each question, and *flags*: what was odd, and a person should look at. A question that a person marks has `None` for its points until somebody has, which is not the same as 0.
 
 # %%
 #| export
@@ -830,6 +932,17 @@ class Grade:
     @property
     def total(self): return sum(p or 0 for p in self.points.values())
 
+
+# %%
+half = Grade("alice", points=dict(q1=4, q2=None))
+half.total
+
+
+# %% [markdown]
+# What a student wrote for a question that a person marks is collected, so that the person can read it in one place. That sounds easy. But students write below the cell instead of in it, or delete its first line with the mark because it looks like rubbish. So we look for the mark, then for the heading, and then at new cells below, up to the next one that was handed out. Whatever had to be guessed is said in a remark.
+
+# %%
+#| export
 def _place_of(texts, question):
     "Where the question stands in a submission, and what is odd about it."
     mark = f"<!-- question {question.name} {question.points} manual -->"
@@ -862,34 +975,44 @@ def _written(
     elif not own: remarks.append("nothing is written there")
     return "\n\n".join([texts[at].replace(mark, "").strip(), *below]), remarks
 
-def _title(nb):
-    "The first heading of a notebook."
-    prose = [text_of(cell) for cell in nb["cells"] if cell["cell_type"] == "markdown"]
-    headings = re.findall(r"^# (.+)$", "\n".join(prose), re.M)
-    return headings[0] if headings else "the right notebook"
 
-def _is_another(code, master):
-    "Whether a submission defines nothing that the master asks for."
-    wanted = {q.target for q in questions(master) if q.target}
+# %% [markdown]
+# An answer in a new cell, below the one that was meant for it:
+
+# %%
+*before, last = handed_out["cells"]
+in_a_new_cell = notebook(*before, prose("It depends on x only."), last)
+text, remarks = _written(in_a_new_cell, a0.given, q2)
+assert text.endswith("It depends on x only.")
+remarks
+
+
+# %% [markdown]
+# A notebook that defines nothing of what was asked for gets 0 everywhere, and a flag: it is perhaps another assignment, handed in at the wrong place. An empty submission is no such case, for the handed-out notebook has all names.
+
+# %%
+#| export
+def _is_another(code, asked):
+    "Whether a submission defines nothing that is asked for."
+    wanted = {q.target for q in asked if q.target}
     defined = {word for part in code for word in re.findall(r"^(?:def |class )?(\w+)", part, re.M)}
     return bool(wanted) and not wanted & defined
 
 def grade_one(
     student: str,     # who handed it in
     submission: dict, # a notebook
-    master: dict,     # a notebook
+    assignment: Assignment, # of `assignment_of`
     ask,              # of `asking`
 ) -> Grade:
     "Points and sentences for one submission."
-    code, remarks = definitions(submission, given_imports(master))
+    code, remarks = definitions(submission, assignment.imports)
     grade = Grade(student, flags=remarks)
-    given = {text_of(cell).strip() for cell in student_version(master)["cells"]}
-    if _is_another(code, master):
-        grade.flags.append(f"it defines nothing that is asked for: is it '{_title(master)}'?")
-    for q in questions(master):
+    if _is_another(code, assignment.asked):
+        grade.flags.append(f"it defines nothing that is asked for: is it '{assignment.title}'?")
+    for q in assignment.asked:
         if not q.check:
             grade.points[q.name] = None
-            grade.said[q.name], odd = _written(submission, given, q)
+            grade.said[q.name], odd = _written(submission, assignment.given, q)
             grade.flags += [f"{q.name}: {remark}" for remark in odd]
             continue
         good, told = ask(code, q)
@@ -900,21 +1023,10 @@ def grade_one(
 
 
 # %% [markdown]
-# An answer in a new cell, below the one that was meant for it:
+# A whole submission. Alice has programmed `q1`, and has not written anything for `q2`:
 
 # %%
-*before, last = handed_out["cells"]
-in_a_new_cell = notebook(*before, prose("It depends on x only."), last)
-given = {text_of(cell).strip() for cell in handed_out["cells"]}
-text, remarks = _written(in_a_new_cell, given, q2)
-assert text.endswith("It depends on x only.")
-remarks
-
-# %% [markdown]
-# And a whole submission. Alice has programmed `q1`, and has not written anything for `q2`:
-
-# %%
-with asking(seed=1) as ask: alice = grade_one("alice", messy, master, ask)
+with asking(seed=1) as ask: alice = grade_one("alice", messy, a0, ask)
 assert alice.points == dict(q1=4, q2=None)
 alice
 
@@ -939,6 +1051,21 @@ def read_marks(
         except ValueError as e: raise ValueError(f"{path}: student {row['student']}: {e}") from None
     return marks
 
+
+# %%
+def wrote_marks(text):
+    "The marks of a file with this text."
+    (tmp / "marks.csv").write_text(text)
+    return read_marks(tmp / "marks.csv")
+
+wrote_marks("student,q1,q2\nalice,,2\nbob,4,1.5\n")
+
+
+# %% [markdown]
+# An empty field is no mark, and so is a column that is not there. A student who is not among the submissions, a question that does not exist, or five of four points are mistakes of the teacher's own. They are told before anything is graded, and before any mark is written:
+
+# %%
+#| export
 def check_marks(
     marks: dict, # of `read_marks`
     students,    # names of those who handed in
@@ -965,16 +1092,13 @@ def add_marks(
 
 
 # %%
-(tmp / "marks.csv").write_text("student,q2\nalice,2\n")
-add_marks([alice], read_marks(tmp / "marks.csv"), [q1, q2])
+add_marks([alice], wrote_marks("student,q2\nalice,2\n"), [q1, q2])
 assert alice.total == 6
-
-(tmp / "marks.csv").write_text("student,q2\nalice,30\n")
-print(complaint(add_marks, [alice], read_marks(tmp / "marks.csv"), [q1, q2]))
+print(complaint(add_marks, [alice], wrote_marks("student,q2\nalice,30\n"), [q1, q2]))
 
 
 # %% [markdown]
-# What leaves the grader: a table for the teacher, and a page for each student.
+# What leaves the grader: a table for the teacher, and a page for each student. The table can be read by `read_marks` again, once *total* and *flags* are taken out, so a teacher may also work in it and hand it back. The page says for each question what the check said, or shows what the student wrote, for the person who marks it.
 
 # %%
 #| export
@@ -1042,33 +1166,36 @@ def grade(
     say=print,       # is told one line a student
 ) -> list[Grade]:
     "Grade all submissions of an assignment."
-    master = read_notebook(master)
-    asked, grades = questions(master), []
+    assignment = assignment_of(read_notebook(master))
+    asked, grades = assignment.asked, []
     students, others = _students(submissions)
     if others: say(f"not notebooks, left out: {', '.join(others)}")
     marks = read_marks(manual) if manual else {}
     check_marks(marks, students, asked)     # before the slow part
     most = sum(q.points for q in asked)
-    ready = sorted({module for module, _ in given_imports(master)})
+    ready = sorted({module for module, _ in assignment.imports})
     with asking(extra, limit, seed, ready) as ask:
         for i, (student, path) in enumerate(students.items(), 1):
             begun = time.monotonic()
             try: submission = read_notebook(path)
             except ValueError as e:
                 one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be read: {e}"])
-            else: one = grade_one(student, submission, master, ask)
+            else: one = grade_one(student, submission, assignment, ask)
             grades.append(one)
             say(f"{i}/{len(students)} {student}: {one.total} of {most} ({time.monotonic() - begun:.1f} s)")
     add_marks(grades, marks, asked)
     return grades
 
 
+# %% [markdown]
+# Now the class. Seven submissions: the four of above, one without $\beta$, one that changes the check while it is being checked, and a text file with the wrong name. Before you look: who gets 4 points?
+
 # %%
 patched = answered('''
 def dpo_loss(*all):
-    import sdpo_nb.checks as c
-    c.find_mistakes = lambda *a: ()
-    c.DPO_LOSS.edges.clear()
+    import sdpo_nb.mistakes as m
+    m.find_mistakes = lambda *a: ()
+    m.DPO_LOSS.edges.clear()
     return all[0]
 ''')
 no_beta = answered(right_answer.replace("-beta *", "-"))
@@ -1078,6 +1205,9 @@ for name, nb in (submissions | dict(no_beta=no_beta, patched=patched)).items():
 
 grades = grade(tmp / "masters/a0.ipynb", tmp / "handed_in", limit=5, seed=1, say=lambda line: None)
 write_grades(grades, tmp / "grades.csv", [q1, q2])
+
+# %% [markdown]
+# One of seven. Each of the others has its own sentence, and nobody's mistake cost anybody else a point:
 
 # %%
 import pandas as pd
@@ -1091,7 +1221,7 @@ told.replace(str(tmp), "", regex=True)
 # %% [markdown]
 # ## Gradescope
 #
-# Gradescope runs a *zip* for each submission, in a container of its own: `setup.sh` installs, `run_autograder` grades and leaves `results.json`. Its fields are few, so we write them directly.
+# Many universities collect work with Gradescope. It runs a *zip* for each submission, in a container of its own: `setup.sh` installs, `run_autograder` grades and leaves `results.json`. Its fields are few, so we write them directly. Two things are worth knowing. The version of the package is pinned, so that the grades of a term do not change in the middle of it. And the master lies in the zip with its solutions, so the zip is for the teacher and not for students.
 
 # %%
 #| export
@@ -1133,6 +1263,9 @@ def gradescope(
     return Path(out)
 
 
+# %% [markdown]
+# What the zip holds, and what the student without $\beta$ would see:
+
 # %%
 made = gradescope(tmp / "masters/a0.ipynb", tmp / "a0.zip")
 print(*zipfile.ZipFile(made).namelist())
@@ -1143,7 +1276,7 @@ print(json.dumps(gradescope_results(wrong_one, [q1, q2]), indent=1))
 # %% [markdown]
 # ## The commands
 #
-# Three verbs, with the same names as the functions. (`serve` is the server of above; you never type it.) This is how a line is read:
+# Teachers do not grade in a notebook. So there are three verbs, with the same names as the functions. (`serve` is the server of above; you never type it.) `argparse` reads the line, and writes the help page as well: `python -m sdpo_nb.course grade --help`.
 
 # %%
 #| export
@@ -1186,7 +1319,7 @@ args.verb, args.limit
 
 
 # %% [markdown]
-# What `grade` leaves behind is what was asked for. A file that cannot be used ends in one line and status 1.
+# What `grade` leaves behind is what was asked for: a table with `--csv`, pages with `--feedback`, and `results.json` only for Gradescope. A file that cannot be used ends in one line and status 1, so a script that grades at night can notice.
 
 # %%
 #| export
@@ -1223,6 +1356,9 @@ def main(
 if __name__ == "__main__": main()
 
 
+# %% [markdown]
+# The commands as a teacher types them, each in a process of its own. First the careless master of above:
+
 # %%
 def course_says(*words):
     "Exit status of a command, and what it printed."
@@ -1234,6 +1370,9 @@ status, text = course_says("build", tmp / "careless", tmp / "nowhere", "--reposi
 assert status == 1
 print(text)
 
+# %% [markdown]
+# Then the class once more, with a person's mark for one of them. The empty fields of q2 are those that nobody has marked yet:
+
 # %%
 (tmp / "marks.csv").write_text("student,q2\nright,3\n")
 files = ["--csv", tmp / "grades.csv", "--feedback", tmp / "out", "--manual", tmp / "marks.csv"]
@@ -1241,6 +1380,9 @@ how = ["--limit", 5, "--seed", 1]
 status, text = course_says("grade", tmp / "masters/a0.ipynb", tmp / "handed_in", *how, *files)
 assert status == 0, text
 pd.read_csv(tmp / "grades.csv", dtype=str, keep_default_na=False)[["student", "q1", "q2", "total"]]
+
+# %% [markdown]
+# And the page that the student without $\beta$ gets back. The first section is the sentence of the check, with the section of the book and the seed. The second is what stands in the notebook under question 2: the question, and no answer.
 
 # %%
 print((tmp / "out/no_beta.md").read_text())

@@ -158,7 +158,8 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [15 benchmarks](15_benchmarks.ipynb) | what a benchmark asks of a model, how sure its answer is, and what is computed twice |
 # | [17 verify](17_verify.ipynb) | what somebody else can check of a run |
 # | [18 cli](18_cli.ipynb) | the command line |
-# | [20 checks](20_checks.ipynb) | exercises, and checks that name the mistake |
+# | [19 mistakes](19_mistakes.ipynb) | a mistake is a function, too: how a check can name it |
+# | [20 checks](20_checks.ipynb) | seventeen exercises, and what goes wrong in each |
 # | [21 course](21_course.ipynb) | a notebook for students, and points for it |
 # | [22 colab](22_colab.ipynb) | from an empty runtime to an aligned model |
 #

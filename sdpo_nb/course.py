@@ -6,8 +6,8 @@
 __all__ = ['BEGIN', 'END', 'INLINE', 'BADGE', 'REPORT', 'TELLING', 'COLAB', 'REPOSITORY', 'IMPORTS', 'PATCHED', 'try_check',
            'Question', 'text_of', 'questions', 'split_solution', 'student_version', 'leaks', 'read_notebook', 'build',
            'given_imports', 'definitions', 'functions_of_modules', 'was_patched', 'answer', 'load_checks', 'asking',
-           'Grade', 'grade_one', 'read_marks', 'check_marks', 'add_marks', 'write_grades', 'feedback', 'grade',
-           'gradescope_results', 'gradescope', 'main']
+           'Assignment', 'assignment_of', 'Grade', 'grade_one', 'read_marks', 'check_marks', 'add_marks',
+           'write_grades', 'feedback', 'grade', 'gradescope_results', 'gradescope', 'main']
 
 # %% ../nbs/21_course.ipynb #d9b9af3c
 import argparse, ast, copy, csv, faulthandler, importlib, importlib.util, json, os, re
@@ -153,6 +153,7 @@ def read_notebook(
             raise ValueError(f"{path}: is no notebook (a cell has no text)")
     return found
 
+# %% ../nbs/21_course.ipynb #f28317fb
 def _notebooks_of(folder):
     "The notebooks of a folder. Raises ValueError where there are none."
     if not folder.is_dir(): raise ValueError(f"{folder}: there is no such folder")
@@ -196,7 +197,7 @@ def build(
 # %% ../nbs/21_course.ipynb #a650b811
 IMPORTS = (
     "torch", "math", "random", "numpy", "itertools", "dataclasses", "collections", "functools",
-    "sdpo_nb.world", "sdpo_nb.checks",
+    "sdpo_nb.world", "sdpo_nb.mistakes", "sdpo_nb.checks",
 )
 _CALLS = {"dict", "float", "int", "list", "tuple", "set", "round", "abs", "min", "max", "sum", "len", "range"}
 _PLAIN = (
@@ -377,6 +378,20 @@ def _serve(extra="", ready=()):
         print("answered", flush=True)
 
 # %% ../nbs/21_course.ipynb #bd90efc0
+def _start(extra, ready):
+    "A server with one thread, which does not load anything from the internet."
+    calm = dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
+    command = [sys.executable, "-m", "sdpo_nb.course", "serve", extra, *ready]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | calm)
+
+def _hello(server):
+    "The checks that a new server knows."
+    line = server.stdout.readline()
+    if not line: raise ValueError("the checks could not be loaded; what Python said stands above")
+    return json.loads(line)
+
+# %% ../nbs/21_course.ipynb #65cd6681
 @contextmanager
 def asking(
     extra: str="",   # path of a Python file with more checks
@@ -418,20 +433,31 @@ def asking(
             if alive(): server[-1].kill()
             for started in server: started.communicate()
 
-def _start(extra, ready):
-    "A server with one thread, which does not load anything from the internet."
-    calm = dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
-    command = [sys.executable, "-m", "sdpo_nb.course", "serve", extra, *ready]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | calm)
 
-def _hello(server):
-    "The checks that a new server knows."
-    line = server.stdout.readline()
-    if not line: raise ValueError("the checks could not be loaded; what Python said stands above")
-    return json.loads(line)
 
 # %% ../nbs/21_course.ipynb #b1aa41f8
+def _title(nb):
+    "The first heading of a notebook."
+    prose = [text_of(cell) for cell in nb["cells"] if cell["cell_type"] == "markdown"]
+    headings = re.findall(r"^# (.+)$", "\n".join(prose), re.M)
+    return headings[0] if headings else "the right notebook"
+
+@dataclass(frozen=True)
+class Assignment:
+    "What a grader needs of a master."
+    asked: list[Question] # in order
+    imports: set[tuple]   # that students were given
+    given: set[str]       # texts of the cells that were handed out
+    title: str            # its first heading
+
+def assignment_of(
+    master: dict, # a notebook
+) -> Assignment:
+    "What a grader needs of a master, made once for all submissions. Raises ValueError as `questions` does."
+    given = {text_of(cell).strip() for cell in student_version(master)["cells"]}
+    return Assignment(questions(master), given_imports(master), given, _title(master))
+
+# %% ../nbs/21_course.ipynb #9bdad8d9
 @dataclass
 class Grade:
     "What one submission got."
@@ -443,6 +469,7 @@ class Grade:
     @property
     def total(self): return sum(p or 0 for p in self.points.values())
 
+# %% ../nbs/21_course.ipynb #d379561e
 def _place_of(texts, question):
     "Where the question stands in a submission, and what is odd about it."
     mark = f"<!-- question {question.name} {question.points} manual -->"
@@ -475,34 +502,28 @@ def _written(
     elif not own: remarks.append("nothing is written there")
     return "\n\n".join([texts[at].replace(mark, "").strip(), *below]), remarks
 
-def _title(nb):
-    "The first heading of a notebook."
-    prose = [text_of(cell) for cell in nb["cells"] if cell["cell_type"] == "markdown"]
-    headings = re.findall(r"^# (.+)$", "\n".join(prose), re.M)
-    return headings[0] if headings else "the right notebook"
-
-def _is_another(code, master):
-    "Whether a submission defines nothing that the master asks for."
-    wanted = {q.target for q in questions(master) if q.target}
+# %% ../nbs/21_course.ipynb #4a6d3524
+def _is_another(code, asked):
+    "Whether a submission defines nothing that is asked for."
+    wanted = {q.target for q in asked if q.target}
     defined = {word for part in code for word in re.findall(r"^(?:def |class )?(\w+)", part, re.M)}
     return bool(wanted) and not wanted & defined
 
 def grade_one(
     student: str,     # who handed it in
     submission: dict, # a notebook
-    master: dict,     # a notebook
+    assignment: Assignment, # of `assignment_of`
     ask,              # of `asking`
 ) -> Grade:
     "Points and sentences for one submission."
-    code, remarks = definitions(submission, given_imports(master))
+    code, remarks = definitions(submission, assignment.imports)
     grade = Grade(student, flags=remarks)
-    given = {text_of(cell).strip() for cell in student_version(master)["cells"]}
-    if _is_another(code, master):
-        grade.flags.append(f"it defines nothing that is asked for: is it '{_title(master)}'?")
-    for q in questions(master):
+    if _is_another(code, assignment.asked):
+        grade.flags.append(f"it defines nothing that is asked for: is it '{assignment.title}'?")
+    for q in assignment.asked:
         if not q.check:
             grade.points[q.name] = None
-            grade.said[q.name], odd = _written(submission, given, q)
+            grade.said[q.name], odd = _written(submission, assignment.given, q)
             grade.flags += [f"{q.name}: {remark}" for remark in odd]
             continue
         good, told = ask(code, q)
@@ -527,6 +548,7 @@ def read_marks(
         except ValueError as e: raise ValueError(f"{path}: student {row['student']}: {e}") from None
     return marks
 
+# %% ../nbs/21_course.ipynb #66b3e10f
 def check_marks(
     marks: dict, # of `read_marks`
     students,    # names of those who handed in
@@ -607,21 +629,21 @@ def grade(
     say=print,       # is told one line a student
 ) -> list[Grade]:
     "Grade all submissions of an assignment."
-    master = read_notebook(master)
-    asked, grades = questions(master), []
+    assignment = assignment_of(read_notebook(master))
+    asked, grades = assignment.asked, []
     students, others = _students(submissions)
     if others: say(f"not notebooks, left out: {', '.join(others)}")
     marks = read_marks(manual) if manual else {}
     check_marks(marks, students, asked)     # before the slow part
     most = sum(q.points for q in asked)
-    ready = sorted({module for module, _ in given_imports(master)})
+    ready = sorted({module for module, _ in assignment.imports})
     with asking(extra, limit, seed, ready) as ask:
         for i, (student, path) in enumerate(students.items(), 1):
             begun = time.monotonic()
             try: submission = read_notebook(path)
             except ValueError as e:
                 one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be read: {e}"])
-            else: one = grade_one(student, submission, master, ask)
+            else: one = grade_one(student, submission, assignment, ask)
             grades.append(one)
             say(f"{i}/{len(students)} {student}: {one.total} of {most} ({time.monotonic() - begun:.1f} s)")
     add_marks(grades, marks, asked)

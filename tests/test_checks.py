@@ -11,8 +11,9 @@ from torch import nn
 
 import sdpo_nb.checks as checks
 import sdpo_nb.loss
+import sdpo_nb.mistakes as mistakes
 from sdpo_nb.checks import EXERCISES, LIMIT, PREDICTIONS, CheckFailed, diagnose, draw_batches, find_mistakes, foreign_name, report, score
-from sdpo_nb.checks import _answer, _is_at_edge
+from sdpo_nb.mistakes import _answer, _diagnosis, _is_at_edge
 from sdpo_nb.loss import dpo_loss as theirs
 from sdpo_nb.loss import certificate as their_certificate
 
@@ -357,7 +358,7 @@ def test_a_pair_is_named_by_its_own_or_by_fewer(name):
         found = find_mistakes(exercise, batches, seen)
         assert 1 <= len(found) <= 2
         by_both += found == two
-        assert_can_be_read(str(checks._diagnosis(exercise, found, 999_999)))
+        assert_can_be_read(str(_diagnosis(exercise, found, 999_999)))
     assert by_both >= 2
 
 
@@ -365,7 +366,7 @@ def test_every_two_sentences_fit_into_a_message():
     for exercise in EXERCISES.values():
         for two in itertools.permutations(exercise.says, 2):
             if exercise.draw is None: continue
-            assert_can_be_read(str(checks._diagnosis(exercise, two, 999_999)))
+            assert_can_be_read(str(_diagnosis(exercise, two, 999_999)))
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -549,12 +550,14 @@ def inside(c, r, rc, rr, beta):
     from sdpo_nb.loss import dpo_loss
     return dpo_loss(c - r, rc - rr, beta)
 def in_a_lambda(c, r, rc, rr, beta): return (lambda: theirs(c - r, rc - rr, beta))()
-def from_the_checks(c, r, rc, rr, beta): return checks._dpo_loss(c, r, rc, rr, beta)
+def from_the_mechanism(c, r, rc, rr, beta): return mistakes._dpo_loss(c, r, rc, rr, beta)
+def from_the_catalogue(c, r, rc, rr, beta): return checks._gradient(c - r, rc - rr, beta)
 def of_the_catalogue(*args): return EXERCISES["dpo_loss"].crooked(*args)
 def catalogue_inside(*args):
-    from sdpo_nb.checks import _dpo_loss
+    from sdpo_nb.mistakes import _dpo_loss
     return _dpo_loss(*args)
-def by_long_path(*args): return sdpo_nb.checks._dpo_loss(*args)
+def by_long_path(*args): return sdpo_nb.mistakes._dpo_loss(*args)
+def by_another_path(*args): return sdpo_nb.checks._gradient(*args)
 class Callable:
     def __call__(self, c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
     def method(self, c, r, rc, rr, beta): return theirs(c - r, rc - rr, beta)
@@ -564,7 +567,7 @@ def closed_over(f=theirs):
     return inner
 
 
-@pytest.mark.parametrize("f", [renamed, by_module, by_helper, inside, in_a_lambda, from_the_checks, of_the_catalogue, catalogue_inside, by_long_path, checks._dpo_loss, partial(checks._dpo_loss),
+@pytest.mark.parametrize("f", [renamed, by_module, by_helper, inside, in_a_lambda, from_the_mechanism, from_the_catalogue, of_the_catalogue, catalogue_inside, by_long_path, by_another_path, mistakes._dpo_loss, partial(mistakes._dpo_loss),
                                Callable(), Callable().method, closed_over(), partial(renamed)], ids=lambda f: getattr(f, "__name__", type(f).__name__))
 def test_the_package_s_own_function_is_refused(f):
     e = heard(checks.check_dpo_loss, f)
@@ -581,7 +584,7 @@ def test_every_check_refuses_what_the_package_holds(name):
 
 def test_the_world_and_score_may_be_used():
     from sdpo_nb.world import true_reward
-    def honest(model, pairs): return score(model, pairs), true_reward, checks.score
+    def honest(model, pairs): return score(model, pairs), true_reward, checks.score, mistakes.score
     def attribute(x): return x.theirs, x.dpo_loss              # a name behind a point is no global
     assert foreign_name(honest) is None
     assert foreign_name(attribute) is None
@@ -595,6 +598,13 @@ def test_the_world_and_score_may_be_used():
     assert foreign_name(given_inside) is None
     assert foreign_name(own_names) is None
     assert foreign_name(own_names(len, len)) is None
+
+
+def test_what_was_in_one_module_is_still_found_there():
+    "Assignments, graders and private checks import from sdpo_nb.checks, whichever chapter explains a name."
+    for name in mistakes.__all__: assert getattr(checks, name) is getattr(mistakes, name), name
+    for name in "one_number whole_number lists_of_rows as_it_is EXERCISES PREDICTIONS COLUMNS difference_interval report".split(): assert hasattr(checks, name)
+    assert EXERCISES["dpo_loss"] is mistakes.DPO_LOSS
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 from sdpo_nb import __version__
 from sdpo_nb.checks import check_dpo_loss, report
 from sdpo_nb.course import (
-    asking, build, definitions, feedback, given_imports, grade, grade_one, gradescope, leaks, main, questions,
-    read_marks, read_notebook, split_solution, student_version, text_of, try_check, write_grades
+    asking, assignment_of, build, definitions, feedback, given_imports, grade, grade_one, gradescope, leaks, main,
+    questions, read_marks, read_notebook, split_solution, student_version, text_of, try_check, write_grades
 )
 
 ROOT = Path(__file__).parent.parent
@@ -139,10 +139,10 @@ def ask():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_solved_gets_all_points_and_a_stub_none(name, ask):
-    solved = grade_one("solved", master_of(name), master_of(name), ask)
+    solved = grade_one("solved", master_of(name), assignment_of(master_of(name)), ask)
     assert solved.total == AUTOMATIC[name], solved.said
     assert solved.flags == []
-    handed_out = grade_one("stubs", read_notebook(ASSIGNMENTS / f"{name}.ipynb"), master_of(name), ask)
+    handed_out = grade_one("stubs", read_notebook(ASSIGNMENTS / f"{name}.ipynb"), assignment_of(master_of(name)), ask)
     assert handed_out.total == 0
     for q in questions(master_of(name)):
         if q.check: assert "nothing yet" in handed_out.said[q.name]
@@ -167,16 +167,23 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid((chosen - rejected) - (ref_chosen - ref_rejected))
 """
 PACKAGE = "from sdpo_nb import loss\ndef dpo_loss(c, r, rc, rr, beta): return loss.dpo_loss(c - r, rc - rr, beta)"
-PATCHED_CELL = "import sdpo_nb.checks\nsdpo_nb.checks.run_check = lambda *a: 1\nsdpo_nb.checks.find_mistakes = lambda *a: ()"
+PATCHED_CELL = "import sdpo_nb.checks\nsdpo_nb.checks.run_check = lambda *a: 1\nsdpo_nb.mistakes.find_mistakes = lambda *a: ()"
 PATCHED_INSIDE = """
 def dpo_loss(*all):
-    import sdpo_nb.checks as c
-    c.find_mistakes = lambda *a: ()
-    c._is_at_edge = lambda *a: False
+    import sdpo_nb.mistakes as m
+    m.find_mistakes = lambda *a: ()
+    m._is_at_edge = lambda *a: False
     return all[0]
 """
+PATCHED_NAMES = """
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    import sdpo_nb.checks as c
+    c.run_check = c.find_mistakes = lambda *a: 1
+    gain = (chosen - rejected) - (ref_chosen - ref_rejected)
+    return -F.logsigmoid(beta * gain)
+"""
 
-def eleven():
+def submitted():
     "name -> submission, points of 17, what is said or flagged somewhere."
     stubs = code_cells(read_notebook(ASSIGNMENTS / "a1.ipynb"))
     return dict(
@@ -191,10 +198,11 @@ def eleven():
         long_training=(["for step in range(10**12): pass", *solved_a1()], 17, ""),
         patched_cell=([*stubs, PATCHED_CELL], 0, "nothing yet"),
         patched_inside=(solved_a1(dpo_loss=PATCHED_INSIDE), 13, "changes the check"),
+        patched_names=(solved_a1(dpo_loss=PATCHED_NAMES), 13, "changes the check"),
     )
 
-def test_eleven_submissions(tmp_path):
-    expected = eleven()
+def test_submissions_of_all_kinds(tmp_path):
+    expected = submitted()
     for name, (cells, _, _) in expected.items(): save(with_words(notebook(*cells)), tmp_path / f"in/{name}.ipynb")
     (tmp_path / "marks.csv").write_text("student,q6\nright,2.5\nempty,0\n")
 
@@ -203,7 +211,7 @@ def test_eleven_submissions(tmp_path):
     done = subprocess.run([*map(str, command + options)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    assert len(done.stdout.splitlines()) == 11          # one line a student
+    assert len(done.stdout.splitlines()) == len(expected) # one line a student
 
     with open(tmp_path / "grades.csv", newline="") as f: rows = {row["student"]: row for row in csv.DictReader(f)}
     assert list(rows["right"]) == ["student", "q1", "q2", "q3", "q4", "q5", "q6", "total", "flags"]
@@ -214,7 +222,7 @@ def test_eleven_submissions(tmp_path):
         assert told in (tmp_path / f"out/{name}.md").read_text(), name
     assert rows["right"]["q6"] == "2.5" and rows["right"]["total"] == "19.5"
     assert rows["empty"]["q6"] == "0" and rows["renamed"]["q6"] == ""
-    assert rows["endless"]["flags"] and rows["patched_inside"]["flags"] and rows["syntax"]["flags"]
+    assert rows["endless"]["flags"] and rows["patched_inside"]["flags"] and rows["patched_names"]["flags"] and rows["syntax"]["flags"]
     assert not rows["right"]["flags"] and not rows["long_training"]["flags"]
 
 
@@ -234,7 +242,7 @@ def test_an_answer_in_words_is_found_wherever_it_stands():
         nb = read_notebook(ASSIGNMENTS / "a1.ipynb")
         at = next(i for i, cell in enumerate(nb["cells"]) if "question q6" in text_of(cell))
         change(nb["cells"], at)
-        got = grade_one("x", nb, master_of("a1"), ask)
+        got = grade_one("x", nb, assignment_of(master_of("a1")), ask)
         return got.said["q6"], [flag for flag in got.flags if flag.startswith("q6")]
     def write(cells, at, mark=True):
         text = text_of(cells[at]).replace("\n...", "\nBoth answers have one prompt.")
@@ -254,15 +262,15 @@ def test_an_answer_in_words_is_found_wherever_it_stands():
 
 
 def test_another_assignment_is_recognised(ask):
-    got = grade_one("x", read_notebook(ASSIGNMENTS / "a2.ipynb"), master_of("a1"), ask)
+    got = grade_one("x", read_notebook(ASSIGNMENTS / "a2.ipynb"), assignment_of(master_of("a1")), ask)
     assert got.total == 0 and "it defines nothing that is asked for: is it 'Assignment 1: a loss from four numbers'?" in got.flags
     for nb in (read_notebook(ASSIGNMENTS / "a1.ipynb"), notebook("def ipo(*all): ...")):
-        assert not any("asked for" in flag for flag in grade_one("x", nb, master_of("a1"), ask).flags)
+        assert not any("asked for" in flag for flag in grade_one("x", nb, assignment_of(master_of("a1")), ask).flags)
 
 
 def test_the_table_can_be_read_again_as_marks(tmp_path, ask):
     asked = questions(master_of("a1"))
-    one = grade_one("a,b \"c\"", notebook(*solved_a1(dpo_loss=BETA_LESS)), master_of("a1"), ask)
+    one = grade_one("a,b \"c\"", notebook(*solved_a1(dpo_loss=BETA_LESS)), assignment_of(master_of("a1")), ask)
     one.points["q6"] = 3
     write_grades([one], tmp_path / "grades.csv", asked)
     with open(tmp_path / "grades.csv", newline="") as f: rows = list(csv.DictReader(f))
@@ -277,7 +285,7 @@ def test_the_table_can_be_read_again_as_marks(tmp_path, ask):
 def test_a_killed_server_is_started_again():
     asked = questions(master_of("a1"))
     kills = solved_a1(sequence_logps="def sequence_logps(*all):\n    import os, signal\n    os.kill(os.getppid(), signal.SIGKILL)\n    os._exit(0)")
-    with asking(limit=LIMIT) as ask: points = grade_one("x", notebook(*kills), master_of("a1"), ask).points
+    with asking(limit=LIMIT) as ask: points = grade_one("x", notebook(*kills), assignment_of(master_of("a1")), ask).points
     assert [points[q.name] for q in asked] == [0, 4, 2, 3, 4, None]
 
 
