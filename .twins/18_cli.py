@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The command line
-# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
+# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo measure`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/18_cli.ipynb)
 #
@@ -12,6 +12,7 @@
 # | `sdpo partition` | lets S read all pairs, and says in which order the sources would come |
 # | `sdpo run` | the same, and then one DPO stage per chunk; the same command goes on where it stopped |
 # | `sdpo report` | writes the report of a run again |
+# | `sdpo measure` | what any models, also those of another trainer, say about pairs, each compared with the first |
 # | `sdpo push` | uploads the last model with a card, or writes both into a folder |
 # | `sdpo pack` | makes one small file of a run, without its weights, to hand in |
 # | `sdpo verify` | checks that what a run says follows from what its folder, or such a file, holds |
@@ -36,7 +37,7 @@ version = sdpo_nb.__version__
 assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
 
 # %% [markdown]
-# ## Six things people do
+# ## Seven things people do
 #
 # ```
 # sdpo data --model M --sources a.jsonl b.jsonl --max-length 512      # what would be lost, and three pairs of each
@@ -45,6 +46,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # sdpo run ... --eval-share 0.1                                       # keep a tenth of the prompts aside, and measure on them
 # sdpo run ... --chunks 1 --order as_given                            # plain DPO on all pairs, to compare with
 # sdpo run ... > run.log 2>&1                                         # plain lines, one every few steps, no bars
+# sdpo measure --models S=M mine=out/checkpoint --sources c.jsonl     # models of any trainer on the same pairs
 # ```
 #
 # The third line needs a word. A run writes down everything it was asked for in its `config.yaml`, and that file can be read as a request. So an old run can be repeated from its folder alone, as long as its model and its files are where they were.
@@ -101,11 +103,12 @@ print(text)
 
 # %%
 #| export
-def _add_settings(parser):
-    "One option per field of StepwiseConfig."
+def _add_settings(parser, only=None):
+    "One option per field of StepwiseConfig, or for those that are named."
     from dataclasses import fields
     from sdpo_nb.plan import StepwiseConfig
     for f in fields(StepwiseConfig):
+        if only and f.name not in only: continue
         text = f"{f.metadata['help']} (default: {f.default})"
         how = dict(default=None, help=text.replace("%", "%%"))
         if f.type is bool:
@@ -169,7 +172,7 @@ def _config(args, settings):
     "StepwiseConfig from a file's settings and from options; options win."
     from dataclasses import fields
     from sdpo_nb.plan import StepwiseConfig, make_config
-    typed = {f.name: getattr(args, f.name) for f in fields(StepwiseConfig)}
+    typed = {f.name: getattr(args, f.name, None) for f in fields(StepwiseConfig)}
     options = {name: value for name, value in typed.items() if value is not None}
     return make_config(settings | options)
 
@@ -270,8 +273,13 @@ def _run(args):
     _show(sdpo(**_what(args)))
 
 def _partition(args):
-    from sdpo_nb.stepwise import sdpo_partition
-    _show(sdpo_partition(**_what(args)))
+    from sdpo_nb.stepwise import export_chunks, sdpo_partition
+    what = _what(args)
+    run = sdpo_partition(**what)
+    _show(run)
+    files = export_chunks(run, args.export, what["sources"]) if args.export else []
+    for file in files:
+        with open(file, encoding="utf-8") as lines: print(f"{file}: {sum(1 for _ in lines)} pairs")
 
 def _show(run):
     "Print what a run folder holds."
@@ -284,13 +292,13 @@ def _show(run):
 
 
 # %% [markdown]
-# One source of the tiny world, measured but not trained on:
+# One source of the tiny world, measured but not trained on. `--export` writes [its chunks as files](14_stepwise.ipynb), here two:
 
 # %%
 start = f"--model {w.base} {riddle} --folder {tmp}/run --max-length 64 --precision fp32"
-status, text = sdpo_says(f"partition {start}")
+status, text = sdpo_says(f"partition {start} --chunks 2 --export {tmp}/chunks")
 assert status == 0
-print(text)
+print(text.replace(str(tmp), "."))
 
 
 # %% [markdown]
@@ -366,6 +374,42 @@ def _demo(args):
 # %%
 status, text = sdpo_says(f"report {tmp}/run")
 assert status == 2
+print(text.replace(str(tmp), "."))
+
+
+# %% [markdown]
+# `sdpo measure` asks [models from elsewhere](14_stepwise.ipynb). A model is a folder or a hub id, with a name before it where that is too long for a table. What was printed lies in the folder, too, and with it a figure.
+
+# %%
+#| export
+def _measure(args):
+    from sdpo_nb.figures import plot_models
+    from sdpo_nb.report import as_markdown
+    from sdpo_nb.stepwise import changes_of, measure_models
+    models = _pairs_of([word if "=" in word else f"{word}={word}" for word in args.models], "--models")
+    sources, folder = _sources(args, args.sources, "--sources"), Path(args.folder)
+    measured = measure_models(models, sources, _config(args, {}), folder)
+    table = as_markdown(_measured_in_words(measured))
+    print(f"{table}\n")
+    (folder / "measure.md").write_text(table + "\n")
+    if len(models) > 1:
+        plot_models(changes_of(measured), next(iter(models))).savefig(folder / "measure.png", dpi=120)
+    print(f"table and figure: {folder}")
+
+def _measured_in_words(measured):
+    "Each cell as text, and one column for source and model."
+    from sdpo_nb.evaluate import as_text
+    words = measured.map(lambda cell: as_text(cell, ".2f") if isinstance(cell, tuple) else cell).fillna("")
+    words.index = [f"{source}, {model}" for source, model in measured.index]
+    return words.rename_axis("source, model")
+
+
+# %% [markdown]
+# S against itself. The change must be nothing:
+
+# %%
+status, text = sdpo_says(f"measure --models S={w.base} again={w.base} {riddle} --max-pairs 40 --folder {tmp}/measure")
+assert status == 0
 print(text.replace(str(tmp), "."))
 
 
@@ -450,7 +494,9 @@ def _parser(argv):
     for name, text in COMMANDS.items():
         command = sub.add_parser(name, help=text, description=text)
         _add_places(command)
+        if name == "partition": _add_export(command)
         if argv[:1] == [name]: _add_settings(command)
+    _add_measure(sub, argv)
     sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
     _add_push(sub)
     _add_hand_in(sub)
@@ -469,12 +515,33 @@ def _add_places(command):
     add("--held-out", nargs="+", metavar="NAME=DATA",
         help="pairs that are never trained on and measured after every stage; see also --eval-share")
     add("--folder", help="of the run; the same call on it continues")
+    _add_reading(command)
+
+def _add_reading(command):
+    "How sources are read."
+    add = command.add_argument
     add("--columns", nargs="+", default=[], metavar="THEIRS=OURS",
         help="columns that have another name in the data")
     add("--chat", action="store_true", help="read string fields as turns of a chat")
     add("--split", help="of hub data (default: train)")
     add("--revision", help="commit of hub data")
     add("--max-pairs", type=int, metavar="N", help="the first N rows of each source")
+
+def _add_export(partition):
+    about = "write the chunks there, too: chunk-1.jsonl, ..., which TRL reads as they are"
+    partition.add_argument("--export", metavar="FOLDER", help=about)
+
+READING = "max_length", "max_prompt_length", "precision", "packing", "token_budget", "device" # settings
+
+def _add_measure(sub, argv):
+    short = "what any models say about pairs: gamma, reward accuracy, and the change against the first model"
+    measure = sub.add_parser("measure", help=short, description=short)
+    add = measure.add_argument
+    add("--models", nargs="+", required=True, metavar="NAME=MODEL", help="folders or hub ids; the first is compared with")
+    add("--sources", nargs="+", required=True, metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
+    add("--folder", default="runs/measure", help="for what is computed; the same call on it continues")
+    _add_reading(measure)
+    if argv[:1] == ["measure"]: _add_settings(measure, READING)
 
 def _add_push(sub):
     about = "Upload the model of the last stage, with a card that says what it was made of and what came out."
@@ -529,6 +596,7 @@ def main(
         partition=_partition,
         data=_data,
         report=_report,
+        measure=_measure,
         push=_push,
         pack=_pack,
         verify=_verify,
@@ -610,7 +678,7 @@ import shutil; shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# Eight commands, and no setting that the library does not have.
+# Nine commands, and no setting that the library does not have.
 #
 # ## Questions to test yourself
 #
