@@ -425,7 +425,7 @@ def _measured(tables, sources):
 
 # %%
 elsewhere = {"S": w.base, "two stages": run.model_folder(2), "three stages": run.model_folder(3)}
-measured = measure_models(elsewhere, dict(riddle=w.sources["riddle"]), folder=tmp / "measure")
+measured = measure_models(elsewhere, dict(riddle=w.sources["riddle"]), StepwiseConfig(**quick), tmp / "measure")
 measured.map(lambda cell: as_text(cell, ".2f") if isinstance(cell, tuple) else cell).drop(columns="pairs")
 
 

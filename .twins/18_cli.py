@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The command line
-# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo measure`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
+# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo measure`, `sdpo mt-bench`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/18_cli.ipynb)
 #
@@ -13,6 +13,7 @@
 # | `sdpo run` | the same, and then one DPO stage per chunk; the same command goes on where it stopped |
 # | `sdpo report` | writes the report of a run again |
 # | `sdpo measure` | what any models, also those of another trainer, say about pairs, each compared with the first |
+# | `sdpo mt-bench` | lets a model answer MT-Bench's questions, and a judge give marks |
 # | `sdpo push` | uploads the last model with a card, or writes both into a folder |
 # | `sdpo pack` | makes one small file of a run, without its weights, to hand in |
 # | `sdpo verify` | checks that what a run says follows from what its folder, or such a file, holds |
@@ -389,19 +390,19 @@ def _measure(args):
     models = _pairs_of([word if "=" in word else f"{word}={word}" for word in args.models], "--models")
     sources, folder = _sources(args, args.sources, "--sources"), Path(args.folder)
     measured = measure_models(models, sources, _config(args, {}), folder)
-    table = as_markdown(_measured_in_words(measured))
+    changes = changes_of(measured)
+    measured.index = [f"{source}, {model}" for source, model in measured.index]
+    table = as_markdown(_in_words(measured.rename_axis("source, model"), ".2f"))
     print(f"{table}\n")
     (folder / "measure.md").write_text(table + "\n")
     if len(models) > 1:
-        plot_models(changes_of(measured), next(iter(models))).savefig(folder / "measure.png", dpi=120)
+        plot_models(changes, next(iter(models))).savefig(folder / "measure.png", dpi=120)
     print(f"table and figure: {folder}")
 
-def _measured_in_words(measured):
-    "Each cell as text, and one column for source and model."
+def _in_words(frame, digits=".1f"):
+    "The same table with intervals as text, and nothing where there is none."
     from sdpo_nb.evaluate import as_text
-    words = measured.map(lambda cell: as_text(cell, ".2f") if isinstance(cell, tuple) else cell).fillna("")
-    words.index = [f"{source}, {model}" for source, model in measured.index]
-    return words.rename_axis("source, model")
+    return frame.map(lambda cell: as_text(cell, digits) if isinstance(cell, tuple) else cell).fillna("")
 
 
 # %% [markdown]
@@ -409,6 +410,36 @@ def _measured_in_words(measured):
 
 # %%
 status, text = sdpo_says(f"measure --models S={w.base} again={w.base} {riddle} --max-pairs 40 --folder {tmp}/measure")
+assert status == 0
+print(text.replace(str(tmp), "."))
+
+
+# %% [markdown]
+# `sdpo mt-bench` lets a model answer [MT-Bench](16_mt_bench.ipynb). A judge is named as its endpoint calls it, and its address and key come from the environment. Without one the command stops after the answers.
+
+# %%
+#| export
+def _mt_bench(args):
+    from sdpo_nb.mt_bench import JUDGE_PROMPTS, QUESTIONS, mt_bench, openai_judge
+    from sdpo_nb.report import as_markdown
+    marks = mt_bench(
+        args.model,
+        args.out,
+        questions=args.questions or QUESTIONS,
+        judge=openai_judge(args.judge) if args.judge else None,
+        limit=args.limit,
+        name=args.name,
+        judge_prompts=args.judge_prompts or JUDGE_PROMPTS,
+        references=args.references,
+        max_new=args.max_new,
+        precision=args.precision,
+    )
+    if len(marks): print(as_markdown(_in_words(marks)))
+
+
+# %%
+(tmp / "question.jsonl").write_text(json.dumps(dict(question_id=81, category="math", turns=w.test[:2])))
+status, text = sdpo_says(f"mt-bench {w.base} --questions {tmp}/question.jsonl --out {tmp}/mt --name S --max-new 8")
 assert status == 0
 print(text.replace(str(tmp), "."))
 
@@ -497,6 +528,7 @@ def _parser(argv):
         if name == "partition": _add_export(command)
         if argv[:1] == [name]: _add_settings(command)
     _add_measure(sub, argv)
+    _add_mt_bench(sub)
     sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
     _add_push(sub)
     _add_hand_in(sub)
@@ -542,6 +574,22 @@ def _add_measure(sub, argv):
     add("--folder", default="runs/measure", help="for what is computed; the same call on it continues")
     _add_reading(measure)
     if argv[:1] == ["measure"]: _add_settings(measure, READING)
+
+def _add_mt_bench(sub):
+    short = "answers to MT-Bench in FastChat's files, and a judge's marks"
+    command = sub.add_parser("mt-bench", help=short, description=short)
+    add = command.add_argument
+    add("model", help="folder or hub id")
+    add("--out", required=True, metavar="FOLDER", help="for model_answer/ and model_judgment/; the same call goes on")
+    add("--judge", metavar="MODEL",
+        help="a model behind an endpoint with OpenAI's protocol, at OPENAI_BASE_URL with OPENAI_API_KEY; none: answers only")
+    add("--questions", metavar="FILE", help="FastChat's question.jsonl (default: from GitHub)")
+    add("--judge-prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl (default: from GitHub)")
+    add("--references", metavar="FILE", help="FastChat's reference_answer/gpt-4.jsonl (default: those of the questions)")
+    add("--limit", type=int, metavar="N", help="so many questions, of the categories in turn")
+    add("--name", help="of the model in the files (default: made of its path)")
+    add("--max-new", type=int, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
 
 def _add_push(sub):
     about = "Upload the model of the last stage, with a card that says what it was made of and what came out."
@@ -597,6 +645,7 @@ def main(
         data=_data,
         report=_report,
         measure=_measure,
+        **{"mt-bench": _mt_bench},
         push=_push,
         pack=_pack,
         verify=_verify,
@@ -678,7 +727,7 @@ import shutil; shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# Nine commands, and no setting that the library does not have.
+# Ten commands, and no setting that the library does not have.
 #
 # ## Questions to test yourself
 #
