@@ -1243,7 +1243,7 @@ complaint(list, _checked(_file_rows(words), {}))
 
 # %%
 #| export
-_VERSION = 3 # of what is cached: raise it when the same file or row would give something else
+_VERSION = 4 # of what is cached: raise it when the same file or row would give something else
 
 def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
 
@@ -1493,7 +1493,8 @@ pd.DataFrame([on_a_line(normalise(row)) for row in data])
 class Source:
     "A named preference dataset, tokenised."
     name: str      # what the partition and the report call it
-    pairs: Dataset # a usable pair a row: key, prompt_ids, chosen_ids, rejected_ids, truncated; memory-mapped
+    pairs: Dataset # a usable pair a row: row (its place in the data), key, prompt_ids, chosen_ids, rejected_ids,
+                   # truncated; memory-mapped
     counts: dict   # rows read, dropped by reason, truncated, ...
 
     def __len__(self): return len(self.pairs)
@@ -1587,7 +1588,7 @@ def _usable(name, out):
     if not is_usable.any():
         dropped = kept["drop"].value_counts().to_dict()
         raise ValueError(f"source '{name}': no usable pair among {len(kept)} rows, dropped {dropped}")
-    pairs = out.select_columns(["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
+    pairs = out.select_columns(["row", "key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
     if not is_usable.all(): pairs = pairs.select(is_usable.to_numpy().nonzero()[0])
     return Source(name, pairs, _counts(kept))
 
@@ -1654,8 +1655,9 @@ class _Encoder:
     def ids(self, row, i):
         where = f"source '{self.name}', row {i}"
         pair = self.pair(row, where)
-        try: return encode(pair, self.tokenizer, self.max_length, self.max_prompt_length, self.end)
+        try: found = encode(pair, self.tokenizer, self.max_length, self.max_prompt_length, self.end)
         except (ValueError, jinja2.TemplateError) as e: raise ValueError(f"{where}: {e}") from e
+        return dict(row=i) | found
 
 def _encoder(data, name, tokenizer, max_length, max_prompt_length, chat):
     "The encoder of a source. Raises ValueError for a template that cannot be rendered."
@@ -1685,7 +1687,7 @@ complaint(encoder.ids, mixed[0], 0)
 #| export
 _TEXT, _IDS = datasets.Value("string"), datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features(
-    dict(key=_TEXT, swapped=_TEXT)
+    dict(row=datasets.Value("int64"), key=_TEXT, swapped=_TEXT)
     | dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids"], _IDS)
     | dict(drop=_TEXT)
     | dict.fromkeys(_FLAGS, datasets.Value("bool"))

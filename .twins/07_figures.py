@@ -372,6 +372,51 @@ plot_change(gammas);
 # %% [markdown]
 # What to see: both lines rise at every stage, also the one of chunk 2 during stage 1, when only chunk 1 was trained on.
 #
+# ### Models that are no stages
+#
+# Models may also come from elsewhere: two trainers, three learning rates. Then there is no order from left to right, and names are longer than a number. So the models are rows, and each source is a panel. The dotted line is the model that all are compared with.
+
+# %%
+#| export
+def plot_models(
+    changes: pd.DataFrame, # source, model, and the change of gamma since the first model (nats): mean, low, high
+    first: str="the first model", # what the others are compared with
+) -> plt.Figure:
+    "Mean change of gamma with its 95 % interval: a row for each model, a panel for each source."
+    models = list(dict.fromkeys(changes["model"]))
+    sources = list(dict.fromkeys(changes["source"]))
+    size = (2.4 * len(sources) + 1.6, 0.4 * len(models) + 1.2)
+    fig, axes = plt.subplots(1, len(sources), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for ax, source in zip(axes.flat, sources):
+        rows = changes[changes["source"] == source].set_index("model").reindex(models)
+        y, mean = range(len(models)), rows["mean"]
+        ax.errorbar(mean, y, xerr=[mean - rows["low"], rows["high"] - mean], fmt="o", color=CHOSEN, capsize=3)
+        ax.axvline(0, color="black", lw=1, ls=":")
+        ax.set(title=source, yticks=list(y), yticklabels=models, ylim=(len(models) - 0.5, -0.5))
+    fig.supxlabel(f"change of $\\gamma$ since {first} (nats)\nbetter  →", fontsize="medium")
+    sns.despine(fig)
+    return fig
+
+
+# %% [markdown]
+# The two stages again, as if they were two models that somebody sent us:
+
+# %%
+def changed_by(model, t):
+    "One row of the figure: a model on the pairs of a chunk."
+    pairs = plan.chunk(t)
+    mean, low, high = mean_interval(tables[model].gamma(pairs) - tables["M_0"].gamma(pairs))
+    named = {"M_1": "one stage", "M_2": "two stages"}[model]
+    return dict(source=plan.names[t], model=named, mean=mean, low=low, high=high)
+
+changes = pd.DataFrame([changed_by(model, t) for t in (0, 1) for model in ("M_1", "M_2")])
+assert (changes["low"] > 0).all()
+plot_models(changes, "S");
+
+
+# %% [markdown]
+# What to see: no interval reaches the dotted line, so each of the two is better than S on both sources. The second is further from S than the first.
+#
 # ## How did it get there?
 #
 # The loss knows only the gap between two log-ratios,
@@ -450,7 +495,7 @@ changed.round(2)
 #
 # ## What you now have
 #
-# - Five functions, each from one data frame to one figure. The report of every run calls them.
+# - Six functions, each from one data frame to one figure. The report of every run calls the first five.
 # - One meaning for each colour: two sides, and a scale of models.
 # - An answer to "why is chosen falling?", and the figure that shows whether it is.
 #

@@ -324,16 +324,23 @@ def load_sources(
     return [_load_source(name, what, tokenizer, config) for name, what in sources.items()]
 
 def _load_source(name, what, tokenizer, config):
+    if isinstance(what, Source): return what
+    data = read_rows(name, what)
+    chat = what.get("chat", False) if isinstance(what, dict) else False
+    return tokenize_pairs(data, tokenizer, name, config.max_length, config.max_prompt_length, chat)
+
+def read_rows(
+    name: str, # of the source, for messages
+    what,      # path, hub id, rows, Dataset or a dict, as for `load_sources`
+) -> Dataset:  # prompt, chosen, rejected, system, messages, as `load_pairs` gives them
+    "The rows of one source, before they are tokenised. Raises ValueError naming the source."
     spec = dict(what) if isinstance(what, dict) else dict(source=what)
     _check_spec(name, spec)
-    if isinstance(what, Source): return what
-    chat = spec.pop("chat", False)
     most = spec.pop("max_pairs", None)
-    spec.pop("eval_share", 0) # `part_sources` asks for it
+    for other in ("chat", "eval_share"): spec.pop(other, None) # of what happens to the rows later
     try: data = load_pairs(**spec)
     except (ValueError, OSError) as e: raise ValueError(f"source '{name}': {e}") from e
-    if most: data = data.select(range(min(most, len(data))))
-    return tokenize_pairs(data, tokenizer, name, config.max_length, config.max_prompt_length, chat)
+    return data.select(range(min(most, len(data)))) if most else data
 
 def _check_spec(name, spec):
     "Raise ValueError for a dict that `load_pairs` would not understand."
@@ -355,6 +362,7 @@ asked = dict(riddle=pairs, primer=dict(source=w.sources["primer"], max_pairs=20)
 read = load_sources(asked, tok, StepwiseConfig())
 assert [len(s) for s in read[:2]] == [100, 20]
 print({s.name: len(s) for s in read})
+print("the first row of riddle:", read_rows("riddle", pairs)[0]["prompt"])
 print(complaint(load_sources, dict(riddle=pairs | dict(max_pairs=0)), tok, StepwiseConfig()))
 
 

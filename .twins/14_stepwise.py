@@ -48,32 +48,41 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import shutil
+import json, shutil
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import torch
+from datasets import concatenate_datasets
 
-from sdpo_nb.folder import alone_in, finished_stages, stage_folders
-from sdpo_nb.plan import StepwiseConfig
+from sdpo_nb.evaluate import held_out
+from sdpo_nb.folder import alone_in, finished_stages, read_part, stage_folders
+from sdpo_nb.logprobs import (
+    Clock, check_model, check_rows, load_model, load_tokenizer, pair_tokens, pairs_hash, pick_precision,
+    replacing, weights_hash
+)
+from sdpo_nb.plan import StepwiseConfig, check_names, extent, load_sources, part_sources, read_rows
+from sdpo_nb.preferences import Source, normalise
 from sdpo_nb.report import Run
-from sdpo_nb.stages import free_model, made_chunk, prepare_run, run_stage, tracking
+from sdpo_nb.stages import Context, free_model, made_chunk, prepare_run, run_stage, tracking
+from sdpo_nb.trainer import epoch_order
 
 # %%
 import math, tempfile
-from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import seaborn as sns
 import torch.nn.functional as F
-from datasets import concatenate_datasets
 
-from sdpo_nb.evaluate import answers_beside
-from sdpo_nb.figures import plot_gamma
-from sdpo_nb.logprobs import load_model, load_tokenizer, read_table, score_pairs, weights_hash
+from sdpo_nb.evaluate import answers_beside, as_text
+from sdpo_nb.figures import plot_gamma, plot_models
+from sdpo_nb.logprobs import read_table, score_pairs
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.report import gamma_table
-from sdpo_nb.trainer import TrainConfig, epoch_order, train_stage
+from sdpo_nb.trainer import TrainConfig, train_stage
 from sdpo_nb.world import complaint, load_world, score_responses
 
 torch.set_num_threads(1)
@@ -231,6 +240,215 @@ def sdpo_partition(
 looked = sdpo_partition(**asked | dict(folder=tmp / "looked"))
 assert looked.partition().equals(run.partition())
 looked.stages
+
+
+# %% [markdown]
+# ### The chunks as files
+#
+# Some people want the order and the chunks, and train with something else: on many cards, or with [TRL](with_trl.ipynb). For them the chunks become files, `chunk-1.jsonl` and so on. What should stand in such a file?
+#
+# - **The texts, not the token ids.** Each pair as it stood in its source, as `prompt`, `chosen` and `rejected`: three strings, or three lists of messages. A system message and earlier turns are part of the prompt. So TRL reads the file, and so does `sdpo`.
+# - **Nothing else.** Rows that were dropped or held out are not in it, and no row says more than it said.
+# - **The order of training.** A stage shuffles its chunk, and draws the order from its seed ([chapter 06](06_trainer.ipynb)). The file has the order of the first epoch. Whoever reads it from top to bottom sees the batches that a run sees.
+#
+# `partition.json` numbers the pairs, and each pair knows the row that it came from. So the sources are read again. If they have changed since, the numbers mean other pairs; then nothing is written.
+
+# %%
+#| export
+def _settings_of(run):
+    "What the run was asked for, with the defaults of what it does not say."
+    defaults = {f.name: f.default for f in fields(StepwiseConfig)}
+    return SimpleNamespace(**defaults | run.config["settings"])
+
+def _texts_of(run, settings, sources):
+    "A function: the number of a pair in partition.json -> the pair as texts or messages."
+    sources = _same_names(run.config["sources"], sources)
+    tokenizer = load_tokenizer(run.config["model"], run.config.get("revision"))
+    read = load_sources(sources, tokenizer, settings)
+    trained = {s.name: s for s in part_sources(read, sources, settings)[0]}
+
+    groups = settings.chunks if isinstance(settings.chunks, list) else [list(trained)]
+    places = [(name, row) for name in sum(groups, []) for row in trained[name].pairs["row"]]
+    found = pairs_hash(*(trained[name].pairs for name in sum(groups, [])))
+    if found != run.config["pairs"]:
+        raise ValueError(f"{run.folder}: its sources hold other pairs now (their hash is {found}, "
+                         f"and was {run.config['pairs']}), so its chunks cannot be written")
+    rows = {name: read_rows(name, what) for name, what in sources.items()}
+
+    def texts(i):
+        name, row = places[i]
+        chat = bool(trained[name].counts["chat"])
+        pair = normalise(rows[name][row], f"source '{name}', row {row}", chat)
+        sides = {side: [pair[side]] if pair["chat"] else pair[side] for side in ("chosen", "rejected")}
+        return dict(prompt=pair["prompt"]) | sides
+    return texts
+
+def _same_names(written, given):
+    "The sources of a run in its order: those given, or those that config.yaml names."
+    sources = written if given is None else given
+    if set(sources) != set(written):
+        raise ValueError(f"sources: the run has {', '.join(written)}, and {', '.join(sources)} are given")
+    for name in written:
+        if sources[name] is None or isinstance(sources[name], Source):
+            raise ValueError(f"sources: the texts of '{name}' are in no file that config.yaml names; "
+                             "give the sources, as files or rows")
+    return {name: sources[name] for name in written}
+
+
+# %%
+texts = _texts_of(looked, _settings_of(looked), None)
+assert texts(0)["prompt"] == load_pairs(w.sources[next(iter(w.sources))])[0]["prompt"]
+texts(0)
+
+
+# %% [markdown]
+# Pair 0 is the first row of the first source that was given. What is left is to write. A folder with `chunk-4.jsonl` of an export of yesterday, when there were four, would look like one of four chunks; it is refused.
+
+# %%
+#| export
+def export_chunks(
+    run: Run, # whose sources are partitioned; no stage need be finished
+    out,      # folder for chunk-1.jsonl, chunk-2.jsonl, ...
+    sources: dict=None, # as the run was given them; none: from where its config.yaml says that they lie
+) -> list[Path]: # the files, in the order of training
+    """Each chunk as a file that TRL reads: prompt, chosen and rejected as text or as messages, one pair a line,
+    in the order of the first epoch.
+
+    Raises ValueError where the chunks are not known, or the sources are not those of the run.
+    """
+    out, path = Path(out), run.folder / "partition.json"
+    if not path.exists(): raise ValueError(f"{path}: there is none, so there are no chunks to write")
+    chunks, settings = read_part(path)["chunks"], _settings_of(run)
+    _check_no_other_chunks(out, len(chunks))
+    texts = _texts_of(run, settings, sources)
+    files = []
+    for t, rows in enumerate(chunks, 1):
+        order = epoch_order(len(rows), settings.seed, t, 0, settings.shuffle)
+        files.append(out / f"chunk-{t}.jsonl")
+        _write_lines(files[-1], (texts(rows[i]) for i in order))
+    return files
+
+def _check_no_other_chunks(out, T):
+    "Raise ValueError where a file of another export would stay beside those of this one."
+    new = {f"chunk-{t}.jsonl" for t in range(1, T + 1)}
+    for path in sorted(out.glob("chunk-*.jsonl")):
+        if path.name in new: continue
+        raise ValueError(f"{path}: of other chunks, as these are {T}; delete it, or name another folder")
+
+def _write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as f:
+        for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# %% [markdown]
+# The first lines of the first file, and the files as sources of a new run: every chunk has the pairs that it had.
+
+# %%
+files = export_chunks(looked, tmp / "files")
+print("\n".join(files[0].read_text().splitlines()[:2]))
+chunk_1 = tokenize_pairs(load_pairs(files[0]), tok).pairs["key"][:]
+same_pairs = chunks["primer"]["key"][:]
+first_epoch = epoch_order(len(same_pairs), seed=0, stage=1, epoch=0)
+assert chunk_1 == [same_pairs[i] for i in first_epoch]
+pd.Series({file.name: len(file.read_text().splitlines()) for file in files}, name="pairs").to_frame()
+
+
+# %% [markdown]
+# ### And back: models from elsewhere
+#
+# The models that another trainer makes are folders with weights, and no run. What do they say about pairs? All of them read the same pairs, and each is compared with the first, pair by pair. That takes one pass for each model, and the numbers are kept under the hash of its weights: a call that is killed goes on, and a model that was read before is not read again.
+#
+# There is one trap. Every model gets the token ids of the *first* model's tokenizer. A model with another vocabulary would read other texts, and give numbers all the same. So the vocabularies are compared before anything is computed.
+
+# %%
+#| export
+def _check_same_tokens(models):
+    "The first model's tokenizer. Raises ValueError for a model in whose vocabulary a token has another id."
+    first = next(iter(models))
+    tokenizer = load_tokenizer(models[first])
+    for name, place in models.items():
+        theirs = load_tokenizer(place).get_vocab()
+        other = [token for token, i in tokenizer.get_vocab().items() if theirs.get(token) != i]
+        if not other: continue
+        raise ValueError(f"models: '{name}' has another vocabulary than '{first}': {len(other)} tokens "
+                         f"have another id or none, e.g. {min(other)!r}")
+    return tokenizer
+
+def _read_by(name, place, pairs, config, folder, clock):
+    "The table of one model, in a folder that has the hash of its weights for a name."
+    model = load_model(place, None if config.device == "auto" else config.device)
+    check_model(model)
+    check_rows(model, *extent(pairs))
+    precision = pick_precision(config.precision, model.device)
+    ctx = Context(config, folder, place, None, model.device, precision, None, None, clock=clock)
+    table = ctx.score_to(Path(folder) / weights_hash(model), model, pairs, f"{name} reads")
+    free_model(model)
+    return table
+
+def measure_models(
+    models: dict,  # name -> folder or hub id; the first is what the others are compared with
+    sources: dict, # name -> data, as for `load_sources`
+    config: StepwiseConfig=None, # its lengths, precision, packing, token_budget and device count
+    folder="runs/measure", # where the tables are kept; the same call goes on where it stopped
+) -> pd.DataFrame: # source, model: the index; pairs, and (mean, low, high) of each measure of `held_out`
+    """What any models say about pairs, and what changed against the first of them, pair by pair.
+
+    Raises ValueError for a model with another vocabulary, or sources that cannot be read.
+    """
+    config = config or StepwiseConfig()
+    check_names(sources)
+    tokenizer = _check_same_tokens(models)
+    read = load_sources(sources, tokenizer, config)
+    pairs = concatenate_datasets([s.pairs for s in read])
+    clock = Clock(len(models) * pair_tokens(pairs).sum())
+    with alone_in(folder):
+        tables = {name: _read_by(name, place, pairs, config, folder, clock) for name, place in models.items()}
+    return _measured(tables, read)
+
+def _measured(tables, sources):
+    "What the tables say, one row for each source and model."
+    first = next(iter(tables))
+    found = {}
+    for source in sources:
+        for name, table in tables.items():
+            row = held_out(table, tables[first], source.pairs, beta=1.)
+            del row["loss"] # a matter of the trainer's beta
+            against_itself = [] if name != first else [m for m in row if m not in ("gamma", "prefers chosen")]
+            for measure in against_itself: row[measure] = None
+            found[source.name, name] = dict(pairs=len(source)) | row
+    return pd.DataFrame(found, dtype=object).T.rename_axis(["source", "model"])
+
+
+# %% [markdown]
+# S, and two models of the run, as if they came from elsewhere. They read the chunk that only $M_3$ was trained on:
+
+# %%
+elsewhere = {"S": w.base, "two stages": run.model_folder(2), "three stages": run.model_folder(3)}
+measured = measure_models(elsewhere, dict(riddle=w.sources["riddle"]), StepwiseConfig(**quick), tmp / "measure")
+measured.map(lambda cell: as_text(cell, ".2f") if isinstance(cell, tuple) else cell).drop(columns="pairs")
+
+
+# %% [markdown]
+# *Change of gamma* is what to look at: it is paired. These are the numbers that the run has written down of the same models and pairs. The figure needs the change alone:
+
+# %%
+#| export
+def changes_of(
+    measured: pd.DataFrame, # of `measure_models`
+) -> pd.DataFrame: # source, model, mean, low, high: what `plot_models` draws
+    "The change of gamma of each model but the first."
+    change = measured["change of gamma"].dropna()
+    cells = pd.DataFrame(change.tolist(), columns=["mean", "low", "high"], index=change.index)
+    return cells.reset_index()
+
+
+# %%
+of_run = gamma_table(run).query("chunk == 'riddle'").groupby("model")["gamma"].mean()
+changes = changes_of(measured).set_index("model")["mean"]
+assert abs(changes["three stages"] - (of_run["M_3"] - of_run["M_0"])) < 1e-4
+assert abs(changes["two stages"] - (of_run["M_2"] - of_run["M_0"])) < 1e-4
+plot_models(changes_of(measured), "S");
 
 # %% [markdown]
 # ## Does the bar rise?

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The command line
-# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo push`, `sdpo eval`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
+# > `sdpo data`, `sdpo partition`, `sdpo run`, `sdpo report`, `sdpo measure`, `sdpo eval`, `sdpo mt-bench`, `sdpo push`, `sdpo pack`, `sdpo verify` and `sdpo demo`.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/18_cli.ipynb)
 #
@@ -12,6 +12,8 @@
 # | `sdpo partition` | lets S read all pairs, and says in which order the sources would come |
 # | `sdpo run` | the same, and then one DPO stage per chunk; the same command goes on where it stopped |
 # | `sdpo report` | writes the report of a run again |
+# | `sdpo measure` | what any models, also those of another trainer, say about pairs, each compared with the first |
+# | `sdpo mt-bench` | lets a model answer MT-Bench's questions, and a judge give marks |
 # | `sdpo push` | uploads the last model with a card, or writes both into a folder |
 # | `sdpo eval` | asks public benchmarks of S and every $M_t$ of a run, or of any models |
 # | `sdpo pack` | makes one small file of a run, without its weights, to hand in |
@@ -37,7 +39,7 @@ version = sdpo_nb.__version__
 assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
 
 # %% [markdown]
-# ## Six things people do
+# ## Seven things people do
 #
 # ```
 # sdpo data --model M --sources a.jsonl b.jsonl --max-length 512      # what would be lost, and three pairs of each
@@ -46,6 +48,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # sdpo run ... --eval-share 0.1                                       # keep a tenth of the prompts aside, and measure on them
 # sdpo run ... --chunks 1 --order as_given                            # plain DPO on all pairs, to compare with
 # sdpo run ... > run.log 2>&1                                         # plain lines, one every few steps, no bars
+# sdpo measure --models S=M mine=out/checkpoint --sources c.jsonl     # models of any trainer on the same pairs
 # ```
 #
 # The third line needs a word. A run writes down everything it was asked for in its `config.yaml`, and that file can be read as a request. So an old run can be repeated from its folder alone, as long as its model and its files are where they were.
@@ -102,11 +105,12 @@ print(text)
 
 # %%
 #| export
-def _add_settings(parser):
-    "One option per field of StepwiseConfig."
+def _add_settings(parser, only=None):
+    "One option per field of StepwiseConfig, or for those that are named."
     from dataclasses import fields
     from sdpo_nb.plan import StepwiseConfig
     for f in fields(StepwiseConfig):
+        if only and f.name not in only: continue
         text = f"{f.metadata['help']} (default: {f.default})"
         how = dict(default=None, help=text.replace("%", "%%"))
         if f.type is bool:
@@ -171,7 +175,7 @@ def _config(args, settings):
     "StepwiseConfig from a file's settings and from options; options win."
     from dataclasses import fields
     from sdpo_nb.plan import StepwiseConfig, make_config
-    typed = {f.name: getattr(args, f.name) for f in fields(StepwiseConfig)}
+    typed = {f.name: getattr(args, f.name, None) for f in fields(StepwiseConfig)}
     options = {name: value for name, value in typed.items() if value is not None}
     return make_config(settings | options)
 
@@ -272,8 +276,13 @@ def _run(args):
     _show(sdpo(**_what(args)))
 
 def _partition(args):
-    from sdpo_nb.stepwise import sdpo_partition
-    _show(sdpo_partition(**_what(args)))
+    from sdpo_nb.stepwise import export_chunks, sdpo_partition
+    what = _what(args)
+    run = sdpo_partition(**what)
+    _show(run)
+    files = export_chunks(run, args.export, what["sources"]) if args.export else []
+    for file in files:
+        with open(file, encoding="utf-8") as lines: print(f"{file}: {sum(1 for _ in lines)} pairs")
 
 def _show(run):
     "Print what a run folder holds."
@@ -286,13 +295,13 @@ def _show(run):
 
 
 # %% [markdown]
-# One source of the tiny world, measured but not trained on:
+# One source of the tiny world, measured but not trained on. `--export` writes [its chunks as files](14_stepwise.ipynb), here two:
 
 # %%
 start = f"--model {w.base} {riddle} --folder {tmp}/run --max-length 64 --precision fp32"
-status, text = sdpo_says(f"partition {start}")
+status, text = sdpo_says(f"partition {start} --chunks 2 --export {tmp}/chunks")
 assert status == 0
-print(text)
+print(text.replace(str(tmp), "."))
 
 
 # %% [markdown]
@@ -411,6 +420,72 @@ print(text)
 
 
 # %% [markdown]
+# `sdpo measure` asks [models from elsewhere](14_stepwise.ipynb). A model is a folder or a hub id, with a name before it where that is too long for a table. What was printed lies in the folder, too, and with it a figure.
+
+# %%
+#| export
+def _measure(args):
+    from sdpo_nb.figures import plot_models
+    from sdpo_nb.report import as_markdown
+    from sdpo_nb.stepwise import changes_of, measure_models
+    models = _pairs_of([word if "=" in word else f"{word}={word}" for word in args.models], "--models")
+    sources, folder = _sources(args, args.sources, "--sources"), Path(args.folder)
+    measured = measure_models(models, sources, _config(args, {}), folder)
+    changes = changes_of(measured)
+    measured.index = [f"{source}, {model}" for source, model in measured.index]
+    table = as_markdown(_in_words(measured.rename_axis("source, model"), ".2f"))
+    print(f"{table}\n")
+    (folder / "measure.md").write_text(table + "\n")
+    if len(models) > 1:
+        plot_models(changes, next(iter(models))).savefig(folder / "measure.png", dpi=120)
+    print(f"table and figure: {folder}")
+
+def _in_words(frame, digits=".1f"):
+    "The same table with intervals as text, and nothing where there is none."
+    from sdpo_nb.evaluate import as_text
+    return frame.map(lambda cell: as_text(cell, digits) if isinstance(cell, tuple) else cell).fillna("")
+
+
+# %% [markdown]
+# S against itself. The change must be nothing:
+
+# %%
+status, text = sdpo_says(f"measure --models S={w.base} again={w.base} {riddle} --max-pairs 40 --folder {tmp}/measure")
+assert status == 0
+print(text.replace(str(tmp), "."))
+
+
+# %% [markdown]
+# `sdpo mt-bench` lets a model answer [MT-Bench](16_mt_bench.ipynb). A judge is named as its endpoint calls it, and its address and key come from the environment. Without one the command stops after the answers.
+
+# %%
+#| export
+def _mt_bench(args):
+    from sdpo_nb.mt_bench import JUDGE_PROMPTS, QUESTIONS, mt_bench, openai_judge
+    from sdpo_nb.report import as_markdown
+    marks = mt_bench(
+        args.model,
+        args.out,
+        questions=args.questions or QUESTIONS,
+        judge=openai_judge(args.judge) if args.judge else None,
+        limit=args.limit,
+        name=args.name,
+        judge_prompts=args.judge_prompts or JUDGE_PROMPTS,
+        references=args.references,
+        max_new=args.max_new,
+        precision=args.precision,
+    )
+    if len(marks): print(as_markdown(_in_words(marks)))
+
+
+# %%
+(tmp / "question.jsonl").write_text(json.dumps(dict(question_id=81, category="math", turns=w.test[:2])))
+status, text = sdpo_says(f"mt-bench {w.base} --questions {tmp}/question.jsonl --out {tmp}/mt --name S --max-new 8")
+assert status == 0
+print(text.replace(str(tmp), "."))
+
+
+# %% [markdown]
 # Two commands are for handing a run in, and for whoever gets it: `sdpo pack` and `sdpo verify`, which call [chapter 17](17_verify.ipynb). The second must be of use in a script that grades fifty runs. So its exit status is 1 if anything differs, and 0 if nothing does; what could not be checked is counted, and is no fault.
 
 # %%
@@ -491,7 +566,10 @@ def _parser(argv):
     for name, text in COMMANDS.items():
         command = sub.add_parser(name, help=text, description=text)
         _add_places(command)
+        if name == "partition": _add_export(command)
         if argv[:1] == [name]: _add_settings(command)
+    _add_measure(sub, argv)
+    _add_mt_bench(sub)
     sub.add_parser("report", help="write the report of a run again, and print it").add_argument("folder")
     _add_push(sub)
     _add_eval(sub)
@@ -511,12 +589,49 @@ def _add_places(command):
     add("--held-out", nargs="+", metavar="NAME=DATA",
         help="pairs that are never trained on and measured after every stage; see also --eval-share")
     add("--folder", help="of the run; the same call on it continues")
+    _add_reading(command)
+
+def _add_reading(command):
+    "How sources are read."
+    add = command.add_argument
     add("--columns", nargs="+", default=[], metavar="THEIRS=OURS",
         help="columns that have another name in the data")
     add("--chat", action="store_true", help="read string fields as turns of a chat")
     add("--split", help="of hub data (default: train)")
     add("--revision", help="commit of hub data")
     add("--max-pairs", type=int, metavar="N", help="the first N rows of each source")
+
+def _add_export(partition):
+    about = "write the chunks there, too: chunk-1.jsonl, ..., which TRL reads as they are"
+    partition.add_argument("--export", metavar="FOLDER", help=about)
+
+READING = "max_length", "max_prompt_length", "precision", "packing", "token_budget", "device" # settings
+
+def _add_measure(sub, argv):
+    short = "what any models say about pairs: gamma, reward accuracy, and the change against the first model"
+    measure = sub.add_parser("measure", help=short, description=short)
+    add = measure.add_argument
+    add("--models", nargs="+", required=True, metavar="NAME=MODEL", help="folders or hub ids; the first is compared with")
+    add("--sources", nargs="+", required=True, metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
+    add("--folder", default="runs/measure", help="for what is computed; the same call on it continues")
+    _add_reading(measure)
+    if argv[:1] == ["measure"]: _add_settings(measure, READING)
+
+def _add_mt_bench(sub):
+    short = "answers to MT-Bench in FastChat's files, and a judge's marks"
+    command = sub.add_parser("mt-bench", help=short, description=short)
+    add = command.add_argument
+    add("model", help="folder or hub id")
+    add("--out", required=True, metavar="FOLDER", help="for model_answer/ and model_judgment/; the same call goes on")
+    add("--judge", metavar="MODEL",
+        help="a model behind an endpoint with OpenAI's protocol, at OPENAI_BASE_URL with OPENAI_API_KEY; none: answers only")
+    add("--questions", metavar="FILE", help="FastChat's question.jsonl (default: from GitHub)")
+    add("--judge-prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl (default: from GitHub)")
+    add("--references", metavar="FILE", help="FastChat's reference_answer/gpt-4.jsonl (default: those of the questions)")
+    add("--limit", type=int, metavar="N", help="so many questions, of the categories in turn")
+    add("--name", help="of the model in the files (default: made of its path)")
+    add("--max-new", type=int, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
 
 def _add_push(sub):
     about = "Upload the model of the last stage, with a card that says what it was made of and what came out."
@@ -585,6 +700,8 @@ def main(
         partition=_partition,
         data=_data,
         report=_report,
+        measure=_measure,
+        **{"mt-bench": _mt_bench},
         push=_push,
         eval=_eval,
         pack=_pack,
@@ -667,7 +784,7 @@ import shutil; shutil.rmtree(tmp)
 # %% [markdown]
 # ## What you now have
 #
-# Nine commands, and no setting that the library does not have.
+# Eleven commands, and no setting that the library does not have.
 #
 # ## Questions to test yourself
 #

@@ -337,7 +337,7 @@ def test_drops_are_counted():
     s = tokenize_pairs(load_pairs(rows), toy(), "s", max_length=8)
     assert s.counts == dict(rows=8, usable=2, empty=3, equal=1, no_prompt=1, no_room=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0, duplicates=0, both_labels=0)
     assert len(s) == 2 and s.pairs["truncated"][:] == [False, True]
-    assert s.pairs.column_names == ["key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"]
+    assert s.pairs.column_names == ["row", "key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"]
     assert counts_table([s]).loc["s", "empty"] == 3 and json.dumps(s.counts)
     with pytest.raises(ValueError, match="source 's': no usable pair among 1 rows.*empty"): tokenize_pairs(load_pairs(rows[1:2]), toy(), "s")
     assert tokenize_pairs(load_pairs([row("x", "y", "")]), toy(bos=True)).counts["usable"] == 1 # BOS is a prompt

@@ -1,0 +1,233 @@
+"MT-Bench: FastChat's files, one question at a time, a judge behind an endpoint, and what goes wrong in one line."
+import json, math, os, sys, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from sdpo_nb import cli, mt_bench as module
+from sdpo_nb.logprobs import load_model, load_tokenizer
+from sdpo_nb.mt_bench import answer_turns, judge_messages, mt_bench, mt_bench_table, openai_judge, rating_of, read_lines, write_answers
+from sdpo_nb.world import load_world
+from tiny import perturbed, write_jsonl
+
+W = load_world()
+BASE = W.base
+DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")) / "benchmarks"
+CATEGORIES = "writing", "math", "stem"
+ASKED = [dict(question_id=i, category=CATEGORIES[i % 3], turns=W.test[2*i:2*i+2]) | (dict(reference=["R1", "R2"]) if i % 3 == 1 else {}) for i in range(6)]
+
+
+def prompt(name, text): return dict(name=name, type="single", system_prompt=f"sys {name}", prompt_template=text, output_format="[[rating]]")
+TOLD = [prompt("single-v1", "{question}|{answer}"), prompt("single-v1-multi-turn", "{question_1}|{answer_1}|{question_2}|{answer_2}"),
+        prompt("single-math-v1", "{ref_answer_1}|{question}|{answer}"),
+        prompt("single-math-v1-multi-turn", "{ref_answer_1}|{ref_answer_2}|{question_1}|{answer_1}|{question_2}|{answer_2}")]
+PROMPTS = {line["name"]: line for line in TOLD}
+HOW = dict(questions=ASKED, judge_prompts=TOLD, name="tiny", max_new=6, precision="fp32")
+
+
+def lines(path): return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def seven(messages): return "good [[7]]"
+
+
+@pytest.fixture
+def endpoint():
+    "An endpoint on this machine: what it was asked, and a list of what to answer (a status, or a text)."
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append((self.path, self.headers.get("Authorization"), body))
+            answer = server.answers.pop(0) if server.answers else "fine [[6]]"
+            if isinstance(answer, int): return self.send_error(answer)
+            self.send_response(200); self.end_headers()
+            self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(dict(choices=[dict(message=dict(content=answer))])).encode())
+        def log_message(self, *args): pass
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.answers = [], []
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_fastchats_formats(tmp_path, endpoint):
+    "The fields that FastChat's own code reads: answers, judgments, names of files and prompts."
+    table = mt_bench(BASE, tmp_path, judge=openai_judge("org/judge-1", endpoint.url, "key"), **HOW)
+    answers = lines(tmp_path / "model_answer/tiny.jsonl")
+    assert [a["question_id"] for a in answers] == list(range(6)) and {a["model_id"] for a in answers} == {"tiny"}
+    assert len({a["answer_id"] for a in answers}) == 6 and all(isinstance(a["tstamp"], float) for a in answers)
+    assert all(list(c) == ["index", "turns"] and c["index"] == 0 and len(c["turns"]) == 2 for a in answers for c in a["choices"])
+    judged = lines(tmp_path / "model_judgment/org--judge-1_single.jsonl")
+    assert len(judged) == 12
+    for j in judged:
+        q, a = ASKED[j["question_id"]], answers[j["question_id"]]["choices"][0]["turns"]
+        math_, multi = ("-math" if q["category"] == "math" else ""), ("-multi-turn" if j["turn"] == 2 else "")
+        assert j["judge"] == ["org/judge-1", f"single{math_}-v1{multi}"] and j["model"] == "tiny" and j["score"] == 6
+        told = [q["turns"][0], a[0]] + ([q["turns"][1], a[1]] if multi else [])
+        assert j["user_prompt"] == "|".join((["R1", "R2"][:j["turn"]] if math_ else []) + told) and j["judgment"] == "fine [[6]]"
+    path, key, body = endpoint.asked[0]
+    assert path == "/v1/chat/completions" and key == "Bearer key"
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("org/judge-1", 0, 2048)
+    assert body["messages"] == [dict(role="system", content="sys single-v1"), dict(role="user", content=judged[0]["user_prompt"])]
+    assert table.loc["all", "turn 1"] == (6, 6, 6) and table["questions"].to_dict() == dict(writing=2, math=2, stem=2, all=6)
+
+
+def test_no_judge_no_marks(tmp_path, capsys):
+    assert mt_bench(BASE, tmp_path, **HOW).empty
+    assert "6 questions are answered" in (out := capsys.readouterr().out) and "no judge was given" in out
+    assert not (tmp_path / "model_judgment").exists()
+
+
+def test_a_killed_call_goes_on(tmp_path, monkeypatch):
+    "Killed at the third question, then in the judge's fifth; what was there stays as it was, and nothing is asked twice."
+    true, calls = module.answer_turns, []
+    def dies(model, tok, q, *a):
+        calls.append(q["question_id"])
+        if len(calls) == 3: raise KeyboardInterrupt
+        return true(model, tok, q, *a)
+    monkeypatch.setattr(module, "answer_turns", dies)
+    with pytest.raises(KeyboardInterrupt): mt_bench(BASE, tmp_path, **HOW)
+    two = lines(tmp_path / "model_answer/tiny.jsonl")
+    assert len(two) == 2
+    asked = []
+    def judge(messages):
+        asked.append(messages[1]["content"])
+        if len(asked) == 5: raise KeyboardInterrupt
+        return "[[3]]"
+    with pytest.raises(KeyboardInterrupt): mt_bench(BASE, tmp_path, judge=judge, **HOW)
+    assert lines(tmp_path / "model_answer/tiny.jsonl")[:2] == two and calls == [0, 1, 2, 2, 3, 4, 5]
+    assert len(lines(tmp_path / "model_judgment/judge_single.jsonl")) == 4
+    table = mt_bench(BASE, tmp_path, judge=judge, **HOW)
+    assert len(asked) == 13 and table.loc["all", "both"][0] == 3 and calls == [0, 1, 2, 2, 3, 4, 5]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_answers_of_other_weights_are_written_anew(tmp_path):
+    mt_bench(BASE, tmp_path, judge=seven, **HOW)
+    old, marks = (lines(tmp_path / f) for f in ("model_answer/tiny.jsonl", "model_judgment/seven_single.jsonl"))
+    other = tmp_path / "other"
+    perturbed(load_model(BASE, "cpu"), 0.5).save_pretrained(other); load_tokenizer(BASE).save_pretrained(other)
+    mt_bench(other, tmp_path, judge=seven, **HOW)
+    new = lines(tmp_path / "model_answer/tiny.jsonl")
+    assert len(new) == 6 and not {a["answer_id"] for a in old} & {a["answer_id"] for a in new}
+    assert [a["choices"] for a in old] != [a["choices"] for a in new]
+    judged = lines(tmp_path / "model_judgment/seven_single.jsonl")
+    assert len(marks) == len(judged) == 12 and {j["answer_id"] for j in judged} == {a["answer_id"] for a in new}, "one mark for each answer that is there"
+    by_another = [j | dict(model="another") for j in marks]
+    write_jsonl(tmp_path / "model_judgment/seven_single.jsonl", by_another + judged)
+    assert mt_bench(other, tmp_path, judge=seven, **HOW | dict(max_new=2)).loc["all", "both"][0] == 7
+    assert lines(tmp_path / "model_answer/tiny.jsonl")[0]["generate_params"]["max_new_token"] == 2
+    assert lines(tmp_path / "model_judgment/seven_single.jsonl")[:12] == by_another
+
+
+def test_turns_are_a_conversation_and_seeded():
+    "The second turn sees the first; hot answers vary with the seed only, and the global random state is left alone."
+    model, tok = load_model(BASE, "cpu"), load_tokenizer(BASE)
+    q = dict(category="math", turns=W.test[:2])
+    torch.manual_seed(5); luck = torch.rand(1); torch.manual_seed(5)
+    first, second = answer_turns(model, tok, q, 6)
+    assert torch.rand(1) == luck
+    chat = [dict(role="user", content=q["turns"][0]), dict(role="assistant", content=first), dict(role="user", content=q["turns"][1])]
+    ids = tok.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=6, do_sample=False,
+                         eos_token_id=tok.eos_token_id, pad_token_id=tok.eos_token_id)
+    assert second == tok.decode(out[0, len(ids):], skip_special_tokens=True).strip()
+    hot = [answer_turns(model, tok, dict(category="writing", turns=[p]), 6) for p in W.test[:12]]
+    assert hot == [answer_turns(model, tok, dict(category="writing", turns=[p]), 6) for p in W.test[:12]]
+    assert hot != [answer_turns(model, tok, dict(category="math", turns=[p]), 6) for p in W.test[:12]]
+    tok.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"): answer_turns(model, tok, q, 6)
+
+
+def test_a_row_that_is_full_has_no_answer():
+    model, tok = load_model(BASE, "cpu"), load_tokenizer(BASE)
+    long = dict(category="math", turns=["copy " + "a" * model.config.max_position_embeddings, "copy a"])
+    assert answer_turns(model, tok, long, 6) == ["", ""]
+
+
+@pytest.mark.parametrize("text, mark", [("[[8]]", 8), ("I give [[8.5]], not [3]", 8.5), ("Rating: [4]", 4), ("ten out of ten", -1), ("", -1), ("[[a]] [b]", -1)])
+def test_marks(text, mark): assert rating_of(text) == mark
+
+
+def test_answers_without_a_mark_count_in_no_mean():
+    judged = [dict(question_id=i, turn=t, score=s) for i, both in enumerate([(4, -1), (8, 6), (-1, -1)]) for t, s in zip((1, 2), both)]
+    table = mt_bench_table(judged, [dict(question_id=i, category="math") for i in range(3)])
+    assert table.loc["all", "turn 1"][0] == 6 and table.loc["all", "turn 2"][0] == 6 and math.isnan(table.loc["all", "turn 2"][1])
+    assert table.loc["math", "both"][0] == (4 + 7) / 2 and table.loc["all", "unrated"] == 3
+    none = mt_bench_table([dict(question_id=0, turn=1, score=-1)], [dict(question_id=0, category="math")])
+    assert pd.isna(none.loc["all", "both"]) and none.loc["all", "unrated"] == 1
+
+
+def test_references(tmp_path):
+    "Those of FastChat's file win; a question without any is judged without, and the name of its prompt says so."
+    given = write_jsonl(tmp_path / "gpt-4.jsonl", [dict(question_id=1, choices=[dict(index=0, turns=["A1", "A2"])])])
+    mt_bench(BASE, tmp_path, judge=seven, references=given, **HOW)
+    of = {(j["question_id"], j["turn"]): j for j in lines(tmp_path / "model_judgment/seven_single.jsonl")}
+    assert of[1, 1]["user_prompt"].startswith("A1|") and of[4, 1]["user_prompt"].startswith("R1|")
+    assert judge_messages(dict(category="coding", turns=["q", "r"]), ["a", "b"], 2, PROMPTS)[0] == "single-v1-multi-turn"
+    with pytest.raises(ValueError, match="none called 'single-v1'"): judge_messages(ASKED[0], ["a", "b"], 1, {})
+
+
+def test_a_busy_endpoint_is_asked_again_and_a_closed_one_is_not(endpoint):
+    ask = openai_judge("m", endpoint.url, pause=0.001)
+    endpoint.answers += [429, 503, "yes [[5]]"]
+    assert ask([]) == "yes [[5]]" and len(endpoint.asked) == 3 and endpoint.asked[0][1] is None
+    endpoint.answers += [401]
+    with pytest.raises(OSError, match="401 Unauthorized") as e: ask([])
+    assert len(endpoint.asked) == 4 and "\n" not in str(e.value)
+    endpoint.answers += [500] * 9
+    with pytest.raises(OSError, match="500"): ask([])
+    assert len(endpoint.asked) == 9
+    endpoint.answers[:] = [b'{"error": "no model"}']
+    with pytest.raises(ValueError, match="no model"): ask([])
+    endpoint.answers[:] = [b"<html>"]
+    with pytest.raises(OSError, match="judge"): ask([])
+
+
+def test_address_and_key_from_the_environment(endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url + "/"); monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert openai_judge("m")([]) == "fine [[6]]"
+    assert endpoint.asked[0][:2] == ("/v1/chat/completions", "Bearer secret")
+
+
+def test_nobody_there():
+    with pytest.raises(OSError, match="127.0.0.1:9/v1/chat/completions"): openai_judge("m", "http://127.0.0.1:9/v1", pause=0.001)([])
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match="no such file"): read_lines(tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text("no json\n")
+    with pytest.raises(ValueError, match="bad.jsonl: cannot be read") as e: read_lines(tmp_path / "bad.jsonl")
+    assert "\n" not in str(e.value)
+
+
+def test_the_command(tmp_path, endpoint, monkeypatch, capsys):
+    questions, told = write_jsonl(tmp_path / "q.jsonl", ASKED), write_jsonl(tmp_path / "p.jsonl", TOLD)
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["sdpo", "mt-bench", BASE, "--out", str(tmp_path / "out"), "--questions", str(questions), "--name", "t", "--max-new", "4", *words])
+        try: cli.main(); status = 0
+        except SystemExit as e: status = e.code
+        return status, *capsys.readouterr()
+    status, out, err = call("--limit", "3")
+    assert status == 0 and "no judge was given" in out, err
+    assert [a["question_id"] for a in lines(tmp_path / "out/model_answer/t.jsonl")] == [0, 1, 2]
+    status, out, err = call("--limit", "3", "--judge", "j", "--judge-prompts", str(told))
+    assert status == 0 and "| all | 3 | 6.0 [6.0, 6.0] | 6.0 [6.0, 6.0] | 6.0 [6.0, 6.0] | 0 |" in out, err
+    status, out, err = call("--judge", "j", "--judge-prompts", "nowhere.jsonl")
+    assert status == 2 and err.strip() == "sdpo: nowhere.jsonl: no such file"
+
+
+@pytest.mark.skipif(not (DATA / "mt_bench_question.jsonl.gz").exists(), reason="no MT-Bench files (SDPO_DATA)")
+def test_the_real_files(tmp_path):
+    "All 80 questions with FastChat's own prompts: every place of a prompt is filled."
+    questions = read_lines(DATA / "mt_bench_question.jsonl.gz")
+    prompts = {line["name"]: line for line in read_lines(DATA / "mt_bench_judge_prompts.jsonl.gz")}
+    assert len(questions) == 80 and {q["category"] for q in questions} == set(module.TEMPERATURE)
+    names = [judge_messages(q, ["ONE", "TWO"], t, prompts) for q in questions for t in (1, 2)]
+    counts = {name: sum(n == name for n, _ in names) for name in {n for n, _ in names}}
+    assert counts == {"single-v1": 51, "single-v1-multi-turn": 51, "single-math-v1": 29, "single-math-v1-multi-turn": 29}   # 123 has no reference of its own
+    assert all("ONE" in m[1]["content"] and ("TWO" in m[1]["content"]) == ("multi" in n) for n, m in names)
+    assert [q["category"] for q in module._some(questions, 8)] == list(dict.fromkeys(q["category"] for q in questions))
