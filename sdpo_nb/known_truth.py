@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'TARGETS', 'PROMPTS', 'TEST', 'VALIDATION', 'DRAWS', 'SEARCH_DRAW', 'ARMS', 'LADDER', 'BORROWED', 'BETAS',
-           'LEARNING_RATES', 'COMMON', 'QUESTIONS', 'MARGIN', 'choose_sizes', 'grid_of', 'draw_contrasts', 'verdict']
+           'LEARNING_RATES', 'COMMON', 'LONGEST_PAIR', 'QUESTIONS', 'MARGIN', 'choose_sizes', 'levels_from',
+           'calibration', 'stored_levels', 'grid_of', 'draw_contrasts', 'verdict']
 
 # %% ../nbs/experiments/known_truth.ipynb #0ceb7248
-import itertools
+import itertools, json
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from .cells import RESULTS
 from .compare import holm_p_values, sign_flip_p_value
 
 # %% ../nbs/experiments/known_truth.ipynb #96cfa8f1
@@ -36,6 +38,28 @@ def choose_sizes(
     def distance(triple): return sum((odds[size] - want) ** 2 for size, want in zip(triple, wanted))
     best = min(itertools.combinations(sizes, len(SOURCES)), key=distance)
     return dict(zip(SOURCES, best))
+
+def levels_from(
+    rows: list,  # of a calibration: task, size, first, second (scores)
+) -> dict:       # source -> task -> size
+    "The sizes of the three sources, task by task."
+    right, answers = {}, {}
+    for row in rows:
+        task, size, scores = row["task"], row["size"], row["first"] + row["second"]
+        right.setdefault(task, {})[size] = sum(score == 1 for score in scores)
+        answers.setdefault(task, {})[size] = len(scores)
+    chosen = {task: choose_sizes(right[task], answers[task]) for task in right}
+    return {source: {task: chosen[task][source] for task in chosen} for source in SOURCES}
+
+def calibration() -> list[dict]: # task, size, n, first, second: scores; examples, card, versions
+    "What S made of each task and size, as it was committed. Raises ValueError where there is nothing."
+    path = RESULTS / "known_truth_levels.json"
+    if not path.exists(): raise ValueError(f"{path}: not there; `python -m sdpo_nb.graded` makes it")
+    return json.loads(path.read_text())
+
+def stored_levels() -> dict: # source -> task -> size
+    "The sizes of the three sources, by the rule above."
+    return levels_from(calibration())
 
 # %% ../nbs/experiments/known_truth.ipynb #b08575dc
 DRAWS = range(1, 11)
@@ -67,7 +91,8 @@ BORROWED = { # arm -> the arm whose stages it has, the arm whose settings it tak
 # %% ../nbs/experiments/known_truth.ipynb #101c593a
 BETAS = (0.03, 0.1, 0.3, 1.0)
 LEARNING_RATES = (3e-6, 1e-5, 3e-5)
-COMMON = dict(epochs=3, batch_size=32, max_length=384)   # of every run
+COMMON = dict(epochs=3, batch_size=32)   # of every run
+LONGEST_PAIR = 384                       # tokens of a prompt with its response
 
 def grid_of(
     arm: str,     # of ARMS

@@ -66,9 +66,9 @@ SPLITS = ("train", "validation", "test")
 def split_of_content(
     content: str, # of a problem
 ) -> str:         # of SPLITS
-    "Where a problem belongs: 70, 10 and 20 of a hundred, by the hash of its content."
+    "Where a problem belongs: 60, 20 and 20 of a hundred, by the hash of its content."
     percent = int(hashlib.sha256(content.encode()).hexdigest()[:8], 16) % 100
-    if percent < 70: return "train"
+    if percent < 60: return "train"
     return "validation" if percent < 80 else "test"
 
 
@@ -263,33 +263,34 @@ def messages_of(
 def make_problems(
     n: int,              # how many
     task: str,           # of TASKS
-    sizes: tuple,        # of the problems, in turn
+    size: int,           # of the problems
     split: str,          # of SPLITS
     rng: random.Random,  # draws them; is moved on
-) -> list[Problem]:      # n problems, all questions different
+    again: bool = False, # whether questions may come again, once there are no others
+) -> list[Problem]:      # n problems, as different as they can be
     """Draw problems of one split, none with the content of an example.
-    Raises ValueError for an unknown task or split, and where so many cannot be found."""
+    Raises ValueError for an unknown task or split, and where so many different ones cannot be found."""
     if task not in TASKS: raise ValueError(f"task '{task}': expected one of {tuple(TASKS)}")
     if split not in SPLITS: raise ValueError(f"split '{split}': expected one of {SPLITS}")
-    examples = {size: {p.content for p in example_problems(task, size)} for size in sizes}
+    examples = {problem.content for problem in example_problems(task, size)}
     found, missed = {}, 0
-    while len(found) < n:
-        size = sizes[len(found) % len(sizes)]
-        problem = _draw(task, size, split, rng, examples[size])
+    while len(found) < n and missed < 1000:
+        problem = _draw(task, size, split, rng, examples)
         missed = missed + 1 if problem.question in found else 0
         found.setdefault(problem.question, problem)
-        if missed == 1000:
-            raise ValueError(f"{task}, size {size}: found {len(found)} of {n} problems for '{split}'; ask for fewer")
-    return list(found.values())
+    problems = list(found.values())
+    if len(problems) < n and not again:
+        raise ValueError(f"{task}, size {size}: found {len(problems)} of {n} problems for '{split}'; ask for fewer")
+    return problems + rng.choices(problems, k=n - len(problems))
 
 
 # %% [markdown]
 # One prompt, and a request for more than there is:
 
 # %%
-problem = make_problems(1, "reverse", (3,), "test", random.Random(0))[0]
+problem = make_problems(1, "reverse", 3, "test", random.Random(0))[0]
 for turn in messages_of(problem): print(f"{turn['role']:>9}: {turn['content']}")
-print(complaint(make_problems, 300, "add", (2,), "test", random.Random(0)))
+print(complaint(make_problems, 300, "add", 2, "test", random.Random(0)))
 
 # %% [markdown]
 # Are the splits apart? We draw from all three, and compare contents:
@@ -298,7 +299,7 @@ print(complaint(make_problems, 300, "add", (2,), "test", random.Random(0)))
 contents = {}
 for split in SPLITS:
     rng = random.Random(1)
-    drawn = [p for task in TASKS for p in make_problems(10, task, (4,), split, rng)]
+    drawn = [p for task in TASKS for p in make_problems(10, task, 4, split, rng)]
     contents[split] = {p.content for p in drawn}
     assert {split_of_content(c) for c in contents[split]} == {split}
 
@@ -394,7 +395,12 @@ print(tok.batch_decode(here[:3], skip_special_tokens=True))
 
 # %%
 #| export
-def _text(tokenizer, ids): return tokenizer.decode(ids, skip_special_tokens=True).strip()
+def answer_text(
+    tokenizer,  # that made the ids
+    ids: list,  # of a response
+) -> str:
+    "A response as text, without special tokens and without blanks at its ends."
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 def answers_to(
     model,                  # as for `sampled_ids`
@@ -406,7 +412,7 @@ def answers_to(
 ) -> list[str]:             # n texts
     "One answer per problem, as text."
     prompts = [ids_of(tokenizer, messages_of(problem)) for problem in problems]
-    return [_text(tokenizer, ids) for ids in sampled_ids(model, tokenizer, prompts, tau, seed, **how)]
+    return [answer_text(tokenizer, ids) for ids in sampled_ids(model, tokenizer, prompts, tau, seed, **how)]
 
 def _pair(problem, chosen, rejected, flipped):
     return dict(
@@ -505,7 +511,7 @@ def calibrate(
 ) -> dict:             # task, size, n, seed, first and second: scores; examples: question and answer
     "The scores of two sampled answers to each problem of one task and size."
     rng = random.Random(f"calibration {what.key}")
-    problems = make_problems(what.n, what.task, (what.size,), "train", rng)
+    problems = make_problems(what.n, what.task, what.size, "train", rng)
     answers = answers_to(model, tokenizer, problems * 2, 1., what.seed, **how)
     scores = [round(grade(problem, answer), 4) for problem, answer in zip(problems * 2, answers)]
     return vars(what) | dict(
@@ -520,10 +526,10 @@ def run_calibration(
     minutes: float = None,     # from the start of the process; None: until all is done
     candidates = CANDIDATES,   # task -> sizes
     n: int = 24,               # problems of each
-    device: str = "cpu",       # where S computes
+    device: str = "cpu",       # where S computes, in bf16: a calibration need not be exact
 ) -> list[dict]:               # a row per task and size
     "Every candidate that has no row yet, one after the other."
-    S, tokenizer = load_model(model, device), load_tokenizer(model)
+    S, tokenizer = load_model(model, device).bfloat16(), load_tokenizer(model)
     def plan(rows): return [Calibration(task, size, n) for task in candidates for size in candidates[task]]
     def run(what): return calibrate(S, tokenizer, what)
     return run_timed("known_truth_levels", plan, run, folder, minutes, device)

@@ -27,12 +27,13 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import itertools
+import itertools, json
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from sdpo_nb.cells import RESULTS
 from sdpo_nb.compare import holm_p_values, sign_flip_p_value
 
 # %% [markdown]
@@ -41,7 +42,7 @@ from sdpo_nb.compare import holm_p_values, sign_flip_p_value
 # S answers problems of five [tasks](graded_tasks.ipynb): additions, sorting, reversing, JSON and counting words. A task has three sizes, and so there are three sources. In *easy* S is right in about 60 of 100 sampled answers, in *middle* in 20, in *hard* in 3. Which sizes these are is measured, and the rule that picks them is fixed here:
 #
 # - Let $p$ be the share of right answers of a size, counted as $(\text{right} + \frac12)/(\text{answers} + 1)$, so that it is never 0 or 1. For each task those three sizes are taken, one larger than the other, whose log-odds are nearest to those of 0.60, 0.20 and 0.03: the sum of the squared distances is smallest.
-# - Only sizes with enough different problems are tried. So one-digit sums are out: there are 45 of them.
+# - A source has the same number of problems of each task. There are only 45 sums of two digits, so there the same questions come again, each time with other answers of S. (This rule first left such sums out. The first sixteen answers of S to larger ones showed that no other addition is easy for it.)
 
 # %%
 #| export
@@ -65,6 +66,28 @@ def choose_sizes(
     def distance(triple): return sum((odds[size] - want) ** 2 for size, want in zip(triple, wanted))
     best = min(itertools.combinations(sizes, len(SOURCES)), key=distance)
     return dict(zip(SOURCES, best))
+
+def levels_from(
+    rows: list,  # of a calibration: task, size, first, second (scores)
+) -> dict:       # source -> task -> size
+    "The sizes of the three sources, task by task."
+    right, answers = {}, {}
+    for row in rows:
+        task, size, scores = row["task"], row["size"], row["first"] + row["second"]
+        right.setdefault(task, {})[size] = sum(score == 1 for score in scores)
+        answers.setdefault(task, {})[size] = len(scores)
+    chosen = {task: choose_sizes(right[task], answers[task]) for task in right}
+    return {source: {task: chosen[task][source] for task in chosen} for source in SOURCES}
+
+def calibration() -> list[dict]: # task, size, n, first, second: scores; examples, card, versions
+    "What S made of each task and size, as it was committed. Raises ValueError where there is nothing."
+    path = RESULTS / "known_truth_levels.json"
+    if not path.exists(): raise ValueError(f"{path}: not there; `python -m sdpo_nb.graded` makes it")
+    return json.loads(path.read_text())
+
+def stored_levels() -> dict: # source -> task -> size
+    "The sizes of the three sources, by the rule above."
+    return levels_from(calibration())
 
 
 # %% [markdown]
@@ -142,7 +165,8 @@ pd.DataFrame.from_dict(said, orient="index", columns=["stage 1", "stage 2", "sta
 #| export
 BETAS = (0.03, 0.1, 0.3, 1.0)
 LEARNING_RATES = (3e-6, 1e-5, 3e-5)
-COMMON = dict(epochs=3, batch_size=32, max_length=384)   # of every run
+COMMON = dict(epochs=3, batch_size=32)   # of every run
+LONGEST_PAIR = 384                       # tokens of a prompt with its response
 
 def grid_of(
     arm: str,     # of ARMS
