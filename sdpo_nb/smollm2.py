@@ -4,12 +4,18 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'DRAWS', 'SEARCH_DRAW', 'DRAWN', 'VALIDATION', 'HELD_OUT', 'LONGEST', 'BETAS', 'LEARNING_RATES', 'BORROWED',
-           'SEARCHED', 'PRIMARY', 'MARGINS', 'grid_of']
+           'SEARCHED', 'PRIMARY', 'MARGINS', 'grid_of', 'added', 'log_losses', 'fit_temperature', 'outcome_of',
+           'validation_loss', 'choose_settings', 'difference_array', 'crossed', 'compared', 'answer_questions', 'assay']
 
 # %% ../nbs/experiments/smollm2.ipynb #c1ea47f4
-import itertools
+import itertools, math
 
+import numpy as np
 import pandas as pd
+from scipy.optimize import minimize_scalar
+from scipy.stats import t as student
+
+from .compare import holm_p_values, sign_flip_p_value
 
 # %% ../nbs/experiments/smollm2.ipynb #5bf79fef
 ARMS = { # name -> stages: (pairs, start, reference)
@@ -61,3 +67,165 @@ PRIMARY = pd.DataFrame([
 
 # %% ../nbs/experiments/smollm2.ipynb #990eff06
 MARGINS = {"gain": 0.02, "accuracy": 0.03} # nats a pair; share of pairs
+
+# %% ../nbs/experiments/smollm2.ipynb #5f2896e0
+def added(
+    row: dict,        # of a model
+    S: dict,          # the row of S, which has all pairs
+    stage: int = -1,  # after which stage, from 0; -1: the last
+) -> pd.DataFrame:    # a pair a line: number, source, role, delta (nats), chosen (log pi_theta - log pi_S of it)
+    "gamma_theta - gamma_S of every pair that the model was asked."
+    numbers = np.array(row["pairs"])
+    now = pd.DataFrame(row["models"][stage])
+    was = pd.DataFrame(S["models"][0]).iloc[numbers].reset_index(drop=True)
+    moved = now - was
+    return pd.DataFrame(dict(
+        number=numbers,
+        source=np.array(S["source"])[numbers],
+        role=np.array(S["role"])[numbers],
+        delta=moved["chosen"] - moved["rejected"],
+        chosen=moved["chosen"],
+    ))
+
+def log_losses(
+    delta,       # (n,) gamma_theta - gamma_S, nats
+    c: float,    # temperature of (1), at least 0
+) -> np.ndarray: # (n,) nats
+    "-log p of the chosen responses, equation (1)."
+    return np.logaddexp(0, -c * np.asarray(delta))
+
+def fit_temperature(
+    delta,     # (n,) of validation pairs, nats
+) -> float:    # c of (1); 0 where the model is wrong in the mean
+    "The c with the smallest mean log-loss."
+    if np.mean(delta) <= 0: return 0.
+    found = minimize_scalar(lambda x: log_losses(delta, math.exp(x)).mean(), bounds=(-10, 5), method="bounded")
+    return math.exp(found.x)
+
+def outcome_of(
+    row: dict,                  # of a model
+    S: dict,                    # the row of S
+    outcome: str,               # gain or accuracy
+    sources = ("orca", "uf"),   # whose pairs count
+    stage: int = -1,            # after which stage, from 0; -1: the last
+) -> pd.Series:                 # number of the pair -> value
+    "One number for each pair that the model has not seen, the validation pairs left out."
+    pairs = added(row, S, stage)
+    test = pairs[(pairs["role"] != "validation") & pairs["source"].isin(sources)].set_index("number")
+    if outcome == "accuracy": return 0.5 + 0.5 * np.sign(test["delta"])
+    c = fit_temperature(pairs.loc[pairs["role"] == "validation", "delta"])
+    return math.log(2) - pd.Series(log_losses(test["delta"], c), test.index)
+
+# %% ../nbs/experiments/smollm2.ipynb #f7d8654a
+def validation_loss(
+    row: dict,  # of a run of the search
+    S: dict,    # the row of S
+) -> float:     # nats a pair
+    "Mean log-loss of the validation pairs, each half with the temperature of the other."
+    pairs = added(row, S)
+    delta = pairs.loc[pairs["role"] == "validation", "delta"].to_numpy()
+    halves = delta[0::2], delta[1::2]
+    losses = [log_losses(here, fit_temperature(there)) for here, there in (halves, halves[::-1])]
+    return float(np.concatenate(losses).mean())
+
+def choose_settings(
+    tried: list,  # (arm, settings, row), in the order of the search
+    S: dict,      # the row of S
+) -> dict:        # arm -> settings
+    "The settings with the smallest validation loss; on a tie the first."
+    best = {}
+    for arm, settings, row in tried:
+        loss = validation_loss(row, S)
+        if arm not in best or loss < best[arm][0]: best[arm] = loss, settings
+    return {arm: settings for arm, (_, settings) in best.items()}
+
+# %% ../nbs/experiments/smollm2.ipynb #4cab4e0d
+def difference_array(
+    rows_a: dict,              # draw -> row
+    rows_b: dict,              # draw -> row of another arm
+    S: dict,                   # the row of S
+    outcome: str,              # gain or accuracy
+    sources = ("orca", "uf"),  # whose pairs count
+) -> np.ndarray:               # (draws, pairs), NaN where a draw did not measure the pair
+    "a minus b, in the draws that both have, pair by pair."
+    lines = []
+    for draw in sorted(set(rows_a) & set(rows_b)):
+        a, b = (outcome_of(rows[draw], S, outcome, sources) for rows in (rows_a, rows_b))
+        lines.append((a - b).dropna().rename(draw))
+    return pd.concat(lines, axis=1).T.to_numpy()
+
+def crossed(
+    values: np.ndarray,   # (draws, pairs), NaN where there is nothing; two draws or more
+) -> tuple[float, float]: # mean, standard error
+    "The mean, and how much it would vary with other draws and other pairs: equation (2)."
+    there = ~np.isnan(values)
+    mean = values[there].mean()
+    rest = np.where(there, values - mean, 0.)
+    draws, pairs = values.shape
+    of_draws = (rest.sum(1)**2).sum() * draws / (draws - 1)
+    of_pairs = (rest.sum(0)**2).sum() * pairs / (pairs - 1)
+    both = of_draws + of_pairs - (rest**2).sum()
+    variance = max(both, of_draws, of_pairs) / there.sum()**2
+    return float(mean), float(variance**0.5)
+
+def compared(
+    values: np.ndarray,  # (draws, pairs), NaN where there is nothing; two draws or more
+    margin: float,       # what is too small to count
+) -> dict:               # mean, low, high, p (of a difference), p_equal (the larger of two one-sided tests)
+    "What is said about one difference."
+    mean, error = crossed(values)
+    law = student(len(values) - 1)
+    half = law.ppf(0.975) * error
+    error = max(error, 1e-12)
+    above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
+    return dict(
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        p=sign_flip_p_value(np.nanmean(values, 1)),
+        p_equal=float(max(above, below)),
+    )
+
+# %% ../nbs/experiments/smollm2.ipynb #9796a9f2
+def _word(line):
+    "different: both the p-value and the interval; equal: the p-value of the two one-sided tests."
+    different = line["holm"] < 0.05 and not line["low"] <= 0 <= line["high"]
+    equal = line["holm_equal"] < 0.05
+    if not different: return "equal" if equal else "we cannot tell"
+    better = "better" if line["mean"] > 0 else "worse"
+    return f"{better}, but little" if equal else better
+
+def answer_questions(
+    rows: dict,                 # arm -> draw -> row
+    S: dict,                    # the row of S
+    asked: pd.DataFrame,        # question, a, b
+    outcome: str = "gain",      # or accuracy
+    sources = ("orca", "uf"),   # whose pairs count
+) -> pd.DataFrame:              # question, draws, mean, low, high, p, holm, p_equal, holm_equal, word
+    "Every question, with p-values that hold for all at once."
+    found = []
+    for question, a, b in asked[["question", "a", "b"]].itertuples(index=False):
+        values = difference_array(rows[a], rows[b], S, outcome, sources)
+        found.append(dict(question=question, draws=len(values)) | compared(values, MARGINS[outcome]))
+    table = pd.DataFrame(found)
+    table["holm"] = holm_p_values(table["p"].tolist())
+    table["holm_equal"] = holm_p_values(table["p_equal"].tolist())
+    return table.assign(word=[_word(line) for line in table.to_dict("records")])
+
+def _of_S(row, S): # the row of S, asked only what another row was asked
+    said = {side: [S["models"][0][side][i] for i in row["pairs"]] for side in ("chosen", "rejected")}
+    return row | dict(models=[said])
+
+def assay(
+    rows: dict,                 # arm -> draw -> row
+    S: dict,                    # the row of S
+    sources = ("orca", "uf"),   # whose pairs count
+) -> pd.DataFrame:              # for each outcome: DPO minus S with its interval, what is needed, counts
+    "May an outcome be used? Only if DPO minus S exceeds twice its margin."
+    start = {draw: _of_S(row, S) for draw, row in rows["DPO"].items()}
+    table = {}
+    for outcome, margin in MARGINS.items():
+        found = compared(difference_array(rows["DPO"], start, S, outcome, sources), margin)
+        table[outcome] = {name: found[name] for name in ("mean", "low", "high")}
+        table[outcome] |= dict(needed=2 * margin, counts=found["mean"] > 2 * margin)
+    return pd.DataFrame(table).T

@@ -39,7 +39,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import json, random, tempfile
+import argparse, json, os, random, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,8 @@ from sdpo_nb.compare import SAME, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
 from sdpo_nb.questions import GRIDS, SEARCHES, WORLDS
 from sdpo_nb.questions import all_cells_of, choose_settings, load_grid, primary_contrasts
+from sdpo_nb.real import SMOLLM2, run_real
+from sdpo_nb.smollm2 import LONGEST
 from sdpo_nb.world import load_base
 
 # %%
@@ -500,12 +502,19 @@ for grid in GRIDS:
     drawn[grid] = dict(world=cell.world, seed=cell.seed, method=cell.method, body=cell.body)
 pd.DataFrame(drawn).T
 
-
 # %% [markdown]
 # And the command line: `python -m sdpo_nb.experiments` with one or more of the names below, or with none for everything.
+#
+# Three names are not among "everything": they run on a [real model](real_cells.ipynb), for so many minutes, on a graphics card if there is one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder runs/smollm2`. They go on where the last call stopped. The first call needs `--data`; it writes `ids.parquet`, and with that file any other machine needs the model only.
 
 # %%
 #| export
+ON_CARDS = { # name -> function (name, folder, minutes, data, model, precision, longest, most)
+    "smollm2": run_real,
+    "which_is_easy": run_real,
+    "rehearsal": run_real,
+}
+
 def _print_small():
     with tempfile.TemporaryDirectory() as folder:
         rows = run_grid(small_cells(), folder, "small")
@@ -530,7 +539,32 @@ def run_experiment(
     elif what in SEARCHES or what in GRIDS: _run_and_store(what)
     else:
         names = "|".join(("small", "again", "frontiers", *SEARCHES, *GRIDS))
-        raise SystemExit(f"usage: python -m sdpo_nb.experiments [{names} ...]")
+        on_cards = "|".join(ON_CARDS)
+        raise SystemExit(f"usage: python -m sdpo_nb.experiments [{names} ...]\n"
+                         f"or: python -m sdpo_nb.experiments {on_cards} --folder OUT [--minutes 8]")
+
+def run_commands(
+    words: list, # of the command line
+):
+    "What `python -m sdpo_nb.experiments` does. Raises SystemExit, with the usage, for words that it does not know."
+    if words and words[0] in ON_CARDS: _run_on_card(words)
+    else:
+        for what in words or [*SEARCHES, *GRIDS, "frontiers"]: run_experiment(what)
+
+def _run_on_card(words):
+    parser = argparse.ArgumentParser("python -m sdpo_nb.experiments")
+    parser.add_argument("name", choices=list(ON_CARDS))
+    parser.add_argument("--folder", required=True, help="where ids and rows lie, or will lie")
+    parser.add_argument("--minutes", type=float, help="from the start of the process; default: until all is done")
+    parser.add_argument("--data", default=os.environ.get("SDPO_DATA"), help="folder with preferences/, where there are no ids yet")
+    parser.add_argument("--model", default=os.environ.get("SDPO_MODEL", SMOLLM2), help="hub id or folder of S")
+    parser.add_argument("--precision", default="auto", help="bf16, fp16, fp32; default: what suits the device")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of a prompt with its response, where ids are made")
+    parser.add_argument("--most", type=int, help="pairs of each source, where ids are made; default: all")
+    asked = vars(parser.parse_args(words))
+    run = ON_CARDS[asked["name"]]
+    try: run(**asked)
+    except ValueError as e: raise SystemExit(str(e)) from e
 
 
 # %% [markdown]
@@ -545,7 +579,7 @@ except SystemExit as usage: print(str(usage).replace("|", " | "))
 #| export
 if __name__ == "__main__" and __spec__:
     import sys
-    for what in sys.argv[1:] or [*SEARCHES, *GRIDS, "frontiers"]: run_experiment(what)
+    run_commands(sys.argv[1:])
 
 # %% [markdown]
 # ## What this does not show

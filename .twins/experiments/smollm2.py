@@ -36,14 +36,14 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import itertools
-
-import pandas as pd
-
-# %%
-import math
+import itertools, math
 
 import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
+from scipy.stats import t as student
+
+from sdpo_nb.compare import holm_p_values, sign_flip_p_value
 
 # %% [markdown]
 # ## The arms
@@ -188,19 +188,289 @@ for outcome in MARGINS:
     assert expected.loc[outcome, "sDPO over DPO, as in the paper"] > 3 * MARGINS[outcome]
 expected.round(3)
 
+
 # %% [markdown]
 # So the margins are a seventh of what DPO should gain, and less than a third of what the paper's result would be here. A difference below them is too small to be the paper's.
 #
 # The words are those of the [protocol](protocol.ipynb), with one improvement: *equal* has a p-value, too. Two one-sided tests (TOST) ask whether the difference is above minus the margin and below the margin.
 #
-# - *different*: the p-value of the exact sign-flip test over draws is below 0.05 after Holm;
+# - *different*: the p-value of the exact sign-flip test over draws is below 0.05 after Holm, and the interval leaves out 0;
 # - *equal*: the larger p-value of the two one-sided tests is below 0.05 after Holm;
 # - both: the difference is there, and small. Neither: we cannot tell.
 #
 # **Assay sensitivity.** At 135 million parameters an outcome may be unable to show anything. So an outcome counts only if DPO minus S exceeds twice its margin. If it does not, we say *this outcome cannot tell*, whatever the differences between arms are.
 #
 # *Secondary*, without correction: accuracy; $\gamma_\theta > 0$ by sum and per token; log-probability of the chosen responses against S; all of it by source; HH, to which a gain may carry over; what stage 2 forgets of Orca; how steady the losses are.
+
+# %% [markdown]
+# ## From log-probabilities to a gain
 #
+# A row of results holds what a model says about pairs that it has not seen: two numbers a pair. The row of S has them for all pairs, and says where each pair comes from. All outcomes are computed from these.
+
+# %%
+#| export
+def added(
+    row: dict,        # of a model
+    S: dict,          # the row of S, which has all pairs
+    stage: int = -1,  # after which stage, from 0; -1: the last
+) -> pd.DataFrame:    # a pair a line: number, source, role, delta (nats), chosen (log pi_theta - log pi_S of it)
+    "gamma_theta - gamma_S of every pair that the model was asked."
+    numbers = np.array(row["pairs"])
+    now = pd.DataFrame(row["models"][stage])
+    was = pd.DataFrame(S["models"][0]).iloc[numbers].reset_index(drop=True)
+    moved = now - was
+    return pd.DataFrame(dict(
+        number=numbers,
+        source=np.array(S["source"])[numbers],
+        role=np.array(S["role"])[numbers],
+        delta=moved["chosen"] - moved["rejected"],
+        chosen=moved["chosen"],
+    ))
+
+def log_losses(
+    delta,       # (n,) gamma_theta - gamma_S, nats
+    c: float,    # temperature of (1), at least 0
+) -> np.ndarray: # (n,) nats
+    "-log p of the chosen responses, equation (1)."
+    return np.logaddexp(0, -c * np.asarray(delta))
+
+def fit_temperature(
+    delta,     # (n,) of validation pairs, nats
+) -> float:    # c of (1); 0 where the model is wrong in the mean
+    "The c with the smallest mean log-loss."
+    if np.mean(delta) <= 0: return 0.
+    found = minimize_scalar(lambda x: log_losses(delta, math.exp(x)).mean(), bounds=(-10, 5), method="bounded")
+    return math.exp(found.x)
+
+def outcome_of(
+    row: dict,                  # of a model
+    S: dict,                    # the row of S
+    outcome: str,               # gain or accuracy
+    sources = ("orca", "uf"),   # whose pairs count
+    stage: int = -1,            # after which stage, from 0; -1: the last
+) -> pd.Series:                 # number of the pair -> value
+    "One number for each pair that the model has not seen, the validation pairs left out."
+    pairs = added(row, S, stage)
+    test = pairs[(pairs["role"] != "validation") & pairs["source"].isin(sources)].set_index("number")
+    if outcome == "accuracy": return 0.5 + 0.5 * np.sign(test["delta"])
+    c = fit_temperature(pairs.loc[pairs["role"] == "validation", "delta"])
+    return math.log(2) - pd.Series(log_losses(test["delta"], c), test.index)
+
+
+# %% [markdown]
+# An invented model: what it adds is the truth, but in units that are ten times too large. What must the fitted $c$ do, and what is the gain of S itself?
+
+# %%
+rng = np.random.default_rng(0)
+n = 4000
+S = dict(
+    pairs=list(range(n)),
+    source=["orca"] * n,
+    role=["validation", "pool"] * (n // 2),
+    models=[dict(chosen=[0.] * n, rejected=[0.] * n)],
+)
+def invented_model(delta): return S | dict(models=[dict(chosen=delta.tolist(), rejected=[0.] * n)])
+
+logit = rng.normal(1., 1., n)                             # of the first response being chosen
+first_chosen = rng.random(n) < 1 / (1 + np.exp(-logit))
+good = invented_model(10 * np.where(first_chosen, logit, -logit))
+weak = invented_model(rng.normal(0., 1., n))
+
+c = fit_temperature(good["models"][0]["chosen"])
+assert abs(c - 0.1) < 0.02
+assert abs(outcome_of(S, S, "gain")).max() == 0            # S has log 2: no gain
+means = {outcome: float(outcome_of(good, S, outcome).mean().round(3)) for outcome in MARGINS}
+means | {"c": round(c, 3)}
+
+
+# %% [markdown]
+# The search takes the settings with the smallest log-loss on validation pairs. The temperature of one half is used on the other.
+
+# %%
+#| export
+def validation_loss(
+    row: dict,  # of a run of the search
+    S: dict,    # the row of S
+) -> float:     # nats a pair
+    "Mean log-loss of the validation pairs, each half with the temperature of the other."
+    pairs = added(row, S)
+    delta = pairs.loc[pairs["role"] == "validation", "delta"].to_numpy()
+    halves = delta[0::2], delta[1::2]
+    losses = [log_losses(here, fit_temperature(there)) for here, there in (halves, halves[::-1])]
+    return float(np.concatenate(losses).mean())
+
+def choose_settings(
+    tried: list,  # (arm, settings, row), in the order of the search
+    S: dict,      # the row of S
+) -> dict:        # arm -> settings
+    "The settings with the smallest validation loss; on a tie the first."
+    best = {}
+    for arm, settings, row in tried:
+        loss = validation_loss(row, S)
+        if arm not in best or loss < best[arm][0]: best[arm] = loss, settings
+    return {arm: settings for arm, (_, settings) in best.items()}
+
+
+# %%
+tried = [("A", dict(beta=0.1), weak), ("A", dict(beta=0.3), good), ("A", dict(beta=1.), good)]
+chosen = choose_settings(tried, S)
+assert chosen == {"A": dict(beta=0.3)}
+chosen
+
+
+# %% [markdown]
+# ## Intervals that know draws and pairs
+#
+# A difference of two arms is a table with a line for each draw and a column for each pair, with holes where a draw has trained on the pair. Other draws would differ, and so would other pairs. Let $e_{dp}$ be an entry minus the mean, and $N$ the number of entries. The entries of a draw share its luck, so they are added before they are squared, and so are those of a pair. What is in both sums is taken away once:
+#
+# $$\text{SE}^2 = \frac{1}{N^2} \Big( \sum_d \big(\textstyle\sum_p e_{dp}\big)^2 + \sum_p \big(\sum_d e_{dp}\big)^2 - \sum_{dp} e_{dp}^2 \Big). \tag{2}$$
+#
+# (Clustering in two ways: Cameron, Gelbach and Miller, 2011. The code corrects for the number of draws and pairs, and takes the larger where one of the parts alone is larger.) The interval is Student's, with as many degrees of freedom as there are draws, less one.
+
+# %%
+#| export
+def difference_array(
+    rows_a: dict,              # draw -> row
+    rows_b: dict,              # draw -> row of another arm
+    S: dict,                   # the row of S
+    outcome: str,              # gain or accuracy
+    sources = ("orca", "uf"),  # whose pairs count
+) -> np.ndarray:               # (draws, pairs), NaN where a draw did not measure the pair
+    "a minus b, in the draws that both have, pair by pair."
+    lines = []
+    for draw in sorted(set(rows_a) & set(rows_b)):
+        a, b = (outcome_of(rows[draw], S, outcome, sources) for rows in (rows_a, rows_b))
+        lines.append((a - b).dropna().rename(draw))
+    return pd.concat(lines, axis=1).T.to_numpy()
+
+def crossed(
+    values: np.ndarray,   # (draws, pairs), NaN where there is nothing; two draws or more
+) -> tuple[float, float]: # mean, standard error
+    "The mean, and how much it would vary with other draws and other pairs: equation (2)."
+    there = ~np.isnan(values)
+    mean = values[there].mean()
+    rest = np.where(there, values - mean, 0.)
+    draws, pairs = values.shape
+    of_draws = (rest.sum(1)**2).sum() * draws / (draws - 1)
+    of_pairs = (rest.sum(0)**2).sum() * pairs / (pairs - 1)
+    both = of_draws + of_pairs - (rest**2).sum()
+    variance = max(both, of_draws, of_pairs) / there.sum()**2
+    return float(mean), float(variance**0.5)
+
+def compared(
+    values: np.ndarray,  # (draws, pairs), NaN where there is nothing; two draws or more
+    margin: float,       # what is too small to count
+) -> dict:               # mean, low, high, p (of a difference), p_equal (the larger of two one-sided tests)
+    "What is said about one difference."
+    mean, error = crossed(values)
+    law = student(len(values) - 1)
+    half = law.ppf(0.975) * error
+    error = max(error, 1e-12)
+    above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
+    return dict(
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        p=sign_flip_p_value(np.nanmean(values, 1)),
+        p_equal=float(max(above, below)),
+    )
+
+
+# %% [markdown]
+# Do they keep their promises? We invent differences with luck of the draw, luck of the pair, and holes, three hundred times. In how many does the interval hold the true difference? How often is a difference called equal that is as large as the margin, and how often is one called different that is zero?
+
+# %%
+def invented(shift, rng, draws=8, fixed=50, others=200):
+    of_draw = rng.normal(0, 0.006, (draws, 1))
+    of_pair = rng.normal(0, 0.05, fixed + others)
+    values = shift + of_draw + of_pair + rng.normal(0, 0.10, (draws, fixed + others))
+    trained_on = rng.random((draws, others)) < 0.8
+    values[:, fixed:][trained_on] = np.nan
+    return values
+
+rng = np.random.default_rng(1)
+said = []
+for _ in range(300):
+    at_margin = compared(invented(0.02, rng), margin=0.02)
+    at_zero = compared(invented(0., rng), margin=0.02)
+    beyond = not at_zero["low"] <= 0 <= at_zero["high"]
+    said.append({
+        "the interval holds the truth": at_margin["low"] < 0.02 < at_margin["high"],
+        "equal, at the margin": at_margin["p_equal"] < 0.05,
+        "different by p alone, at zero": at_zero["p"] < 0.05,
+        "different by p and interval, at zero": at_zero["p"] < 0.05 and beyond,
+    })
+shares = pd.DataFrame(said).mean()
+assert shares["the interval holds the truth"] > 0.93
+assert shares["equal, at the margin"] < 0.07
+assert shares["different by p alone, at zero"] > 0.08
+assert shares["different by p and interval, at zero"] < 0.05
+shares.map("{:.0%}".format).to_frame("of 300 trials")
+
+
+# %% [markdown]
+# The interval and the test of equality keep theirs. The sign-flip test alone does not: it asks what other draws would show, and all draws share the held-out pairs, whose luck has one sign in all of them. That is why *different* needs the interval, too.
+#
+# Now all questions at once, with the words that were promised:
+
+# %%
+#| export
+def _word(line):
+    "different: both the p-value and the interval; equal: the p-value of the two one-sided tests."
+    different = line["holm"] < 0.05 and not line["low"] <= 0 <= line["high"]
+    equal = line["holm_equal"] < 0.05
+    if not different: return "equal" if equal else "we cannot tell"
+    better = "better" if line["mean"] > 0 else "worse"
+    return f"{better}, but little" if equal else better
+
+def answer_questions(
+    rows: dict,                 # arm -> draw -> row
+    S: dict,                    # the row of S
+    asked: pd.DataFrame,        # question, a, b
+    outcome: str = "gain",      # or accuracy
+    sources = ("orca", "uf"),   # whose pairs count
+) -> pd.DataFrame:              # question, draws, mean, low, high, p, holm, p_equal, holm_equal, word
+    "Every question, with p-values that hold for all at once."
+    found = []
+    for question, a, b in asked[["question", "a", "b"]].itertuples(index=False):
+        values = difference_array(rows[a], rows[b], S, outcome, sources)
+        found.append(dict(question=question, draws=len(values)) | compared(values, MARGINS[outcome]))
+    table = pd.DataFrame(found)
+    table["holm"] = holm_p_values(table["p"].tolist())
+    table["holm_equal"] = holm_p_values(table["p_equal"].tolist())
+    return table.assign(word=[_word(line) for line in table.to_dict("records")])
+
+def _of_S(row, S): # the row of S, asked only what another row was asked
+    said = {side: [S["models"][0][side][i] for i in row["pairs"]] for side in ("chosen", "rejected")}
+    return row | dict(models=[said])
+
+def assay(
+    rows: dict,                 # arm -> draw -> row
+    S: dict,                    # the row of S
+    sources = ("orca", "uf"),   # whose pairs count
+) -> pd.DataFrame:              # for each outcome: DPO minus S with its interval, what is needed, counts
+    "May an outcome be used? Only if DPO minus S exceeds twice its margin."
+    start = {draw: _of_S(row, S) for draw, row in rows["DPO"].items()}
+    table = {}
+    for outcome, margin in MARGINS.items():
+        found = compared(difference_array(rows["DPO"], start, S, outcome, sources), margin)
+        table[outcome] = {name: found[name] for name in ("mean", "low", "high")}
+        table[outcome] |= dict(needed=2 * margin, counts=found["mean"] > 2 * margin)
+    return pd.DataFrame(table).T
+
+
+# %% [markdown]
+# On invented rows, three draws of two arms that differ clearly:
+
+# %%
+toys = {"DPO": {draw: weak for draw in range(3)}, "sDPO": {draw: good for draw in range(3)}}
+asked = pd.DataFrame([("good against weak", "sDPO", "DPO"), ("an arm against itself", "sDPO", "sDPO")], columns=["question", "a", "b"])
+words = answer_questions(toys, S, asked, sources=["orca"])
+assert words["word"].tolist() == ["we cannot tell", "equal"]      # three draws: p is 0.25 at best
+assert not assay(toys, S, sources=["orca"])["counts"].any()       # the weak one is S with noise
+words.round(3)
+
+# %% [markdown]
 # ## What you now have
 #
 # - Twelve arms, eight draws, one search, four questions, two margins: all in one commit, before the first run.

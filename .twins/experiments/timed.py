@@ -157,8 +157,12 @@ def run_timed(
             print(f"{seconds:6.1f} s  {cell}; {len(todo) - 1} to go", flush=True)
 
     mib = path.stat().st_size / 2**20
-    left = len(_todo(plan, rows))
-    print(f"{name}: {len(paces)} new rows, {len(rows)} in {path.name} ({mib:.2f} MiB); {left} left of what is planned so far")
+    left = _todo(plan, rows)
+    print(f"{name}: {len(paces)} new rows, {len(rows)} in {path.name} ({mib:.2f} MiB)")
+    if left:
+        each = sum(paces) / max(1, len(paces))
+        more = sum(_cost(cell) for cell in left) * each / 60
+        print(f"{len(left)} cells are left of what is planned so far, about {more:.1f} minutes; call it again")
     return rows
 
 

@@ -1,0 +1,766 @@
+# %% [markdown]
+# # One run on a real model
+# > Which pairs a draw trains on, how an arm is trained without writing a model, and the row that stays.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/real_cells.ipynb)
+#
+# **You should know** [what is asked of SmolLM2](smollm2.ipynb), [one stage of training](../06_trainer.ipynb) and [runs in eight minutes](timed.ipynb). **Time** 35 minutes to read, a minute to run.
+#
+# The experiments on SmolLM2 need a model of 135 million parameters and real pairs. This page makes their parts, and tries each on the [tiny world](../00_world.ipynb), which has a model and three sources, too.
+
+# %%
+#| default_exp real
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
+again = "On Colab, choose Runtime > Disconnect and delete runtime, then run this cell again."
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
+
+import sdpo_nb
+version = sdpo_nb.__version__
+assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
+
+# %%
+#| export
+import gzip, hashlib, json, math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sdpo_nb.logprobs import LogprobTable, ahead, autocast, load_model, load_tokenizer, pair_tokens
+from sdpo_nb.logprobs import pairs_hash, pick_precision, replacing, same_bits, score_pairs, weights_hash
+from sdpo_nb.packing import PARTS, choose_logprobs
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.smollm2 import ARMS, BORROWED, DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
+from sdpo_nb.smollm2 import choose_settings, grid_of
+from sdpo_nb.timed import run_timed
+from sdpo_nb.trainer import TrainConfig, Trainer, all_batches, compile_for, fit, learning_rate
+from sdpo_nb.trainer import make_accelerator, make_optimizer, trainable, wants_compiling, why_not_same_bits
+from sdpo_nb.which_is_easy import EASY_ARMS
+from sdpo_nb.world import content_hash
+
+# %%
+import io, tempfile
+from contextlib import redirect_stdout
+from unittest.mock import patch
+from sdpo_nb import real
+from sdpo_nb.trainer import train_stage
+from sdpo_nb.world import complaint, load_world
+
+# %% [markdown]
+# ## A small file of ids
+#
+# The machine with the card may have neither the data nor a tokenizer. So pairs are tokenised once, into a file of token ids of some two MiB, which can be carried. It holds no text.
+#
+# Each pair has a role for good. A *lot* decides: a number from 0 to 1 that is a hash of the pair's prompt and of what it is drawn for. Pairs of one prompt have the same lot, so no prompt is on both sides.
+
+# %%
+#| export
+SOURCE_FILES = dict(orca="orca_dpo_pairs", uf="ultrafeedback_binarized", hh="hh_harmless") # in preferences/
+
+def lot(
+    pair: dict,  # with prompt_ids
+    what: str,   # what is drawn
+) -> float:      # from 0 to 1
+    "A number that only this prompt and this purpose have."
+    ids = [int(i) for i in pair["prompt_ids"]]
+    digits = hashlib.sha256(json.dumps([ids, what]).encode()).hexdigest()[:12]
+    return int(digits, 16) / 16**12
+
+def _read_rows(data, source):
+    "Rows of a source, as the data have them."
+    path = Path(data) / "preferences" / f"{SOURCE_FILES[source]}.jsonl.gz"
+    if not path.exists(): raise ValueError(f"{path}: not there; --data names the folder that has preferences/")
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+def _given(row): # held out by those who made the data
+    return (row.get("meta") or {}).get("split") == "eval"
+
+def _fields(row): return {name: row[name] for name in row if name not in ("id", "meta")}
+
+def _tokenised(rows, tokenizer, source, longest):
+    "Usable pairs of some rows."
+    if not rows: return []
+    found = tokenize_pairs(load_pairs([_fields(row) for row in rows]), tokenizer, source, longest, chat=True)
+    return list(found.pairs)
+
+def _with_roles(pairs, held, source):
+    "About so many pairs are held out; of the rest a tenth is for validation."
+    last = sorted(lot(pair, "held out") for pair in pairs)[held - 1] if held else -1
+    for pair in pairs:
+        role = "validation" if lot(pair, "validation") < VALIDATION else "pool"
+        if lot(pair, "held out") <= last: role = "held out"
+        yield pair | dict(source=source, role=role)
+
+def prepare_ids(
+    data,                   # folder with preferences/
+    model,                  # hub id or folder of S; only its tokenizer is read
+    file,                   # a parquet file that will be written
+    longest: int = LONGEST, # tokens of prompt and response; of the prompt half
+    most: int = None,       # pairs of each source, of which a fifth is held out; None: all
+) -> list[dict]:            # pairs: source, role, key, and three lists of ids
+    "Tokenise all sources, give every pair its role, and write the ids."
+    tokenizer, pairs = load_tokenizer(str(model)), []
+    for source, held in HELD_OUT.items():
+        rows = _read_rows(data, source)[:most]
+        given = _tokenised([row for row in rows if _given(row)], tokenizer, source, longest)
+        others = _tokenised([row for row in rows if not _given(row)], tokenizer, source, longest)
+        pairs += [pair | dict(source=source, role="held out") for pair in given]
+        if given: held = 0
+        elif most: held = most // 5
+        pairs += _with_roles(others, held, source)
+
+    table = pd.DataFrame(pairs)[["source", "role", "key", *PARTS]]
+    for part in PARTS: table[part] = [np.array(ids, "uint32") for ids in table[part]]
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as tmp: table.to_parquet(tmp, compression="zstd")
+    return read_ids(file)
+
+def read_ids(
+    file, # of `prepare_ids`
+) -> list[dict]: # pairs: source, role, key, and three lists of ids
+    "The pairs of a file of ids. Raises ValueError where there is none."
+    if not Path(file).exists():
+        raise ValueError(f"{file}: not there; give --data and --model, and it is made")
+    pairs = pd.read_parquet(file).to_dict("records")
+    for pair in pairs:
+        for part in PARTS: pair[part] = pair[part].tolist()
+    return pairs
+
+
+# %% [markdown]
+# The tiny world as if it were three real sources, with its pairs for Orca, UltraFeedback and HH:
+
+# %%
+world = load_world()
+folder = Path(tempfile.mkdtemp())
+(folder / "preferences").mkdir()
+for file, name in zip(SOURCE_FILES.values(), world.sources):
+    lines = Path(world.sources[name]).read_text().splitlines()[:80]
+    rows = [json.dumps({k: json.loads(line)[k] for k in ("prompt", "chosen", "rejected")}) for line in lines]
+    (folder / "preferences" / f"{file}.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+
+pairs = prepare_ids(folder, world.base, folder / "ids.parquet", longest=64, most=80)
+pd.DataFrame(pairs).pivot_table("key", "source", "role", aggfunc="count", sort=False)
+
+
+# %% [markdown]
+# ## Which pairs belong to a draw
+#
+# A draw trains on 80 % of the pool. The names of chunks in the [arms](smollm2.ipynb) are looked up here. The random split has chunks of the same sizes as the sources.
+
+# %%
+#| export
+def drawn(
+    pairs: list,   # with source and role
+    draw: int,     # its number
+    sources,       # names of those that are trained on
+) -> list[dict]:   # in the order of the sources
+    "The pairs that a draw trains on."
+    def lucky(pair): return pair["role"] == "pool" and lot(pair, f"draw {draw}") < DRAWN
+    return [pair for source in sources for pair in pairs if pair["source"] == source and lucky(pair)]
+
+def chunk_of(
+    trained: list, # pairs of `drawn`
+    name: str,     # all, a source, or random 1, random 2, ...
+    draw: int,     # its number; it decides what is random
+) -> list[dict]:   # pairs
+    "One chunk of a draw."
+    if name == "all": return trained
+    if not name.startswith("random"): return [pair for pair in trained if pair["source"] == name]
+    sources = dict.fromkeys(pair["source"] for pair in trained)
+    ends = np.cumsum([len(chunk_of(trained, source, draw)) for source in sources])
+    shuffled = sorted(trained, key=lambda pair: lot(pair, f"split {draw}"))
+    return np.split(np.array(shuffled, object), ends[:-1])[int(name.split()[1]) - 1].tolist()
+
+def measured(
+    pairs: list,   # with source and role
+    draw: int,     # its number
+    sources,       # names of those that are trained on
+) -> list[int]:    # numbers of pairs
+    "The pairs that a model of a draw is measured on: held out, validation, left out; of other sources those held out."
+    seen = {pair["key"] for pair in drawn(pairs, draw, sources)}
+    def asked(pair):
+        if pair["source"] not in sources: return pair["role"] == "held out"
+        return pair["key"] not in seen
+    return [i for i, pair in enumerate(pairs) if asked(pair)]
+
+
+# %%
+two = ("orca", "uf")
+trained = drawn(pairs, 0, two)
+sizes = {name: len(chunk_of(trained, name, 0)) for name in ("all", "orca", "uf", "random 1", "random 2")}
+assert sizes["random 1"] == sizes["orca"]
+assert sizes["random 1"] + sizes["random 2"] == sizes["all"]
+
+asked = [pairs[i] for i in measured(pairs, 0, two)]
+prompts = {tuple(pair["prompt_ids"]) for pair in trained}
+assert not [pair for pair in asked if tuple(pair["prompt_ids"]) in prompts and pair["source"] in two]
+sizes, {"measured": len(asked)}
+
+
+# %% [markdown]
+# ## S, loaded once
+#
+# On a card a run takes some seconds, and so do loading a model and compiling it. So there is one model. A cell begins by putting the weights of S back into it, which keeps what was compiled.
+
+# %%
+#| export
+@dataclass
+class Base:
+    "S on its device, and what all cells share."
+    model: object      # causal LM; after `reset` it is S
+    weights: dict      # of S, to be put back
+    hash: str          # of these weights
+    precision: str     # of forward passes
+    logprobs: object   # (model, pairs) -> (chosen, rejected)
+    strict: bool       # whether all its operations have a deterministic form
+
+    def reset(self):
+        "Make the model S again."
+        with torch.no_grad(): self.model.load_state_dict(self.weights)
+        return self.model
+
+    def score(
+        self,
+        pairs: list,    # with keys
+        folder = None,  # where the table is kept; None: nowhere
+    ) -> LogprobTable:
+        "What the model, as it is now, says about pairs."
+        budget = 65536 if self.model.device.type == "cuda" else 8192
+        return score_pairs(self.model, pairs, folder, self.precision, self.logprobs, budget)
+
+def load_S(
+    model,                     # hub id or folder of S
+    pairs: list,               # some of those that will be read; packing is tried on them
+    precision: str = "auto",   # bf16, fp16, fp32, or what suits the device
+) -> Base:
+    "Load S, choose how it reads pairs, and compile it on a card."
+    loaded = trainable(load_model(str(model)))
+    weights = {name: value.detach().clone() for name, value in loaded.state_dict().items()}
+    precision = pick_precision(precision, loaded.device)
+    logprobs = choose_logprobs(loaded, pairs[:64], "auto", precision)
+    config = TrainConfig()
+    if wants_compiling(config, loaded.device): compile_for(loaded, logprobs, precision, config)
+    strict = why_not_same_bits(loaded, logprobs, precision) is None
+    return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict)
+
+
+# %%
+base = load_S(world.base, pairs, "fp32")
+table_S = base.score(pairs)
+base.precision, base.logprobs.__name__, len(table_S.rows)
+
+
+# %% [markdown]
+# ## A stage in memory
+#
+# [`train_stage`](../06_trainer.ipynb) writes a checkpoint of model and optimizer: 1.6 GB for this model. Here nothing is written, so the loop is said once more, with the same parts: the same batches, gradients, learning rates and updates. Two arms need something else in it. Fine-tuning has another loss, and TR-DPO replaces its table every few steps.
+
+# %%
+#| export
+def _sft_gradients(trainer, batch, parts):
+    "The gradient of fine-tuning: minus the mean log-probability of a chosen token."
+    tokens, total = sum(len(pair["chosen_ids"]) for pair in batch), 0.
+    for _, inputs in parts:
+        with autocast(trainer.model.device, trainer.precision):
+            chosen, _ = trainer.logprobs(trainer.model, inputs)
+        loss = -chosen.sum() / tokens
+        trainer.accelerator.backward(loss)
+        total += loss.item()
+    return dict(loss=total)
+
+def train_in_memory(
+    base: Base,                # its model is trained, from whatever it is now
+    pairs: list,               # of the chunk
+    table: LogprobTable,       # of the reference; None: fine-tuning on the chosen responses
+    config: TrainConfig,       # settings of the stage
+    stage: int = 1,            # enters the seed of the data order
+    every: int = 0,            # steps after which the model itself becomes the reference; 0: never
+) -> dict:                     # losses, grad_norms: one number a step
+    "Train one stage as `train_stage` does, without files."
+    model = trainable(base.model)
+    config = fit(model, pairs, config, base.precision, base.logprobs)
+    accelerator = make_accelerator(base.precision, model.device)
+    optimizer = make_optimizer(model, config)
+    trainer = Trainer(model, table, config, accelerator, optimizer, base.precision, base.logprobs)
+    batches = [[pairs[i] for i in rows] for _, rows in all_batches(len(pairs), config, stage)]
+    losses, norms, done = [], [], 0
+
+    def ready(batch): return batch, trainer.prepare(batch)
+    with same_bits(model.device, config.deterministic, base.strict):
+        for batch, parts in ahead(ready, batches):
+            step = len(losses)
+            if every and step and step % every == 0:
+                coming = batches[step:step + every]
+                trainer.table = base.score([pair for batch in coming for pair in batch])
+            made = trainer.gradients(batch, parts) if table else _sft_gradients(trainer, batch, parts)
+            made = trainer.update(made, learning_rate(done, len(batches), config))
+            done += not made["skipped"]
+            losses.append(round(made["loss"], 4))
+            norms.append(made["grad_norm"])
+    model.eval()
+    return dict(losses=losses, grad_norms=norms)
+
+
+# %% [markdown]
+# Are they the same steps? The weights at the end must have the same bits.
+
+# %%
+config = TrainConfig(beta=0.3, lr=1e-4, batch_size=8, precision="fp32")
+base.reset()
+in_memory = train_in_memory(base, trained, table_S, config)
+here = weights_hash(base.model)
+
+base.reset()
+train_stage(base.model, trained, table_S, config, tempfile.mkdtemp(), logprobs=base.logprobs)
+assert here == weights_hash(base.model)
+assert here != base.hash
+here, in_memory["losses"][:3]
+
+# %% [markdown]
+# And after `reset` the model is S:
+
+# %%
+assert weights_hash(base.reset()) == base.hash
+
+
+# %% [markdown]
+# ## A cell
+#
+# A cell is an arm in a draw with its settings. Its key is made of what is done, not of the arm's name: if two arms have the same stages and the same settings, they are one run.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class RealCell:
+    "One run: stages, in a draw, with settings."
+    arm: str            # its name, for people
+    draw: int           # its number; -1 for S, which is in every draw
+    stages: tuple       # of (pairs, start, reference)
+    settings: tuple     # of (name, value): beta, lr
+    sources: tuple      # that are trained on
+    about: str          # hash of the pairs and the weights of S
+    only: str = ""      # a role: only these pairs are measured; "": all that the draw has not seen
+
+    @property
+    def key(self) -> str:
+        "A hash of all that makes the run."
+        draw = self.draw if self.stages else -1
+        return content_hash([draw, self.stages, self.settings, self.sources, self.about, self.only])
+
+    @property
+    def cost(self) -> int:
+        "Passes over the pairs, about."
+        names = [name for name, _, _ in self.stages]
+        return max(1, names.count("all"))
+
+    def __str__(self):
+        settings = ", ".join(f"{name} {value:g}" for name, value in self.settings)
+        return f"{self.arm}, draw {self.draw}" + (f", {settings}" if settings else "")
+
+def _rounded(values): return [round(value, 3) for value in values.tolist()]
+
+def _as_numbers(table, pairs):
+    "What a model says about pairs, in nats, as lists."
+    chosen, rejected = table.lookup(pairs)
+    return dict(chosen=_rounded(chosen), rejected=_rounded(rejected))
+
+def _described(pairs):
+    "What a reader must know of all pairs: it stands in the row of S."
+    return dict(
+        source=[pair["source"] for pair in pairs],
+        role=[pair["role"] for pair in pairs],
+        chosen_tokens=[len(pair["chosen_ids"]) for pair in pairs],
+        rejected_tokens=[len(pair["rejected_ids"]) for pair in pairs],
+    )
+
+def _reference(what, before, chunk, table_S, base):
+    "The table of a stage's reference, and after how many steps it is replaced. The model is the one of the stage before."
+    if what == "none": return None, 0
+    if what == "S": return table_S, 0
+    if what == "before": return (base.score(chunk) if before else table_S), 0
+    return table_S, int(what.split()[1])                # every 8 steps
+
+def run_real_cell(
+    cell: RealCell,
+    base: Base,            # S; afterwards its model is the last one of the cell
+    pairs: list,           # of `read_ids`
+    table_S: LogprobTable, # of S, with all of them
+    **settings,            # of TrainConfig, beside those of the cell
+) -> dict:                 # what the cell is; per stage: losses, grad_norms; per model: chosen, rejected of `pairs`
+    "Train a cell, and measure it after every stage."
+    trained = drawn(pairs, cell.draw, cell.sources)
+    numbers = measured(pairs, cell.draw, cell.sources)
+    if not cell.stages: numbers = list(range(len(pairs)))
+    if cell.only: numbers = [i for i in numbers if pairs[i]["role"] == cell.only]
+    asked = [pairs[i] for i in numbers]
+    config = TrainConfig(**dict(cell.settings) | settings, seed=cell.draw % 2**31, precision=base.precision)
+
+    base.reset()
+    stages, models = [], []
+    for t, (name, start, reference) in enumerate(cell.stages, 1):
+        chunk = chunk_of(trained, name, cell.draw)
+        table, every = _reference(reference, t > 1, chunk, table_S, base)
+        if start == "S": base.reset()
+        made = train_in_memory(base, chunk, table, config, t, every)
+        _check_first_loss(made["losses"][0], start, reference, t)
+        stages.append(dict(chunk=name, pairs=len(chunk), tokens=int(pair_tokens(chunk).sum()), **made))
+        models.append(_as_numbers(base.score(asked), asked))
+    if not cell.stages: models.append(_as_numbers(table_S, asked))
+    described = {} if cell.stages else _described(pairs)
+    return described | dict(
+        arm=cell.arm,
+        draw=cell.draw,
+        settings=dict(cell.settings),
+        about=cell.about,
+        precision=base.precision,
+        reads=base.logprobs.__name__,
+        pairs=numbers,
+        stages=stages,
+        models=models,
+    )
+
+def _check_first_loss(loss, start, reference, t):
+    "A model that is its own reference begins at ln 2."
+    own = reference == start or t == 1 and reference.startswith("every")
+    if own and abs(loss - math.log(2)) > 0.1:
+        raise ValueError(f"stage {t}: the first loss is {loss:.3f}, not ln 2 = 0.693; "
+                         "the table of the reference is not of this model")
+
+
+# %% [markdown]
+# Every arm once, on the tiny pairs. Where must the first loss be $\log 2 = 0.693$? Where a stage starts from its own reference.
+
+# %%
+about = content_hash([pairs_hash(pairs), base.hash])
+found = {}
+for arm, stages in ARMS.items():
+    settings = (("lr", 1e-4),) if arm == "SFT on chosen" else (("beta", 0.3), ("lr", 1e-4))
+    cell = RealCell(arm, 0, tuple(stages), settings if stages else (), two, about)
+    found[arm] = run_real_cell(cell, base, pairs, table_S, batch_size=8)
+
+first = {arm: [stage["losses"][0] for stage in row["stages"]] for arm, row in found.items()}
+for arm in ("DPO", "sDPO", "sDPO, random", "TR-DPO"):
+    for loss in first[arm]: assert abs(loss - math.log(2)) < 1e-3
+for arm in ("sDPO, fixed reference", "sDPO, target S", "Pre-DPO"):
+    assert abs(first[arm][1] - math.log(2)) > 1e-3
+first
+
+
+# %% [markdown]
+# The second stage of *target S* begins at S and is held near $M_1$, that of *fixed reference* the other way round. Both begin where the two models differ.
+#
+# ## The plan
+#
+# S first; then the search; then, when the search is complete, all arms draw by draw. So whatever is finished is a number of whole draws, and a part of one.
+
+# %%
+#| export
+def make_cell(
+    arm: str,         # its name
+    draw: int,        # its number; -1 for S
+    stages: list,     # of (pairs, start, reference)
+    settings: dict,   # beta, lr
+    sources,          # that are trained on
+    about: str,       # hash of the pairs and of S
+    only: str = "",   # a role: only these pairs are measured
+) -> RealCell:
+    "A cell, from what people write."
+    settings = tuple(sorted(settings.items()))
+    return RealCell(arm, draw, tuple(map(tuple, stages)), settings, tuple(sources), about, only)
+
+def search_cells(
+    arms: dict,       # name -> stages, of those that are searched
+    sources,          # that are trained on
+    about: str,       # hash of the pairs and of S
+) -> list[RealCell]:
+    "Every arm at every setting of its grid, measured on validation pairs."
+    cells = []
+    for arm, stages in arms.items():
+        for settings in grid_of(arm):
+            cells.append(make_cell(arm, SEARCH_DRAW, stages, settings, sources, about, "validation"))
+    return cells
+
+def settings_of(
+    arm: str,         # a name
+    chosen: dict,     # arm -> settings, of those that were searched
+) -> dict:            # beta, lr
+    "The settings that an arm runs with."
+    if arm not in BORROWED: return chosen[arm]
+    lender, factor = BORROWED[arm]
+    return chosen[lender] | dict(beta=factor * chosen[lender]["beta"])
+
+@dataclass
+class Design:
+    "An experiment: arms, sources, draws, and the pairs and the model that it is about."
+    arms: object            # name -> stages; or a function that makes this of the row of S
+    sources: tuple          # that are trained on
+    about: str              # hash of the pairs and of S
+    draws: object = DRAWS   # numbers
+    fixed: dict = None      # settings of all arms; None: they are searched
+
+    @property
+    def start(self) -> RealCell:
+        "The cell of S."
+        return make_cell("S", -1, [], {}, self.sources, self.about)
+
+    def stages_of(
+        self,
+        S: dict, # the row of S
+    ) -> dict:
+        "Name -> stages of every arm that is trained."
+        arms = self.arms(S) if callable(self.arms) else self.arms
+        return {arm: stages for arm, stages in arms.items() if stages}
+
+    def search(
+        self,
+        S: dict, # the row of S
+    ) -> list[RealCell]:
+        "The cells of the search."
+        if self.fixed: return []
+        arms = {arm: stages for arm, stages in self.stages_of(S).items() if arm not in BORROWED}
+        return search_cells(arms, self.sources, self.about)
+
+    def chosen(
+        self,
+        rows: dict, # key -> row, the search complete
+    ) -> dict:
+        "Arm -> settings."
+        S = rows[self.start.key]
+        if self.fixed: return {arm: self.fixed for arm in self.stages_of(S)}
+        tried = [(cell.arm, dict(cell.settings), rows[cell.key]) for cell in self.search(S)]
+        chosen = choose_settings(tried, S)
+        return {arm: settings_of(arm, chosen) for arm in self.stages_of(S)}
+
+    def cells(
+        self,
+        rows: dict, # key -> row, the search complete
+    ) -> dict:
+        "Arm -> draw -> cell."
+        chosen, cells = self.chosen(rows), {}
+        for arm, stages in self.stages_of(rows[self.start.key]).items():
+            of_arm = [make_cell(arm, draw, stages, chosen[arm], self.sources, self.about) for draw in self.draws]
+            cells[arm] = dict(zip(self.draws, of_arm))
+        return cells
+
+    def plan(
+        self,
+        rows: list, # that are there
+    ) -> list[RealCell]:
+        "What `run_timed` asks for: all cells that are known to be wanted, in order."
+        by_key = {row["key"]: row for row in rows}
+        if self.start.key not in by_key: return [self.start]
+        search = self.search(by_key[self.start.key])
+        if not all(cell.key in by_key for cell in search): return [self.start, *search]
+        by_arm = self.cells(by_key)
+        main = [by_arm[arm][draw] for draw in self.draws for arm in by_arm]
+        return [self.start, *search, *main]
+
+
+# %% [markdown]
+# How many runs are known of the [first experiment](smollm2.ipynb), before S has been asked, and before the search is complete?
+
+# %%
+design = Design(ARMS, two, about)
+known = [dict(key=design.start.key) | found["S"]]
+assert len(design.plan([])) == 1
+assert len(design.plan(known)) == 1 + 66
+print(design.plan(known)[1])
+
+
+# %% [markdown]
+# The arms of [which is easy](which_is_easy.ipynb) are orders of sources, so they are known when S has read the pairs. What is easy is decided once, on the pool.
+
+# %%
+#| export
+def gaps_under_S(
+    S: dict,             # the row of S
+) -> pd.DataFrame:       # a pair a line: source, role, chosen_tokens, rejected_tokens; sum, per token: gamma in nats
+    "How much likelier does S find the chosen response, by the sum and per token?"
+    columns = {name: S[name] for name in ("source", "role", "chosen_tokens", "rejected_tokens")}
+    pairs = pd.DataFrame(columns | S["models"][0])
+    pairs["sum"] = pairs["chosen"] - pairs["rejected"]
+    pairs["per token"] = pairs["chosen"] / pairs["chosen_tokens"] - pairs["rejected"] / pairs["rejected_tokens"]
+    return pairs.drop(columns=["chosen", "rejected"])
+
+def easy_arms(
+    S: dict,     # the row of S
+) -> dict:       # name -> stages
+    "The arms of which_is_easy, as stages."
+    gaps = gaps_under_S(S)
+    gaps, arms = gaps[gaps["role"] == "pool"], {"S": []}
+    for arm, rule in EASY_ARMS.items():
+        if rule is None:
+            arms[arm] = ARMS["DPO"]
+            continue
+        measure, direction = rule
+        prefers = 0.5 + 0.5 * np.sign(gaps[measure])
+        shares = prefers.groupby(gaps["source"], sort=False).mean()
+        first, *others = (-direction * shares).sort_values(kind="stable").index
+        arms[arm] = [(first, "S", "S"), *((source, "before", "before") for source in others)]
+    return arms
+
+
+# %%
+for arm, stages in easy_arms(found["S"]).items():
+    print(f"{arm:24}{' → '.join(name for name, _, _ in stages)}")
+
+# %% [markdown]
+# ## From a folder to rows
+#
+# The three designs by name. *rehearsal* is for whoever wants to see that everything works: the arms of the four questions, at fixed settings, in two draws. Its rows are kept apart from the others.
+
+# %%
+#| export
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+THREE = tuple(SOURCE_FILES)
+REHEARSED = ("S", "DPO", "sDPO", "sDPO, random", "sDPO, fixed reference")
+
+def design_of(
+    name: str,   # smollm2, which_is_easy or rehearsal
+    about: str,  # hash of the pairs and of S
+) -> Design:
+    "A design by its name. Raises ValueError for another."
+    if name == "smollm2": return Design(ARMS, THREE[:2], about)
+    if name == "which_is_easy": return Design(easy_arms, THREE, about)
+    if name != "rehearsal": raise ValueError(f"design: {name!r} is none of smollm2, which_is_easy, rehearsal")
+    arms = {arm: ARMS[arm] for arm in REHEARSED}
+    return Design(arms, THREE[:2], about, range(2), dict(beta=0.1, lr=1e-5))
+
+def run_real(
+    name: str,              # smollm2, which_is_easy or rehearsal
+    folder,                 # for ids.parquet, S and the rows
+    minutes: float = None,  # from the start of the process; None: until all is done
+    data = None,            # folder with preferences/; needed where folder has no ids.parquet
+    model = SMOLLM2,        # hub id or folder of S
+    precision: str = "auto",# bf16, fp16, fp32, or what suits the device
+    longest: int = LONGEST, # tokens of a prompt with its response, where ids are made
+    most: int = None,       # pairs of each source, where ids are made; None: all
+    **settings,             # of TrainConfig, beside those of the cells
+) -> list[dict]:            # rows
+    "What the command line does: go on with an experiment for some minutes."
+    folder = Path(folder)
+    file = folder / "ids.parquet"
+    if data and not file.exists(): prepare_ids(data, model, file, longest, most)
+    pairs = read_ids(file)
+    base = load_S(model, pairs, precision)
+    about = content_hash([pairs_hash(pairs), base.hash])
+    table_S = base.score(pairs, folder / "S")
+    design = design_of(name, about)
+
+    def run(cell): return run_real_cell(cell, base, pairs, table_S, **settings)
+    return run_timed(name, design.plan, run, folder, minutes, base.model.device)
+
+
+# %% [markdown]
+# A rehearsal on the tiny pairs. It is killed in its fourth cell and called again. A run that was never killed must have the same rows.
+
+# %%
+class Killed(BaseException): pass
+
+def dies_at_the_fourth(cell, *args, calls=[], **kw):
+    calls.append(cell)
+    if len(calls) == 4: raise Killed
+    return run_real_cell(cell, *args, **kw)
+
+def rehearse(where):
+    return real.run_real("rehearsal", where, data=folder, model=world.base, longest=64, most=80, batch_size=8)
+
+with patch.object(real, "run_real_cell", dies_at_the_fourth), redirect_stdout(io.StringIO()):
+    try: rehearse(folder / "killed")
+    except Killed: pass
+
+with redirect_stdout(io.StringIO()):
+    gone_on = rehearse(folder / "killed")
+    at_once = rehearse(folder / "whole")
+
+def without_seconds(rows): return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+assert without_seconds(gone_on) == without_seconds(at_once)
+print(len(at_once), "rows, the same")
+
+
+# %% [markdown]
+# ## Rows by arm and draw
+#
+# For the pages with answers: the rows of a design by arm and draw. Rows of other pairs, or of another S, are not among them.
+
+# %%
+#| export
+@dataclass
+class Found:
+    "What is there of a design."
+    S: dict = None         # its row
+    rows: dict = field(default_factory=dict)    # arm -> draw -> row
+    chosen: dict = field(default_factory=dict)  # arm -> settings, once the search is complete
+    missing: int = None    # cells that are planned and not there; None: nothing is there
+    origin: list = field(default_factory=list)  # cards and commits
+
+def arrange(
+    name: str,    # of the design
+    rows: list,   # of `read_results`
+) -> Found:
+    "The rows of a design. Where they are about several S or several sets of pairs, those with most rows."
+    if not rows: return Found()
+    design = design_of(name, pd.Series([row["about"] for row in rows]).mode()[0])
+    by_key = {row["key"]: row for row in rows}
+    planned = design.plan(rows)
+    there = [by_key[cell.key] for cell in planned if cell.key in by_key]
+    origin = sorted({f"{row['card']}, commit {row['commit']}" for row in there})
+    found = Found(by_key.get(design.start.key), missing=len(planned) - len(there), origin=origin)
+    if found.S is None or any(cell.key not in by_key for cell in design.search(found.S)): return found
+
+    found.chosen = design.chosen(by_key)
+    for arm, cells in design.cells(by_key).items():
+        found.rows[arm] = {draw: by_key[cell.key] for draw, cell in cells.items() if cell.key in by_key}
+    return found
+
+
+# %%
+seen = arrange("rehearsal", at_once)
+assert seen.missing == 0
+assert sorted(seen.rows["sDPO"]) == [0, 1]
+assert arrange("rehearsal", at_once[:4]).missing == 5
+assert arrange("rehearsal", []).missing is None
+{arm: list(by_draw) for arm, by_draw in seen.rows.items()}
+
+# %% [markdown]
+# ## What you now have
+#
+# - `prepare_ids`: pairs with roles, as a small file of ids.
+# - `train_in_memory`: a stage with the same bits as `train_stage`, and no files.
+# - `run_real`: an experiment that goes on for some minutes; `arrange`: its rows by arm and draw.
+#
+# ## Questions to test yourself
+#
+# 1. Why is the lot of a pair drawn by its prompt, and not by the pair?
+#
+#    <details><summary>Answer</summary>
+#
+#    Two pairs with one prompt would otherwise fall on both sides now and then, and a model would be measured on a prompt that it was trained on.
+#
+#    </details>
+# 2. Why may two arms share a run?
+#
+#    <details><summary>Answer</summary>
+#
+#    The key holds what is done: stages, settings, draw, pairs, S. If the search gives sDPO the settings of DPO, *sDPO at DPO's settings* is sDPO itself, and is not trained twice.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Train the arm `DPO` of draw 0 twice, with `every=2` in `train_in_memory` the second time. Which losses differ?
+#
+#   <details><summary>What you should see</summary>
+#
+#   The first two are equal. From the third on the reference is a model that has moved; the loss of the third step is $\ln 2$ again.
+#
+#   </details>
