@@ -192,14 +192,14 @@ def kl_along(
     model,           # a causal language model: pi of equation (1)
     base,            # the model it is measured from: S
     tokenizer,       # of both
-    prompts: list,   # n texts of user turns
+    prompts: list,   # n texts of user turns, or n lists of ids
     responses: list, # n lists of ids, sampled from the model at tau
     tau: float=1.,   # temperature of the model, above 0; of base it is 1
     batch: int=200,  # responses at a time
 ) -> Tensor:         # (n,) nats per response
     """KL(model || base) along given responses: equation (1).
     Unbiased for the KL of as many tokens as they may have."""
-    ids = [prompt_ids(tokenizer, p) for p in prompts]
+    ids = [p if isinstance(p, list) else prompt_ids(tokenizer, p) for p in prompts]
     out = []
     for i in range(0, len(prompts), batch):
         xs, ys = ids[i:i+batch], responses[i:i+batch]

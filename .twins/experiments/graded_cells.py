@@ -1,0 +1,496 @@
+# %% [markdown]
+# # One run on graded tasks
+# > What S writes once for each draw, how an arm is trained on it and asked, and the row that stays.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/graded_cells.ipynb)
+#
+# **You should know** what is [asked](known_truth.ipynb), the [tasks](graded_tasks.ipynb), and [one run on a real model](real_cells.ipynb). **Time** 25 minutes to read, a minute to run.
+#
+# The experiment with a known truth has two kinds of cells. In a *writing* cell S answers the problems of a draw, twice. In a *training* cell an arm is trained on the pairs of these answers, and then asked the test problems of the draw. Both become rows of one file. So what S wrote is kept with the results, and a run that goes on elsewhere trains on the same pairs.
+
+# %%
+#| default_exp graded_cells
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
+again = "On Colab, choose Runtime > Disconnect and delete runtime, then run this cell again."
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
+
+import sdpo_nb
+version = sdpo_nb.__version__
+assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
+
+# %%
+#| export
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sdpo_nb.evaluate import kl_along
+from sdpo_nb.graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
+from sdpo_nb.graded import messages_of, sampled_ids, teacher_pairs
+from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, SEARCH_DRAW, SOURCES, TEST, VALIDATION
+from sdpo_nb.known_truth import LONGEST_PAIR, grid_of, stored_levels
+from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
+from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.real import chunk_of, load_S, train_in_memory
+from sdpo_nb.timed import run_timed
+from sdpo_nb.trainer import TrainConfig
+from sdpo_nb.world import content_hash
+
+# %%
+import json, tempfile
+from dataclasses import replace
+from pathlib import Path
+import pandas as pd
+from sdpo_nb.world import complaint, make_model, make_tokenizer
+
+
+# %% [markdown]
+# ## The problems of a draw
+#
+# A draw has problems of three sources for training, and others for the test (the search has those of the validation split in their place). All tasks have the same share. The number of the draw is the seed.
+
+# %%
+#| export
+def draw_problems(
+    draw: int,     # its number
+    split: str,    # of graded.SPLITS
+    levels: dict,  # source -> task -> size
+    n: int,        # of each task and source
+) -> dict:         # source -> problems, mixed
+    "The problems of a draw; the same ones whenever they are asked for."
+    problems = {}
+    for source, sizes in levels.items():
+        rng = random.Random(f"{split} {draw} {source}")
+        drawn = [p for task, size in sizes.items() for p in make_problems(n, task, size, split, rng, again=True)]
+        problems[source] = rng.sample(drawn, len(drawn))
+    return problems
+
+
+# %%
+LEVELS = { # for this page only
+    "easy": dict(add=3, reverse=2),
+    "middle": dict(add=4, reverse=3),
+    "hard": dict(add=6, reverse=4),
+}
+problems = draw_problems(1, "train", LEVELS, 12)
+assert problems == draw_problems(1, "train", LEVELS, 12)
+assert problems != draw_problems(2, "train", LEVELS, 12)
+pd.DataFrame({source: [p.question for p in found[:3]] for source, found in problems.items()})
+
+
+# %% [markdown]
+# ## Cells
+#
+# The key of a cell is a hash of all that it does. If an arm with borrowed settings happens to be one that was run already, it has its key.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class WritingCell:
+    "S answers the training problems of a draw."
+    draw: int       # its number
+    n: int          # problems of each task and source
+    about: str      # hash of S, the levels, and how answers are sampled
+    cost = 3        # in units of an exam
+    @property
+    def key(self) -> str: return content_hash(["writing", self.draw, self.n, self.about])
+    def __str__(self): return f"S writes, draw {self.draw}"
+
+@dataclass(frozen=True)
+class GradedCell:
+    "An arm, trained on what S wrote in a draw, and asked."
+    arm: str        # its name, for people
+    stages: tuple   # of (pairs, start, reference)
+    settings: tuple # of (name, value): beta, lr
+    split: str      # test or validation
+    tests: int      # problems of each task and level
+    teacher: bool   # whether the program wrote the chosen answers
+    written: WritingCell
+    @property
+    def cost(self) -> int: return 4 if self.stages else 1
+    @property
+    def draw(self) -> int: return self.written.draw
+    @property
+    def key(self) -> str:
+        parts = [self.written.key, self.stages, self.settings, self.split, self.tests]
+        return content_hash(parts + [self.teacher] if self.stages else parts)   # S is trained on no pairs
+    def __str__(self):
+        settings = ", ".join(f"{name} {value:g}" for name, value in self.settings)
+        return f"{self.arm}, draw {self.draw}" + (f", {settings}" if settings else "")
+
+
+# %%
+written = WritingCell(1, 12, "a toy")
+dpo = GradedCell("DPO", (("all", "S", "S"),), (("beta", 0.3), ("lr", 1e-5)), "test", 4, False, written)
+assert dpo.key == replace(dpo, arm="another name").key
+assert dpo.key != replace(dpo, teacher=True).key
+print(dpo, "|", written)
+
+
+# %% [markdown]
+# ## S, three times
+#
+# A process holds S three times. One copy is trained, and on a card its layers are compiled. One answers, and gets the weights of whatever was trained. One stays as it is, for the KL. At 135 million parameters this is little.
+
+# %%
+#| export
+@dataclass
+class Graded:
+    "What all cells of a process share."
+    base: object         # real.Base: its model is trained
+    S: object            # as it is, in eval mode
+    writer: object       # answers; gets the weights of what was trained
+    tokenizer: object
+    levels: dict         # source -> task -> size
+    n: int = PROMPTS // len(TASKS)   # training problems of each task and source
+    tests: int = TEST                # test problems of each task and level
+    validation: int = VALIDATION     # those of the search
+    how: dict = field(default_factory=dict)       # max_new, batch of `sampled_ids`
+    settings: dict = field(default_factory=lambda: dict(COMMON)) # of TrainConfig, in every run
+    rows: dict = field(default_factory=dict)      # key -> row: what is there already
+    tables: dict = field(default_factory=dict)    # key of a draw -> pairs and what S says about them; one at a time
+
+    @property
+    def about(self) -> str:
+        return content_hash([self.base.hash, self.levels, self.how, self.settings])
+
+    def become(self, model): # -> the writer, with these weights
+        with torch.no_grad(): self.writer.load_state_dict(model.state_dict())
+        return self.writer
+
+def load_graded(
+    model,                     # hub id or folder of S
+    levels: dict = None,       # source -> task -> size; None: those that were chosen
+    precision: str = "auto",   # of the training passes
+    **others,                  # n, tests, validation, how, settings
+) -> Graded:
+    "Load S three times. Answers are computed in fp32."
+    levels, tokenizer = levels or stored_levels(), load_tokenizer(str(model))
+    problems = draw_problems(0, "train", levels, 3)
+    tried = []
+    for source, found in problems.items():
+        tried += _tokenised(teacher_pairs(found, ["no"] * len(found)), tokenizer, source)
+    base = load_S(str(model), tried, precision)
+    device = str(base.model.device)
+    return Graded(base, load_model(str(model), device), load_model(str(model), device), tokenizer, levels, **others)
+
+def _tokenised(rows, tokenizer, source): # usable pairs, each with its source
+    if not rows: return []
+    kept = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    found = tokenize_pairs(load_pairs(kept), tokenizer, source, LONGEST_PAIR, LONGEST_PAIR * 3 // 4, chat=True)
+    return [pair | dict(source=source) for pair in found.pairs]
+
+
+# %% [markdown]
+# Our stand-in for SmolLM2 is a tiny Llama with random weights and the tokenizer of the tiny world. Its answers are noise, which is all that this page needs.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+tok = make_tokenizer()
+tok.model_max_length = 1024                     # a letter is a token, and prompts are long here
+model = make_model(tok, hidden=32, layers=2)
+model.config.max_position_embeddings = 1024
+model.save_pretrained(folder / "S")
+tok.save_pretrained(folder / "S")
+
+SMALL = dict(n=12, tests=4, validation=4, how=dict(max_new=6), settings=dict(epochs=1, batch_size=8))
+graded = load_graded(folder / "S", LEVELS, "fp32", **SMALL)
+graded.base.precision, graded.base.logprobs.__name__
+
+
+# %% [markdown]
+# ## S writes
+#
+# The row of a writing cell holds two answers to each problem, and how often they were right. The problems need not be kept: the draw makes them again.
+
+# %%
+#| export
+def _scores(problems, answers): return [grade(problem, answer) for problem, answer in zip(problems, answers)]
+
+def run_writing(
+    cell: WritingCell,
+    graded: Graded,     # what the process shares
+) -> dict:              # draw, answers: source -> two lists of texts; right: source -> share
+    "S answers the training problems of a draw twice."
+    writer, answers, right = graded.become(graded.S), {}, {}
+    problems = draw_problems(cell.draw, "train", graded.levels, cell.n)
+    for i, (source, asked) in enumerate(problems.items()):
+        seed = 10_000 * cell.draw + 2 * i
+        both = [answers_to(writer, graded.tokenizer, asked, 1., seed + j, **graded.how) for j in range(2)]
+        answers[source] = both
+        right[source] = float(np.mean([score == 1 for texts in both for score in _scores(asked, texts)]))
+    return dict(kind="writing", draw=cell.draw, about=cell.about, answers=answers, right=right)
+
+def pairs_of(
+    cell: GradedCell,
+    graded: Graded,   # with the row of the writing cell among its rows
+) -> list[dict]:      # tokenized pairs with source, easy first
+    "The pairs of a draw: of what S wrote, or of what the program wrote against it."
+    answers = graded.rows[cell.written.key]["answers"]
+    problems = draw_problems(cell.draw, "train", graded.levels, cell.written.n)
+    pairs = []
+    for source, asked in problems.items():
+        first, second = answers[source]
+        rows = teacher_pairs(asked, first) if cell.teacher else label_pairs(asked, first, second, seed=cell.draw)
+        pairs += _tokenised(rows, graded.tokenizer, source)
+    return pairs
+
+
+# %%
+written = WritingCell(1, graded.n, graded.about)
+graded.rows[written.key] = json.loads(json.dumps(run_writing(written, graded)))     # as from a file
+dpo = GradedCell("DPO", tuple(ARMS["DPO"]), (("beta", 0.3), ("lr", 1e-3)), "test", 4, False, written)
+sizes = {}
+for teacher in (False, True):
+    pairs = pairs_of(replace(dpo, teacher=teacher), graded)
+    assert pairs == pairs_of(replace(dpo, teacher=teacher), graded)
+    sizes["teacher" if teacher else "two answers of S"] = pd.Series([p["source"] for p in pairs]).value_counts()
+pd.DataFrame(sizes).loc[list(SOURCES)]
+
+
+# %% [markdown]
+# ## The exam
+#
+# Each test problem gives three numbers: the score of a sampled answer, the score of the greedy one, and the KL from S along the sampled one. The luck belongs to the draw.
+
+# %%
+#| export
+def graded_exam(
+    model,           # as it answers now
+    graded: Graded,  # S, the tokenizer, how answers are sampled
+    problems: list,  # n of them
+    seed: int,       # of the luck
+) -> dict:           # sampled, greedy: scores; kl: nats; n numbers each
+    "Ask a model, at temperature 1 and greedily."
+    prompts = [ids_of(graded.tokenizer, messages_of(problem)) for problem in problems]
+    responses = sampled_ids(model, graded.tokenizer, prompts, 1., seed, **graded.how)
+    greedy = sampled_ids(model, graded.tokenizer, prompts, 0., seed, **graded.how)
+    kl = kl_along(model, graded.S, graded.tokenizer, prompts, responses, batch=16)
+
+    def scores(answers):
+        texts = [answer_text(graded.tokenizer, ids) for ids in answers]
+        return np.round(_scores(problems, texts), 4).tolist()
+    return dict(sampled=scores(responses), greedy=scores(greedy), kl=np.round(kl.numpy(), 3).tolist())
+
+
+# %%
+problems = [p for found in draw_problems(1, "test", LEVELS, 4).values() for p in found]
+results = graded_exam(graded.become(graded.S), graded, problems, seed=1)
+assert results == graded_exam(graded.S, graded, problems, seed=1)
+assert max(map(abs, results["kl"])) < 1e-6                      # S is at no distance from itself
+pd.DataFrame(results).mean().round(3).to_dict()
+
+
+# %% [markdown]
+# ## Training
+#
+# The loop is that of [real cells](real_cells.ipynb): a stage in memory, no file. What S says about the pairs of a draw is computed once for all its arms. From it comes the order that the paper's recipe would take: sources by the share of pairs with $\gamma > 0$ under S.
+
+# %%
+#| export
+def _pairs_and_table(cell, graded): # of a draw, kept for the next arm
+    name = (cell.written.key, cell.teacher)
+    if name not in graded.tables:
+        pairs = pairs_of(cell, graded)
+        graded.base.reset()
+        graded.tables.clear()
+        graded.tables[name] = pairs, graded.base.score(pairs)
+    return graded.tables[name]
+
+def _measured_order(pairs, table): # source -> share of pairs with gamma > 0 under S
+    gamma = table.gamma(pairs)
+    prefers = {}
+    for pair, value in zip(pairs, gamma.tolist()): prefers.setdefault(pair["source"], []).append(value > 0)
+    return {source: round(float(np.mean(found)), 4) for source, found in prefers.items()}
+
+def _train_stages(cell, graded, pairs, table_S): # -> the stages, for the row; the model of base is then the last one
+    base = graded.base
+    config = TrainConfig(**graded.settings | dict(cell.settings), seed=cell.draw, precision=base.precision)
+    base.reset()
+    stages = []
+    for t, (name, start, reference) in enumerate(cell.stages, 1):
+        chunk = chunk_of(pairs, name, cell.draw)
+        if reference == "none": table = None
+        elif reference == "before": table = base.score(chunk)
+        else: table = table_S
+        if start == "S": base.reset()
+        made = train_in_memory(base, chunk, table, config, t)
+        stages.append(dict(chunk=name, pairs=len(chunk), losses=made["losses"]))
+    return stages
+
+def run_graded(
+    cell: GradedCell,
+    graded: Graded,     # with the row of the writing cell among its rows
+) -> dict:              # what the cell is; stages; sampled, greedy, kl, of each test problem
+    "Train an arm on the pairs of its draw, and ask it."
+    stages, kept = [], {}
+    model = graded.S
+    if cell.stages:
+        pairs, table_S = _pairs_and_table(cell, graded)
+        stages = _train_stages(cell, graded, pairs, table_S)
+        model = graded.base.model
+        kept = dict(prefers=_measured_order(pairs, table_S), trained_on=pairs_hash(pairs))
+    problems = draw_problems(cell.draw, cell.split, graded.levels, cell.tests)
+    asked = [problem for source in SOURCES for problem in problems[source]]
+    results = graded_exam(graded.become(model), graded, asked, seed=1 + cell.draw)
+    return kept | results | dict(
+        kind="arm",
+        arm=cell.arm,
+        draw=cell.draw,
+        settings=dict(cell.settings),
+        teacher=cell.teacher,
+        split=cell.split,
+        about=cell.written.about,
+        precision=graded.base.precision,
+        reads=graded.base.logprobs.__name__,
+        stages=stages,
+    )
+
+
+# %%
+rows = {}
+for arm in ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, fixed reference"):
+    settings = dpo.settings if arm not in ("S", "SFT on chosen") else dpo.settings[1:]
+    cell = replace(dpo, arm=arm, stages=tuple(ARMS[arm]), settings=settings, teacher=True)
+    rows[arm] = run_graded(cell, graded)
+
+first = {arm: [stage["losses"][0] for stage in row["stages"]] for arm, row in rows.items()}
+for arm in ("DPO", "sDPO"):
+    for loss in first[arm]: assert abs(loss - np.log(2)) < 1e-3
+assert abs(first["sDPO, fixed reference"][1] - np.log(2)) > 1e-3
+kl = {arm: np.mean(row["kl"]) for arm, row in rows.items()}
+assert kl["S"] < 1e-6 < min(kl[arm] for arm in rows if arm != "S")
+first
+
+
+# %% [markdown]
+# A stage that is its own reference begins at $\log 2 = 0.693$, and the arm with a fixed reference does so once.
+#
+# ## The plan
+#
+# First S writes for the search, and the search is run. When it is complete, the draws come one after the other: S writes, then all arms. So whatever is finished is a number of whole draws and a part of one.
+
+# %%
+#| export
+def _cell(arm, stages, settings, split, tests, teacher, written):
+    return GradedCell(arm, tuple(map(tuple, stages)), tuple(sorted(settings.items())), split, tests, teacher, written)
+
+def search_cells(
+    graded: Graded,
+    arms: tuple,      # names of ARMS
+    teacher: bool,    # whether the program wrote the chosen answers
+) -> list[GradedCell]:
+    "Every arm at every setting of its grid, on validation problems of the search draw."
+    written = WritingCell(SEARCH_DRAW, graded.n, graded.about)
+    cells = []
+    for arm in arms:
+        for settings in grid_of(arm):
+            cells.append(_cell(arm, ARMS[arm], settings, "validation", graded.validation, teacher, written))
+    return cells
+
+def chosen_from(
+    cells: list,      # of the search
+    by_key: dict,     # key -> row; every cell has one
+) -> dict:            # arm -> settings
+    "The settings with the highest mean score of sampled answers; on a tie the first."
+    best = {}
+    for cell in cells:
+        score = np.mean(by_key[cell.key]["sampled"])
+        if cell.arm not in best or score > best[cell.arm][0]: best[cell.arm] = score, dict(cell.settings)
+    return {arm: settings for arm, (_, settings) in best.items()}
+
+def arms_of_a_draw(
+    draw: int,        # its number
+    chosen: dict,     # arm -> settings
+    graded: Graded,
+    arms: tuple,      # names of ARMS
+    teacher: bool,    # whether the program wrote the chosen answers
+) -> dict:            # name -> cell
+    "Every arm at its settings, and those with borrowed ones."
+    written = WritingCell(draw, graded.n, graded.about)
+    wanted = {arm: (arm, chosen.get(arm, {})) for arm in arms}
+    for name, (arm, lender, factor) in BORROWED.items():
+        if arm in arms and lender in arms:
+            wanted[name] = arm, chosen[lender] | dict(beta=factor * chosen[lender]["beta"])
+    return {name: _cell(name, ARMS[arm], settings, "test", graded.tests, teacher, written)
+            for name, (arm, settings) in wanted.items()}
+
+def graded_plan(
+    graded: Graded,
+    arms: tuple = tuple(ARMS),  # names
+    draws = DRAWS,              # numbers
+    teacher: bool = False,      # whether the program wrote the chosen answers
+    settings: dict = None,      # of all arms, without a search; None: search
+):                              # rows -> cells, as `run_timed` asks for
+    "What is wanted, in order, given the rows that are there."
+    search = [] if settings else search_cells(graded, arms, teacher)
+    def plan(rows):
+        graded.rows = {row["key"]: row for row in rows}
+        cells = [search[0].written, *search] if search else []
+        if not all(cell.key in graded.rows for cell in search): return cells
+        chosen = _same_for_all(arms, settings) if settings else chosen_from(search, graded.rows)
+        for draw in draws:
+            found = arms_of_a_draw(draw, chosen, graded, arms, teacher)
+            cells += [WritingCell(draw, graded.n, graded.about), *found.values()]
+        return cells
+    return plan
+
+def _same_for_all(arms, settings): # a rehearsal has no search
+    grids = {arm: grid_of(arm) for arm in arms}
+    return {arm: {name: settings[name] for name in grid[0]} if grid else {} for arm, grid in grids.items()}
+
+
+# %% [markdown]
+# How many cells does the real plan have, before the search and after it? We invent the rows of a search.
+
+# %%
+plan = graded_plan(graded)
+search = plan([])
+rows = [dict(key=cell.key, sampled=[i % 7]) for i, cell in enumerate(search)]
+everything = plan(rows)
+assert len({cell.key for cell in everything}) == len(everything)
+print(f"{len(search)} cells of the search; {len(everything) - len(search)} in {len(DRAWS)} draws")
+
+# %% [markdown]
+# ## The command
+#
+# `python -m sdpo_nb.experiments known_truth --minutes 8 --folder OUT` goes on with the plan for some minutes, on whatever device there is. Everything of `run_timed` holds: a finished cell is written at once, and what does not fit is not begun. `known_truth_teacher` is the same with the teacher's pairs, for DPO and three arms of stages. `known_truth_rehearsal` tries all parts on few problems, without a search.
+
+# %%
+#| export
+TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
+REHEARSAL = dict(n=4, tests=2, settings=COMMON | dict(epochs=1))
+PLANS = { # name -> of `graded_plan`, of `load_graded`
+    "known_truth": (dict(), dict()),
+    "known_truth_teacher": (dict(arms=TEACHER_ARMS, teacher=True), dict()),
+    "known_truth_rehearsal": (dict(arms=("S", "DPO"), draws=(1,), settings=dict(beta=0.1, lr=1e-5)), REHEARSAL),
+}
+
+def run_known_truth(
+    name: str,               # of PLANS
+    folder,                  # for the rows
+    minutes: float = None,   # from the start of the process; None: until all is done
+    model = "HuggingFaceTB/SmolLM2-135M-Instruct", # hub id or folder of S
+    precision: str = "auto", # bf16, fp16, fp32, or what suits the device
+    **others,                # of `load_graded`: levels, n, tests, how, settings
+) -> list[dict]:             # rows
+    "Go on with an experiment for some minutes. Raises ValueError for another name."
+    if name not in PLANS: raise ValueError(f"experiment: {name!r} is none of {', '.join(PLANS)}")
+    wanted, loaded = PLANS[name]
+    graded = load_graded(model, precision=precision, **loaded | others)
+
+    def run(cell): return run_writing(cell, graded) if isinstance(cell, WritingCell) else run_graded(cell, graded)
+    return run_timed(name, graded_plan(graded, **wanted), run, folder, minutes, graded.base.model.device)
+
+
+# %%
+rows = run_known_truth("known_truth_rehearsal", folder, None, folder / "S", "fp32", levels=LEVELS, **SMALL)
+assert [row.get("arm", "S writes") for row in rows] == ["S writes", "S", "DPO", "DPO at beta/T"]
+print(complaint(run_known_truth, "known truth", folder))

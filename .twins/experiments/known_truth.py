@@ -1,0 +1,295 @@
+# %% [markdown]
+# # A real model, and the truth is known
+# > The eight questions of the tiny worlds, asked of SmolLM2-135M-Instruct on tasks that a program grades; with margins and reasons, fixed before there is an answer.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/known_truth.ipynb)
+#
+# **There are no answers yet.** The questions, margins and arms below were committed before anything was trained. The grid waits for a graphics card.
+#
+# **You should know** the [protocol](protocol.ipynb) of the tiny worlds, the [tasks](graded_tasks.ipynb) of this page, and [stepwise DPO](../14_stepwise.ipynb). **Time** 35 minutes to read, a minute to run.
+#
+# The tiny worlds know the truth, but their model has 337 thousand parameters. And no curriculum is hidden in them: their easy and hard sources ask for the same skills. [SmolLM2 on real pairs](smollm2.ipynb) is a real model, but there nobody knows which answer is right. This experiment stands between the two. The model is real, with 135 million parameters, a program knows how right an answer is, and a hard problem really builds on an easy one.
+
+# %%
+#| default_exp known_truth
+
+# %%
+import importlib.util
+if not importlib.util.find_spec("sdpo_nb"):
+    source = '"sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v0.1.0"'
+    get_ipython().run_line_magic("pip", f"install -q {source}")
+again = "On Colab, choose Runtime > Disconnect and delete runtime, then run this cell again."
+assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see above. {again}"
+
+import sdpo_nb
+version = sdpo_nb.__version__
+assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
+
+# %%
+#| export
+import itertools, json
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from sdpo_nb.cells import RESULTS
+from sdpo_nb.compare import holm_p_values, sign_flip_p_value
+
+# %% [markdown]
+# ## Three sources
+#
+# S answers problems of five [tasks](graded_tasks.ipynb): additions, sorting, reversing, JSON and counting words. A task has three sizes, and so there are three sources. In *easy* S is right in about 60 of 100 sampled answers, in *middle* in 20, in *hard* in 3. Which sizes these are is measured, and the rule that picks them is fixed here:
+#
+# - Let $p$ be the share of right answers of a size, counted as $(\text{right} + \frac12)/(\text{answers} + 1)$, so that it is never 0 or 1. For each task those three sizes are taken, one larger than the other, whose log-odds are nearest to those of 0.60, 0.20 and 0.03: the sum of the squared distances is smallest.
+# - A source has the same number of problems of each task. There are only 45 sums of two digits, so there the same questions come again, each time with other answers of S. (This rule first left such sums out. The first sixteen answers of S to larger ones showed that no other addition is easy for it.)
+
+# %%
+#| export
+SOURCES = ("easy", "middle", "hard")
+TARGETS = dict(easy=0.60, middle=0.20, hard=0.03)   # share of right answers that S should have
+PROMPTS = 500                                       # of each source, in equal parts of each task
+TEST, VALIDATION = 40, 20                           # problems of each task and level
+
+def _log_odds(p): return np.log(p / (1 - p))
+
+def choose_sizes(
+    right: dict,     # size -> right answers
+    answers: dict,   # size -> answers
+) -> dict:           # source -> size
+    "The three sizes of one task, by the rule above. Raises ValueError for fewer than three."
+    sizes = sorted(right)
+    if len(sizes) < len(SOURCES): raise ValueError(f"sizes: {sizes}; at least three are needed")
+    odds = {size: _log_odds((right[size] + 0.5) / (answers[size] + 1)) for size in sizes}
+    wanted = [_log_odds(p) for p in TARGETS.values()]
+
+    def distance(triple): return sum((odds[size] - want) ** 2 for size, want in zip(triple, wanted))
+    best = min(itertools.combinations(sizes, len(SOURCES)), key=distance)
+    return dict(zip(SOURCES, best))
+
+def levels_from(
+    rows: list,  # of a calibration: task, size, first, second (scores)
+) -> dict:       # source -> task -> size
+    "The sizes of the three sources, task by task."
+    right, answers = {}, {}
+    for row in rows:
+        task, size, scores = row["task"], row["size"], row["first"] + row["second"]
+        right.setdefault(task, {})[size] = sum(score == 1 for score in scores)
+        answers.setdefault(task, {})[size] = len(scores)
+    chosen = {task: choose_sizes(right[task], answers[task]) for task in right}
+    return {source: {task: chosen[task][source] for task in chosen} for source in SOURCES}
+
+def calibration() -> list[dict]: # task, size, n, first, second: scores; examples, card, versions
+    "What S made of each task and size, as it was committed. Raises ValueError where there is nothing."
+    path = RESULTS / "known_truth_levels.json"
+    if not path.exists(): raise ValueError(f"{path}: not there; `python -m sdpo_nb.graded` makes it")
+    return json.loads(path.read_text())
+
+def stored_levels() -> dict: # source -> task -> size
+    "The sizes of the three sources, by the rule above."
+    return levels_from(calibration())
+
+
+# %% [markdown]
+# An invented task: of 48 answers each, 40 are right at size 1, 30 at size 2, 11 at size 3, none at size 4, and none at size 5.
+
+# %%
+invented = {1: 40, 2: 30, 3: 11, 4: 0, 5: 0}
+chosen = choose_sizes(invented, dict.fromkeys(invented, 48))
+assert chosen == dict(easy=2, middle=3, hard=4)      # on a tie the smaller size
+chosen
+
+# %% [markdown]
+# ## Pairs, draws, and what is measured
+#
+# A *draw* has problems of its own, 500 of each source, with two answers of S to each, and labels by Bradley-Terry on the score with $k = 6$ ([tasks](graded_tasks.ipynb)). It also has test problems of its own, forty of each task and level, so 600. All arms of a draw share the pairs, the order of the data, the test problems, and the luck behind their sampled answers.
+#
+# - *sampled* and *greedy*: the mean score of the answers to the 600 test problems, at temperature 1 and without chance. The first is the outcome of all questions but one, as in the tiny worlds.
+# - Beside them, without a test: each level by itself, the share of answers that are right, and the KL from S in nats, along the sampled answers.
+#
+# How many draws? With eight questions corrected together, the smallest p-value that a sign-flip test can have must survive a factor of 8.
+
+# %%
+#| export
+DRAWS = range(1, 11)
+SEARCH_DRAW = 101    # reported nowhere; its settings are measured on validation problems
+
+
+# %%
+def smallest(draws, questions=8): return questions * 2 / 2 ** draws
+assert smallest(len(DRAWS)) < 0.05 < smallest(8)     # eight draws could not answer
+{draws: round(smallest(draws), 4) for draws in (6, 8, 9, 10)}
+
+
+# %% [markdown]
+# With six or eight draws nothing could pass. So there are ten.
+#
+# ## The arms
+#
+# An arm is a list of stages, as on [the page of SmolLM2](smollm2.ipynb): which pairs, where it starts (`S`, or the model `before`), and what its reference is.
+
+# %%
+#| export
+def _stages(chunks, start="before", reference="before"):
+    "The first stage starts at S and has S as its reference; the others as is said."
+    later = [(chunk, start, reference) for chunk in chunks[1:]]
+    return [(chunks[0], "S", "S"), *later]
+
+ARMS = { # name -> stages: (pairs, start, reference)
+    "S": [],
+    "SFT on chosen": [("all", "S", "none")],
+    "DPO": _stages(["all"]),
+    "sDPO": _stages(SOURCES),
+    "sDPO, random": _stages(["random 1", "random 2", "random 3"]),
+    "sDPO, hard first": _stages(SOURCES[::-1]),
+    "sDPO, fixed reference": _stages(SOURCES, reference="S"),
+    "sDPO, target S": _stages(SOURCES, start="S"),
+}
+LADDER = (1 / 4, 1 / 2, 2, 4)   # of sDPO, times its best beta: for the question at equal KL
+BORROWED = { # arm -> the arm whose stages it has, the arm whose settings it takes, and the factor of beta
+    "sDPO at DPO's beta": ("sDPO", "DPO", 1),
+    "DPO at beta/T": ("DPO", "DPO", 1 / 3),
+    **{f"sDPO, {factor:g} beta": ("sDPO", "sDPO", factor) for factor in LADDER},
+}
+
+# %%
+said = {name: [" ".join(stage) for stage in stages] for name, stages in ARMS.items()}
+pd.DataFrame.from_dict(said, orient="index", columns=["stage 1", "stage 2", "stage 3"]).fillna("")
+
+# %% [markdown]
+# *Easy first* means here: in the order of S's pass rates, which is the true one. The paper's recipe measures the order, by the share of pairs with $\gamma > 0$ under S. Whether that gives the same order is noted for every draw.
+#
+# Every arm is searched on one grid, in one draw that is reported nowhere, and takes the settings with the highest mean score of sampled answers to the validation problems; on a tie the first of the grid. The grid is not extended where the best lies on its edge; the page will say where it does. Fine-tuning has no $\beta$. Everything else is that of the tiny worlds: three passes over the pairs, batches of 32, a schedule that restarts in each stage. Longer answers than 32 tokens are cut.
+
+# %%
+#| export
+BETAS = (0.03, 0.1, 0.3, 1.0)
+LEARNING_RATES = (3e-6, 1e-5, 3e-5)
+COMMON = dict(epochs=3, batch_size=32)   # of every run
+LONGEST_PAIR = 384                       # tokens of a prompt with its response
+
+def grid_of(
+    arm: str,     # of ARMS
+) -> list[dict]:  # settings, in the order of the search; none for S
+    "The settings that are tried for an arm."
+    if arm == "S": return []
+    if arm == "SFT on chosen": return [dict(lr=lr) for lr in LEARNING_RATES]
+    return [dict(beta=beta, lr=lr) for beta, lr in itertools.product(BETAS, LEARNING_RATES)]
+
+
+# %%
+searched = sum(len(grid_of(arm)) for arm in ARMS)
+main = (len(ARMS) + len(BORROWED)) * len(DRAWS)
+print(f"{searched} runs of the search; then {len(ARMS) + len(BORROWED)} rows in {len(DRAWS)} draws: {main}")
+
+# %% [markdown]
+# ## Eight questions
+#
+# They are those of the tiny worlds, and all eight are primary: their p-values are corrected together, by Holm.
+
+# %%
+#| export
+QUESTIONS = pd.DataFrame([
+    ("stepwise against plain", "sDPO", "DPO", "sampled"),
+    ("the same, greedy", "sDPO", "DPO", "greedy"),
+    ("the same, at the KL of plain", "sDPO at the KL of DPO", "DPO", "sampled"),
+    ("easy first against random order", "sDPO", "sDPO, random", "sampled"),
+    ("easy first against hard first", "sDPO", "sDPO, hard first", "sampled"),
+    ("moving against fixed reference", "sDPO", "sDPO, fixed reference", "sampled"),
+    ("target from M_{t-1} against from S", "sDPO", "sDPO, target S", "sampled"),
+    ("stepwise at beta against plain at beta/T", "sDPO at DPO's beta", "DPO at beta/T", "sampled"),
+], columns=["question", "a", "b", "outcome"])
+MARGIN = 0.02 # of the score: what is too small to count
+
+# %%
+names = {*ARMS, *BORROWED, "sDPO at the KL of DPO"}
+assert set(QUESTIONS["a"]) | set(QUESTIONS["b"]) <= names
+QUESTIONS.set_index("question")
+
+# %% [markdown]
+# *sDPO at the KL of DPO* is no arm. It is read off the ladder of sDPO's $\beta$, draw by draw, linearly between its neighbours. Where DPO lies outside the ladder in a draw, the nearest end is taken, and the page will say in how many draws it was.
+#
+# ## What is too small to count
+#
+# The margin is two points of a hundred of the score, as in the tiny worlds. What speaks for it here? An outcome counts only if it is *sensitive*: DPO minus S must exceed twice the margin. In the paper's table 3 stepwise DPO is ahead of DPO by 1.64, on top of the 3.16 that DPO is ahead of S. If it were as far ahead here, what would the smallest difference be that we had to see?
+
+# %%
+ahead = 1.64 / 3.16
+least = ahead * 2 * MARGIN
+assert least > MARGIN
+print(f"at least {least:.4f}")
+
+
+# %% [markdown]
+# More than the margin. So whatever is inside the margin is smaller than the paper's effect would be. If DPO minus S does not exceed 0.04, we say *this outcome cannot tell*, whatever the differences between arms are.
+#
+# The words, for one question:
+#
+# - *different*: the p-value of the exact sign-flip test over draws is below 0.05 after Holm, and the interval leaves out 0;
+# - *equal*: the larger p-value of two one-sided tests, against plus and minus the margin, is below 0.05 after Holm;
+# - both: the difference is there, and small. Neither: we cannot tell.
+#
+# All problems are fresh in every draw. So a draw is one number, the mean of its differences, and the ten numbers are independent of each other. The interval is Student's, with nine degrees of freedom.
+
+# %%
+#| export
+def draw_contrasts(
+    differences: dict,       # question -> (draws,) mean difference of each draw; two draws or more
+    margin: float = MARGIN,  # what is too small to count
+) -> pd.DataFrame:           # question, mean, low, high, draws, p, holm, p_equal, holm_equal
+    "Intervals, p-values of a difference and of equality, of questions that are asked together."
+    rows = []
+    for question, values in differences.items():
+        values = np.asarray(values, "float64")
+        law, mean = student(len(values) - 1), values.mean()
+        error = max(values.std(ddof=1) / len(values) ** 0.5, 1e-12)
+        half = law.ppf(0.975) * error
+        above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
+        rows.append(dict(
+            question=question,
+            mean=mean,
+            low=mean - half,
+            high=mean + half,
+            draws=len(values),
+            p=sign_flip_p_value(values),
+            p_equal=max(above, below),
+        ))
+    table = pd.DataFrame(rows)
+    table["holm"] = holm_p_values(table["p"].tolist())
+    table["holm_equal"] = holm_p_values(table["p_equal"].tolist())
+    return table
+
+def verdict(
+    row,         # of `draw_contrasts`
+) -> str:
+    "The words of the page for one question."
+    different = row["holm"] < 0.05 and not row["low"] <= 0 <= row["high"]
+    equal = row["holm_equal"] < 0.05
+    if different and equal: return "different, but little"
+    if different: return "different"
+    return "equal" if equal else "we cannot tell"
+
+
+# %% [markdown]
+# How often are these words right? We invent eight questions with one true difference, a hundred times, with a standard deviation of 0.02 between draws. (Six hundred problems whose differences have a standard deviation of 0.35 give 0.014 already.) How often is *equal* said where the difference is as large as the margin?
+
+# %%
+rng = np.random.default_rng(0)
+
+def invented_words(shift, tries=100):
+    said = []
+    for _ in range(tries):
+        values = {str(i): shift + rng.normal(0, 0.02, len(DRAWS)) for i in range(8)}
+        said += draw_contrasts(values).apply(verdict, axis=1).tolist()
+    return pd.Series(said).value_counts(normalize=True)
+
+VERDICTS = ["different", "different, but little", "equal", "we cannot tell"]
+words = pd.DataFrame({shift: invented_words(shift) for shift in (0, MARGIN, 0.04, 0.08)})
+words = words.reindex(VERDICTS).fillna(0)
+assert words.loc["equal", MARGIN] < 0.02
+assert words.loc[["different", "different, but little"], 0].sum() < 0.05
+assert words.loc["different", 0.08] > 0.95
+words.rename_axis(columns="true difference").round(3)
+
+# %% [markdown]
+# Hardly ever. And where nothing differs, *different* is said of less than one in a hundred. The price: of eight true equalities a third is found. Ten draws are few for it, if draws vary as much as this.

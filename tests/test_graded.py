@@ -1,0 +1,141 @@
+"Tasks that a program grades: graders, prompts, pairs, and the experiment on them."
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from sdpo_nb import graded, known_truth
+from sdpo_nb.graded import EXAMPLES, SPLITS, TASKS, WORDS, Problem, grade, make_problems, messages_of
+from sdpo_nb.world import load_base, load_world
+
+torch.set_num_threads(1)
+SUM = Problem("add", 6, "612 + 722 =", "612 + 722 = 1334", "add 612 722")
+SORT = Problem("sort", 3, "Sort: sea, arm, oil", "arm, oil, sea", "words arm oil sea")
+JSON = Problem("json", 2, 'JSON with the keys "sun", "moon"', '{"sun": 1, "moon": 2}', "json moon sun")
+COUNT = Problem("count", 3, "Write exactly 3 words about: rain", "grey wet cold", "count rain")
+
+
+@pytest.mark.parametrize("problem, answer, score", [
+    (SUM, "1334", 1), (SUM, "612 + 722 = 1334", 1), (SUM, "The sum is 1,334.", 1), (SUM, "1334.", 1), (SUM, "12 and then 1334!", 1),
+    (SUM, "1344", 0.75), (SUM, "1,344", 0.75), (SUM, "334", 0.75), (SUM, "13340", 0.8), (SUM, "1334 or 7", 0), (SUM, "", 0), (SUM, "many", 0),
+    (SUM, "1,33,4", 0.25),                               # no separators of thousands: the last number is 4
+    (SORT, "arm, oil, sea", 1), (SORT, "Arm oil sea.", 1), (SORT, "arm\noil\nsea", 1), (SORT, "arm, oil and sea", 0.75), (SORT, "arm, sea, oil", 1 / 3),
+    (SORT, "arm, oil", 2 / 3), (SORT, "sorted: arm, oil, sea", 0.75), (SORT, "", 0), (SORT, "armoilsea", 0),
+    (JSON, '{"sun": 1, "moon": 2}', 1), (JSON, '{"moon": [{}], "sun": null}', 1), (JSON, '```json\n{"sun": 1, "moon": 2}\n```', 1),
+    (JSON, '```\n{"sun": 1, "moon": 2}\n```', 1), (JSON, ' {"sun": 1,\n "moon": 2}\n', 1), (JSON, '{"sun": 1}', 0.5),
+    (JSON, '{"sun": 1, "moon": 2, "sky": 3}', 2 / 3), (JSON, '{"sun": 1, "sun": 2, "moon": 3}', 2 / 3), (JSON, '{"Sun": 1, "moon": 2}', 1 / 3), (JSON, "{}", 0),
+    (JSON, '["sun", "moon"]', 0), (JSON, '{"sun": 1, "moon": 2', 0), (JSON, 'Here: {"sun": 1, "moon": 2}', 0), (JSON, "", 0), (JSON, "[" * 100000, 0),
+    (JSON, '```json\n{"sun": 1, "moon": 2}\n``` Done.', 0), (JSON, '{"sun": 1, "moon": 2} {"sun": 1}', 0),
+    (COUNT, "Rain is wet", 1), (COUNT, "rain-drops fall, softly.", 1), (COUNT, "wet", 1 / 3), (COUNT, "a b c d e f", 0.5), (COUNT, "", 0), (COUNT, "... !", 0),
+])
+def test_grades(problem, answer, score):
+    assert grade(problem, answer) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_the_program_writes_is_right_and_fits(task):
+    for size in graded.CANDIDATES[task]:
+        for problem in make_problems(8, task, size, "train", random.Random(size)):
+            assert grade(problem, problem.right) == 1
+            assert 0 <= grade(problem, problem.question) <= 1 and 0 <= grade(problem, "x" * 50) <= 1
+
+
+def test_addition_has_as_many_digits_as_its_size():
+    for size, digits in ((2, {1}), (3, {1, 2}), (4, {2}), (5, {2, 3}), (6, {3})):
+        for problem in make_problems(20, "add", size, "train", random.Random(0)):
+            a, b = problem.question.removesuffix(" =").split(" + ")
+            assert {len(a), len(b)} == digits and problem.right.endswith(f"= {int(a) + int(b)}")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_content_stands_in_two_splits_or_in_an_example(task):
+    size = 3
+    examples = {p.content for p in graded.example_problems(task, size)}
+    assert len(examples) == EXAMPLES
+    found = {split: {p.content for p in make_problems(25, task, size, split, random.Random(7))} for split in SPLITS}
+    for split in SPLITS:
+        assert not found[split] & examples
+        assert all(graded.split_of_content(content) == split for content in found[split])
+    assert not found["train"] & found["test"] and not found["train"] & found["validation"] and not found["validation"] & found["test"]
+
+
+def test_order_does_not_change_the_content():
+    rng = random.Random(0)
+    sums = {}
+    for _ in range(3000):
+        problem = TASKS["add"](2, rng)
+        sums.setdefault(problem.content, set()).add(problem.question)
+    assert max(map(len, sums.values())) == 2                 # 3 + 4 and 4 + 3
+    words = [TASKS[task](3, random.Random(5)) for task in ("sort", "reverse")]
+    assert words[0].content == words[1].content
+
+
+def test_the_same_seed_draws_the_same_problems_and_another_does_not():
+    draw = lambda seed: [p for task in TASKS for p in make_problems(6, task, 3, "train", random.Random(seed))]
+    assert draw(1) == draw(1) and draw(1) != draw(2)
+    problem = draw(1)[0]
+    assert messages_of(problem) == messages_of(problem)
+    assert [turn["role"] for turn in messages_of(problem)] == ["user", "assistant"] * EXAMPLES + ["user"]
+
+
+def test_impossible_requests_are_refused():
+    with pytest.raises(ValueError, match="add, size 2: .*ask for fewer"): make_problems(300, "add", 2, "test", random.Random(0))
+    with pytest.raises(ValueError, match="task 'divide': expected one of"): make_problems(1, "divide", 2, "test", random.Random(0))
+    with pytest.raises(ValueError, match="split 'tset': expected one of"): make_problems(1, "add", 2, "tset", random.Random(0))
+
+
+def test_a_question_comes_again_only_when_there_is_no_other():
+    few = make_problems(60, "add", 2, "test", random.Random(0), again=True)
+    different = {p.question for p in few}
+    assert len(few) == 60 and 10 < len(different) < 25
+    assert len({p.question for p in few[:len(different)]}) == len(different)
+    assert len({p.question for p in make_problems(40, "json", 1, "test", random.Random(0), again=True)}) == 40
+
+
+def test_pairs_follow_the_scores():
+    n = 2000
+    rows = graded.label_pairs([SORT] * n, ["arm, oil, sea"] * n, ["arm, oil, cat"] * n, seed=1)
+    share = np.mean([row["flipped"] for row in rows])
+    assert len(rows) == n and abs(share - 1 / (1 + math.exp(2))) < 0.025
+    for row in rows[:50]:
+        better = grade(SORT, row["chosen"][0]["content"]) > grade(SORT, row["rejected"][0]["content"])
+        assert better != row["flipped"]
+    assert rows == graded.label_pairs([SORT] * n, ["arm, oil, sea"] * n, ["arm, oil, cat"] * n, seed=1)
+    assert graded.label_pairs([SORT] * 2, ["arm", ""], ["oil", "sea"], seed=1) == []     # equal scores; an empty answer
+    many = graded.label_pairs([SORT] * 9, ["arm, oil, sea"] * 9, ["x"] * 9, seed=1, k=1000)
+    assert not any(row["flipped"] for row in many)
+
+
+def test_teacher_pairs_have_the_right_answer_chosen():
+    rows = graded.teacher_pairs([SUM, SORT, JSON, COUNT], ["7", "arm, oil, sea", "", "wet"])
+    assert [(row["task"], row["chosen"][0]["content"]) for row in rows] == [("add", SUM.right), ("count", COUNT.right)]
+
+
+def test_batches_do_not_change_an_answer():
+    S, tokenizer = load_base(load_world())
+    prompts = [graded.ids_of(tokenizer, [dict(role="user", content=p)]) for p in load_world().test[:30]]
+    for tau in (0., 1.):
+        alone = graded.sampled_ids(S, tokenizer, prompts, tau, seed=5, max_new=8, batch=1)
+        assert alone == graded.sampled_ids(S, tokenizer, prompts, tau, seed=5, max_new=8, batch=30)
+    S.train()
+    graded.sampled_ids(S, tokenizer, prompts[:1], max_new=1)
+    assert S.training
+    assert all(len(y) == 3 for y in graded.sampled_ids(S.eval(), tokenizer, prompts[:4], max_new=3))
+
+
+def test_sizes_are_chosen_by_the_rule():
+    right = {1: 45, 2: 29, 3: 10, 4: 2, 5: 0}
+    assert known_truth.choose_sizes(right, dict.fromkeys(right, 48)) == dict(easy=2, middle=3, hard=4)
+    with pytest.raises(ValueError, match="at least three"): known_truth.choose_sizes({1: 3, 2: 1}, {1: 4, 2: 4})
+
+
+def test_verdicts_need_all_they_ask_for():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.004, 10)
+    table = known_truth.draw_contrasts({"same": noise - noise.mean(), "far": noise + 0.1, "near": 0.012 + noise / 4, "wild": 20 * noise})
+    words = dict(zip(table["question"], table.apply(known_truth.verdict, axis=1)))
+    assert words == {"same": "equal", "far": "different", "near": "different, but little", "wild": "we cannot tell"}
+    assert (table["holm"] >= table["p"]).all() and (table["holm_equal"] >= table["p_equal"]).all()
