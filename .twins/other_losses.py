@@ -48,7 +48,9 @@ import torch
 import torch.nn.functional as F
 from datasets import concatenate_datasets
 
-from sdpo_nb.evaluate import as_text
+from sdpo_nb.evaluate import as_text, held_out
+from sdpo_nb.folder import read_part
+from sdpo_nb.logprobs import read_table
 from sdpo_nb.preferences import load_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.verify import verify
@@ -211,16 +213,31 @@ change = {name: mean_of(name, "change of gamma") for name in found.index}
 assert change["IPO"] == min(change.values())
 assert change["by the token"] == max(change.values())
 assert abs(change["by the token, β = 5.4"] - change["DPO"]) < 0.5
+assert change["IPO"] < 0.5 * 1 / (2 * 0.9)
 assert mean_of("DPO + SFT", "log-ratio of chosen") > mean_of("DPO", "log-ratio of chosen")
 target = 1 / (2 * 0.9)
 dict(target_of_ipo=round(target, 3), change={name: round(value, 2) for name, value in change.items()})
 
+
 # %% [markdown]
 # *To see*, from top to bottom:
 #
-# - IPO moved $\gamma$ by about its target, and stopped. At the same $\beta$ it is much tighter than DPO. Two losses at one $\beta$ are not comparable: choose $\beta$ for each ([demo](demo.ipynb) shows how).
-# - With the SFT term the chosen responses lost less than under DPO.
+# - IPO moved $\gamma$ least, by less than half of its target, and beyond the target nothing pushes. At the same $\beta$ it is much tighter than DPO. Two losses at one $\beta$ are not comparable: choose $\beta$ for each ([demo](demo.ipynb) shows how).
+# - With the SFT term both responses fell a little less than under DPO. In the figure the intervals overlap. Pair by pair the difference can be told, below.
 # - By the token and with the old $\beta$, both responses fell the farthest. With six times the $\beta$ it is nearly DPO again: here all responses are about equally long, so a division by the length is a division of $\beta$. With real pairs the two differ where lengths do.
+#
+# Is the chosen response of the *same* pair likelier with the SFT term than without? `held_out` compares any two models pair by pair:
+
+# %%
+def said_by(run): return read_table(run.folder / "stage-1/logprobs")
+
+keys = read_part(plain.folder / "held_out.json")["unseen"]["keys"]
+against_dpo = held_out(said_by(by_dpo_and_sft), said_by(plain), [dict(key=key) for key in keys], beta=0.9)
+assert against_dpo["log-ratio of chosen"][1] > 0
+as_text(against_dpo["log-ratio of chosen"])
+
+# %% [markdown]
+# It is: the whole interval is above zero. It is also small. A larger $\alpha$ does more.
 #
 # **What this does not show.** One world, one seed, one stage: no loss is better than another by this table.
 #
@@ -248,7 +265,7 @@ for wrong in (lambda *six: six, too_few, "ipo"): print(complaint(StepwiseConfig,
 print(by_ipo.report().path.read_text().split("\n\n")[2])
 checked = verify(by_ipo.folder)
 assert "DIFFERS" not in checked["result"].tolist()
-checked.loc[["stage 1: numbers", "stage 1: first loss"]]
+for name in ("stage 1: numbers", "stage 1: first loss"): print(name, *checked.loc[name], sep=" | ")
 
 # %% [markdown]
 # ## What you now have
@@ -284,10 +301,10 @@ checked.loc[["stage 1: numbers", "stage 1: first loss"]]
 #
 # ## Try this
 #
-# - Give `dpo_and_sft` an `alpha` of 0.1, under another name, and run it. What happens to the log-ratio of chosen?
+# - Write `dpo_and_much_sft`, which calls `dpo_and_sft` with `alpha=4.0`, and run it. What happens to the two log-ratios?
 #
 # <details><summary>What you should see</summary>
 #
-# It lies between that of DPO and that of $\alpha = 1$.
+# That of chosen is -0.005, with an interval from -0.10 to 0.09: the chosen responses stay where they were. That of rejected is -0.81, and was -1.20 without the term. The change of $\gamma$ is 0.81: keeping the chosen ones costs some of what DPO learns.
 #
 # </details>
