@@ -850,9 +850,10 @@ by = {order_by: partition(made, both, order_by=order_by) for order_by in ORDER_B
 easiest = {order_by: plan.names[0] for order_by, plan in by.items()}
 assert by["gamma"].names[0] == "terse"
 
-per_token = by["gamma"].measures.set_index("source")["accuracy_per_token"]
+two_measures = by["gamma"].measures.set_index("source")[list(ORDER_BY.values())]
+per_token = two_measures["accuracy_per_token"]
 assert abs(per_token.sum() - 1) < 1e-9                                 # (7): one is the other, swapped
-by["gamma"].measures.set_index("source")[list(ORDER_BY.values())].round(2).T.assign(easiest=list(easiest.values()))
+two_measures.round(2).T.assign(easiest=list(easiest.values()))
 
 # %% [markdown]
 # By the sum, short is easy: 0.84 against 0.16. By the token, both are near a coin, and now `wordy` comes first, by a

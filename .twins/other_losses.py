@@ -146,7 +146,8 @@ def dpo_and_sft(chosen, rejected, ref_chosen, ref_rejected, beta, pairs, alpha=1
 
 three_tokens = [dict(chosen_ids=[5, 6, 7])]
 one = torch.tensor([-6.0])
-assert dpo_and_sft(one, one, one, one, 0.9, three_tokens).item() == F.softplus(torch.tensor(0.0)) + 2     # (2)
+ln_2 = F.softplus(torch.tensor(0.0))
+assert dpo_and_sft(one, one, one, one, 0.9, three_tokens).item() == ln_2 + 2     # (2)
 by_dpo_and_sft = run_with(dpo_and_sft)
 
 
@@ -163,6 +164,16 @@ def per_token(chosen, rejected, ref_chosen, ref_rejected, beta, pairs):
     gain_rejected = (rejected - ref_rejected) / tokens(pairs, "rejected", rejected)
     return F.softplus(-beta * (gain_chosen - gain_rejected))
 
+
+# %% [markdown]
+# By hand: two gains of 6 nats, one over three tokens and one over six, differ by 2 - 1 = 1 nat per token.
+
+# %%
+lengths = [dict(chosen_ids=[1] * 3, rejected_ids=[1] * 6)]
+six, none = torch.tensor([6.0]), torch.tensor([0.0])
+by_hand = per_token(six, six, none, none, 0.9, lengths)
+assert by_hand.allclose(F.softplus(torch.tensor(-0.9)))                          # (3)
+by_hand.item()
 
 # %% [markdown]
 # $\beta$ now counts nats *per token*. The responses of the tiny world have about six tokens. So the old $\beta$ is a leash about six times as long. We try it, and six times as large:
@@ -201,7 +212,8 @@ for y, (name, row) in enumerate(found.iterrows()):
         if y == 0: ax.text(mean, -0.35, side, color=color, ha="center")
 ax.axvline(0, color="grey", ls=":", lw=1)
 ax.text(0.1, 4.45, "S", color="grey")
-ax.set(ylim=(4.7, -0.8), xlabel="change of log-probability since S (nats, 95 % interval)\n←  less likely than under S")
+what = "change of log-probability since S (nats, 95 % interval)"
+ax.set(ylim=(4.7, -0.8), xlabel=f"{what}\n←  less likely than under S")
 ax.set_yticks(range(len(found)), found.index)
 sns.despine()
 
