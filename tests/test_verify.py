@@ -165,6 +165,7 @@ def held_out_pair_dropped(folder):
     path = folder / "held_out.json"
     held = read_part(path)
     held["primer"]["keys"].pop()
+    for lengths in held["primer"]["lengths"].values(): lengths.pop()
     write_json(path, held)
     Run(folder).report()
 
