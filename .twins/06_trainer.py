@@ -229,7 +229,8 @@ def pair_losses(
         gamma_theta = gamma(chosen, rejected)
         gamma_ref = gamma(ref_chosen, ref_rejected)
         return dpo_loss(gamma_theta, gamma_ref, config.beta, config.label_smoothing)
-    losses = config.loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, pairs)
+    references = follow(ref_chosen, chosen), follow(ref_rejected, rejected)
+    losses = config.loss(chosen, rejected, *references, config.beta, pairs)
     shape, wanted = getattr(losses, "shape", type(losses).__name__), chosen.shape
     if shape != wanted:
         raise ValueError(f"loss: {config.loss.__name__} must return one number per pair, "

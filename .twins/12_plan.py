@@ -222,7 +222,7 @@ def defaults_table() -> pd.DataFrame: # setting: the index; default, meaning
 defaults_table()
 
 # %% [markdown]
-# Thirty-four settings look like much. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
+# Some thirty settings look like much. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
 #
 # | setting | what to ask yourself |
 # |---|---|
@@ -361,6 +361,7 @@ pairs = dict(source=w.sources["riddle"], max_pairs=100)
 asked = dict(riddle=pairs, primer=dict(source=w.sources["primer"], max_pairs=20), digest=w.sources["digest"])
 read = load_sources(asked, tok, StepwiseConfig())
 assert [len(s) for s in read[:2]] == [100, 20]
+few = read[0]
 print({s.name: len(s) for s in read})
 print("the first row of riddle:", read_rows("riddle", pairs)[0]["prompt"])
 print(complaint(load_sources, dict(riddle=pairs | dict(max_pairs=0)), tok, StepwiseConfig()))

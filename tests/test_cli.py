@@ -307,3 +307,15 @@ def test_run_help_names_every_setting(sdpo):
     status, out, err = sdpo("run", "--help")
     assert status == 0
     for f in fields(stepwise.StepwiseConfig): assert "--" + f.name.replace("_", "-") in out and str(f.default) in out
+
+
+def test_a_loss_is_for_python_only(bad, tmp_path):
+    for words in (("--loss", "ipo"), config(tmp_path, "loss: ipo")):
+        said = bad(*words)
+        assert "loss: must be a function" in said and "only Python" in said
+
+
+def test_a_file_may_say_that_there_is_no_loss_of_its_own(sdpo, tmp_path):
+    source = f"a={write_jsonl(tmp_path / 'a.jsonl', rows('primer', 4))}"
+    status, out, err = sdpo("data", "--model", BASE, "--sources", source, *config(tmp_path, "loss: null\nschedule: cosine"))
+    assert status == 0 and "4 used" in out, err

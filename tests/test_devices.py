@@ -130,6 +130,7 @@ def saved(*tensors): return SimpleNamespace(saved_tensors=tensors, needs_input_g
 def copies_backward(): c = row(packing.flash_plan).plan.keys; return packing._Copy.backward(saved(c.first, c.second), policy(len(c.take), 2, 8))[0]
 def wide_backward(): return logprobs._WideLinear.backward(saved(policy(5, 32).bfloat16(), policy(49, 32).bfloat16()), policy(5, 49))[:2]
 
+def own_loss(c, r, rc, rr, beta, pairs): return beta * ((r - rr) - (c - rc))
 def gradients(f): return trainer.batch_gradients(model(), PAIRS, TABLE, CONFIG, trainer.make_accelerator("bf16"), "bf16", f)
 def step():
     m, accelerator = model(), trainer.make_accelerator("bf16")
@@ -198,6 +199,8 @@ CASES = {
     "packing.why_not_packed": lambda: packing.why_not_packed(model(), PAIRS),
     "packing.why_not_flash": lambda: packing.why_not_flash(model(), PAIRS, "bf16"),
     "packing.choose_logprobs": lambda: bool(packing.choose_logprobs(model(), PAIRS, "auto", "bf16").attention), # padding has none
+    "trainer.pair_losses": lambda: trainer.pair_losses(policy(2), policy(2), reference(2), reference(2), CONFIG, PAIRS),
+    "trainer.pair_losses, a function": lambda: trainer.pair_losses(policy(2), policy(2), reference(2), reference(2), replace(CONFIG, loss=own_loss), PAIRS),
     "trainer.measure": lambda: trainer.measure(policy(2), policy(2), reference(2), reference(2), CONFIG),
     "trainer.trainable": lambda: trainer.trainable(model()).device,
     "trainer.batch_gradients": lambda: gradients(logprobs.response_logprobs),
@@ -212,6 +215,7 @@ CASES = {
     "trainer.check_table": lambda: trainer.check_table(TABLE, PAIRS, said(), 1.),
     "trainer.train_stage": stage,
     "evaluate.held_out": lambda: evaluate.held_out(TABLE, TABLE, PAIRS, 0.1),
+    "evaluate.held_out, tokens": lambda: evaluate.held_out(TABLE, TABLE, PAIRS, 0.1, torch.ones(len(PAIRS), 2)),
     "evaluate.greedy_answers": lambda: bool(evaluate.greedy_answers(model(), TOK, [[5, 6, 7]], 3)),
     "evaluate.answers_beside": lambda: bool(len(evaluate.answers_beside(model(), model(), TOK, PROMPTS))),
     "evaluate.kl_along": lambda: evaluate.kl_along(model(), model(), TOK, PROMPTS, [[5, 6], [7]]).numpy(),

@@ -119,3 +119,11 @@ def test_the_interval_of_a_loss_is_not_negative():
     assert got["change of gamma"][1] < 0 and got["gamma"][1] < 0
     one = ev.held_out(now, before, pairs[:1], beta=0.5)["loss"]
     assert one[0] == pytest.approx(losses[0]) and math.isnan(one[1]) and math.isnan(one[2])
+
+
+def test_gamma_per_token_divides_each_response_by_its_own_length():
+    table = LogprobTable({}, pd.DataFrame(dict(chosen=[-6., -8.], rejected=[-2., -9.]), index=["a", "b"], dtype="float32"))
+    pairs = [dict(key="a"), dict(key="b")]
+    got = ev.held_out(table, table, pairs, 0.5, torch.tensor([[6, 1], [4, 3]]))
+    assert got["gamma per token"][0] == pytest.approx(((-1 + 2) + (-2 + 3)) / 2) and got["gamma"][0] == pytest.approx((-4 + 1) / 2)
+    assert set(got) - set(ev.held_out(table, table, pairs, 0.5)) == {"gamma per token"}

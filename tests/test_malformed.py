@@ -472,6 +472,7 @@ FILE_VALUES = dict(null=None, list=[1], mapping={"a": 1}, text="nonsense", yes=T
 def allows(f, name):
     "Whether a setting may have one of the values above."
     if f.name == "chunks": return name in ("null", "huge")                 # how many pairs there are is seen later
+    if f.name == "loss": return name == "null"                             # a function, which no file can hold
     if f.type is bool: return name == "yes"
     if f.metadata["choices"] or f.type is str: return False
     low, high = f.metadata["low"], f.metadata["high"]

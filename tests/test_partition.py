@@ -159,3 +159,38 @@ def test_a_missing_pair_and_an_empty_source_are_named():
     with pytest.raises(ValueError, match="1 of 2 pairs are not in the table.*a-1"): measure_source(s, LogprobTable({}, table.rows.iloc[:1]))
     with pytest.raises(ValueError, match="source 'a': no pairs"): measure_source(Source("a", s.pairs.select([]), {}), table)
     with pytest.raises(ValueError, match="at least one"): partition([], table)
+
+
+def of_lengths(name, rows):
+    "A source of pairs (chosen nats, rejected nats, chosen tokens, rejected tokens), and rows of a table."
+    keys = [f"{name}-{i}" for i in range(len(rows))]
+    pairs = Dataset.from_list([dict(key=k, prompt_ids=[1], chosen_ids=[2] * c, rejected_ids=[3] * r, truncated=False) for k, (_, _, c, r) in zip(keys, rows)])
+    return Source(name, pairs, {}), pd.DataFrame([r[:2] for r in rows], columns=["chosen", "rejected"], index=keys, dtype="float32")
+
+
+def test_sources_are_ordered_by_the_token_where_that_is_asked():
+    "short: chosen has few, expensive tokens; long: many, cheap ones."
+    made = [of_lengths("long", [(-10, -8, 20, 4)] * 3), of_lengths("short", [(-4, -9, 2, 9)] * 3)]
+    sources, table = [s for s, _ in made], LogprobTable({}, pd.concat([r for _, r in made]))
+    assert partition(sources, table).names == partition(sources, table, order_by="gamma").names == ["short", "long"]
+    by_token = partition(sources, table, order_by="gamma_per_token")
+    assert by_token.names == ["long", "short"] and partition(sources, table, "hard_to_easy", order_by="gamma_per_token").names == ["short", "long"]
+    assert partition(sources, table, "as_given", order_by="gamma_per_token").names == ["long", "short"]
+    assert by_token.measures["accuracy"].tolist() == [0, 1] and by_token.measures["accuracy_per_token"].tolist() == [1, 0]
+    assert partition(sources, table, "random", seed=3, order_by="gamma_per_token").chunks == partition(sources, table, "random", seed=3).chunks
+
+
+def test_a_single_source_is_cut_by_the_token():
+    rows = [(-10, -8, 20, 4), (-4, -9, 2, 9), (-6, -6, 3, 6)]                    # gamma -2 5 0; per token 1.5 -1 -1
+    source, table = of_lengths("one", rows)
+    table = LogprobTable({}, table)
+    assert partition([source], table, chunks=3).chunks == [[1], [2], [0]]
+    assert partition([source], table, chunks=3, order_by="gamma_per_token").chunks == [[0], [1], [2]]
+    reference = LogprobTable({}, pd.DataFrame(dict(chosen=[-40., 0, 0], rejected=[0., 0, 0]), index=table.rows.index, dtype="float32"))
+    chunks = partition([source], table, "hard_to_easy", 3, reference=reference, order_by="gamma_per_token").chunks
+    assert chunks == [[1], [2], [0]]                                             # 30/20 + 8/4, and as before
+
+
+def test_what_cannot_be_ordered_by_is_named():
+    sources, table = world(a=[1], b=[2])
+    with pytest.raises(ValueError, match="order_by: 'length' is none of gamma, gamma_per_token"): partition(sources, table, order_by="length")

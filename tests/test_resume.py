@@ -390,3 +390,39 @@ def test_names_are_only_names(tmp_path):
 def test_names_that_cannot_be_printed(tmp_path, name):
     said = complaint(sdpo, load_world().base, {name: rows("primer", 4)}, StepwiseConfig(**CONFIG), tmp_path / "run")
     assert said.startswith(f"sources: the name {name!r} has a control character") and not (tmp_path / "run" / "config.yaml").exists()
+
+
+# ---- a loss of one's own
+
+def ipo(c, r, rc, rr, beta, pairs): return ((c - r) - (rc - rr) - 1 / (2 * beta)) ** 2
+def other(c, r, rc, rr, beta, pairs): return -beta * ((c - r) - (rc - rr))
+
+
+def test_a_run_with_its_own_loss_goes_on_and_refuses_another(tmp_path, monkeypatch):
+    straight = run(tmp_path / "a", loss=ipo, lr=1e-4)
+    calls = []
+    def stops(model, pairs):
+        calls.append(model.training)
+        if sum(calls) == 20: raise KeyboardInterrupt
+        return packed_logprobs(model, pairs)
+    stops.tokens, stops.attention, stops.__name__ = packed_logprobs.tokens, packed_logprobs.attention, "packed_logprobs"
+    config = StepwiseConfig(**CONFIG | dict(loss=ipo, lr=1e-4))
+    with pytest.raises(KeyboardInterrupt): sdpo(load_world().base, SOURCES, config, tmp_path / "b", logprobs=stops)
+    assert yaml.safe_load((tmp_path / "b/config.yaml").read_text())["settings"]["loss"] == "ipo"
+    for wrong in (None, other):
+        with pytest.raises(ValueError, match="started with loss = ipo, not"): run(tmp_path / "b", loss=wrong, lr=1e-4)
+    again = run(tmp_path / "b", loss=ipo, lr=1e-4)
+    assert [s["end"] for s in again.stages] == [s["end"] for s in straight.stages]
+    for s in straight.stages: assert s["first_loss"] == pytest.approx(25, abs=0.01) and s["implied_first_loss"] == pytest.approx(25, abs=0.01)
+    report = (tmp_path / "a/report.md").read_text()
+    assert "a loss of its own, the function `ipo`" in report and "| loss | ipo |" in report
+
+
+def test_a_folder_from_before_there_were_schedules_has_the_old_one(tmp_path):
+    stepwise.sdpo_partition(load_world().base, SOURCES, StepwiseConfig(**CONFIG), tmp_path)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    for name in ("schedule", "order_by", "loss"): del written["settings"][name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    for wrong in (dict(schedule="cosine"), dict(order_by="gamma_per_token"), dict(loss=ipo)):
+        with pytest.raises(ValueError, match=f"started with {list(wrong)[0]} ="): stepwise.sdpo_partition(load_world().base, SOURCES, StepwiseConfig(**CONFIG | wrong), tmp_path)
+    stepwise.sdpo_partition(load_world().base, SOURCES, StepwiseConfig(**CONFIG), tmp_path)

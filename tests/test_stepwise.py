@@ -7,6 +7,7 @@ import torch, yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sdpo_nb.report as report, sdpo_nb.plan as plan, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
+from sdpo_nb import cli
 from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
@@ -541,3 +542,26 @@ def test_two_sources_of_one_name_are_refused(tmp_path):
     tok = load_tokenizer(load_world().base)
     one = plan.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))[0]
     with pytest.raises(ValueError, match="two of them are called 'inner'"): sdpo(BASE, dict(a=one, b=one), StepwiseConfig(**SETTINGS), tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", ["python", "file"])
+def test_each_source_has_a_max_pairs_of_its_own(tmp_path, how):
+    sources = dict(primer=dict(source=load_world().sources["primer"], max_pairs=16), digest=dict(source=load_world().sources["digest"], max_pairs=8))
+    if how == "python": run = sdpo_partition(load_world().base, sources, StepwiseConfig(**SETTINGS), tmp_path / "run")
+    else:
+        file = dict(model=load_world().base, folder=str(tmp_path / "run"), sources=sources, **SETTINGS)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
+        cli.main(["partition", "--config", str(tmp_path / "run.yaml")])
+        run = Run(tmp_path / "run")
+    assert run.partition()["n"].to_dict() == dict(primer=16, digest=8)
+    assert {name: what["max_pairs"] for name, what in run.config["sources"].items()} == dict(primer=16, digest=8)
+
+
+def test_the_settings_say_what_is_easy(tmp_path):
+    "long: short chosen responses, which cost less as a sum. wordy: the same, swapped."
+    pairs = [(p, "ab", "abcdefgh") for p in ("copy abc", "copy bcd", "copy cde", "copy abd")]
+    made = dict(terse=[dict(prompt=p, chosen=a, rejected=b) for p, a, b in pairs], wordy=[dict(prompt=p, chosen=b, rejected=a) for p, a, b in pairs])
+    by = {o: sdpo_partition(load_world().base, made, StepwiseConfig(**SETTINGS, order_by=o), tmp_path / o) for o in ("gamma", "gamma_per_token")}
+    for order_by, column in (("gamma", "accuracy"), ("gamma_per_token", "accuracy_per_token")):
+        assert by[order_by].partition()[column].is_monotonic_decreasing
+        assert by[order_by].config["settings"]["order_by"] == order_by

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from transformers import AutoConfig
 
@@ -371,3 +372,113 @@ def test_a_large_beta_makes_no_false_alarm(pairs, tmp_path, beta, precision):
     model = load_model(load_world().base, "cpu")
     away = LogprobTable(own.kind | dict(weights="another"), own.rows + [0.5, -0.5])
     stage(tmp_path / "away", pairs, model=model, table=away, beta=beta, precision=precision)
+
+
+# ---- a loss of one's own, and schedules
+
+def gain(c, r, rc, rr): return (c - r) - (rc - rr)
+def written_out(c, r, rc, rr, beta, pairs): return F.softplus(-beta * gain(c, r, rc, rr))
+def ipo(c, r, rc, rr, beta, pairs): return (gain(c, r, rc, rr) - 1 / (2 * beta)) ** 2
+def with_sft(c, r, rc, rr, beta, pairs): return written_out(c, r, rc, rr, beta, pairs) - c / torch.tensor([len(p["chosen_ids"]) for p in pairs])
+def one_number(c, r, rc, rr, beta, pairs): return (r - c).mean()
+def a_list(c, r, rc, rr, beta, pairs): return [0.0] * len(c)
+def detached(c, r, rc, rr, beta, pairs): return (r - c).detach()
+def four(c, r, rc, rr): return r - c
+
+
+def test_the_default_written_out_trains_the_same_bits(pairs, tmp_path):
+    a, one, m = stage(tmp_path / "a", pairs)
+    b, two, n = stage(tmp_path / "b", pairs, loss=written_out)
+    assert weights_hash(a) == weights_hash(b) and one == two
+    pd.testing.assert_frame_equal(*(x.drop(columns="tokens_per_second") for x in (m, n)))
+
+
+@pytest.mark.parametrize("logprobs", [response_logprobs, packed_logprobs])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_look_predicts_the_first_loss_of_any_function(pairs, tmp_path, precision, logprobs):
+    "The policy starts beside its reference, so the loss is not the one at gain zero."
+    model = load_model(load_world().base, "cpu")
+    start = score_pairs(model, pairs, precision=precision, logprobs=logprobs)
+    moved = LogprobTable(start.kind | dict(weights="another"), start.rows + np.linspace(-2, 2, len(pairs))[:, None] * [1.0, -0.5])
+    config = dict(loss=with_sft, precision=precision, batch_size=16)
+    table = score_pairs(model, pairs)
+    first = [pairs[i] for i in all_batches(len(pairs), TrainConfig(batch_size=16), 1)[0][1]]
+    want = with_sft(*table.lookup(first), *moved.lookup(first), 0.5, first).mean().item()
+    plain = written_out(*table.lookup(first), *moved.lookup(first), 0.5, first).mean().item()
+    (tmp_path / "s").mkdir()
+    summary = train_stage(model, pairs, moved, TrainConfig(**dict(beta=0.5, lr=1e-4, token_budget=200) | config), tmp_path / "s", start=start, logprobs=logprobs)
+    near = 1e-4 if precision == "fp32" else 0.05
+    assert summary["implied_first_loss"] == pytest.approx(want, abs=near) and summary["first_loss"] == pytest.approx(want, abs=near)
+    assert abs(want - plain) > 0.1
+
+
+def test_ipo_starts_at_one_over_four_beta_squared(pairs, tmp_path):
+    for beta in (0.5, 0.05):
+        _, summary, _ = stage(tmp_path / str(beta), pairs.select(range(8)), loss=ipo, beta=beta)
+        assert summary["first_loss"] == pytest.approx(1 / (4 * beta**2), rel=1e-4) == summary["implied_first_loss"]
+
+
+@pytest.mark.parametrize("loss, said", [(one_number, r"one_number must return one number per pair, a tensor of shape \(\d,\); it returned torch.Size\(\[\]\)"),
+                                        (a_list, "it returned list"), (detached, "what detached returns has no gradient")])
+def test_a_function_that_returns_something_else_is_named(pairs, tmp_path, loss, said):
+    with pytest.raises(ValueError, match=said): stage(tmp_path, pairs, loss=loss)
+
+
+@pytest.mark.parametrize("loss, said", [("ipo", "which only Python can give; got 'ipo'"), (lambda *six: six, "with a name"), (four, r"four must take \(chosen, rejected"), (7, "got 7")])
+def test_what_cannot_be_a_loss_is_refused_beforehand(loss, said):
+    with pytest.raises(ValueError, match=f"loss: .*{said}"): TrainConfig(loss=loss)
+
+
+def test_label_smoothing_belongs_to_the_default():
+    with pytest.raises(ValueError, match="label_smoothing"): TrainConfig(loss=ipo, label_smoothing=0.1)
+
+
+def test_a_stage_goes_on_with_its_own_loss_only(pairs, tmp_path):
+    kw = dict(loss=ipo, save_every=2, lr=1e-5)
+    straight = stage(tmp_path / "a", pairs, **kw)[0]
+    with pytest.raises(Stop): stage(tmp_path / "b", pairs, logprobs=stops_at(12), **kw)
+    for other in (None, with_sft):
+        with pytest.raises(ValueError, match="loss = ipo, not"): stage(tmp_path / "b", pairs, **kw | dict(loss=other))
+    assert weights_hash(stage(tmp_path / "b", pairs, **kw)[0]) == weights_hash(straight)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("total, warmup", [(1, 0.1), (10, 0.0), (10, 0.25), (37, 0.1), (10, 1.0)])
+def test_schedules_are_those_of_transformers_after_warmup(schedule, total, warmup):
+    from transformers import get_scheduler
+    warm = math.ceil(warmup * total)
+    config = TrainConfig(lr=3e-4, warmup=warmup, schedule=schedule)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    theirs, scheduler = [], get_scheduler(schedule, optimizer, warm, total)
+    for _ in range(total):
+        theirs.append(scheduler.get_last_lr()[0]); optimizer.step(); scheduler.step()
+    ours = [learning_rate(step, total, config) for step in range(total)]
+    assert ours[warm:] == pytest.approx(theirs[warm:], rel=1e-9) and ours[:warm] == pytest.approx([3e-4 * (i + 1) / warm for i in range(warm)])
+    assert all(rate > 0 for rate in ours)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_schedule_goes_on_where_it_was_and_no_other_may(pairs, tmp_path, schedule):
+    kw = dict(schedule=schedule, save_every=2)
+    straight, _, m = stage(tmp_path / "a", pairs, **kw)
+    with pytest.raises(Stop): stage(tmp_path / "b", pairs, logprobs=stops_at(12), **kw)
+    with pytest.raises(ValueError, match=f"schedule = {schedule}, not linear"): stage(tmp_path / "b", pairs, **kw | dict(schedule="linear"))
+    continued, _, n = stage(tmp_path / "b", pairs, **kw)
+    assert weights_hash(continued) == weights_hash(straight) and n["lr"].tolist() == m["lr"].tolist()
+    assert weights_hash(stage(tmp_path / "c", pairs)[0]) != weights_hash(straight)
+
+
+def test_a_checkpoint_from_before_there_were_schedules_goes_on(pairs, tmp_path):
+    "Its identity had `schedule` for what is `steps` now, and neither schedule nor loss."
+    with pytest.raises(Stop): stage(tmp_path, pairs, logprobs=stops_at(12), save_every=2)
+    path = tmp_path / "checkpoint/state.pt"
+    saved = torch.load(path, weights_only=True)
+    identity = saved["state"]["identity"]
+    identity["schedule"] = identity.pop("steps"); del identity["loss"]
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match="schedule = linear, not cosine"): stage(tmp_path, pairs, save_every=2, schedule="cosine")
+    assert stage(tmp_path, pairs, save_every=2)[1]["steps"] == 6
+
+
+def test_a_schedule_that_there_is_not():
+    with pytest.raises(ValueError, match="schedule: must be one of linear, cosine, constant; got 'polynomial'"): TrainConfig(schedule="polynomial")

@@ -165,6 +165,7 @@ def held_out_pair_dropped(folder):
     path = folder / "held_out.json"
     held = read_part(path)
     held["primer"]["keys"].pop()
+    for lengths in held["primer"]["lengths"].values(): lengths.pop()
     write_json(path, held)
     Run(folder).report()
 
@@ -315,3 +316,29 @@ def test_a_run_that_is_going_on_is_not_packed(good, tmp_path):
     from sdpo_nb.folder import alone_in
     with alone_in(good), pytest.raises(ValueError, match="another process"): pack_run(good)
     assert not (tmp_path / "good.zip").exists()
+
+
+# ---- a loss of one's own
+
+def ipo(c, r, rc, rr, beta, pairs): return ((c - r) - (rc - rr) - 1 / (2 * beta)) ** 2
+
+
+def test_of_a_loss_of_its_own_only_the_first_loss_is_not_checked(tmp_path):
+    settings = SETTINGS | dict(loss=ipo, lr=1e-4, schedule="cosine", order_by="gamma_per_token", eval_share=0.2)
+    train(BASE, SOURCES, StepwiseConfig(**settings), tmp_path / "own")
+    found = verify(tmp_path / "own", SOURCES)
+    assert differing(found) == [] and unchecked(found) == ["manifest", "stage 1: first loss", "stage 2: first loss"]
+    assert "ipo, which is not in the folder" in found.loc["stage 1: first loss", "note"]
+    change(tmp_path / "own", 1, first_loss=0.6931)
+    assert "stage 1: first loss" in differing(verify(tmp_path / "own"))       # the log says something else
+
+
+def test_lengths_of_held_out_responses_are_checked(good):
+    path = good / "held_out.json"
+    held = read_part(path)
+    held["primer"]["lengths"]["chosen"][0] += 5
+    write_json(path, held)
+    assert set(differing(verify(good, SOURCES))) == {"report.md", "data: held-out pairs"}
+    held["primer"]["lengths"]["chosen"].pop()
+    write_json(path, held)
+    assert "report.md" in differing(verify(good, SOURCES))
