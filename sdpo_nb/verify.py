@@ -75,6 +75,7 @@ class Evidence:
         "What M_t said. Raises ValueError where there is no table."
         return read_table(self.at(t) / "logprobs")
 
+# %% ../nbs/17_verify.ipynb #43a06d86
 def read_evidence(
     folder, # of a run
 ) -> Evidence:
@@ -428,6 +429,7 @@ def _path_of(t, ev):
     if t == 0 and (elsewhere / "config.json").exists(): return str(elsewhere)
     return None
 
+# %% ../nbs/17_verify.ipynb #dfedccaf
 def _which(model, ev):
     "The number of a model of this run, by its weights; None for another model."
     if weights_hash(model) == ev.ended(0): return 0
@@ -615,26 +617,6 @@ def _unpack(where, folder):
                          "it must be handed in again") from e
 
 # %% ../nbs/17_verify.ipynb #15883216
-def verify(
-    where,             # a run: its folder, or the zip of `pack_run`
-    sources: dict=None, # name -> where the data lie; the options of a source are those of the run
-    model: str=None,   # folder or hub id of any model of the run, or none
-    seed: int=None,    # of the pairs that models are asked about again; none: drawn anew
-) -> pd.DataFrame:     # check: the index; result: ok, DIFFERS or not checked; note
-    """Check that what a run says follows from its folder, and from data and weights as far as they are there.
-
-    Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
-    """
-    if model: load_tokenizer(model) # raises where there is no such model
-    with _opened(where) as folder:
-        try: ev = read_evidence(folder)
-        except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
-        ev.given = model
-        if sources: _read_data(ev, sources, _tokenizer(ev))
-        rows = [*_rows_of_run(ev), *_rows_of_data(ev, seed)]
-        for row in rows: row["note"] = row["note"].replace(f"{folder}/", "")
-    return pd.DataFrame(rows).set_index("check")
-
 STAGE_CHECKS = { # name -> (t, evidence) -> right, note
     "reference": _reference,
     "start": _start,
@@ -678,3 +660,24 @@ def _tokenizer(ev):
     for place in filter(None, places): return load_tokenizer(place)
     raise ValueError("sources: reading them needs a tokenizer, and no model lies in the folder; "
                      "give a model of this run")
+
+# %% ../nbs/17_verify.ipynb #f2b3df1d
+def verify(
+    where,             # a run: its folder, or the zip of `pack_run`
+    sources: dict=None, # name -> where the data lie; the options of a source are those of the run
+    model: str=None,   # folder or hub id of any model of the run, or none
+    seed: int=None,    # of the pairs that models are asked about again; none: drawn anew
+) -> pd.DataFrame:     # check: the index; result: ok, DIFFERS or not checked; note
+    """Check that what a run says follows from its folder, and from data and weights as far as they are there.
+
+    Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
+    """
+    if model: load_tokenizer(model) # raises where there is no such model
+    with _opened(where) as folder:
+        try: ev = read_evidence(folder)
+        except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
+        ev.given = model
+        if sources: _read_data(ev, sources, _tokenizer(ev))
+        rows = [*_rows_of_run(ev), *_rows_of_data(ev, seed)]
+        for row in rows: row["note"] = row["note"].replace(f"{folder}/", "")
+    return pd.DataFrame(rows).set_index("check")
