@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/17_verify.ipynb)
 #
-# **You should know** that [a run is a folder](10_folder.ipynb), and what [a stage writes down about itself](13_stages.ipynb). **Time** an hour and forty minutes to read with its code, half a minute to run.
+# **You should know** that [a run is a folder](10_folder.ipynb), and what [a stage writes down about itself](13_stages.ipynb). **Time** two hours to read with its code, half a minute to run.
 #
 # A student hands in a run, or a colleague sends you one. Its report says that accuracy rose from 0.74 to 0.86, and that the reference of stage 2 was $M_1$. A report is a claim. Why should you believe it?
 #
@@ -17,6 +17,8 @@
 # | the tables were written by these models | the folder, the data and the weights |
 #
 # What cannot be checked is not passed over: it is listed as *not checked*.
+#
+# Most faults that this finds are no fraud. A folder was copied while a run wrote into it; a stage was trained again with another setting and the report is the old one; a model was put where another one had been. The check does not ask why. It says what does not fit.
 
 # %%
 #| default_exp verify
@@ -74,7 +76,7 @@ pd.set_option("display.width", 180, "display.max_columns", 20, "display.max_colw
 # %% [markdown]
 # ## One number, computed again
 #
-# Here is a small run to check: sixty pairs of each of three sources, a fifth of the prompts held out.
+# Here is a small run to check: sixty pairs of each of three sources, a fifth of the prompts held out. It takes some seconds. What it claims of its three stages:
 
 # %%
 w, tmp = load_world(), Path(tempfile.mkdtemp())
@@ -98,11 +100,11 @@ print(f"claimed {claimed['accuracy']:.4f}, by the table {by_table:.4f}, of {len(
 
 
 # %% [markdown]
-# That is the whole idea, and no model was loaded. The rest of the chapter does it for every claim.
+# The number follows from the table, and no model was loaded. That is the whole idea, and the rest of the chapter does it for every claim. A table is a stronger witness than a number, because many numbers come from it. Whoever wants to raise this accuracy must change $\gamma$ of single pairs, and then the mean of $\gamma$ moves, and the certificate, and what the next stage says about its reference.
 #
 # ## Reading a folder without trusting it
 #
-# Each check needs the same few things: what a stage claims, the hash that a model is said to have, the table of a model. `Evidence` holds them. It loads no model, and believes nothing.
+# Each check needs the same few things: what a stage claims, the hash that a model is said to have, the table of a model. `Evidence` holds them. It loads no model, and believes nothing: `ended` is the hash that $M_t$ is *said* to have, and whether it has it is for others to ask. `whose` goes the other way, from a hash to a name, so that a note can say "started from $M_0$" where a reader would not recognise sixteen letters.
 
 # %%
 #| export
@@ -149,6 +151,12 @@ class Evidence:
         "What M_t said. Raises ValueError where there is no table."
         return read_table(self.at(t) / "logprobs")
 
+
+# %% [markdown]
+# A reader of folders meets old ones, too. Settings that did not exist when a run was made get their defaults, and a file that not every run has is nothing where it is missing. But a folder without a `config.yaml` is no run, and one without a finished stage has claimed nothing yet.
+
+# %%
+#| export
 def read_evidence(
     folder, # of a run
 ) -> Evidence:
@@ -178,6 +186,8 @@ print(complaint(read_evidence, w.base).replace(w.base, "S"))
 
 
 # %% [markdown]
+# The hash that stage 2 wrote down as that of its reference belongs to $M_1$, as it should.
+#
 # Which table was that of the reference? The folder has several. `stage.json` holds the hash of the weights of the reference that the stage was trained against, and each table holds the hash of its model. So the table is found *by its hash*, whatever the settings say. Whether the settings say the same is a question of its own.
 
 # %%
@@ -197,6 +207,8 @@ assert _reference_table(2, ev).kind == ev.table(1).kind
 
 
 # %% [markdown]
+# It is the table of $M_1$: the reference of stage 2 is the model that stage 1 ended with, and its table was written when that stage was measured.
+#
 # And which pairs were in $D_t$? A table has keys, without an order. `stage.json` names the pairs of the probe, in the order of the chunk. A chunk of up to 512 pairs is its own probe; of a larger one, only the data know all of it.
 
 # %%
@@ -219,7 +231,9 @@ _chunk_keys(2, ev)[:3]
 # %% [markdown]
 # ## Three answers
 #
-# A check has one of three answers, and a note that says what was compared. The third answer is as important as the others. If a check that could not be made counted as passed, leaving a file out would be the best way to pass.
+# A check is a function that returns `True`, `False` or `None`, and a note that says what was compared. `_row` calls it, and makes a row of the answer. What stops with an error is a fault of the folder, since a good folder stops none of them; a value that was never written down is only *not checked*, because older versions wrote less.
+#
+# So there are three answers. The third answer is as important as the others. If a check that could not be made counted as passed, leaving a file out would be the best way to pass.
 
 # %%
 #| export
@@ -269,6 +283,9 @@ def _table(t, ev):
     return False, f"the table is that of {ev.whose(found)}"
 
 
+# %% [markdown]
+# Each of the three checks reads one link of the chain. To see one of them speak, we change the evidence in memory: what if stage 2 had started from S?
+
 # %%
 ev.stages[1]["start"] = ev.ended(0) # what if stage 2 had started from S?
 rows = [_row(f.__name__, f, 2, ev) for f in (_reference, _start, _table)]
@@ -277,9 +294,13 @@ assert [row["result"] for row in rows] == [OK, DIFFERS, OK]
 pd.DataFrame(rows).set_index("check")
 
 # %% [markdown]
+# Only the row of the broken link differs. The reference and the table are what they were. That is wanted of every check here: a single fault, a single row, so that a reader sees at once where to look.
+#
 # ## The numbers of a stage
 #
 # [Chapter 13](13_stages.ipynb) computes the numbers of a stage from three tables: that of the reference, of $M_{t-1}$ and of $M_t$. The same function is called here, so nobody can say that we measure otherwise. They must agree to 1e-4: another processor may add in another order.
+#
+# `_close` compares single numbers and lists, and is strict about what is missing: a number that is not there is close to nothing, except to another one that is not there. NaN is close to NaN.
 
 # %%
 #| export
@@ -299,6 +320,9 @@ assert _close(0.69315, 0.69317)
 assert not _close([1.0, 2.0], [1.0, 2.1])
 assert not _close(None, 1.0)
 
+
+# %% [markdown]
+# Now the numbers. `recomputed` gives what `stage.json` should say. The probe of the next chunk is measured with it, because a stage also says what it did to pairs that it has not seen yet.
 
 # %%
 #| export
@@ -322,6 +346,9 @@ def recomputed(
     return found
 
 
+# %% [markdown]
+# The two columns, claimed and computed again, for stage 2:
+
 # %%
 by_tables = recomputed(2, ev)
 as_claimed = {name: claimed[name] for name in by_tables}
@@ -329,6 +356,8 @@ pd.DataFrame({"claimed": as_claimed, "by the tables": by_tables})
 
 
 # %% [markdown]
+# Ten numbers, digit by digit. Read them as a teacher would: before stage 2 the chosen responses were ahead by 1.2 nats on its chunk, after it by 6.0, and the accuracy rose from 0.59 to 0.86. All of that is in the tables of $M_1$ and $M_2$, and nobody had to believe the report.
+#
 # One more number hides in the log. Each line of `metrics.jsonl` has the mean $\gamma_{ref}$ of its batch. The [order of the data](06_trainer.ipynb) follows from the seed, so the folder knows which pairs were in each batch, and the table of the reference knows their $\gamma$. If every line agrees, this log belongs to this
 # reference, these pairs and this seed.
 
@@ -354,6 +383,9 @@ def _batch_means(t, ev):
     return [gamma_ref[rows].mean().item() for _, rows in all_batches(len(keys), ev.settings, t)]
 
 
+# %% [markdown]
+# The log of stage 2, against the table of $M_1$. One number a step, and all of them agree:
+
 # %%
 logged = [line["gamma_ref"] for line in _log(2, ev)]
 by_table = _batch_means(2, ev)
@@ -362,6 +394,8 @@ pd.DataFrame({"in the log": logged, "by the table": by_table}).round(4).T
 
 
 # %% [markdown]
+# This is a strong check for so little. The order of the pairs depends on seed, stage and epoch, and the mean of sixteen pairs on which sixteen they were. A log of another run, of another seed or of a chunk with one other pair does not pass it.
+#
 # A table may have been computed a second time on another machine, when a run went on there. Its numbers are then near, and not the same, and the check says that it cannot compare.
 
 # %%
@@ -401,6 +435,9 @@ def _shown(value):
     return f"{value:.4g}" if isinstance(value, (int, float)) else value
 
 
+# %% [markdown]
+# Three stages, two of them tampered with in memory: an accuracy of 0.95 in stage 2, and in stage 3 a change of $\gamma$ that is one nat too large.
+
 # %%
 ev.stages[1]["accuracy"] = 0.95
 ev.stages[2]["gamma_change"][0] += 1
@@ -411,9 +448,13 @@ pd.DataFrame(rows).set_index("check")
 
 
 # %% [markdown]
+# The note says which number it was, what is claimed and what the tables say. With that, somebody who made an honest mistake can find it.
+#
 # ## Pairs and steps
 #
 # `partition.json` says which rows of the data make each chunk, `stage.json` names their keys, and `config.yaml` has a hash of all keys in the order of the data. So the chunks can be put together again, and must give that hash.
+#
+# The first check is about the plan: are the stages those of `partition.json`, in their order and with their sizes? A run that was stopped after two of three stages is not wrong. It is not finished, and what cannot be asked of it is *not checked*. The second is about the pairs themselves. Whoever trained on other pairs than those that were planned must have changed a key, and then the hash is another one.
 
 # %%
 #| export
@@ -442,6 +483,9 @@ def _keys(ev):
     return found == ev.config["pairs"], f"{len(by_row)} pairs in {len(chunks)} chunks"
 
 
+# %% [markdown]
+# Three stages, all pairs, and the hash agrees:
+
 # %%
 print(_finished(ev))
 print(_keys(ev))
@@ -450,7 +494,7 @@ print(_keys(ev))
 # %% [markdown]
 # ## The log, and the first loss
 #
-# A log can be cut where it gets ugly. But its length is known: epochs times the number of batches, and in all epochs together every pair of the chunk once an epoch.
+# The log shows whether the training went well: a loss that jumped, steps that were skipped in fp16. So it can be tempting to cut a log where it gets ugly. But its length is known: epochs times the number of batches, and in all epochs together every pair of the chunk once an epoch.
 
 # %%
 #| export
@@ -511,14 +555,21 @@ def _first_loss(t, ev):
     return None if own else abs(said - must) <= near, told
 
 
+# %% [markdown]
+# In this run the reference moves, and each stage begins as its own reference:
+
 # %%
 for t in (1, 2, 3): print(t, *_first_loss(t, ev))
 
 
 # %% [markdown]
+# All three are $\ln 2$. In the last section there is a run in which they are not, and the tables say what they must be.
+#
 # ## Held-out pairs
 #
 # Held-out pairs are worth something only if nobody trained on them, and if none that went badly was dropped afterwards. `config.yaml` has a hash of their keys since the run began. Are the keys still the same, and are they others than those that were trained on?
+#
+# The comparison is by key, which is a hash of token ids. Two pairs with the same words under another name have the same key, so renaming a source hides nothing. Two prompts that differ in a blank do not have the same key; whether held-out prompts are *like* those that were trained on is a question for a reader.
 
 # %%
 #| export
@@ -571,6 +622,9 @@ def _alike(a, b):
     return True
 
 
+# %% [markdown]
+# The last digit of a number may differ by one, because a report rounds. Words and the number of columns may not:
+
 # %%
 assert _alike("| gamma | 8.463 |", "| gamma | 8.464 |")
 assert not _alike("| gamma | 8.463 |", "| gamma | 8.563 |")
@@ -616,9 +670,15 @@ def _lines(ev):
     return lines + [(line,) for line in measures.splitlines()[2:]]
 
 
+# %% [markdown]
+# One of the lines that must be there:
+
 # %%
 print(_lines(ev)[3][0])
 
+
+# %% [markdown]
+# The report is then searched by the label of a line. A line that is not in it is no fault, since a report may be shortened; a line that is there and says something else is one.
 
 # %%
 #| export
@@ -645,6 +705,9 @@ def _report(ev):
     return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
 
 
+# %% [markdown]
+# Somebody types 0.999 for the accuracy of stage 1. (The report is put back at the end of the cell.)
+
 # %%
 report = run.folder / "report.md"
 honest = report.read_text()
@@ -659,7 +722,9 @@ edited
 # %% [markdown]
 # ## Weights, where they are
 #
-# Everything so far was read from files of a few kilobytes. Where the models lie in the folder too, their hashes can be compared with what the stages claim. `load_stage` does that whenever it loads a model, so nothing new is needed. A model may also come beside the folder, from the hub for example. Which model of the run is it? Its hash says.
+# Everything so far was read from files of a few kilobytes. Where the models lie in the folder too, their hashes can be compared with what the stages claim. `load_stage` does that whenever it loads a model, so nothing new is needed.
+#
+# One complication: a model may have been saved in half precision, to save space. Then what lies there is not what the stage ended with, but its rounded copy, and the stage has written down the hash of that as well.
 
 # %%
 #| export
@@ -692,6 +757,16 @@ def _lacks_base(where, ev):
     "Whether an adapter lies there, and S does not."
     return is_adapter(where) and _path_of(0, ev) is None
 
+
+# %%
+for t in (0, 3): print(f"M_{t}:", *_weights(t, ev))
+
+
+# %% [markdown]
+# A model may also come beside the folder, from the hub for example. Which model of the run is it? A name would be one more claim, so its hash is compared with that of each model:
+
+# %%
+#| export
 def _which(model, ev):
     "The number of a model of this run, by its weights; None for another model."
     if weights_hash(model) == ev.ended(0): return 0
@@ -706,10 +781,12 @@ def _given(ev):
     return True, f"it is M_{ev.given_is}"
 
 
+# %% [markdown]
+# We give the model of stage 2, and do not say which it is:
+
 # %%
 ev.given = str(run.model_folder(2))
 print(_given(ev))
-print(_weights(3, ev))
 ev = read_evidence(run.folder)
 
 
@@ -752,6 +829,9 @@ def _as_written(written, data):
     new = data if isinstance(data, dict) else dict(source=data)
     return (written if isinstance(written, dict) else {}) | new
 
+
+# %% [markdown]
+# Sources under their old names, and one name too many:
 
 # %%
 tok = load_tokenizer(w.base)
@@ -800,6 +880,9 @@ def _partition(ev):
     if mine.chunks != there["chunks"]: return False, "the chunks would hold other pairs"
     return True, f"{config.order}: {', '.join(mine.names)}"
 
+
+# %% [markdown]
+# The third of these is the interesting one. From the table of S and the settings it computes the partition once more: which source is easiest, and which rows make each chunk. A partition that was made by hand, to look better, is found here.
 
 # %%
 for ask in (_pairs, _held_out_pairs, _partition): print(*ask(ev))
@@ -852,13 +935,16 @@ def _again(t, ev, known, seed):
     return bool((off <= allowed).all(axis=None)), told
 
 
+# %% [markdown]
+# Four models, 32 pairs each:
+
 # %%
 known = _known_pairs(ev)
 for t in range(4): print(f"M_{t}", *_again(t, ev, known, seed=0))
 
 
 # %% [markdown]
-# And a table that is made up? Suppose that somebody adds two nats to each chosen response of $M_3$:
+# They agree far better than a thousandth of a nat. And a table that is made up? Suppose that somebody adds two nats to each chosen response of $M_3$:
 
 # %%
 class Wishful(Evidence):
@@ -874,6 +960,8 @@ _again(3, wishful, known, seed=0)
 # ## Handing in
 #
 # The folder of a real run is large because of its weights. Without them it is small enough for an upload form. `pack_run` leaves out models and checkpoints, and adds a list of the sha256 of every file, so that a file that was lost or changed on the way is found.
+#
+# It refuses a folder in which a run is going on: half of one stage and half of the next would be packed, and every check would object. A run in which no stage is finished is refused too, because there is nothing to check. The zip is written under another name and renamed at the end, so a zip that is there is whole.
 
 # %%
 #| export
@@ -926,6 +1014,9 @@ def _manifest(ev):
     return True, f"{len(said)} files"
 
 
+# %% [markdown]
+# What it saves, for this small model. What is left depends on the number of pairs and not on that of the parameters. A model of 135 million parameters has 0.5 GB a stage, and its tables are as small as these.
+
 # %%
 packed = pack_run(run.folder)
 whole = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
@@ -965,39 +1056,21 @@ def _unpack(where, folder):
                          "it must be handed in again") from e
 
 
+# %% [markdown]
+# The zip is unpacked into a temporary folder, and a limit on its unpacked size keeps a small file from filling the disk. An upload that was cut off:
+
 # %%
 half = tmp / "half.zip"
 half.write_bytes(packed.read_bytes()[:100_000])
 print(complaint(_opened(half).__enter__).replace(str(tmp), "."))
 
-
 # %% [markdown]
 # ## All of it
 #
-# `verify` asks every question once, and returns one row for each.
+# The rows in their order: first what is true of the whole folder, then the same seven questions for each stage, then what needs the data. `STAGE_CHECKS` is the list to add to when a stage makes a new claim. Where the pairs turn out to be others than those of the run, the rest is not asked: every answer would be about the wrong pairs.
 
 # %%
 #| export
-def verify(
-    where,             # a run: its folder, or the zip of `pack_run`
-    sources: dict=None, # name -> where the data lie; the options of a source are those of the run
-    model: str=None,   # folder or hub id of any model of the run, or none
-    seed: int=None,    # of the pairs that models are asked about again; none: drawn anew
-) -> pd.DataFrame:     # check: the index; result: ok, DIFFERS or not checked; note
-    """Check that what a run says follows from its folder, and from data and weights as far as they are there.
-
-    Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
-    """
-    if model: load_tokenizer(model) # raises where there is no such model
-    with _opened(where) as folder:
-        try: ev = read_evidence(folder)
-        except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
-        ev.given = model
-        if sources: _read_data(ev, sources, _tokenizer(ev))
-        rows = [*_rows_of_run(ev), *_rows_of_data(ev, seed)]
-        for row in rows: row["note"] = row["note"].replace(f"{folder}/", "")
-    return pd.DataFrame(rows).set_index("check")
-
 STAGE_CHECKS = { # name -> (t, evidence) -> right, note
     "reference": _reference,
     "start": _start,
@@ -1043,6 +1116,37 @@ def _tokenizer(ev):
                      "give a model of this run")
 
 
+# %%
+rows = pd.DataFrame(_rows_of_run(ev))
+print(len(rows), "rows:", rows["result"].value_counts().to_dict())
+
+
+# %% [markdown]
+# `verify` is what people call. It opens the folder or the zip, reads the data where they are given, and makes a table of the rows. It raises only for what is no run at all. A run that does not hold together is an answer, and not an error.
+
+# %%
+#| export
+def verify(
+    where,             # a run: its folder, or the zip of `pack_run`
+    sources: dict=None, # name -> where the data lie; the options of a source are those of the run
+    model: str=None,   # folder or hub id of any model of the run, or none
+    seed: int=None,    # of the pairs that models are asked about again; none: drawn anew
+) -> pd.DataFrame:     # check: the index; result: ok, DIFFERS or not checked; note
+    """Check that what a run says follows from its folder, and from data and weights as far as they are there.
+
+    Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
+    """
+    if model: load_tokenizer(model) # raises where there is no such model
+    with _opened(where) as folder:
+        try: ev = read_evidence(folder)
+        except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
+        ev.given = model
+        if sources: _read_data(ev, sources, _tokenizer(ev))
+        rows = [*_rows_of_run(ev), *_rows_of_data(ev, seed)]
+        for row in rows: row["note"] = row["note"].replace(f"{folder}/", "")
+    return pd.DataFrame(rows).set_index("check")
+
+
 # %% [markdown]
 # A good run, with data and weights:
 
@@ -1063,7 +1167,7 @@ handed_in[handed_in["result"] == NOT_CHECKED]
 # %% [markdown]
 # ## Five who cheat
 #
-# Now copy the run five times, and tamper with each copy in one way. Which row will find it? Before you look: some of these change several files. Is each found exactly once?
+# A check that never objects is worth nothing. So copy the run five times, and tamper with each copy in one way. One claims an accuracy of 0.95, and writes the report anew, so that the two agree. One puts S in the place of $M_3$. One leaves out the last line of a log. One turns a single pair around in a table. Which row will find it? Before you look: some of these change several files. Is each found exactly once?
 
 # %%
 def wrote(folder, t, **changes):
@@ -1111,6 +1215,17 @@ def says_it_moved(folder):
     for t in (1, 2): wrote(folder, t, reference=f"M_{t-1}")
     Run(folder).report()
 
+
+# %% [markdown]
+# In this run stage 2 begins at $M_1$ and is measured against S, so its first loss is not $\ln 2$. The tables of both models say what it must be, and the log agrees:
+
+# %%
+other = read_evidence(tmp / "fixed")
+for t in (1, 2): print(t, *_first_loss(t, other))
+
+
+# %% [markdown]
+# Each cheat works on a copy, and we keep the rows that differ.
 
 # %%
 def differs(cheat, start="run"):

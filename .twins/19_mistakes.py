@@ -141,7 +141,7 @@ for name, told in heard.items(): print(f"{name:15} {str(told)[:80]}")
 # %% [markdown]
 # None of the five hears what would help. `()` means "right", so three of them pass: the borrowed function, the one that will be infinite in training, and the forgotten $\beta$. The stub gets a sentence about `allclose`, and two mistakes at once are nobody's.
 #
-# Each of the five is a section of this chapter, in the order in which a student should hear of it:
+# Each of the five is a question, and each question a section of this chapter:
 #
 # 1. Did anything come back, and is it the right kind of thing?
 # 2. Is it the student's own work?
@@ -198,7 +198,7 @@ for strange in (0.5, torch.tensor(0.5), torch.zeros(3, 3), torch.zeros(3, 1)):
 # %% [markdown]
 # The third one is the treacherous one. Log-probabilities of shape (3, 1) and (3,) subtract without an error, and give nine differences: every pair against every other. Their mean is a plausible loss. Only the shape betrays it, and that is why an exercise asks for one number per pair and never for the mean.
 #
-# When are two answers the same? A student may compute in fp32, where the check has fp64, and may add up in another order. So about four digits decide. The mistakes of this exercise are all farther apart than that, and so are those of the others; the last section of the next chapter counts.
+# When are two answers the same? A student may compute in fp32, where the check has fp64, and may add up in another order. So about four digits decide. The mistakes of this exercise are all farther apart than that, and so are those of the others; the catalogue of the next chapter shows it.
 
 # %%
 #| export
@@ -774,7 +774,7 @@ for f in (words, power, stub, kept_for_itself):
 # %% [markdown]
 # ## The check
 #
-# All together, in the order of the five questions. What comes earlier would make nonsense of what comes later: there is no use in comparing the numbers of a function that stops with an error, and none in trying the edge of a function whose ordinary numbers are wrong. One exception to the last: a clamped loss may show in the batches with numbers that fit no
+# All together, in the order in which a student should hear of it: is there an answer, is it the student's own, has it the right form, are the numbers right, and what happens at the edges? What comes earlier would make nonsense of what comes later: there is no use in comparing the numbers of a function that stops with an error, and none in trying the edge of a function whose ordinary numbers are wrong. One exception to the last: a clamped loss may show in the batches with numbers that fit no
 # switch, since we do not know where the student has cut. So edges that are `telling` are looked at, too, before a check says that it does not know.
 #
 # `diagnose` does this without asking whose function it is. Not asking is useful: the crooked functions can be diagnosed, too, and so the checks themselves be tested.

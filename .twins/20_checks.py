@@ -375,7 +375,7 @@ print(said(check_gradient, lambda t, r, beta: -beta * torch.sigmoid(beta * (t - 
 
 
 # %% [markdown]
-# The first has no line "Your numbers are exactly ...": its numbers are right, and what is wrong is the way. *Ask:* for a gain of $-20$, $0$ and $+20$ nats at $\beta = 0.1$, which slope is the steepest?
+# The first has no line "Your numbers are exactly ...": its numbers are right, and what is wrong is the way. *Ask:* for a gain of $-20$, $0$ and $+20$ nats at $\beta = 0.1$, which slope is the steepest? (At $-20$: the pair that is most wrong.)
 #
 # ### Another loss: IPO
 #
@@ -491,7 +491,7 @@ _NEAR = dict(                            # mistake -> key, the wrong number, why
 
 
 # %% [markdown]
-# An answer is right within one percent. So each reason needs a number of its own, farther than that from the right one and from the others; otherwise the check could name the wrong reason. The next cell but one asserts it. A number within five percent that is none of these has only been rounded too far, and hears that.
+# An answer is right within one percent. So each reason needs a number of its own, farther than that from the right one and from the others; otherwise the check could name the wrong reason. The assertion under the next cell says that this holds. A number within five percent that is none of these has only been rounded too far, and hears that.
 
 # %%
 #| export
@@ -833,7 +833,7 @@ print(said(check_by_prompt, overwrites))
 
 
 # %% [markdown]
-# The second keeps a dictionary in which each pair overwrites the one before. *Ask:* two sources have the same accuracy by pairs, and another by prompts. Which number would you sort by?
+# The second keeps a dictionary in which each pair overwrites the one before. *Ask:* two sources have the same accuracy by pairs, and another by prompts. Which number would you sort by? (The chunk is trained pair by pair, but what the number is meant to say is how hard the *source* is. There is no single answer; a good one says which question it answers.)
 #
 # ### Chunks
 #
@@ -1048,7 +1048,7 @@ print(said(check_accumulation, lambda model, pairs, loss_of, size: ...))
 
 
 # %% [markdown]
-# In the first answer, the gradient is right to the last digit. *Ask:* a batch of 33 pairs is computed in parts of 16. By which factor does the last pair count too much in a mean of means?
+# In the first answer, the gradient is right to the last digit. *Ask:* a batch of 33 pairs is computed in parts of 16. By which factor does the last pair count too much in a mean of means? (Eleven: a third, and not a thirty-third.)
 #
 # ### The reference table
 #
@@ -1169,7 +1169,7 @@ print(said(check_reference_table, by_row))
 
 
 # %% [markdown]
-# *Ask:* after which of these mistakes would the loss of the first step still be exactly $\ln 2$?
+# *Ask:* after which of these mistakes would the loss of the first step still be exactly $\ln 2$? (After all that leave the numbers alone; so $\ln 2$ proves less than one may think.)
 #
 # ### A step in fp16
 #
@@ -1270,7 +1270,7 @@ said(check_fp16_step, forgets_to_unscale)
 
 
 # %% [markdown]
-# *Ask:* why must clipping come after unscaling, when both are only multiplications?
+# *Ask:* why must clipping come after unscaling, when both are only multiplications? (The clip multiplies only where the norm is too large, and the norm of the scaled gradient nearly always is.)
 #
 # ### A stage
 #
@@ -1455,7 +1455,7 @@ said(check_train, own_reference)
 
 
 # %% [markdown]
-# *Ask:* a log begins with 0.6931, and stays there. Name two different reasons.
+# *Ask:* a log begins with 0.6931, and stays there. Name two different reasons. (The live model as its own reference; or weights in bf16 that do not move.)
 #
 # ## Stages
 #
@@ -1529,7 +1529,7 @@ EXERCISES["stepwise"] = Exercise(
     draw=_draw_stages,
     form=as_it_is,
     observe=_watch_stages,
-    read=("13", "The method in four lines"),
+    read=("14", "The method in four lines"),
     says=dict(
         S_trained="S itself is trained; copy it first.",
         live="the reference is the live model, so the loss stays at ln 2; score first.",
@@ -1541,7 +1541,7 @@ EXERCISES["stepwise"] = Exercise(
         chunks="the last chunk is left out.",
         returned="it does not return the model of the last stage.",
     ),
-    elsewhere=dict(fixed=("13", "Why not S?"), from_S=("13", "Where the policy starts")),
+    elsewhere=dict(fixed=("14", "Why not S?"), from_S=("14", "Where the policy starts")),
 )
 
 def check_stepwise(
@@ -1917,7 +1917,7 @@ counts | pairs_named.value_counts().to_dict()
 #
 # ## No false alarm
 #
-# A check that accuses a right answer is worse than none. Here are right answers to two exercises, each written in two other ways, with a hundred seeds each. `tests/test_checks.py` does this for every exercise, in four ways and with 200 seeds: 11,200 right answers, without an alarm, and `train` with four seeds, since each of those trains two stages.
+# A check that accuses a right answer is worse than none. Here are right answers to two exercises, each written in two other ways, with a hundred seeds each. `tests/test_checks.py` does this for fourteen exercises, in four ways and with 200 seeds: 11,200 checks without an alarm. `train` has four seeds there, since each of them trains two stages; predictions and experiments draw nothing.
 
 # %%
 def expanded(t, r, beta): return (t - r) ** 2 - (t - r) / beta + 1 / (4 * beta ** 2)

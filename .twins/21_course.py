@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/21_course.ipynb)
 #
-# **You should know** what [a check](19_mistakes.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** an hour and three quarters to read with all its code, a minute to run. If you only want to
+# **You should know** what [a check](19_mistakes.ipynb) is: a function that takes yours, and says what is wrong with it. **Time** two hours and a quarter to read with all its code, a minute to run. If you only want to
 # use the assignments, read the last section, "How a teacher uses it", and nothing else.
 #
 # An assignment exists three times: as the students see it, with the solutions, and as something that gives points. When these are three files, they drift apart: a question is reworded in one
@@ -443,7 +443,7 @@ assert not (tmp / "nowhere").exists()
 # the top costs all points below it. But what a question asks for is a *function*. So the grader reads a submission and keeps only what defines something: functions, classes, constants,
 # and some imports. The rest is never run.
 #
-# A constant is kept, since a function may use it. But `model = train(...)` is an assignment, too, and takes an hour. How can one tell, without running it? By its form: numbers, words, containers, arithmetic, and calls of a handful of harmless functions. Everything else on the right of `=` is left out. (A `lambda` is a function, and is kept.)
+# A constant is kept, since a function may use it. But `model = train(...)` is an assignment, too, and takes an hour. How can one tell, without running it? By its form: numbers, words, containers, arithmetic, and calls of a handful of harmless functions. Everything else on the right of `=` is left out. (A `lambda` is a function, and is kept. To look something up, as `model.forward` does, is harmless.)
 
 # %%
 #| export
@@ -597,7 +597,7 @@ remarks
 #
 # ## One question, one process
 #
-# A function of a student may run for ever, fill the memory, or end Python. So each question is answered in a process of its own, with a time limit. If `q1` never ends, this costs `q1` and nothing else.
+# Definitions do nothing until they are called. But the check will call them, and a function of a student may run for ever, fill the memory, or end Python. So each question is answered in a process of its own, with a time limit. If `q1` never ends, this costs `q1` and nothing else.
 #
 # What happens in that process? The definitions are executed, then the check is called with the student's function. A definition is executed alone, so that one which stops does not take the others along; what went wrong first is remembered, for it often explains why a name is missing.
 
@@ -701,7 +701,7 @@ def answer(
 
 
 # %% [markdown]
-# Four submissions, and a check of our own:
+# Four submissions, and a check of our own. One is honest, one is wrong, and two are clever. What will be said to each?
 
 # %%
 tried_with = [3, 5, 8]
@@ -865,7 +865,7 @@ def asking(
 
 
 # %% [markdown]
-# Ask it about four submissions to `q1`: right, not begun, an endless loop, and one that ends Python.
+# Ask it about four submissions to `q1`: right, not begun, an endless loop, and one that ends Python. The loop costs its five seconds, and the others are answered at once:
 
 # %%
 q1, q2 = questions(master)
@@ -917,6 +917,8 @@ sorted(a0.imports)
 
 
 # %% [markdown]
+# The imports of the master are what its students were given: `try_check` is on no list of ours, and is kept in a submission because it is on this one.
+#
 # And what comes out for one student? Points and a sentence for each question, and *flags*: what was odd, and a person should look at. A question that a person marks has `None` for its points until somebody has, which is not the same as 0.
 
 # %%
@@ -926,7 +928,7 @@ class Grade:
     "What one submission got."
     student: str
     points: dict[str, int|None] = field(default_factory=dict) # by question; None: nobody has marked it yet
-    said: dict[str, str] = field(default_factory=dict)        # by question: a sentence, or the student's words
+    said: dict[str, str] = field(default_factory=dict)        # by question: a sentence, or the words
     flags: list[str] = field(default_factory=list)            # what a teacher should know
 
     @property
@@ -977,7 +979,7 @@ def _written(
 
 
 # %% [markdown]
-# An answer in a new cell, below the one that was meant for it:
+# An answer in a new cell, below the one that was meant for it. It must be found, and it must be said that it was not where it belongs:
 
 # %%
 *before, last = handed_out["cells"]
@@ -1139,7 +1141,7 @@ print(feedback(alice, [q1, q2]))
 
 
 # %% [markdown]
-# And the whole folder. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. A file that is no notebook gets 0 and a flag. It must not stop the other thirty. A wrong name in the teacher's own table of marks, however, is told at once, and not after an hour of grading.
+# So far one notebook; a class has thirty. What can be read anew for each of them is read once: the master, the marks, and the server with its imports. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. A file that is no notebook gets 0 and a flag. It must not stop the other thirty. A wrong name in the teacher's own table of marks, however, is told at once, and not after an hour of grading.
 
 # %%
 #| export
@@ -1207,7 +1209,7 @@ grades = grade(tmp / "masters/a0.ipynb", tmp / "handed_in", limit=5, seed=1, say
 write_grades(grades, tmp / "grades.csv", [q1, q2])
 
 # %% [markdown]
-# One of seven. Each of the others has its own sentence, and nobody's mistake cost anybody else a point:
+# One of seven. Each of the others has its own sentence, and nobody's mistake cost anybody else a point. `patched` did what was asked of a cheat: in its process, every function is right. But that process has ended, and only its answer was left, which the canary refused:
 
 # %%
 import pandas as pd
@@ -1219,6 +1221,8 @@ told.replace(str(tmp), "", regex=True)
 
 
 # %% [markdown]
+# Look at `word`, too: the reason stands in its flags, so the teacher can ask this student for the right file. And look at what is *not* a flag: `no_beta` and `stub` are ordinary wrong answers. A column that speaks about every student is a column that nobody reads.
+#
 # ## Gradescope
 #
 # Many universities collect work with Gradescope. It runs a *zip* for each submission, in a container of its own: `setup.sh` installs, `run_autograder` grades and leaves `results.json`. Its fields are few, so we write them directly. Two things are worth knowing. The version of the package is pinned, so that the grades of a term do not change in the middle of it. And the master lies in the zip with its solutions, so the zip is for the teacher and not for students.

@@ -100,7 +100,7 @@ else:
 folder = home / Path(model).name
 
 # %% [markdown]
-# To take a model of your own, change the id. All of its parameters are trained, so on a T4 it may have about half a billion of them. (LoRA trains far fewer, but it is not in this package yet.) Each model gets a folder of its own. If you change the sources or the settings after a run has begun, give the folder another name as well.
+# To take a model of your own, change the id. All of its parameters are trained, so on a T4 it may have about half a billion of them. Each model gets a folder of its own. If you change the sources or the settings after a run has begun, give the folder another name as well.
 #
 # ## Will it fit?
 #
@@ -257,7 +257,7 @@ held[measures].map(as_text).droplevel("against").style
 # %% [markdown]
 # *Change of gamma* above zero: the model prefers the chosen responses more than S did, on prompts that are new to it. *Reward accuracy* is the share of pairs on which it does. The last column is a warning light: DPO may lower the probability of the **chosen** responses, too, as long as the rejected ones fall faster. Here it falls by less than one nat. A steep fall says that the model goes too far from S: take a larger `beta` or a smaller `lr`.
 #
-# The picture shows the pairs that *were* trained on: S, then the model of each stage. The boxes should climb from left to right.
+# The picture shows the pairs that *were* trained on, a panel for each source: $M_0$, which is S, then the model of each stage. The boxes should climb from left to right, and most where they become filled: there the source was trained on.
 
 # %%
 plot_gamma(gamma_table(run));
@@ -268,7 +268,7 @@ plot_gamma(gamma_table(run));
 #
 # ## Replies, before and after
 #
-# Numbers are not what you wanted. Replies are. Each model has answered four held-out prompts, with the likeliest token each time:
+# Numbers are not what you wanted. Replies are. Each model has answered four held-out prompts, with the likeliest token each time. (Stored here are those of the tiny world, where you can see at once what is right: `sort` wants the letters in their order, `reverse` from the end, and `shift` the next letter for each. How many of the four does S get right, and how many the last model?)
 
 # %%
 def answers_of(model): return json.loads((run.folder / model / "answers.json").read_text())

@@ -71,7 +71,13 @@
 #
 # ## A student is stuck
 #
-# A student who is stuck should read what the check says before anything else: it names the mistake and the section of the book. To see the same numbers as the student, call the check with the seed of the message: `check_ipo(ipo, seed=528380)`. If three students meet the same message, that is the beginning of the next session.
+# A student who is stuck should read what the check says before anything else: it names the mistake and the section of the book. To see the same numbers as the student, call the check with the seed of the message: `check_ipo(ipo, seed=528380)`. This is what such a message looks like:
+#
+# > dpo_loss: beta stands outside the logarithm; it must scale the gain inside. Read chapter 03, "The loss". Your numbers are exactly those of this mistake; seed=1. Try: gain 0.6, beta 0.5 give 0.554.
+#
+# *Exactly* is meant: the student's numbers are, digit by digit, those of somebody who has made this mistake ([chapter 19](19_mistakes.ipynb) shows how that can be known). So you may believe a check that names a mistake. Where it says "not in a way that this check knows", look at the code yourself; it is wrong, but nobody has foreseen how. A right answer is not accused: the tests of the package check right answers 11,200 times (fourteen exercises, four ways to write each, 200 seeds), and none is refused.
+#
+# If three students meet the same message, that is the beginning of the next session. [Chapter 20](20_checks.ipynb) has, for every exercise, why the mistake is made, what it does in training, and a question to ask the class.
 #
 # ## What students get wrong
 #

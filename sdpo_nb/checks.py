@@ -935,7 +935,7 @@ EXERCISES["stepwise"] = Exercise(
     draw=_draw_stages,
     form=as_it_is,
     observe=_watch_stages,
-    read=("13", "The method in four lines"),
+    read=("14", "The method in four lines"),
     says=dict(
         S_trained="S itself is trained; copy it first.",
         live="the reference is the live model, so the loss stays at ln 2; score first.",
@@ -947,7 +947,7 @@ EXERCISES["stepwise"] = Exercise(
         chunks="the last chunk is left out.",
         returned="it does not return the model of the last stage.",
     ),
-    elsewhere=dict(fixed=("13", "Why not S?"), from_S=("13", "Where the policy starts")),
+    elsewhere=dict(fixed=("14", "Why not S?"), from_S=("14", "Where the policy starts")),
 )
 
 def check_stepwise(

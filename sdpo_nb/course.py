@@ -463,7 +463,7 @@ class Grade:
     "What one submission got."
     student: str
     points: dict[str, int|None] = field(default_factory=dict) # by question; None: nobody has marked it yet
-    said: dict[str, str] = field(default_factory=dict)        # by question: a sentence, or the student's words
+    said: dict[str, str] = field(default_factory=dict)        # by question: a sentence, or the words
     flags: list[str] = field(default_factory=list)            # what a teacher should know
 
     @property

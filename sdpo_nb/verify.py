@@ -76,6 +76,7 @@ class Evidence:
         "What M_t said. Raises ValueError where there is no table."
         return read_table(self.at(t) / "logprobs")
 
+# %% ../nbs/17_verify.ipynb #43a06d86
 def read_evidence(
     folder, # of a run
 ) -> Evidence:
@@ -436,6 +437,7 @@ def _lacks_base(where, ev):
     "Whether an adapter lies there, and S does not."
     return is_adapter(where) and _path_of(0, ev) is None
 
+# %% ../nbs/17_verify.ipynb #dfedccaf
 def _which(model, ev):
     "The number of a model of this run, by its weights; None for another model."
     if weights_hash(model) == ev.ended(0): return 0
@@ -636,26 +638,6 @@ def _unpack(where, folder):
                          "it must be handed in again") from e
 
 # %% ../nbs/17_verify.ipynb #15883216
-def verify(
-    where,             # a run: its folder, or the zip of `pack_run`
-    sources: dict=None, # name -> where the data lie; the options of a source are those of the run
-    model: str=None,   # folder or hub id of any model of the run, or none
-    seed: int=None,    # of the pairs that models are asked about again; none: drawn anew
-) -> pd.DataFrame:     # check: the index; result: ok, DIFFERS or not checked; note
-    """Check that what a run says follows from its folder, and from data and weights as far as they are there.
-
-    Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
-    """
-    if model: load_tokenizer(model) # raises where there is no such model
-    with _opened(where) as folder:
-        try: ev = read_evidence(folder)
-        except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
-        ev.given = model
-        if sources: _read_data(ev, sources, _tokenizer(ev))
-        rows = [*_rows_of_run(ev), *_rows_of_data(ev, seed)]
-        for row in rows: row["note"] = row["note"].replace(f"{folder}/", "")
-    return pd.DataFrame(rows).set_index("check")
-
 STAGE_CHECKS = { # name -> (t, evidence) -> right, note
     "reference": _reference,
     "start": _start,
@@ -699,3 +681,24 @@ def _tokenizer(ev):
     for place in filter(None, places): return load_saved_tokenizer(place)
     raise ValueError("sources: reading them needs a tokenizer, and no model lies in the folder; "
                      "give a model of this run")
+
+# %% ../nbs/17_verify.ipynb #f2b3df1d
+def verify(
+    where,             # a run: its folder, or the zip of `pack_run`
+    sources: dict=None, # name -> where the data lie; the options of a source are those of the run
+    model: str=None,   # folder or hub id of any model of the run, or none
+    seed: int=None,    # of the pairs that models are asked about again; none: drawn anew
+) -> pd.DataFrame:     # check: the index; result: ok, DIFFERS or not checked; note
+    """Check that what a run says follows from its folder, and from data and weights as far as they are there.
+
+    Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
+    """
+    if model: load_tokenizer(model) # raises where there is no such model
+    with _opened(where) as folder:
+        try: ev = read_evidence(folder)
+        except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
+        ev.given = model
+        if sources: _read_data(ev, sources, _tokenizer(ev))
+        rows = [*_rows_of_run(ev), *_rows_of_data(ev, seed)]
+        for row in rows: row["note"] = row["note"].replace(f"{folder}/", "")
+    return pd.DataFrame(rows).set_index("check")
