@@ -1521,7 +1521,7 @@ fits
 
 
 # %% [markdown]
-# Zero says that not even the parameters fit: 1.2 billion of them, trained in full, want 20 GB. The way out is LoRA, or a smaller model.
+# Zero says that not even the parameters fit: 1.2 billion of them, trained in full, want 20 GB. The way out is [LoRA](09_lora.ipynb), or a smaller model.
 #
 # `fit` sets the token budget of a stage in this way. If not even the longest pair would fit, activations are recomputed. On a CPU it changes nothing. There, longer passes are no faster: one of 1,536 tokens took 1.01 [0.92, 1.04] times as long for the same pairs as one of 2,048. And with 1,536 a whole run needs less memory than TRL with one pair at a time ([chapter 04](04_packing.ipynb)).
 

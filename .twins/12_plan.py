@@ -218,7 +218,7 @@ def defaults_table() -> pd.DataFrame: # setting: the index; default, meaning
 defaults_table()
 
 # %% [markdown]
-# Thirty-four settings look like much. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
+# Thirty-odd settings look like much. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
 #
 # | setting | what to ask yourself |
 # |---|---|
