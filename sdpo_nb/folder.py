@@ -286,7 +286,7 @@ def load_merged(
     folder,           # of a stage that saved an adapter
     device: str=None, # as for `load_model`
 ):                    # M_t in fp32, a plain model
-    "S with the adapter of a stage merged into it. Raises ValueError where one of them is missing, or another."
+    "S with the adapter of a stage merged. Raises ValueError where one of them is missing, or another."
     folder = Path(folder)
     S = load_base(folder.parent)
     with naming(folder / "model"): merge_adapter(S, read_adapter(folder / "model"))
@@ -344,7 +344,12 @@ MAY_DIFFER = FREE | { # of config.yaml, between two calls
 }
 
 # %% ../nbs/10_folder.ipynb #760e4988
-WITHOUT_ADAPTERS = dict(lora_r=0, lora_alpha=0, lora_targets="all-linear", lora_stages="merge") # older folders
+WITHOUT_ADAPTERS = dict( # what an older folder, which does not say it, was made with
+    lora_r=0,
+    lora_alpha=0,
+    lora_targets="all-linear",
+    lora_stages="merge",
+)
 
 def _compared(config):
     "What must agree between two calls on one folder."
