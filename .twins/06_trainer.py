@@ -65,8 +65,8 @@ try: import resource
 except ImportError: resource = None # Windows
 
 from sdpo_nb.logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, has_adapter
-from sdpo_nb.logprobs import micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress, replacing
-from sdpo_nb.logprobs import response_logprobs, same_bits, weights_hash
+from sdpo_nb.logprobs import micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress
+from sdpo_nb.logprobs import replacing, response_logprobs, same_bits, weights_hash
 from sdpo_nb.loss import dpo_loss, follow, reward, reward_accuracy
 from sdpo_nb.packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack
 from sdpo_nb.packing import padded_plan, piece_bytes, recompute_alike, try_out
@@ -1295,7 +1295,7 @@ def _first_look(trainer, loss, batch, pairs, start):
     # compiled layers round half precision otherwise with gradients than without
     check_same_twice(loss, again, precision, 1e-4 + rounded if half else 1e-4)
     if own is None: return again
-    # a table of merged weights: in half precision they round otherwise than weights with an adapter beside them
+    # in half precision, merged weights round otherwise than weights with an adapter beside them
     told = exact if has_adapter(model) else said
     check_table(own, more, told, limit, precision)
     return loss_from(*own.lookup(batch))
@@ -1660,7 +1660,7 @@ fits
 
 
 # %% [markdown]
-# Zero says that not even the parameters fit: 1.2 billion of them, trained in full, want 20 GB. The way out is LoRA, or a smaller model.
+# Zero says that not even the parameters fit: 1.2 billion of them, trained in full, want 20 GB. The way out is [LoRA](09_lora.ipynb), or a smaller model.
 #
 # `fit` sets the token budget of a stage in this way. If not even the longest pair would fit, activations are recomputed. On a CPU it changes nothing. There, longer passes are no faster: one of 1,536 tokens took 1.01 [0.92, 1.04] times as long for the same pairs as one of 2,048. And with 1,536 a whole run needs less memory than TRL with one pair at a time ([chapter 04](04_packing.ipynb)).
 

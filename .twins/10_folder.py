@@ -560,7 +560,7 @@ def load_merged(
     folder,           # of a stage that saved an adapter
     device: str=None, # as for `load_model`
 ):                    # M_t in fp32, a plain model
-    "S with the adapter of a stage merged into it. Raises ValueError where one of them is missing, or another."
+    "S with the adapter of a stage merged. Raises ValueError where one of them is missing, or another."
     folder = Path(folder)
     S = load_base(folder.parent)
     with naming(folder / "model"): merge_adapter(S, read_adapter(folder / "model"))
@@ -583,10 +583,12 @@ stage.mkdir()
 base = tmp / "S"
 save_model(model, tokenizer, base)
 write_json(stage / "stage.json", ended)
-asked = dict(model=str(base), weights=weights_hash(model), sources={}, settings={}, versions={}, pairs="", device="cpu")
-(tmp / "config.yaml").write_text(yaml.safe_dump(asked))
+nothing = dict(sources={}, settings={}, versions={}, pairs="", device="cpu")
+begun = nothing | dict(model=str(base), weights=weights_hash(model))
+(tmp / "config.yaml").write_text(yaml.safe_dump(begun))
 
-adapted = add_adapter(load_model(base, "cpu"), SimpleNamespace(lora_r=2, lora_alpha=0, lora_targets="q_proj", seed=0))
+small = SimpleNamespace(lora_r=2, lora_alpha=0, lora_targets="q_proj", seed=0)
+adapted = add_adapter(load_model(base, "cpu"), small)
 save_adapter(adapter_of(adapted), tokenizer, stage / "model", str(base))
 assert weights_hash(load_stage(stage)) == ended["end"]         # B is zero: nothing was learned
 assert len(load_saved_tokenizer(stage / "model")) == len(tokenizer)

@@ -118,11 +118,14 @@ class StepwiseConfig(TrainConfig):
         "S",
         "dtype of the models on disk: that of S, or fp32",
         choices=("S", "fp32"))
-    lora_r: int = setting(0, "rank of LoRA adapters, which are trained in place of the weights; 0: none", low=0)
+    lora_r: int = setting(
+        0,
+        "rank of LoRA adapters, which are trained in place of the weights; 0: none",
+        low=0)
     lora_alpha: int = setting(0, "adapters count alpha / r times; 0: alpha is 2 r", low=0)
     lora_targets: str = setting(
         "all-linear",
-        "layers that get an adapter: all-linear (all but the output layer), or names with commas between them")
+        "layers that get an adapter: all-linear (all but the output layer), or names, with commas")
     lora_stages: str = setting(
         "merge",
         "merge: each stage has a new adapter on the merged model; same: one adapter goes on",
@@ -162,8 +165,8 @@ class StepwiseConfig(TrainConfig):
         "Settings of adapters that are not there, and ways of going on that exclude each other."
         asked = self.lora_alpha, self.lora_targets, self.lora_stages
         if not self.lora_r and asked != (0, "all-linear", "merge"):
-            raise ValueError("lora_r: is 0, so there are no adapters for lora_alpha, lora_targets or lora_stages; "
-                             "set lora_r, for example to 16")
+            raise ValueError("lora_r: is 0, so there are no adapters for lora_alpha, lora_targets "
+                             "or lora_stages; set lora_r, for example to 16")
         if self.lora_stages == "same" and self.init_target == "S":
             raise ValueError("lora_stages: 'same' goes on with the adapter of the stage before, "
                              "and init_target = S begins anew; choose one of them")

@@ -55,12 +55,13 @@ from sdpo_nb.folder import (
     read_part, recorded, save_adapter, save_model, share_changed
 )
 from sdpo_nb.logprobs import (
-    SMALL, Clock, LogprobTable, check_model, check_rows, has_adapter, load_model, pair_tokens, pairs_hash, pick_precision,
-    read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind,
+    SMALL, Clock, LogprobTable, check_model, check_rows, has_adapter, load_model, pair_tokens, pairs_hash,
+    pick_precision, read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind,
     weights_hash, write_json
 )
 from sdpo_nb.lora import (
-    adapter_of, adapter_size, add_adapter, is_wrapped, join_adapters, lora_config, put_back, read_adapter, unwrapped
+    adapter_of, adapter_size, add_adapter, is_wrapped, join_adapters, lora_config, put_back, read_adapter,
+    unwrapped
 )
 from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
@@ -630,7 +631,8 @@ def _unwrapped(model, config):
     "S and the settings that a model in PEFT's wrapping asks for."
     plain, asked = unwrapped(model)
     if config.lora_r:
-        raise ValueError("lora_r: the model carries an adapter already; set lora_r, or give get_peft_model(...), not both")
+        raise ValueError("lora_r: the model carries an adapter already; "
+                         "set lora_r, or give get_peft_model(...), not both")
     return plain, changed(config, **asked)
 
 

@@ -100,7 +100,7 @@ else:
 folder = home / Path(model).name
 
 # %% [markdown]
-# To take a model of your own, change the id. All of its parameters are trained, so on a T4 it may have about half a billion of them. Each model gets a folder of its own. If you change the sources or the settings after a run has begun, give the folder another name as well.
+# To take a model of your own, change the id. All of its parameters are trained, so on a T4 it may have about half a billion of them. With `lora_r=16` in `own`, and no `lr` or a larger one, [adapters](09_lora.ipynb) are trained in their place, and a model of 1.2 billion parameters fits. Each model gets a folder of its own. If you change the sources or the settings after a run has begun, give the folder another name as well.
 #
 # ## Will it fit?
 #

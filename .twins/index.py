@@ -150,6 +150,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [06 trainer](06_trainer.ipynb) | one stage, grown from six lines |
 # | [07 figures](07_figures.ipynb) | the pictures of a run |
 # | [08 evaluate](08_evaluate.ipynb) | did it work? held-out pairs, true reward, distance from S, signs of failure |
+# | [09 lora](09_lora.ipynb) | adapters in place of weights: what a stage trains, saves and merges |
 # | [10 folder](10_folder.ipynb) | a run is a folder that knows what it is |
 # | [11 report](11_report.ipynb) | what a run says, and a model with a card |
 # | [12 plan](12_plan.ipynb) | what is asked of a run: settings, sources, chunks, checked before anything is computed |

@@ -144,7 +144,7 @@ pd.DataFrame(rows).rename_axis("tokens in a forward pass")
 #
 # | it says | what to do |
 # |---|---|
-# | out of memory, or "does not fit" | `--gradient-checkpointing`, a smaller `--max-length`, a smaller `--token-budget` (the gradient stays the same) |
+# | out of memory, or "does not fit" | `--lora-r 16` ([adapters](09_lora.ipynb)), `--gradient-checkpointing`, a smaller `--max-length`, a smaller `--token-budget` (the gradient stays the same) |
 # | many pairs dropped or cut | a larger `--max-length`; see `sdpo data` |
 # | minimal improvement | a larger `--lr` |
 # | this run was started with beta = 0.1, not 0.2 | another `--folder`: half a run at each is no run |

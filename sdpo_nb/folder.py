@@ -286,7 +286,7 @@ def load_merged(
     folder,           # of a stage that saved an adapter
     device: str=None, # as for `load_model`
 ):                    # M_t in fp32, a plain model
-    "S with the adapter of a stage merged into it. Raises ValueError where one of them is missing, or another."
+    "S with the adapter of a stage merged. Raises ValueError where one of them is missing, or another."
     folder = Path(folder)
     S = load_base(folder.parent)
     with naming(folder / "model"): merge_adapter(S, read_adapter(folder / "model"))

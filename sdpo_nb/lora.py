@@ -27,7 +27,8 @@ def target_layers(
 ) -> dict:        # name -> layer
     """The layers that get an adapter.
 
-    Raises ValueError for a name that no linear layer has, and for an output layer that is also the embedding."""
+    Raises ValueError for a name that no linear layer has, and for an output layer that is also
+    the embedding."""
     linear = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
     head = model.get_output_embeddings()
     if targets == "all-linear": return {name: m for name, m in linear.items() if m is not head}
@@ -35,7 +36,8 @@ def target_layers(
     for name in wanted:
         if not any(_fits(layer, name) for layer in linear):
             known = sorted({layer.split(".")[-1] for layer in linear})
-            raise ValueError(f"lora_targets: no linear layer is called {name!r}; this model has {', '.join(known)}")
+            raise ValueError(f"lora_targets: no linear layer is called {name!r}; "
+                             f"this model has {', '.join(known)}")
     found = {layer: m for layer, m in linear.items() if any(_fits(layer, name) for name in wanted)}
     if head in found.values() and head.weight is model.get_input_embeddings().weight:
         raise ValueError("lora_targets: the output layer of this model is also its embedding, "
@@ -118,8 +120,12 @@ class Adapter:
 
     def layers(self) -> dict: # name of a layer -> (A, B)
         "The two matrices of each layer."
-        names = [name.removesuffix(".lora_A.weight") for name in self.state if name.endswith(".lora_A.weight")]
-        return {name: (self.state[f"{name}.lora_A.weight"], self.state[f"{name}.lora_B.weight"]) for name in names}
+        found, end = {}, ".lora_A.weight"
+        for name, A in self.state.items():
+            if not name.endswith(end): continue
+            layer = name.removesuffix(end)
+            found[layer] = A, self.state[f"{layer}.lora_B.weight"]
+        return found
 
 def adapter_of(
     model, # with adapters
@@ -197,7 +203,9 @@ def join_adapters(
     first: Adapter,  # of the stages before
     second: Adapter, # of a new stage, on the model that the first was merged into
 ) -> Adapter:        # of higher rank, on the model that the first belongs on
-    "One adapter that does what two do one after the other: equation (3). Raises ValueError for unequal scales."
+    """One adapter that does what two do one after the other: equation (3).
+
+    Raises ValueError for unequal scales or layers."""
     if first.scale != second.scale or first.targets != second.targets:
         raise ValueError("adapter: these two have other scales or other layers, and cannot be joined")
     state = {}
@@ -238,7 +246,8 @@ def unwrapped(
     "What a wrapped model asks for. Raises ValueError for what cannot be had here, naming it."
     _check_wrapped(model)
     config = model.peft_config[model.active_adapter]
-    if config.lora_dropout: print(f"lora_dropout = {config.lora_dropout} is not used: a policy is trained without dropout")
+    dropout = config.lora_dropout
+    if dropout: print(f"lora_dropout = {dropout} is not used: a policy is trained without dropout")
     plain = _without(model)
     every = set(target_layers(plain, "all-linear"))
     names = sorted(config.target_modules)
@@ -259,9 +268,11 @@ def _check_wrapped(model):
         if f.name in TAKEN + HARMLESS: continue
         value = getattr(config, f.name)
         if value != getattr(usual, f.name):
-            raise ValueError(f"model: its LoraConfig has {f.name} = {value!r}, which is not known here; leave it out")
+            raise ValueError(f"model: its LoraConfig has {f.name} = {value!r}, which is not known here; "
+                             "leave it out")
     if isinstance(config.target_modules, str):
-        raise ValueError(f"model: target_modules = {config.target_modules!r} is a pattern; give a list of names")
+        raise ValueError(f"model: target_modules = {config.target_modules!r} is a pattern; "
+                         "give a list of names")
     if any(p.any() for name, p in model.named_parameters() if "lora_B" in name):
         raise ValueError("model: its adapter has been trained; merge it first: merge_and_unload(), "
                          "and give lora_r for a new one")

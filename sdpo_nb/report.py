@@ -529,7 +529,8 @@ def _method_text(run):
 def _adapters_text(settings):
     "What of the weights was trained, where it was not all of them."
     if not settings.get("lora_r"): return ""
-    return f"; LoRA adapters of rank {settings['lora_r']} ({settings['lora_targets']}), merged into the weights"
+    layers = settings["lora_targets"]
+    return f"; LoRA adapters of rank {settings['lora_r']} ({layers}), merged into the weights"
 
 # %% ../nbs/11_report.ipynb #29b49432
 def export_model(

@@ -30,8 +30,8 @@ try: import resource
 except ImportError: resource = None # Windows
 
 from .logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, has_adapter
-from .logprobs import micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress, replacing
-from .logprobs import response_logprobs, same_bits, weights_hash
+from .logprobs import micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress
+from .logprobs import replacing, response_logprobs, same_bits, weights_hash
 from .loss import dpo_loss, follow, reward, reward_accuracy
 from .packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack
 from .packing import padded_plan, piece_bytes, recompute_alike, try_out
@@ -480,7 +480,7 @@ def _first_look(trainer, loss, batch, pairs, start):
     # compiled layers round half precision otherwise with gradients than without
     check_same_twice(loss, again, precision, 1e-4 + rounded if half else 1e-4)
     if own is None: return again
-    # a table of merged weights: in half precision they round otherwise than weights with an adapter beside them
+    # in half precision, merged weights round otherwise than weights with an adapter beside them
     told = exact if has_adapter(model) else said
     check_table(own, more, told, limit, precision)
     return loss_from(*own.lookup(batch))
