@@ -68,7 +68,7 @@ def classes(found):
             seconds, answers = {name: [] for name in lms}, {}
             for order in (list(lms), list(lms)[::-1]):
                 for name in order:
-                    asked, took = timed(lambda: ask_harness(lms[name], task, tasks, limit=n))
+                    asked, took = timed(lambda: ask_harness(lms[name], [task], tasks, limit=n))
                     answers[name] = answers_of(asked)
                     seconds[name].append(took)
             (ours, said), (theirs, they_said) = answers["ours"], answers["harness"]
@@ -127,7 +127,7 @@ def tokens(found):
                 asked.extend((x, o) for _, x, o in requests)
                 return [(0., False)] * len(requests)
             lm._loglikelihood_tokens = collect
-            ask_harness(lm, task, tasks, limit=20)
+            ask_harness(lm, [task], tasks, limit=20)
             rows = {(*x, *o[:-1]) for x, o in asked}                 # the harness reads equal rows once
             options = sum(len(o) - 1 for _, o in asked)
             prompts, shared, last = list(by_prompt(asked, 8192)), 0, ()
