@@ -420,6 +420,8 @@ asked = requests_of(define(num_fewshot=2), 3)
 
 
 # %% [markdown]
+# Each entry is one request: 56 tokens of examples and question, and up to four of an option.
+#
 # Requests with the same prompt belong together. `by_prompt` groups them, and sorts the prompts like words in a dictionary: then neighbours share the longest beginnings. What is too long for the model loses its beginning, as in the harness.
 
 # %%
@@ -603,7 +605,7 @@ class Reader:
 
 
 # %% [markdown]
-# The first question, asked this way and by hand:
+# The first question, asked this way and by hand. Nothing is approximated, so the numbers must be the same but for rounding, that is, for the order in which a processor adds.
 
 # %%
 reader = Reader(S)
@@ -617,7 +619,9 @@ print(f"{reader.tokens} tokens read, instead of {alone}")
 
 
 # %% [markdown]
-# The harness wants one thing more of each option: would the model have written it by itself, taking the likeliest token each time? That is `is_greedy`.
+# The harness wants one thing more of each option: would the model have written it by itself, taking the likeliest token each time? That is `is_greedy`. We have the logits of all places, so it costs nothing.
+#
+# `score_options` goes through the prompts in their order, and gives each answer away as soon as it is known. So whoever calls it can write it down, or draw a bar.
 
 # %%
 #| export
@@ -690,6 +694,8 @@ def why_not_shared(
 
 
 # %% [markdown]
+# What "seen to give the model's own numbers" costs is some passes over twenty tokens, before thousands of long ones. The check looks at the whole way: two prompts with a common beginning, several options, each of several tokens.
+#
 # Some architectures, small and with random weights. Which of them can share?
 
 # %%
@@ -772,6 +778,8 @@ def sharing_lm(
 
 
 # %% [markdown]
+# One line is easily overlooked: `cache_hook.add_partial`. It hands every answer to the harness at once, and the harness writes it into a file if it was given one. We need that below.
+#
 # The same task by both classes, with three examples. Scores must be equal; log-probabilities to rounding.
 
 # %%
@@ -862,7 +870,9 @@ pd.DataFrame([vars(b) for b in BENCHMARKS]).set_index("task")[["title", "shots",
 #
 # ### Local files
 #
-# A row is checked field by field before anything is computed.
+# Where no hub can be reached, the data must come from files. Those that we use hold one question a line, with the fields `question`, `choices` and `label` in most of them. The harness's tasks want other names, and other forms: ARC numbers its options by letters, EQ-Bench wants its reference as text. The table above translates. A field of a task is either the name of a field of the row, or a function of the row.
+#
+# Each row is translated before anything is computed, and what cannot be translated is an error with file, row and field.
 
 # %%
 #| export
@@ -1037,7 +1047,9 @@ def read_score(
 
 
 # %% [markdown]
-# `asked` says what the score belongs to: weights, questions, examples. If any of it is different today, the benchmark is asked again.
+# Why keep the score of each question, and not the mean alone? Because paired differences need them, also with models that are trained next year. And the hashes say whether next year's questions are still the same.
+#
+# `asked` says what a score belongs to: weights, data, limit, examples, version of the harness. If any of it is different today, the benchmark is asked again. What was asked before at a smaller `limit` is in the data base of requests, and only the rest is computed.
 
 # %%
 #| export
@@ -1137,7 +1149,9 @@ print(f"forward passes: {len(first_try)}, then {len(second_try)}")
 # %% [markdown]
 # ## Models side by side
 #
-# Of several models on the same questions we want three things: their scores, their paired differences, and a picture. First the choice of benchmarks by name; `h4` stands for four of them.
+# Of several models on the same questions we want three things: their scores, their paired differences, and a picture. In a run of stepwise DPO the models are S, $M_1$, $M_2$ and so on, and two differences of each are of interest: from S (did the run help so far?) and from the model before (did this stage help?).
+#
+# First the choice of benchmarks by name; `h4` stands for four of them.
 
 # %%
 #| export
@@ -1380,13 +1394,41 @@ differences.map(lambda cell: as_text(cell, "+.1f"))
 evaluation.figure();
 
 # %% [markdown]
-# What to see: a dot right of the line is a gain over S, and where its whisker crosses the line, chance could have made it.
+# What to see: a dot right of the line is a gain over S, and where its whisker crosses the line, chance could have made it. Three skills gain, and nothing can be said of `copy`.
+#
+# Twelve intervals of 95 % are many: with no difference anywhere, nearly every second such table would have one that misses zero. So decide beforehand which comparison you believe. For a run it is that of the last model with S in H4.
 #
 # From the command line it is `sdpo eval RUN --tasks h4 --limit 50` ([18](18_cli.ipynb)).
 #
-# ## A real model
+# ## A real model, and the harness's own command
 #
-# SmolLM2-135M-Instruct, five questions of each task but MMLU, which has five of each of 57 subjects. These scores are far too uncertain to mean anything; they show what is printed.
+# Is it all the same in the end? We gave the same files to `sdpo eval` and to the harness's own command, `lm_eval --include_path`, with the folder of `write_tasks`: SmolLM2-135M-Instruct in fp32 on a CPU, two questions of each task (of MMLU two of each of three subjects). So few questions say nothing about the model. But a wrong blank, a lost first token or another example would show in them. (`tests/bench_benchmarks.py commands` does it again.)
+
+# %%
+runs = pd.DataFrame(measured["commands"]["runs"])
+values = {}
+for _, one in runs.drop_duplicates("command").iterrows():
+    said = {b.title: b.scale * one["said"][b.task][0] for b in BENCHMARKS}
+    said["H4"] = np.mean([said[b.title] for b in find_benchmarks(["h4"])])
+    values["sdpo eval" if one["command"] == "sdpo" else one["command"]] = said
+compared = pd.DataFrame(values)
+off = (compared["sdpo eval"] - compared["lm_eval"]).abs()
+assert (compared["sdpo eval"].map("{:.4f}".format) == compared["lm_eval"].map("{:.4f}".format)).all()
+compared.assign(apart=off).style.format("{:.4f}").format("{:.0e}", subset=["apart"])
+
+# %% [markdown]
+# The same to the last digit that either of them prints. Where options are only counted as right or wrong, the numbers are the same to the last bit. MC2 is made of probabilities, and there rounding remains.
+#
+# And the time? The machine had other work to do, so the clock says little. What the processor spent on each command, loading and imports included, says more:
+
+# %%
+runs["clock"], runs["processor"] = zip(*runs["seconds"])
+runs[["command", "clock", "processor"]].style.format("{:.0f} s", subset=["clock", "processor"])
+
+# %% [markdown]
+# A part of it is not ours: importing, loading, and in `lm_eval` a search through all definitions of the harness. With more questions only the tokens count, and their table stands above.
+#
+# Here is what is printed, with five questions of two tasks. These scores are far too uncertain to mean anything.
 
 # %%
 #| slow
@@ -1446,10 +1488,10 @@ shutil.rmtree(tmp)
 #
 # ## Try this
 #
-# Ask S the task with `define(num_fewshot=3)` instead of `zero_shot`. Before you look: does it become better?
+# Train the run harder, on fewer pairs: `lr=3e-4` and `max_pairs=250`. Before you look: does pairing still help as much?
 #
 # <details><summary>What you should see</summary>
 #
-# XXX
+# The assertion fails: 0.049 unpaired and 0.049 paired. Now both models are right, or both wrong, on 52 % of the questions only, hardly more than by chance. Pairing helps as far as models are alike. A stage of DPO on a real model, with its small learning rate, leaves them very much alike.
 #
 # </details>
