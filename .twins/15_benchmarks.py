@@ -11,6 +11,8 @@
 # You have aligned a model. Has it become better at anything that others measure, too? The paper of stepwise DPO answers with *H4*: the mean of four public benchmarks, ARC, HellaSwag, MMLU and TruthfulQA. People trust such numbers because everybody computes them with the same program, [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness). So do we. We write no benchmark of our own.
 #
 # But three things are ours to explain, and one to improve. What does a benchmark *ask*? How sure is its answer? How sure is the *difference* of two models, which is what you want to know? And how much of the computing is done twice?
+#
+# The way through: one question, asked by hand. The same question as a task of the harness. Examples before the question. The error of a score, and of a difference. Then the tokens that are read again and again, and a class that reads them once. In the end, the benchmarks themselves, for all models of a run.
 
 # %%
 #| default_exp benchmarks
@@ -36,7 +38,7 @@ if not importlib.util.find_spec("lm_eval"):
 
 # %%
 #| export
-import contextlib, gzip, hashlib, importlib, importlib.metadata, inspect, io, json, logging, math, sys, tempfile
+import contextlib, gzip, hashlib, importlib, inspect, io, json, logging, math, sys, tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -62,7 +64,9 @@ from sdpo_nb.report import Run
 import os, random, shutil
 
 from IPython.display import display
+from importlib.resources import files
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.logprobs import token_logprobs
@@ -76,6 +80,8 @@ pd.set_option("display.width", 180, "display.max_columns", 20);
 # ## One question
 #
 # A language model does not tick boxes. How does one ask it a multiple-choice question? Each option is taken as a *continuation* of the question, and the model says how likely it is. The likeliest option is its answer.
+#
+# Note what is not asked: the model need not write anything, and nobody must find an answer in what it wrote. That makes such benchmarks cheap and their scores exact. It is also their weakness, because nobody uses a model like this.
 #
 # Here is a question of the [tiny world](00_world.ipynb), with three options: the answer by the right rule, the one by the wrong rule, and the right one with a wrong letter.
 
@@ -104,7 +110,7 @@ questions[0]
 
 
 # %% [markdown]
-# Before you look at the cell: the question is read once for each option, and then only the tokens of the option count. With $o_k$ the $k$-th option, $x$ the question and $\pi$ the model, its answer is
+# What does S answer? It reads the question and an option, and only the log-probabilities of the option's tokens count. With $o_k$ the $k$-th option, $x$ the question and $\pi$ the model, its answer is
 #
 # $$\hat k = \operatorname*{argmax}_k \log\pi(o_k \mid x). \tag{1}$$
 
@@ -121,11 +127,13 @@ def option_logprobs(model, q):
 first = questions[0]
 nats = option_logprobs(S, first)
 chosen = int(nats.argmax())                    # equation (1)
-pd.DataFrame({"option": first["choices"], "log-probability": nats.round(2)}).assign(right=lambda t: t.index == first["label"])
+table = pd.DataFrame({"option": first["choices"], "log-probability": nats.round(2)})
+table["right"] = table.index == first["label"]
+table
 
 
 # %% [markdown]
-# *Accuracy*, `acc`, is the share of questions in which $\hat k$ is the right option. Let us take the first sixty.
+# S takes the answer by the wrong rule: it was misled in this skill, as chapter 00 tells. One question says little, of course. *Accuracy*, `acc`, is the share of questions in which $\hat k$ is the right option. Let us take the first sixty.
 
 # %%
 def accuracy(model, questions, length=lambda option: 1):
@@ -174,7 +182,11 @@ print(f"acc_norm with the short option: {acc_norm:.3f}")
 #
 # $$\text{MC2} = \frac{\sum_{k\ \text{true}} \pi(o_k\mid x)}{\sum_k \pi(o_k\mid x)}. \tag{3}$$
 #
+# With several true options there is no single right one, so no question is simply right or wrong, and a score of 0.4 means that the true options have 40 % of what all options of the question have together.
+#
 # ## A question is a task of the harness
+#
+# Nobody should believe a score that was computed by code like ours above. A blank in front of an option, another word in the prompt, a sum for a mean: each moves a score by points, and two papers that do it differently cannot be compared. This is what the harness is for.
 #
 # The harness describes a benchmark by a short file. Ours has our questions in a file of its own, and says which field is what. An option follows the question directly here (`target_delimiter`); in most benchmarks a blank stands between them.
 
@@ -229,7 +241,7 @@ complaint(harness, "lm_eval.of_next_year")
 
 
 # %% [markdown]
-# It speaks a lot: a bar for each step, warnings, environment. We keep what is asked for.
+# It speaks a lot: a bar for each step, warnings, notes on what it overrides. Beside a bar of our own, which says how long it still takes, this would be noise. Errors come through.
 
 # %%
 #| export
@@ -247,24 +259,24 @@ def quiet():
 
 
 # %% [markdown]
-# `ask_harness` asks one model one benchmark. The harness draws few-shot examples with a seed of its own; we leave it at its default, so that the questions are those of everybody else.
+# `ask_harness` asks one model some tasks. The harness draws few-shot examples with a seed of its own; we leave it at its default, so that the questions are those of everybody else.
 
 # %%
 #| export
 def ask_harness(
     lm,              # a model class of the harness
-    task: str,       # name of a task, or of a group of tasks
+    tasks: list,     # names of tasks, or of groups of tasks
     folder,          # with the definitions, as `write_tasks` writes them
     limit: int=None, # so many questions of each task, the first ones; None: all
     kept=None,       # file for the answers to single requests; None: nowhere
 ) -> dict:           # as `simple_evaluate` returns it
-    "Ask the questions of one task. Global random states stay as they are."
+    "Ask the questions of some tasks. Global random states stay as they are."
     manager = harness("lm_eval.tasks").TaskManager(include_path=str(folder), include_defaults=False)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
     with quiet():
         return harness().simple_evaluate(
             model=lm,
-            tasks=[task],
+            tasks=tasks,
             task_manager=manager,
             limit=limit,
             use_cache=kept and str(kept),
@@ -273,7 +285,7 @@ def ask_harness(
 
 
 # %% [markdown]
-# The harness's own model class is `HFLM`. Does it find what we found by hand?
+# `limit` is how one looks at a benchmark before one pays for it: the first so many questions. What we call a *model class* is an object with a method `loglikelihood`, which is given pairs of a context and a continuation, and answers with log-probabilities. All that is known about the model is hidden in it. The harness's own is `HFLM`. Does it find what we found by hand?
 
 # %%
 #| export
@@ -286,13 +298,15 @@ def plain_lm(
 
 
 # %%
-found = ask_harness(plain_lm(S, tok), "strings", zero_shot, limit=60)
+found = ask_harness(plain_lm(S, tok), ["strings"], zero_shot, limit=60)
 theirs = found["results"]["strings"]
 assert theirs["acc,none"] == acc
 assert theirs["acc_norm,none"] == acc_norm
 {name: theirs[name] for name in ("acc,none", "acc_norm,none")}
 
 # %% [markdown]
+# To the last digit. So the formulas above are what is computed, and from here on the harness asks.
+#
 # ## Few-shot examples
 #
 # A model that only continues texts does not know what is wanted of it. So most benchmarks put solved examples before the question, the same way in each: *five-shot* is five of them. The examples come from another part of the data, with their answers.
@@ -300,13 +314,15 @@ assert theirs["acc_norm,none"] == acc_norm
 # Here is what a model reads for a question with two examples. (Ours come from the questions themselves; the harness takes care that no question is its own example.)
 
 # %%
-two_shot = ask_harness(plain_lm(S, tok), "strings", define(num_fewshot=2), limit=3)
+two_shot = ask_harness(plain_lm(S, tok), ["strings"], define(num_fewshot=2), limit=3)
 sample = two_shot["samples"]["strings"][2]
 context, option = sample["arguments"][0]
 print(context.replace("<|user|>", "\n<|user|>"), "\n\nand one of its options:", option)
 
 # %% [markdown]
 # S was never trained on more than one turn, so examples cannot help it. Real models gain from them, and the benchmarks of H4 fix their number: 25 in ARC, 10 in HellaSwag, 5 in MMLU, none in TruthfulQA.
+#
+# Where do they come from? MMLU has five fixed ones for each of its subjects. ARC and HellaSwag draw theirs anew for each question, with a seed that is the same for everybody. So a score belongs to its examples, too: other examples, other score.
 #
 # Examples are what makes a benchmark slow. In ARC a question has some 30 tokens, and the 25 examples before it have some 2,000.
 #
@@ -326,7 +342,7 @@ M_2 = load_stage(folder_of(run.folder, 2))
 
 def question_scores(model, metric="acc_norm"):
     "The score of each question, in their order."
-    found = ask_harness(plain_lm(model, tok), "strings", zero_shot, limit=200)
+    found = ask_harness(plain_lm(model, tok), ["strings"], zero_shot, limit=200)
     return np.array([sample[metric] for sample in found["samples"]["strings"]]), found["results"]["strings"]
 
 of_S, told = question_scores(S)
@@ -355,14 +371,31 @@ print(f"difference {d.mean():+.3f}; standard error {apart:.3f} if unpaired, {pai
 print(f"on {agree:.0%} of the questions both are right, or both are wrong")
 
 # %% [markdown]
-# How many more questions would an unpaired comparison need for an error as small? The error falls with $\sqrt n$, so the factor is the square of the ratio. And the more alike two models are, the larger it is. Models before and after a stage of DPO are *very* alike.
+# The first error would leave the question open in many a case in which the second one answers it. How many more questions would an unpaired comparison need for an error as small? The error falls with $\sqrt n$, so the factor is the square of the ratio. And the more alike two models are, the larger it is. Models before and after a stage of DPO are *very* alike.
 
 # %%
 factor = (apart / paired) ** 2
 print(f"{factor:.1f} times as many")
 
+# %% [markdown]
+# What does (4) say of the real benchmarks? Right or wrong with a share $p$ of right answers has the standard deviation $\sqrt{p(1-p)}$, at most one half. So the number of questions alone says how small an error can become, and how large a paired difference must be to be seen. Let two models agree on nine of ten questions; in the tenth, one of them is right. Then $s_d = \sqrt{0.1}$ if they are equally good.
+
+# %%
+sizes = {"ARC-Challenge": 1172, "HellaSwag": 10042, "MMLU": 14042, "TruthfulQA": 817}
+n = pd.Series(sizes, name="questions")
+errors = pd.DataFrame({
+    "questions": n,
+    "error of a score": 100 * 0.5 / np.sqrt(n),                # points, equation (4)
+    "of a paired difference": 100 * np.sqrt(0.1) / np.sqrt(n), # points, equation (5)
+})
+h4 = np.sqrt((errors.drop(columns="questions") ** 2).sum()) / 4 # of a mean of four
+errors.loc["H4"] = [n.sum(), *h4]
+errors.round(2)
+
 
 # %% [markdown]
+# H4 of all 26,073 questions has an error of half a point, and a paired difference of H4 one of 0.4 points. Differences below 0.8 points, two such errors, cannot be told from chance. ARC and TruthfulQA, the small ones, make most of it. Keep this table in mind when you read that one method has 0.5 points more than another. And these errors are about *questions* only: another training seed is another model, and moves scores as well.
+#
 # ## What is computed twice
 #
 # What must the model read for one question? The harness asks every option by itself: examples, question, option; examples, question, next option. Two things are read again and again. All options of a question have the same *prompt*. And in many benchmarks all questions have the same *examples*.
@@ -379,7 +412,7 @@ def requests_of(folder, limit):
         return [(0.0, False)] * len(requests)
 
     lm._loglikelihood_tokens = collect
-    ask_harness(lm, "strings", folder, limit)
+    ask_harness(lm, ["strings"], folder, limit)
     return asked
 
 asked = requests_of(define(num_fewshot=2), 3)
@@ -387,6 +420,8 @@ asked = requests_of(define(num_fewshot=2), 3)
 
 
 # %% [markdown]
+# Each entry is one request: 56 tokens of examples and question, and up to four of an option.
+#
 # Requests with the same prompt belong together. `by_prompt` groups them, and sorts the prompts like words in a dictionary: then neighbours share the longest beginnings. What is too long for the model loses its beginning, as in the harness.
 
 # %%
@@ -417,8 +452,10 @@ def shared_tokens(
 groups = by_prompt(asked, max_length=128)
 prompts = list(groups)
 assert shared_tokens((1, 2, 3), (1, 2, 4, 5)) == 2
-assert sorted(i for which in groups.values() for i in which) == list(range(len(asked)))
-{"requests": len(asked), "prompts": len(prompts), "shared by neighbours": [shared_tokens(a, b) for a, b in zip(prompts, prompts[1:])]}
+grouped = [i for numbers in groups.values() for i in numbers]
+assert sorted(grouped) == list(range(len(asked)))
+shared = [shared_tokens(a, b) for a, b in zip(prompts, prompts[1:])]
+{"requests": len(asked), "prompts": len(prompts), "shared by neighbours": shared}
 
 
 # %% [markdown]
@@ -449,16 +486,39 @@ for way, color in zip(ways, sns.color_palette("viridis", 3)):
     per_question = table[way] / 40
     ax.plot(per_question, "o-", color=color)
     ax.text(10.3, per_question.iloc[-1], way, color=color, va="center")
-ax.set(xlabel="examples before each question", ylabel="tokens that are read\nfor one question", ylim=(0, None))
+ax.set(xlabel="examples before each question", ylim=(0, None))
+ax.set_ylabel("tokens that are read\nfor one question\n←  cheaper")
 sns.despine(fig);
-
 
 # %% [markdown]
 # Four options in one reading are a quarter of the tokens. And examples that are the same for all questions cost next to nothing: the bottom line is nearly flat.
 #
+# How much is it for the real benchmarks? Here are twenty questions of each, in tokens of SmolLM2. (MMLU: one subject.) Where an option is a single token, as in MMLU, the harness reads the prompt once for all options already; the second column knows this.
+
+# %%
+measured = json.loads((files("sdpo_nb.data") / "results/benchmarks.json").read_text())
+titles = {
+    "arc_challenge": "ARC-Challenge",
+    "hellaswag": "HellaSwag",
+    "mmlu_anatomy": "MMLU",
+    "truthfulqa_mc2": "TruthfulQA",
+}
+tokens = pd.DataFrame(measured["tokens"]).T.rename(index=titles)
+per_question = tokens[["alone", "harness", "prompt_shared", "ours"]].div(tokens["questions"], axis=0)
+per_question.columns = ["each option alone", "the harness", "options share", "examples, too"]
+fewer = per_question["the harness"] / per_question["examples, too"]
+assert (fewer > 3).all()
+per_question.round(0).astype(int).assign(**{"times fewer than the harness": fewer.round(1)})
+
+
+# %% [markdown]
+# In ARC and HellaSwag it is the options that count. Their examples are drawn anew for each question, so there is little else to share. In MMLU it is the examples, and in TruthfulQA both: each question has seven options on average, and the same six solved questions before it.
+#
 # ## Share them
 #
 # Chapter [04](04_packing.ipynb) packs a prompt with two responses into one row. Here a prompt has any number of options, and another prompt has the same beginning. What we need for this is a *cache*: while a model reads, it keeps keys and values of each token, and later tokens look at these. Libraries use it to generate. Nothing prevents us from going *back*: to forget the last tokens, and to read on in another way.
+#
+# (Could the rows of chapter 04 do it? They could hold one prompt with many options. But they have no cache, and so each row would read the examples anew. With a cache, an ordinary mask is enough, and no attention of our own is needed.)
 #
 # So the model reads a prompt, and we note the logits of its last token, which predict the first token of every option. Then it reads all options at once, one behind the other, and each must not see the others. A mask says who sees whom.
 
@@ -486,7 +546,9 @@ ax.set_yticks(np.arange(5) + 0.5, [*"aa", *"bbb"], rotation=0);
 
 
 # %% [markdown]
-# A `Reader` is a model that remembers the prompt which it has read last. Asked the next one, it forgets what the two do not share, and reads the rest.
+# A `Reader` is a model that remembers the prompt which it has read last. Asked the next one, it forgets what the two do not share, and reads the rest. Only the logits that are needed are computed: of a prompt those of its last token. With a vocabulary of 49,152 and a prompt of 2,000 tokens, all logits would be 400 MB.
+#
+# The tokens of all options have the positions that they would have directly behind the prompt; and after they were read, they are forgotten, too, so that the next prompt finds a clean cache.
 
 # %%
 #| export
@@ -543,7 +605,7 @@ class Reader:
 
 
 # %% [markdown]
-# The first question, asked this way and by hand:
+# The first question, asked this way and by hand. Nothing is approximated, so the numbers must be the same but for rounding, that is, for the order in which a processor adds.
 
 # %%
 reader = Reader(S)
@@ -557,7 +619,9 @@ print(f"{reader.tokens} tokens read, instead of {alone}")
 
 
 # %% [markdown]
-# The harness wants one thing more of each option: would the model have written it by itself, taking the likeliest token each time? That is `is_greedy`.
+# The harness wants one thing more of each option: would the model have written it by itself, taking the likeliest token each time? That is `is_greedy`. We have the logits of all places, so it costs nothing.
+#
+# `score_options` goes through the prompts in their order, and gives each answer away as soon as it is known. So whoever calls it can write it down, or draw a bar.
 
 # %%
 #| export
@@ -565,7 +629,7 @@ def score_options(
     model,           # a causal LM
     requests: list,  # (prompt ids, option ids) of each
     max_length: int, # tokens that the model can read
-):                   # yields (number of the request, (log-probability in nats, is it what the model would write?))
+):                   # yields (number of the request, (log-probability in nats, is_greedy))
     "Score options, prompt by prompt, so that nothing is read twice that two neighbours share."
     reader = Reader(model)
     for prompt, numbers in by_prompt(requests, max_length).items():
@@ -589,7 +653,7 @@ answers
 # %% [markdown]
 # ### When sharing would be wrong
 #
-# A cache and a mask are not understood by every model in the same way. A model with a *sliding window* sees only the last so many tokens, and our mask knows nothing of it. So, as in chapter 04, sharing is used only after it has been seen to give the model's own numbers, on short prompts of the very requests. Where it does not, the harness's way is taken, and you are told why.
+# A cache and a mask are not understood by every model in the same way. BLOOM reads positions out of the mask. A model with a *sliding window* sees only the last so many tokens, and our mask knows nothing of it. So, as in chapter 04, sharing is used only after it has been seen to give the model's own numbers, on short prompts of the very requests. Where it does not, the harness's way is taken, and you are told why.
 
 # %%
 #| export
@@ -625,16 +689,23 @@ def why_not_shared(
         return f"it cannot be computed: {str(e).splitlines()[0]}"
     own = [_plain(model, *request) for request in few]
     off = max(abs(shared[i][0] - own[i]) for i in range(len(few)))
-    if not off <= 1e-3 + 1e-5 * max(map(abs, own)): return f"log-probabilities differ from its own by {off:.2g} nats"
+    near = off <= 1e-3 + 1e-5 * max(map(abs, own)) # what is not a number is not near
+    if not near: return f"log-probabilities differ from its own by {off:.2g} nats"
 
 
 # %% [markdown]
+# What "seen to give the model's own numbers" costs is some passes over twenty tokens, before thousands of long ones. The check looks at the whole way: two prompts with a common beginning, several options, each of several tokens.
+#
 # Some architectures, small and with random weights. Which of them can share?
 
 # %%
-from transformers import AutoConfig, AutoModelForCausalLM
-
-small = dict(vocab_size=len(tok), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+small = dict(
+    vocab_size=len(tok),
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+)
 kinds = {
     "llama": small,
     "qwen3": small | dict(head_dim=8, num_key_value_heads=2),
@@ -707,12 +778,14 @@ def sharing_lm(
 
 
 # %% [markdown]
+# One line is easily overlooked: `cache_hook.add_partial`. It hands every answer to the harness at once, and the harness writes it into a file if it was given one. We need that below.
+#
 # The same task by both classes, with three examples. Scores must be equal; log-probabilities to rounding.
 
 # %%
 def by_class(make):
     "Scores of the questions, and (log-probability, greedy) of all requests."
-    found = ask_harness(make(M_2, tok), "strings", define(num_fewshot=3), limit=40)["samples"]["strings"]
+    found = ask_harness(make(M_2, tok), ["strings"], define(num_fewshot=3), limit=40)["samples"]["strings"]
     answers = [r[0] for sample in found for r in sample["resps"]]
     return [sample["acc_norm"] for sample in found], answers
 
@@ -797,7 +870,9 @@ pd.DataFrame([vars(b) for b in BENCHMARKS]).set_index("task")[["title", "shots",
 #
 # ### Local files
 #
-# A row is checked field by field before anything is computed.
+# Where no hub can be reached, the data must come from files. Those that we use hold one question a line, with the fields `question`, `choices` and `label` in most of them. The harness's tasks want other names, and other forms: ARC numbers its options by letters, EQ-Bench wants its reference as text. The table above translates. A field of a task is either the name of a field of the row, or a function of the row.
+#
+# Each row is translated before anything is computed, and what cannot be translated is an error with file, row and field.
 
 # %%
 #| export
@@ -814,7 +889,8 @@ def _rows(path):
 def _field(name, how, row, where):
     try: return how(row) if callable(how) else row[how]
     except (KeyError, IndexError, TypeError) as e:
-        raise ValueError(f"{where}: '{name}' of the task cannot be made of it ({type(e).__name__}: {e})") from e
+        why = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{where}: '{name}' of the task cannot be made of it ({why})") from e
 
 def local_dataset(
     benchmark: str,     # name of one in `BENCHMARKS`
@@ -845,7 +921,8 @@ local = tmp / "local"
 local.mkdir()
 
 def write_rows(name, rows):
-    with gzip.open(local / f"{name}.jsonl.gz", "wt") as f: f.writelines(json.dumps(row) + "\n" for row in rows)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    with gzip.open(local / f"{name}.jsonl.gz", "wt") as f: f.writelines(lines)
 
 arc = dict(question="Which is hot?", choices=["ice", "fire", "snow"], label=1)
 write_rows("arc_challenge_test", [arc, dict(question="Which is cold?", label=0)])
@@ -916,7 +993,7 @@ print(text.replace(str(tmp), ".").replace(package, "lm_eval"))
 # Does the harness take it? S knows no English, and no capital letter is in its vocabulary. But it can be asked.
 
 # %%
-found = ask_harness(sharing_lm(S, tok), "arc_challenge", tmp / "tasks", limit=2)
+found = ask_harness(sharing_lm(S, tok), ["arc_challenge"], tmp / "tasks", limit=2)
 sample = found["samples"]["arc_challenge"][0]
 context, option = sample["arguments"][1]
 assert context.count("Question:") == 26
@@ -945,10 +1022,10 @@ class Score:
 
 def _score(found, b, asked):
     "A Score of what `simple_evaluate` returned."
-    result = (found.get("groups") or found["results"])[b.task]
+    result = (found.get("groups", {}) | found["results"])[b.task]
     items = []
-    for name, samples in found["samples"].items():
-        for s in samples:
+    for name in _definitions(b):
+        for s in found["samples"].get(name, []):
             question = f"{s['doc_hash']}{s['prompt_hash']}"
             short = hashlib.sha256(question.encode()).hexdigest()[:16]
             items.append(dict(task=name, number=s["doc_id"], hash=short, score=float(s[b.metric])))
@@ -970,7 +1047,9 @@ def read_score(
 
 
 # %% [markdown]
-# `asked` says what the score belongs to: weights, questions, examples. If any of it is different today, the benchmark is asked again.
+# Why keep the score of each question, and not the mean alone? Because paired differences need them, also with models that are trained next year. And the hashes say whether next year's questions are still the same.
+#
+# `asked` says what a score belongs to: weights, data, limit, examples, version of the harness. If any of it is different today, the benchmark is asked again. What was asked before at a smaller `limit` is in the data base of requests, and only the rest is computed.
 
 # %%
 #| export
@@ -995,25 +1074,25 @@ def score_model(
     desc: str="",    # name of the model, for the bar
 ) -> dict[str, Score]: # by task
     "Ask one model, go on where an earlier call stopped, and keep what it scored."
-    folder, found, loaded = Path(folder), {}, None
-    version = importlib.metadata.version("lm_eval") if importlib.util.find_spec("lm_eval") else None
-    for b in benchmarks:
-        asked = dict(weights=weights, limit=limit, data=_fingerprint(b, data), shots=b.shots, harness=version)
-        path = folder / f"{b.task}.json"
-        found[b.task] = read_score(path, asked)
-        if found[b.task]: continue
-        loaded = loaded or load()
-        lm = sharing_lm(*loaded, f"{desc} {b.title}".strip())
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as tasks:
-            write_tasks(tasks, data, [b])
-            try: answers = ask_harness(lm, b.task, tasks, limit, folder / f"requests-{weights}")
-            except OSError as e:
-                reason = str(e).splitlines()[0]
-                raise ValueError(f"{b.title}: its questions cannot be read ({reason}); "
-                                 "--data FOLDER reads local files") from e
-        found[b.task] = _score(answers, b, asked)
-        write_json(path, vars(found[b.task]))
+    folder = Path(folder)
+    version = harness().__version__
+    same = dict(weights=weights, limit=limit, harness=version)
+    asked = {b.task: same | dict(shots=b.shots, data=_fingerprint(b, data)) for b in benchmarks}
+    found = {task: read_score(folder / f"{task}.json", what) for task, what in asked.items()}
+    left = [b for b in benchmarks if found[b.task] is None]
+    if not left: return found
+
+    lm = sharing_lm(*load(), desc)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as tasks:
+        names = write_tasks(tasks, data, left)
+        try: answers = ask_harness(lm, names, tasks, limit, folder / f"requests-{weights}")
+        except OSError as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"questions cannot be read ({reason}); --data FOLDER reads local files") from e
+    for b in left:
+        found[b.task] = _score(answers, b, asked[b.task])
+        write_json(folder / f"{b.task}.json", vars(found[b.task]))
     return found
 
 
@@ -1036,7 +1115,7 @@ print(f"{once['strings'].value:.2f}, standard error {once['strings'].stderr:.3f}
 
 
 # %% [markdown]
-# And if it is killed half-way? We let the model fail after 150 of 400 requests, and count what the next call reads.
+# And if it is killed half-way? A question takes two forward passes, one for its prompt and one for its options. We let the model fail after a hundred, and count what the next call needs. Of its passes, some twenty belong to the look at whether prompts can be shared.
 
 # %%
 class Stops(Exception): pass
@@ -1055,10 +1134,14 @@ def stopping_after(n, count):
     model.forward = counted
     return model, tok
 
+def try_it(n, count):
+    load = lambda: stopping_after(n, count)
+    return score_model(load, weights_hash(S), tmp / "killed", [ours], limit=100)
+
 first_try, second_try = [], []
-try: score_model(lambda: stopping_after(100, first_try), weights_hash(S), tmp / "killed", [ours], limit=100)
+try: try_it(100, first_try)
 except Stops: print("stopped")
-resumed = score_model(lambda: stopping_after(10**6, second_try), weights_hash(S), tmp / "killed", [ours], limit=100)
+resumed = try_it(10**6, second_try)
 assert resumed["strings"].items == once["strings"].items
 print(f"forward passes: {len(first_try)}, then {len(second_try)}")
 
@@ -1066,7 +1149,9 @@ print(f"forward passes: {len(first_try)}, then {len(second_try)}")
 # %% [markdown]
 # ## Models side by side
 #
-# Of several models on the same questions we want three things: their scores, their paired differences, and a picture. First the choice of benchmarks by name; `h4` stands for four of them.
+# Of several models on the same questions we want three things: their scores, their paired differences, and a picture. In a run of stepwise DPO the models are S, $M_1$, $M_2$ and so on, and two differences of each are of interest: from S (did the run help so far?) and from the model before (did this stage help?).
+#
+# First the choice of benchmarks by name; `h4` stands for four of them.
 
 # %%
 #| export
@@ -1077,7 +1162,8 @@ def find_benchmarks(
     known = {b.task: b for b in BENCHMARKS}
     wanted = [task for name in names for task in (H4 if name == "h4" else [name])]
     for name in wanted:
-        if name not in known: raise ValueError(f"tasks: {name!r} is not known; known are h4, {', '.join(known)}")
+        if name in known: continue
+        raise ValueError(f"tasks: {name!r} is not known; known are h4, {', '.join(known)}")
     return [known[task] for task in dict.fromkeys(wanted)]
 
 
@@ -1087,7 +1173,7 @@ complaint(find_benchmarks, ["gsm8k"])
 
 
 # %% [markdown]
-# A paired difference needs the same questions in the same order. The hashes of the questions know.
+# A paired difference needs the same questions in the same order. The hashes of the questions know whether it is so.
 
 # %%
 #| export
@@ -1097,7 +1183,8 @@ def question_differences(
 ) -> np.ndarray:   # (n,) ours minus theirs, question by question
     "Paired differences. Raises ValueError where the questions were not the same."
     same = [a["hash"] for a in ours.items] == [b["hash"] for b in theirs.items]
-    if not same: raise ValueError(f"{ours.task}: the two models were not asked the same questions; ask both again")
+    if not same:
+        raise ValueError(f"{ours.task}: the two models were not asked the same questions; ask both again")
     return ours.scores - theirs.scores
 
 
@@ -1150,16 +1237,28 @@ class Evaluation:
         low, high = np.quantile(draws, [0.025, 0.975]).tolist()
         return float(np.mean([d.mean() for d in differences])), low, high
 
-    def differences(self) -> pd.DataFrame: # model, against: index; one column per benchmark, (mean, low, high)
-        "Each model against the first, and against the one before it."
-        models, rows = list(self.scores), {}
+    def differences(self) -> pd.DataFrame: # model, against: index; one column per benchmark
+        "(mean, low, high) of each model against the first, and against the one before it."
+        models, names, rows = list(self.scores), self._by_name(), {}
         for i, model in enumerate(models[1:], 1):
             for against in dict.fromkeys([models[0], models[i-1]]):
-                rows[model, against] = {name: self.difference(model, against, name) for name in self._by_name()}
+                rows[model, against] = {name: self.difference(model, against, name) for name in names}
         if not rows: return pd.DataFrame() # of a single model
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["model", "against"])
 
     def figure(self) -> plt.Figure: return plot_benchmarks(self)
+
+
+# %% [markdown]
+# S and $M_2$ on a hundred of our questions:
+
+# %%
+def load_M_2(): return M_2, tok
+
+of_M_2 = score_model(load_M_2, weights_hash(M_2), tmp / "scores_of_M_2", [ours], limit=100)
+two = Evaluation({"S": once, "M_2": of_M_2}, [ours])
+print(two.table().round(1))
+print("difference", as_text(two.difference("M_2", "S", "Strings"), "+.1f"))
 
 
 # %% [markdown]
@@ -1191,8 +1290,12 @@ def plot_benchmarks(
     return fig
 
 
+# %%
+print(complaint(plot_benchmarks, Evaluation({"S": once}, [ours])))
+
+
 # %% [markdown]
-# And the two ways in: for the models of a run, S and every $M_t$, whose hashes the run knows; and for any folders or hub ids.
+# What is left are two ways in, and what they share: scores are kept in a folder, which belongs to one process at a time, and table and figure lie beside them.
 
 # %%
 #| export
@@ -1208,10 +1311,22 @@ def _evaluate(models, folder, tasks, limit, data):
         with replacing(folder / "benchmarks.csv") as tmp: found.table().to_csv(tmp)
         if len(models) > 1:
             figure = found.figure()
-            with replacing(folder / "benchmarks.png") as tmp: figure.savefig(tmp, format="png", bbox_inches="tight")
+            with replacing(folder / "benchmarks.png") as tmp:
+                figure.savefig(tmp, format="png", bbox_inches="tight")
             plt.close(figure)
     return found
 
+
+# %%
+_evaluate({"S": (load_S, weights_hash(S))}, tmp / "again", [ours], 10, None)
+sorted(str(path.relative_to(tmp / "again")) for path in (tmp / "again").rglob("*.*s*"))
+
+
+# %% [markdown]
+# The two ways in: for the models of a run, S and every $M_t$, whose hashes the run knows; and for any folders or hub ids.
+
+# %%
+#| export
 def evaluate_run(
     folder,             # of a run with a finished stage
     tasks: list=("h4",), # names of benchmarks, or benchmarks
@@ -1249,7 +1364,9 @@ def evaluate_folders(
     def load(where): return load_model(where), load_tokenizer(where)
 
     found = {}
-    for name, where in models.items(): found[name] = (lambda where=where: load(where)), weights_hash(load(where)[0])
+    for name, where in models.items():
+        model, _ = load(where)
+        found[name] = (lambda where=where: load(where)), weights_hash(model)
     return _evaluate(found, folder, tasks, limit, data)
 
 
@@ -1277,13 +1394,41 @@ differences.map(lambda cell: as_text(cell, "+.1f"))
 evaluation.figure();
 
 # %% [markdown]
-# What to see: a dot right of the line is a gain over S, and where its whisker crosses the line, chance could have made it.
+# What to see: a dot right of the line is a gain over S, and where its whisker crosses the line, chance could have made it. Three skills gain, and nothing can be said of `copy`.
+#
+# Twelve intervals of 95 % are many: with no difference anywhere, nearly every second such table would have one that misses zero. So decide beforehand which comparison you believe. For a run it is that of the last model with S in H4.
 #
 # From the command line it is `sdpo eval RUN --tasks h4 --limit 50` ([18](18_cli.ipynb)).
 #
-# ## A real model
+# ## A real model, and the harness's own command
 #
-# SmolLM2-135M-Instruct, five questions of each task but MMLU, which has five of each of 57 subjects. These scores are far too uncertain to mean anything; they show what is printed.
+# Is it all the same in the end? We gave the same files to `sdpo eval` and to the harness's own command, `lm_eval --include_path`, with the folder of `write_tasks`: SmolLM2-135M-Instruct in fp32 on a CPU, two questions of each task (of MMLU two of each of three subjects). So few questions say nothing about the model. But a wrong blank, a lost first token or another example would show in them. (`tests/bench_benchmarks.py commands` does it again.)
+
+# %%
+runs = pd.DataFrame(measured["commands"]["runs"])
+values = {}
+for _, one in runs.drop_duplicates("command").iterrows():
+    said = {b.title: b.scale * one["said"][b.task][0] for b in BENCHMARKS}
+    said["H4"] = np.mean([said[b.title] for b in find_benchmarks(["h4"])])
+    values["sdpo eval" if one["command"] == "sdpo" else one["command"]] = said
+compared = pd.DataFrame(values)
+off = (compared["sdpo eval"] - compared["lm_eval"]).abs()
+assert (compared["sdpo eval"].map("{:.4f}".format) == compared["lm_eval"].map("{:.4f}".format)).all()
+compared.assign(apart=off).style.format("{:.4f}").format("{:.0e}", subset=["apart"])
+
+# %% [markdown]
+# The same to the last digit that either of them prints. Where options are only counted as right or wrong, the numbers are the same to the last bit. MC2 is made of probabilities, and there rounding remains.
+#
+# And the time? The machine had other work to do, so the clock says little. What the processor spent on each command, loading and imports included, says more:
+
+# %%
+runs["clock"], runs["processor"] = zip(*runs["seconds"])
+runs[["command", "clock", "processor"]].style.format("{:.0f} s", subset=["clock", "processor"])
+
+# %% [markdown]
+# A part of it is not ours: importing, loading, and in `lm_eval` a search through all definitions of the harness. With more questions only the tokens count, and their table stands above.
+#
+# Here is what is printed, with five questions of two tasks. These scores are far too uncertain to mean anything.
 
 # %%
 #| slow
@@ -1293,7 +1438,8 @@ with skipped_without(
     "local benchmarks and SmolLM2-135M-Instruct",
     "ARC-Challenge and TruthfulQA, each with a standard error of several points",
 ):
-    real = evaluate_folders({"SmolLM2-135M": smol}, tmp / "real", ["arc_challenge", "truthfulqa_mc2"], 5, data)
+    two_tasks = ["arc_challenge", "truthfulqa_mc2"]
+    real = evaluate_folders({"SmolLM2-135M": smol}, tmp / "real", two_tasks, limit=5, data=data)
     display(real.table().round(1))
 
 # %%
@@ -1342,10 +1488,10 @@ shutil.rmtree(tmp)
 #
 # ## Try this
 #
-# Ask S the task with `define(num_fewshot=3)` instead of `zero_shot`. Before you look: does it become better?
+# Train the run harder, on fewer pairs: `lr=3e-4` and `max_pairs=250`. Before you look: does pairing still help as much?
 #
 # <details><summary>What you should see</summary>
 #
-# XXX
+# The assertion fails: 0.049 unpaired and 0.049 paired. Now both models are right, or both wrong, on 52 % of the questions only, hardly more than by chance. Pairing helps as far as models are alike. A stage of DPO on a real model, with its small learning rate, leaves them very much alike.
 #
 # </details>

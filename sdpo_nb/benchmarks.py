@@ -9,7 +9,7 @@ __all__ = ['BENCHMARKS', 'H4', 'LOCAL', 'harness', 'quiet', 'ask_harness', 'plai
            'plot_benchmarks', 'evaluate_run', 'evaluate_folders']
 
 # %% ../nbs/15_benchmarks.ipynb #d6243519
-import contextlib, gzip, hashlib, importlib, importlib.metadata, inspect, io, json, logging, math, sys, tempfile
+import contextlib, gzip, hashlib, importlib, inspect, io, json, logging, math, sys, tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -57,18 +57,18 @@ def quiet():
 # %% ../nbs/15_benchmarks.ipynb #c2d3719b
 def ask_harness(
     lm,              # a model class of the harness
-    task: str,       # name of a task, or of a group of tasks
+    tasks: list,     # names of tasks, or of groups of tasks
     folder,          # with the definitions, as `write_tasks` writes them
     limit: int=None, # so many questions of each task, the first ones; None: all
     kept=None,       # file for the answers to single requests; None: nowhere
 ) -> dict:           # as `simple_evaluate` returns it
-    "Ask the questions of one task. Global random states stay as they are."
+    "Ask the questions of some tasks. Global random states stay as they are."
     manager = harness("lm_eval.tasks").TaskManager(include_path=str(folder), include_defaults=False)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
     with quiet():
         return harness().simple_evaluate(
             model=lm,
-            tasks=[task],
+            tasks=tasks,
             task_manager=manager,
             limit=limit,
             use_cache=kept and str(kept),
@@ -173,7 +173,7 @@ def score_options(
     model,           # a causal LM
     requests: list,  # (prompt ids, option ids) of each
     max_length: int, # tokens that the model can read
-):                   # yields (number of the request, (log-probability in nats, is it what the model would write?))
+):                   # yields (number of the request, (log-probability in nats, is_greedy))
     "Score options, prompt by prompt, so that nothing is read twice that two neighbours share."
     reader = Reader(model)
     for prompt, numbers in by_prompt(requests, max_length).items():
@@ -220,7 +220,8 @@ def why_not_shared(
         return f"it cannot be computed: {str(e).splitlines()[0]}"
     own = [_plain(model, *request) for request in few]
     off = max(abs(shared[i][0] - own[i]) for i in range(len(few)))
-    if not off <= 1e-3 + 1e-5 * max(map(abs, own)): return f"log-probabilities differ from its own by {off:.2g} nats"
+    near = off <= 1e-3 + 1e-5 * max(map(abs, own)) # what is not a number is not near
+    if not near: return f"log-probabilities differ from its own by {off:.2g} nats"
 
 # %% ../nbs/15_benchmarks.ipynb #601ee131
 def sharing_lm(
@@ -329,7 +330,8 @@ def _rows(path):
 def _field(name, how, row, where):
     try: return how(row) if callable(how) else row[how]
     except (KeyError, IndexError, TypeError) as e:
-        raise ValueError(f"{where}: '{name}' of the task cannot be made of it ({type(e).__name__}: {e})") from e
+        why = f"{type(e).__name__}: {e}"
+        raise ValueError(f"{where}: '{name}' of the task cannot be made of it ({why})") from e
 
 def local_dataset(
     benchmark: str,     # name of one in `BENCHMARKS`
@@ -409,10 +411,10 @@ class Score:
 
 def _score(found, b, asked):
     "A Score of what `simple_evaluate` returned."
-    result = (found.get("groups") or found["results"])[b.task]
+    result = (found.get("groups", {}) | found["results"])[b.task]
     items = []
-    for name, samples in found["samples"].items():
-        for s in samples:
+    for name in _definitions(b):
+        for s in found["samples"].get(name, []):
             question = f"{s['doc_hash']}{s['prompt_hash']}"
             short = hashlib.sha256(question.encode()).hexdigest()[:16]
             items.append(dict(task=name, number=s["doc_id"], hash=short, score=float(s[b.metric])))
@@ -454,25 +456,25 @@ def score_model(
     desc: str="",    # name of the model, for the bar
 ) -> dict[str, Score]: # by task
     "Ask one model, go on where an earlier call stopped, and keep what it scored."
-    folder, found, loaded = Path(folder), {}, None
-    version = importlib.metadata.version("lm_eval") if importlib.util.find_spec("lm_eval") else None
-    for b in benchmarks:
-        asked = dict(weights=weights, limit=limit, data=_fingerprint(b, data), shots=b.shots, harness=version)
-        path = folder / f"{b.task}.json"
-        found[b.task] = read_score(path, asked)
-        if found[b.task]: continue
-        loaded = loaded or load()
-        lm = sharing_lm(*loaded, f"{desc} {b.title}".strip())
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as tasks:
-            write_tasks(tasks, data, [b])
-            try: answers = ask_harness(lm, b.task, tasks, limit, folder / f"requests-{weights}")
-            except OSError as e:
-                reason = str(e).splitlines()[0]
-                raise ValueError(f"{b.title}: its questions cannot be read ({reason}); "
-                                 "--data FOLDER reads local files") from e
-        found[b.task] = _score(answers, b, asked)
-        write_json(path, vars(found[b.task]))
+    folder = Path(folder)
+    version = harness().__version__
+    same = dict(weights=weights, limit=limit, harness=version)
+    asked = {b.task: same | dict(shots=b.shots, data=_fingerprint(b, data)) for b in benchmarks}
+    found = {task: read_score(folder / f"{task}.json", what) for task, what in asked.items()}
+    left = [b for b in benchmarks if found[b.task] is None]
+    if not left: return found
+
+    lm = sharing_lm(*load(), desc)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as tasks:
+        names = write_tasks(tasks, data, left)
+        try: answers = ask_harness(lm, names, tasks, limit, folder / f"requests-{weights}")
+        except OSError as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"questions cannot be read ({reason}); --data FOLDER reads local files") from e
+    for b in left:
+        found[b.task] = _score(answers, b, asked[b.task])
+        write_json(folder / f"{b.task}.json", vars(found[b.task]))
     return found
 
 # %% ../nbs/15_benchmarks.ipynb #03d310b1
@@ -483,7 +485,8 @@ def find_benchmarks(
     known = {b.task: b for b in BENCHMARKS}
     wanted = [task for name in names for task in (H4 if name == "h4" else [name])]
     for name in wanted:
-        if name not in known: raise ValueError(f"tasks: {name!r} is not known; known are h4, {', '.join(known)}")
+        if name in known: continue
+        raise ValueError(f"tasks: {name!r} is not known; known are h4, {', '.join(known)}")
     return [known[task] for task in dict.fromkeys(wanted)]
 
 # %% ../nbs/15_benchmarks.ipynb #b2a8f3f5
@@ -493,7 +496,8 @@ def question_differences(
 ) -> np.ndarray:   # (n,) ours minus theirs, question by question
     "Paired differences. Raises ValueError where the questions were not the same."
     same = [a["hash"] for a in ours.items] == [b["hash"] for b in theirs.items]
-    if not same: raise ValueError(f"{ours.task}: the two models were not asked the same questions; ask both again")
+    if not same:
+        raise ValueError(f"{ours.task}: the two models were not asked the same questions; ask both again")
     return ours.scores - theirs.scores
 
 # %% ../nbs/15_benchmarks.ipynb #70ec1173
@@ -536,12 +540,12 @@ class Evaluation:
         low, high = np.quantile(draws, [0.025, 0.975]).tolist()
         return float(np.mean([d.mean() for d in differences])), low, high
 
-    def differences(self) -> pd.DataFrame: # model, against: index; one column per benchmark, (mean, low, high)
-        "Each model against the first, and against the one before it."
-        models, rows = list(self.scores), {}
+    def differences(self) -> pd.DataFrame: # model, against: index; one column per benchmark
+        "(mean, low, high) of each model against the first, and against the one before it."
+        models, names, rows = list(self.scores), self._by_name(), {}
         for i, model in enumerate(models[1:], 1):
             for against in dict.fromkeys([models[0], models[i-1]]):
-                rows[model, against] = {name: self.difference(model, against, name) for name in self._by_name()}
+                rows[model, against] = {name: self.difference(model, against, name) for name in names}
         if not rows: return pd.DataFrame() # of a single model
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["model", "against"])
 
@@ -584,10 +588,12 @@ def _evaluate(models, folder, tasks, limit, data):
         with replacing(folder / "benchmarks.csv") as tmp: found.table().to_csv(tmp)
         if len(models) > 1:
             figure = found.figure()
-            with replacing(folder / "benchmarks.png") as tmp: figure.savefig(tmp, format="png", bbox_inches="tight")
+            with replacing(folder / "benchmarks.png") as tmp:
+                figure.savefig(tmp, format="png", bbox_inches="tight")
             plt.close(figure)
     return found
 
+# %% ../nbs/15_benchmarks.ipynb #2b5d5dc1
 def evaluate_run(
     folder,             # of a run with a finished stage
     tasks: list=("h4",), # names of benchmarks, or benchmarks
@@ -625,5 +631,7 @@ def evaluate_folders(
     def load(where): return load_model(where), load_tokenizer(where)
 
     found = {}
-    for name, where in models.items(): found[name] = (lambda where=where: load(where)), weights_hash(load(where)[0])
+    for name, where in models.items():
+        model, _ = load(where)
+        found[name] = (lambda where=where: load(where)), weights_hash(model)
     return _evaluate(found, folder, tasks, limit, data)

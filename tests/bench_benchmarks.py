@@ -19,9 +19,9 @@ from sdpo_nb.logprobs import load_model, load_tokenizer, write_json
 DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parent.parent.parent / "shared/data")) / "benchmarks"
 MODEL = os.environ.get("SDPO_MODEL", str(Path.home() / ".cache/sdpo_nb/smollm2-135m-instruct"))
 OUT = Path(__file__).parent.parent / "data/results/benchmarks.json"
-QUESTIONS = {"arc_challenge": 2, "hellaswag": 3, "mmlu_anatomy": 8, "truthfulqa_mc2": 4, "eq_bench": 2}
-LIMIT = 3      # of the commands, of each task
-SUBJECTS = 6   # of MMLU's 57, for the commands
+QUESTIONS = {"arc_challenge": 2, "hellaswag": 3, "mmlu_anatomy": 8, "truthfulqa_mc2": 3, "eq_bench": 2}
+LIMIT = 2      # of the commands, of each task
+SUBJECTS = 3   # of MMLU's 57, for the commands
 TASKS = ["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "eq_bench"]
 
 
@@ -68,7 +68,7 @@ def classes(found):
             seconds, answers = {name: [] for name in lms}, {}
             for order in (list(lms), list(lms)[::-1]):
                 for name in order:
-                    asked, took = timed(lambda: ask_harness(lms[name], task, tasks, limit=n))
+                    asked, took = timed(lambda: ask_harness(lms[name], [task], tasks, limit=n))
                     answers[name] = answers_of(asked)
                     seconds[name].append(took)
             (ours, said), (theirs, they_said) = answers["ours"], answers["harness"]
@@ -96,23 +96,23 @@ def commands(found):
             "lm_eval": ["-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={MODEL},dtype=float32", "--device", "cpu",
                         "--include_path", str(tasks), "--tasks", ",".join(TASKS), "--limit", str(LIMIT), "--batch_size", "1"],
         }
-        for i, order in enumerate((list(lines), list(lines)[::-1])):
-            if len(found.get("orders", [])) > i: continue
-            seconds, out = {}, {name: Path(tmp, f"{name}-{i}") for name in lines}
-            for name in order:
-                where = ["--out" if name == "sdpo" else "--output_path", str(out[name])]
-                line = [sys.executable, *lines[name], *where]
-                _, seconds[name] = timed(lambda: subprocess.run(line, check=True, capture_output=True))
-            ours = {b.task: json.loads((out["sdpo"] / "S" / f"{b.task}.json").read_text()) for b in find_benchmarks(TASKS)}
-            file, = out["lm_eval"].rglob("results*.json")
-            results = json.loads(file.read_text())["results"]
-            metric = {b.task: b.metric for b in find_benchmarks(TASKS)}
-            values = {task: [ours[task]["value"], results[task][f"{metric[task]},none"]] for task in TASKS}
-            errors = {task: [ours[task]["stderr"], results[task][f"{metric[task]}_stderr,none"]] for task in TASKS}
-            found.setdefault("orders", []).append(dict(first=order[0], seconds=seconds, values=values, errors=errors))
-            found["limit"] = LIMIT
+        metric = {b.task: b.metric for b in find_benchmarks(TASKS)}
+        runs = found.setdefault("runs", [])
+        for i, name in enumerate([*lines, *list(lines)[::-1]]):
+            if i < len(runs): continue
+            out = Path(tmp, f"{name}-{i}")
+            line = [sys.executable, *lines[name], "--out" if name == "sdpo" else "--output_path", str(out)]
+            _, seconds = timed(lambda: subprocess.run(line, check=True, capture_output=True))
+            if name == "sdpo":
+                scores = {task: json.loads((out / "S" / f"{task}.json").read_text()) for task in TASKS}
+                said = {task: [scores[task]["value"], scores[task]["stderr"]] for task in TASKS}
+            else:
+                results = json.loads(next(out.rglob("results*.json")).read_text())["results"]
+                said = {task: [results[task][f"{metric[task]}{what},none"] for what in ("", "_stderr")] for task in TASKS}
+            runs.append(dict(command=name, seconds=seconds, said=said))
+            found |= dict(limit=LIMIT, subjects=SUBJECTS)
             save(commands=found)
-            print(found["orders"][-1], flush=True)
+            print(runs[-1], flush=True)
 
 
 def tokens(found):
@@ -127,7 +127,7 @@ def tokens(found):
                 asked.extend((x, o) for _, x, o in requests)
                 return [(0., False)] * len(requests)
             lm._loglikelihood_tokens = collect
-            ask_harness(lm, task, tasks, limit=20)
+            ask_harness(lm, [task], tasks, limit=20)
             rows = {(*x, *o[:-1]) for x, o in asked}                 # the harness reads equal rows once
             options = sum(len(o) - 1 for _, o in asked)
             prompts, shared, last = list(by_prompt(asked, 8192)), 0, ()

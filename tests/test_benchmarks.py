@@ -345,7 +345,7 @@ def test_a_missing_file_is_said_before_a_model_is_loaded(tmp_path):
 
 def test_without_a_connection(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="ARC-Challenge: its questions cannot be read.*--data"):
+    with pytest.raises(ValueError, match="questions cannot be read.*arc.*--data"):
         B.score_model(Counted(), "w", tmp_path / "s", B.find_benchmarks(["arc_challenge"]), limit=1)
 
 
@@ -373,7 +373,7 @@ def test_real_local_files(task, examples, marks, tmp_path):
     B.write_tasks(tmp_path, DATA)
     lm, asked = B.plain_lm(model, tokenizer), []
     lm._loglikelihood_tokens = lambda requests, **kw: [asked.append(r) or (0., False) for r in requests]
-    found = B.ask_harness(lm, task, tmp_path, limit=2)
+    found = B.ask_harness(lm, [task], tmp_path, limit=2)
     context = asked[0][0][0]
     if marks: assert context.count(marks) == examples + 1
     blocks = context.strip().split("\n\n")

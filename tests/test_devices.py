@@ -21,7 +21,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdpo_nb import evaluate, logprobs, loss, packing, trainer, world
+from sdpo_nb import benchmarks, evaluate, logprobs, loss, packing, trainer, world
 
 torch.set_num_threads(1)
 CARD, MIXED, REAL = "cuda:0", "same device|two (different )?devices", torch.zeros(2)
@@ -131,6 +131,9 @@ def copies_backward(): c = row(packing.flash_plan).plan.keys; return packing._Co
 def wide_backward(): return logprobs._WideLinear.backward(saved(policy(5, 32).bfloat16(), policy(49, 32).bfloat16()), policy(5, 49))[:2]
 
 def own_loss(c, r, rc, rr, beta, pairs): return beta * ((r - rr) - (c - rc))
+OPTIONS = [([5, 6, 7, 8], [9, 5]), ([5, 6, 7, 8], [4, 6, 7]), ([5, 6, 9], [4])] # prompt, option
+def read_options(reader): return [reader.after((5, 6, 7)), *reader.within([[5, 6], [7, 8, 9]])]
+
 def gradients(f): return trainer.batch_gradients(model(), PAIRS, TABLE, CONFIG, trainer.make_accelerator("bf16"), "bf16", f)
 def step():
     m, accelerator = model(), trainer.make_accelerator("bf16")
@@ -221,6 +224,9 @@ CASES = {
     "evaluate.kl_along": lambda: evaluate.kl_along(model(), model(), TOK, PROMPTS, [[5, 6], [7]]).numpy(),
     "evaluate.response_kl": lambda: evaluate.response_kl(model(), model(), TOK, PROMPTS).numpy(),
     "evaluate.frontier": lambda: evaluate.frontier(model(), TOK, PROMPTS, [0.1], 1),
+    "benchmarks.Reader": lambda: read_options(benchmarks.Reader(model())),
+    "benchmarks.score_options": lambda: [bool(answer) for answer in benchmarks.score_options(model(), OPTIONS, 64)],
+    "benchmarks.why_not_shared": lambda: benchmarks.why_not_shared(model(), OPTIONS, 64),
     "world.sft": lambda: world.sft(model(), TOK, [(p, "ab") for p in PROMPTS], 1, 2),
     "world.respond_ids": lambda: world.respond_ids(model(), TOK, PROMPTS),
     "world.respond_ids, greedy": lambda: world.respond_ids(model(), TOK, PROMPTS, 0.),
@@ -239,6 +245,8 @@ NOT_WALKED = {
         plan_for as_line check_memory wants_compiling epoch_order all_batches learning_rate check_same_twice MetricsLog bootstrap interval as_text excess plot_frontier win_rate
         forgetting stability failure_signs ends_above answer edit_distance true_reward split_of make_prompts misled demonstration make_tokenizer make_model prompt_ids text_of source_prompts
         world_texts content_hash complaint skipped_without World load_world load_base EnumerableWorld enumerable_world""",
+    "asks the harness, or reads what it said": """harness quiet ask_harness plain_lm sharing_lm by_prompt shared_tokens option_mask Benchmark local_dataset write_tasks Score read_score score_model
+        find_benchmarks question_differences Evaluation plot_benchmarks evaluate_run evaluate_folders""",
     "sets or reads attributes, computes nothing": "has_adapter trained_weights is_plain must_read_alone check_rows dropouts freeze_dropout best_device same_bits attention recompute_alike uncompile activation_checkpointing",
     "the compiler wants a CUDA build": "compile_layers compile_for",
     "files hold real numbers": "replacing save_checkpoint read_checkpoint load_checkpoint",
@@ -256,7 +264,7 @@ def test_devices_are_not_mixed(card, name):
     for x in tree_leaves(result): assert not isinstance(x, Tensor) or x.is_cuda
 
 def test_every_public_function_is_walked_or_says_why_not():
-    public = [name for module in (logprobs, loss, packing, trainer, evaluate, world) for name in module.__all__ if callable(getattr(module, name))]
+    public = [name for module in (logprobs, loss, packing, trainer, evaluate, benchmarks, world) for name in module.__all__ if callable(getattr(module, name))]
     walked, listed = {name.split(",")[0].split(".")[1] for name in CASES}, " ".join(NOT_WALKED.values()).split()
     assert sorted(public) == sorted([*walked, *listed])
 
