@@ -633,7 +633,7 @@ shutil.rmtree(tmp)
 # ## What you now have
 #
 # `sdpo(...)`: stages, a moving reference that is a table with a hash, a folder that survives a kill, a report that says which model was measured
-# against which.
+# against which. And a way out and back for other trainers: `export_chunks` writes the chunks as files, `measure_models` compares what was made of them.
 #
 # ## Questions to test yourself
 #
@@ -653,7 +653,15 @@ shutil.rmtree(tmp)
 #
 # </details>
 #
-# 3. Why may `save_every` change between two calls on one folder, and `probe` not?
+# 3. Somebody adds ten rows to a source, after the partition and before `export_chunks`. Why is nothing written, although all old rows are still there?
+#
+# <details><summary>Answer</summary>
+#
+# `partition.json` has numbers of pairs. With rows more, the numbers may mean other pairs, and the files would look as good as the right ones. The hash of all pairs is the only thing that can tell, and it differs.
+#
+# </details>
+#
+# 4. Why may `save_every` change between two calls on one folder, and `probe` not?
 #
 # <details><summary>Answer</summary>
 #

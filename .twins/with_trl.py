@@ -63,7 +63,7 @@ if there:
 # %% [markdown]
 # ## The chunks
 #
-# The model and the three sources are those of the [tiny world](00_world.ipynb), 256 pairs of each. `sdpo partition --export` decides the order and writes each chunk as a file; here is the same in Python. Each line of a file is a pair as it stood in its source.
+# The model and the three sources are those of the [tiny world](00_world.ipynb), 256 pairs of each. `sdpo partition --export` decides the order and writes each chunk as a file; here is the same in Python. Each line of a file is a pair as it stood in its source. It is whole: how long a row may be is a setting of whoever trains, `max_length` in both.
 
 # %%
 w, tmp = load_world(), Path(tempfile.mkdtemp())
@@ -167,7 +167,7 @@ ours = [learning_rate(step, 8, StepwiseConfig(**settings)) / settings["lr"] for 
 sums = {"TRL": sum(theirs(8)), "sdpo": sum(ours)}
 assert abs(sums["TRL"] / sums["sdpo"] - 4 / 5) < 1e-6
 print([round(rate, 2) for rate in theirs(8)], [round(rate, 2) for rate in ours], sep="\n")
-sums
+{name: round(total, 3) for name, total in sums.items()}
 
 
 # %% [markdown]
@@ -198,7 +198,7 @@ with skipped_without(needed, "weights that differ by 7e-4, of 0.3 that they move
     display(pd.DataFrame({"TRL from sdpo": apart, "sdpo from S": moved}).map("{:.0e}".format))
 
 # %% [markdown]
-# Two trainers with different code for pairs, loss and batches come to weights that differ by less than a hundredth of what was learned. So it does not matter for the result which of them you use. What differs is around it: nothing of TRL's writes down which model was the reference, or goes on after the second stage of three.
+# Two trainers with different code for pairs, loss and batches come to weights that differ by less than a hundredth of what was learned. So it does not matter for the result which of them you use. What differs is around it: TRL does not write down which model was the reference, and a loop that dies in its third stage is yours to continue.
 #
 # ## The models, measured
 #

@@ -289,7 +289,7 @@ def mt_bench(
         path = out / f"model_answer/{name}.jsonl"
         answers = write_answers(loaded, tokenizer, asked, path, max_new, precision)
         if judge is None:
-            print(f"{len(answers)} questions are answered: {path}. "
+            print(f"questions answered: {len(answers)}, in {path}. "
                   "There are no marks, because no judge was given.")
             return pd.DataFrame()
         path = out / f"model_judgment/{_file_name(judge.__name__)}_single.jsonl"

@@ -76,7 +76,7 @@ def test_fastchats_formats(tmp_path, endpoint):
 
 def test_no_judge_no_marks(tmp_path, capsys):
     assert mt_bench(BASE, tmp_path, **HOW).empty
-    assert "6 questions are answered" in (out := capsys.readouterr().out) and "no judge was given" in out
+    assert "questions answered: 6, in" in (out := capsys.readouterr().out) and "no judge was given" in out
     assert not (tmp_path / "model_judgment").exists()
 
 
