@@ -55,7 +55,7 @@ def _generation(model, tokenizer, temperature, max_new):
     "How tokens are drawn, and where an answer ends."
     also = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
-    drawn = dict(do_sample=True, temperature=temperature, top_k=50) # what transformers takes where nobody says
+    drawn = dict(do_sample=True, temperature=temperature, top_k=50) # 50: where nobody says, as FastChat
     return GenerationConfig(
         max_new_tokens=max_new,
         eos_token_id=sorted(ends),
@@ -154,7 +154,6 @@ def judge_messages(
     """
     reference = question.get("reference") if question["category"] in NEED_REFERENCE else None
     name = f"single{'-math' if reference else ''}-v1{'-multi-turn' if turn == 2 else ''}"
-    if name not in prompts: raise ValueError(f"judge prompts: there is none called '{name}'")
     places = dict(question=question["turns"][0], answer=answers[0])
     for i in range(turn):
         places[f"question_{i+1}"], places[f"answer_{i+1}"] = question["turns"][i], answers[i]
@@ -282,8 +281,9 @@ def mt_bench(
     Raises ValueError for files that cannot be read, OSError for a judge that does not answer.
     """
     out, name = Path(out), _file_name(name or _name_of(model))
-    asked = _some(_with_references(read_lines(questions), references), limit)
-    prompts = {line["name"]: line for line in read_lines(judge_prompts)} if judge else {}
+    if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
+    asked = _some(_with_references(_questions(questions), references), limit)
+    prompts = _prompts(judge_prompts) if judge else {}
     with alone_in(out):
         loaded, tokenizer = load_model(str(model)), load_tokenizer(str(model))
         path = out / f"model_answer/{name}.jsonl"
@@ -300,6 +300,24 @@ def _name_of(model):
     parts = Path(str(model)).parts
     if parts[-1] != "model": return parts[-1]
     return "-".join(parts[-3:-1]) or "model"
+
+def _questions(place):
+    "Questions with the fields of FastChat's. Raises ValueError for other lines, before a model is loaded."
+    lines = read_lines(place)
+    for i, line in enumerate(lines):
+        absent = {"question_id", "category", "turns"} - set(line)
+        if not absent: continue
+        raise ValueError(f"questions: line {i + 1} has no {', '.join(sorted(absent))}; it has {sorted(line)}")
+    return lines
+
+def _prompts(place):
+    "Name -> judge prompt. Raises ValueError where one of the four is missing."
+    prompts = {line.get("name"): line for line in read_lines(place)}
+    for kind in ("", "-math"):
+        for turn in ("", "-multi-turn"):
+            name = f"single{kind}-v1{turn}"
+            if name not in prompts: raise ValueError(f"judge prompts: there is none called '{name}'")
+    return prompts
 
 def _with_references(questions, references):
     "Questions with the answers of a file in FastChat's format in place of their own."
