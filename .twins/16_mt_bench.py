@@ -629,7 +629,14 @@ found["both"].map(lambda cell: as_text(cell, ".1f")).to_frame()
 
 
 # %% [markdown]
-# From a shell it is `sdpo mt-bench MODEL --out FOLDER --judge gpt-4`, [chapter 18](18_cli.ipynb).
+# From a shell ([chapter 18](18_cli.ipynb)), with a judge of one's own on this machine and, below, with OpenAI's:
+#
+# ```
+# OPENAI_BASE_URL=http://localhost:8000/v1 sdpo mt-bench runs/first/stage-2/model --out mt --judge Qwen2.5-72B-Instruct
+# OPENAI_API_KEY=... sdpo mt-bench runs/first/stage-2/model --out mt --judge gpt-4
+# ```
+#
+# The second call finds the answers of the first. Give S and every stage the same `--out`: then all answers lie in one folder, the judge's file holds the marks of all of them, and FastChat's own table compares them.
 #
 # ## A real model, four real questions
 #
@@ -675,6 +682,10 @@ with skipped_without(
     both = {a["question_id"]: a["choices"][0]["turns"] for a in answers}
     display(pd.DataFrame(both, index=["turn 1", "turn 2"]).T.rename_axis("question"))
     display(found.loc[["all"]].map(lambda cell: as_text(cell, ".1f") if isinstance(cell, tuple) else cell))
+
+# %% [markdown]
+# Read the answers before the marks. The second answer to question 81 was to start every sentence with the letter A, and begins with "In": a model of this size has the tone of an answer, and does not do what it is told. The stub gives the second answers 8.8 of 10 on average, because they are as long as they may be. This is what a mark is
+# worth that comes from a judge nobody has looked at.
 
 # %%
 #| hide

@@ -380,6 +380,8 @@ print(text.replace(str(tmp), "."))
 
 # %% [markdown]
 # `sdpo measure` asks [models from elsewhere](14_stepwise.ipynb). A model is a folder or a hub id, with a name before it where that is too long for a table. What was printed lies in the folder, too, and with it a figure.
+#
+# Look at *change of gamma*, which is paired, and whether its interval holds 0. The first model is what the others are compared with, so let it be S, or whatever you would use if you did not train. And take pairs that none of the models was trained on: on its own pairs, every model looks good. The same call again reads nothing anew, also with one model more.
 
 # %%
 #| export
@@ -416,7 +418,7 @@ print(text.replace(str(tmp), "."))
 
 
 # %% [markdown]
-# `sdpo mt-bench` lets a model answer [MT-Bench](16_mt_bench.ipynb). A judge is named as its endpoint calls it, and its address and key come from the environment. Without one the command stops after the answers.
+# `sdpo mt-bench` lets a model answer [MT-Bench](16_mt_bench.ipynb). A judge is named as its endpoint calls it, and its address and key come from the environment: a key on a command line would stay in the shell's history. Without a judge the command stops after the answers. They are in FastChat's format, so its own scripts can go on from there.
 
 # %%
 #| export
