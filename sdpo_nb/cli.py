@@ -180,6 +180,7 @@ def _demo(args):
 
 # %% ../nbs/18_cli.ipynb #8e60d5e1
 def _measure(args):
+    import matplotlib.pyplot as plt
     from sdpo_nb.figures import plot_models
     from sdpo_nb.report import as_markdown
     from sdpo_nb.stepwise import changes_of, measure_models
@@ -192,7 +193,9 @@ def _measure(args):
     print(f"{table}\n")
     (folder / "measure.md").write_text(table + "\n")
     if len(models) > 1:
-        plot_models(changes, next(iter(models))).savefig(folder / "measure.png", dpi=120)
+        figure = plot_models(changes, next(iter(models)))
+        figure.savefig(folder / "measure.png", dpi=120)
+        plt.close(figure)
     print(f"table and figure: {folder}")
 
 def _in_words(frame, digits=".1f"):
