@@ -310,6 +310,8 @@ make_config(dict(lr="1e-5")).lr
 # ## Sources
 #
 # A *source* is a named set of preference pairs. It may come as a path, a hub id, rows in memory, or a dict with the arguments of `load_pairs`, where columns need other names or a split is wanted. With `max_pairs` in its dict, a source gives its first rows only; each source has a number of its own.
+#
+# Reading has two halves: the rows, as texts, and their token ids. Training needs the ids. The rows are wanted again when somebody asks for the texts of a chunk, [to train elsewhere](14_stepwise.ipynb).
 
 # %%
 #| export

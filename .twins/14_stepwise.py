@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/14_stepwise.ipynb)
 #
-# **You should know** what [the DPO loss](03_loss.ipynb) and [the order of sources](05_partition.ipynb) are. You can read this chapter without 09 to 12, which hold the machinery. **Time** 35 minutes to read, a minute and a half to run.
+# **You should know** what [the DPO loss](03_loss.ipynb) and [the order of sources](05_partition.ipynb) are. You can read this chapter without 09 to 12, which hold the machinery. **Time** 45 minutes to read, a minute and a half to run.
 #
 # DPO trains a *policy*, the model that we want to align, on pairs of a chosen and a rejected response. It rewards the policy for preferring the chosen one *more than a reference does*, and the reference is a frozen model, usually S, the
 # model that training starts from. So all the data is used against one and the same reference.
@@ -311,8 +311,9 @@ def export_chunks(
     out,      # folder for chunk-1.jsonl, chunk-2.jsonl, ...
     sources: dict=None, # as the run was given them; none: from where its config.yaml says that they lie
 ) -> list[Path]: # the files, in the order of training
-    """Each chunk as a file that TRL reads: prompt, chosen and rejected as text or as messages, one pair a line,
-    in the order of the first epoch.
+    """Each chunk as a file that TRL reads: prompt, chosen and rejected as text or as messages.
+
+    One pair a line, in the order of the first epoch.
 
     Raises ValueError where the chunks are not known, or the sources are not those of the run.
     """
@@ -425,7 +426,8 @@ def _measured(tables, sources):
 
 # %%
 elsewhere = {"S": w.base, "two stages": run.model_folder(2), "three stages": run.model_folder(3)}
-measured = measure_models(elsewhere, dict(riddle=w.sources["riddle"]), StepwiseConfig(**quick), tmp / "measure")
+riddle = dict(riddle=w.sources["riddle"])
+measured = measure_models(elsewhere, riddle, StepwiseConfig(**quick), tmp / "measure")
 measured.map(lambda cell: as_text(cell, ".2f") if isinstance(cell, tuple) else cell).drop(columns="pairs")
 
 
@@ -631,7 +633,7 @@ shutil.rmtree(tmp)
 # ## What you now have
 #
 # `sdpo(...)`: stages, a moving reference that is a table with a hash, a folder that survives a kill, a report that says which model was measured
-# against which.
+# against which. And a way out and back for other trainers: `export_chunks` writes the chunks as files, `measure_models` compares what was made of them.
 #
 # ## Questions to test yourself
 #
@@ -651,7 +653,15 @@ shutil.rmtree(tmp)
 #
 # </details>
 #
-# 3. Why may `save_every` change between two calls on one folder, and `probe` not?
+# 3. Somebody adds ten rows to a source, after the partition and before `export_chunks`. Why is nothing written, although all old rows are still there?
+#
+# <details><summary>Answer</summary>
+#
+# `partition.json` has numbers of pairs. With rows more, the numbers may mean other pairs, and the files would look as good as the right ones. The hash of all pairs is the only thing that can tell, and it differs.
+#
+# </details>
+#
+# 4. Why may `save_every` change between two calls on one folder, and `probe` not?
 #
 # <details><summary>Answer</summary>
 #

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/16_mt_bench.ipynb)
 #
-# **You should know** what a [chat template](01_preferences.ipynb) is. **Time** 35 minutes to read with its code, half a minute to run.
+# **You should know** what a [chat template](01_preferences.ipynb) is. **Time** an hour to read with its code, half a minute to run.
 #
 # [Log-probabilities](08_evaluate.ipynb) say which of two given answers a model prefers. They do not say what it writes. MT-Bench (Zheng et al., [arXiv 2306.05685](https://arxiv.org/abs/2306.05685)) asks it to write: ten questions in each of eight categories, with a second turn that goes on from the model's own first answer. A
 # stronger model reads each answer and gives a mark from 1 to 10. The paper of this book reports it, as most papers on alignment do.
@@ -44,7 +44,9 @@ from datasets import load_dataset
 from transformers import GenerationConfig
 
 from sdpo_nb.folder import alone_in
-from sdpo_nb.logprobs import autocast, load_model, load_tokenizer, pick_precision, progress, replacing, weights_hash
+from sdpo_nb.logprobs import (
+    autocast, load_model, load_tokenizer, pick_precision, progress, replacing, weights_hash
+)
 from sdpo_nb.partition import mean_interval
 
 # %%
@@ -62,6 +64,9 @@ S, tok = load_base(w)
 
 # %% [markdown]
 # ## A question has two turns
+#
+# Most benchmarks ask once. People do not: they read the answer and ask for a change, shorter, in another style, with the mistake put right. "Compose an engaging travel blog post about a recent trip to Hawaii" is the first turn of question 81, and "Rewrite your previous response. Start every sentence with the letter A." is the second. A model that cannot
+# go on from its own words fails there, however good the first answer was.
 #
 # The real questions are for real models. So that every cell runs in a second, we ask the model of the [tiny world](00_world.ipynb), which works on short strings, and we ask it what it can. A question is a line of JSON: a number, a category, two turns, and in some categories the answers that are right. The second turn is asked when the first has been answered.
 
@@ -109,6 +114,10 @@ print(complaint(read_lines, "nowhere.jsonl"))
 # ## Two answers
 #
 # How hot should an answer be? FastChat's temperature depends on the category. Writing may vary; mathematics should not, and gets the likeliest token each time.
+#
+# What the model reads is the conversation so far, in its own chat template: the first question, *its own* first answer, the second question. So a mistake in the first turn is there in the second, as it would be for a reader. And an instruct model that has a default system message in its template gets it, as it does in use.
+#
+# An answer ends with one of the model's end tokens, or after `max_new` tokens; FastChat's own limit is 1024. A shorter limit is a cheaper benchmark, and another one: answers that are cut in the middle get bad marks.
 
 # %%
 #| export
@@ -127,7 +136,7 @@ def _generation(model, tokenizer, temperature, max_new):
     "How tokens are drawn, and where an answer ends."
     also = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
-    drawn = dict(do_sample=True, temperature=temperature, top_k=50) # 50: what transformers takes where nobody says
+    drawn = dict(do_sample=True, temperature=temperature, top_k=50) # 50: where nobody says, as FastChat
     return GenerationConfig(
         max_new_tokens=max_new,
         eos_token_id=sorted(ends),
@@ -145,7 +154,7 @@ def answer_turns(
 ) -> list[str]:      # one answer per turn, without special tokens
     """A conversation: each turn is answered after the turns and answers before it.
 
-    The same question has the same answers: the seed is FastChat's, and the global random state stays as it is.
+    The same question has the same answers, and the global random state stays as it is.
     Raises ValueError for a tokenizer without a chat template.
     """
     if not tokenizer.chat_template:
@@ -157,7 +166,8 @@ def answer_turns(
         torch.manual_seed(0)
         for turn in question["turns"]:
             chat.append(dict(role="user", content=turn))
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+            as_ids = dict(add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(chat, **as_ids)
             room = min(max_new, longest - len(ids)) if longest else max_new
             said = _said(model, tokenizer, ids, temperature, room, precision) if room > 0 else ""
             answers.append(said)
@@ -189,6 +199,8 @@ pd.DataFrame(rows, columns=["turn", "answer of S", "right"]).set_index("turn")
 # ## A file that grows
 #
 # Eighty questions of a large model take hours. So the file is written anew after every question, under another name first, and whole lines are all that it can hold. A second call finds what is there.
+#
+# The format is FastChat's: an answer has an id of its own, the name of the model, and a list of choices with their turns. (FastChat can ask several times and keep several choices; one is usual.)
 #
 # There is a trap in going on: the file is called by the *name* of the model. After another training run the name is the same, and the weights are not. So each line also says which weights answered, and with how many tokens at most. FastChat does not mind a field more. Lines of another model are written anew.
 
@@ -248,12 +260,16 @@ assert [row["choices"][0]["turns"] for row in answers] == said
 # %% [markdown]
 # ## What the judge is told
 #
+# The judge of this benchmark sees one answer and gives one mark. (FastChat can also show two answers and ask which is better; [chapter 08](08_evaluate.ipynb) has the win rate.) Marks have an advantage: a new model can be put into an old table, without asking again about all the others.
+#
 # FastChat's prompts are in a file, one for each of four cases: first or second turn, with or without a reference answer. In mathematics, reasoning and coding a judge makes mistakes of its own, so it gets the right answer to compare with. The second turn is judged with the whole conversation before it.
+#
+# One of the eighty, question 123, needs a reference and brings none; FastChat has it in a file of GPT-4's answers, `references` below. Without that file the question is judged by the prompt without a reference, and its judgment says which prompt it was.
 #
 # Prompts have places in braces, such as `{question}` and `{answer_2}`. Here are four short ones with the names and places of FastChat's.
 
 # %%
-def prompt(name, text): return dict(name=name, type="single", system_prompt="You are a judge.", prompt_template=text)
+def prompt(name, text): return dict(name=name, system_prompt="You are a judge.", prompt_template=text)
 
 told = [
     prompt("single-v1", "Q {question}\nA {answer}"),
@@ -279,13 +295,12 @@ def judge_messages(
     """
     reference = question.get("reference") if question["category"] in NEED_REFERENCE else None
     name = f"single{'-math' if reference else ''}-v1{'-multi-turn' if turn == 2 else ''}"
-    if name not in prompts: raise ValueError(f"judge prompts: there is none called '{name}'")
     places = dict(question=question["turns"][0], answer=answers[0])
     for i in range(turn):
         places[f"question_{i+1}"], places[f"answer_{i+1}"] = question["turns"][i], answers[i]
     for i, text in enumerate(reference or []): places[f"ref_answer_{i+1}"] = text
-    asked = prompts[name]["prompt_template"].format(**places)
-    return name, [dict(role="system", content=prompts[name]["system_prompt"]), dict(role="user", content=asked)]
+    told = prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**places)
+    return name, [dict(role=role, content=text) for role, text in zip(("system", "user"), told)]
 
 
 # %%
@@ -319,7 +334,9 @@ for text, mark in cases.items(): assert rating_of(text) == mark
 #
 # A judge is a function: it gets messages and returns text. FastChat's is GPT-4. Servers of open models (vLLM, llama.cpp, Ollama) speak the same protocol, so one small function is enough for all of them. The address and the key come from the environment variables `OPENAI_BASE_URL` and `OPENAI_API_KEY`, as they do in OpenAI's own package.
 #
-# Whichever you take, name it: marks of two judges cannot be compared.
+# A request holds the name of the judge and the messages. The temperature is zero, so that a judge asked twice says nearly the same. Busy endpoints answer "429 Too Many Requests" or with a number from 500; that means *later*, and we ask again, four times, with pauses that double. Any other refusal is final: a wrong key does not become right by waiting.
+#
+# Whichever judge you take, name it: marks of two judges cannot be compared. A small open model is a judge that you can run for nothing, and it agrees less with people than a large one does. Before you believe its marks, read twenty of its judgments.
 
 # %%
 #| export
@@ -351,7 +368,8 @@ def _post(url, body, key, pause, tries=5):
         try:
             with urllib.request.urlopen(request, timeout=600) as got: return json.loads(got.read())
         except urllib.error.HTTPError as e:
-            why, again = f"{e.code} {e.reason}: {e.read(200).decode(errors='replace')}", e.code in (408, 429) or e.code >= 500
+            why = f"{e.code} {e.reason}: {e.read(200).decode(errors='replace')}"
+            again = e.code in (408, 429) or e.code >= 500
         except (OSError, ValueError) as e:
             why, again = f"{type(e).__name__}: {e}", isinstance(e, OSError)
         if not again or i + 1 == tries: break
@@ -466,6 +484,8 @@ assert Judge.visits == visits # nothing was asked again
 #
 # A row for each category and one for all of them, a column for each turn and one for both. The mean of ten marks is not sure, so it has an interval, [Student's](05_partition.ipynb). The two answers to one question belong together, since a bad first answer spoils the second. So in the column of both turns the unit is the question, whose marks are averaged first.
 #
+# Answers without a mark count in no mean, and the last column counts them. A judge that forgets its brackets once in a hundred times does no harm. One that forgets them whenever an answer is long makes a table about short answers.
+#
 # What does such an interval mean? What other *questions* of the same kind would have shown. It does not know how another judge would mark, or the same one on another day.
 
 # %%
@@ -473,19 +493,19 @@ assert Judge.visits == visits # nothing was asked again
 def mt_bench_table(
     judgments: list, # lines of one model, as `write_judgments` gives them
     questions: list, # theirs, for the categories
-) -> pd.DataFrame:   # category: the index, and "all"; questions, turn 1, turn 2, both: (mean, low, high); unrated
+) -> pd.DataFrame:   # a row a category, and "all": questions; turn 1, turn 2, both (mean, low, high); unrated
     "Marks from 1 to 10 with 95 % intervals over questions; answers without a mark count in no mean."
     category = {q["question_id"]: q["category"] for q in questions}
-    marks = pd.DataFrame([(category[j["question_id"]], j["question_id"], j["turn"], j["score"]) for j in judgments],
-                         columns=["category", "question", "turn", "score"])
+    marks = pd.DataFrame(judgments)[["question_id", "turn", "score"]]
+    marks["category"] = marks["question_id"].map(category)
     groups = {name: marks[marks["category"] == name] for name in marks["category"].unique()} | {"all": marks}
     rows = {}
     for name, group in groups.items():
         rated = group[group["score"] >= 0]
         turns = {f"turn {t}": _mean(rated.loc[rated["turn"] == t, "score"]) for t in (1, 2)}
-        both = _mean(rated.groupby("question")["score"].mean())
+        both = _mean(rated.groupby("question_id")["score"].mean())
         unrated = len(group) - len(rated)
-        rows[name] = dict(questions=group["question"].nunique()) | turns | dict(both=both, unrated=unrated)
+        rows[name] = dict(questions=group["question_id"].nunique()) | turns | dict(both=both, unrated=unrated)
     return pd.DataFrame(rows, dtype=object).T.rename_axis("category")
 
 def _mean(values): return mean_interval(values.tolist()) if len(values) else None
@@ -503,7 +523,13 @@ table.map(lambda cell: as_text(cell, ".1f") if isinstance(cell, tuple) else cell
 #
 # ## All of it
 #
-# One call: read, answer, judge, count. Without a judge it stops after the answers, and says so. They are worth something alone: FastChat's scripts can judge them, or you read them.
+# One call: read, answer, judge, count. The model is not needed any more once its answers are there, but it is loaded all the same, to see whether they are its own.
+#
+# A `limit` takes some of the questions, for a first look. The file is sorted by category, so its first ten are all about writing. We take the first of every category, then the second, and so on: eight questions are one of each.
+#
+# What cannot work, a file of other questions or a judge prompt that is missing, is said before the model is loaded.
+#
+# Without a judge it stops after the answers, and says so. They are worth something alone: FastChat's scripts can judge them, or you read them.
 
 # %%
 #| export
@@ -524,13 +550,15 @@ def mt_bench(
     Raises ValueError for files that cannot be read, OSError for a judge that does not answer.
     """
     out, name = Path(out), _file_name(name or _name_of(model))
-    asked = _some(_with_references(read_lines(questions), references), limit)
-    prompts = {line["name"]: line for line in read_lines(judge_prompts)} if judge else {}
+    if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
+    asked = _some(_with_references(_questions(questions), references), limit)
+    prompts = _prompts(judge_prompts) if judge else {}
     with alone_in(out):
         loaded, tokenizer = load_model(str(model)), load_tokenizer(str(model))
-        answers = write_answers(loaded, tokenizer, asked, out / f"model_answer/{name}.jsonl", max_new, precision)
+        path = out / f"model_answer/{name}.jsonl"
+        answers = write_answers(loaded, tokenizer, asked, path, max_new, precision)
         if judge is None:
-            print(f"{len(answers)} questions are answered: {out}/model_answer/{name}.jsonl. "
+            print(f"questions answered: {len(answers)}, in {path}. "
                   "There are no marks, because no judge was given.")
             return pd.DataFrame()
         path = out / f"model_judgment/{_file_name(judge.__name__)}_single.jsonl"
@@ -542,11 +570,30 @@ def _name_of(model):
     if parts[-1] != "model": return parts[-1]
     return "-".join(parts[-3:-1]) or "model"
 
+def _questions(place):
+    "Questions with the fields of FastChat's. Raises ValueError for other lines, before a model is loaded."
+    lines = read_lines(place)
+    for i, line in enumerate(lines):
+        absent = {"question_id", "category", "turns"} - set(line)
+        if not absent: continue
+        raise ValueError(f"questions: line {i + 1} has no {', '.join(sorted(absent))}; it has {sorted(line)}")
+    return lines
+
+def _prompts(place):
+    "Name -> judge prompt. Raises ValueError where one of the four is missing."
+    prompts = {line.get("name"): line for line in read_lines(place)}
+    for kind in ("", "-math"):
+        for turn in ("", "-multi-turn"):
+            name = f"single{kind}-v1{turn}"
+            if name not in prompts: raise ValueError(f"judge prompts: there is none called '{name}'")
+    return prompts
+
 def _with_references(questions, references):
     "Questions with the answers of a file in FastChat's format in place of their own."
     if references is None: return questions
     right = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(references)}
-    return [q | dict(reference=right[q["question_id"]]) if q["question_id"] in right else q for q in questions]
+    own = {q["question_id"]: q.get("reference") for q in questions}
+    return [q | dict(reference=right.get(i, own[i])) for i, q in zip(own, questions)]
 
 def _some(questions, limit):
     "The first of every category, then the second, ...: so that a few questions are of many kinds."
@@ -562,6 +609,8 @@ def _some(questions, limit):
 assert _name_of("runs/first/stage-2/model") == "first-stage-2"
 assert _name_of("HuggingFaceTB/SmolLM2-135M-Instruct") == "SmolLM2-135M-Instruct"
 assert [q["category"] for q in _some(asked, 2)] == ["writing", "math"]
+
+print(complaint(mt_bench, w.base, tmp / "all", [dict(prompt_id=81, prompt=["one", "two"])]))
 
 how = dict(questions=tmp / "question.jsonl", judge_prompts=told, name="S", limit=8, **short)
 printed = io.StringIO()
@@ -580,7 +629,14 @@ found["both"].map(lambda cell: as_text(cell, ".1f")).to_frame()
 
 
 # %% [markdown]
-# From a shell it is `sdpo mt-bench MODEL --out FOLDER --judge gpt-4`, [chapter 18](18_cli.ipynb).
+# From a shell ([chapter 18](18_cli.ipynb)), with a judge of one's own on this machine and, below, with OpenAI's:
+#
+# ```
+# OPENAI_BASE_URL=http://localhost:8000/v1 sdpo mt-bench runs/first/stage-2/model --out mt --judge Qwen2.5-72B-Instruct
+# OPENAI_API_KEY=... sdpo mt-bench runs/first/stage-2/model --out mt --judge gpt-4
+# ```
+#
+# The second call finds the answers of the first. Give S and every stage the same `--out`: then all answers lie in one folder, the judge's file holds the marks of all of them, and FastChat's own table compares them.
 #
 # ## A real model, four real questions
 #
@@ -627,6 +683,10 @@ with skipped_without(
     display(pd.DataFrame(both, index=["turn 1", "turn 2"]).T.rename_axis("question"))
     display(found.loc[["all"]].map(lambda cell: as_text(cell, ".1f") if isinstance(cell, tuple) else cell))
 
+# %% [markdown]
+# Read the answers before the marks. The second answer to question 81 was to start every sentence with the letter A, and begins with "In": a model of this size has the tone of an answer, and does not do what it is told. The stub gives the second answers 8.8 of 10 on average, because they are as long as they may be. This is what a mark is
+# worth that comes from a judge nobody has looked at.
+
 # %%
 #| hide
 server.shutdown()
@@ -637,7 +697,7 @@ shutil.rmtree(tmp)
 # ## What this does not show
 #
 # - A judge has habits. It likes long answers, its own way of writing, and sure words; the paper of MT-Bench measures some of this. A model that was aligned to write more gets better marks for it.
-# - Eighty questions are few. A difference of 0.1 in the mean of all is within what other questions would have changed.
+# - Eighty questions are few. If their marks spread by 2.5, the interval of their mean is plus or minus 0.56. A difference of 0.1 between two models is well within what other questions would have shown.
 # - The questions are public since 2023, so a newer model may have been trained on them.
 #
 # ## What you now have
@@ -654,7 +714,15 @@ shutil.rmtree(tmp)
 #
 # </details>
 #
-# 2. A judge gives no mark for three answers of a model. Why not count them as 1, the worst?
+# 2. Half of a run's answers are there, and then you train the model again and save it under the same name. What does the next call do?
+#
+# <details><summary>Answer</summary>
+#
+# It answers all questions anew. Each line says which weights wrote it, and those are not the weights that lie there now. The marks of the old answers go as well, because each belongs to an `answer_id`.
+#
+# </details>
+#
+# 3. A judge gives no mark for three answers of a model. Why not count them as 1, the worst?
 #
 # <details><summary>Answer</summary>
 #
@@ -662,7 +730,7 @@ shutil.rmtree(tmp)
 #
 # </details>
 #
-# 3. Two models have means of 5.1 [4.5, 5.7] and 5.6 [5.0, 6.2]. Do the intervals say that the second may be no better?
+# 4. Two models have means of 5.1 [4.5, 5.7] and 5.6 [5.0, 6.2]. Do the intervals say that the second may be no better?
 #
 # <details><summary>Answer</summary>
 #

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/18_cli.ipynb)
 #
-# **You should know** what [a run](14_stepwise.ipynb) is. If you only want to use the commands, [your model, your pairs](your_model.ipynb) is the page for you. **Time** 55 minutes to read with its code, half a minute to run.
+# **You should know** what [a run](14_stepwise.ipynb) is. If you only want to use the commands, [your model, your pairs](your_model.ipynb) is the page for you. **Time** 65 minutes to read with its code, half a minute to run.
 #
 # | command | what it does |
 # |---|---|
@@ -421,10 +421,13 @@ print(text)
 
 # %% [markdown]
 # `sdpo measure` asks [models from elsewhere](14_stepwise.ipynb). A model is a folder or a hub id, with a name before it where that is too long for a table. What was printed lies in the folder, too, and with it a figure.
+#
+# Look at *change of gamma*, which is paired, and whether its interval holds 0. The first model is what the others are compared with, so let it be S, or whatever you would use if you did not train. And take pairs that none of the models was trained on: on its own pairs, every model looks good. The same call again reads nothing anew, also with one model more.
 
 # %%
 #| export
 def _measure(args):
+    import matplotlib.pyplot as plt
     from sdpo_nb.figures import plot_models
     from sdpo_nb.report import as_markdown
     from sdpo_nb.stepwise import changes_of, measure_models
@@ -437,7 +440,9 @@ def _measure(args):
     print(f"{table}\n")
     (folder / "measure.md").write_text(table + "\n")
     if len(models) > 1:
-        plot_models(changes, next(iter(models))).savefig(folder / "measure.png", dpi=120)
+        figure = plot_models(changes, next(iter(models)))
+        figure.savefig(folder / "measure.png", dpi=120)
+        plt.close(figure)
     print(f"table and figure: {folder}")
 
 def _in_words(frame, digits=".1f"):
@@ -450,13 +455,14 @@ def _in_words(frame, digits=".1f"):
 # S against itself. The change must be nothing:
 
 # %%
-status, text = sdpo_says(f"measure --models S={w.base} again={w.base} {riddle} --max-pairs 40 --folder {tmp}/measure")
+twice = f"--models S={w.base} again={w.base}"
+status, text = sdpo_says(f"measure {twice} {riddle} --max-pairs 40 --folder {tmp}/measure")
 assert status == 0
 print(text.replace(str(tmp), "."))
 
 
 # %% [markdown]
-# `sdpo mt-bench` lets a model answer [MT-Bench](16_mt_bench.ipynb). A judge is named as its endpoint calls it, and its address and key come from the environment. Without one the command stops after the answers.
+# `sdpo mt-bench` lets a model answer [MT-Bench](16_mt_bench.ipynb). A judge is named as its endpoint calls it, and its address and key come from the environment: a key on a command line would stay in the shell's history. Without a judge the command stops after the answers. They are in FastChat's format, so its own scripts can go on from there.
 
 # %%
 #| export
@@ -480,7 +486,8 @@ def _mt_bench(args):
 
 # %%
 (tmp / "question.jsonl").write_text(json.dumps(dict(question_id=81, category="math", turns=w.test[:2])))
-status, text = sdpo_says(f"mt-bench {w.base} --questions {tmp}/question.jsonl --out {tmp}/mt --name S --max-new 8")
+short = f"--questions {tmp}/question.jsonl --name S --max-new 8"
+status, text = sdpo_says(f"mt-bench {w.base} {short} --out {tmp}/mt")
 assert status == 0
 print(text.replace(str(tmp), "."))
 
@@ -611,8 +618,10 @@ def _add_measure(sub, argv):
     short = "what any models say about pairs: gamma, reward accuracy, and the change against the first model"
     measure = sub.add_parser("measure", help=short, description=short)
     add = measure.add_argument
-    add("--models", nargs="+", required=True, metavar="NAME=MODEL", help="folders or hub ids; the first is compared with")
-    add("--sources", nargs="+", required=True, metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
+    add("--models", nargs="+", required=True, metavar="NAME=MODEL",
+        help="folders or hub ids; the others are compared with the first")
+    add("--sources", nargs="+", required=True, metavar="NAME=DATA",
+        help="files, folders or hub ids of preference pairs")
     add("--folder", default="runs/measure", help="for what is computed; the same call on it continues")
     _add_reading(measure)
     if argv[:1] == ["measure"]: _add_settings(measure, READING)
@@ -622,12 +631,14 @@ def _add_mt_bench(sub):
     command = sub.add_parser("mt-bench", help=short, description=short)
     add = command.add_argument
     add("model", help="folder or hub id")
-    add("--out", required=True, metavar="FOLDER", help="for model_answer/ and model_judgment/; the same call goes on")
+    add("--out", required=True, metavar="FOLDER",
+        help="for model_answer/ and model_judgment/; the same call goes on")
     add("--judge", metavar="MODEL",
-        help="a model behind an endpoint with OpenAI's protocol, at OPENAI_BASE_URL with OPENAI_API_KEY; none: answers only")
+        help="as an endpoint with OpenAI's protocol calls it (OPENAI_BASE_URL, OPENAI_API_KEY); none: answers only")
     add("--questions", metavar="FILE", help="FastChat's question.jsonl (default: from GitHub)")
     add("--judge-prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl (default: from GitHub)")
-    add("--references", metavar="FILE", help="FastChat's reference_answer/gpt-4.jsonl (default: those of the questions)")
+    add("--references", metavar="FILE",
+        help="FastChat's reference_answer/gpt-4.jsonl (default: those of the questions)")
     add("--limit", type=int, metavar="N", help="so many questions, of the categories in turn")
     add("--name", help="of the model in the files (default: made of its path)")
     add("--max-new", type=int, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")

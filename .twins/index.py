@@ -72,7 +72,7 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 # ```
 #
 # Files, folders or hub ids, each with a `max_pairs` of its own where you want one; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: the result is the same, bit for bit. How, with which settings, and what fits on which card:
-# [your model, your pairs](your_model.ipynb). Another loss than that of DPO is a function of a few lines: [other losses](other_losses.ipynb).
+# [your model, your pairs](your_model.ipynb). Another loss than that of DPO is a function of a few lines: [other losses](other_losses.ipynb). If you train with TRL and want to stay there: [the same loop with TRL](with_trl.ipynb), from the chunks to the gamma table.
 #
 # ## Does it help?
 #
@@ -157,6 +157,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [13 stages](13_stages.ipynb) | one stage: ask the reference, train, measure, save |
 # | [14 stepwise](14_stepwise.ipynb) | stepwise DPO: the loop over stages, and what it does |
 # | [15 benchmarks](15_benchmarks.ipynb) | what a benchmark asks of a model, how sure its answer is, and what is computed twice |
+# | [16 mt_bench](16_mt_bench.ipynb) | two turns, a judge, and marks with intervals |
 # | [17 verify](17_verify.ipynb) | what somebody else can check of a run |
 # | [18 cli](18_cli.ipynb) | the command line |
 # | [19 mistakes](19_mistakes.ipynb) | a mistake is a function, too: how a check can name it |

@@ -35,7 +35,7 @@ import pandas as pd
 import torch
 from datasets import disable_progress_bars, load_dataset
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 from sdpo_nb.evaluate import as_text
@@ -63,7 +63,7 @@ if there:
 # %% [markdown]
 # ## The chunks
 #
-# The model and the three sources are those of the [tiny world](00_world.ipynb), 256 pairs of each. `sdpo partition --export` decides the order and writes each chunk as a file; here is the same in Python. Each line of a file is a pair as it stood in its source.
+# The model and the three sources are those of the [tiny world](00_world.ipynb), 256 pairs of each. `sdpo partition --export` decides the order and writes each chunk as a file; here is the same in Python. Each line of a file is a pair as it stood in its source. It is whole: how long a row may be is a setting of whoever trains, `max_length` in both.
 
 # %%
 w, tmp = load_world(), Path(tempfile.mkdtemp())
@@ -141,7 +141,7 @@ def distance(one, other):
 
 
 # %%
-with skipped_without(needed, "weights a fifth as far from each other as from S", strict=there):
+with skipped_without(needed, "weights two fifths as far from each other as from S", strict=there):
     apart = {f"stage {t}": distance(tmp / f"trl-{t}", run.model_folder(t)) for t in (1, 2, 3)}
     moved = {f"stage {t}": distance(w.base, run.model_folder(t)) for t in (1, 2, 3)}
     assert all(apart[t] < 0.5 * moved[t] for t in apart)
@@ -149,7 +149,29 @@ with skipped_without(needed, "weights a fifth as far from each other as from S",
 
 
 # %% [markdown]
-# Near, but not the same. The cause is the schedule. "A warm-up of 10 %" has two readings: TRL's first step has a learning rate of zero and changes nothing, and ours does not waste it. So give TRL our optimizer with our schedule; it takes both.
+# Not the same. The cause is the schedule: "a warm-up of 10 %" has two readings. TRL's first step has a learning rate of zero and changes nothing. Ours does not waste it. A stage has eight steps here, so one step is much.
+
+# %%
+def theirs(total):
+    "Learning rates of a stage by the linear schedule of transformers, in parts of the peak."
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(0.1 * total), total)
+    rates = []
+    for _ in range(total):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    return rates
+
+ours = [learning_rate(step, 8, StepwiseConfig(**settings)) / settings["lr"] for step in range(8)]
+sums = {"TRL": sum(theirs(8)), "sdpo": sum(ours)}
+assert abs(sums["TRL"] / sums["sdpo"] - 4 / 5) < 1e-6
+print([round(rate, 2) for rate in theirs(8)], [round(rate, 2) for rate in ours], sep="\n")
+{name: round(total, 3) for name, total in sums.items()}
+
+
+# %% [markdown]
+# All steps of TRL together are four fifths of ours. With hundreds of steps nobody would notice. To compare trainers, and not schedules, give TRL our optimizer with our schedule; it takes both.
 
 # %%
 def as_sdpo(model, n):
@@ -160,7 +182,7 @@ def as_sdpo(model, n):
 
 
 # %%
-with skipped_without(needed, "weights that agree to 1e-4, of 0.5 that they moved", strict=there):
+with skipped_without(needed, "weights that differ by 7e-4, of 0.3 that they moved", strict=there):
     place, apart, steps = w.base, {}, []
     for t, file in enumerate(files, 1):
         model = AutoModelForCausalLM.from_pretrained(place)
@@ -171,12 +193,12 @@ with skipped_without(needed, "weights that agree to 1e-4, of 0.5 that they moved
         apart[f"stage {t}"] = distance(place, run.model_folder(t))
     worst = max(abs(a - b) for a, b in zip(steps, run.metrics["loss"], strict=True))
     assert worst < 1e-4
-    assert all(apart[t] < 0.02 * moved[t] for t in apart)
+    assert all(apart[t] < 0.01 * moved[t] for t in apart)
     print(f"the losses of {len(steps)} steps differ by {worst:.0e} at most")
     display(pd.DataFrame({"TRL from sdpo": apart, "sdpo from S": moved}).map("{:.0e}".format))
 
 # %% [markdown]
-# Two trainers that share no code come to the same weights, but for rounding. So it does not matter for the result which of them you use. What differs is around it: a stage that dies in TRL begins anew, and nothing is written down about which model was the reference.
+# Two trainers with different code for pairs, loss and batches come to weights that differ by less than a hundredth of what was learned. So it does not matter for the result which of them you use. What differs is around it: TRL does not write down which model was the reference, and a loop that dies in its third stage is yours to continue.
 #
 # ## The models, measured
 #
@@ -189,7 +211,7 @@ with skipped_without(needed, "weights that agree to 1e-4, of 0.5 that they moved
 # Here the pairs are those that were trained on, so the table says that the two agree, and not that they are good.
 
 # %%
-with skipped_without(needed, "changes of gamma that agree within 0.1 nats", strict=there):
+with skipped_without(needed, "a change of gamma on riddle of 1.03 nats by TRL and 1.36 by sdpo after three stages", strict=there):
     models = {"S": w.base}
     for t in (1, 2, 3):
         models[f"TRL, stage {t}"] = tmp / f"trl-{t}"
@@ -204,12 +226,12 @@ with skipped_without(needed, "changes of gamma that agree within 0.1 nats", stri
     display(shown.map(lambda cell: as_text(cell, ".2f") if cell else ""))
 
 # %%
-with skipped_without(needed, "the two trainers side by side, further from S at every stage", strict=there):
+with skipped_without(needed, "both trainers further from S at every stage", strict=there):
     plot_models(changes_of(measured), "S")
 
 
 # %% [markdown]
-# What to see: the points of one stage lie side by side, and each stage is further to the right, also on the sources that came later.
+# What to see: each stage is further to the right, also on the sources that came later, and whoever trained it. The points of TRL lie to the left of those of `sdpo`, because these are the models of its own schedule, with four fifths of the steps.
 #
 # ## What goes wrong
 #
@@ -238,12 +260,12 @@ def base(): return AutoModelForCausalLM.from_pretrained(w.base)
 
 # %%
 found = {}
-with skipped_without(needed, "0.65 or so: the reference was S", strict=there):
+with skipped_without(needed, "0.6797 for the model in memory, whose reference was S, and 0.6931 for its folder", strict=there):
     M_1 = trained(w.base, files[0], tmp / "in-memory").model
     found["the model in memory"] = outcome(lambda: trained(M_1, files[1], tmp / "second"))
     found["its folder"] = outcome(lambda: trained(str(tmp / "in-memory"), files[1], tmp / "second"))
     assert found["its folder"] == "0.6931"
-    assert float(found["the model in memory"]) < 0.68
+    assert float(found["the model in memory"]) < 0.69
     display(pd.Series(found, name="second stage begins at").to_frame())
 
 # %% [markdown]
@@ -254,12 +276,12 @@ with skipped_without(needed, "0.65 or so: the reference was S", strict=there):
 
 # %%
 found = {}
-with skipped_without(needed, "0.6931 for a copied adapter, an error in the stage after it, 0.65 or so against S", strict=there):
+with skipped_without(needed, "0.6786 against S, 0.6931 for a copied adapter, an error in the stage after it", strict=there):
     S_1 = adapter("lora-1")
     found["S as ref_model"] = outcome(lambda: second(S_1, ref_model=base()))
     found["the same adapter goes on"] = outcome(lambda: second(S_1))
     found["... and on, in stage 3"] = outcome(lambda: trained(S_1, files[2], tmp / "third", lr=2e-3))
-    assert float(found["S as ref_model"]) < 0.68
+    assert float(found["S as ref_model"]) < 0.69
     assert found["the same adapter goes on"] == "0.6931"
     assert "'ref' already exists" in found["... and on, in stage 3"]
     display(pd.Series(found, name="the stage begins at").to_frame())
@@ -277,7 +299,8 @@ with skipped_without(needed, "three errors", strict=there):
         print(f"{what}\n    {said}")
 
 # %% [markdown]
-# The errors are the friendly outcomes. The first row of the table before is the one to fear: it trains, and nothing complains.
+# The errors are the friendly outcomes. The first row of the table before is the one to fear: it trains, and nothing complains. Where the adapter has learned more, it shows in the log as a loss near 0 and an accuracy of 1 from the first lines on, as in [issue 8974](https://github.com/hiyouga/LlamaFactory/issues/8974) of
+# LLaMA-Factory.
 #
 # One way is right in every version, and it is the same for every stage: **merge the adapter into the model, save it, and give the next stage the folder and a new adapter.** Then $M_1$ is an ordinary model. With its new adapter switched off, what is left is $M_1$ itself.
 
@@ -294,7 +317,7 @@ with skipped_without(needed, "0.6931 in all three stages", strict=there):
     display(pd.Series(starts, name="first loss").round(4).to_frame())
 
 # %% [markdown]
-# And the merged folders are models like any other, so they can be measured. The adapters had a learning rate twenty times as large, as is usual with LoRA, so they go further.
+# And the merged folders are models like any other, so they can be measured. (The adapters had a learning rate twenty times as large. They have few weights, and want a larger one.)
 
 # %%
 with skipped_without(needed, "gamma grows with every stage", strict=there):
@@ -318,7 +341,7 @@ shutil.rmtree(tmp)
 #
 # ## Questions to test yourself
 #
-# 1. A second stage begins at a loss of 0.66 and falls. Is it broken?
+# 1. A second stage begins at a loss of 0.68 and falls. Is it broken?
 #
 # <details><summary>Answer</summary>
 #

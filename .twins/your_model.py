@@ -44,6 +44,10 @@
 #
 # **Following a run.** `--log-with tensorboard` (or `wandb`, `trackio`) tells a tracker of every step. `metrics.jsonl` in each stage's folder has the same numbers.
 #
+# **Another trainer.** `sdpo partition --export chunks` writes the chunks as files that TRL reads, and `sdpo measure --models S=BASE mine=FOLDER --sources pairs.jsonl` compares any models on pairs. [The same loop with TRL](with_trl.ipynb) shows both.
+#
+# **What it writes.** `sdpo mt-bench runs/first/stage-2/model --out mt --judge gpt-4` lets the model answer [MT-Bench](16_mt_bench.ipynb); without `--judge` you get the answers.
+#
 # ## A run as one file
 #
 # The same run can stand in one YAML file, where each source may have a split, columns and a `max_pairs` of its own (its first so many rows; `--max-pairs` on the command line is for all sources alike):

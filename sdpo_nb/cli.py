@@ -206,6 +206,7 @@ def _with_errors(table):
 
 # %% ../nbs/18_cli.ipynb #2b3f7e86
 def _measure(args):
+    import matplotlib.pyplot as plt
     from sdpo_nb.figures import plot_models
     from sdpo_nb.report import as_markdown
     from sdpo_nb.stepwise import changes_of, measure_models
@@ -218,7 +219,9 @@ def _measure(args):
     print(f"{table}\n")
     (folder / "measure.md").write_text(table + "\n")
     if len(models) > 1:
-        plot_models(changes, next(iter(models))).savefig(folder / "measure.png", dpi=120)
+        figure = plot_models(changes, next(iter(models)))
+        figure.savefig(folder / "measure.png", dpi=120)
+        plt.close(figure)
     print(f"table and figure: {folder}")
 
 def _in_words(frame, digits=".1f"):
@@ -338,8 +341,10 @@ def _add_measure(sub, argv):
     short = "what any models say about pairs: gamma, reward accuracy, and the change against the first model"
     measure = sub.add_parser("measure", help=short, description=short)
     add = measure.add_argument
-    add("--models", nargs="+", required=True, metavar="NAME=MODEL", help="folders or hub ids; the first is compared with")
-    add("--sources", nargs="+", required=True, metavar="NAME=DATA", help="files, folders or hub ids of preference pairs")
+    add("--models", nargs="+", required=True, metavar="NAME=MODEL",
+        help="folders or hub ids; the others are compared with the first")
+    add("--sources", nargs="+", required=True, metavar="NAME=DATA",
+        help="files, folders or hub ids of preference pairs")
     add("--folder", default="runs/measure", help="for what is computed; the same call on it continues")
     _add_reading(measure)
     if argv[:1] == ["measure"]: _add_settings(measure, READING)
@@ -349,12 +354,14 @@ def _add_mt_bench(sub):
     command = sub.add_parser("mt-bench", help=short, description=short)
     add = command.add_argument
     add("model", help="folder or hub id")
-    add("--out", required=True, metavar="FOLDER", help="for model_answer/ and model_judgment/; the same call goes on")
+    add("--out", required=True, metavar="FOLDER",
+        help="for model_answer/ and model_judgment/; the same call goes on")
     add("--judge", metavar="MODEL",
-        help="a model behind an endpoint with OpenAI's protocol, at OPENAI_BASE_URL with OPENAI_API_KEY; none: answers only")
+        help="as an endpoint with OpenAI's protocol calls it (OPENAI_BASE_URL, OPENAI_API_KEY); none: answers only")
     add("--questions", metavar="FILE", help="FastChat's question.jsonl (default: from GitHub)")
     add("--judge-prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl (default: from GitHub)")
-    add("--references", metavar="FILE", help="FastChat's reference_answer/gpt-4.jsonl (default: those of the questions)")
+    add("--references", metavar="FILE",
+        help="FastChat's reference_answer/gpt-4.jsonl (default: those of the questions)")
     add("--limit", type=int, metavar="N", help="so many questions, of the categories in turn")
     add("--name", help="of the model in the files (default: made of its path)")
     add("--max-new", type=int, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")

@@ -175,14 +175,15 @@ def plot_change(
 
 # %% ../nbs/07_figures.ipynb #732ad746
 def plot_models(
-    changes: pd.DataFrame, # source, model, and the change of gamma since the first model (nats): mean, low, high
+    changes: pd.DataFrame, # source, model; change of gamma since the first model (nats): mean, low, high
     first: str="the first model", # what the others are compared with
 ) -> plt.Figure:
     "Mean change of gamma with its 95 % interval: a row for each model, a panel for each source."
     models = list(dict.fromkeys(changes["model"]))
     sources = list(dict.fromkeys(changes["source"]))
     size = (2.4 * len(sources) + 1.6, 0.4 * len(models) + 1.2)
-    fig, axes = plt.subplots(1, len(sources), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    alike = dict(sharex=True, sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(sources), figsize=size, **alike)
     for ax, source in zip(axes.flat, sources):
         rows = changes[changes["source"] == source].set_index("model").reindex(models)
         y, mean = range(len(models)), rows["mean"]

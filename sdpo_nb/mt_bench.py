@@ -16,7 +16,9 @@ from datasets import load_dataset
 from transformers import GenerationConfig
 
 from .folder import alone_in
-from .logprobs import autocast, load_model, load_tokenizer, pick_precision, progress, replacing, weights_hash
+from sdpo_nb.logprobs import (
+    autocast, load_model, load_tokenizer, pick_precision, progress, replacing, weights_hash
+)
 from .partition import mean_interval
 
 # %% ../nbs/16_mt_bench.ipynb #03b0ef7b
@@ -53,7 +55,7 @@ def _generation(model, tokenizer, temperature, max_new):
     "How tokens are drawn, and where an answer ends."
     also = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
-    drawn = dict(do_sample=True, temperature=temperature, top_k=50) # 50: what transformers takes where nobody says
+    drawn = dict(do_sample=True, temperature=temperature, top_k=50) # 50: where nobody says, as FastChat
     return GenerationConfig(
         max_new_tokens=max_new,
         eos_token_id=sorted(ends),
@@ -71,7 +73,7 @@ def answer_turns(
 ) -> list[str]:      # one answer per turn, without special tokens
     """A conversation: each turn is answered after the turns and answers before it.
 
-    The same question has the same answers: the seed is FastChat's, and the global random state stays as it is.
+    The same question has the same answers, and the global random state stays as it is.
     Raises ValueError for a tokenizer without a chat template.
     """
     if not tokenizer.chat_template:
@@ -83,7 +85,8 @@ def answer_turns(
         torch.manual_seed(0)
         for turn in question["turns"]:
             chat.append(dict(role="user", content=turn))
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+            as_ids = dict(add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(chat, **as_ids)
             room = min(max_new, longest - len(ids)) if longest else max_new
             said = _said(model, tokenizer, ids, temperature, room, precision) if room > 0 else ""
             answers.append(said)
@@ -151,13 +154,12 @@ def judge_messages(
     """
     reference = question.get("reference") if question["category"] in NEED_REFERENCE else None
     name = f"single{'-math' if reference else ''}-v1{'-multi-turn' if turn == 2 else ''}"
-    if name not in prompts: raise ValueError(f"judge prompts: there is none called '{name}'")
     places = dict(question=question["turns"][0], answer=answers[0])
     for i in range(turn):
         places[f"question_{i+1}"], places[f"answer_{i+1}"] = question["turns"][i], answers[i]
     for i, text in enumerate(reference or []): places[f"ref_answer_{i+1}"] = text
-    asked = prompts[name]["prompt_template"].format(**places)
-    return name, [dict(role="system", content=prompts[name]["system_prompt"]), dict(role="user", content=asked)]
+    told = prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**places)
+    return name, [dict(role=role, content=text) for role, text in zip(("system", "user"), told)]
 
 # %% ../nbs/16_mt_bench.ipynb #d226b1bc
 def rating_of(
@@ -196,7 +198,8 @@ def _post(url, body, key, pause, tries=5):
         try:
             with urllib.request.urlopen(request, timeout=600) as got: return json.loads(got.read())
         except urllib.error.HTTPError as e:
-            why, again = f"{e.code} {e.reason}: {e.read(200).decode(errors='replace')}", e.code in (408, 429) or e.code >= 500
+            why = f"{e.code} {e.reason}: {e.read(200).decode(errors='replace')}"
+            again = e.code in (408, 429) or e.code >= 500
         except (OSError, ValueError) as e:
             why, again = f"{type(e).__name__}: {e}", isinstance(e, OSError)
         if not again or i + 1 == tries: break
@@ -243,19 +246,19 @@ def write_judgments(
 def mt_bench_table(
     judgments: list, # lines of one model, as `write_judgments` gives them
     questions: list, # theirs, for the categories
-) -> pd.DataFrame:   # category: the index, and "all"; questions, turn 1, turn 2, both: (mean, low, high); unrated
+) -> pd.DataFrame:   # a row a category, and "all": questions; turn 1, turn 2, both (mean, low, high); unrated
     "Marks from 1 to 10 with 95 % intervals over questions; answers without a mark count in no mean."
     category = {q["question_id"]: q["category"] for q in questions}
-    marks = pd.DataFrame([(category[j["question_id"]], j["question_id"], j["turn"], j["score"]) for j in judgments],
-                         columns=["category", "question", "turn", "score"])
+    marks = pd.DataFrame(judgments)[["question_id", "turn", "score"]]
+    marks["category"] = marks["question_id"].map(category)
     groups = {name: marks[marks["category"] == name] for name in marks["category"].unique()} | {"all": marks}
     rows = {}
     for name, group in groups.items():
         rated = group[group["score"] >= 0]
         turns = {f"turn {t}": _mean(rated.loc[rated["turn"] == t, "score"]) for t in (1, 2)}
-        both = _mean(rated.groupby("question")["score"].mean())
+        both = _mean(rated.groupby("question_id")["score"].mean())
         unrated = len(group) - len(rated)
-        rows[name] = dict(questions=group["question"].nunique()) | turns | dict(both=both, unrated=unrated)
+        rows[name] = dict(questions=group["question_id"].nunique()) | turns | dict(both=both, unrated=unrated)
     return pd.DataFrame(rows, dtype=object).T.rename_axis("category")
 
 def _mean(values): return mean_interval(values.tolist()) if len(values) else None
@@ -278,13 +281,15 @@ def mt_bench(
     Raises ValueError for files that cannot be read, OSError for a judge that does not answer.
     """
     out, name = Path(out), _file_name(name or _name_of(model))
-    asked = _some(_with_references(read_lines(questions), references), limit)
-    prompts = {line["name"]: line for line in read_lines(judge_prompts)} if judge else {}
+    if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
+    asked = _some(_with_references(_questions(questions), references), limit)
+    prompts = _prompts(judge_prompts) if judge else {}
     with alone_in(out):
         loaded, tokenizer = load_model(str(model)), load_tokenizer(str(model))
-        answers = write_answers(loaded, tokenizer, asked, out / f"model_answer/{name}.jsonl", max_new, precision)
+        path = out / f"model_answer/{name}.jsonl"
+        answers = write_answers(loaded, tokenizer, asked, path, max_new, precision)
         if judge is None:
-            print(f"{len(answers)} questions are answered: {out}/model_answer/{name}.jsonl. "
+            print(f"questions answered: {len(answers)}, in {path}. "
                   "There are no marks, because no judge was given.")
             return pd.DataFrame()
         path = out / f"model_judgment/{_file_name(judge.__name__)}_single.jsonl"
@@ -296,11 +301,30 @@ def _name_of(model):
     if parts[-1] != "model": return parts[-1]
     return "-".join(parts[-3:-1]) or "model"
 
+def _questions(place):
+    "Questions with the fields of FastChat's. Raises ValueError for other lines, before a model is loaded."
+    lines = read_lines(place)
+    for i, line in enumerate(lines):
+        absent = {"question_id", "category", "turns"} - set(line)
+        if not absent: continue
+        raise ValueError(f"questions: line {i + 1} has no {', '.join(sorted(absent))}; it has {sorted(line)}")
+    return lines
+
+def _prompts(place):
+    "Name -> judge prompt. Raises ValueError where one of the four is missing."
+    prompts = {line.get("name"): line for line in read_lines(place)}
+    for kind in ("", "-math"):
+        for turn in ("", "-multi-turn"):
+            name = f"single{kind}-v1{turn}"
+            if name not in prompts: raise ValueError(f"judge prompts: there is none called '{name}'")
+    return prompts
+
 def _with_references(questions, references):
     "Questions with the answers of a file in FastChat's format in place of their own."
     if references is None: return questions
     right = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(references)}
-    return [q | dict(reference=right[q["question_id"]]) if q["question_id"] in right else q for q in questions]
+    own = {q["question_id"]: q.get("reference") for q in questions}
+    return [q | dict(reference=right.get(i, own[i])) for i, q in zip(own, questions)]
 
 def _some(questions, limit):
     "The first of every category, then the second, ...: so that a few questions are of many kinds."

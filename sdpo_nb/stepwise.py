@@ -145,8 +145,9 @@ def export_chunks(
     out,      # folder for chunk-1.jsonl, chunk-2.jsonl, ...
     sources: dict=None, # as the run was given them; none: from where its config.yaml says that they lie
 ) -> list[Path]: # the files, in the order of training
-    """Each chunk as a file that TRL reads: prompt, chosen and rejected as text or as messages, one pair a line,
-    in the order of the first epoch.
+    """Each chunk as a file that TRL reads: prompt, chosen and rejected as text or as messages.
+
+    One pair a line, in the order of the first epoch.
 
     Raises ValueError where the chunks are not known, or the sources are not those of the run.
     """

@@ -8,6 +8,7 @@ from sdpo_nb.logprobs import load_tokenizer
 from sdpo_nb.plan import StepwiseConfig
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import export_chunks, sdpo, sdpo_partition
+from sdpo_nb.trainer import epoch_order
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, rows, write_jsonl
 
@@ -105,13 +106,20 @@ def test_what_cannot_be_written_is_said(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("how", ["conversational", "plain"])
+def with_history(r):
+    "A row as some data sets have it: system message, earlier turns, and the prompt as a string."
+    earlier = [dict(role="user", content="copy ab"), dict(role="assistant", content="ab")]
+    return dict(system="be brief", messages=earlier, prompt=r["prompt"][0]["content"], chosen=r["chosen"][0]["content"], rejected=r["rejected"][0]["content"])
+
+
+@pytest.mark.parametrize("how", ["conversational", "plain", "history"])
 def test_trl_reads_it(tmp_path, how):
     "TRL's own preparation of the file gives the token ids that the stage trains on, pair by pair."
     pytest.importorskip("trl", reason="TRL is not installed here")
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
-    data = rows("primer", 10) if how == "conversational" else [plain(r) for r in rows("primer", 10)]
+    as_asked = dict(conversational=dict, plain=plain, history=with_history)[how]
+    data = [as_asked(r) for r in rows("primer", 10)]
     run = sdpo_partition(BASE, dict(a=data), config(), tmp_path / "run")
     file, = export_chunks(run, tmp_path / "out", dict(a=data))
     tok = load_tokenizer(BASE)
@@ -119,7 +127,10 @@ def test_trl_reads_it(tmp_path, how):
     read = load_dataset("json", data_files=str(file), split="train")
     assert read.column_names == ["prompt", "chosen", "rejected"]
     trainer = DPOTrainer(model=AutoModelForCausalLM.from_pretrained(BASE), args=args, train_dataset=read, processing_class=tok)
+    order = epoch_order(10, 0, 1, 0)
+    trained_on = tokenize_pairs(load_pairs(data), tok, "a", 64, 63).pairs.select(order)     # from the source, not from the file
     pairs = tokenize_pairs(load_pairs(str(file)), tok, "a", 64, 63).pairs
+    assert pairs["key"][:] == trained_on["key"][:]
     fields = ("prompt_ids", "chosen_ids", "rejected_ids")
     assert [[list(p[k]) for k in fields] for p in trainer.train_dataset] == [[p[k] for k in fields] for p in pairs]
     assert len(pairs) == 10

@@ -76,7 +76,7 @@ def test_fastchats_formats(tmp_path, endpoint):
 
 def test_no_judge_no_marks(tmp_path, capsys):
     assert mt_bench(BASE, tmp_path, **HOW).empty
-    assert "6 questions are answered" in (out := capsys.readouterr().out) and "no judge was given" in out
+    assert "questions answered: 6, in" in (out := capsys.readouterr().out) and "no judge was given" in out
     assert not (tmp_path / "model_judgment").exists()
 
 
@@ -167,7 +167,14 @@ def test_references(tmp_path):
     of = {(j["question_id"], j["turn"]): j for j in lines(tmp_path / "model_judgment/seven_single.jsonl")}
     assert of[1, 1]["user_prompt"].startswith("A1|") and of[4, 1]["user_prompt"].startswith("R1|")
     assert judge_messages(dict(category="coding", turns=["q", "r"]), ["a", "b"], 2, PROMPTS)[0] == "single-v1-multi-turn"
-    with pytest.raises(ValueError, match="none called 'single-v1'"): judge_messages(ASKED[0], ["a", "b"], 1, {})
+
+
+def test_what_cannot_work_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="none called 'single-math-v1-multi-turn'"): mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(judge_prompts=TOLD[:3]))
+    with pytest.raises(ValueError, match="limit: must be at least 1, got 0"): mt_bench(BASE, tmp_path, **HOW, limit=0)
+    with pytest.raises(ValueError, match="line 2 has no question_id, turns"): mt_bench(BASE, tmp_path, **HOW | dict(questions=[ASKED[0], dict(prompt_id=81, category="x", prompt=["a"])]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_busy_endpoint_is_asked_again_and_a_closed_one_is_not(endpoint):
