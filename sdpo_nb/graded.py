@@ -71,8 +71,9 @@ def _reversing(size, rng): return _words("reverse", size, rng)
 def _json(size, rng): # keys
     keys = rng.sample(WORDS, size)
     quoted = ", ".join(f'"{key}"' for key in keys)
-    right = json.dumps({key: rng.randint(1, 9) for key in keys})
-    return Problem("json", size, f"JSON with the keys {quoted}", right, "json " + " ".join(sorted(keys)))
+    right = json.dumps({key: rng.randint(1, 9) for key in sorted(keys)})
+    question = f"JSON with the keys {quoted}, in alphabetical order"
+    return Problem("json", size, question, right, "json " + " ".join(sorted(keys)))
 
 def _counting(size, rng): # words of the answer
     topic = rng.choice(WORDS)
@@ -110,11 +111,8 @@ def _pairs_of(text):
     return found[1] if isinstance(found, tuple) else None
 
 def _grade_json(problem, response):
-    wanted, found = set(json.loads(problem.right)), _pairs_of(response)
-    if found is None: return 0.
-    given = [key for key, _ in found]
-    hits = len(wanted & set(given))
-    return hits / (len(wanted) + len(given) - hits)
+    wanted, found = list(json.loads(problem.right)), _pairs_of(response)
+    return 0. if found is None else _likeness([key for key, _ in found], wanted)
 
 def _grade_count(problem, response):
     n = len(_words_of(response))

@@ -46,7 +46,7 @@ from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.world import content_hash
 
 # %%
-import json, tempfile
+import contextlib, io, json, tempfile
 from dataclasses import replace
 from pathlib import Path
 from sdpo_nb.known_truth import draw_contrasts
@@ -593,7 +593,9 @@ def run_known_truth(
 
 
 # %%
-rows = run_known_truth("known_truth_rehearsal", folder, None, folder / "S", "fp32", levels=LEVELS, **SMALL)
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    rows = run_known_truth("known_truth_rehearsal", folder, None, folder / "S", "fp32", levels=LEVELS, **SMALL)
+assert "4 new rows" in said.getvalue()
 assert [row.get("arm", "S writes") for row in rows] == ["S writes", "S", "DPO", "DPO at beta/T"]
 print(complaint(run_known_truth, "known truth", folder))
 

@@ -97,7 +97,7 @@ len(WORDS)
 # %% [markdown]
 # ## Five tasks
 #
-# Each task is a function that draws a problem of a size. What is a size? For additions it is the digits of both numbers together; else the number of words or keys. A larger problem holds a smaller one: who adds three digits has to add one digit three times, and who sorts four words has to know how three are sorted. In this sense a level builds on the one before it.
+# Each task is a function that draws a problem of a size. What is a size? For additions it is the digits of both numbers together; else the number of words or keys. A larger problem holds a smaller one: who adds three digits has to add one digit three times, and who sorts four words has to know how three are sorted. JSON builds on sorting, too, as its keys are wanted in alphabetical order. In this sense a level builds on the one before it.
 
 # %%
 #| export
@@ -120,8 +120,9 @@ def _reversing(size, rng): return _words("reverse", size, rng)
 def _json(size, rng): # keys
     keys = rng.sample(WORDS, size)
     quoted = ", ".join(f'"{key}"' for key in keys)
-    right = json.dumps({key: rng.randint(1, 9) for key in keys})
-    return Problem("json", size, f"JSON with the keys {quoted}", right, "json " + " ".join(sorted(keys)))
+    right = json.dumps({key: rng.randint(1, 9) for key in sorted(keys)})
+    question = f"JSON with the keys {quoted}, in alphabetical order"
+    return Problem("json", size, question, right, "json " + " ".join(sorted(keys)))
 
 def _counting(size, rng): # words of the answer
     topic = rng.choice(WORDS)
@@ -148,7 +149,7 @@ pd.DataFrame([vars(problem) | dict(split=split_of_content(problem.content)) for 
 #
 # - *add*: the last number of the answer counts, so words around it do no harm. `1,234` is one number. The score is that of the tiny world, letter by letter: 1 minus the edit distance as a share of the longer string.
 # - *sort* and *reverse*: all words of the answer, in their order, without regard to capitals and punctuation. The same score, word by word. So each word that does not belong there costs something.
-# - *json*: the answer must be one JSON object; a code fence around it does no harm, and anything else does: then the score is 0. Else it is the share of right keys: those wanted and given, among those wanted or given. A key given twice counts as a wrong one. Values are free.
+# - *json*: the answer must be one JSON object; a code fence around it does no harm, and anything else does: then the score is 0. Else it is the same score again, key by key: which keys, and in which order. Values are free.
 # - *count*: 1 minus the distance of the number of words to the number wanted, as a share of the larger one. Only the number counts, not the sense.
 
 # %%
@@ -175,11 +176,8 @@ def _pairs_of(text):
     return found[1] if isinstance(found, tuple) else None
 
 def _grade_json(problem, response):
-    wanted, found = set(json.loads(problem.right)), _pairs_of(response)
-    if found is None: return 0.
-    given = [key for key, _ in found]
-    hits = len(wanted & set(given))
-    return hits / (len(wanted) + len(given) - hits)
+    wanted, found = list(json.loads(problem.right)), _pairs_of(response)
+    return 0. if found is None else _likeness([key for key, _ in found], wanted)
 
 def _grade_count(problem, response):
     n = len(_words_of(response))
@@ -202,7 +200,7 @@ def grade(
 ASKED = {
     "add": Problem("add", 6, "612 + 722 =", "612 + 722 = 1334", "add 612 722"),
     "sort": Problem("sort", 3, "Sort: sea, arm, oil", "arm, oil, sea", "words arm oil sea"),
-    "json": Problem("json", 2, 'JSON with the keys "sun", "moon"', '{"sun": 1, "moon": 2}', "json moon sun"),
+    "json": Problem("json", 2, 'JSON with the keys "sun", "moon", in alphabetical order', '{"moon": 1, "sun": 2}', "json moon sun"),
     "count": Problem("count", 3, "Write exactly 3 words about: rain", "grey wet cold", "count rain"),
 }
 ANSWERS = [
@@ -211,8 +209,9 @@ ANSWERS = [
     ("sort", "Arm, oil and sea"),
     ("sort", "arm, sea, oil"),
     ("json", '```json\n{"moon": [], "sun": null}\n```'),
+    ("json", '{"sun": 1, "moon": 2}'),
     ("json", '{"moon": 1}'),
-    ("json", 'Here it is: {"sun": 1, "moon": 2}'),
+    ("json", 'Here it is: {"moon": 1, "sun": 2}'),
     ("count", "Rain is wet."),
     ("count", "Wet"),
 ]
@@ -221,7 +220,7 @@ for problem in ASKED.values(): assert grade(problem, problem.right) == 1
 for (task, _), score in zip(ANSWERS, scores): assert 0 <= score <= 1, task
 table = pd.DataFrame(ANSWERS, columns=["task", "answer"])
 table["score"] = scores
-assert table.loc[table["score"] == 1].index.tolist() == [0, 4, 7]
+assert table.loc[table["score"] == 1].index.tolist() == [0, 4, 8]
 table.round(2)
 
 # %% [markdown]
