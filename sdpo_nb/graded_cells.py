@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TEACHER_ARMS', 'REHEARSAL', 'PLANS', 'draw_problems', 'WritingCell', 'GradedCell', 'Graded', 'load_graded',
            'run_writing', 'pairs_of', 'graded_exam', 'run_graded', 'search_cells', 'chosen_from', 'arms_of_a_draw',
-           'graded_plan', 'FoundArms', 'arrange_graded', 'draw_means', 'question_differences', 'run_known_truth']
+           'graded_plan', 'FoundArms', 'arrange_graded', 'draw_means', 'question_differences', 'graded_answers',
+           'run_known_truth']
 
 # %% ../nbs/experiments/graded_cells.ipynb #40deedcf
 import random
@@ -20,7 +21,7 @@ from .evaluate import kl_along
 from .graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from .graded import messages_of, sampled_ids, teacher_pairs
 from .known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES, TEST, VALIDATION
-from .known_truth import LONGEST_PAIR, grid_of, stored_levels
+from .known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels, verdict
 from .logprobs import load_model, load_tokenizer, pairs_hash
 from .preferences import load_pairs, tokenize_pairs
 from .real import chunk_of, load_S, train_in_memory
@@ -371,9 +372,25 @@ def question_differences(
         differences[asked.question] = np.array([a[draw] - b[draw] for draw in both])
     return differences
 
+# %% ../nbs/experiments/graded_cells.ipynb #f6dc5571
+def graded_answers(
+    found: FoundArms,
+    questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
+) -> pd.DataFrame:     # of `draw_contrasts`, with `says`
+    "The answer to each question that two draws or more have."
+    differences = question_differences(found, questions)
+    table = draw_contrasts({asked: values for asked, values in differences.items() if len(values) > 1})
+    outcomes = questions.set_index("question")["outcome"]
+    says = []
+    for _, row in table.iterrows():
+        DPO, S = (draw_means(found, arm, outcomes[row["question"]]) for arm in ("DPO", "S"))
+        gain = np.mean([DPO[draw] - S[draw] for draw in DPO if draw in S])
+        says.append(verdict(row) if gain > 2 * MARGIN else "this outcome cannot tell")
+    return table.assign(says=says)
+
 # %% ../nbs/experiments/graded_cells.ipynb #c429e17f
 TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
-REHEARSAL = dict(n=4, tests=2, settings=COMMON | dict(epochs=1))
+REHEARSAL = dict(n=2, tests=1, settings=COMMON | dict(epochs=1))
 PLANS = { # name -> of `graded_plan`, of `load_graded`
     "known_truth": (dict(), dict()),
     "known_truth_teacher": (dict(arms=TEACHER_ARMS, teacher=True), dict()),

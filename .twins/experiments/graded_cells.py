@@ -37,7 +37,7 @@ from sdpo_nb.evaluate import kl_along
 from sdpo_nb.graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from sdpo_nb.graded import messages_of, sampled_ids, teacher_pairs
 from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES, TEST, VALIDATION
-from sdpo_nb.known_truth import LONGEST_PAIR, grid_of, stored_levels
+from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels, verdict
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.real import chunk_of, load_S, train_in_memory
@@ -49,7 +49,6 @@ from sdpo_nb.world import content_hash
 import contextlib, io, json, tempfile
 from dataclasses import replace
 from pathlib import Path
-from sdpo_nb.known_truth import draw_contrasts
 from sdpo_nb.world import complaint, make_model, make_tokenizer
 
 
@@ -540,6 +539,27 @@ def question_differences(
 
 
 # %% [markdown]
+# A question whose outcome is not sensitive is not answered: if DPO minus S does not exceed twice the margin, nothing is said about the arms.
+
+# %%
+#| export
+def graded_answers(
+    found: FoundArms,
+    questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
+) -> pd.DataFrame:     # of `draw_contrasts`, with `says`
+    "The answer to each question that two draws or more have."
+    differences = question_differences(found, questions)
+    table = draw_contrasts({asked: values for asked, values in differences.items() if len(values) > 1})
+    outcomes = questions.set_index("question")["outcome"]
+    says = []
+    for _, row in table.iterrows():
+        DPO, S = (draw_means(found, arm, outcomes[row["question"]]) for arm in ("DPO", "S"))
+        gain = np.mean([DPO[draw] - S[draw] for draw in DPO if draw in S])
+        says.append(verdict(row) if gain > 2 * MARGIN else "this outcome cannot tell")
+    return table.assign(says=says)
+
+
+# %% [markdown]
 # Two draws of a toy: three arms without a search, and what is borrowed from them. With one setting for all, `sDPO at DPO's beta` is `sDPO` itself: it has no row, and is found.
 
 # %%
@@ -553,10 +573,9 @@ found = arrange_graded(made, **{name: SMALL[name] for name in ("n", "tests", "va
 assert found.missing == 0
 assert found.rows["sDPO at DPO's beta"] == found.rows["sDPO"]
 answered = QUESTIONS[QUESTIONS["a"].isin(["sDPO", "sDPO at the KL of DPO", "sDPO at DPO's beta"]) & QUESTIONS["b"].str.startswith("DPO")]
-differences = question_differences(found, answered)
-assert all(len(values) == 2 for values in differences.values())
+assert all(len(values) == 2 for values in question_differences(found, answered).values())
 print(len(made), "rows of the toy")
-draw_contrasts(differences)[["question", "mean", "low", "high", "p", "p_equal"]].round(3)
+graded_answers(found, answered)[["question", "mean", "low", "high", "p", "p_equal", "says"]].round(3)
 
 # %% [markdown]
 # The arms are random models that have learned a little; the numbers say nothing. What counts is that every question is asked of the right rows.
@@ -568,7 +587,7 @@ draw_contrasts(differences)[["question", "mean", "low", "high", "p", "p_equal"]]
 # %%
 #| export
 TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
-REHEARSAL = dict(n=4, tests=2, settings=COMMON | dict(epochs=1))
+REHEARSAL = dict(n=2, tests=1, settings=COMMON | dict(epochs=1))
 PLANS = { # name -> of `graded_plan`, of `load_graded`
     "known_truth": (dict(), dict()),
     "known_truth_teacher": (dict(arms=TEACHER_ARMS, teacher=True), dict()),

@@ -31,16 +31,13 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from sdpo_nb.cells import RESULTS
 from sdpo_nb.logprobs import autocast, load_model, load_tokenizer
-from sdpo_nb.partition import wilson
 from sdpo_nb.timed import run_timed
 from sdpo_nb.world import K, edit_distance
 
 # %%
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from sdpo_nb.evaluate import as_text
 from sdpo_nb.world import complaint, load_base, load_world, respond_ids
 torch.set_num_threads(1);
 
@@ -532,3 +529,98 @@ def run_calibration(
     def plan(rows): return [Calibration(task, size, n) for task in candidates for size in candidates[task]]
     def run(what): return calibrate(S, tokenizer, what)
     return run_timed("known_truth_levels", plan, run, folder, minutes, device)
+
+
+# %% [markdown]
+# The real one takes some minutes (`python -m sdpo_nb.graded FOLDER_OF_S FOLDER`), so its rows are stored. Here is what it does, with the S of the tiny world, which knows no such tasks:
+
+# %%
+tok.model_max_length = 1024                    # a letter is a token, and prompts are long here
+toy = calibrate(S, tok, Calibration("reverse", 2, n=4), max_new=6)
+assert len(toy["first"]) == len(toy["second"]) == 4
+toy["first"], toy["examples"][0]
+
+
+# %%
+#| export
+def calibration() -> list[dict]: # task, size, n, first, second: scores; examples, card, versions
+    "What S made of each task and size, as it was committed. Raises ValueError where there is nothing."
+    path = RESULTS / "known_truth_levels.json"
+    if not path.exists(): raise ValueError(f"{path}: not there; `python -m sdpo_nb.graded` makes it")
+    return json.loads(path.read_text())
+
+def store_calibration(
+    rows: list, # of `run_calibration`
+):
+    "Write the rows to where `calibration` reads them."
+    kept = [row | dict(examples=row["examples"][:2]) for row in rows]
+    text = ",\n".join(json.dumps(row) for row in kept)
+    (RESULTS / "known_truth_levels.json").write_text(f"[{text}]\n")
+
+if __name__ == "__main__" and __spec__:
+    import sys
+    if len(sys.argv) != 3: raise SystemExit("usage: python -m sdpo_nb.graded FOLDER_OF_S FOLDER")
+    store_calibration(run_calibration(sys.argv[2], sys.argv[1]))
+
+# %% [markdown]
+# Before you look at the table: which of these tasks is easiest for a language model, and what does it do when it fails?
+
+# %%
+rows = calibration()
+shown = []
+for row in rows:
+    scores = row["first"] + row["second"]
+    question, answer = row["examples"][0]
+    right = sum(score == 1 for score in scores)
+    shown.append(dict(task=row["task"], size=row["size"], right=right, answers=len(scores), question=question, answer=answer))
+for row in shown: assert 0 <= row["right"] <= row["answers"] == 48
+with pd.option_context("display.max_colwidth", 60): display(pd.DataFrame(shown).set_index(["task", "size"]))
+
+# %% [markdown]
+# An answer that fails is mostly of the right form: S has understood what is asked, and cannot do it. Which of these sizes become the sources is decided on the page [known truth](known_truth.ipynb).
+#
+# ## What this does not show
+#
+# - The score of *count* is about the number of words only. An S that learns to write `a a a` has a score of 1.
+# - Three examples stand in every prompt. Without them S is much worse, mostly because it writes another form. So these are tasks for a model that has been shown the form.
+#
+# ## What you now have
+#
+# - `make_problems` and `grade`: problems of five tasks in any size, and how right an answer is.
+# - `sampled_ids`: answers of any causal language model, in batches, with the luck of chapter 00.
+# - `label_pairs` and `teacher_pairs`: preference pairs with known truth.
+# - `calibrate`: how hard a size is for a model.
+#
+# ## Questions to test yourself
+#
+# 1. Why does the split depend on the content, and not on the question?
+#
+#    <details><summary>Answer</summary>
+#
+#    `3 + 4` and `4 + 3` are two questions with one content. If they could be in two splits, a model could be tested on a sum that it has learned by heart.
+#
+#    </details>
+# 2. An answer to an addition is `7 + 5 = 12 and 3`. What is its score, and is that fair?
+#
+#    <details><summary>Answer</summary>
+#
+#    0: the last number is 3. A rule that takes the best number would reward a model that lists many. A rule must be simple enough that one can see what it rewards.
+#
+#    </details>
+# 3. On a hard level most pairs have two wrong answers. What can DPO learn from them?
+#
+#    <details><summary>Answer</summary>
+#
+#    The nearer one is chosen more often: the form, the length, the first digits. That is the use of partial credit.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Give `label_pairs` a `k` of 1 in the cell with the thousand pairs. Before you look: how many labels are wrong?
+#
+#   <details><summary>What you should see</summary>
+#
+#   $1 - \sigma(1/3) = 0.42$ instead of 0.12.
+#
+#   </details>
