@@ -181,6 +181,11 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [with_new_data](experiments/with_new_data.ipynb) | pairs that the model before wrote; labels by a judge, or by the model |
 # | how it was done | [worlds and bodies](experiments/bodies.ipynb), [training data](experiments/training_data.ipynb), [one run and many](experiments/cells.ipynb), [comparing them](experiments/compare.ipynb), [every question as a grid](experiments/questions.ipynb) |
 #
+# | question | on SmolLM2, a real model of 135 million parameters |
+# |---|---|
+# | [known_truth](experiments/known_truth.ipynb) | the same eight questions, where a program grades and hard builds on easy: fixed, not yet answered |
+# | how it is done | [tasks that a program grades](experiments/graded_tasks.ipynb), [one run on them](experiments/graded_cells.ipynb) |
+#
 # ## From the paper to cells
 #
 # | in arXiv 2403.19270 | here |

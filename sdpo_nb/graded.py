@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'WORDS', 'TASKS', 'GRADERS', 'EXAMPLES', 'LONGEST', 'CANDIDATES', 'Problem', 'split_of_content', 'grade',
            'example_problems', 'messages_of', 'make_problems', 'ids_of', 'sampled_ids', 'answer_text', 'answers_to',
-           'label_pairs', 'teacher_pairs', 'graded_pairs', 'Calibration', 'calibrate', 'run_calibration']
+           'label_pairs', 'teacher_pairs', 'graded_pairs', 'Calibration', 'calibrate', 'run_calibration', 'calibration',
+           'store_calibration']
 
 # %% ../nbs/experiments/graded_tasks.ipynb #ae749e72
 import hashlib, json, math, random, re
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from .cells import RESULTS
 from .logprobs import autocast, load_model, load_tokenizer
-from .partition import wilson
 from .timed import run_timed
 from .world import K, edit_distance
 
@@ -71,8 +72,9 @@ def _reversing(size, rng): return _words("reverse", size, rng)
 def _json(size, rng): # keys
     keys = rng.sample(WORDS, size)
     quoted = ", ".join(f'"{key}"' for key in keys)
-    right = json.dumps({key: rng.randint(1, 9) for key in keys})
-    return Problem("json", size, f"JSON with the keys {quoted}", right, "json " + " ".join(sorted(keys)))
+    right = json.dumps({key: rng.randint(1, 9) for key in sorted(keys)})
+    question = f"JSON with the keys {quoted}, in alphabetical order"
+    return Problem("json", size, question, right, "json " + " ".join(sorted(keys)))
 
 def _counting(size, rng): # words of the answer
     topic = rng.choice(WORDS)
@@ -110,11 +112,8 @@ def _pairs_of(text):
     return found[1] if isinstance(found, tuple) else None
 
 def _grade_json(problem, response):
-    wanted, found = set(json.loads(problem.right)), _pairs_of(response)
-    if found is None: return 0.
-    given = [key for key, _ in found]
-    hits = len(wanted & set(given))
-    return hits / (len(wanted) + len(given) - hits)
+    wanted, found = list(json.loads(problem.right)), _pairs_of(response)
+    return 0. if found is None else _likeness([key for key, _ in found], wanted)
 
 def _grade_count(problem, response):
     n = len(_words_of(response))
@@ -354,3 +353,23 @@ def run_calibration(
     def plan(rows): return [Calibration(task, size, n) for task in candidates for size in candidates[task]]
     def run(what): return calibrate(S, tokenizer, what)
     return run_timed("known_truth_levels", plan, run, folder, minutes, device)
+
+# %% ../nbs/experiments/graded_tasks.ipynb #7ab76474
+def calibration() -> list[dict]: # task, size, n, first, second: scores; examples, card, versions
+    "What S made of each task and size, as it was committed. Raises ValueError where there is nothing."
+    path = RESULTS / "known_truth_levels.json"
+    if not path.exists(): raise ValueError(f"{path}: not there; `python -m sdpo_nb.graded` makes it")
+    return json.loads(path.read_text())
+
+def store_calibration(
+    rows: list, # of `run_calibration`
+):
+    "Write the rows to where `calibration` reads them."
+    kept = [row | dict(examples=row["examples"][:2]) for row in rows]
+    text = ",\n".join(json.dumps(row) for row in kept)
+    (RESULTS / "known_truth_levels.json").write_text(f"[{text}]\n")
+
+if __name__ == "__main__" and __spec__:
+    import sys
+    if len(sys.argv) != 3: raise SystemExit("usage: python -m sdpo_nb.graded FOLDER_OF_S FOLDER")
+    store_calibration(run_calibration(sys.argv[2], sys.argv[1]))

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['TEACHER_ARMS', 'REHEARSAL', 'PLANS', 'draw_problems', 'WritingCell', 'GradedCell', 'Graded', 'load_graded',
            'run_writing', 'pairs_of', 'graded_exam', 'run_graded', 'search_cells', 'chosen_from', 'arms_of_a_draw',
-           'graded_plan', 'run_known_truth']
+           'graded_plan', 'FoundArms', 'arrange_graded', 'draw_means', 'question_differences', 'graded_answers',
+           'run_known_truth']
 
 # %% ../nbs/experiments/graded_cells.ipynb #40deedcf
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import torch
 
 from .evaluate import kl_along
 from .graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from .graded import messages_of, sampled_ids, teacher_pairs
-from .known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, SEARCH_DRAW, SOURCES, TEST, VALIDATION
-from .known_truth import LONGEST_PAIR, grid_of, stored_levels
+from .known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES, TEST, VALIDATION
+from .known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels, verdict
 from .logprobs import load_model, load_tokenizer, pairs_hash
 from .preferences import load_pairs, tokenize_pairs
 from .real import chunk_of, load_S, train_in_memory
@@ -298,9 +301,96 @@ def _same_for_all(arms, settings): # a rehearsal has no search
     grids = {arm: grid_of(arm) for arm in arms}
     return {arm: {name: settings[name] for name in grid[0]} if grid else {} for arm, grid in grids.items()}
 
+# %% ../nbs/experiments/graded_cells.ipynb #eb577dec
+@dataclass
+class FoundArms:
+    "What is there of an experiment."
+    rows: dict = field(default_factory=dict)    # arm -> draw -> row
+    chosen: dict = field(default_factory=dict)  # arm -> settings, once the search is complete
+    written: dict = field(default_factory=dict) # draw -> row of the writing cell
+    missing: int = None                         # cells that are planned so far and not there; None: nothing is there
+
+def arrange_graded(
+    rows: list,            # of `read_results`
+    n: int = PROMPTS // len(TASKS), # training problems of each task and source
+    tests: int = TEST,              # test problems of each task and level
+    validation: int = VALIDATION,   # those of the search
+    **wanted,              # of `graded_plan`: arms, draws, teacher, settings
+) -> FoundArms:
+    "The rows of an experiment. Where they are about several S, those with most rows."
+    if not rows: return FoundArms()
+    about = pd.Series([row["about"] for row in rows]).mode()[0]
+    design = SimpleNamespace(about=about, n=n, tests=tests, validation=validation, rows={})
+    planned = graded_plan(design, **wanted)(rows)
+    by_key = design.rows
+    there = [cell for cell in planned if cell.key in by_key]
+    found = FoundArms(missing=len(planned) - len(there))
+    for cell in there:
+        row = by_key[cell.key]
+        if isinstance(cell, WritingCell): found.written[cell.draw] = row
+        elif cell.split == "test": found.rows.setdefault(cell.arm, {})[cell.draw] = row
+    if planned and isinstance(planned[-1], GradedCell) and planned[-1].split == "validation": return found
+    found.chosen = {cell.arm: dict(cell.settings) for cell in planned
+                    if isinstance(cell, GradedCell) and cell.split == "test"}
+    return found
+
+def draw_means(
+    found: FoundArms,
+    arm: str,         # a name, or 'sDPO at the KL of DPO'
+    outcome: str,     # sampled, greedy, kl
+    level: str = "",  # of SOURCES; "": all problems
+) -> dict:            # draw -> mean
+    "One number for each draw of an arm; 'sDPO at the KL of DPO' is read off its ladder."
+    if arm == "sDPO at the KL of DPO": return _at_the_kl(found, outcome)
+    third = SOURCES.index(level) if level else slice(None)
+    means = {}
+    for draw, row in found.rows.get(arm, {}).items():
+        values = np.array_split(row[outcome], len(SOURCES))
+        means[draw] = float(np.mean(values[third] if level else row[outcome]))
+    return means
+
+def _at_the_kl(found, outcome):
+    rungs = ["sDPO", *(name for name in BORROWED if name.startswith("sDPO, "))]
+    kls, scores = ([draw_means(found, rung, what) for rung in rungs] for what in ("kl", outcome))
+    means = {}
+    for draw, kl in draw_means(found, "DPO", "kl").items():
+        if not all(draw in rung for rung in kls): continue
+        x, y = (np.array([rung[draw] for rung in what]) for what in (kls, scores))
+        order = x.argsort()
+        means[draw] = float(np.interp(kl, x[order], y[order]))    # outside: the nearest end
+    return means
+
+def question_differences(
+    found: FoundArms,
+    questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
+) -> dict:             # question -> (draws,) a minus b, in the draws that have both
+    "One number for each question and draw."
+    differences = {}
+    for asked in questions.itertuples():
+        a, b = (draw_means(found, arm, asked.outcome) for arm in (asked.a, asked.b))
+        both = sorted(a.keys() & b.keys())
+        differences[asked.question] = np.array([a[draw] - b[draw] for draw in both])
+    return differences
+
+# %% ../nbs/experiments/graded_cells.ipynb #f6dc5571
+def graded_answers(
+    found: FoundArms,
+    questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
+) -> pd.DataFrame:     # of `draw_contrasts`, with `says`
+    "The answer to each question that two draws or more have."
+    differences = question_differences(found, questions)
+    table = draw_contrasts({asked: values for asked, values in differences.items() if len(values) > 1})
+    outcomes = questions.set_index("question")["outcome"]
+    says = []
+    for _, row in table.iterrows():
+        DPO, S = (draw_means(found, arm, outcomes[row["question"]]) for arm in ("DPO", "S"))
+        gain = np.mean([DPO[draw] - S[draw] for draw in DPO if draw in S])
+        says.append(verdict(row) if gain > 2 * MARGIN else "this outcome cannot tell")
+    return table.assign(says=says)
+
 # %% ../nbs/experiments/graded_cells.ipynb #c429e17f
 TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
-REHEARSAL = dict(n=4, tests=2, settings=COMMON | dict(epochs=1))
+REHEARSAL = dict(n=2, tests=1, settings=COMMON | dict(epochs=1))
 PLANS = { # name -> of `graded_plan`, of `load_graded`
     "known_truth": (dict(), dict()),
     "known_truth_teacher": (dict(arms=TEACHER_ARMS, teacher=True), dict()),

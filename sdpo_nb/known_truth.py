@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SOURCES', 'TARGETS', 'PROMPTS', 'TEST', 'VALIDATION', 'DRAWS', 'SEARCH_DRAW', 'ARMS', 'LADDER', 'BORROWED', 'BETAS',
            'LEARNING_RATES', 'COMMON', 'LONGEST_PAIR', 'QUESTIONS', 'MARGIN', 'choose_sizes', 'levels_from',
-           'calibration', 'stored_levels', 'grid_of', 'draw_contrasts', 'verdict']
+           'stored_levels', 'grid_of', 'draw_contrasts', 'verdict']
 
 # %% ../nbs/experiments/known_truth.ipynb #0ceb7248
-import itertools, json
+import itertools
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from .cells import RESULTS
 from .compare import holm_p_values, sign_flip_p_value
+from .graded import calibration
 
 # %% ../nbs/experiments/known_truth.ipynb #96cfa8f1
 SOURCES = ("easy", "middle", "hard")
@@ -50,12 +50,6 @@ def levels_from(
         answers.setdefault(task, {})[size] = len(scores)
     chosen = {task: choose_sizes(right[task], answers[task]) for task in right}
     return {source: {task: chosen[task][source] for task in chosen} for source in SOURCES}
-
-def calibration() -> list[dict]: # task, size, n, first, second: scores; examples, card, versions
-    "What S made of each task and size, as it was committed. Raises ValueError where there is nothing."
-    path = RESULTS / "known_truth_levels.json"
-    if not path.exists(): raise ValueError(f"{path}: not there; `python -m sdpo_nb.graded` makes it")
-    return json.loads(path.read_text())
 
 def stored_levels() -> dict: # source -> task -> size
     "The sizes of the three sources, by the rule above."

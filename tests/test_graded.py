@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from sdpo_nb import graded, known_truth
+from sdpo_nb import graded, graded_cells, known_truth
 from sdpo_nb.graded import EXAMPLES, SPLITS, TASKS, WORDS, Problem, grade, make_problems, messages_of
-from sdpo_nb.world import load_base, load_world
+from sdpo_nb.timed import read_lines
+from sdpo_nb.world import load_base, load_world, make_model, make_tokenizer
 
 torch.set_num_threads(1)
 SUM = Problem("add", 6, "612 + 722 =", "612 + 722 = 1334", "add 612 722")
 SORT = Problem("sort", 3, "Sort: sea, arm, oil", "arm, oil, sea", "words arm oil sea")
-JSON = Problem("json", 2, 'JSON with the keys "sun", "moon"', '{"sun": 1, "moon": 2}', "json moon sun")
+JSON = Problem("json", 2, 'JSON with the keys "sun", "moon", in alphabetical order', '{"moon": 1, "sun": 2}', "json moon sun")
+LEVELS = dict(easy=dict(add=3, reverse=2), middle=dict(add=4, reverse=3), hard=dict(add=6, reverse=4))
+SMALL = dict(levels=LEVELS, n=8, tests=3, validation=3, how=dict(max_new=6), settings=dict(epochs=1, batch_size=8))
 COUNT = Problem("count", 3, "Write exactly 3 words about: rain", "grey wet cold", "count rain")
 
 
@@ -24,11 +27,11 @@ COUNT = Problem("count", 3, "Write exactly 3 words about: rain", "grey wet cold"
     (SUM, "1,33,4", 0.25),                               # no separators of thousands: the last number is 4
     (SORT, "arm, oil, sea", 1), (SORT, "Arm oil sea.", 1), (SORT, "arm\noil\nsea", 1), (SORT, "arm, oil and sea", 0.75), (SORT, "arm, sea, oil", 1 / 3),
     (SORT, "arm, oil", 2 / 3), (SORT, "sorted: arm, oil, sea", 0.75), (SORT, "", 0), (SORT, "armoilsea", 0),
-    (JSON, '{"sun": 1, "moon": 2}', 1), (JSON, '{"moon": [{}], "sun": null}', 1), (JSON, '```json\n{"sun": 1, "moon": 2}\n```', 1),
-    (JSON, '```\n{"sun": 1, "moon": 2}\n```', 1), (JSON, ' {"sun": 1,\n "moon": 2}\n', 1), (JSON, '{"sun": 1}', 0.5),
-    (JSON, '{"sun": 1, "moon": 2, "sky": 3}', 2 / 3), (JSON, '{"sun": 1, "sun": 2, "moon": 3}', 2 / 3), (JSON, '{"Sun": 1, "moon": 2}', 1 / 3), (JSON, "{}", 0),
-    (JSON, '["sun", "moon"]', 0), (JSON, '{"sun": 1, "moon": 2', 0), (JSON, 'Here: {"sun": 1, "moon": 2}', 0), (JSON, "", 0), (JSON, "[" * 100000, 0),
-    (JSON, '```json\n{"sun": 1, "moon": 2}\n``` Done.', 0), (JSON, '{"sun": 1, "moon": 2} {"sun": 1}', 0),
+    (JSON, '{"moon": 1, "sun": 2}', 1), (JSON, '{"moon": [{}], "sun": null}', 1), (JSON, '```json\n{"moon": 1, "sun": 2}\n```', 1),
+    (JSON, '```\n{"moon": 1, "sun": 2}\n```', 1), (JSON, ' {"moon": 1,\n "sun": 2}\n', 1), (JSON, '{"sun": 1}', 0.5), (JSON, '{"sun": 1, "moon": 2}', 0),
+    (JSON, '{"moon": 1, "sky": 2, "sun": 3}', 2 / 3), (JSON, '{"moon": 1, "moon": 2, "sun": 3}', 2 / 3), (JSON, '{"moon": 1, "Sun": 2}', 0.5), (JSON, "{}", 0),
+    (JSON, '["moon", "sun"]', 0), (JSON, '{"moon": 1, "sun": 2', 0), (JSON, 'Here: {"moon": 1, "sun": 2}', 0), (JSON, "", 0), (JSON, "[" * 100000, 0),
+    (JSON, '```json\n{"moon": 1, "sun": 2}\n``` Done.', 0), (JSON, '{"moon": 1, "sun": 2} {"sun": 1}', 0),
     (COUNT, "Rain is wet", 1), (COUNT, "rain-drops fall, softly.", 1), (COUNT, "wet", 1 / 3), (COUNT, "a b c d e f", 0.5), (COUNT, "", 0), (COUNT, "... !", 0),
 ])
 def test_grades(problem, answer, score):
@@ -139,3 +142,77 @@ def test_verdicts_need_all_they_ask_for():
     words = dict(zip(table["question"], table.apply(known_truth.verdict, axis=1)))
     assert words == {"same": "equal", "far": "different", "near": "different, but little", "wild": "we cannot tell"}
     assert (table["holm"] >= table["p"]).all() and (table["holm_equal"] >= table["p_equal"]).all()
+
+
+@pytest.fixture(scope="module")
+def S(tmp_path_factory):
+    "A random Llama that reads letters, in a folder."
+    folder, tokenizer = tmp_path_factory.mktemp("graded") / "S", make_tokenizer()
+    tokenizer.model_max_length = 1024
+    model = make_model(tokenizer, hidden=32, layers=2)
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows_in(folder): return read_lines(folder / "known_truth_rehearsal.jsonl")[0]
+
+
+def test_a_killed_run_goes_on_to_the_same_rows(S, tmp_path, monkeypatch):
+    run = lambda folder, **others: graded_cells.run_known_truth("known_truth_rehearsal", folder, None, S, "fp32", **SMALL | others)
+    whole = run(tmp_path / "whole")
+    assert [row.get("arm") for row in whole] == [None, "S", "DPO", "DPO at beta/T"]
+
+    real = graded_cells.run_graded
+    def killed(cell, world):
+        if cell.arm == "DPO": raise KeyboardInterrupt
+        return real(cell, world)
+    monkeypatch.setattr(graded_cells, "run_graded", killed)
+    with pytest.raises(KeyboardInterrupt): run(tmp_path / "killed")
+    monkeypatch.undo()
+    assert [row.get("arm") for row in rows_in(tmp_path / "killed")] == [None, "S"]
+    with open(tmp_path / "killed" / "known_truth_rehearsal.jsonl", "a") as f: f.write('{"key": "half a li')
+    run(tmp_path / "killed")
+    without_clock = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    assert without_clock(rows_in(tmp_path / "killed")) == without_clock(rows_in(tmp_path / "whole"))
+
+    other = run(tmp_path / "killed", tests=2)             # another exam is another cell; what S wrote is found again
+    assert len(other) == 7
+
+
+def test_answers_of_S_are_those_of_its_row_wherever_it_goes_on(S, tmp_path):
+    graded_world = graded_cells.load_graded(S, precision="fp32", **SMALL)
+    written = graded_cells.WritingCell(1, 8, graded_world.about)
+    row = graded_cells.run_writing(written, graded_world)
+    assert json.loads(json.dumps(row)) == row
+    row["answers"]["easy"][0] = ["8 + 48 = 56"] * len(row["answers"]["easy"][0])           # as if another card had written it
+    graded_world.rows[written.key] = row
+    cell = graded_cells.GradedCell("DPO", (("all", "S", "S"),), (("beta", 0.3), ("lr", 1e-3)), "test", 3, True, written)
+    pairs = graded_cells.pairs_of(cell, graded_world)
+    rejected = {tuple(pair["rejected_ids"]) for pair in pairs if pair["source"] == "easy"}
+    assert len(rejected) == 1
+
+
+def test_problems_of_a_draw_are_its_own():
+    of = lambda draw, split="train": {p.question for found in graded_cells.draw_problems(draw, split, LEVELS, 20).values() for p in found}
+    assert of(1) == of(1) and len(of(1) & of(2)) < 0.3 * len(of(1))
+    contents = {split: {p.content for found in graded_cells.draw_problems(1, split, LEVELS, 20).values() for p in found} for split in SPLITS}
+    assert not contents["train"] & contents["test"] and not contents["validation"] & contents["test"]
+
+
+def test_questions_name_arms_and_are_read_off_the_right_rows():
+    names = {*known_truth.ARMS, *known_truth.BORROWED, "sDPO at the KL of DPO"}
+    assert {*known_truth.QUESTIONS["a"], *known_truth.QUESTIONS["b"]} <= names
+    row = lambda score, kl: {1: dict(sampled=[score] * 6, greedy=[score / 2] * 6, kl=[kl] * 6)}
+    rows = {"DPO": row(0.5, 2.), "sDPO": row(0.6, 3.), "sDPO, random": row(0.1, 1.)}
+    rows |= {f"sDPO, {factor:g} beta": row(0.4, 1.) for factor in (2, 4)} | {f"sDPO, {factor:g} beta": row(0.7, 9.) for factor in (0.25, 0.5)}
+    found = graded_cells.FoundArms(rows=rows)
+    differences = graded_cells.question_differences(found)
+    assert differences["stepwise against plain"] == pytest.approx([0.1])
+    assert differences["the same, greedy"] == pytest.approx([0.05])
+    assert differences["the same, at the KL of plain"] == pytest.approx([0.])      # halfway from 0.4 to 0.6
+    assert differences["easy first against random order"] == pytest.approx([0.5])
+    assert len(differences["easy first against hard first"]) == 0
+    found.rows["DPO"] = row(0.5, 20.)                                                # beyond the ladder: its end
+    assert graded_cells.question_differences(found)["the same, at the KL of plain"] == pytest.approx([0.2])

@@ -27,15 +27,17 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 #| export
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import torch
 
 from sdpo_nb.evaluate import kl_along
 from sdpo_nb.graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from sdpo_nb.graded import messages_of, sampled_ids, teacher_pairs
-from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, SEARCH_DRAW, SOURCES, TEST, VALIDATION
-from sdpo_nb.known_truth import LONGEST_PAIR, grid_of, stored_levels
+from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES, TEST, VALIDATION
+from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels, verdict
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.real import chunk_of, load_S, train_in_memory
@@ -44,10 +46,9 @@ from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.world import content_hash
 
 # %%
-import json, tempfile
+import contextlib, io, json, tempfile
 from dataclasses import replace
 from pathlib import Path
-import pandas as pd
 from sdpo_nb.world import complaint, make_model, make_tokenizer
 
 
@@ -458,7 +459,127 @@ everything = plan(rows)
 assert len({cell.key for cell in everything}) == len(everything)
 print(f"{len(search)} cells of the search; {len(everything) - len(search)} in {len(DRAWS)} draws")
 
+
 # %% [markdown]
+# ## From rows to answers
+#
+# Rows are arranged by arm and draw. An arm whose settings are those of another has no row of its own; it is found by its key. Then each question is one number per draw.
+
+# %%
+#| export
+@dataclass
+class FoundArms:
+    "What is there of an experiment."
+    rows: dict = field(default_factory=dict)    # arm -> draw -> row
+    chosen: dict = field(default_factory=dict)  # arm -> settings, once the search is complete
+    written: dict = field(default_factory=dict) # draw -> row of the writing cell
+    missing: int = None                         # cells that are planned so far and not there; None: nothing is there
+
+def arrange_graded(
+    rows: list,            # of `read_results`
+    n: int = PROMPTS // len(TASKS), # training problems of each task and source
+    tests: int = TEST,              # test problems of each task and level
+    validation: int = VALIDATION,   # those of the search
+    **wanted,              # of `graded_plan`: arms, draws, teacher, settings
+) -> FoundArms:
+    "The rows of an experiment. Where they are about several S, those with most rows."
+    if not rows: return FoundArms()
+    about = pd.Series([row["about"] for row in rows]).mode()[0]
+    design = SimpleNamespace(about=about, n=n, tests=tests, validation=validation, rows={})
+    planned = graded_plan(design, **wanted)(rows)
+    by_key = design.rows
+    there = [cell for cell in planned if cell.key in by_key]
+    found = FoundArms(missing=len(planned) - len(there))
+    for cell in there:
+        row = by_key[cell.key]
+        if isinstance(cell, WritingCell): found.written[cell.draw] = row
+        elif cell.split == "test": found.rows.setdefault(cell.arm, {})[cell.draw] = row
+    if planned and isinstance(planned[-1], GradedCell) and planned[-1].split == "validation": return found
+    found.chosen = {cell.arm: dict(cell.settings) for cell in planned
+                    if isinstance(cell, GradedCell) and cell.split == "test"}
+    return found
+
+def draw_means(
+    found: FoundArms,
+    arm: str,         # a name, or 'sDPO at the KL of DPO'
+    outcome: str,     # sampled, greedy, kl
+    level: str = "",  # of SOURCES; "": all problems
+) -> dict:            # draw -> mean
+    "One number for each draw of an arm; 'sDPO at the KL of DPO' is read off its ladder."
+    if arm == "sDPO at the KL of DPO": return _at_the_kl(found, outcome)
+    third = SOURCES.index(level) if level else slice(None)
+    means = {}
+    for draw, row in found.rows.get(arm, {}).items():
+        values = np.array_split(row[outcome], len(SOURCES))
+        means[draw] = float(np.mean(values[third] if level else row[outcome]))
+    return means
+
+def _at_the_kl(found, outcome):
+    rungs = ["sDPO", *(name for name in BORROWED if name.startswith("sDPO, "))]
+    kls, scores = ([draw_means(found, rung, what) for rung in rungs] for what in ("kl", outcome))
+    means = {}
+    for draw, kl in draw_means(found, "DPO", "kl").items():
+        if not all(draw in rung for rung in kls): continue
+        x, y = (np.array([rung[draw] for rung in what]) for what in (kls, scores))
+        order = x.argsort()
+        means[draw] = float(np.interp(kl, x[order], y[order]))    # outside: the nearest end
+    return means
+
+def question_differences(
+    found: FoundArms,
+    questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
+) -> dict:             # question -> (draws,) a minus b, in the draws that have both
+    "One number for each question and draw."
+    differences = {}
+    for asked in questions.itertuples():
+        a, b = (draw_means(found, arm, asked.outcome) for arm in (asked.a, asked.b))
+        both = sorted(a.keys() & b.keys())
+        differences[asked.question] = np.array([a[draw] - b[draw] for draw in both])
+    return differences
+
+
+# %% [markdown]
+# A question whose outcome is not sensitive is not answered: if DPO minus S does not exceed twice the margin, nothing is said about the arms.
+
+# %%
+#| export
+def graded_answers(
+    found: FoundArms,
+    questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
+) -> pd.DataFrame:     # of `draw_contrasts`, with `says`
+    "The answer to each question that two draws or more have."
+    differences = question_differences(found, questions)
+    table = draw_contrasts({asked: values for asked, values in differences.items() if len(values) > 1})
+    outcomes = questions.set_index("question")["outcome"]
+    says = []
+    for _, row in table.iterrows():
+        DPO, S = (draw_means(found, arm, outcomes[row["question"]]) for arm in ("DPO", "S"))
+        gain = np.mean([DPO[draw] - S[draw] for draw in DPO if draw in S])
+        says.append(verdict(row) if gain > 2 * MARGIN else "this outcome cannot tell")
+    return table.assign(says=says)
+
+
+# %% [markdown]
+# Two draws of a toy: three arms without a search, and what is borrowed from them. With one setting for all, `sDPO at DPO's beta` is `sDPO` itself: it has no row, and is found.
+
+# %%
+toy = dict(arms=("S", "DPO", "sDPO"), draws=(1, 2), teacher=True, settings=dict(beta=0.3, lr=1e-3))
+plan, made = graded_plan(graded, **toy), []
+while todo := [cell for cell in plan(made) if cell.key not in graded.rows]:
+    run = run_writing if isinstance(todo[0], WritingCell) else run_graded
+    made.append(dict(key=todo[0].key) | run(todo[0], graded))
+
+found = arrange_graded(made, **{name: SMALL[name] for name in ("n", "tests", "validation")}, **toy)
+assert found.missing == 0
+assert found.rows["sDPO at DPO's beta"] == found.rows["sDPO"]
+answered = QUESTIONS[QUESTIONS["a"].isin(["sDPO", "sDPO at the KL of DPO", "sDPO at DPO's beta"]) & QUESTIONS["b"].str.startswith("DPO")]
+assert all(len(values) == 2 for values in question_differences(found, answered).values())
+print(len(made), "rows of the toy")
+graded_answers(found, answered)[["question", "mean", "low", "high", "p", "p_equal", "says"]].round(3)
+
+# %% [markdown]
+# The arms are random models that have learned a little; the numbers say nothing. What counts is that every question is asked of the right rows.
+#
 # ## The command
 #
 # `python -m sdpo_nb.experiments known_truth --minutes 8 --folder OUT` goes on with the plan for some minutes, on whatever device there is. Everything of `run_timed` holds: a finished cell is written at once, and what does not fit is not begun. `known_truth_teacher` is the same with the teacher's pairs, for DPO and three arms of stages. `known_truth_rehearsal` tries all parts on few problems, without a search.
@@ -466,7 +587,7 @@ print(f"{len(search)} cells of the search; {len(everything) - len(search)} in {l
 # %%
 #| export
 TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
-REHEARSAL = dict(n=4, tests=2, settings=COMMON | dict(epochs=1))
+REHEARSAL = dict(n=2, tests=1, settings=COMMON | dict(epochs=1))
 PLANS = { # name -> of `graded_plan`, of `load_graded`
     "known_truth": (dict(), dict()),
     "known_truth_teacher": (dict(arms=TEACHER_ARMS, teacher=True), dict()),
@@ -491,6 +612,42 @@ def run_known_truth(
 
 
 # %%
-rows = run_known_truth("known_truth_rehearsal", folder, None, folder / "S", "fp32", levels=LEVELS, **SMALL)
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    rows = run_known_truth("known_truth_rehearsal", folder, None, folder / "S", "fp32", levels=LEVELS, **SMALL)
+assert "4 new rows" in said.getvalue()
 assert [row.get("arm", "S writes") for row in rows] == ["S writes", "S", "DPO", "DPO at beta/T"]
 print(complaint(run_known_truth, "known truth", folder))
+
+# %% [markdown]
+# ## What you now have
+#
+# - `WritingCell` and `GradedCell`: what S wrote, and what an arm made of it, as rows of one file.
+# - `run_known_truth`: the plan, worked off for some minutes, on a card or a processor.
+# - `arrange_graded` and `question_differences`: from rows to one number for each question and draw.
+#
+# ## Questions to test yourself
+#
+# 1. Why are the answers of S rows of their own, and not made again by every arm?
+#
+#    <details><summary>Answer</summary>
+#
+#    Another card may round otherwise, and one other token makes another pair. All arms of a draw must train on the same pairs, wherever they are run.
+#
+#    </details>
+# 2. Why does the key of the arm S not depend on the kind of pairs?
+#
+#    <details><summary>Answer</summary>
+#
+#    S is trained on none. Its row answers for both kinds.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Ask for the cells of the plan with `teacher=True` and compare their keys with those of the plan without. How many cells do both have?
+#
+#   <details><summary>What you should see</summary>
+#
+#   With the rows of a search given, as above: the writing cells of all draws and S in each of them, 21 in all with that of the search.
+#
+#   </details>

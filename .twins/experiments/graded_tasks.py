@@ -31,16 +31,13 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from sdpo_nb.cells import RESULTS
 from sdpo_nb.logprobs import autocast, load_model, load_tokenizer
-from sdpo_nb.partition import wilson
 from sdpo_nb.timed import run_timed
 from sdpo_nb.world import K, edit_distance
 
 # %%
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from sdpo_nb.evaluate import as_text
 from sdpo_nb.world import complaint, load_base, load_world, respond_ids
 torch.set_num_threads(1);
 
@@ -97,7 +94,7 @@ len(WORDS)
 # %% [markdown]
 # ## Five tasks
 #
-# Each task is a function that draws a problem of a size. What is a size? For additions it is the digits of both numbers together; else the number of words or keys. A larger problem holds a smaller one: who adds three digits has to add one digit three times, and who sorts four words has to know how three are sorted. In this sense a level builds on the one before it.
+# Each task is a function that draws a problem of a size. What is a size? For additions it is the digits of both numbers together; else the number of words or keys. A larger problem holds a smaller one: who adds three digits has to add one digit three times, and who sorts four words has to know how three are sorted. JSON builds on sorting, too, as its keys are wanted in alphabetical order. In this sense a level builds on the one before it.
 
 # %%
 #| export
@@ -120,8 +117,9 @@ def _reversing(size, rng): return _words("reverse", size, rng)
 def _json(size, rng): # keys
     keys = rng.sample(WORDS, size)
     quoted = ", ".join(f'"{key}"' for key in keys)
-    right = json.dumps({key: rng.randint(1, 9) for key in keys})
-    return Problem("json", size, f"JSON with the keys {quoted}", right, "json " + " ".join(sorted(keys)))
+    right = json.dumps({key: rng.randint(1, 9) for key in sorted(keys)})
+    question = f"JSON with the keys {quoted}, in alphabetical order"
+    return Problem("json", size, question, right, "json " + " ".join(sorted(keys)))
 
 def _counting(size, rng): # words of the answer
     topic = rng.choice(WORDS)
@@ -148,7 +146,7 @@ pd.DataFrame([vars(problem) | dict(split=split_of_content(problem.content)) for 
 #
 # - *add*: the last number of the answer counts, so words around it do no harm. `1,234` is one number. The score is that of the tiny world, letter by letter: 1 minus the edit distance as a share of the longer string.
 # - *sort* and *reverse*: all words of the answer, in their order, without regard to capitals and punctuation. The same score, word by word. So each word that does not belong there costs something.
-# - *json*: the answer must be one JSON object; a code fence around it does no harm, and anything else does: then the score is 0. Else it is the share of right keys: those wanted and given, among those wanted or given. A key given twice counts as a wrong one. Values are free.
+# - *json*: the answer must be one JSON object; a code fence around it does no harm, and anything else does: then the score is 0. Else it is the same score again, key by key: which keys, and in which order. Values are free.
 # - *count*: 1 minus the distance of the number of words to the number wanted, as a share of the larger one. Only the number counts, not the sense.
 
 # %%
@@ -175,11 +173,8 @@ def _pairs_of(text):
     return found[1] if isinstance(found, tuple) else None
 
 def _grade_json(problem, response):
-    wanted, found = set(json.loads(problem.right)), _pairs_of(response)
-    if found is None: return 0.
-    given = [key for key, _ in found]
-    hits = len(wanted & set(given))
-    return hits / (len(wanted) + len(given) - hits)
+    wanted, found = list(json.loads(problem.right)), _pairs_of(response)
+    return 0. if found is None else _likeness([key for key, _ in found], wanted)
 
 def _grade_count(problem, response):
     n = len(_words_of(response))
@@ -202,7 +197,7 @@ def grade(
 ASKED = {
     "add": Problem("add", 6, "612 + 722 =", "612 + 722 = 1334", "add 612 722"),
     "sort": Problem("sort", 3, "Sort: sea, arm, oil", "arm, oil, sea", "words arm oil sea"),
-    "json": Problem("json", 2, 'JSON with the keys "sun", "moon"', '{"sun": 1, "moon": 2}', "json moon sun"),
+    "json": Problem("json", 2, 'JSON with the keys "sun", "moon", in alphabetical order', '{"moon": 1, "sun": 2}', "json moon sun"),
     "count": Problem("count", 3, "Write exactly 3 words about: rain", "grey wet cold", "count rain"),
 }
 ANSWERS = [
@@ -211,8 +206,9 @@ ANSWERS = [
     ("sort", "Arm, oil and sea"),
     ("sort", "arm, sea, oil"),
     ("json", '```json\n{"moon": [], "sun": null}\n```'),
+    ("json", '{"sun": 1, "moon": 2}'),
     ("json", '{"moon": 1}'),
-    ("json", 'Here it is: {"sun": 1, "moon": 2}'),
+    ("json", 'Here it is: {"moon": 1, "sun": 2}'),
     ("count", "Rain is wet."),
     ("count", "Wet"),
 ]
@@ -221,7 +217,7 @@ for problem in ASKED.values(): assert grade(problem, problem.right) == 1
 for (task, _), score in zip(ANSWERS, scores): assert 0 <= score <= 1, task
 table = pd.DataFrame(ANSWERS, columns=["task", "answer"])
 table["score"] = scores
-assert table.loc[table["score"] == 1].index.tolist() == [0, 4, 7]
+assert table.loc[table["score"] == 1].index.tolist() == [0, 4, 8]
 table.round(2)
 
 # %% [markdown]
@@ -533,3 +529,98 @@ def run_calibration(
     def plan(rows): return [Calibration(task, size, n) for task in candidates for size in candidates[task]]
     def run(what): return calibrate(S, tokenizer, what)
     return run_timed("known_truth_levels", plan, run, folder, minutes, device)
+
+
+# %% [markdown]
+# The real one takes some minutes (`python -m sdpo_nb.graded FOLDER_OF_S FOLDER`), so its rows are stored. Here is what it does, with the S of the tiny world, which knows no such tasks:
+
+# %%
+tok.model_max_length = 1024                    # a letter is a token, and prompts are long here
+toy = calibrate(S, tok, Calibration("reverse", 2, n=4), max_new=6)
+assert len(toy["first"]) == len(toy["second"]) == 4
+toy["first"], toy["examples"][0]
+
+
+# %%
+#| export
+def calibration() -> list[dict]: # task, size, n, first, second: scores; examples, card, versions
+    "What S made of each task and size, as it was committed. Raises ValueError where there is nothing."
+    path = RESULTS / "known_truth_levels.json"
+    if not path.exists(): raise ValueError(f"{path}: not there; `python -m sdpo_nb.graded` makes it")
+    return json.loads(path.read_text())
+
+def store_calibration(
+    rows: list, # of `run_calibration`
+):
+    "Write the rows to where `calibration` reads them."
+    kept = [row | dict(examples=row["examples"][:2]) for row in rows]
+    text = ",\n".join(json.dumps(row) for row in kept)
+    (RESULTS / "known_truth_levels.json").write_text(f"[{text}]\n")
+
+if __name__ == "__main__" and __spec__:
+    import sys
+    if len(sys.argv) != 3: raise SystemExit("usage: python -m sdpo_nb.graded FOLDER_OF_S FOLDER")
+    store_calibration(run_calibration(sys.argv[2], sys.argv[1]))
+
+# %% [markdown]
+# Before you look at the table: which of these tasks is easiest for a language model, and what does it do when it fails?
+
+# %%
+rows = calibration()
+shown = []
+for row in rows:
+    scores = row["first"] + row["second"]
+    question, answer = row["examples"][0]
+    right = sum(score == 1 for score in scores)
+    shown.append(dict(task=row["task"], size=row["size"], right=right, answers=len(scores), question=question, answer=answer))
+for row in shown: assert 0 <= row["right"] <= row["answers"] == 48
+with pd.option_context("display.max_colwidth", 60): display(pd.DataFrame(shown).set_index(["task", "size"]))
+
+# %% [markdown]
+# An answer that fails is mostly of the right form: S has understood what is asked, and cannot do it. Which of these sizes become the sources is decided on the page [known truth](known_truth.ipynb).
+#
+# ## What this does not show
+#
+# - The score of *count* is about the number of words only. An S that learns to write `a a a` has a score of 1.
+# - Three examples stand in every prompt. Without them S is much worse, mostly because it writes another form. So these are tasks for a model that has been shown the form.
+#
+# ## What you now have
+#
+# - `make_problems` and `grade`: problems of five tasks in any size, and how right an answer is.
+# - `sampled_ids`: answers of any causal language model, in batches, with the luck of chapter 00.
+# - `label_pairs` and `teacher_pairs`: preference pairs with known truth.
+# - `calibrate`: how hard a size is for a model.
+#
+# ## Questions to test yourself
+#
+# 1. Why does the split depend on the content, and not on the question?
+#
+#    <details><summary>Answer</summary>
+#
+#    `3 + 4` and `4 + 3` are two questions with one content. If they could be in two splits, a model could be tested on a sum that it has learned by heart.
+#
+#    </details>
+# 2. An answer to an addition is `7 + 5 = 12 and 3`. What is its score, and is that fair?
+#
+#    <details><summary>Answer</summary>
+#
+#    0: the last number is 3. A rule that takes the best number would reward a model that lists many. A rule must be simple enough that one can see what it rewards.
+#
+#    </details>
+# 3. On a hard level most pairs have two wrong answers. What can DPO learn from them?
+#
+#    <details><summary>Answer</summary>
+#
+#    The nearer one is chosen more often: the form, the length, the first digits. That is the use of partial credit.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Give `label_pairs` a `k` of 1 in the cell with the thousand pairs. Before you look: how many labels are wrong?
+#
+#   <details><summary>What you should see</summary>
+#
+#   $1 - \sigma(1/3) = 0.42$ instead of 0.12.
+#
+#   </details>

@@ -27,14 +27,23 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import itertools, json
+import itertools
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from sdpo_nb.cells import RESULTS
 from sdpo_nb.compare import holm_p_values, sign_flip_p_value
+from sdpo_nb.graded import calibration
+
+# %%
+import matplotlib.pyplot as plt
+import seaborn as sns
+from sdpo_nb.evaluate import as_text
+from sdpo_nb.graded import TASKS
+from sdpo_nb.graded_cells import arrange_graded, graded_answers
+from sdpo_nb.partition import wilson
+from sdpo_nb.timed import read_results
 
 # %% [markdown]
 # ## Three sources
@@ -79,12 +88,6 @@ def levels_from(
     chosen = {task: choose_sizes(right[task], answers[task]) for task in right}
     return {source: {task: chosen[task][source] for task in chosen} for source in SOURCES}
 
-def calibration() -> list[dict]: # task, size, n, first, second: scores; examples, card, versions
-    "What S made of each task and size, as it was committed. Raises ValueError where there is nothing."
-    path = RESULTS / "known_truth_levels.json"
-    if not path.exists(): raise ValueError(f"{path}: not there; `python -m sdpo_nb.graded` makes it")
-    return json.loads(path.read_text())
-
 def stored_levels() -> dict: # source -> task -> size
     "The sizes of the three sources, by the rule above."
     return levels_from(calibration())
@@ -94,10 +97,64 @@ def stored_levels() -> dict: # source -> task -> size
 # An invented task: of 48 answers each, 40 are right at size 1, 30 at size 2, 11 at size 3, none at size 4, and none at size 5.
 
 # %%
-invented = {1: 40, 2: 30, 3: 11, 4: 0, 5: 0}
-chosen = choose_sizes(invented, dict.fromkeys(invented, 48))
+tried = {1: 40, 2: 30, 3: 11, 4: 0, 5: 0}
+chosen = choose_sizes(tried, dict.fromkeys(tried, 48))
 assert chosen == dict(easy=2, middle=3, hard=4)      # on a tie the smaller size
 chosen
+
+# %% [markdown]
+# S was asked: two sampled answers to each of 24 problems of every task and size, 48 answers. These sizes were chosen:
+
+# %%
+levels = stored_levels()
+for task in levels["easy"]: assert levels["easy"][task] < levels["middle"][task] < levels["hard"][task], task
+assert set(levels["easy"]) == set(TASKS)
+UNITS = dict(add="digits of both numbers", sort="words", reverse="words", json="keys", count="words")
+pd.DataFrame(levels).assign(unit=UNITS)
+
+# %% [markdown]
+# And this is how often S was right. Before you look: on which tasks is the step from one size to the next steep?
+
+# %%
+asked = pd.DataFrame(calibration())
+asked["scores"] = asked["first"] + asked["second"]
+asked["share"] = asked["scores"].map(lambda scores: np.mean(np.array(scores) == 1))
+
+COLOURS = dict(easy="tab:green", middle="tab:orange", hard="tab:red")
+fig, axes = plt.subplots(1, len(TASKS), figsize=(11, 2.9), sharey=True, constrained_layout=True)
+for ax, (task, rows) in zip(axes, asked.groupby("task", sort=False)):
+    for source, share in TARGETS.items(): ax.axhline(share, color=COLOURS[source], lw=1, ls=":")
+    low, high = np.array([wilson(p, n) for p, n in zip(rows["share"], rows["n"])]).T
+    ax.vlines(rows["size"], low, high, color="0.7")
+    ax.plot(rows["size"], rows["share"], "o-", color="0.7", mfc="white")
+    for source in SOURCES:
+        size = levels[source][task]
+        ax.plot(size, rows.loc[rows["size"] == size, "share"], "o", color=COLOURS[source], ms=8, label=source)
+    ax.set(title=task, xlabel=UNITS[task], xticks=rows["size"], ylim=(-0.02, 1))
+axes[0].set_ylabel("share of right answers of S")
+axes[-1].legend(fontsize="small", frameon=False)
+sns.despine()
+
+# %% [markdown]
+# The lines are 95 % intervals. They count a problem once, not twice, as its two answers are alike; the dotted lines are the 60, 20 and 3 of a hundred that were wanted. In every task a larger size is harder. So the name *building on* has a meaning that can be measured: who cannot do the small one cannot do the large one.
+#
+# How hard is each source as a whole, and how many pairs will it have? A pair needs two answers with different scores; the teacher needs an answer of S that is not right.
+
+# %%
+rows = {}
+for source in SOURCES:
+    chosen_rows = [asked[(asked["task"] == task) & (asked["size"] == size)].iloc[0] for task, size in levels[source].items()]
+    first, second = (np.concatenate([row[name] for row in chosen_rows]) for name in ("first", "second"))
+    right = np.concatenate([first == 1, second == 1]).mean()
+    rows[source] = {
+        "right": as_text((right, *wilson(right, len(first))), ".2f"),
+        "mean score": round(np.concatenate([first, second]).mean(), 2),
+        "pairs of 500 prompts": round(PROMPTS * np.mean(first != second)),
+        "pairs with a teacher": round(PROMPTS * np.mean(first < 1)),
+    }
+table = pd.DataFrame(rows).T
+assert (table["pairs with a teacher"].diff().dropna() > 0).all()
+table
 
 # %% [markdown]
 # ## Pairs, draws, and what is measured
@@ -293,3 +350,65 @@ words.rename_axis(columns="true difference").round(3)
 
 # %% [markdown]
 # Hardly ever. And where nothing differs, *different* is said of less than one in a hundred. The price: of eight true equalities a third is found. Ten draws are few for it, if draws vary as much as this.
+
+# %% [markdown]
+# ## Where the answers will come from
+#
+# The grid needs a graphics card, and has not been run. The [command](graded_cells.ipynb) is
+#
+#     python -m sdpo_nb.experiments known_truth --minutes 8 --folder OUT
+#
+# and it goes on where it was stopped. Rows that are brought back into `../shared/results` are found here:
+
+# %%
+found = arrange_graded(read_results("known_truth"))
+complete = len(found.rows.get("DPO", {}))
+if complete < 2: print(f"{complete} draws are there: no answers yet")
+else: display(graded_answers(found).round(3))
+
+# %% [markdown]
+# ## What this does not show
+#
+# - One base model. All ten draws are of its answers, so nothing is said about another one.
+# - The hard source is about form and nearness more than about being right, as S is hardly ever right there. The arms with the [teacher's](graded_tasks.ipynb) pairs ask the same with right answers (`known_truth_teacher`); they are exploratory.
+# - A curriculum of five tasks at once. Which task builds on which is known only within a task.
+#
+# ## What you now have
+#
+# - Eight questions, a margin with a reason, ten draws, and a rule that says when an outcome cannot tell: all before there is an answer.
+# - `choose_sizes`: sources that are easy, middle and hard for a given S, by a rule.
+# - `draw_contrasts` and `verdict`: from one number a draw to the words of the page.
+#
+# ## Questions to test yourself
+#
+# 1. In the tiny worlds there were ten worlds with two seeds. Here there is one S with ten draws. What do we learn less about?
+#
+#    <details><summary>Answer</summary>
+#
+#    How much the answer depends on S. Ten worlds had ten base models.
+#
+#    </details>
+# 2. Why is a gain of DPO asked for before two other arms are compared?
+#
+#    <details><summary>Answer</summary>
+#
+#    Where DPO does nothing, stepwise DPO does nothing either, and both are "equal". That would be a statement about the outcome, and not about the methods.
+#
+#    </details>
+# 3. A hard source could be hard because its labels are wrong more often. Is it so here?
+#
+#    <details><summary>Answer</summary>
+#
+#    No: labels come from the score and (1) everywhere. But two wrong answers often have close scores, and close scores are what (1) errs about.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Put a standard deviation of 0.01 into `invented_words`. Is *equal* said more often where it is true?
+#
+#   <details><summary>What you should see</summary>
+#
+#   It is said of 99 in a hundred questions that are truly equal, instead of 31. Ten draws suffice where draws vary little.
+#
+#   </details>

@@ -53,6 +53,7 @@ from sdpo_nb.compare import SAME, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
 from sdpo_nb.questions import GRIDS, SEARCHES, WORLDS
 from sdpo_nb.questions import all_cells_of, choose_settings, load_grid, primary_contrasts
+from sdpo_nb.graded_cells import PLANS, run_known_truth
 from sdpo_nb.real import SMOLLM2, run_real
 from sdpo_nb.smollm2 import LONGEST
 from sdpo_nb.world import load_base
@@ -502,17 +503,22 @@ for grid in GRIDS:
     drawn[grid] = dict(world=cell.world, seed=cell.seed, method=cell.method, body=cell.body)
 pd.DataFrame(drawn).T
 
+
 # %% [markdown]
 # And the command line: `python -m sdpo_nb.experiments` with one or more of the names below, or with none for everything.
 #
-# Three names are not among "everything": they run on a [real model](real_cells.ipynb), for so many minutes, on a graphics card if there is one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder runs/smollm2`. They go on where the last call stopped. The first call needs `--data`; it writes `ids.parquet`, and with that file any other machine needs the model only.
+# Some names are not among "everything": they run on a real model, on [real pairs](real_cells.ipynb) or on [tasks that a program grades](graded_cells.ipynb), for so many minutes, on a graphics card if there is one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder runs/smollm2`. They go on where the last call stopped. On real pairs the first call needs `--data`; it writes `ids.parquet`, and with that file any other machine needs the model only.
 
 # %%
 #| export
+def _run_graded(name, folder, minutes, model, precision, **of_others): # its pairs are written by S, so no data
+    return run_known_truth(name, folder, minutes, model, precision)
+
 ON_CARDS = { # name -> function (name, folder, minutes, data, model, precision, longest, most)
     "smollm2": run_real,
     "which_is_easy": run_real,
     "rehearsal": run_real,
+    **{name: _run_graded for name in PLANS},
 }
 
 def _print_small():
