@@ -487,9 +487,8 @@ EXERCISES["by_prompt"] = Exercise(
     read=("05", "How sure is a share?"),
     by_hand="[1, 1, 1, 0], [7, 7, 7, 3] give 0.5",
     says=dict(
-        by_pair="it is the mean over pairs, so a prompt with many pairs counts more. "
-            "(Tensors as keys of a dict are all different: use .tolist().)",
-        gaps="it is NaN: numbers that no pair has are counted as prompts, too (0/0).",
+        by_pair="it is the mean over pairs. (Tensors as keys of a dict are all different: use .tolist().)",
+        gaps="it is NaN: numbers without a pair count as prompts (0/0).",
         runs="only neighbours are grouped; pairs of one prompt may stand anywhere.",
         last_pair="only the last pair of each prompt is used.",
         singles_dropped="prompts with a single pair are left out.",
