@@ -423,7 +423,8 @@ blind[["n", "accuracy", "ties", "accuracy_per_token", "decided_by_length", "mean
 # %% [markdown]
 # A perfectly easy source and a perfectly hard one, measured by a model that knows nothing. Two columns warn: the
 # accuracy per token is that of a coin, and *all* pairs are decided by length. The value per token is no better judge;
-# it is only another one. Where the two part, an order may rest on style and not on difficulty.
+# it is only another one. Where the two part, an order may rest on style and not on difficulty. S itself is not blind: its tokens
+# do not all cost the same, so for S length decides only some of such pairs.
 #
 # In the three sources of the world both responses are nearly always equally long, hence the zeros above. Real ones are
 # not like that ([chapter 02](02_logprobs.ipynb) has eight). The exceptions:

@@ -35,13 +35,15 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import contextlib, copy, io, itertools, math, operator, random, re
+import contextlib, copy, dataclasses, inspect, io, itertools, math, operator, random, re
 from functools import partial
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student_t
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sdpo_nb import __version__
 from sdpo_nb.mistakes import (               # some of them only to be found here by assignments and graders
@@ -619,6 +621,8 @@ def _common(*rows) -> int:
 
 def _boundary(prompt, chosen, rejected, wrong=()):
     n = _common(prompt, chosen, rejected)
+    if "larger" in wrong: n = max(_common(prompt, chosen), _common(prompt, rejected))
+    if "no_break" in wrong: n = sum(len(set(ids)) == 1 for ids in zip(prompt, chosen, rejected))
     if "prompt_length" in wrong: n = len(prompt)
     if "chosen_only" in wrong: n = _common(prompt, chosen)
     if "responses_only" in wrong: n = _common(chosen, rejected)
@@ -627,23 +631,26 @@ def _boundary(prompt, chosen, rejected, wrong=()):
     return n + 1 if "one_more" in wrong else n
 
 def _draw_ids(g, n, beta):
-    "A prompt whose last tokens merge with both responses, or with one of them. The merged token is 50."
+    """A prompt, one of whose tokens is another one in both rows, or in one of them: there it is 50.
+    Behind it, the ids are those of the prompt again."""
     prompt = torch.randint(10, 50, (n + 4,), generator=g).tolist()
-    k = int(torch.randint(1, len(prompt), (1,), generator=g))
+    k = int(torch.randint(1, len(prompt) - 1, (1,), generator=g))
     whole = len(prompt)
     kept = {2: (whole, k), 4: (k, whole), 1: (whole, whole)}.get(n, (k, k))
-    chosen, rejected = ([*prompt[:end], 50, *range(side, side + n)] for end, side in zip(kept, (60, 70)))
+    ends = [[50, *prompt[end + 1:]] for end in kept]
+    chosen, rejected = ([*prompt[:end], *rest, *range(side, side + n)] for end, rest, side in zip(kept, ends, (60, 70)))
     return prompt, chosen, rejected
 
 
 # %% [markdown]
-# So the inputs merge with both responses, or with one of them, or with none, and at places that are drawn. In this one the chosen row keeps the whole prompt of six tokens, and the rejected row has merged after two:
+# So the prompt is changed in both rows, or in one of them, or in none, and at a place that is drawn. Behind that place the ids are equal again: whoever counts equal positions, and does not stop at the first that differs, must get another number. In this one the chosen row keeps the whole prompt of six tokens, and the
+# rejected row differs at one token:
 
 # %%
 _draw_ids(torch.Generator().manual_seed(1), 2, 0.1)
 
 # %% [markdown]
-# The answer is 2. Who compares the prompt with the chosen row only says 6, and so does who counts the prompt.
+# The boundary is where the 50 stands in the rejected row. Who compares the prompt with the chosen row only says 6, and so does who counts the prompt. Who counts the equal positions says 5.
 #
 # `characters` is what comes out when texts are compared, and not ids. In the tiny world every token is one character, so a test there could not tell the two apart; these ids have two digits.
 
@@ -657,6 +664,8 @@ EXERCISES["boundary"] = Exercise(
     read=("01", "Where does the prompt end?"),
     by_hand="[5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2] give 2",
     says=dict(
+        no_break="ids that agree behind the first difference are counted, too; stop there.",
+        larger="it is the longer of the two common beginnings; take the shorter.",
         prompt_length="it is the length of the prompt; its last tokens may merge with a response.",
         chosen_only="only the chosen row is compared; the boundary must serve both.",
         responses_only="the two rows are compared with each other, not with the prompt.",
@@ -695,12 +704,13 @@ print(said(check_boundary, lambda prompt, chosen, rejected: _common(prompt, chos
 def _accuracy(gamma, gamma_ref, wrong=()):
     if "no_ref" in wrong: gamma_ref = torch.zeros_like(gamma)
     gain = gamma - gamma_ref
+    if "near" in wrong: gain = gain * ~torch.isclose(gamma, gamma_ref)
     if "worse" in wrong: gain = -gain
     tie = dict(strict=0., weak=1.)
     half = next((value for mistake, value in tie.items() if mistake in wrong), 0.5)
     verdict = (gain > 0).double() + half * (gain == 0)
     if "soft" in wrong: verdict = torch.sigmoid(gain)
-    return verdict if "nan" in wrong else verdict.where(~gain.isnan(), math.nan)
+    return verdict if "nan" in wrong else verdict.where(~gain.isnan(), math.nan)      # in either of the two
 
 def _draw_whole_gammas(g, n, beta):
     return tuple(torch.randint(-2, 3, (2, 2 * n), generator=g).double())
@@ -718,13 +728,18 @@ pd.DataFrame(ways).T
 # %% [markdown]
 # Look at the pairs where `strict` and `weak` differ. Only there is a tie, and only there can a check tell the two from the right answer. In the last row the reference is zero, and some verdicts happen to be the same; that is why one batch is not enough.
 #
-# The edge is NaN. Each comparison with NaN is false, so `gamma > gamma_ref` turns a broken model into one that is wrong about everything. A verdict must stay NaN, or the mistake is found a day later.
+# One edge is NaN. Each comparison with NaN is false, so `gamma > gamma_ref` turns a broken model into one that is wrong about everything. A verdict must stay NaN, or the mistake is found a day later. The reference may be the broken one, so NaN stands once in $\gamma$ and once in $\gamma_{ref}$. The other edge are two numbers that are nearly
+# equal. With `isclose`, or in 16 bits, they are a tie; but a tie means that nothing was learned, and here something was.
 
 # %%
 #| export
 def _judges_nan(f, g):
-    verdict = f(torch.tensor([math.nan, 1.]), torch.tensor([0., 0.]))
-    return not verdict.isnan().tolist() == [True, False]
+    gamma, gamma_ref = torch.tensor([[math.nan, 1., 1.], [0., math.nan, 0.]])
+    return not f(gamma, gamma_ref).isnan().tolist() == [True, True, False]
+
+def _calls_near_a_tie(f, g):
+    near = torch.tensor([100., 100.0005], dtype=torch.float64)
+    return not f(near, near.flip(0)).tolist() == [0., 1.]
 
 
 # %%
@@ -741,13 +756,14 @@ EXERCISES["accuracy"] = Exercise(
         no_ref="the reference is not used.",
         worse="right and wrong are exchanged.",
         soft="it is a sigmoid; a verdict is 0, 1/2 or 1.",
-        nan="NaN gets a verdict; it must stay NaN, or a broken model looks like a bad one.",
+        nan="NaN in gamma or gamma_ref gets a verdict; it must stay NaN, or a broken model looks bad.",
+        near="nearly equal numbers are called a tie (isclose? 16 bits?).",
     ),
-    edges=dict(nan=_judges_nan),
+    edges=dict(nan=_judges_nan, near=_calls_near_a_tie),
 )
 
 def check_accuracy(
-    f,              # (gamma (n,), gamma_ref (n,)) -> (n,) 1 right, 0 wrong, 0.5 tie, NaN stays NaN
+    f,              # (gamma (n,), gamma_ref (n,)) -> tensor (n,): 1 right, 0 wrong, 0.5 tie, NaN stays NaN
     seed: int=None, # of the numbers; None: fresh ones
 ) -> int:           # the seed
     "Check the verdicts of the reward accuracy."
@@ -774,6 +790,10 @@ def _by_prompt(right, prompt_id, wrong=()):
     groups = {}
     for value, prompt in zip(right.tolist(), prompt_id.tolist()): groups.setdefault(prompt, []).append(value)
     if "by_pair" in wrong: return right.mean().item()
+    if "gaps" in wrong: return math.nan
+    if "runs" in wrong:
+        neighbours = itertools.groupby(zip(prompt_id.tolist(), right.tolist()), key=operator.itemgetter(0))
+        groups = {i: [value for _, value in run] for i, (_, run) in enumerate(neighbours)}
     if "singles_dropped" in wrong: groups = {p: values for p, values in groups.items() if len(values) > 1}
     each = [sum(values) / len(values) for values in groups.values()]
     if "last_pair" in wrong: each = [values[-1] for values in groups.values()]
@@ -796,7 +816,7 @@ def _draw_prompts(g, n, beta):
 _draw_prompts(torch.Generator().manual_seed(0), 1, 0.1)
 
 # %% [markdown]
-# Verdicts may be one half, as in the exercise before. `singles_dropped` is a mistake of habit: a `groupby` that keeps only prompts with "enough" pairs changes which prompts are asked about at all. And `any` answers another question: is there *a* pair on which the model is right? That number rises with the number of pairs.
+# The numbers of the prompts have gaps (3, 5, 7, 11), and equal ones need not be neighbours. `gaps` is a `bincount`, which also counts the prompts 0, 1 and 2: their mean is 0/0. `runs` is a `groupby` without sorting. Verdicts may be one half, as in the exercise before. `singles_dropped` is a mistake of habit: a `groupby` that keeps only prompts with "enough" pairs changes which prompts are asked about at all. And `any` answers another question: is there *a* pair on which the model is right? That number rises with the number of pairs.
 
 # %%
 #| export
@@ -808,7 +828,9 @@ EXERCISES["by_prompt"] = Exercise(
     read=("05", "How sure is a share?"),
     by_hand="[1, 1, 1, 0], [7, 7, 7, 3] give 0.5",
     says=dict(
-        by_pair="it is the mean over pairs, so a prompt with many pairs counts more.",
+        by_pair="it is the mean over pairs. (Tensors as keys of a dict are all different: use .tolist().)",
+        gaps="it is NaN: numbers without a pair count as prompts (0/0).",
+        runs="only neighbours are grouped; pairs of one prompt may stand anywhere.",
         last_pair="only the last pair of each prompt is used.",
         singles_dropped="prompts with a single pair are left out.",
         any="a prompt counts as right if any of its pairs is; take their mean.",
@@ -849,19 +871,29 @@ def _partition(accuracy, sizes, T, wrong=()):
     if "unsorted" in wrong: ranks = list(places)
 
     starts = [sum(sizes[:i]) for i in places]
+    if "renumbered" in wrong: starts = _starts_after_sorting(ranks, sizes)
     sources = [list(range(starts[i], starts[i] + sizes[i])) for i in ranks]
     rows = sum(sources, [])
     n, each = len(rows), len(rows) // T
-    ends = list(itertools.accumulate(each + (k < n % T) for k in range(T)))
+    larger = [k < n % T for k in range(T)]
+    if "larger_last" in wrong: larger = larger[::-1]
+    ends = list(itertools.accumulate(each + one_more for one_more in larger))
+    if "spread" in wrong: ends = [n * k // T for k in range(1, T + 1)]
     if "lost" in wrong or "uneven" in wrong: ends = [each * k for k in range(1, T + 1)]
     if "uneven" in wrong: ends[-1] = n
     chunks = [rows[start:end] for start, end in zip([0, *ends], ends)]
-    if "count" in wrong: chunks = [rows[start:start + each] for start in range(0, n, each)]
+    if "ceil" in wrong: each = math.ceil(n / T)
+    if "ceil" in wrong or "count" in wrong: chunks = [rows[start:start + each] for start in range(0, n, each)]
     if T == len(sizes) and "always_cut" not in wrong: chunks = sources
 
     if "twice" in wrong: chunks = _overlapping(chunks)
     if "order" in wrong: chunks = [sorted(chunk) for chunk in chunks]
     return chunks
+
+def _starts_after_sorting(ranks, sizes):
+    "First rows of the sources, counted in the order of training."
+    ends = itertools.accumulate(sizes[i] for i in ranks)
+    return {i: end - sizes[i] for i, end in zip(ranks, ends)}
 
 def _overlapping(chunks):
     "Each chunk begins with the last row of the one before."
@@ -869,15 +901,22 @@ def _overlapping(chunks):
     return [last + chunk for last, chunk in zip(before, chunks)]
 
 def _draw_sources(g, n, beta):
-    "Four sources, two of them equally easy; three times out of six as many chunks as sources."
+    """Four sources, two of them equally easy; three times out of six as many chunks as sources.
+    Of five chunks, two or three are the larger ones. In one batch sizes differ, and sorting changes their order."""
     sizes = torch.randint(2, 6, (4,), generator=g)
+    while n == 5 and sizes.sum() % 5 not in (2, 3): sizes[0] += 1
+    if n == 4: sizes = 2 + torch.randperm(4, generator=g)                # all different
     accuracy = 0.5 + torch.randperm(4, generator=g).double() / 8
     accuracy[int(torch.randint(1, 4, (1,), generator=g))] = accuracy[0]
+    if n == 4 and (accuracy.diff() <= 0).all(): accuracy = accuracy.flip(0)       # not sorted already
     return accuracy.tolist(), sizes.tolist(), {1: 4, 2: 4, 4: 4, 3: 3, 5: 5, 6: 2}[n]
+
+def _sources_in_words(accuracy, sizes, T): return f"accuracy {accuracy}, sizes {sizes}, T {T}"
 
 
 # %% [markdown]
-# There are three kinds of mistake in it. Wrong order: hard first, not sorted at all, or two equally easy sources in exchanged places (a sort that is not stable, or one that is reversed). Lost rows: `n // T` rows a chunk lose the rest, or give one chunk more. And an order that is right and then destroyed, when the row numbers of a chunk are sorted "to be tidy".
+# There are four kinds of mistake in it. Wrong order: hard first, not sorted at all, or two equally easy sources in exchanged places (a sort that is not stable, or one that is reversed). Lost rows: `n // T` rows a chunk lose the rest, or give one chunk more. Sizes that are wrong or in another order: `ceil(n / T)` rows a chunk leave a short last chunk or none, and
+# `rows[n*t//T:n*(t+1)//T]` is fair, but has its larger chunks anywhere. And rows that are right and then destroyed: the numbers of a chunk are sorted "to be tidy", or counted anew after sorting.
 
 # %%
 accuracy, sizes, T = _draw_sources(torch.Generator().manual_seed(0), 3, 0.1)
@@ -885,7 +924,7 @@ print(dict(accuracy=accuracy, sizes=sizes, T=T))
 _partition(accuracy, sizes, T)
 
 # %% [markdown]
-# Accuracies 0.875, 0.625, 0.875 and 0.75: the first and the third source are equally easy and keep their order. Their rows, 0, 1 and 7 to 9, come first; then rows 10 and 11 of the fourth. There are always two equal sources, and half of the batches have as many chunks as sources. Sizes rarely divide by $T$, so lost rows show; and because the rows of a chunk come from several sources, an order that was destroyed shows, too.
+# Accuracies 0.875, 0.625, 0.875 and 0.75: the first and the third source are equally easy and keep their order. Their rows, 0, 1 and 7 to 9, come first; then rows 10 and 11 of the fourth. There are always two equal sources, and half of the batches have as many chunks as sources. Sizes rarely divide by $T$, so lost rows show, and in the batch with five chunks they never do: there two or three rows are left over, because with one left over several of these mistakes are the same. And because the rows of a chunk come from several sources, an order that was destroyed shows, too.
 
 # %%
 #| export
@@ -894,6 +933,9 @@ EXERCISES["partition"] = Exercise(
     crooked=_partition,
     draw=_draw_sources,
     form=lists_of_rows,
+    shown=_sources_in_words,
+    names={"": "chunks", "[]": "chunk {}", "[][]": "place {1} of chunk {0}"},
+    by_hand="accuracy [0.6, 0.9], sizes [3, 2], T 2 give [[3, 4], [0, 1, 2]]",
     read=("05", "Chunks"),
     says=dict(
         lost="the rows that do not divide by T are lost.",
@@ -904,6 +946,10 @@ EXERCISES["partition"] = Exercise(
         order="the rows of a chunk are sorted by number, so easy is no longer first.",
         uneven="the last chunk takes all that is left; sizes differ by one at most.",
         count="chunks of n // T rows give more than T chunks.",
+        ceil="chunks of ceil(n / T) rows: the last is too short, or missing; sizes differ by one at most.",
+        larger_last="the larger chunks come last; they come first.",
+        spread="the sizes are right, but the larger chunks must come first.",
+        renumbered="rows are numbered after sorting; their numbers count in the order given.",
         always_cut="with as many chunks as sources, each source is a chunk.",
     ),
     elsewhere={mistake: ("05", "From numbers to an order") for mistake in ("ascending", "ties", "unsorted")},
@@ -927,7 +973,7 @@ said(check_partition, in_the_order_given)
 
 
 # %% [markdown]
-# For rows that fit no switch, the message holds the beginning of both partitions, the student's and the right one. *Ask:* why must two runs of the same command never differ in the order of a tie? (Because each stage begins where the one before it ended: another order of two chunks is another model.)
+# For rows that fit no switch, the message holds the first row that differs, what the function was called with, and an example. *Ask:* why must two runs of the same command never differ in the order of a tie? (Because each stage begins where the one before it ended: another order of two chunks is another model.)
 #
 # ## One stage, half the precision
 #
@@ -955,11 +1001,13 @@ def _accumulation(model, pairs, loss_of, size, wrong=()):
         share = losses.sum() / n
         if "mean_of_means" in wrong: share = losses.mean() / len(parts)
         if "sum_of_means" in wrong: share = losses.mean()
-        if "sum" in wrong: share = losses.sum()
+        if "sum" in wrong or "scaled_old" in wrong: share = losses.sum()
         if "last_only" in wrong: model.zero_grad()
         if "kept" in wrong: kept.append(share)
         else: share.backward()
     if kept: sum(kept).backward()
+    if "scaled_old" in wrong: model.weight.grad /= n
+    if "steps" in wrong: model.weight.data -= 0.1 * model.weight.grad
 
 
 # %% [markdown]
@@ -995,6 +1043,7 @@ def _watch_accumulation(f, inputs):
         grad=torch.zeros_like(start) if grad is None else grad,
         too_many=max(asked) > size,
         kept=max(waiting) > 0,
+        moved=not torch.equal(model.weight, start),
     )
 
 
@@ -1026,7 +1075,15 @@ EXERCISES["accumulation"] = Exercise(
         too_many="a part has more pairs than `size`.",
         kept="all parts are kept until one backward pass, so nothing is saved.",
         clears="it clears the gradient that was there; add to it.",
+        scaled_old="the gradient that was there is divided, too; divide the losses.",
+        steps="it moves the weights; only the gradient is wanted.",
     ),
+    names={
+        "grad[][]": "number {1} of the gradient",
+        "too_many": "a part has more than `size` pairs",
+        "kept": "parts wait for one backward pass",
+        "moved": "the weights were moved",
+    },
 )
 
 def check_accumulation(
@@ -1066,7 +1123,12 @@ def _reference_table(model, pairs, score, wrong=()):
     if "dropout" not in wrong: model.eval()
     with torch.set_grad_enabled("grad" in wrong): chosen, rejected = score(model, pairs)
     if "left_in_eval" not in wrong: model.train(mode)
+    if "left_in_train" in wrong: model.train()
+    if "frozen" in wrong: model.requires_grad_(False)
+    if "switched_off" in wrong: torch.set_grad_enabled(False)
     if "half" in wrong: chosen, rejected = chosen.bfloat16(), rejected.bfloat16()
+    if "fp16" in wrong: chosen, rejected = chosen.half(), rejected.half()
+    if "rounded" in wrong: chosen, rejected = chosen.detach().round(decimals=4), rejected.detach().round(decimals=4)
     if "swapped" in wrong: chosen, rejected = rejected, chosen
     keys = range(len(pairs)) if "by_position" in wrong else [pair["key"] for pair in pairs]
     return {key: numbers for key, *numbers in zip(keys, chosen.tolist(), rejected.tolist())}
@@ -1079,7 +1141,8 @@ def _draw_keys(g, n, beta):
 
 
 # %% [markdown]
-# The model of this exercise is a spy, too: a dropout layer whose mode is read at every call. It comes in train mode in two batches and in eval mode in the other, so that neither "leave it in eval" nor "put it into train" is right by luck.
+# The model of this exercise is a spy, too: a dropout layer with one weight. Its mode is read at every call. It comes in train mode in two batches and in eval mode in the other, so that neither "leave it in eval" nor "put it into train" is right by luck. Whether a gradient is recorded is asked of what `score` returns: `torch.no_grad()` is not the only way to prevent
+# it. But two of the ways leave something behind, and the training that comes next would stand still: weights that are frozen, and gradients that are switched off for everybody.
 
 # %%
 #| export
@@ -1087,27 +1150,47 @@ def _watch_scoring(f, inputs):
     "The table that f makes, and what it did to the model and to the random numbers."
     numbers, training = inputs
     model = torch.nn.Dropout(0.5).train(training)
+    model.weight = torch.nn.Parameter(torch.zeros(1))
     seen = dict(training=False, grad=False)
 
     def score(model, pairs):
         seen["training"] |= model.training
-        seen["grad"] |= torch.is_grad_enabled()
-        rows = torch.tensor([numbers[pair["key"]] for pair in pairs])
+        rows = torch.tensor([numbers[pair["key"]] for pair in pairs]) + 0 * model.weight
+        seen["grad"] |= rows.requires_grad
         return tuple(rows.T)
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         before = torch.get_rng_state()
         table = f(model, [dict(key=key) for key in numbers], score)
         same_luck = torch.equal(before, torch.get_rng_state())
+        still_on = torch.is_grad_enabled()
     if is_empty(table): return None
     if not isinstance(table, dict): raise WrongForm(f"a dict is wanted, not {kind_of(table)}")
     if seen["training"]: return "scored with dropout"
+    table = {key: _two_numbers(key, row) for key, row in table.items()}
     return dict(
-        table={key: [one_number(value, ()) for value in row] for key, row in table.items()},
+        table=table,
+        rounded=any(_is_rounded(row, numbers.get(key)) for key, row in table.items()),
         grad=seen["grad"],
-        mode_kept=model.training == training,
+        mode="train" if model.training else "eval",
         luck_kept=same_luck,
+        frozen=not model.weight.requires_grad,
+        switched_off=not still_on,
     )
+
+def _two_numbers(key, row) -> list:
+    "A row of the table. Raises WrongForm, with its key, where it is something else."
+    if isinstance(row, Tensor): row = row.tolist()
+    kind = kind_of(row)
+    if isinstance(row, (dict, str)) or not hasattr(row, "__len__"):
+        raise WrongForm(f"each row must be (chosen, rejected), two numbers; that of {key!r} is {kind}")
+    if len(row) != 2: raise WrongForm(f"each row must be (chosen, rejected); that of {key!r} has {len(row)} numbers")
+    return [one_number(value, ()) for value in row]
+
+def _is_rounded(row, right) -> bool:
+    "Whether a row is right to four digits, but not as the model gave it."
+    if right is None or not alike(row, right): return False
+    return not all(math.isclose(a, b, rel_tol=5e-7) for a, b in zip(row, right))
 
 
 # %%
@@ -1115,7 +1198,7 @@ inputs = _draw_keys(torch.Generator().manual_seed(0), 2, 0.1)
 _watch_scoring(_reference_table, inputs)
 
 # %% [markdown]
-# The four parts of what is compared: the numbers by key, whether a gradient was recorded, whether the mode is the one that the model came in, and whether the global generator stands where it stood. A model that was scored in train mode reports only that, since its numbers depend on luck.
+# What is compared: the numbers by key, whether they were rounded, whether a gradient was recorded, the mode in which the model was left, whether the global generator stands where it stood, and whether weights are frozen or gradients switched off. A model that was scored in train mode reports only that, since its numbers depend on luck.
 
 # %%
 #| export
@@ -1129,18 +1212,34 @@ EXERCISES["reference_table"] = Exercise(
     read=("02", "The pass"),
     says=dict(
         dropout="the model is in train mode, so dropout changes its numbers.",
-        left_in_eval="the model is left in another mode than it came in.",
+        left_in_eval="the model is left in eval mode, although it came in train mode.",
+        left_in_train="the model is left in train mode, although it came in eval mode.",
         grad="gradients are recorded; nobody needs them here.",
         random_state="the global random state is changed; others draw from it.",
         by_position="rows are found by position; use the key of the pair.",
-        half="the numbers are rounded to 16 bits; keep fp32.",
+        half="the numbers are rounded to 16 bits (bf16); keep fp32.",
+        fp16="the numbers are rounded to 16 bits (fp16); keep fp32.",
+        rounded="the numbers are rounded; keep all their digits.",
+        frozen="requires_grad of the weights is left False; use torch.no_grad().",
+        switched_off="gradients are off for all that follows; use `with torch.no_grad():`.",
         swapped="chosen and rejected are swapped.",
     ),
     elsewhere=dict(
         dropout=("02", "Where does dropout hide?"),
         half=("02", "Why is the sum made in fp32?"),
+        fp16=("02", "Why is the sum made in fp32?"),
         by_position=("02", "What is in the table?"),
     ),
+    names={
+        "table[]": "the row of {}",
+        "table[][]": "the row of {0}, number {1} (0: chosen, 1: rejected)",
+        "rounded": "numbers are rounded",
+        "grad": "a gradient is recorded",
+        "mode": "the mode in which the model is left",
+        "luck_kept": "the global random state is as before",
+        "frozen": "the weights are frozen",
+        "switched_off": "gradients are switched off",
+    },
 )
 
 def check_reference_table(
@@ -1177,43 +1276,48 @@ print(said(check_reference_table, by_row))
 #
 # Small gradients are zero in fp16, so the loss is multiplied by a large number first, and the gradients are divided by it afterwards.
 #
-# The order of the six calls is the lesson. `scale` before `backward`, or there is nothing to unscale. `unscale_` before the clip, because a clip compares a norm with a number in the units of the *true* gradient. `scaler.step` and not `optimizer.step`, because only the scaler knows whether something is infinite. `update` last, because it decides about the next step. Here all six mistakes run without an error. Two of them are silent until the day on which something overflows.
+# The order of the six calls is the lesson. `scale` before `backward`, or there is nothing to unscale. `unscale_` before the clip, because a clip compares a norm with a number in the units of the *true* gradient. `scaler.step` and not `optimizer.step`, because only the scaler knows whether something is infinite. `update` last, because it decides about the next step. Here all eight mistakes run without an error. Two of them are silent until the day on which something overflows.
 
 # %%
 #| export
 def _fp16_step(loss, parameters, optimizer, scaler, clip, wrong=()):
     (loss if "no_scale" in wrong else scaler.scale(loss)).backward()
     if "clip_scaled" not in wrong: scaler.unscale_(optimizer)
-    if "no_clip" not in wrong: torch.nn.utils.clip_grad_norm_(parameters, clip)
+    together = [parameters]
+    if "no_clip" in wrong: together = []
+    if "clip_each" in wrong: together = [[p] for p in parameters]
+    if "clip_first" in wrong: together = [parameters[:1]]
+    for some in together: torch.nn.utils.clip_grad_norm_(some, clip)
     if "direct" in wrong: optimizer.step()
     else: scaler.step(optimizer)
     if "no_update" not in wrong: scaler.update()
     if "no_zero_grad" not in wrong: optimizer.zero_grad()
 
 def _draw_slopes(g, n, beta):
-    "Three gradients, and the clip between the norms of the first two."
-    slope = torch.randn(3, generator=g)
-    slope = slope / slope.norm()
+    "Gradients of three losses for two parameters, 3 and 2 numbers; the clip is between the norms of the first two."
+    a, b = torch.randn(3, generator=g), torch.randn(2, generator=g)
+    slope = torch.cat([0.6 * a / a.norm(), 0.8 * b / b.norm()])
     return 5 * slope, 0.3 * slope.flip(0), 1e38 * slope, 1.0
 
 def _watch_step(f, inputs):
     "Where the weights are after each step, and what became of the scale."
     *slopes, clip = inputs
-    weights = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.SGD([weights], lr=0.1)
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 2)]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
     places, scales = [], []
     for slope in slopes:
         scaler = torch.amp.GradScaler("cpu", init_scale=16.)
         scaler.scale(torch.zeros(1))                     # or unscale_ stops where no loss was scaled
-        f((weights * slope).sum(), [weights], optimizer, scaler, clip)
-        places.append(weights.detach().clone())
+        loss = (torch.cat(parameters) * slope).sum()
+        f(loss, list(parameters), optimizer, scaler, clip)
+        places.append(torch.cat(parameters).detach().clone())
         scales.append(scaler.get_scale())
-    untouched = not torch.stack(places).any() and weights.grad is None
+    untouched = not torch.stack(places).any() and all(p.grad is None for p in parameters)
     return None if untouched else dict(places=places, scales=scales)
 
 
 # %% [markdown]
-# The scaler is a real one, and three losses tell the mistakes apart. The first has a gradient above the clip, so clipping shows. The second is below it, so a clip of the *scaled* gradient shows, which cuts it by mistake. The third overflows: no weight may move, and the scale must be halved.
+# The scaler is a real one, and three losses tell the mistakes apart. The first has a gradient above the clip, so clipping shows. The second is below it, so a clip of the *scaled* gradient shows, which cuts it by mistake. The third overflows: no weight may move, and the scale must be halved. There are two parameters, because the norm is that of both together; with a single one, nobody could see who clips each by itself.
 
 # %%
 inputs = _draw_slopes(torch.Generator().manual_seed(0), 3, 0.1)
@@ -1236,14 +1340,19 @@ EXERCISES["fp16_step"] = Exercise(
     read=("06", "Half precision, full weights"),
     says=dict(
         no_scale="the loss is not scaled before the backward pass.",
-        clip_scaled="it clips before unscaling, so the norm is that of the scaled gradient.",
+        clip_scaled="it clips before unscaling, or never unscales: the norm is that of the scaled gradient.",
+        clip_each="each parameter is clipped by itself; clip the norm of all together.",
+        clip_first="only the first parameter is clipped; clip the norm of all together.",
         direct="optimizer.step() steps after an overflow, too: NaN. Use scaler.step.",
         no_update="scaler.update() is missing; the scale never falls.",
         no_clip="the gradient is not clipped.",
         no_zero_grad="the gradient is not cleared, so steps add up.",
     ),
+    names={"places[][]": "weight {1} after loss {0}", "scales[]": "the scale after loss {}"},
     elsewhere=dict(
         clip_scaled=("06", "One step"),
+        clip_each=("06", "One step"),
+        clip_first=("06", "One step"),
         direct=("06", "One step"),
         no_clip=("06", "One step"),
         no_zero_grad=("06", "Six lines"),
@@ -1278,30 +1387,42 @@ said(check_fp16_step, forgets_to_unscale)
 #
 # This is the loop of [chapter 06](06_trainer.ipynb) with all its details. The model is small, has random weights and comes in bf16, as many models do: whoever does not call `.float()` adds steps that are smaller than a bf16 weight can notice. The table is *not* that of the model, so the first loss is not $\ln 2$. Whoever takes the policy for its own reference gets $\ln 2$ in every step, and that shows.
 #
-# The learning rate is chosen with care. At 0.002, a student who leaves AdamW at its own weight decay of 0.01 has the right losses to four digits, and is not accused: it is a setting, and not a mistake about DPO. At a larger rate, some seeds did accuse. A list of seeds in `tests/test_checks.py` remembers one of them.
+# Some mistakes do not show in the losses. AdamW's own weight decay of 0.01 moves no loss by a digit that is compared, so the spy reads the setting from the optimizer when it steps. And whoever trains a copy has the right losses, while the model that came in is still untrained; so the loss of each pair is computed once more afterwards, with *that* model.
 
 # %%
 #| export
+def _mean_loss(chosen, rejected, ref_chosen, ref_rejected, beta, wrong):
+    "The loss of a batch, from its log-probabilities."
+    if "swapped_table" in wrong: ref_chosen, ref_rejected = ref_rejected, ref_chosen
+    if "moving_reference" in wrong: ref_chosen, ref_rejected = chosen.detach(), rejected.detach()
+    if "chosen_only" in wrong: rejected = ref_rejected = torch.zeros_like(chosen)
+    four = [chosen, rejected, ref_chosen, ref_rejected]
+    if "mean_inside" in wrong: four = [logps.mean(0, keepdim=True) for logps in four]
+    each = DPO_LOSS.crooked(*four, beta, wrong=[name for name in wrong if name in ("no_ref", "no_beta")])
+    return each.sum() if "summed" in wrong else each.mean()
+
 def _train(model, pairs, table, beta, lr, batch, wrong=()):
+    if "copied" in wrong: model = copy.deepcopy(model)
     if "bf16_weights" not in wrong: model.float()
     if "eval_mode" not in wrong: model.train()
-    method = torch.optim.SGD if "sgd" in wrong else partial(torch.optim.AdamW, weight_decay=0.)
-    optimizer = method(model.parameters(), lr=lr)
-    if "shuffled" in wrong: pairs = pairs[::-1]
+    decay = 0.01 if "decay" in wrong else 0.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
+    if "sgd" in wrong: optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    rows = list(table.values())
+    if "by_position" not in wrong: rows = [table[pair["key"]] for pair in pairs]
+    if "shuffled" in wrong: pairs, rows = pairs[::-1], rows[::-1]
     end = len(pairs) - len(pairs) % batch if "last_batch_lost" in wrong else len(pairs)
     losses = []
     for start in range(0, end, batch):
-        part = pairs[start:start + batch]
-        chosen, rejected = score(model, part)
-        ref_chosen, ref_rejected = torch.tensor([table[pair["key"]] for pair in part]).T
-        if "swapped_table" in wrong: ref_chosen, ref_rejected = ref_rejected, ref_chosen
-        if "moving_reference" in wrong: ref_chosen, ref_rejected = chosen.detach(), rejected.detach()
-        each = DPO_LOSS.crooked(chosen, rejected, ref_chosen, ref_rejected, beta)
-        loss = each.sum() if "summed" in wrong else each.mean()
+        part = slice(start, start + batch)
+        with torch.set_grad_enabled(lr > 0):             # without a rate nothing moves
+            chosen, rejected = score(model, pairs[part])
+        loss = _mean_loss(chosen, rejected, *torch.tensor(rows[part]).T, beta, wrong)
+        losses.append(loss.item())
+        if lr == 0: continue
         loss.backward()
         optimizer.step()
         if "no_zero_grad" not in wrong: optimizer.zero_grad()
-        losses.append(loss.item())
     return losses
 
 def _encode(tokenizer, text):
@@ -1321,11 +1442,13 @@ def _draw_stage(g, n, beta):
             rejected_ids=_encode(tokenizer, answer(prompt, right=False)),
         ))
         table[prompt] = (-20 + 5 * torch.randn(2, generator=g)).tolist()
-    return model, pairs, table, 5 * beta, 0.002, 3       # so small a rate hides AdamW's own weight decay
+    keys = list(table)
+    table = {key: table[key] for key in keys[3:] + keys[:3]}
+    return model, pairs, table, 5 * beta, 0.002, 3
 
 
 # %% [markdown]
-# The losses of three steps, seven pairs in batches of three. The second already says that the step was made: a wrong optimizer, a sum instead of a mean or a gradient that was not cleared give another second loss.
+# The losses of three steps, seven pairs in batches of three; the table has its rows in another order than the pairs. The second loss already says that the step was made: a wrong optimizer, a sum instead of a mean or a gradient that was not cleared give another second loss.
 #
 # Pairs are dictionaries with ids, as everywhere in the book, and a student may use `score` or write the forward pass anew.
 
@@ -1353,13 +1476,23 @@ def _watching(model):
     try: yield seen
     finally: handle.remove()
 
+@contextlib.contextmanager
+def _reading_decay():
+    "Notes the weight decay of every optimizer that makes a step."
+    found = []
+    def look(optimizer, args, kwargs):
+        found.extend(float(group.get("weight_decay") or 0) for group in optimizer.param_groups)
+    handle = register_optimizer_step_pre_hook(look)
+    try: yield found
+    finally: handle.remove()
+
 def _losses(f, model, *args):
-    "The losses of a stage as numbers, and what was seen of the model."
+    "The losses of a stage as numbers, what was seen of the model, and the model afterwards."
     model = copy.deepcopy(model)
     with _watching(model) as seen: losses = f(model, *args)
-    if is_empty(losses): return None, seen
+    if is_empty(losses): return None, seen, model
     if not isinstance(losses, (list, tuple)): raise WrongForm(f"a list is wanted, not {kind_of(losses)}")
-    return [one_number(loss, ()) for loss in losses], seen
+    return [one_number(loss, ()) for loss in losses], seen, model
 
 
 # %% [markdown]
@@ -1368,24 +1501,37 @@ def _losses(f, model, *args):
 # %%
 #| export
 @torch.no_grad()
-def _untrained_losses(model, pairs, table, beta) -> list:
-    "The loss of each pair before anything is trained."
+def _losses_now(model, pairs, table, beta) -> list:
+    "The loss of each pair with the model as it is."
     chosen, rejected = score(copy.deepcopy(model).float(), pairs)
     references = torch.tensor([table[pair["key"]] for pair in pairs]).T
     return DPO_LOSS.crooked(chosen, rejected, *references, beta).tolist()
 
+def _losses_at_rest(f, inputs) -> dict:
+    "The losses of a run that cannot move, one pair a batch."
+    model, pairs, table, beta, *_ = inputs
+    still, *_ = _losses(f, model, list(pairs), dict(table), beta, 0., 1)
+    return dict(still=still)
+
 def _watch_training(f, inputs):
-    "The losses of two runs; where these say nothing, why."
+    "The losses of two runs and those afterwards; where these say nothing, why."
     model, pairs, table, beta, lr, batch = inputs
-    still, _ = _losses(f, model, list(pairs), dict(table), beta, 0., 1)
+    still = _losses_at_rest(f, inputs)["still"]
     if still is None: return None
-    losses, seen = _losses(f, model, list(pairs), dict(table), beta, lr, batch)
+    with _reading_decay() as decay:
+        losses, seen, trained = _losses(f, model, list(pairs), dict(table), beta, lr, batch)
+    if losses is None: return None
     if any(half for _, half in seen): return "half weights"
     if not all(training for training, _ in seen): return "eval mode"
 
-    want = _untrained_losses(model, pairs, table, beta)
+    want = _losses_now(model, pairs, table, beta)
     if alike(sorted(still), sorted(want)) and not alike(still, want): return "another order"
-    return dict(still=still, losses=losses)
+    return dict(
+        still=still,
+        losses=losses,
+        decay=max(decay, default=0.),
+        after=_losses_now(trained, pairs, table, beta),
+    )
 
 
 # %%
@@ -1407,11 +1553,19 @@ EXERCISES["train"] = Exercise(
     draw=_draw_stage,
     form=as_it_is,
     observe=_watch_training,
+    glance=_losses_at_rest,                              # decides about most of the pairs of mistakes
     tries=2,
     read=("06", "Six lines"),
     says=dict(
         moving_reference="all losses are ln 2: the policy is its own reference.",
-        swapped_table="chosen and rejected of the table are swapped.",
+        swapped_table="chosen and rejected of the table are swapped, or the sign of gamma_ref is wrong.",
+        no_ref="the table is not used; subtract the gamma of the reference.",
+        no_beta="beta is missing.",
+        mean_inside="it is the loss of the mean gain; take the mean of the losses.",
+        chosen_only="only the chosen answers are used; gamma is chosen minus rejected.",
+        by_position="rows of the table are found by position; use the key of the pair.",
+        decay="weight_decay is 0.01, which is AdamW's own; write weight_decay=0.0.",
+        copied="a copy was trained; the model that came in is still untrained.",
         summed="it is the sum over a batch; take the mean.",
         no_zero_grad="gradients are not cleared between steps.",
         sgd="it steps with SGD; use AdamW.",
@@ -1426,7 +1580,17 @@ EXERCISES["train"] = Exercise(
         shuffled=("06", "The order of the data"),
         sgd=("06", "One step"),
         moving_reference=("03", "Five ways to get it wrong"),
+        mean_inside=("03", "The reference as a lower bound"),
+        by_position=("02", "What is in the table?"),
     ),
+    names={
+        "still": "losses before training, one pair a batch",
+        "still[]": "loss of pair {} before training",
+        "losses": "losses of the steps",
+        "losses[]": "loss of step {}, the first being 0",
+        "decay": "weight_decay",
+        "after[]": "loss of pair {} with the trained model",
+    },
 )
 
 def check_train(
@@ -1467,7 +1631,7 @@ said(check_train, own_reference)
 #
 # Which model is the reference of which stage? This is the question of the whole book, and nothing has to be trained to answer it. The three functions are spies, and a model is a list of what it was trained on.
 #
-# A solution may keep one model and train it on, or keep a list of models; it may use what `train` returns or change the model in place. All of that leads to the same log. What may not happen is that the reference changes while the policy is trained, or that S does.
+# A solution may keep one model and train it on, or keep a list of models, and it may return the last one or a copy of it. All of that leads to the same log. What may not happen is that the reference changes while the policy is trained, or that S does. `train` changes the model in place and returns nothing, as the question says.
 
 # %%
 #| export
@@ -1480,13 +1644,17 @@ def _stepwise(S, chunks, score, train, copy, wrong=()):
     model = S if "S_trained" in wrong else copy(S)
     if "reversed" in wrong: chunks = chunks[::-1]
     if "chunks" in wrong: chunks = chunks[:-1]
+    if "first_chunk" in wrong: chunks = chunks[1:]
     older = copy(S)
-    for chunk in chunks:
+    for t, chunk in enumerate(chunks):
         reference = copy(model)
         if "lag" in wrong: reference = older
         if "fixed" in wrong: reference = base
         older = copy(model)
-        table = score(reference, chunks[0] if "table" in wrong else chunk)
+        asked = chunk
+        if "table" in wrong: asked = chunks[0]
+        if "table_before" in wrong: asked = chunks[t - 1]
+        table = score(reference, asked)
         if "live" in wrong: table = model
         if "from_S" in wrong: model = copy(base)
         train(model, chunk, table)
@@ -1496,27 +1664,29 @@ def _draw_stages(g, n, beta): return (n + 1,)
 
 def _watch_stages(f, inputs):
     "Who was trained on what against which table."
-    S, log, trained = _Model(), [], []
+    S, log = _Model(), []
+    def past(model):
+        if isinstance(model, _Model): return model.seen
+        raise WrongForm(f"a model is wanted, not {kind_of(model)}; train returns nothing, it changes the model")
 
-    def score(model, chunk): return ("table", model.seen, chunk)
-    def copy(model): return _Model(model.seen)
+    def score(model, chunk): return ("table", past(model), chunk)
+    def copy(model): return _Model(past(model))
     def train(model, chunk, table):
         reference = table if isinstance(table, tuple) else kind_of(table)
-        log.append([model.seen, chunk, reference])
-        trained.append(model)
+        log.append(dict(before=past(model), chunk=chunk, against=reference))
         model.seen += (chunk,)
-        return model
 
     last = f(S, [f"D_{t}" for t in range(1, inputs[0] + 1)], score, train, copy)
     if is_empty(last) and not log: return None
-    return dict(log=log, S_kept=S.seen == (), returned=bool(trained) and last is trained[-1])
+    ended = (*log[-1]["before"], log[-1]["chunk"]) if log else ()
+    return dict(log=log, S_kept=S.seen == (), returned=isinstance(last, _Model) and last.seen == ended)
 
 
 # %% [markdown]
 # What a right answer does, seen by the spies. Read the last column: each table was written by a model with the same past as the one that is trained, and about the chunk that it is trained on.
 
 # %%
-pd.DataFrame(_watch_stages(_stepwise, (3,))["log"], columns=["trained before on", "now on", "against"])
+pd.DataFrame(_watch_stages(_stepwise, (3,))["log"])
 
 # %% [markdown]
 # With two stages, a reference that is always S and one that lags behind by a stage are the same. So the spies look at up to seven stages before anything is named. `live` needs no numbers either: the reference is then not a table but a model, and a model that is its own reference at every step has the loss $\ln 2$ for ever.
@@ -1535,13 +1705,21 @@ EXERCISES["stepwise"] = Exercise(
         live="the reference is the live model, so the loss stays at ln 2; score first.",
         fixed="the reference is S in every stage; it must be M_{t-1}.",
         lag="the reference of stage t is M_{t-2}; it must be M_{t-1}.",
-        table="the table is of another chunk than the training.",
+        table="the table is of the first chunk in every stage; it must be of the chunk of the stage.",
+        table_before="the table is of the chunk before; it must be of the chunk of the stage.",
         from_S="every stage starts from S; it must start from M_{t-1}.",
         reversed="the chunks come in reverse order.",
         chunks="the last chunk is left out.",
+        first_chunk="the first chunk is left out.",
         returned="it does not return the model of the last stage.",
     ),
     elsewhere=dict(fixed=("14", "Why not S?"), from_S=("14", "Where the policy starts")),
+    names={
+        "log": "calls of train",
+        "log[][]": "call {0} of train, {1}",
+        "S_kept": "S is as it was",
+        "returned": "the last model is returned",
+    },
 )
 
 def check_stepwise(
@@ -1578,9 +1756,13 @@ said(check_stepwise, lags)
 def _certificate(loss, mean_gamma_ref, beta, wrong=()):
     bound = math.log(loss) if "log_of_loss" in wrong else loss + math.log(-math.expm1(-loss))
     if "overflow" in wrong: bound = math.log(math.exp(loss) - 1)
+    if "capped" in wrong: bound = math.log(math.expm1(min(loss, 30.)))
+    if "no_one" in wrong: bound = loss
+    if "no_loss" in wrong: bound = math.log(-math.expm1(-loss))
     if "times_beta" in wrong: bound = bound * beta
     elif "no_beta" not in wrong: bound = bound / beta
     if "sign" in wrong: bound = -bound
+    if "brackets" in wrong: return (mean_gamma_ref - bound * beta) / beta
     return -bound if "no_ref" in wrong else mean_gamma_ref - bound
 
 def _draw_loss(g, n, beta):
@@ -1596,13 +1778,15 @@ def _draw_loss(g, n, beta):
 
 
 # %% [markdown]
-# The edge is that large loss. `math.exp(5000)` is an `OverflowError`, and in a tensor it is infinity. $L + \log(1-e^{-L})$ is the same number without it.
+# The edge is that large loss. `math.exp(5000)` is an `OverflowError`, and in a tensor it is infinity. $L + \log(1-e^{-L})$ is the same number without it. Whoever cuts the loss at 30 instead has a number, and a guarantee that is not true.
 
 # %%
 #| export
 def _dies_of_a_large_loss(f, g):
-    bound = one_number(f(5000., -38.6, 0.1), ())
-    return not math.isclose(bound, -50038.6, rel_tol=1e-6)
+    return not math.isfinite(one_number(f(5000., -38.6, 0.1), ()))
+
+def _cuts_a_large_loss(f, g):
+    return not math.isclose(one_number(f(5000., -38.6, 0.1), ()), -50038.6, rel_tol=1e-6)
 
 
 # %%
@@ -1619,9 +1803,13 @@ EXERCISES["certificate"] = Exercise(
         no_beta="it does not divide by beta.",
         times_beta="it multiplies by beta; divide by it.",
         no_ref="the mean gamma of the reference is not added.",
+        brackets="the mean gamma of the reference is divided by beta, too; mind the brackets.",
+        no_one="the -1 is missing: it is log(exp(L) - 1).",
+        no_loss="the L in front is missing: log(exp(L) - 1) is L + log(1 - exp(-L)).",
         overflow="exp(L) overflows at a loss of 5000; use L + log(1 - exp(-L)).",
+        capped="a large loss is cut off, and its bound is too high; use L + log(1 - exp(-L)).",
     ),
-    edges=dict(overflow=_dies_of_a_large_loss),
+    edges=dict(overflow=_dies_of_a_large_loss, capped=_cuts_a_large_loss),
     by_hand="loss 0.5, reference 2, beta 0.1 give 6.33",
 )
 
@@ -1654,10 +1842,12 @@ def _first_loss(gamma_start, gamma_ref, beta, wrong=()):
     if "swapped" in wrong: gain = -gain
     if "no_ref" in wrong: gain = gamma_start
     if "no_beta" in wrong: beta = 1.
+    if "divided" in wrong: beta = 1 / beta
     if "mean_inside" in wrong: gain = gain.mean(0, keepdim=True)
     if "always_ln2" in wrong: gain = 0 * gain
     losses = F.softplus(-beta * gain)
     if "outside" in wrong: losses = beta * F.softplus(-gain)
+    if "log_of_mean" in wrong: losses = -torch.sigmoid(beta * gain).mean(0, keepdim=True).log()
     if "no_minus" in wrong: losses = -losses
     return (losses.sum() if "sum" in wrong else losses.mean()).item()
 
@@ -1684,7 +1874,9 @@ EXERCISES["first_loss"] = Exercise(
     read=("06", "Six lines"),
     says=dict(
         mean_inside="it is the loss of the mean gain; take the mean of the losses.",
+        log_of_mean="it is the logarithm of the mean sigmoid; take the logarithm first, then the mean.",
         no_beta="beta is missing.",
+        divided="the gain is divided by beta; it must be multiplied.",
         swapped="start and reference are swapped.",
         no_ref="the reference is not used.",
         always_ln2="it is ln 2, which is right only where the policy is its reference.",
@@ -1713,16 +1905,72 @@ print(said(check_first_loss, lambda start, ref, beta: math.log(2)))
 #
 # ### An experiment
 #
-# **The question.** Plan and run a comparison in the tiny world that could convince a sceptic that sDPO is better than DPO. Hand in a table of runs.
+# **The question.** Plan and run a comparison in the tiny world that could convince a sceptic that sDPO is better than DPO. A function `measure` trains, if need be, and returns rewards; write `experiment(measure)`, which returns a table of runs.
 #
-# The last exercise is no function. Has sDPO been compared with what it must be compared with? By [chapter 03](03_loss.ipynb), $T$ stages at $\beta$ may be worth one stage at $\beta/T$, so a run of plain DPO at $\beta/T$ must be there. $\beta$ is picked on validation prompts. There are at least two seeds. And the interval of the difference to S is paired ([chapter 08](08_evaluate.ipynb)).
+# Has sDPO been compared with what it must be compared with? By [chapter 03](03_loss.ipynb), $T$ stages at $\beta$ may be worth one stage at $\beta/T$, so a run of plain DPO at $\beta/T$ must be there. $\beta$ is picked on validation prompts, for DPO, with one seed, and stays the same for all. There are at least two seeds. And the interval of
+# the difference to S is paired ([chapter 08](08_evaluate.ipynb)).
 #
 # One run is one row: `method` (S, DPO or sDPO), `beta`, `stages`, `seed`, `picked_on` (the split on which beta was chosen), `rewards` (a list, one number a test prompt), and `low` and `high`, the 95 % interval of the mean of rewards minus those of S with the same seed.
+#
+# How $\beta$ was picked cannot be read off the table: a student may pick on test prompts and write "validation". So the check brings its own `measure`, with rewards that are made up. In it, the better $\beta$ is another one for each split, method and seed, and from one batch to the next. A rule that differs from the wanted one picks another $\beta$ in some batch, and the six picks together say
+# which rule it was. In `_LARGER`, a 1 stands for a batch in which the larger $\beta$ is the better.
 
 # %%
 #| export
 COLUMNS = ("method", "beta", "stages", "seed", "picked_on", "rewards", "low", "high")
+STAGES = dict(S=0, DPO=1, sDPO=3)
 
+_LARGER = {
+    ("DPO", 0, "validation"): "101001",   # the one that counts
+    ("DPO", 0, "test"): "110010",
+    ("sDPO", 0, "validation"): "100110",
+    ("sDPO", 0, "test"): "111000",
+    ("DPO", 1, "validation"): "011011",   # seed 1 has larger differences, and decides about a mean over seeds
+    ("DPO", 1, "test"): "001011",
+    ("sDPO", 1, "validation"): "010011",
+    ("sDPO", 1, "test"): "101110",
+}
+
+def _draw_measure(g, n, beta):
+    "A `measure` with made-up rewards of a few prompts."
+    batch, prompts = SIZES.index(n), n + 6
+    start = int(torch.randint(10**6, (1,), generator=g))
+
+    def measure(method, beta, stages, seed, split):
+        if split not in ("validation", "test"):
+            raise WrongForm(f'the splits are "validation" and "test", not {split!r}')
+        how = "" if method == "S" else f"{float(beta):.6g} {stages}"
+        luck = random.Random(f"{start} {method} {how} {seed} {split}")
+        hard = random.Random(f"{start} {seed} {split}")
+        rewards = [0.3 + 0.3 * hard.random() + 0.1 * luck.random() for _ in range(prompts)]
+        if method == "S": return rewards
+        side = 1 if _LARGER[method, seed % 2, split][batch] == "1" else -1
+        wanted = 0.5 + side * (0.3 if seed % 2 else 0.15) * beta / (1 + beta)
+        shift = wanted - sum(rewards) / prompts
+        return [reward + shift for reward in rewards]
+
+    return (measure,)
+
+
+# %% [markdown]
+# No two rules may have the same picks, nor one the opposite of another, because of those who take the worst for the best:
+
+# %%
+picks = list(_LARGER.values())
+opposite = ["".join("10"[int(larger)] for larger in pick) for pick in picks]
+assert len({*picks, *opposite, "000000", "111111"}) == 2 * len(_LARGER) + 2
+
+(measure,) = _draw_measure(torch.Generator().manual_seed(0), 3, 0.1)
+for beta in (0.3, 0.9):
+    rewards = measure("DPO", beta, 1, 0, "validation")
+    print(beta, "mean reward", round(sum(rewards) / len(rewards), 3))
+
+
+# %% [markdown]
+# In the first batch 0.9 is to be picked. The answer of the catalogue, with its switches:
+
+# %%
+#| export
 def difference_interval(
     a,            # rewards of one model, one a prompt
     b,            # those of the other, for the same prompts
@@ -1734,22 +1982,45 @@ def difference_interval(
     mean, half = (a - b).mean().item(), 1.96 * math.sqrt(variance.item() / len(a))
     return mean - half, mean + half
 
-def _experiment(wrong=()):
-    "A table of runs, with rewards that were never measured."
-    g = torch.Generator().manual_seed(0)
-    methods = [("S", math.nan, 0), ("DPO", 0.3, 1), ("DPO", 0.1, 1), ("sDPO", 0.3, 3)]
-    if "no_baseline" in wrong: del methods[2]
-    if "no_dpo" in wrong: del methods[1]
+def _pick(measure, seed, wrong):
+    "The beta that is best for DPO with seed 0 on validation prompts, or what some take for it."
+    method = "sDPO" if "by_sdpo" in wrong else "DPO"
+    split = "test" if "on_test" in wrong else "validation"
+    seeds = [seed if "each_seed" in wrong else 0]
+    if "both_seeds" in wrong: seeds = [0, 1]
+    totals = {}
+    for beta in (0.3, 0.9):
+        totals[beta] = sum(sum(measure(method, beta, STAGES[method], seed, split)) for seed in seeds)
+    return (min if "worst" in wrong else max)(totals, key=totals.get)
+
+def _intervals_as(low, high, n, wrong):
+    "Low and high as somebody writes them who makes these mistakes."
+    middle, half = (low + high) / 2, (high - low) / 2
+    if "std_by_n" in wrong: half *= math.sqrt((n - 1) / n)
+    if "no_root" in wrong: half *= math.sqrt(n)
+    if "rounded" in wrong: return round(middle - half, 3), round(middle + half, 3)
+    if "interval" in wrong: return -0.1, 0.1
+    return middle - half, middle + half
+
+def _experiment(measure=None, wrong=()):
+    "A table of runs."
+    if measure is None: (measure,) = _draw_measure(torch.Generator().manual_seed(0), 3, 0.1)
     rows = []
     for seed in range(1 if "one_seed" in wrong else 2):
-        hard = torch.rand(50, generator=g)
-        for method, beta, stages in methods:
-            rewards = 0.7 * hard + 0.3 * torch.rand(50, generator=g)
+        best = 0.3 if "not_picked" in wrong else _pick(measure, seed, wrong)
+        methods = [("S", math.nan), ("DPO", best), ("DPO", best / 3), ("sDPO", best)]
+        if "no_baseline" in wrong: del methods[2]
+        if "no_dpo" in wrong: del methods[1]
+        for method, beta in methods:
+            split = "validation" if "rewards_validation" in wrong else "test"
+            rewards = measure(method, beta, STAGES[method], seed, split)
             if method == "S": base = rewards
             low, high = difference_interval(rewards, base, paired="unpaired" not in wrong)
-            if "interval" in wrong: low, high = -0.1, 0.1
-            picked_on = "test" if "picked_on_test" in wrong else "validation"
-            rows.append([method, beta, stages, seed, picked_on, rewards.tolist(), low, high])
+            low, high = _intervals_as(low, high, len(rewards), wrong)
+            picked_on = "validation"
+            if "picked_on_test" in wrong: picked_on = "test"
+            if "picked_on" in wrong and method == "S": picked_on = None
+            rows.append([method, beta, STAGES[method], seed, picked_on, rewards, low, high])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -1760,40 +2031,109 @@ _experiment().drop(columns="rewards").round(3)
 # %% [markdown]
 # The rewards are invented, and so the intervals say nothing; what counts is the form of the table. It has the four methods for each of two seeds, and S is in it because all others are compared with it.
 #
-# Each mistake is a property of the table, so all of them are edges. None looks at whether sDPO *won*. A check that rewards a result would teach to find it. `_interval_is` computes the interval from the rewards of the row itself and allows 5 % of its width: an interval with Student's $t$ in the place of 1.96 passes, and one that was typed in does not.
+# What must be true of any such table is its *form*: the columns, one run of S for each seed, and a list of rewards in each row. Of a function that was given a `measure` more is compared: the $\beta$ of sDPO for each seed, and whose rewards are in the table.
 
 # %%
 #| export
 def _table_of_runs(runs, inputs) -> pd.DataFrame:
-    "The form of an experiment."
+    "The form of a table of runs."
     if not isinstance(runs, pd.DataFrame): raise WrongForm(f"a DataFrame is wanted, not {kind_of(runs)}")
     absent = [name for name in COLUMNS if name not in runs.columns]
     if absent: raise WrongForm(f"columns are missing: {', '.join(absent)}")
     for method in ("S", "sDPO"):
         if method not in set(runs["method"]): raise WrongForm(f"there is no run of {method}")
+    for run in runs.itertuples():
+        if not hasattr(run.rewards, "__len__") or isinstance(run.rewards, str) or getattr(run.rewards, "ndim", 1) != 1:
+            kind = kind_of(run.rewards)
+            raise WrongForm(f"rewards must be a list, one number a prompt; in the row of {run.method} it is {kind}")
+    for seed, rows in runs.groupby("seed"):
+        count = int((rows["method"] == "S").sum())
+        if count != 1: raise WrongForm(f"for seed {seed} there are {count} runs of S; one is wanted, on test prompts")
+        prompts = rows["rewards"].map(len).unique()
+        if len(prompts) > 1: raise WrongForm(f"the models of seed {seed} have rewards of {prompts} prompts; take the same prompts")
     return runs
 
-def _lacks_dpo(stages_of, f, g) -> bool:
+def _measured_on(runs, measure) -> str:
+    "The split that the rewards of all rows belong to."
+    for split in ("test", "validation"):
+        pairs = []
+        for run in runs.itertuples():
+            want = measure(run.method, run.beta, run.stages, int(run.seed), split)
+            pairs.append(alike(torch.as_tensor(run.rewards), torch.tensor(want)))
+        if all(pairs): return split
+    return "others than `measure` returned"
+
+def _choices(runs, inputs) -> pd.DataFrame|dict:
+    "The form of an experiment: which beta was picked for each seed, and on which prompts it was measured."
+    runs = _table_of_runs(runs, inputs)
+    if not inputs: return runs
+    for run in runs.itertuples():
+        if run.method not in STAGES: raise WrongForm(f'methods are "S", "DPO" and "sDPO", not {run.method!r}')
+        want = STAGES[run.method]
+        if run.stages != want: raise WrongForm(f"{run.method} has {run.stages} stages; {want} are asked for")
+    stepwise = runs[runs["method"] == "sDPO"]
+    betas = {seed: sorted({float(beta) for beta in rows["beta"]}) for seed, rows in stepwise.groupby("seed")}
+    if 0 not in betas: raise WrongForm("there is no run of sDPO with seed 0")
+    first = betas[0]
+    return dict(first=first, second=betas.get(1, first), rewards=_measured_on(runs, *inputs))
+
+
+# %%
+_choices(_experiment(measure), (measure,))
+
+
+# %% [markdown]
+# All other mistakes are properties of the table, so they are edges. None looks at whether sDPO *won*. A check that rewards a result would teach to find it. `_interval_is` computes the interval from the rewards of the row itself and allows a thousandth of its width: an interval with Student's $t$ in the place of 1.96 passes, and one that was rounded, or typed in, does not.
+#
+# A table that somebody has at hand can be checked, too. Then there is no function to be watched, and the table is believed where it says how $\beta$ was picked.
+
+# %%
+#| export
+def _takes_measure(f) -> bool:
+    "Whether it is a function that can be given a `measure`; a table is not."
+    if not callable(f) or getattr(f, "func", None) is copy.deepcopy: return False
+    return bool(inspect.signature(f).parameters)
+
+def _on_a_table(test):
+    "A test of a table as a test of whoever makes it."
+    def edge(f, g):
+        inputs = _draw_measure(g, 3, 0.1) if _takes_measure(f) else ()
+        return test(_table_of_runs(f(*inputs), inputs))
+    return edge
+
+def _lacks_dpo(stages_of, runs) -> bool:
     "Whether a run of sDPO has no run of DPO beside it, at its beta over some number, with the same seed."
-    runs = f()
     for run in runs[runs["method"] == "sDPO"].itertuples():
         beside = runs[(runs["method"] == "DPO") & (runs["seed"] == run.seed)]
         wanted = run.beta / stages_of(run)
         if not any(math.isclose(beta, wanted, rel_tol=0.01) for beta in beside["beta"]): return True
     return False
 
-def _picks_on_test(f, g): return not (f()["picked_on"] == "validation").all()
+def _says_test(runs): return (runs["picked_on"] == "test").any()
 
-def _has_one_seed(f, g): return any(rows["seed"].nunique() < 2 for _, rows in f().groupby("method"))
+def _says_something_else(runs): return not (runs["picked_on"] == "validation").all()
 
-def _interval_is(paired, f) -> bool:
-    "Whether all intervals are those of this kind, to 5 % of their width."
-    runs = f()
+def _has_one_seed(runs): return any(rows["seed"].nunique() < 2 for _, rows in runs.groupby("method"))
+
+def _never_looks(f, g) -> bool:
+    "Whether the same beta is picked, whatever was measured."
+    if not _takes_measure(f): return False
+    picked = [_choices(f(*inputs), inputs) for inputs in (_draw_measure(g, n, 0.1) for n in SIZES)]
+    return len({(*choice["first"], *choice["second"]) for choice in picked}) == 1
+
+def _interval_is(wrong, runs) -> bool:
+    "Whether all intervals are right but for these mistakes, to a thousandth of their width."
     base = runs[runs["method"] == "S"].set_index("seed")["rewards"]
     for run in runs[runs["method"] != "S"].itertuples():
-        low, high = difference_interval(run.rewards, base[run.seed], paired)
-        off = max(abs(run.low - low), abs(run.high - high))
-        if off > 0.05 * (high - low): return False
+        n = len(run.rewards)
+        low, high = difference_interval(run.rewards, base[run.seed], paired="unpaired" not in wrong)
+        middle, half = (low + high) / 2, (high - low) / 2
+        fits = False
+        for z in (1.96, student_t.ppf(0.975, n - 1)):
+            wide = z / 1.96 * half
+            low, high = _intervals_as(middle - wide, middle + wide, n, wrong)
+            fits |= max(abs(run.low - low), abs(run.high - high)) <= 0.002 * half
+        if not fits: return False
     return True
 
 
@@ -1801,67 +2141,116 @@ def _interval_is(paired, f) -> bool:
 # A student who did everything else right, and left out DPO at $\beta/T$. Only one of the three tests should object:
 
 # %%
-def without_baseline(): return _experiment(["no_baseline"])
+without_baseline = _experiment(wrong=["no_baseline"])
 
 {
-    "DPO at beta/T is missing": _lacks_dpo(operator.attrgetter("stages"), without_baseline, None),
-    "beta was picked on test prompts": _picks_on_test(without_baseline, None),
-    "the intervals are paired": _interval_is(True, without_baseline),
+    "DPO at beta/T is missing": _lacks_dpo(operator.attrgetter("stages"), without_baseline),
+    "beta was picked on test prompts": _says_test(without_baseline),
+    "the intervals are paired": _interval_is((), without_baseline),
 }
+
 
 # %%
 #| export
+def _wrong_interval(*wrong): return _on_a_table(lambda runs: _interval_is(wrong, runs) and not _interval_is((), runs))
+
 EXERCISES["experiment"] = Exercise(
     name="experiment",
     crooked=_experiment,
-    form=_table_of_runs,
+    draw=_draw_measure,
+    form=_choices,
     read=("08", "Was the distance worth it?"),
     says=dict(
-        no_baseline="there is no DPO at beta/T beside sDPO, for every seed.",
+        on_test="beta was picked on test prompts; use validation prompts.",
+        worst="beta is the one with the lowest reward; take the highest.",
+        by_sdpo="beta was picked for sDPO; pick it for DPO, and give it to both.",
+        each_seed="each seed has a beta of its own; pick it with seed 0 for all.",
+        both_seeds="beta was picked over all seeds; pick it with seed 0.",
+        rewards_validation="the rewards are those of validation prompts; hand in those of test prompts.",
+        not_picked="beta is the same whatever `measure` says; pick it by its rewards.",
+        no_baseline="there is no DPO at beta/T (T: the stages of sDPO) beside sDPO, for every seed.",
         no_dpo="there is no DPO at the beta of sDPO, for every seed.",
-        picked_on_test="beta was picked on test prompts; use validation prompts.",
+        picked_on_test="picked_on is \"test\"; pick beta on validation prompts.",
+        picked_on="picked_on must be \"validation\" in every row, in those of S, too.",
         one_seed="there is one seed; another may say the opposite.",
         unpaired="the interval is unpaired; both models had the same prompts.",
-        interval="low and high are not the 95 % interval of rewards minus those of S.",
+        std_by_n="the standard deviation is divided by n; divide by n - 1.",
+        no_root="the standard deviation is not divided by sqrt(n).",
+        rounded="low and high are rounded; round when you show them.",
+        interval="low and high are not the mean of rewards minus those of S, -/+ 1.96 s / sqrt(n).",
     ),
     edges=dict(
-        no_baseline=partial(_lacks_dpo, operator.attrgetter("stages")),
-        no_dpo=partial(_lacks_dpo, lambda run: 1),
-        picked_on_test=_picks_on_test,
-        one_seed=_has_one_seed,
-        unpaired=lambda f, g: _interval_is(False, f) and not _interval_is(True, f),
-        interval=lambda f, g: not _interval_is(True, f),
+        not_picked=_never_looks,
+        no_baseline=_on_a_table(partial(_lacks_dpo, operator.attrgetter("stages"))),
+        no_dpo=_on_a_table(partial(_lacks_dpo, lambda run: 1)),
+        picked_on_test=_on_a_table(_says_test),
+        picked_on=_on_a_table(_says_something_else),
+        one_seed=_on_a_table(_has_one_seed),
+        unpaired=_wrong_interval("unpaired"),
+        std_by_n=_wrong_interval("std_by_n"),
+        no_root=_wrong_interval("no_root"),
+        rounded=_wrong_interval("rounded"),
+        interval=_on_a_table(lambda runs: not _interval_is((), runs)),
     ),
+    telling=("not_picked",),
+    names={
+        "first": "betas of sDPO with seed 0",
+        "first[]": "beta of sDPO with seed 0",
+        "second": "betas of sDPO with seed 1",
+        "second[]": "beta of sDPO with seed 1",
+        "rewards": "prompts of the rewards",
+    },
     elsewhere=dict(
         no_baseline=("03", "What $T$ stages add up to"),
         unpaired=("08", "Ask both models the same prompts"),
+        std_by_n=("08", "Ask both models the same prompts"),
+        no_root=("08", "Ask both models the same prompts"),
+        rounded=("08", "Ask both models the same prompts"),
         interval=("08", "Ask both models the same prompts"),
         one_seed=("08", "Ask both models the same prompts"),
     ),
 )
 
 def check_experiment(
-    runs,           # data frame with COLUMNS, one run a row; or a function that makes it
-    seed: int=None, # is not used here
+    runs,           # (measure) -> data frame with COLUMNS, one run a row; or such a table itself
+    seed: int=None, # of the made-up rewards; None: fresh ones
 ) -> int:           # the seed
-    "Check that sDPO was compared fairly. Raises CheckFailed for a table that is not enough to say so."
-    return run_check(EXERCISES["experiment"], runs, seed)
+    """Check that sDPO was compared fairly. Raises CheckFailed for a table that is not enough to say so.
+    measure(method, beta, stages, seed, split) returns a list of rewards. Only a function that takes it can be
+    asked how beta was picked; of a table, `picked_on` is believed."""
+    exercise = EXERCISES["experiment"]
+    if not _takes_measure(runs): exercise = dataclasses.replace(exercise, draw=None)
+    return run_check(exercise, runs, seed)
 
 
 # %%
 mine = _experiment()
 mine["low"], mine["high"] = mine["low"] - 0.04, mine["high"] + 0.04
 print(said(check_experiment, mine))
-print(said(check_experiment, _experiment(["unpaired"])))
-print(said(check_experiment, mine[mine["beta"] != 0.1]))
+print(said(check_experiment, _experiment(wrong=["unpaired"])))
+print(said(check_experiment, _experiment(wrong=["no_baseline"])))
+
+def picks_on_test(measure):
+    def mean_reward(beta): return sum(measure("DPO", beta, 1, 0, "test"))
+    best, rows = max((0.3, 0.9), key=mean_reward), []
+    for seed in (0, 1):
+        for method, beta in (("S", math.nan), ("DPO", best), ("DPO", best / 3), ("sDPO", best)):
+            stages = STAGES[method]
+            rewards = measure(method, beta, stages, seed, "test")
+            if method == "S": base = rewards
+            low, high = difference_interval(rewards, base)
+            rows.append([method, beta, stages, seed, "validation", rewards, low, high])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+print(said(check_experiment, picks_on_test))
 
 
 # %% [markdown]
-# The first table has intervals that were shifted, the second has intervals for prompts that would differ between the models, and the third compares sDPO with DPO at the same $\beta$ alone. *Ask:* sDPO at $\beta=0.3$ with three stages beats DPO at $\beta=0.3$. What have you learned?
+# The first table has intervals that were shifted, the second has intervals for prompts that would differ between the models, and the third compares sDPO with DPO at the same $\beta$ alone. The last one is a function. It writes "validation" into its table, and the check has seen what it did. *Ask:* sDPO at $\beta=0.3$ with three stages beats DPO at $\beta=0.3$. What have you learned?
 #
 # ## The catalogue
 #
-# Every mistake of every exercise, made on purpose. The check must call each by its own name. (`diagnose` is a check without the question whose function it is; the crooked functions are the package's own.) The column *what is said* is the sentence alone; *characters* counts the whole message, with the section to read and the seed. The limit is 300, and the longest has 241.
+# Every mistake of every exercise, made on purpose. The check must call each by its own name. (`diagnose` is a check without the question whose function it is; the crooked functions are the package's own.) The column *what is said* is the sentence alone; *characters* counts the whole message, with the section to read and the seed. The limit is 300, and the longest has 296.
 
 # %%
 def named(exercise, wrong, seed=1):
@@ -1913,7 +2302,7 @@ counts | pairs_named.value_counts().to_dict()
 
 
 # %% [markdown]
-# Of 364 pairs, 277 are named as they were made and 82 by the one that is left of them. The last five are worth a look. One stops with an error, and four fit another pair exactly: in `accumulation`, to add sums and keep only the last part gives the gradient of adding *means* and keeping the last part, for the last part has a single pair, and there a sum is a mean. The message is then wrong about one word, and right about the second.
+# Of 572 pairs, 427 are named as they were made and 139 by the one that is left of them. The last six are worth a look. One stops with an error, and five fit another pair exactly: in `accumulation`, to add sums and keep only the last part gives the gradient of adding *means* and keeping the last part, for the last part has a single pair, and there a sum is a mean. The message is then wrong about one word, and right about the second.
 #
 # ## No false alarm
 #

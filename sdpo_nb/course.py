@@ -20,9 +20,11 @@ from pathlib import Path
 def try_check(
     check, # a function that raises where it objects
     value, # what the student wrote
+    seed: int=None, # of the numbers; None: the check draws fresh ones
 ):
     "Call a check. What it objects to is printed, so that the cells below can run."
-    try: check(value)
+    settings = {} if seed is None else dict(seed=seed)
+    try: check(value, **settings)
     except AssertionError as e: print(e)
 
 # %% ../nbs/21_course.ipynb #21c10bf5

@@ -173,8 +173,11 @@ class Exercise:
     parts: tuple=()         # of an answer that has parts; what is wrong with a part begins with its name
     by_hand: str=""         # an example with a result, to try
     each: str="pair"        # what a number of the answer belongs to
+    names: dict=field(default_factory=dict)     # a part of what is compared -> what it is called in a message
+    glance: Callable=None   # (f, inputs) -> a part of what is compared (a dict) that is quickly had
+    shown: Callable=None    # (*inputs) -> the inputs in a few words, where they are short
     # what is said where nothing came back
-    idle: str="returns None: either the `return` is missing, or the `...` is still there"
+    idle: str="returns None: the `return` is missing or not reached on every path, or the `...` is still there"
 
     @property
     def mistakes(self) -> list:
@@ -274,10 +277,17 @@ def _answer(exercise, f, inputs):
     return exercise.form(seen, inputs)
 
 # %% ../nbs/19_mistakes.ipynb #e29374b6
+def _gives(exercise, f, inputs, answer) -> bool:
+    "Whether f gives this answer; where a glance shows that it does not, nothing else is computed."
+    if exercise.glance and isinstance(answer, dict):
+        part = exercise.glance(f, inputs)
+        if not alike(part, {key: answer[key] for key in part}): return False
+    return alike(_answer(exercise, f, inputs), answer)
+
 def _explains(exercise, wrong, batches, seen) -> bool:
     "Whether these mistakes give exactly these answers."
     f = partial(exercise.crooked, wrong=wrong)
-    try: return all(alike(_answer(exercise, f, inputs), answer) for inputs, answer in zip(batches, seen))
+    try: return all(_gives(exercise, f, inputs, answer) for inputs, answer in zip(batches, seen))
     except Exception: return False        # two mistakes together may stop where the student's code did not
 
 def find_mistakes(
@@ -311,12 +321,17 @@ class CheckFailed(AssertionError):
 # %% ../nbs/19_mistakes.ipynb #ed5e1cda
 def _read(place) -> str: return f'Read chapter {place[0]}, "{place[1]}".'
 
-def _with_example(exercise, text) -> str:
-    "A message, and the example worked by hand where there is room for it."
-    longer = f"{text}. Try: {exercise.by_hand}."
-    return longer if exercise.by_hand and len(longer) <= LIMIT else text
+def _with_example(exercise, text, inputs=None) -> str:
+    "A message, with what the function was called with and the example worked by hand, where there is room."
+    more = []
+    if inputs and exercise.shown: more.append(f"Called with {exercise.shown(*inputs)}.")
+    if exercise.by_hand: more.append(f"Try: {exercise.by_hand}.")
+    end = ". "
+    for sentence in more:
+        if len(text + end + sentence) <= LIMIT: text, end = text + end + sentence, " "
+    return text
 
-def _diagnosis(exercise, mistakes, seed, exactly=True, also=()) -> CheckFailed:
+def _diagnosis(exercise, mistakes, seed, exactly=True, also=(), inputs=None) -> CheckFailed:
     "The exception for known mistakes; `also` are other parts that are wrong."
     what = " Also: ".join(exercise.says[mistake] for mistake in mistakes)
     place = exercise.elsewhere.get(mistakes[0], exercise.read)
@@ -324,27 +339,53 @@ def _diagnosis(exercise, mistakes, seed, exactly=True, also=()) -> CheckFailed:
     sure = f"Your numbers are exactly those of {these}; " if exactly else ""
     more = f" Wrong, too: {', '.join(also)}." if also else ""
     text = f"{exercise.name}: {what}{more} {_read(place)} {sure}seed={seed}"
-    return CheckFailed(_with_example(exercise, text) if exactly else text, mistakes)
+    return CheckFailed(_with_example(exercise, text, inputs) if exactly else text, mistakes)
 
 # %% ../nbs/19_mistakes.ipynb #d4d6b8ce
-def _short(thing) -> str: return (f"{thing:.5g}" if isinstance(thing, float) else str(thing))[:50]
+def _pieces(got, want) -> list:
+    "(name, piece of an answer, piece of the right one), where both are of the same kind and have pieces."
+    if isinstance(got, dict) and isinstance(want, dict):
+        return [(key, got.get(key, "nothing"), want.get(key, "nothing")) for key in want | got]
+    both = [type(got), type(want)]
+    same_shape = both == [Tensor, Tensor] and got.shape == want.shape and got.dim() > 0
+    if both == [list, list] or same_shape: return list(zip(itertools.count(), got, want))
+    return []
 
-def _first_difference(exercise, batches, seen) -> str:
-    "Where an answer first differs from the right one."
-    for inputs, got in zip(batches, seen):
-        want = _answer(exercise, exercise.crooked, inputs)
-        if alike(got, want): continue
-        if isinstance(got, Tensor) and isinstance(want, Tensor) and got.shape == want.shape and got.dim():
-            far = ~torch.isclose(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
-            i = int(far.nonzero()[0, 0])
-            return f"{exercise.each} {i} of {len(want)}: {got[i].item():.5g}, right is {want[i].item():.5g}"
-        return f"{_short(got)}, right is {_short(want)}"
+def _first_unequal(got, want, path=()) -> tuple:
+    "(path, piece, right piece) of the first place where two answers differ."
+    for name, a, b in _pieces(got, want):
+        if not alike(a, b): return _first_unequal(a, b, (*path, name))
+    if isinstance(got, list) and isinstance(want, list): return path, f"{len(got)} of them", len(want)
+    return path, got, want
+
+# %% ../nbs/19_mistakes.ipynb #c7bec2cc
+def _short(thing) -> str:
+    if isinstance(thing, Tensor) and thing.dim() == 0: thing = thing.item()
+    return (f"{thing:.5g}" if isinstance(thing, float) else str(thing))[:50]
+
+def _place(exercise, path, count) -> str:
+    "What the place of a difference is called; `count` is how many numbers the answer has."
+    head, rest = (path[0], path[1:]) if path and isinstance(path[0], str) else ("", path)
+    name = exercise.names.get(head + "[]" * len(rest))
+    if name: return name.format(*rest)
+    if len(path) == 1 and not head: return f"{exercise.each} {path[0]} of {count}"
+    return " ".join(map(str, path))
+
+def _first_difference(exercise, inputs, got) -> str:
+    "Where an answer first differs from the right one; \"\" where it does not."
+    want = _answer(exercise, exercise.crooked, inputs)
+    if alike(got, want): return ""
+    path, a, b = _first_unequal(got, want)
+    place = _place(exercise, path, len(want) if path else 0)
+    return f"{place}: {_short(a)}, right is {_short(b)}".removeprefix(": ")
 
 def _unknown(exercise, batches, seen, seed) -> CheckFailed:
     "The exception for a wrong answer that nobody has foreseen."
-    where = _first_difference(exercise, batches, seen)
+    places = ((inputs, _first_difference(exercise, inputs, got)) for inputs, got in zip(batches, seen))
+    inputs, where = next(found for found in places if found[1])
     text = f"{exercise.name} is not right, and not in a way that this check knows. First difference: {where}."
-    return CheckFailed(_with_example(exercise, f"{text} {_read(exercise.read)} seed={seed}"), ["unknown"])
+    text = f"{text} {_read(exercise.read)} seed={seed}"
+    return CheckFailed(_with_example(exercise, text, inputs), ["unknown"])
 
 # %% ../nbs/19_mistakes.ipynb #5293b3e3
 def is_empty(
@@ -366,9 +407,11 @@ def is_stub(
 def _shapes(inputs) -> str:
     "What a function was called with, in a few words."
     def word(x):
-        if isinstance(x, Tensor): return str(tuple(x.shape))
-        return f"{x:.4g}" if isinstance(x, float) else type(x).__name__
-    return ", ".join(map(word, inputs))
+        if isinstance(x, Tensor):
+            where = "" if x.device.type == "cpu" else f" on {x.device}"
+            return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}{where}"
+        return f"{x:.4g}" if isinstance(x, float) else getattr(x, "__name__", type(x).__name__)
+    return ", ".join(map(word, inputs)) or "nothing"
 
 def _failed(exercise, kind, text, about="") -> CheckFailed:
     "The exception for an answer without numbers to compare."
@@ -385,7 +428,7 @@ def _stopped(exercise, inputs, e):
     "The exception for a function that stops with an error."
     what = f"{type(e).__name__}: {e}".splitlines()[0][:90].removesuffix(": ")
     if "bitwise_xor" in what or "for ^" in what: what += " (in Python, a power is `**`)"
-    called = f"It was called with {_shapes(inputs)}"[:80]
+    called = f"It was called with {_shapes(inputs)}"[:100]
     return _failed(exercise, "stopped", f" stops with {what}. {called}")
 
 def _run(exercise, f, inputs):
@@ -426,7 +469,7 @@ def diagnose(
         batches = draw_batches(exercise, seed)
         seen = [_run(exercise, f, inputs) for inputs in batches]
         wrong = find_mistakes(exercise, batches, seen)
-        if wrong: raise _diagnosis(exercise, wrong, seed)
+        if wrong: raise _diagnosis(exercise, wrong, seed, inputs=batches[0])
         if wrong is None:
             for mistake in exercise.telling:
                 makes_it = _is_at_edge(exercise.edges[mistake], f, seed)

@@ -1,5 +1,5 @@
 "The checks of the course: no right answer is accused, no wrong one passes, each mistake has its name, and what is said can be found in the book."
-import contextlib, io, itertools, json, math, re
+import contextlib, copy, io, itertools, json, math, re
 from functools import partial
 from pathlib import Path
 
@@ -243,8 +243,8 @@ def train_c(model, pairs, table, beta, lr, batch):     # every pair a backward p
             loss = -F.logsigmoid(beta * (c - r - ref)).sum() / len(part); loss.backward(); total += loss.item()
         opt.step(); opt.zero_grad(); losses.append(total)
     return losses
-def train_d(model, pairs, table, beta, lr, batch):     # torch's default weight decay is too small to matter here
-    model.train(); model.double(); opt = torch.optim.AdamW(model.parameters(), lr=lr); losses = []
+def train_d(model, pairs, table, beta, lr, batch):     # in fp64
+    model.train(); model.double(); opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0); losses = []
     for i in range(math.ceil(len(pairs) / batch)):
         part = pairs[i * batch:(i + 1) * batch]; c, r = score(model, part); ref = torch.tensor([table[p["key"]] for p in part]).double()
         z = beta * (c - r) - beta * (ref[:, 0] - ref[:, 1]); loss = torch.log1p(torch.exp(-z)).mean()
@@ -268,8 +268,8 @@ def stages_d(S, chunks, score, train, copy):
     import copy as c
     reference = c.deepcopy(S)
     for t in range(len(chunks)):
-        policy = copy(reference); table = score(copy(reference), chunks[t]); policy = train(policy, chunks[t], table); reference = policy
-    return reference
+        policy = copy(reference); table = score(copy(reference), chunks[t]); train(policy, chunks[t], table); reference = policy
+    return copy(reference)
 
 def bound_a(loss, ref, beta): return ref - (loss + math.log(-math.expm1(-loss))) / beta
 def bound_b(loss, ref, beta): return ref - (loss + torch.log1p(-torch.exp(torch.tensor(-loss, dtype=torch.float64)))) / beta
@@ -298,6 +298,47 @@ def test_right_answers_are_never_accused(name):
         assert heard(check_of(name), f, seed) is None, f"{f.__name__}, seed {seed}: {heard(check_of(name), f, seed)}"
 
 
+def by_the_book(measure, betas=(0.3, 0.9), pick=max, method="DPO", split="validation", seeds=lambda seed: (0,), s=("S", math.nan, 0), told="validation",
+                rewards_of="test", half=lambda s, n: 1.96 * s / math.sqrt(n), digits=None):
+    "An experiment; every setting is one that somebody may get wrong."
+    def value(beta, seed): return sum(sum(measure(method, beta, checks.STAGES[method], one, split)) for one in seeds(seed))
+    rows = []
+    for seed in (0, 1):
+        best = pick(betas, key=lambda beta: value(beta, seed))
+        for row in (s, ("DPO", best, 1), ("sDPO", best, 3), ("DPO", best / 3, 1)):
+            rewards = measure(*row, seed, rewards_of)
+            if row[0] == "S": base = rewards
+            d = torch.tensor(rewards) - torch.tensor(base); middle, h = d.mean().item(), half(d.std().item(), len(d))
+            low, high = (middle - h, middle + h) if digits is None else (round(middle - h, digits), round(middle + h, digits))
+            rows.append(dict(method=row[0], beta=row[1], stages=row[2], seed=seed, picked_on=told, rewards=rewards, low=low, high=high))
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("mistake,settings", dict(
+    on_test=dict(split="test"), worst=dict(pick=min), by_sdpo=dict(method="sDPO"), each_seed=dict(seeds=lambda seed: (seed,)), both_seeds=dict(seeds=lambda seed: (0, 1)),
+    not_picked=dict(betas=(0.9,)), picked_on=dict(told="val"), picked_on_test=dict(told="test"), rewards_validation=dict(rewards_of="validation"),
+    std_by_n=dict(half=lambda s, n: 1.96 * s * math.sqrt((n - 1) / n) / math.sqrt(n)), no_root=dict(half=lambda s, n: 1.96 * s),
+    rounded=dict(digits=3), interval=dict(half=lambda s, n: 2.02 * s / math.sqrt(n))).items())
+def test_what_an_experiment_measures_is_watched(mistake, settings):
+    "The table says 'validation', whatever was done; so the check brings a measure of its own."
+    for seed in range(3):
+        e = heard(checks.check_experiment, lambda measure: by_the_book(measure, **settings), seed)
+        assert e is not None and e.mistakes == (mistake,), e
+        assert_can_be_read(str(e))
+
+
+def test_an_experiment_of_another_form_is_told_what_is_wanted():
+    def but(**columns): return lambda measure: by_the_book(measure).assign(**columns)
+    def told(f): return str(heard(checks.check_experiment, f))
+    assert "rewards must be a list" in told(lambda measure: by_the_book(measure).assign(rewards=lambda runs: runs["rewards"].map(lambda r: sum(r) / len(r))))
+    assert "S has 1 stages; 0 are asked for" in told(but(stages=lambda runs: runs["stages"].replace({0: 1})))
+    assert "sDPO has 2 stages; 3 are asked for" in told(but(stages=lambda runs: runs["stages"].replace({3: 2})))
+    assert "for seed 0 there are 2 runs of S" in told(lambda measure: pd.concat([by_the_book(measure)] * 2))
+    assert "picked_on must be" in told(but(picked_on=lambda runs: runs["picked_on"].where(runs["method"] != "S", None)))
+    assert "It was called with measure" in told(lambda measure: {}["S"])
+    assert 'not \'valid\'' in told(lambda measure: by_the_book(measure, split="valid"))
+
+
 def test_right_predictions_and_experiments_in_four_ways():
     digits = [{k: round(v, n) for k, v in PREDICTIONS.items()} for n in (3, 4)]
     for answers in (PREDICTIONS, *digits, {k: torch.tensor(v) for k, v in PREDICTIONS.items()}, lambda: PREDICTIONS):
@@ -306,10 +347,18 @@ def test_right_predictions_and_experiments_in_four_ways():
     swapped = runs.sample(frac=1, random_state=0)
     t_interval = runs.copy()                                   # Student's t instead of 1.96
     middle, half = (runs["low"] + runs["high"]) / 2, (runs["high"] - runs["low"]) / 2
-    t_interval["low"], t_interval["high"] = middle - half * 2.0096 / 1.96, middle + half * 2.0096 / 1.96
+    half *= {9: 2.306}[len(runs["rewards"][0])] / 1.96         # of 8 degrees of freedom
+    t_interval["low"], t_interval["high"] = middle - half, middle + half
     arrays = runs.assign(rewards=[torch.tensor(r) for r in runs["rewards"]])
     for answer in (runs, swapped, t_interval, arrays, lambda: runs):
         assert heard(checks.check_experiment, answer) is None
+    def of_a_function(measure):
+        "The same four ways, and S measured in any way."
+        runs = by_the_book(measure)
+        for way in (runs, runs.sample(frac=1, random_state=1), runs.assign(rewards=[torch.tensor(r) for r in runs["rewards"]])): yield way
+        yield by_the_book(measure, s=("S", 0.0, 0))
+    for way, seed in itertools.product(range(4), range(3)):
+        assert heard(checks.check_experiment, lambda measure: list(of_a_function(measure))[way], seed) is None
 
 
 # ---- wrong answers -----------------------------------------------------------------------------------------------------
@@ -388,7 +437,7 @@ def test_a_forgotten_return_is_not_called_an_empty_answer(name):
     def forgets(*args): found = len(args)
     e = heard(check_of(name), forgets)
     assert "nothing yet" not in str(e)
-    assert ("does nothing" if name in ("accumulation", "fp16_step") else "either the `return` is missing") in str(e), e
+    assert ("does nothing" if name in ("accumulation", "fp16_step") else "the `return` is missing or not reached on every path") in str(e), e
     assert e.mistakes == ("empty",)
     assert_can_be_read(str(e))
 
@@ -474,9 +523,11 @@ def test_the_example_by_hand_is_right_and_fits():
     assert right("accuracy", [2.5, -1., 3.], [1., 0.5, 3.]).tolist() == [1, 0, 0.5] and EXERCISES["accuracy"].by_hand == "(2.5, -1, 3), (1, 0.5, 3) give (1, 0, 0.5)"
     assert right("by_prompt", [1., 1., 1., 0.], [7, 7, 7, 3]) == 0.5 and EXERCISES["by_prompt"].by_hand == "[1, 1, 1, 0], [7, 7, 7, 3] give 0.5"
     assert checks._boundary([5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2]) == 2 and EXERCISES["boundary"].by_hand == "[5, 6, 7], [5, 6, 9, 2], [5, 6, 7, 4, 2] give 2"
+    assert checks._partition([0.6, 0.9], [3, 2], 2) == [[3, 4], [0, 1, 2]] and EXERCISES["partition"].by_hand == "accuracy [0.6, 0.9], sizes [3, 2], T 2 give [[3, 4], [0, 1, 2]]"
     with_example = [name for name, exercise in EXERCISES.items() if exercise.by_hand]
-    assert len(with_example) == 8
+    assert len(with_example) == 9
     for name in with_example:
+        if name == "partition": continue                       # its answers are lists; tested below
         e = heard(check_of(name), lambda *all: 3 * WAYS[name][0](*all) + 3)
         assert e.mistakes == ("unknown",) and str(e).endswith(f". Try: {EXERCISES[name].by_hand}.") and len(str(e)) <= LIMIT, e
 
@@ -539,6 +590,130 @@ def test_what_nobody_foresaw_shows_the_first_difference():
         assert e.mistakes == ("unknown",), (name, e)
         assert "First difference" in str(e)
         assert_can_be_read(str(e).replace("...", ""))
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_place_to_read_exists(name, book=headings()):
+    exercise = EXERCISES[name]
+    for chapter, heading in (exercise.read, *exercise.elsewhere.values()): assert heading in book.get(chapter, ()), (name, chapter, heading)
+    assert set(exercise.elsewhere) <= set(exercise.says) | set(exercise.parts)
+
+
+def zipped(p, c, r): return min(sum(x == y for x, y in zip(p, c)), sum(x == y for x, y in zip(p, r)))
+def zipped_at_once(p, c, r): return sum(x == y == z for x, y, z in zip(p, c, r))
+def nan_of_gamma(g, r): return acc_b(g, r.nan_to_num()).where(~g.isnan(), math.nan)
+def by_isclose(g, r): return torch.where(torch.isclose(g, r), 0.5, (g > r).double()) + 0 * (g - r)
+def in_fp16(g, r): return acc_b(g.half(), r.half())
+def each_clipped(loss, parameters, optimizer, scaler, clip, some=slice(None)):
+    optimizer.zero_grad(); scaler.scale(loss).backward(); scaler.unscale_(optimizer)
+    for p in parameters[some]: nn.utils.clip_grad_norm_(p, clip)
+    scaler.step(optimizer); scaler.update()
+def ceil_chunks(accuracy, sizes, T):
+    per = part_b(accuracy, sizes, len(sizes))
+    return per if T == len(sizes) else [c.tolist() for c in torch.cat([torch.tensor(p) for p in per]).chunk(T)]
+def floor_chunks(accuracy, sizes, T):
+    per = part_b(accuracy, sizes, len(sizes)); rows = sum(per, []); N = len(rows)
+    return per if T == len(sizes) else [rows[N * i // T:N * (i + 1) // T] for i in range(T)]
+def after_sorting(accuracy, sizes, T):
+    order = sorted(range(len(sizes)), key=lambda i: -accuracy[i])
+    return part_a(sorted(accuracy, reverse=True), [sizes[i] for i in order], T)
+
+
+@pytest.mark.parametrize("name,f,mistake", [
+    ("boundary", zipped, "no_break"), ("boundary", zipped_at_once, "no_break"), ("boundary", lambda p, c, r: max(checks._common(p, c), checks._common(p, r)), "larger"),
+    ("accuracy", nan_of_gamma, "nan"), ("accuracy", by_isclose, "near"), ("accuracy", in_fp16, "near"),
+    ("fp16_step", each_clipped, "clip_each"), ("fp16_step", partial(each_clipped, some=slice(1)), "clip_first"),
+    ("partition", ceil_chunks, "ceil"), ("partition", floor_chunks, "spread"), ("partition", after_sorting, "renumbered"),
+    ("by_prompt", lambda right, ids: (torch.bincount(ids, right) / torch.bincount(ids)).mean(), "gaps"),
+    ("by_prompt", lambda right, ids: torch.stack([right[a:b].mean() for a, b in itertools.pairwise([0, *ids.unique_consecutive(return_counts=True)[1].cumsum(0)])]).mean(), "runs"),
+    ("certificate", lambda loss, ref, beta: (ref - math.log(math.exp(min(loss, 30)) - 1)) / beta, "brackets"),
+    ("certificate", lambda loss, ref, beta: ref - math.log(math.exp(min(loss, 30)) - 1) / beta, "capped"),
+    ("first_loss", lambda s, r, beta: -torch.sigmoid(beta * (s - r)).mean().log(), "log_of_mean"),
+], ids=lambda x: getattr(x, "__name__", str(x)[:9]))
+def test_wrong_answers_that_once_passed_or_had_no_name(name, f, mistake):
+    for seed in range(30):
+        batches = draw_batches(EXERCISES[name], seed)
+        with pytest.raises(CheckFailed) as e: diagnose(EXERCISES[name], f, seed)
+        assert e.value.mistakes == (mistake,), e.value
+        assert_can_be_read(str(e.value))
+
+
+def a_stage(gain=lambda c, r, rc, rr: c - r - (rc - rr), rows=lambda table, part, i, batch: [table[p["key"]] for p in part], beside=lambda model: model, loss_of=lambda beta, gain: -F.logsigmoid(beta * gain).mean(), end=lambda model: None, **settings):
+    def train(model, pairs, table, beta, lr, batch):
+        model = beside(model).float().train(); opt, losses = torch.optim.AdamW(model.parameters(), lr=lr, **({"weight_decay": 0.} | settings)), []
+        for i in range(0, len(pairs), batch):
+            part = pairs[i:i + batch]; loss = loss_of(beta, gain(*score(model, part), *torch.tensor(rows(table, part, i, batch)).T))
+            opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
+        end(model)
+        return losses
+    return train
+
+
+def one_up(model):
+    with torch.no_grad():
+        for p in model.parameters(): p += 1
+
+
+@pytest.mark.parametrize("mistake,settings", [
+    ("by_position", dict(rows=lambda table, part, i, batch: list(table.values())[i:i + batch])), ("decay", dict(weight_decay=0.01)), ("copied", dict(beside=copy.deepcopy)), ("unknown", dict(end=one_up)),
+    ("swapped_table", dict(gain=lambda c, r, rc, rr: c - r + (rc - rr))), ("no_ref", dict(gain=lambda c, r, rc, rr: c - r)), ("chosen_only", dict(gain=lambda c, r, rc, rr: c - rc)),
+    ("no_beta", dict(loss_of=lambda beta, gain: -F.logsigmoid(gain).mean())), ("mean_inside", dict(loss_of=lambda beta, gain: -F.logsigmoid(beta * gain.mean())))])
+def test_a_stage_that_once_passed_or_had_no_name(mistake, settings, monkeypatch):
+    if mistake == "unknown": monkeypatch.setattr(mistakes, "find_mistakes", lambda *all: None)      # some seconds: every pair of mistakes is tried
+    e = heard(checks.check_train, a_stage(**settings))
+    assert e.mistakes == (mistake,), e
+    assert_can_be_read(str(e))
+    if mistake == "unknown": assert "First difference: loss of pair 0 with the trained model: " in str(e)
+
+
+def table_but(before=lambda model: None, after=lambda model: None, row=lambda a, b: (a, b)):
+    def f(model, pairs, score):
+        mode = model.training; model.eval(); before(model)
+        with torch.no_grad(): c, r = score(model, pairs)
+        model.train(mode); after(model)
+        return {p["key"]: row(a, b) for p, a, b in zip(pairs, c.tolist(), r.tolist())}
+    return f
+
+
+def test_the_first_difference_is_a_thing_with_a_name():
+    def told(name, f): e = heard(check_of(name), f); assert_can_be_read(str(e)); return e
+    table = told("reference_table", table_but(row=lambda a, b: (a, b + 1)))
+    assert re.search(r"First difference: the row of pair-\d+, number 1 \(0: chosen, 1: rejected\): -\d+\.\d+, right is -\d+\.\d+\. Read", str(table)), table
+    assert "place 0 of chunk 0: 7, right is 0" in told("partition", lambda a, s, T: [[7]]).args[0].replace("right is " + str(part_a(*draw_batches(EXERCISES["partition"], 1)[0])[0][0]), "right is 0")
+    assert "number 0 of the gradient" in str(told("accumulation", lambda m, p, l, size: [(l(m, p[i:i + size]).sum() * 7 / len(p)).backward() for i in range(0, len(p), size)]))
+    assert "Called with accuracy [" in str(told("partition", lambda *a: [[3]])) and "Try: accuracy [0.6, 0.9]" in str(told("partition", lambda *a: [[3]]))
+    for e in (heard(check_of("reference_table"), table_but(after=lambda model: model.train())),): assert e.mistakes == ("left_in_train",) and "came in eval mode" in str(e)
+
+
+def test_a_table_is_told_what_is_wrong_with_it():
+    def told(**what): return heard(checks.check_reference_table, table_but(**what))
+    assert "two numbers; that of 'pair-" in str(told(row=lambda a, b: a - b)) and told(row=lambda a, b: a - b).mistakes == ("form",)
+    assert "it is a dict" in str(told(row=lambda a, b: dict(chosen=a, rejected=b))) or "is a dict" in str(told(row=lambda a, b: dict(chosen=a, rejected=b)))
+    assert told(row=lambda a, b: (round(a, 4), round(b, 4))).mistakes == ("rounded",)
+    assert told(after=lambda model: model.requires_grad_(False)).mistakes == ("frozen",)
+    assert told(after=lambda model: torch.set_grad_enabled(False)).mistakes == ("switched_off",)
+    assert torch.is_grad_enabled()
+    def no_graph(model, pairs, score):                          # another way to record nothing
+        mode = model.training; model.eval(); model.requires_grad_(False); c, r = score(model, pairs); model.requires_grad_(True); model.train(mode)
+        return {p["key"]: (a, b) for p, a, b in zip(pairs, c.tolist(), r.tolist())}
+    assert heard(checks.check_reference_table, no_graph) is None
+
+
+def test_what_was_called_is_told_with_its_kind():
+    e = heard(checks.check_accuracy, lambda g, r: torch.heaviside(g - r, torch.tensor(0.5)))
+    assert "It was called with (6,) float64, (6,) float64" in str(e), e
+    assert "It was called with nothing" in str(heard(checks.check_predictions, lambda must: 3))
+
+
+def test_train_of_the_loop_returns_nothing_and_a_copy_of_the_last_model_is_right():
+    def uses(S, chunks, score, train, copy):
+        m = copy(S)
+        for D in chunks: m = train(m, D, score(m, D))
+        return m
+    assert "train returns nothing" in str(heard(checks.check_stepwise, uses))
+    assert heard(checks.check_stepwise, lambda S, chunks, score, train, copy: copy(stages_a(S, chunks, score, train, copy))) is None
+    def from_1(S, chunks, score, train, copy): return stages_a(S, chunks[1:], score, train, copy)
+    assert heard(checks.check_stepwise, from_1).mistakes == ("first_chunk",)
 
 
 # ---- whose is it? ------------------------------------------------------------------------------------------------------

@@ -356,5 +356,7 @@ def test_gradescope(tmp_path):
 
 
 def test_try_check_prints_and_goes_on(capsys):
+    try_check(check_dpo_loss, lambda c, r, rc, rr, beta: c, seed=77)
+    assert capsys.readouterr().out.rstrip().endswith("seed=77. Try: gain 0.6, beta 0.5 give 0.554.")
     try_check(check_dpo_loss, lambda *all: None)
     assert "nothing yet" in capsys.readouterr().out

@@ -7,11 +7,11 @@
 # **First: File > Save a copy in Drive.** A notebook that was opened from GitHub is not saved when you close it.
 #
 # **Goal.** A stage of DPO is a loop of six lines, and five places where it goes wrong without an error. You write the parts, put them together, and measure on a T4 what 16 bits and checkpointing buy.
-# **Before you start**, read [chapter 06](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/06_trainer.ipynb), "Six lines" to "One step", and [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), "Where does dropout hide?".
+# **Before you start**, read [chapter 06](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/06_trainer.ipynb), "Six lines" to "Half precision, full weights" and "One step" (leave out the section on Accelerate), and [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), the first paragraph of "Where does dropout hide?".
 # **Time**: 50 minutes for reading in the two chapters, then 90 here, and 15 more for the cells on a graphics card, which give no points. **Runtime**: CPU for the questions; T4 for the section "On a graphics card" (*Runtime > Change runtime type > T4 GPU*; this starts the notebook anew, so do it at the end and run all cells). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
-# To see the numbers of a message again, call the check with its seed: `check_accumulation(accumulation, seed=528380)`. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
+# To get the same numbers again, pass the seed of a message, `try_check(check_accumulation, accumulation, seed=528380)`, and put a `print` into your function. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
 # that you were not asked to read. You can work the question out without it; it is there in case you are stuck.
 
 # %%
@@ -71,7 +71,7 @@ try_check(check_accumulation, accumulation)
 #
 # Of the reference only two numbers per pair are ever needed. So they are computed once, before training, and the second model can go. A row is found by the key of its pair, `pair["key"]`, because batches are shuffled later.
 #
-# Three things are easily forgotten. Dropout must be off (`model.eval()`), or the numbers are random; afterwards the model must be in the mode in which it came. No gradient is needed (`torch.no_grad()`). And keep the numbers as they are; do not round them to 16 bits.
+# Three things are easily forgotten. Dropout must be off (`model.eval()`), or the numbers are random (chapter 02 says why this is not always enough: some models hide dropout elsewhere. For the model here it is); afterwards the model must be in the mode in which it came. No gradient is needed (`torch.no_grad()`). And keep the numbers as they are; do not round them to 16 bits.
 #
 # *By hand.* For two pairs with keys `"a"` and `"b"`, and a `score` that returns the tensors $(-3, -5)$ for chosen and $(-4, -9)$ for rejected, the table is `{"a": (-3.0, -4.0), "b": (-5.0, -9.0)}`.
 
@@ -118,7 +118,7 @@ try_check(check_fp16_step, fp16_step)
 # %% [markdown]
 # ## Question 4. The stage (5 points)
 #
-# Now the loop. The model may come in bf16 and in eval mode, as many do: train its weights in fp32 (`model.float()`), in train mode. Use `torch.optim.AdamW` with `weight_decay=0.0`. Take the pairs in their order, in batches of `batch`; the last one may be short. The loss of a batch is the mean of
+# Now the loop. The model may come in bf16 and in eval mode, as many do: train its weights in fp32 (`model.float()`), in train mode. It has no dropout, so there is nothing to switch off. Use `torch.optim.AdamW` with `weight_decay=0.0`. Take the pairs in their order, in batches of `batch`; the last one may be short. The loss of a batch is the mean of
 # $-\log\sigma(\beta(\gamma_\theta - \gamma_{ref}))$, where $\gamma$ is the log-probability of the chosen answer minus that of the rejected one: $\gamma_\theta$ of the policy, $\gamma_{ref}$ from the table. Log-probabilities are in *nats*, the unit of the natural logarithm. Return the losses, one number a step. `score(model, pairs)`, imported above, gives the log-probabilities of the policy.
 #
 # *By hand.* Seven pairs in batches of three are three steps, with 3, 3 and 1 pairs. If the table is that of the model itself, the first loss is $\ln 2 = 0.693$; the table of the check is that of another model, so expect another number.

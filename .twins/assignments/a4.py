@@ -11,7 +11,7 @@
 # **Time**: 60 minutes for reading in the three chapters, then 100 here, of which 5 are running. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
-# To see the numbers of a message again, call the check with its seed: `check_certificate(certificate, seed=528380)`. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
+# To get the same numbers again, pass the seed of a message, `try_check(check_certificate, certificate, seed=528380)`, and put a `print` into your function. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
 # that you were not asked to read. You can work the question out without it; it is there in case you are stuck.
 
 # %%
@@ -33,7 +33,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from sdpo_nb.checks import check_certificate, check_experiment, check_first_loss, check_stepwise, report
+from sdpo_nb.checks import check_certificate, check_experiment, check_first_loss, check_stepwise
+from sdpo_nb.checks import difference_interval, report
 from sdpo_nb.course import try_check
 from sdpo_nb.evaluate import response_kl
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
@@ -47,7 +48,7 @@ from sdpo_nb.world import load_base, load_world, true_rewards
 #
 # $$M_t:\quad \text{train on } -\log\sigma\big(\beta\,(\gamma_\theta - \gamma_{M_{t-1}})\big) \text{ over } D_t, \qquad \theta \text{ starting at } M_{t-1}.$$
 #
-# Here $\gamma = \log\pi(y_w|x) - \log\pi(y_l|x)$ is how much likelier a model finds the chosen answer than the rejected one, in *nats*, the unit of the natural logarithm: $\gamma_\theta$ that of the model in training, $\gamma_{M_{t-1}}$ that of its reference. You get three functions. `score(model, chunk)` returns a table: what this model says about the pairs of this chunk, now. `train(model, chunk, table)` trains the model, in place, against the table as its reference. `copy(model)` returns a copy. $S$ itself must stay as it is.
+# Here $\gamma = \log\pi(y_w|x) - \log\pi(y_l|x)$ is how much likelier a model finds the chosen answer than the rejected one, in *nats*, the unit of the natural logarithm: $\gamma_\theta$ that of the model in training, $\gamma_{M_{t-1}}$ that of its reference. You get three functions. `score(model, chunk)` returns a table: what this model says about the pairs of this chunk, now. `train(model, chunk, table)` trains the model, in place, against the table as its reference, and returns nothing. `copy(model)` returns a copy. $S$ itself must stay as it is.
 #
 # *By hand*, for $T = 2$: a copy of $S$ scores $D_1$; it is trained on $D_1$ against this table and is now $M_1$; $M_1$ scores $D_2$; it is trained on $D_2$ against that table and is now $M_2$. That is 2 calls of `score`, 2 of `train`, 1 of `copy`.
 
@@ -71,7 +72,7 @@ try_check(check_stepwise, stepwise)
 # %% [markdown]
 # ## Question 2. What a loss guarantees (3 points)
 #
-# A stage ended with the mean loss $L$ over some pairs. How much does the policy prefer the chosen answers at least? The loss is convex in $\gamma_\theta$, so by Jensen's inequality $L \ge \log(1 + e^{-\beta(\bar\gamma_\theta - \bar\gamma_{ref})})$, where a bar is a mean over the pairs. Solve it for $\bar\gamma_\theta$:
+# A stage ended with the mean loss $L$ over some pairs. How much does the policy prefer the chosen answers at least? The loss is convex in $\gamma_\theta$, so by Jensen's inequality $L \ge \log(1 + e^{-\beta(\bar\gamma_\theta - \bar\gamma_{ref})})$, where a bar is a mean over the pairs (chapter 03 solves it; try it first without). Solve it for $\bar\gamma_\theta$:
 #
 # $$\bar\gamma_\theta \;\ge\; \bar\gamma_{ref} - \frac1\beta \log\big(e^{L} - 1\big).$$
 #
@@ -125,7 +126,7 @@ try_check(check_first_loss, first_loss)
 # `method` ("S", "DPO", "sDPO"), `beta`, `stages` (0 for S, 1 for DPO, 3 for sDPO), `seed`, `picked_on` (the split on which $\beta$ was chosen), `rewards` (the list, on *test* prompts), `low` and `high`.
 #
 # - Choose $\beta$ from `BETAS`: the one with the highest mean reward of DPO with seed 0 on *validation* prompts. Whoever chooses on test prompts has used them up.
-# - For each of the seeds 0 and 1 there are four runs: S, DPO at $\beta$, sDPO at $\beta$ with $T = 3$ stages, and DPO at $\beta/T$. The last one is what most comparisons lack: stages that add up are like a smaller $\beta$, and a smaller $\beta$ can be had without stages.
+# - For each of the seeds 0 and 1 there are four runs: S, DPO at $\beta$, sDPO at $\beta$ with $T = 3$ stages, and DPO at $\beta/T$. The last one is what most comparisons lack: stages that add up are like a smaller $\beta$, and a smaller $\beta$ can be had without stages. (By equation (3) of chapter 03 the best policy is $S\, e^{kr/\beta}/Z$, where $kr$ is the reward that the labels reveal. If each of $T$ stages learns the same $kr$ against the one before it, the factors multiply to $e^{Tkr/\beta}$: that of one stage at $\beta/T$.)
 # - `low` and `high` are the 95 % interval of the mean difference to S with the same seed. Both models answered the same prompts, so take differences prompt by prompt: with $d_i$ the differences, $\bar d$ their mean and $s$ their standard deviation (divided by $n - 1$), it is $\bar d \pm 1.96\, s/\sqrt n$. For S itself write 0 and 0.
 #
 # *By hand.* Rewards $(0.5, 0.9, 0.7, 0.3)$ against $(0.4, 0.7, 0.7, 0.1)$: differences $(0.1, 0.2, 0, 0.2)$, $\bar d = 0.125$, $s = 0.096$, and the interval runs from $0.031$ to $0.219$.
@@ -186,12 +187,31 @@ def with_kl(runs):
 runs = experiment(measure)
 with_kl(runs) if isinstance(runs, pd.DataFrame) else "experiment returns nothing yet"
 
+
+# %% [markdown]
+# The intervals of that table are against S. To compare two trained models with each other, take *their* difference, prompt by prompt:
+
+# %%
+#| slow
+def sdpo_minus(others, runs):
+    "Mean difference of sDPO and the other run of the same seed, with its paired interval."
+    stepwise = runs[runs["method"] == "sDPO"]
+    pairs = stepwise.merge(others, on="seed", suffixes=("", "_other"))
+    found = []
+    for run in pairs.itertuples():
+        low, high = difference_interval(run.rewards, run.rewards_other)
+        found.append(dict(seed=run.seed, against=f"DPO at {run.beta_other:.2g}", mean=(low + high) / 2, low=low, high=high))
+    return pd.DataFrame(found)
+
+def paired(runs): return sdpo_minus(runs[runs["method"] == "DPO"], runs).round(3)
+paired(runs) if isinstance(runs, pd.DataFrame) else "experiment returns nothing yet"
+
 # %% [markdown]
 # <!-- question q5 5 manual -->
 # ## Question 5. In words (5 points)
 #
-# Look at your table. (a) At the same $\beta$, is sDPO better than DPO here? By how much, and how sure is it? (b) And against DPO at $\beta/T$? (c) Compare the KL of the three: which runs have moved equally far, and what is left of the difference then? (d) So does the *moving reference* help here, or something
-# else? (e) What does one tiny world with two seeds show about a model of seven billion parameters, and which run would you make next? At most 200 words. If you could not run the training, say what you would expect from chapter 03, and why.
+# Look at your two tables. (a) At the same $\beta$, is sDPO better than DPO here? By how much, and how sure is it? (b) And against DPO at $\beta/T$? (c) Compare the KL of the three: which runs have moved equally far, and what is left of the difference, if any? (d) So does the *moving reference* help here, or something
+# else, or nothing that these runs can show? (e) What does one tiny world with two seeds show about a model of seven billion parameters, and which run would you make next? At most 200 words. If you could not run the training, say what you would expect from chapter 03, and why.
 #
 # *Your answer. Double-click this cell and write here, not in a new cell. Keep the line `<!-- question q5 ... -->` at its top.*
 #

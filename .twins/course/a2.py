@@ -11,7 +11,7 @@
 # **Time**: 45 minutes for reading in the two chapters, then 75 here. All cells together run in less than a minute. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
-# To see the numbers of a message again, call the check with its seed: `check_accuracy(accuracy, seed=528380)`. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
+# To get the same numbers again, pass the seed of a message, `try_check(check_accuracy, accuracy, seed=528380)`, and put a `print` into your function. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
 # that you were not asked to read. You can work the question out without it; it is there in case you are stuck.
 
 # %%
@@ -88,9 +88,9 @@ try_check(check_boundary, boundary)
 
 # %%
 def accuracy(
-    gamma,     # (n,) log-ratio of the model, nats
-    gamma_ref, # (n,) log-ratio of the reference, nats; zeros: no reference
-):             # -> (n,) float: 1 right, 0 wrong, 0.5 tie, NaN unknown
+    gamma,     # tensor (n,), log-ratio of the model, nats
+    gamma_ref, # tensor (n,), of the same dtype: log-ratio of the reference, nats; zeros: no reference
+):             # -> tensor (n,): 1 right, 0 wrong, 0.5 tie, NaN unknown
     "Is the model right about each pair?"
     ### BEGIN SOLUTION
     gain = gamma - gamma_ref
