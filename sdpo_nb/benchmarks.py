@@ -565,8 +565,9 @@ def plot_benchmarks(
         beside = 0.5 * ((i + 1) / (len(others) + 1) - 0.5)
         rows = [found.difference(model, first, name) for name in names]
         mean, low, high = np.array(rows).T
+        whiskers = np.maximum(0, [mean - low, high - mean]) # rounding may put a bound beyond the mean
         y = np.arange(len(names)) + beside
-        ax.errorbar(mean, y, xerr=[mean - low, high - mean], fmt="o", color=color, capsize=3, label=model)
+        ax.errorbar(mean, y, xerr=whiskers, fmt="o", color=color, capsize=3, label=model)
     ax.axvline(0, color="black", lw=1, ls=":")
     ax.set(yticks=range(len(names)), yticklabels=names)
     ax.set_xlabel(f"difference from {first}, same questions (points)\nworse  ←  →  better")
