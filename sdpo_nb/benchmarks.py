@@ -536,9 +536,11 @@ class Evaluation:
         parts = self._by_name()[name]
         differences = [b.scale * question_differences(ours[b.task], theirs[b.task]) for b in parts]
         if len(parts) == 1: return interval(differences[0])
+        mean = float(np.mean([d.mean() for d in differences]))
+        if min(map(len, differences)) == 1: return mean, math.nan, math.nan # one question has no error
         draws = np.mean([bootstrap(d, seed=i) for i, d in enumerate(differences)], axis=0)
         low, high = np.quantile(draws, [0.025, 0.975]).tolist()
-        return float(np.mean([d.mean() for d in differences])), low, high
+        return mean, low, high
 
     def differences(self) -> pd.DataFrame: # model, against: index; one column per benchmark
         "(mean, low, high) of each model against the first, and against the one before it."
@@ -565,8 +567,9 @@ def plot_benchmarks(
         beside = 0.5 * ((i + 1) / (len(others) + 1) - 0.5)
         rows = [found.difference(model, first, name) for name in names]
         mean, low, high = np.array(rows).T
+        whiskers = np.maximum(0, [mean - low, high - mean]) # rounding may put a bound beyond the mean
         y = np.arange(len(names)) + beside
-        ax.errorbar(mean, y, xerr=[mean - low, high - mean], fmt="o", color=color, capsize=3, label=model)
+        ax.errorbar(mean, y, xerr=whiskers, fmt="o", color=color, capsize=3, label=model)
     ax.axvline(0, color="black", lw=1, ls=":")
     ax.set(yticks=range(len(names)), yticklabels=names)
     ax.set_xlabel(f"difference from {first}, same questions (points)\nworse  ←  →  better")
@@ -579,6 +582,7 @@ def plot_benchmarks(
 def _evaluate(models, folder, tasks, limit, data):
     "models: name -> (load, weights)."
     benchmarks = tasks if isinstance(tasks[0], Benchmark) else find_benchmarks(tasks)
+    if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
     folder = Path(folder)
     with alone_in(folder):
         asked = dict(benchmarks=benchmarks, limit=limit, data=data)

@@ -199,10 +199,11 @@ def _eval(args):
 
 def _with_errors(table):
     "Points and standard error in one cell."
+    import pandas as pd
     names = dict.fromkeys(name for name, _ in table.columns)
     def cell(row, name): return f"{row[name, 'points']:.2f} ({row[name, 'standard error']:.2f})"
     rows = [{name: cell(row, name) for name in names} for _, row in table.iterrows()]
-    return table.__class__(rows, index=table.index)
+    return pd.DataFrame(rows, index=table.index)
 
 # %% ../nbs/18_cli.ipynb #2b3f7e86
 def _measure(args):

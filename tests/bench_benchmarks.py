@@ -109,7 +109,7 @@ def commands(found):
             else:
                 results = json.loads(next(out.rglob("results*.json")).read_text())["results"]
                 said = {task: [results[task][f"{metric[task]}{what},none"] for what in ("", "_stderr")] for task in TASKS}
-            runs.append(dict(command=name, seconds=seconds, said=said))
+            runs.append(dict(command=name, threads=torch.get_num_threads(), seconds=seconds, said=said))
             found |= dict(limit=LIMIT, subjects=SUBJECTS)
             save(commands=found)
             print(runs[-1], flush=True)
@@ -143,7 +143,7 @@ def tokens(found):
 def read(): return json.loads(OUT.read_text()) if OUT.exists() else {}
 
 def save(**part):
-    machine = dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+    machine = dict(cpu=torch.backends.cpu.get_cpu_capability())
     write_json(OUT, read() | part | dict(machine=machine))
 
 

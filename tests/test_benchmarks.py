@@ -259,6 +259,19 @@ def test_other_questions_are_refused():
 def test_h4_only_of_all_four(): assert "H4" not in B.Evaluation(evaluation(S=[[0, 1]] * 4).scores, B.find_benchmarks(["mmlu"])).table()
 
 
+def test_one_question_has_no_interval():
+    found = evaluation(S=[[0, 1], [1, 1], [0, 1], [0, 0]], M_1=[[1, 1]] * 4)
+    for scores in found.scores.values(): del scores["mmlu"].items[1:]
+    for name in ("MMLU", "H4"):
+        mean, low, high = found.difference("M_1", "S", name)
+        assert mean > 0 and math.isnan(low) and math.isnan(high)
+    found.figure()
+
+
+def test_limit_must_be_positive(strings, tmp_path):
+    with pytest.raises(ValueError, match="limit: must be at least 1, got 0"): B.evaluate_folders({"S": BASE}, tmp_path / "o", [strings], limit=0)
+
+
 def test_one_model_has_no_differences():
     found = evaluation(S=[[0, 1]] * 4)
     assert not len(found.differences())
