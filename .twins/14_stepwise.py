@@ -428,7 +428,8 @@ def _measured(tables, sources):
 elsewhere = {"S": w.base, "two stages": run.model_folder(2), "three stages": run.model_folder(3)}
 riddle = dict(riddle=w.sources["riddle"])
 measured = measure_models(elsewhere, riddle, StepwiseConfig(**quick), tmp / "measure")
-measured.map(lambda cell: as_text(cell, ".2f") if isinstance(cell, tuple) else cell).drop(columns="pairs")
+words = measured.map(lambda cell: as_text(cell, ".2f") if isinstance(cell, tuple) else "")
+words.drop(columns="pairs")
 
 
 # %% [markdown]

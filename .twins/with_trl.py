@@ -60,6 +60,10 @@ if there:
     from trl import DPOConfig, DPOTrainer
     print("TRL and peft are here")
 
+def require_trl():
+    if not there: raise ModuleNotFoundError("TRL and peft are not both installed")
+
+
 # %% [markdown]
 # ## The chunks
 #
@@ -116,6 +120,7 @@ def losses(trainer): return [row["loss"] for row in trainer.state.log_history if
 # %%
 first_losses = {}
 with skipped_without(needed, "a first loss of 0.6931 in all three stages", strict=there):
+    require_trl()
     model = w.base
     for t, file in enumerate(files, 1):
         trainer = trained(str(model), file, tmp / f"trl-{t}")
@@ -142,6 +147,7 @@ def distance(one, other):
 
 # %%
 with skipped_without(needed, "weights two fifths as far from each other as from S", strict=there):
+    require_trl()
     apart = {f"stage {t}": distance(tmp / f"trl-{t}", run.model_folder(t)) for t in (1, 2, 3)}
     moved = {f"stage {t}": distance(w.base, run.model_folder(t)) for t in (1, 2, 3)}
     assert all(apart[t] < 0.5 * moved[t] for t in apart)
@@ -183,6 +189,7 @@ def as_sdpo(model, n):
 
 # %%
 with skipped_without(needed, "weights that differ by 7e-4, of 0.3 that they moved", strict=there):
+    require_trl()
     place, apart, steps = w.base, {}, []
     for t, file in enumerate(files, 1):
         model = AutoModelForCausalLM.from_pretrained(place)
@@ -212,6 +219,7 @@ with skipped_without(needed, "weights that differ by 7e-4, of 0.3 that they move
 
 # %%
 with skipped_without(needed, "a change of gamma on riddle of 1.03 nats by TRL and 1.36 by sdpo after three stages", strict=there):
+    require_trl()
     models = {"S": w.base}
     for t in (1, 2, 3):
         models[f"TRL, stage {t}"] = tmp / f"trl-{t}"
@@ -227,6 +235,7 @@ with skipped_without(needed, "a change of gamma on riddle of 1.03 nats by TRL an
 
 # %%
 with skipped_without(needed, "both trainers further from S at every stage", strict=there):
+    require_trl()
     plot_models(changes_of(measured), "S")
 
 
@@ -261,6 +270,7 @@ def base(): return AutoModelForCausalLM.from_pretrained(w.base)
 # %%
 found = {}
 with skipped_without(needed, "0.6797 for the model in memory, whose reference was S, and 0.6931 for its folder", strict=there):
+    require_trl()
     M_1 = trained(w.base, files[0], tmp / "in-memory").model
     found["the model in memory"] = outcome(lambda: trained(M_1, files[1], tmp / "second"))
     found["its folder"] = outcome(lambda: trained(str(tmp / "in-memory"), files[1], tmp / "second"))
@@ -277,6 +287,7 @@ with skipped_without(needed, "0.6797 for the model in memory, whose reference wa
 # %%
 found = {}
 with skipped_without(needed, "0.6786 against S, 0.6931 for a copied adapter, an error in the stage after it", strict=there):
+    require_trl()
     S_1 = adapter("lora-1")
     found["S as ref_model"] = outcome(lambda: second(S_1, ref_model=base()))
     found["the same adapter goes on"] = outcome(lambda: second(S_1))
@@ -288,6 +299,7 @@ with skipped_without(needed, "0.6786 against S, 0.6931 for a copied adapter, an 
 
 # %%
 with skipped_without(needed, "three errors", strict=there):
+    require_trl()
     S_1 = adapter("lora-1")
     errors = {
         "a new adapter on top": outcome(lambda: second(S_1, peft_config=lora())),
@@ -306,6 +318,7 @@ with skipped_without(needed, "three errors", strict=there):
 
 # %%
 with skipped_without(needed, "0.6931 in all three stages", strict=there):
+    require_trl()
     merged, starts = w.base, {}
     for t, file in enumerate(files, 1):
         trainer = trained(str(merged), file, tmp / f"adapter-{t}", lr=2e-3, peft_config=lora())
@@ -321,6 +334,7 @@ with skipped_without(needed, "0.6931 in all three stages", strict=there):
 
 # %%
 with skipped_without(needed, "gamma grows with every stage", strict=there):
+    require_trl()
     lora_models = {"S": w.base} | {f"LoRA, stage {t}": str(tmp / f"merged-{t}") for t in (1, 2, 3)}
     by_lora = measure_models(lora_models, sources, StepwiseConfig(**settings), tmp / "measure")
     means = changes_of(by_lora).pivot(index="model", columns="source", values="mean")
