@@ -26,7 +26,7 @@ from .smollm2 import choose_settings, grid_of
 from .timed import run_timed
 from .trainer import TrainConfig, Trainer, all_batches, compile_for, fit, learning_rate
 from .trainer import make_accelerator, make_optimizer, trainable, wants_compiling, why_not_same_bits
-from .which_is_easy import EASY_ARMS
+from .which_is_easy import EASY_ARMS, with_gaps
 from .world import content_hash
 
 # %% ../nbs/experiments/real_cells.ipynb #e0328d92
@@ -159,7 +159,7 @@ class Base:
     ) -> LogprobTable:
         "What the model, as it is now, says about pairs."
         budget = 65536 if self.model.device.type == "cuda" else 8192
-        return score_pairs(self.model, pairs, folder, self.precision, self.logprobs, budget)
+        return score_pairs(self.model, pairs, folder, self.precision, self.logprobs, budget, piece=64)
 
 def load_S(
     model,                     # hub id or folder of S
@@ -421,13 +421,10 @@ class Design:
 # %% ../nbs/experiments/real_cells.ipynb #23052a9e
 def gaps_under_S(
     S: dict,             # the row of S
-) -> pd.DataFrame:       # a pair a line: source, role, chosen_tokens, rejected_tokens; sum, per token: gamma in nats
-    "How much likelier does S find the chosen response, by the sum and per token?"
+) -> pd.DataFrame:       # a pair a line: source, role, sum, per token (nats), and lengths
+    "How much likelier does S find the chosen responses?"
     columns = {name: S[name] for name in ("source", "role", "chosen_tokens", "rejected_tokens")}
-    pairs = pd.DataFrame(columns | S["models"][0])
-    pairs["sum"] = pairs["chosen"] - pairs["rejected"]
-    pairs["per token"] = pairs["chosen"] / pairs["chosen_tokens"] - pairs["rejected"] / pairs["rejected_tokens"]
-    return pairs.drop(columns=["chosen", "rejected"])
+    return with_gaps(pd.DataFrame(columns | S["models"][0]))
 
 def easy_arms(
     S: dict,     # the row of S

@@ -43,7 +43,7 @@ from sdpo_nb.smollm2 import choose_settings, grid_of
 from sdpo_nb.timed import run_timed
 from sdpo_nb.trainer import TrainConfig, Trainer, all_batches, compile_for, fit, learning_rate
 from sdpo_nb.trainer import make_accelerator, make_optimizer, trainable, wants_compiling, why_not_same_bits
-from sdpo_nb.which_is_easy import EASY_ARMS
+from sdpo_nb.which_is_easy import EASY_ARMS, with_gaps
 from sdpo_nb.world import content_hash
 
 # %%
@@ -235,7 +235,7 @@ class Base:
     ) -> LogprobTable:
         "What the model, as it is now, says about pairs."
         budget = 65536 if self.model.device.type == "cuda" else 8192
-        return score_pairs(self.model, pairs, folder, self.precision, self.logprobs, budget)
+        return score_pairs(self.model, pairs, folder, self.precision, self.logprobs, budget, piece=64)
 
 def load_S(
     model,                     # hub id or folder of S
@@ -583,13 +583,10 @@ print(design.plan(known)[1])
 #| export
 def gaps_under_S(
     S: dict,             # the row of S
-) -> pd.DataFrame:       # a pair a line: source, role, chosen_tokens, rejected_tokens; sum, per token: gamma in nats
-    "How much likelier does S find the chosen response, by the sum and per token?"
+) -> pd.DataFrame:       # a pair a line: source, role, sum, per token (nats), and lengths
+    "How much likelier does S find the chosen responses?"
     columns = {name: S[name] for name in ("source", "role", "chosen_tokens", "rejected_tokens")}
-    pairs = pd.DataFrame(columns | S["models"][0])
-    pairs["sum"] = pairs["chosen"] - pairs["rejected"]
-    pairs["per token"] = pairs["chosen"] / pairs["chosen_tokens"] - pairs["rejected"] / pairs["rejected_tokens"]
-    return pairs.drop(columns=["chosen", "rejected"])
+    return with_gaps(pd.DataFrame(columns | S["models"][0]))
 
 def easy_arms(
     S: dict,     # the row of S

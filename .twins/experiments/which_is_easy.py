@@ -4,9 +4,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/which_is_easy.ipynb)
 #
-# **There are no answers yet.** This page says what is asked, and was committed before anything was run.
+# **Orca is the easiest of three sources by the summed log-ratio, and the hardest per token.** So the recipe "easy to hard" does not say where to begin before it says which of the two it means. What decides is length: the chosen responses of Orca are mostly the shorter ones. Whether the order matters for *training* is asked at the end and has not been answered.
 #
-# **You should know** the [partition](../05_partition.ipynb), and how [SmolLM2 is trained in draws](smollm2.ipynb). **Time** ten minutes to read, a few seconds to run.
+# **You should know** the [partition](../05_partition.ipynb), and how [SmolLM2 is trained in draws](smollm2.ipynb). **Time** 20 minutes to read, a few seconds to run.
 #
 # Stepwise DPO begins with the source that is easiest for S: the one with the largest share of pairs in which S finds the chosen response likelier than the rejected one. *Likelier* can be read in two ways: by the sum over the tokens of a response, or per token. A sum favours short responses, whatever they say.
 
@@ -27,11 +27,196 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
+import numpy as np
 import pandas as pd
 
+from sdpo_nb.partition import wilson
 from sdpo_nb.smollm2 import DRAWS, MARGINS, grid_of
 
+# %%
+import matplotlib.pyplot as plt
+import seaborn as sns
+from scipy.stats import spearmanr
+from sdpo_nb.cells import RESULTS
+from sdpo_nb.evaluate import as_text
+
+
 # %% [markdown]
+# ## The pairs, as S sees them
+#
+# SmolLM2-135M-Instruct has read the pairs with up to 1,024 tokens, at most 512 of them the prompt. What it said is stored: two log-probabilities a pair, and the lengths of both responses in tokens. From these come both readings of $\gamma$.
+
+# %%
+#| export
+def with_gaps(
+    pairs: pd.DataFrame, # chosen, rejected: log-probabilities, nats; chosen_tokens, rejected_tokens
+) -> pd.DataFrame:       # the same, with sum and per token
+    "How much likelier is the chosen response, by the sum and per token (nats)?"
+    by_token = pairs["chosen"] / pairs["chosen_tokens"] - pairs["rejected"] / pairs["rejected_tokens"]
+    return pairs.assign(**{"sum": pairs["chosen"] - pairs["rejected"], "per token": by_token})
+
+MEASURES = ("sum", "per token")
+NAMES = dict(orca="Orca", uf="UltraFeedback", hh="HH")
+
+# %%
+pairs = with_gaps(pd.read_parquet(RESULTS / "which_is_easy_pairs.parquet"))
+pairs["chosen longer"] = pairs["chosen_tokens"] > pairs["rejected_tokens"]
+pairs.groupby("source", sort=False)[["chosen_tokens", "rejected_tokens", "sum", "per token"]].median().round(2)
+
+# %% [markdown]
+# The table is not complete: the pass over all 2,704 pairs takes an hour and more on a CPU, and was stopped. It had gone through each source in the order of the data, so what is there is the beginning of each. `python -m sdpo_nb.experiments which_is_easy` begins with this pass, and goes on where it was stopped.
+
+# %%
+ALL = dict(orca=361, uf=1193, hh=1150)
+there = pairs["source"].value_counts()
+pd.DataFrame({"pairs": ALL, "read by S": there}).rename(NAMES)
+
+# %% [markdown]
+# They were read in bf16. Does that change a sign? Some were also read in fp32:
+
+# %%
+both = pairs.dropna(subset="chosen_fp32")
+exact = both["chosen_fp32"] - both["rejected_fp32"]
+flipped = int((np.sign(exact) != np.sign(both["sum"])).sum())
+furthest = (exact - both["sum"]).abs().max()
+assert flipped <= 0.02 * len(both)
+print(f"{len(both)} pairs: {flipped} signs differ; gamma differs by {furthest:.1f} nats at most")
+
+
+# %% [markdown]
+# ## Two orders
+#
+# The *reward accuracy* of a source under S is the share of its pairs with $\gamma > 0$. The partition sorts sources by it. What order will come out by the sum, and what order per token?
+
+# %%
+#| export
+def easy_table(
+    pairs: pd.DataFrame, # of `with_gaps`
+) -> pd.DataFrame:       # source and measure: the index; n, share, low, high
+    "The share of pairs whose chosen response S prefers, with Wilson's interval."
+    rows = {}
+    for source, of_source in pairs.groupby("source", sort=False):
+        for measure in MEASURES:
+            share = float((0.5 + 0.5 * np.sign(of_source[measure])).mean())
+            low, high = wilson(share, len(of_source))
+            rows[source, measure] = dict(n=len(of_source), share=share, low=low, high=high)
+    return pd.DataFrame(rows).T
+
+def easy_order(
+    table: pd.DataFrame, # of `easy_table`
+    measure: str,        # of MEASURES
+) -> list[str]:
+    "Sources, easy to hard."
+    shares = table.xs(measure, level=1)["share"]
+    return shares.sort_values(ascending=False, kind="stable").index.tolist()
+
+
+# %%
+table = easy_table(pairs)
+orders = {measure: easy_order(table, measure) for measure in MEASURES}
+shown = {}
+for (source, measure), row in table.iterrows():
+    shown.setdefault(NAMES[source], {})[measure] = as_text((row["share"], row["low"], row["high"]), ".2f")
+longer = pairs.groupby("source")["chosen longer"].mean().rename(NAMES).map("{:.0%}".format)
+print({measure: " → ".join(NAMES[source] for source in order) for measure, order in orders.items()})
+pd.DataFrame(shown).T.assign(**{"chosen is longer": longer})
+
+# %% [markdown]
+# The figure shows the same. A line that falls from left to right is a source that is easy by the sum and hard per token.
+
+# %%
+COLOURS = dict(orca="C0", uf="C1", hh="C2")
+fig, ax = plt.subplots(figsize=(6, 3.8))
+for k, source in enumerate(COLOURS):
+    of_source = table.loc[source].loc[list(MEASURES)]
+    x = np.arange(2) + 0.02 * (k - 1)
+    below, above = of_source["share"] - of_source["low"], of_source["high"] - of_source["share"]
+    ax.errorbar(x, of_source["share"], yerr=[below, above], color=COLOURS[source], marker="o", capsize=3)
+    ax.annotate(NAMES[source], (x[1], of_source["share"].iloc[1]), xytext=(10, -3),
+                textcoords="offset points", color=COLOURS[source])
+ax.axhline(0.5, color="0.6", lw=1, ls=":")
+ax.set(xticks=[0, 1], xticklabels=["by the sum", "per token"], xlim=(-0.3, 1.6), ylim=(0, 1))
+ax.set_ylabel("pairs whose chosen response\nS prefers        easier →")
+sns.despine()
+
+# %%
+assert orders["sum"][0] == "orca"
+assert orders["per token"][-1] == "orca"
+assert table.loc[("orca", "sum"), "low"] > 0.5
+assert table.loc[("orca", "per token"), "high"] < 0.5
+
+
+# %% [markdown]
+# Orca is the easiest source by the sum, and by far the hardest per token: both intervals are on their side of one half. About UltraFeedback and HH the intervals overlap, by either measure.
+#
+# ## How sure is an order?
+#
+# Another sample of pairs might have given another order. We draw 200 samples with replacement, of each source as many as there are, and sort each.
+
+# %%
+#| export
+def bootstrap_orders(
+    pairs: pd.DataFrame, # of `with_gaps`
+    times: int = 200,    # samples
+    seed: int = 0,       # of the sampling
+) -> pd.DataFrame:       # a sample a line: the order by each of MEASURES, as text
+    "Orders of resampled sources."
+    rng, found = np.random.default_rng(seed), []
+    groups = [rows for _, rows in pairs.groupby("source", sort=False)]
+    for _ in range(times):
+        drawn = pd.concat([rows.iloc[rng.integers(0, len(rows), len(rows))] for rows in groups])
+        resampled = easy_table(drawn)
+        found.append({measure: ", ".join(easy_order(resampled, measure)) for measure in MEASURES})
+    return pd.DataFrame(found)
+
+
+# %%
+samples = bootstrap_orders(pairs)
+counts = samples.apply(lambda column: column.value_counts(normalize=True)).fillna(0.)
+counts.sort_values("sum", ascending=False).map("{:.0%}".format)
+
+
+# %%
+def place_of_orca(order): return order.split(", ").index("orca")
+
+places = samples.map(place_of_orca)
+first = (places["sum"] == 0).mean()
+last = (places["per token"] == 2).mean()
+same = {measure: (samples[measure] == ", ".join(order)).mean() for measure, order in orders.items()}
+assert first > 0.95
+assert last > 0.95
+print(f"Orca is first by the sum in {first:.0%}, last per token in {last:.0%} of the samples")
+print({measure: f"order as in the table in {share:.0%}" for measure, share in same.items()})
+
+# %% [markdown]
+# So one thing is sure: where Orca stands, and that the two measures disagree about it. The order of the other two is nearly a coin.
+#
+# ## It is the length
+#
+# Every token costs log-probability, so a sum favours the shorter response. What happens to both measures where the chosen response is the longer one?
+
+# %%
+by_length = pairs.groupby(["source", "chosen longer"], sort=False)[list(MEASURES)].agg(lambda gaps: (gaps > 0).mean())
+counted = pairs.groupby(["source", "chosen longer"], sort=False).size().rename("pairs")
+by_length = by_length.join(counted)
+for source in COLOURS:
+    assert by_length.loc[(source, True), "sum"] < by_length.loc[(source, False), "sum"]
+by_length.rename(NAMES, level=0).round(2)
+
+# %%
+pairs["longer by"] = pairs["chosen_tokens"] - pairs["rejected_tokens"]
+ranks = {}
+for source, of_source in pairs.groupby("source", sort=False):
+    ranks[NAMES[source]] = {measure: spearmanr(of_source["longer by"], of_source[measure]).statistic for measure in MEASURES}
+ranks = pd.DataFrame(ranks).T.rename_axis("rank correlation with the difference of lengths")
+assert (ranks["sum"] < -0.5).all()
+ranks.round(2)
+
+# %% [markdown]
+# By the sum, $\gamma$ is above all a comparison of lengths, in all three sources. Per token the sign turns: in Orca a longer response has likelier tokens. So neither measure is free of length. In Orca the chosen response is the shorter one in most pairs, since it comes from a terser model, and this alone makes the source "easy".
+#
+# The paper does not say which of the two it means. What follows for its recipe: *the order of sources can be decided by how long their chosen responses are*.
+#
 # ## Does the order matter for training?
 #
 # Three sources: Orca, HH and UltraFeedback. So three stages, easy to hard by either measure, and each order the other way round. If the two measures give exactly opposite orders, `sum, hard first` and `per token` are one arm, and it is run once. Beside them stands plain DPO on the same pairs.
@@ -61,3 +246,56 @@ print(f"at most {runs} runs; margins: {MARGINS}")
 
 # %% [markdown]
 # The same assay rule holds: the outcome counts only if DPO minus S exceeds twice its margin.
+#
+# Nothing of it has been run yet. `python -m sdpo_nb.experiments which_is_easy --minutes 8 --folder OUT` runs it, on a graphics card if there is one; rows that are brought back are shown here.
+
+# %%
+from sdpo_nb.real import arrange
+from sdpo_nb.smollm2 import answer_questions, assay
+from sdpo_nb.timed import read_results
+
+found = arrange("which_is_easy", read_results("which_is_easy"))
+print("cells that are missing:", "all" if found.missing is None else found.missing)
+if found.missing == 0:
+    print(found.origin)
+    display(assay(found.rows, found.S, NAMES).round(3))
+    display(answer_questions(found.rows, found.S, EASY_PRIMARY, sources=NAMES).round(3))
+
+# %% [markdown]
+# ## What this does not show
+#
+# - One model. Another S may find other responses likely.
+# - A sample of each data set, and what S had read of it when the pass was stopped.
+# - That an order is better. For that the models have to be trained.
+#
+# ## What you now have
+#
+# - `with_gaps` and `easy_table`: a partition by two measures, with intervals.
+# - `bootstrap_orders`: how often another sample would give another order.
+#
+# ## Questions to test yourself
+#
+# 1. A source has chosen responses that are right and short, and rejected ones that are wrong and long. Which measure calls it easy?
+#
+#    <details><summary>Answer</summary>
+#
+#    The sum, whatever S knows about right and wrong: the shorter response has fewer factors below one.
+#
+#    </details>
+# 2. Is the order per token the better one, then?
+#
+#    <details><summary>Answer</summary>
+#
+#    It is not free of length, either: in a long response most tokens follow from those before, so their mean is likelier. And DPO's own loss uses the sum. It is another order, and the page shows that the choice matters to the result of the partition.
+#
+#    </details>
+#
+# ## Try this
+#
+# - Keep only pairs whose two responses differ by less than a fifth in length, and make the table again. Does Orca keep its two places?
+#
+#   <details><summary>What you should see</summary>
+#
+#   TRYTHIS
+#
+#   </details>

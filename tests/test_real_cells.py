@@ -1,0 +1,278 @@
+"The runs on real models, on the tiny world: roles, draws, a stage in memory, a killed command that goes on, rows that are read in."
+import gzip, json, os, signal, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sdpo_nb import real, smollm2, timed
+from sdpo_nb.logprobs import weights_hash
+from sdpo_nb.trainer import TrainConfig, train_stage
+from sdpo_nb.world import load_world
+from tiny import rows
+
+WORLD = load_world()
+NAMES = dict(zip(real.SOURCE_FILES, ("primer", "digest", "riddle")))
+TWO = ("orca", "uf")
+
+
+def pack(folder, source, found):
+    (folder / "preferences").mkdir(exist_ok=True)
+    text = "\n".join(json.dumps(row) for row in found)
+    (folder / "preferences" / f"{real.SOURCE_FILES[source]}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+
+
+def plain(row, **more): return {k: row[k] for k in ("prompt", "chosen", "rejected")} | more
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "A folder like the real one: the second source says itself which pairs are held out."
+    folder = tmp_path_factory.mktemp("data")
+    for source, name in NAMES.items():
+        found = rows(name, 60)
+        if source == "uf": found = [plain(r, id=str(i), meta=dict(split="eval" if i % 5 == 0 else "train")) for i, r in enumerate(found)]
+        pack(folder, source, [plain(r) if source != "uf" else r for r in found])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(data): return real.prepare_ids(data, WORLD.base, data / "ids.parquet", longest=64, most=60)
+
+
+@pytest.fixture(scope="module")
+def base(pairs): return real.load_S(WORLD.base, pairs, "fp32")
+
+
+def prompts(pairs, source): return {(source, *p["prompt_ids"]) for p in pairs if p["source"] == source}
+
+
+# ---- pairs
+
+def test_roles_are_kept_and_given_ones_are_respected(data, pairs):
+    again = real.read_ids(data / "ids.parquet")
+    assert again == pairs
+    roles = pd.DataFrame(pairs).groupby(["source", "role"]).size().unstack()
+    assert roles.loc["uf", "held out"] == 12 and 12 <= roles.loc["orca", "held out"] <= 14 and (roles["validation"] > 0).all()
+
+
+def test_no_prompt_is_on_two_sides(pairs):
+    for draw in (0, 1):
+        trained = real.drawn(pairs, draw, TWO)
+        asked = [pairs[i] for i in real.measured(pairs, draw, TWO)]
+        for source in TWO:
+            given = source == "uf"                       # who holds out by row may do otherwise
+            seen = [p for p in asked if p["source"] == source and not (given and p["role"] == "held out")]
+            assert not prompts(trained, source) & prompts(seen, source)
+        assert {p["role"] for p in trained} == {"pool"} and {p["role"] for p in asked if p["source"] == "hh"} == {"held out"}
+        left_out = [p for p in asked if p["role"] == "pool"]
+        assert len(left_out) + len(trained) == sum(p["role"] == "pool" and p["source"] in TWO for p in pairs) and left_out
+
+
+def test_draws_differ_and_random_chunks_have_the_sizes_of_the_sources(pairs):
+    zero, one = (real.drawn(pairs, draw, TWO) for draw in (0, 1))
+    assert {p["key"] for p in zero} != {p["key"] for p in one}
+    size = {name: len(real.chunk_of(zero, name, 0)) for name in ("orca", "uf", "random 1", "random 2")}
+    assert size["random 1"] == size["orca"] and size["random 2"] == size["uf"]
+    keys = [sorted(p["key"] for name in names for p in real.chunk_of(zero, name, 0)) for names in (("random 1", "random 2"), ("orca", "uf"), ("all",))]
+    assert keys[0] == keys[1] == keys[2]
+    assert {p["source"] for p in real.chunk_of(zero, "random 1", 0)} == set(TWO)
+
+
+def test_missing_data_and_ids_are_one_line_that_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="--data names the folder"): real.prepare_ids(tmp_path, WORLD.base, tmp_path / "ids.parquet")
+    with pytest.raises(ValueError, match="ids.parquet: not there; give --data"): real.read_ids(tmp_path / "ids.parquet")
+    with pytest.raises(ValueError, match="none of smollm2, which_is_easy, rehearsal"): real.design_of("smolm2", "")
+
+
+# ---- training
+
+@pytest.mark.parametrize("settings", [dict(), dict(epochs=2, warmup=0.5), dict(shuffle=False)])
+def test_a_stage_in_memory_has_the_bits_of_train_stage(pairs, base, tmp_path, settings):
+    chunk = real.drawn(pairs, 0, TWO)
+    base.reset()
+    table = base.score(chunk)
+    config = TrainConfig(beta=0.3, lr=1e-4, batch_size=8, precision="fp32", seed=3, **settings)
+    made = real.train_in_memory(base, chunk, table, config, stage=2)
+    here = weights_hash(base.model)
+    base.reset()
+    train_stage(base.model, chunk, table, config, tmp_path, stage=2, logprobs=base.logprobs)
+    assert here == weights_hash(base.model) != base.hash
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert made["losses"] == [round(line["loss"], 4) for line in logged]
+
+
+def test_a_reference_that_follows_every_two_steps_is_ln_2_there(pairs, base):
+    chunk = real.drawn(pairs, 0, TWO)
+    base.reset()
+    table = base.score(chunk)
+    config = TrainConfig(beta=0.3, lr=1e-3, batch_size=8, precision="fp32")
+    fixed = real.train_in_memory(base, chunk, table, config)["losses"]
+    base.reset()
+    follows = real.train_in_memory(base, chunk, table, config, every=2)["losses"]
+    assert follows[:2] == fixed[:2] and follows[2:] != fixed[2:]
+    assert all(abs(loss - np.log(2)) < 1e-3 for loss in follows[::2])
+    assert all(abs(loss - np.log(2)) > 1e-3 for loss in fixed[2:])
+
+
+def test_fine_tuning_raises_the_chosen_responses(pairs, base):
+    chunk = real.drawn(pairs, 0, TWO)
+    base.reset()
+    before = base.score(chunk).lookup(chunk)[0].mean()
+    losses = real.train_in_memory(base, chunk, None, TrainConfig(lr=3e-4, batch_size=8, precision="fp32", epochs=2))["losses"]
+    assert base.score(chunk).lookup(chunk)[0].mean() > before and losses[-1] < losses[0]
+
+
+def test_a_table_of_another_model_is_refused(pairs, base):
+    base.reset()
+    table = base.score(pairs)
+    table.rows["chosen"] += 3.
+    cell = real.make_cell("DPO", 0, [("all", "S", "S")], dict(beta=0.3, lr=1e-4), TWO, "x")
+    with pytest.raises(ValueError, match="stage 1: the first loss is .* not of this model"): real.run_real_cell(cell, base, pairs, table, batch_size=8)
+
+
+def test_keys_say_what_is_done_and_not_how_it_is_called():
+    def key(arm="DPO", draw=0, stages=(("all", "S", "S"),), **settings): return real.make_cell(arm, draw, stages, settings, TWO, "x").key
+    assert key(beta=0.1) == key("another", beta=0.1) and key("S", 0, ()) == key("S", 5, ())
+    assert len({key(beta=0.1), key(beta=0.2), key(draw=1, beta=0.1), key(stages=(("uf", "S", "S"),), beta=0.1)}) == 4
+
+
+# ---- the whole of it
+
+def command(folder, data, *more):
+    env = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", SDPO_COMMIT="abc1234")
+    words = ["rehearsal", "--folder", folder, "--data", data, "--model", WORLD.base, "--longest", "64", "--most", "60", "--precision", "fp32", *more]
+    return subprocess.Popen([sys.executable, "-m", "sdpo_nb.experiments", *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def without_seconds(path): return [{k: v for k, v in row.items() if k != "seconds"} for row in timed.read_lines(path)[0]]
+
+
+def test_the_command_is_killed_and_goes_on_to_the_same_rows(data, tmp_path):
+    path, limit = tmp_path / "killed/rehearsal.jsonl", time.time() + 300
+    process = command(tmp_path / "killed", data)
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 2) and process.poll() is None and time.time() < limit: time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = path.read_bytes()
+    with open(path, "ab") as f: f.write(b'{"key": "torn')
+    said = command(tmp_path / "killed", data).communicate(timeout=300)[0]
+    assert path.read_bytes().startswith(before[:before.rfind(b"\n") + 1]), said
+    command(tmp_path / "whole", data).communicate(timeout=300)
+    rows = without_seconds(path)
+    assert rows == without_seconds(tmp_path / "whole/rehearsal.jsonl") and len(rows) == 9, said
+    assert {row["commit"] for row in rows} == {"abc1234"}
+    assert {p.name for p in (tmp_path / "whole").rglob("*") if p.is_file()} <= {"ids.parquet", "rehearsal.jsonl", "kind.json", "logprobs-00000.parquet"}   # no model
+
+
+def test_no_time_is_no_cell_and_a_wrong_name_is_a_usage(data, tmp_path):
+    said = command(tmp_path, data, "--minutes", "0.001").communicate(timeout=300)[0]
+    assert "0 new rows" in said and "1 cells are left" in said
+    out = subprocess.run([sys.executable, "-m", "sdpo_nb.experiments", "smolm2", "--folder", "x"], capture_output=True, text=True)
+    assert out.returncode and "smollm2|which_is_easy|rehearsal" in out.stderr
+
+
+# ---- reading and deciding
+
+def invented(draws=8, shift=0.):
+    "Rows of a design whose answer is known: sDPO adds `shift` times more than DPO, in units of the signal."
+    g, n = np.random.default_rng(0), 400
+    truth = g.normal(0.4, 1., n)
+    zero = dict(chosen=[0.] * n, rejected=[0.] * n)
+    S = dict(pairs=list(range(n)), source=["orca", "uf"] * (n // 2), role=["validation" if i % 10 == 0 else "held out" for i in range(n)], models=[zero])
+    def row(strength): return S | dict(models=[dict(chosen=(strength * truth + g.normal(0, 0.3, n)).tolist(), rejected=[0.] * n)])
+    return S, {"DPO": {d: row(1.) for d in range(draws)}, "sDPO": {d: row(1. + shift) for d in range(draws)}}
+
+
+def test_a_temperature_makes_scale_no_matter_and_finds_it():
+    g = np.random.default_rng(0)
+    delta = g.normal(0.5, 1., 2000)
+    c = smollm2.fit_temperature(delta)
+    assert smollm2.fit_temperature(7 * delta) == pytest.approx(c / 7, rel=1e-2) and smollm2.fit_temperature(-delta) == 0
+    losses = [smollm2.log_losses(delta, x * c).mean() for x in (0.8, 1., 1.25)]
+    assert losses[1] == min(losses) < np.log(2)
+
+
+def test_equal_arms_are_equal_and_an_assay_that_shows_nothing_is_refused():
+    S, rows = invented()
+    asked = pd.DataFrame([("same", "sDPO", "DPO")], columns=["question", "a", "b"])
+    answer = smollm2.answer_questions(rows, S, asked).iloc[0]
+    assert answer["word"] == "equal" and answer["low"] < 0 < answer["high"] and answer["draws"] == 8
+    assert smollm2.assay(rows, S)["counts"].all()
+    nothing = {"DPO": {d: S for d in range(8)}}
+    assert not smollm2.assay(nothing, S)["counts"].any()
+
+
+def test_the_standard_error_of_a_crossed_design():
+    "Of draws alone, of pairs alone: the textbook's."
+    g = np.random.default_rng(0)
+    draws, pairs = g.normal(0, 1, (8, 1)), g.normal(0, 1, 300)
+    assert smollm2.crossed(np.repeat(draws, 300, 1))[1] == pytest.approx(draws.std(ddof=1) / 8**0.5, rel=1e-2)
+    assert smollm2.crossed(np.repeat(pairs[None], 8, 0))[1] == pytest.approx(pairs.std(ddof=1) / 300**0.5, rel=1e-2)
+    holes = np.where(g.random((8, 300)) < 0.5, np.nan, 1.)
+    assert smollm2.crossed(holes) == (1., 0.)
+
+
+def test_the_smallest_validation_loss_is_chosen_and_the_first_of_equals():
+    S, rows = invented(1)
+    good, none = rows["DPO"][0], S
+    tried = [("A", dict(beta=1), none), ("A", dict(beta=2), good), ("A", dict(beta=3), good), ("B", dict(beta=1), none), ("B", dict(beta=2), none)]
+    assert smollm2.choose_settings(tried, S) == {"A": dict(beta=2), "B": dict(beta=1)}
+
+
+def test_the_search_completes_the_plan(monkeypatch):
+    monkeypatch.setattr(real, "choose_settings", lambda tried, S: {arm: settings for arm, settings, _ in tried})
+    design = real.design_of("smollm2", "x")
+    assert [cell.arm for cell in design.plan([])] == ["S"]
+    have = [dict(key=design.start.key)]
+    search = design.plan(have)[1:]
+    assert len(search) == 66 and {cell.draw for cell in search} == {smollm2.SEARCH_DRAW} and {cell.only for cell in search} == {"validation"}
+    have += [dict(key=cell.key) for cell in search]
+    assert len(design.plan(have[:-1])) == 67
+    main = design.plan(have)[67:]
+    assert len(main) == 11 * 8 and [cell.draw for cell in main[:12]] == [0] * 11 + [1]
+    half = next(cell for cell in main if cell.arm == "DPO at beta/2")
+    assert dict(half.settings) == dict(beta=0.5, lr=1e-5)
+
+
+def test_rows_are_read_from_all_kinds_of_files_once(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.mkdir(); b.mkdir()
+    (a / "toy.jsonl").write_text('{"key": "1", "from": "a"}\n{"key": "torn"')
+    (b / "toy-2.jsonl.gz").write_bytes(gzip.compress(b'{"key": "1", "from": "b"}\n{"key": "2", "from": "b"}\n'))
+    pd.DataFrame([dict(key="3", pairs=[1, 2])]).to_parquet(b / "toy-h200.parquet")
+    (b / "toys.jsonl").write_text('{"key": "4"}\n')
+    found = timed.read_results("toy", [a, tmp_path / "none", b])
+    assert [(row["key"], row.get("from"), row["file"]) for row in found] == [("1", "a", "toy.jsonl"), ("2", "b", "toy-2.jsonl.gz"), ("3", None, "toy-h200.parquet")]
+    assert list(found[2]["pairs"]) == [1, 2]
+
+
+def test_a_cell_that_may_not_end_in_time_is_not_begun(tmp_path):
+    clock, ran = SimpleNamespace(now=0.), []
+    cells = [SimpleNamespace(key=str(i), cost=cost) for i, cost in enumerate((1, 1, 4, 1))]
+    def run(cell): ran.append(cell.key); clock.now += (50 if cell.key == "0" else 10) * cell.cost; return {}
+    def call(minutes): timed.run_timed("x", lambda rows: cells, run, tmp_path, minutes, used=lambda: clock.now)
+    call(1.7)                                            # 60 of 102 s gone; the third may need 4 x 12
+    assert ran == ["0", "1"]
+    clock.now = 0.
+    call(2)
+    assert ran == ["0", "1", "2", "3"]
+
+
+def test_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "other").write_text("")
+    (tmp_path / "x.jsonl").symlink_to(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a link"): timed.run_timed("x", lambda rows: [], None, tmp_path)
+
+
+def test_which_is_easy_orders_by_its_own_measure():
+    "A source of short chosen responses is easy by the sum and hard per token."
+    S = dict(source=["orca", "uf", "hh"] * 20, role=["pool"] * 60, chosen_tokens=[1, 4, 4] * 20, rejected_tokens=[4, 4, 1] * 20,
+             models=[dict(chosen=[-3., -4., -9.] * 20, rejected=[-8., -4., -8.] * 20)])
+    arms = real.easy_arms(S)
+    def names(arm): return [name for name, _, _ in arms[arm]]
+    assert names("sum") == ["orca", "uf", "hh"] and names("per token") == ["hh", "uf", "orca"] == names("sum, hard first")
+    assert arms["DPO"] == [("all", "S", "S")] and [r for _, _, r in arms["sum"]] == ["S", "before", "before"]
