@@ -136,7 +136,7 @@ axes[-1].legend(fontsize="small", frameon=False)
 sns.despine()
 
 # %% [markdown]
-# The lines are 95 % intervals. They count a problem once, not twice, as its two answers are alike; the dotted lines are the 60, 20 and 3 of a hundred that were wanted. In every task a larger size is harder. So the name *building on* has a meaning that can be measured: who cannot do the small one cannot do the large one.
+# The lines are 95 % intervals. They count a problem once, not twice, as its two answers are alike; the dotted lines are the 60, 20 and 3 of a hundred that were wanted. In every task the three chosen sizes are ever harder. (Two additions that differ by a digit, of five and six, are in each other's interval.) So the name *building on* has a meaning that can be measured: S, which often fails at the small one, hardly ever does the large one.
 #
 # How hard is each source as a whole, and how many pairs will it have? A pair needs two answers with different scores; the teacher needs an answer of S that is not right.
 
@@ -146,15 +146,22 @@ for source in SOURCES:
     chosen_rows = [asked[(asked["task"] == task) & (asked["size"] == size)].iloc[0] for task, size in levels[source].items()]
     first, second = (np.concatenate([row[name] for row in chosen_rows]) for name in ("first", "second"))
     right = np.concatenate([first == 1, second == 1]).mean()
+    better = np.maximum(first, second)
+    with_right = (first != second) & (better == 1)
     rows[source] = {
         "right": as_text((right, *wilson(right, len(first))), ".2f"),
         "mean score": round(np.concatenate([first, second]).mean(), 2),
         "pairs of 500 prompts": round(PROMPTS * np.mean(first != second)),
+        "of these with a right answer": round(PROMPTS * with_right.mean()),
         "pairs with a teacher": round(PROMPTS * np.mean(first < 1)),
     }
 table = pd.DataFrame(rows).T
 assert (table["pairs with a teacher"].diff().dropna() > 0).all()
+assert table.loc["hard", "of these with a right answer"] < 0.1 * table.loc["hard", "pairs of 500 prompts"]
 table
+
+# %% [markdown]
+# So the three sources are as easy and hard as was wanted: 0.57, 0.23 and 0.03. And a hard source has more pairs than an easy one, since two answers of S are seldom both right there. But hardly any of its pairs shows a right answer. That is what the teacher is for.
 
 # %% [markdown]
 # ## Pairs, draws, and what is measured
@@ -371,6 +378,7 @@ else: display(graded_answers(found).round(3))
 #
 # - One base model. All ten draws are of its answers, so nothing is said about another one.
 # - The hard source is about form and nearness more than about being right, as S is hardly ever right there. The arms with the [teacher's](graded_tasks.ipynb) pairs ask the same with right answers (`known_truth_teacher`); they are exploratory.
+# - The levels come from 48 answers each. On the test problems of the draws S will be a little better or worse; its row says by how much.
 # - A curriculum of five tasks at once. Which task builds on which is known only within a task.
 #
 # ## What you now have
