@@ -1445,7 +1445,7 @@ runs[["command", "threads", "clock", "processor"]].style.format("{:.0f} s", subs
 
 # %%
 #| slow
-data = Path(os.environ.get("SDPO_DATA", "/work/shared/data")) / "benchmarks"
+data = Path(os.environ.get("SDPO_DATA", "../../shared/data")) / "benchmarks"
 smol = os.environ.get("SDPO_MODEL", str(Path.home() / ".cache/sdpo_nb/smollm2-135m-instruct"))
 with skipped_without(
     "local benchmarks and SmolLM2-135M-Instruct",
