@@ -49,6 +49,7 @@ import shutil, tempfile
 from importlib.resources import files
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
@@ -57,7 +58,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sdpo_nb.logprobs import gamma, load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import choose_logprobs, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.trainer import GIB, TrainConfig, tokens_that_fit, train_stage
+from sdpo_nb.trainer import TrainConfig, train_stage
 from sdpo_nb.world import complaint, load_world
 
 torch.set_num_threads(1)
@@ -678,7 +679,7 @@ ends.rename_axis("hash of")
 #
 # ## What does it save?
 #
-# On a real model: SmolLM2-135M-Instruct, adapters of rank 16 on all linear layers, two stages of 16 real pairs each (`make bench-lora`, on two CPU cores). First memory. What do you expect, if weights, gradients and moments are 4, 4 and 8 bytes a parameter?
+# On a real model: SmolLM2-135M-Instruct, adapters of rank 16 on all linear layers, two stages of 4 real pairs each (`make bench-lora`, on one thread of a CPU). First memory. What do you expect, if weights, gradients and moments are 4, 4 and 8 bytes a parameter?
 
 # %%
 results = json.loads((files("sdpo_nb.data") / "results/lora.json").read_text())
@@ -691,72 +692,24 @@ assert memory.loc["adapters", "measured"] < memory.loc["all weights", "measured"
 memory.rename_axis("GiB, a row of 2,048 tokens").style.format("{:.2f}")
 
 # %% [markdown]
-# The first six columns are the plan of [chapter 06](06_trainer.ipynb), which knows of adapters; the last is the peak of a fresh process, beyond what it holds before it has a model. Gradients and moments are nearly gone. The *activations* are not: the backward pass still goes through every layer, and each adapter keeps what went into it. In a model this small they are the larger part, so the saving is modest. It grows with the model: twelve bytes a parameter go, and at seven billion parameters that is 78 GiB.
-#
-# And time? Both sides in one process, step by step in turn, on the same batches. The backward pass need not compute the gradient of the weights, but adapters cost multiplications of their own.
+# The first six columns are the plan of [chapter 06](06_trainer.ipynb), which knows of adapters; the last is the peak of a fresh process, beyond what it holds before it has a model. Gradients and moments are nearly gone. The *activations* are not: the backward pass still goes through every layer, and each adapter keeps what went into it. In a model this small they are the larger part, so the saving is modest. Twelve bytes a parameter go, so it grows with the model. Here is the same plan for a model of 1.2 billion parameters beside it. What is left, once gradients and moments are gone?
 
 # %%
-steps = results["steps"]
-seconds, ratios = steps["seconds"], steps["ratios"]
-print(f"a step: {seconds['full']:.2f} s with all weights, {seconds['lora']:.2f} s with adapters")
-print(f"adapters take {steps['ratio']:.2f} of the time", [round(ratio, 2) for ratio in ratios])
-
+four = {}
+for model, key in (("135 million parameters", "plan"), ("1.2 billion parameters", "larger")):
+    for side, name in sides.items(): four[f"{model}, {name}"] = results[f"{key} {side}"]["parts"]
+bars = pd.DataFrame(four).T[::-1].drop(columns="output_gradient")
+ax = bars.plot.barh(stacked=True, figsize=(8, 2.6), width=0.75, colormap="viridis")
+ax.set_xlabel("GiB planned for a row of 2,048 tokens in fp32 (less is better)")
+ax.legend(frameon=False, ncols=1)
+plt.show()
 
 # %% [markdown]
-# The whole runs, one fresh process each:
+# Weights and activations. The larger model needs less than half, and so it fits where it did not. Tokens of a forward pass on a T4 with 15 GB, in fp16 with [recomputed activations](06_trainer.ipynb); zero says that not even the weights and what belongs to them fit:
 
 # %%
-def as_column(found):
-    for loss in found["first_loss"]: assert abs(loss - math.log(2)) < 1e-4
-    return {
-        "peak memory, GiB": found["peak_gib"],
-        "stage 1, seconds": found["seconds"][0],
-        "stage 2, seconds": found["seconds"][1],
-        "a checkpoint, MB": found["checkpoint_mb"],
-        "model on disk after stage 1, MB": found["model_mb"][0],
-        "model on disk after stage 2, MB": found["model_mb"][1],
-        "first loss of stage 1": found["first_loss"][0],
-        "first loss of stage 2": found["first_loss"][1],
-    }
-
-full, lora = results["whole full"], results["whole lora"]
-assert lora["checkpoint_mb"] < 0.1 * full["checkpoint_mb"]
-pd.DataFrame({"all weights": as_column(full), "adapters": as_column(lora)}).style.format("{:.3g}")
-
-# %% [markdown]
-# The learning rates of the two differ (1e-4 for adapters, 5e-6 for all weights), so this is no comparison of what they learn. Of the run with adapters, three things more: PEFT alone loads `stage-2/model` onto S; are its logits and its answers to three questions those of `run.model`? And does a run that is killed in stage 2 (signal 9) and called again end in the same weights?
-
-# %%
-assert lora["logits_off"] < 1e-3
-assert lora["same_answers"] == lora["asked"]
-assert results["resumed"]["end"] == lora["end"]
-print(f"logits at most {lora['logits_off']:.1g} apart")
-print(f"{lora['same_answers']} of {lora['asked']} answers are the same")
-print("killed and called again:", results["resumed"]["end"][1], "left alone:", lora["end"][1])
-
-# %% [markdown]
-# ## What fits on a card?
-#
-# Full training of a model with 1.2 billion parameters does not fit on a T4 ([chapter 06](06_trainer.ipynb)). With adapters? Tokens of a forward pass, planned:
-
-# %%
-#| slow
-larger = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
-rank_16 = lora_config(SimpleNamespace(lora_r=16, lora_alpha=0, lora_targets="all-linear"))
-def on_a_T4(lora): return tokens_that_fit(larger, 15 * GIB, "fp16", "padded", recompute=True, lora=lora)
-
-fitting = {"all weights": on_a_T4(None), "adapters": on_a_T4(rank_16)}
+fitting = {name: results[f"larger {side}"]["on_a_T4"] for side, name in sides.items()}
 assert fitting["all weights"] == 0
-assert fitting["adapters"] > 2048
 fitting
 
 # %%
