@@ -679,7 +679,7 @@ ends.rename_axis("hash of")
 #
 # ## What does it save?
 #
-# On a real model: SmolLM2-135M-Instruct, adapters of rank 16 on all linear layers, two stages of 4 real pairs each (`make bench-lora`, on one thread of a CPU). First memory. What do you expect, if weights, gradients and moments are 4, 4 and 8 bytes a parameter?
+# On a real model: SmolLM2-135M-Instruct, adapters of rank 16 on all linear layers, two stages of 4 real pairs each (`make bench-lora`, on one thread of a CPU; other work went on beside it, so seconds say little, and ratios more). First memory. What do you expect, if weights, gradients and moments are 4, 4 and 8 bytes a parameter?
 
 # %%
 results = json.loads((files("sdpo_nb.data") / "results/lora.json").read_text())
@@ -701,7 +701,7 @@ for model, key in (("135 million parameters", "plan"), ("1.2 billion parameters"
 bars = pd.DataFrame(four).T[::-1].drop(columns="output_gradient")
 ax = bars.plot.barh(stacked=True, figsize=(8, 2.6), width=0.75, colormap="viridis")
 ax.set_xlabel("GiB planned for a row of 2,048 tokens in fp32 (less is better)")
-ax.legend(frameon=False, ncols=1)
+ax.legend(frameon=False, ncols=2, loc="upper right")
 plt.show()
 
 # %% [markdown]
@@ -712,9 +712,42 @@ fitting = {name: results[f"larger {side}"]["on_a_T4"] for side, name in sides.it
 assert fitting["all weights"] == 0
 fitting
 
+# %% [markdown]
+# And time? Both sides in one process, step by step in turn, on the same batches. The backward pass need not compute the gradient of the weights, but adapters cost multiplications of their own.
+
+# %%
+steps = results["steps"]
+seconds, ratios = steps["seconds"], steps["ratios"]
+print(f"a step: {seconds['full']:.2f} s with all weights, {seconds['lora']:.2f} s with adapters")
+print(f"adapters take {steps['ratio']:.2f} of the time", [round(ratio, 2) for ratio in ratios])
+
 # %%
 #| hide
 shutil.rmtree(tmp)
+
+# %% [markdown]
+# And a whole run of two stages, with adapters:
+
+# %%
+lora = results["whole lora"]
+for loss in lora["first_loss"]: assert abs(loss - math.log(2)) < 1e-4
+pd.Series({
+    "first loss of stage 1": lora["first_loss"][0],
+    "first loss of stage 2": lora["first_loss"][1],
+    "a checkpoint, MB": lora["checkpoint_mb"],
+    "the adapter of stage 1 on disk, MB": lora["model_mb"][0],
+    "the adapter of stage 2 on disk, MB": lora["model_mb"][1],
+    "S on disk, MB": memory.loc["all weights", "weights"] * 2**30 / 1e6,
+}, name="SmolLM2-135M-Instruct").to_frame().style.format("{:.4g}")
+
+# %% [markdown]
+# PEFT alone loads `stage-2/model` of this run onto S. Are its logits, and its answers to three questions, those of `run.model`?
+
+# %%
+assert lora["logits_off"] < 1e-3
+assert lora["same_answers"] == lora["asked"]
+same, asked = lora["same_answers"], lora["asked"]
+print(f"logits at most {lora['logits_off']:.1g} apart; {same} of {asked} answers are the same")
 
 # %% [markdown]
 # ## What this does not show
