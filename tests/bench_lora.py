@@ -6,6 +6,7 @@ The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
     python tests/bench_lora.py all           everything, but what is in the file already; timings want an otherwise idle machine
     python tests/bench_lora.py whole SIDE    a run of two stages in this process: peak memory, first losses, bytes on disk; of adapters, what PEFT's own loading answers. SIDE: full or lora
     python tests/bench_lora.py plan SIDE     peak memory, in GiB beyond the process itself, of two training steps, beside what chapter 06 plans
+    python tests/bench_lora.py larger SIDE   what chapter 06 plans for 1.2 billion parameters, and the tokens that fit on a T4
     python tests/bench_lora.py steps         seconds of a step, both sides in turn
     python tests/bench_lora.py resumed       a run of adapters that is killed in its second stage and goes on: the hashes of its models
 """
@@ -17,20 +18,23 @@ from types import SimpleNamespace
 
 import torch
 
+from transformers import LlamaConfig
+
 from sdpo_nb.logprobs import load_config, load_model, load_tokenizer, score_pairs
 from sdpo_nb.lora import add_adapter, lora_config
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.plan import StepwiseConfig
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.trainer import TrainConfig, Trainer, make_accelerator, make_optimizer, memory_plan, return_large_blocks, trainable
+from sdpo_nb.trainer import TrainConfig, Trainer, make_accelerator, make_optimizer, memory_plan, return_large_blocks, tokens_that_fit, trainable
 
 MODEL = os.path.expanduser(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct"))
 DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data")).resolve() / "preferences"
 RESULTS = Path(__file__).parents[1] / "data/results/lora.json"
 SIDES = dict(full={}, lora=dict(lora_r=16))
-PAIRS, BATCH, LENGTH = 16, 4, 320
+PAIRS, BATCH, LENGTH, ROW = 4, 1, 160, 2048
 SOURCES = "hh_harmless", "ultrafeedback_binarized"
 GIB = 2**30
+torch.set_num_threads(1)
 
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -71,20 +75,26 @@ def reloaded(run):
     return dict(logits_off=off, same_answers=same, asked=len(asked))
 
 def plan(side):
-    "Two steps of one full forward pass of 2,048 tokens each, in this fresh process."
+    "Two steps of one full forward pass of ROW tokens each, in this fresh process."
     config = settings(side)
-    shape, train = load_config(MODEL), TrainConfig(token_budget=2048)
+    shape, train = load_config(MODEL), TrainConfig(token_budget=ROW)
     planned = memory_plan(shape, train, "fp32", lora=lora_config(config))
     before = resident()
     model = load_model(MODEL, "cpu")
     if config.lora_r: add_adapter(model, config)
-    trainer, batch = trainer_of(model, train), row_of(2048)
+    trainer, batch = trainer_of(model, train), row_of(ROW)
     return_large_blocks()
     for _ in range(2):
         chosen, rejected = packed_logprobs(model, batch)
         (chosen - rejected).sum().backward()
         trainer.update({}, 1e-6)
     return dict(planned=sum(planned.values()), measured=(peak() - before) / GIB, parts=planned)
+
+def larger(side):
+    "The shape of a model of 1.2 billion parameters; nothing is run."
+    shape = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)
+    lora = lora_config(settings(side))
+    return dict(parts=memory_plan(shape, TrainConfig(token_budget=ROW), "fp32", lora=lora), on_a_T4=tokens_that_fit(shape, 15 * GIB, "fp16", "padded", True, lora))
 
 def row_of(tokens):
     g = torch.Generator().manual_seed(0)
@@ -136,7 +146,7 @@ def everything():
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found["versions"] = {p: version(p) for p in ("torch", "transformers", "peft")} | dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
     found["asked"] = dict(pairs=PAIRS, sources=list(SOURCES), batch=BATCH, max_length=LENGTH, r=16)
-    for words in (("whole", "full"), ("whole", "lora"), ("resumed",), ("plan", "full"), ("plan", "lora"), ("steps",)):
+    for words in (("plan", "full"), ("plan", "lora"), ("larger", "full"), ("larger", "lora"), ("whole", "lora"), ("steps",), ("resumed",), ("whole", "full")):
         name = " ".join(words)
         if name in found: continue
         out = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
@@ -149,5 +159,5 @@ def everything():
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["help"]
     if verb == "all": everything()
-    elif verb in ("whole", "plan", "steps", "resumed"): print(json.dumps(globals()[verb](*rest)))
+    elif verb in ("whole", "plan", "larger", "steps", "resumed"): print(json.dumps(globals()[verb](*rest)))
     else: sys.exit(__doc__)
