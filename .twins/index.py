@@ -199,4 +199,4 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | Figure 2, mean $\gamma_{ref}$ by reference | [demo, "What happens to the bar?"](demo.ipynb) |
 # | Figure 3, stage 2 starting from S or from $M_1$ | [14, "Where the policy starts"](14_stepwise.ipynb) |
 #
-# The paper's benchmark tables are not reproduced here; its comparisons are, with the controls that it lacks.
+# The paper's benchmark tables are not reproduced here; its comparisons are, with the controls that it lacks. The benchmarks themselves can be asked of any run: [15](15_benchmarks.ipynb), [16](16_mt_bench.ipynb).

@@ -570,7 +570,8 @@ def _files(folder):
     for path in sorted(Path(folder).rglob("*")):
         name = path.relative_to(folder)
         weights = LEFT_OUT & set(name.parts[:-1])
-        passing = name.name in (".lock", MANIFEST) or name.suffix in (".tmp", ".zip")
+        # .db: every request of `sdpo eval`, kept to go on; the scores lie beside it
+        passing = name.name in (".lock", MANIFEST) or name.suffix in (".tmp", ".zip", ".db")
         if path.is_file() and not weights and not passing: found[name.as_posix()] = path
     return found
 
