@@ -39,7 +39,7 @@ def install():
         wheel, = wheels.glob("*.whl")
         pip("uninstall", "-q", "-y", "sdpo_nb")
         before = set(pip("freeze").splitlines())
-        pip("install", "-q", "-c", str(ROOT / "constraints-colab.txt"), f"{wheel}[peft]")
+        pip("install", "-q", "-c", str(ROOT / "constraints-colab.txt"), f"{wheel}[peft,eval]")
         added = set(pip("freeze").splitlines()) - before
     print("installed:", ", ".join(sorted(line.split(" @")[0] for line in added)))
 
