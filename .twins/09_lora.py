@@ -429,7 +429,7 @@ sorted(p.name for p in (tmp / "adapter").iterdir())
 # %% [markdown]
 # ## Merge
 #
-# The right side of (1). One line of care: a [hash of the weights](02_logprobs.ipynb) says which model this is, and a run may go on on another machine. There, a product of matrices is added up in another order, and differs in its last bits. So the product is computed in double precision, and rounded once, at the end. Then the merged weights are the same on every machine, but for one chance in some thousand that a single weight of SmolLM2 lies so near to a border that it is rounded to the other side.
+# The right side of (1). One line of care: a [hash of the weights](02_logprobs.ipynb) says which model this is, and a run may go on on another machine. There, a product of matrices is added up in another order, and differs in its last bits. So the product is computed in double precision, and rounded once, at the end. Then two machines nearly always agree: only a weight whose double-precision value lies within its own last bits of a rounding border could still be rounded to the other side.
 
 # %%
 #| export
