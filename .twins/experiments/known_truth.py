@@ -143,7 +143,8 @@ sns.despine()
 # %%
 rows = {}
 for source in SOURCES:
-    chosen_rows = [asked[(asked["task"] == task) & (asked["size"] == size)].iloc[0] for task, size in levels[source].items()]
+    sizes = asked["task"].map(levels[source])
+    chosen_rows = [row for _, row in asked[asked["size"] == sizes].iterrows()]
     first, second = (np.concatenate([row[name] for row in chosen_rows]) for name in ("first", "second"))
     right = np.concatenate([first == 1, second == 1]).mean()
     better = np.maximum(first, second)
@@ -380,7 +381,9 @@ else: display(graded_answers(found).round(3))
 
 # %%
 rehearsed = read_results("known_truth_rehearsal")
-for row in rehearsed: print(row["kind"], row.get("arm", "S"), row["card"], f"{row['seconds']:.0f} s on a busy machine")
+for row in rehearsed:
+    seconds = f"{row['seconds']:.0f} s on a busy machine"
+    print(row["kind"], row.get("arm", "S"), row["card"], seconds)
 
 wrote = rehearsed[0]
 problems = draw_problems(wrote["draw"], "train", levels, 2)
@@ -388,14 +391,27 @@ shown = []
 for source, asked_here in problems.items():
     for problem, *answers in zip(asked_here[:2], *wrote["answers"][source]):
         first, second = answers
-        shown.append(dict(source=source, question=problem.question, first=first, score=grade(problem, first), second=second, score_2=grade(problem, second)))
+        shown.append({
+            "source": source,
+            "question": problem.question,
+            "first answer": first,
+            "its score": grade(problem, first),
+            "second answer": second,
+            "its score ": grade(problem, second),
+        })
 with pd.option_context("display.max_colwidth", 50): display(pd.DataFrame(shown).set_index("source").round(2))
 
 # %%
 models = {row["arm"]: row for row in rehearsed if row["kind"] == "arm"}
 assert max(map(abs, models["S"]["kl"])) < 1e-6                   # S is at no distance from itself
-means = {arm: {what: np.mean(row[what]).round(4) for what in ("sampled", "greedy", "kl")} for arm, row in models.items()}
+assert np.mean(models["DPO"]["kl"]) > 0
+means = {}
+for arm, row in models.items():
+    means[arm] = {what: np.mean(row[what]).round(4) for what in ("sampled", "greedy", "kl")}
 pd.DataFrame(means).T
+
+# %% [markdown]
+# One step of DPO on some twenty pairs: the model has hardly moved, as it must be. All parts work.
 
 # %% [markdown]
 # ## What this does not show
