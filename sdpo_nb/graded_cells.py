@@ -133,7 +133,7 @@ def _tokenised(rows, tokenizer, source): # usable pairs, each with its source
 def _scores(problems, answers): return [grade(problem, answer) for problem, answer in zip(problems, answers)]
 
 def run_writing(
-    cell: WritingCell,
+    cell: WritingCell,  # of one draw
     graded: Graded,     # what the process shares
 ) -> dict:              # draw, answers: source -> two lists of texts; right: source -> share
     "S answers the training problems of a draw twice."
@@ -147,7 +147,7 @@ def run_writing(
     return dict(kind="writing", draw=cell.draw, about=cell.about, answers=answers, right=right)
 
 def pairs_of(
-    cell: GradedCell,
+    cell: GradedCell, # what is trained and asked
     graded: Graded,   # with the row of the writing cell among its rows
 ) -> list[dict]:      # tokenized pairs with source, easy first
     "The pairs of a draw: of what S wrote, or of what the program wrote against it."
@@ -211,7 +211,7 @@ def _train_stages(cell, graded, pairs, table_S): # -> stages, for the row; base.
     return stages
 
 def run_graded(
-    cell: GradedCell,
+    cell: GradedCell, # what is trained and asked
     graded: Graded,     # with the row of the writing cell among its rows
 ) -> dict:              # what the cell is; stages; sampled, greedy, kl, of each test problem
     "Train an arm on the pairs of its draw, and ask it."
@@ -244,7 +244,7 @@ def _cell(arm, stages, settings, split, tests, teacher, written):
     return GradedCell(arm, stages, settings, split, tests, teacher, written)
 
 def search_cells(
-    graded: Graded,
+    graded: Graded,   # what the process shares
     arms: tuple,      # names of ARMS
     teacher: bool,    # whether the program wrote the chosen answers
 ) -> list[GradedCell]:
@@ -270,7 +270,7 @@ def chosen_from(
 def arms_of_a_draw(
     draw: int,        # its number
     chosen: dict,     # arm -> settings
-    graded: Graded,
+    graded: Graded,   # what the process shares
     arms: tuple,      # names of ARMS
     teacher: bool,    # whether the program wrote the chosen answers
 ) -> dict:            # name -> cell
@@ -284,7 +284,7 @@ def arms_of_a_draw(
             for name, (arm, settings) in wanted.items()}
 
 def graded_plan(
-    graded: Graded,
+    graded: Graded,   # what the process shares
     arms: tuple = tuple(ARMS),  # names
     draws = DRAWS,              # numbers
     teacher: bool = False,      # whether the program wrote the chosen answers
@@ -341,7 +341,7 @@ def arrange_graded(
     return found
 
 def draw_means(
-    found: FoundArms,
+    found: FoundArms, # of `arrange_graded`
     arm: str,         # a name, or 'sDPO at the KL of DPO'
     outcome: str,     # sampled, greedy, kl
     level: str = "",  # of SOURCES; "": all problems
@@ -367,7 +367,7 @@ def _at_the_kl(found, outcome):
     return means
 
 def question_differences(
-    found: FoundArms,
+    found: FoundArms, # of `arrange_graded`
     questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
 ) -> dict:             # question -> (draws,) a minus b, in the draws that have both
     "One number for each question and draw."
@@ -380,7 +380,7 @@ def question_differences(
 
 # %% ../nbs/experiments/graded_cells.ipynb #f6dc5571
 def graded_answers(
-    found: FoundArms,
+    found: FoundArms, # of `arrange_graded`
     questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
 ) -> pd.DataFrame:     # of `draw_contrasts`, with `says`
     "The answer to each question that two draws or more have."

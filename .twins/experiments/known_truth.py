@@ -411,7 +411,7 @@ for arm, row in models.items():
 pd.DataFrame(means).T
 
 # %% [markdown]
-# One step of DPO on some twenty pairs: the model has hardly moved, as it must be. All parts work.
+# One step of DPO on a few pairs: the model has hardly moved, as it must be, and fifteen answers say nothing about scores. All parts work.
 
 # %% [markdown]
 # ## What this does not show
