@@ -181,10 +181,12 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [with_new_data](experiments/with_new_data.ipynb) | pairs that the model before wrote; labels by a judge, or by the model |
 # | how it was done | [worlds and bodies](experiments/bodies.ipynb), [training data](experiments/training_data.ipynb), [one run and many](experiments/cells.ipynb), [comparing them](experiments/compare.ipynb), [every question as a grid](experiments/questions.ipynb) |
 #
-# | question | on SmolLM2, a real model of 135 million parameters |
+# | question | on a real model, SmolLM2-135M-Instruct |
 # |---|---|
-# | [known_truth](experiments/known_truth.ipynb) | the same eight questions, where a program grades and hard builds on easy: fixed, not yet answered |
-# | how it is done | [tasks that a program grades](experiments/graded_tasks.ipynb), [one run on them](experiments/graded_cells.ipynb) |
+# | [smollm2](experiments/smollm2.ipynb) | the paper's first experiment in eight draws: questions and margins fixed; not run yet |
+# | [which_is_easy](experiments/which_is_easy.ipynb) | easy to hard, by the sum of log-probabilities or per token? The two orders differ |
+# | [known_truth](experiments/known_truth.ipynb) | the eight questions of the tiny worlds, where a program grades and hard builds on easy: fixed, not yet answered |
+# | how it is done | [one run on real pairs](experiments/real_cells.ipynb), [tasks that a program grades](experiments/graded_tasks.ipynb), [one run on them](experiments/graded_cells.ipynb), [runs in eight minutes](experiments/timed.ipynb) |
 #
 # ## From the paper to cells
 #

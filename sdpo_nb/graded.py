@@ -42,14 +42,18 @@ def split_of_content(
 
 # %% ../nbs/experiments/graded_tasks.ipynb #88e6857b
 WORDS = """
-air animal apple arm art baby back ball bank beach bear bed bell bird blood board boat body bone book bottle box boy bread bridge brother building
-bus cake camera car card cat chair child church circle city clock cloud coat coffee color corn country cow cup dance daughter desk dinner doctor dog
-door dream dress ear earth egg engine eye face family farm father feather field finger fire fish floor flower food foot forest friend fruit game garden
-girl glass gold grass hair hand hat head heart hill horse hospital hotel house ice island jacket key king kitchen knife lake lamp leaf leg letter light
-lion machine map market meat milk mirror money moon morning mother mountain mouth music name neck night nose ocean office oil orange page paint paper
-park party pen phone picture plant plate pool queen rain ring river road rock room rose salt sand school sea seed sheep ship shirt shoe shop sister
-skin sky snow soap sock song soup spoon spring star stone storm street sugar summer sun table tail teacher tea tent tiger tooth town toy train tree
-truck village voice wall watch water week wheel wind window wine winter woman wood world year
+air animal apple arm art baby back ball bank beach bear bed bell bird blood board boat body bone
+book bottle box boy bread bridge brother building bus cake camera car card cat chair child church
+circle city clock cloud coat coffee color corn country cow cup dance daughter desk dinner doctor dog
+door dream dress ear earth egg engine eye face family farm father feather field finger fire fish
+floor flower food foot forest friend fruit game garden girl glass gold grass hair hand hat head
+heart hill horse hospital hotel house ice island jacket key king kitchen knife lake lamp leaf leg
+letter light lion machine map market meat milk mirror money moon morning mother mountain mouth music
+name neck night nose ocean office oil orange page paint paper park party pen phone picture plant
+plate pool queen rain ring river road rock room rose salt sand school sea seed sheep ship shirt shoe
+shop sister skin sky snow soap sock song soup spoon spring star stone storm street sugar summer sun
+table tail teacher tea tent tiger tooth town toy train tree truck village voice wall watch water
+week wheel wind window wine winter woman wood world year
 """.split()
 
 # %% ../nbs/experiments/graded_tasks.ipynb #ed0b1be6
@@ -119,7 +123,13 @@ def _grade_count(problem, response):
     n = len(_words_of(response))
     return 1 - abs(n - problem.size) / max(n, problem.size)
 
-GRADERS = dict(add=_grade_number, sort=_grade_words, reverse=_grade_words, json=_grade_json, count=_grade_count)
+GRADERS = dict(
+    add=_grade_number,
+    sort=_grade_words,
+    reverse=_grade_words,
+    json=_grade_json,
+    count=_grade_count,
+)
 
 def grade(
     problem: Problem, # what was asked
@@ -136,7 +146,8 @@ def _draw(task, size, split, rng, without=()):
     for _ in range(10_000):
         problem = TASKS[task](size, rng)
         if split_of_content(problem.content) == split and problem.content not in without: return problem
-    raise ValueError(f"{task}, size {size}: no problem is left in '{split}'; ask for fewer, or for larger ones")
+    raise ValueError(f"{task}, size {size}: no problem is left in '{split}'; "
+                     "ask for fewer, or for larger ones")
 
 def example_problems(
     task: str, # of TASKS
@@ -178,7 +189,8 @@ def make_problems(
         found.setdefault(problem.question, problem)
     problems = list(found.values())
     if len(problems) < n and not again:
-        raise ValueError(f"{task}, size {size}: found {len(problems)} of {n} problems for '{split}'; ask for fewer")
+        raise ValueError(f"{task}, size {size}: found {len(problems)} of {n} problems "
+                         f"for '{split}'; ask for fewer")
     return problems + rng.choices(problems, k=n - len(problems))
 
 # %% ../nbs/experiments/graded_tasks.ipynb #892add23
@@ -199,7 +211,8 @@ def ids_of(
     messages: list,    # turns with role and content
 ) -> list[int]:
     "A conversation as token ids, up to where the assistant begins."
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    how = dict(add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer.apply_chat_template(messages, **how)
 
 def _batches(rows, batch): # lists of numbers of rows, of like length
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -229,9 +242,11 @@ def sampled_ids(
             ids = torch.tensor([[eos] * pad + prompts[i] for i, pad in zip(rows, pads)], device=model.device)
             seen = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device)
             choose = LogitsProcessorList([_Luck(luck[rows], tau, width)] if tau else [])
+            asked = dict(input_ids=ids, attention_mask=seen)
             with autocast(model.device, precision):
-                new = model.generate(input_ids=ids, attention_mask=seen, generation_config=how, logits_processor=choose)
-            for i, y in zip(rows, new[:, width:].tolist()): out[i] = y[:y.index(eos) + 1] if eos in y else y
+                new = model.generate(**asked, generation_config=how, logits_processor=choose)
+            for i, y in zip(rows, new[:, width:].tolist()):
+                out[i] = y[:y.index(eos) + 1] if eos in y else y
     finally: model.train(was_training)
     return out
 

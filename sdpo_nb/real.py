@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE_FILES', 'SMOLLM2', 'THREE', 'REHEARSED', 'lot', 'prepare_ids', 'read_ids', 'drawn', 'chunk_of', 'measured',
            'Base', 'load_S', 'train_in_memory', 'RealCell', 'run_real_cell', 'make_cell', 'search_cells', 'settings_of',
-           'Design', 'gaps_under_S', 'easy_arms', 'design_of', 'run_real', 'Found', 'arrange']
+           'Design', 'gaps_under_S', 'easy_arms', 'design_of', 'run_real', 'scored_pairs', 'Found', 'arrange']
 
 # %% ../nbs/experiments/real_cells.ipynb #ab468212
 import gzip, hashlib, json, math
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .logprobs import LogprobTable, ahead, autocast, load_model, load_tokenizer, pair_tokens
-from .logprobs import pairs_hash, pick_precision, replacing, same_bits, score_pairs, weights_hash
+from .logprobs import pairs_hash, pick_precision, read_table, replacing, same_bits, score_pairs, weights_hash
 from .packing import PARTS, choose_logprobs
 from .preferences import load_pairs, tokenize_pairs
 from .smollm2 import ARMS, BORROWED, DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
@@ -482,6 +482,17 @@ def run_real(
 
     def run(cell): return run_real_cell(cell, base, pairs, table_S, **settings)
     return run_timed(name, design.plan, run, folder, minutes, base.model.device)
+
+# %% ../nbs/experiments/real_cells.ipynb #748de637
+def scored_pairs(
+    folder,         # of `run_real`
+) -> pd.DataFrame:  # a pair a line: source, role, chosen, rejected (nats), chosen_tokens, rejected_tokens
+    "The pairs that S has read so far."
+    table = read_table(Path(folder) / "S")
+    pairs = [pair for pair in read_ids(Path(folder) / "ids.parquet") if pair["key"] in table.rows.index]
+    chosen, rejected = table.lookup(pairs)
+    described = pd.DataFrame(_described(pairs))
+    return described.assign(chosen=chosen.numpy(), rejected=rejected.numpy())
 
 # %% ../nbs/experiments/real_cells.ipynb #c4d88ac7
 @dataclass

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARMS', 'DRAWS', 'SEARCH_DRAW', 'DRAWN', 'VALIDATION', 'HELD_OUT', 'LONGEST', 'BETAS', 'LEARNING_RATES', 'BORROWED',
            'SEARCHED', 'PRIMARY', 'MARGINS', 'grid_of', 'added', 'log_losses', 'fit_temperature', 'outcome_of',
-           'validation_loss', 'choose_settings', 'difference_array', 'crossed', 'compared', 'answer_questions', 'assay']
+           'validation_loss', 'choose_settings', 'difference_array', 'crossed', 'compared', 'answer_questions', 'assay',
+           'secondary_outcomes']
 
 # %% ../nbs/experiments/smollm2.ipynb #c1ea47f4
 import itertools, math
@@ -16,6 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import t as student
 
 from .compare import holm_p_values, sign_flip_p_value
+from .evaluate import stability
 
 # %% ../nbs/experiments/smollm2.ipynb #5bf79fef
 ARMS = { # name -> stages: (pairs, start, reference)
@@ -228,4 +230,46 @@ def assay(
         found = compared(difference_array(rows["DPO"], start, S, outcome, sources), margin)
         table[outcome] = {name: found[name] for name in ("mean", "low", "high")}
         table[outcome] |= dict(needed=2 * margin, counts=found["mean"] > 2 * margin)
+    return pd.DataFrame(table).T
+
+# %% ../nbs/experiments/smollm2.ipynb #12b3b916
+def _absolute(row, S): # test pairs of Orca and UltraFeedback: does the model itself prefer the chosen response?
+    numbers = np.array(row["pairs"])
+    said = pd.DataFrame(row["models"][-1])
+    lengths = pd.DataFrame({name: S[name] for name in ("chosen_tokens", "rejected_tokens")}).iloc[numbers].reset_index(drop=True)
+    kinds = pd.DataFrame({name: S[name] for name in ("source", "role")}).iloc[numbers].reset_index(drop=True)
+    test = (kinds["role"] != "validation") & kinds["source"].isin(["orca", "uf"])
+    by_token = said["chosen"] / lengths["chosen_tokens"] - said["rejected"] / lengths["rejected_tokens"]
+    return (said["chosen"] > said["rejected"])[test].mean(), (by_token > 0)[test].mean()
+
+def _forgotten(row, S): # of Orca, by the stages after it; NaN where there are none
+    trained = [stage["chunk"] for stage in row["stages"]]
+    if trained[:1] != ["orca"]: return math.nan
+    after, at_end = (outcome_of(row, S, "accuracy", ["orca"], stage).mean() for stage in (0, -1))
+    return after - at_end
+
+def _beside(row, S):
+    pairs = added(row, S)
+    test = pairs[(pairs["role"] != "validation") & pairs["source"].isin(["orca", "uf"])]
+    by_sum, by_token = _absolute(row, S)
+    return {
+        "gain, Orca": outcome_of(row, S, "gain", ["orca"]).mean(),
+        "gain, UF": outcome_of(row, S, "gain", ["uf"]).mean(),
+        "accuracy": outcome_of(row, S, "accuracy").mean(),
+        "accuracy, HH": outcome_of(row, S, "accuracy", ["hh"]).mean(),
+        "prefers chosen": by_sum,
+        "per token": by_token,
+        "chosen - S (nats)": test["chosen"].mean(),
+        "forgotten": _forgotten(row, S),
+        "loss sd": np.mean([stability(stage["losses"])["sd"] for stage in row["stages"]]),
+    }
+
+def secondary_outcomes(
+    rows: dict,        # arm -> draw -> row
+    S: dict,           # the row of S
+) -> pd.DataFrame:     # an arm a line
+    "Means over the draws of an arm, without intervals."
+    table = {}
+    for arm, by_draw in rows.items():
+        if by_draw: table[arm] = pd.DataFrame([_beside(row, S) for row in by_draw.values()]).mean()
     return pd.DataFrame(table).T

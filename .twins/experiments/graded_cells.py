@@ -36,7 +36,8 @@ import torch
 from sdpo_nb.evaluate import kl_along
 from sdpo_nb.graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from sdpo_nb.graded import messages_of, sampled_ids, teacher_pairs
-from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES, TEST, VALIDATION
+from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES
+from sdpo_nb.known_truth import TEST, VALIDATION
 from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels, verdict
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
@@ -69,7 +70,8 @@ def draw_problems(
     problems = {}
     for source, sizes in levels.items():
         rng = random.Random(f"{split} {draw} {source}")
-        drawn = [p for task, size in sizes.items() for p in make_problems(n, task, size, split, rng, again=True)]
+        drawn = []
+        for task, size in sizes.items(): drawn += make_problems(n, task, size, split, rng, again=True)
         problems[source] = rng.sample(drawn, len(drawn))
     return problems
 
@@ -156,7 +158,7 @@ class Graded:
     how: dict = field(default_factory=dict)       # max_new, batch of `sampled_ids`
     settings: dict = field(default_factory=lambda: dict(COMMON)) # of TrainConfig, in every run
     rows: dict = field(default_factory=dict)      # key -> row: what is there already
-    tables: dict = field(default_factory=dict)    # key of a draw -> pairs and what S says about them; one at a time
+    tables: dict = field(default_factory=dict)    # of the last draw: pairs, and what S says about them
 
     @property
     def about(self) -> str:
@@ -180,12 +182,14 @@ def load_graded(
         tried += _tokenised(teacher_pairs(found, ["no"] * len(found)), tokenizer, source)
     base = load_S(str(model), tried, precision)
     device = str(base.model.device)
-    return Graded(base, load_model(str(model), device), load_model(str(model), device), tokenizer, levels, **others)
+    S, writer = (load_model(str(model), device) for _ in range(2))
+    return Graded(base, S, writer, tokenizer, levels, **others)
 
 def _tokenised(rows, tokenizer, source): # usable pairs, each with its source
     if not rows: return []
     kept = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-    found = tokenize_pairs(load_pairs(kept), tokenizer, source, LONGEST_PAIR, LONGEST_PAIR * 3 // 4, chat=True)
+    longest_prompt = LONGEST_PAIR * 3 // 4
+    found = tokenize_pairs(load_pairs(kept), tokenizer, source, LONGEST_PAIR, longest_prompt, chat=True)
     return [pair | dict(source=source) for pair in found.pairs]
 
 
@@ -216,7 +220,7 @@ graded.base.precision, graded.base.logprobs.__name__
 def _scores(problems, answers): return [grade(problem, answer) for problem, answer in zip(problems, answers)]
 
 def run_writing(
-    cell: WritingCell,
+    cell: WritingCell,  # of one draw
     graded: Graded,     # what the process shares
 ) -> dict:              # draw, answers: source -> two lists of texts; right: source -> share
     "S answers the training problems of a draw twice."
@@ -230,7 +234,7 @@ def run_writing(
     return dict(kind="writing", draw=cell.draw, about=cell.about, answers=answers, right=right)
 
 def pairs_of(
-    cell: GradedCell,
+    cell: GradedCell, # what is trained and asked
     graded: Graded,   # with the row of the writing cell among its rows
 ) -> list[dict]:      # tokenized pairs with source, easy first
     "The pairs of a draw: of what S wrote, or of what the program wrote against it."
@@ -239,7 +243,8 @@ def pairs_of(
     pairs = []
     for source, asked in problems.items():
         first, second = answers[source]
-        rows = teacher_pairs(asked, first) if cell.teacher else label_pairs(asked, first, second, seed=cell.draw)
+        if cell.teacher: rows = teacher_pairs(asked, first)
+        else: rows = label_pairs(asked, first, second, seed=cell.draw)
         pairs += _tokenised(rows, graded.tokenizer, source)
     return pairs
 
@@ -252,14 +257,15 @@ sizes = {}
 for teacher in (False, True):
     pairs = pairs_of(replace(dpo, teacher=teacher), graded)
     assert pairs == pairs_of(replace(dpo, teacher=teacher), graded)
-    sizes["teacher" if teacher else "two answers of S"] = pd.Series([p["source"] for p in pairs]).value_counts()
+    kind = "teacher" if teacher else "two answers of S"
+    sizes[kind] = pd.Series([p["source"] for p in pairs]).value_counts()
 pd.DataFrame(sizes).loc[list(SOURCES)]
 
 
 # %% [markdown]
 # ## The exam
 #
-# Each test problem gives three numbers: the score of a sampled answer, the score of the greedy one, and the KL from S along the sampled one. The luck belongs to the draw.
+# Each test problem gives three numbers: the score of a sampled answer, the score of the greedy one, and the KL from S along the sampled one. The luck belongs to the draw, so two arms whose probabilities are the same give the same answers, and a difference of two arms is due to them. Answers are computed in fp32 whatever the training was computed in: in bf16 a token near the edge of its piece of the ruler may become another one.
 
 # %%
 #| export
@@ -292,6 +298,8 @@ pd.DataFrame(results).mean().round(3).to_dict()
 # %% [markdown]
 # ## Training
 #
+# Nothing is written while an arm is trained. If the process is killed, the arm is lost, and nothing else: a run takes less time than writing its checkpoints would. The first loss of a stage that is its own reference must be $\log 2$, as everywhere in this book; we look for it below.
+#
 # The loop is that of [real cells](real_cells.ipynb): a stage in memory, no file. What S says about the pairs of a draw is computed once for all its arms. From it comes the order that the paper's recipe would take: sources by the share of pairs with $\gamma > 0$ under S.
 
 # %%
@@ -311,7 +319,7 @@ def _measured_order(pairs, table): # source -> share of pairs with gamma > 0 und
     for pair, value in zip(pairs, gamma.tolist()): prefers.setdefault(pair["source"], []).append(value > 0)
     return {source: round(float(np.mean(found)), 4) for source, found in prefers.items()}
 
-def _train_stages(cell, graded, pairs, table_S): # -> the stages, for the row; the model of base is then the last one
+def _train_stages(cell, graded, pairs, table_S): # -> stages, for the row; base.model is then the last model
     base = graded.base
     config = TrainConfig(**graded.settings | dict(cell.settings), seed=cell.draw, precision=base.precision)
     base.reset()
@@ -327,7 +335,7 @@ def _train_stages(cell, graded, pairs, table_S): # -> the stages, for the row; t
     return stages
 
 def run_graded(
-    cell: GradedCell,
+    cell: GradedCell, # what is trained and asked
     graded: Graded,     # with the row of the writing cell among its rows
 ) -> dict:              # what the cell is; stages; sampled, greedy, kl, of each test problem
     "Train an arm on the pairs of its draw, and ask it."
@@ -376,15 +384,18 @@ first
 #
 # ## The plan
 #
+# Why a plan, and not a list? The settings of the arms are not known before the search is complete. The plan is asked again after each cell, with all rows that are there. So a process that is begun anew, on another machine perhaps, needs nothing but the file.
+#
 # First S writes for the search, and the search is run. When it is complete, the draws come one after the other: S writes, then all arms. So whatever is finished is a number of whole draws and a part of one.
 
 # %%
 #| export
 def _cell(arm, stages, settings, split, tests, teacher, written):
-    return GradedCell(arm, tuple(map(tuple, stages)), tuple(sorted(settings.items())), split, tests, teacher, written)
+    stages, settings = tuple(map(tuple, stages)), tuple(sorted(settings.items()))
+    return GradedCell(arm, stages, settings, split, tests, teacher, written)
 
 def search_cells(
-    graded: Graded,
+    graded: Graded,   # what the process shares
     arms: tuple,      # names of ARMS
     teacher: bool,    # whether the program wrote the chosen answers
 ) -> list[GradedCell]:
@@ -410,7 +421,7 @@ def chosen_from(
 def arms_of_a_draw(
     draw: int,        # its number
     chosen: dict,     # arm -> settings
-    graded: Graded,
+    graded: Graded,   # what the process shares
     arms: tuple,      # names of ARMS
     teacher: bool,    # whether the program wrote the chosen answers
 ) -> dict:            # name -> cell
@@ -424,7 +435,7 @@ def arms_of_a_draw(
             for name, (arm, settings) in wanted.items()}
 
 def graded_plan(
-    graded: Graded,
+    graded: Graded,   # what the process shares
     arms: tuple = tuple(ARMS),  # names
     draws = DRAWS,              # numbers
     teacher: bool = False,      # whether the program wrote the chosen answers
@@ -473,7 +484,7 @@ class FoundArms:
     rows: dict = field(default_factory=dict)    # arm -> draw -> row
     chosen: dict = field(default_factory=dict)  # arm -> settings, once the search is complete
     written: dict = field(default_factory=dict) # draw -> row of the writing cell
-    missing: int = None                         # cells that are planned so far and not there; None: nothing is there
+    missing: int = None                         # planned cells that are not there; None: nothing is
 
 def arrange_graded(
     rows: list,            # of `read_results`
@@ -500,7 +511,7 @@ def arrange_graded(
     return found
 
 def draw_means(
-    found: FoundArms,
+    found: FoundArms, # of `arrange_graded`
     arm: str,         # a name, or 'sDPO at the KL of DPO'
     outcome: str,     # sampled, greedy, kl
     level: str = "",  # of SOURCES; "": all problems
@@ -526,7 +537,7 @@ def _at_the_kl(found, outcome):
     return means
 
 def question_differences(
-    found: FoundArms,
+    found: FoundArms, # of `arrange_graded`
     questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
 ) -> dict:             # question -> (draws,) a minus b, in the draws that have both
     "One number for each question and draw."
@@ -544,7 +555,7 @@ def question_differences(
 # %%
 #| export
 def graded_answers(
-    found: FoundArms,
+    found: FoundArms, # of `arrange_graded`
     questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
 ) -> pd.DataFrame:     # of `draw_contrasts`, with `says`
     "The answer to each question that two draws or more have."
@@ -572,7 +583,7 @@ while todo := [cell for cell in plan(made) if cell.key not in graded.rows]:
 found = arrange_graded(made, **{name: SMALL[name] for name in ("n", "tests", "validation")}, **toy)
 assert found.missing == 0
 assert found.rows["sDPO at DPO's beta"] == found.rows["sDPO"]
-answered = QUESTIONS[QUESTIONS["a"].isin(["sDPO", "sDPO at the KL of DPO", "sDPO at DPO's beta"]) & QUESTIONS["b"].str.startswith("DPO")]
+answered = QUESTIONS[QUESTIONS["b"].str.startswith("DPO")]
 assert all(len(values) == 2 for values in question_differences(found, answered).values())
 print(len(made), "rows of the toy")
 graded_answers(found, answered)[["question", "mean", "low", "high", "p", "p_equal", "says"]].round(3)
@@ -587,11 +598,12 @@ graded_answers(found, answered)[["question", "mean", "low", "high", "p", "p_equa
 # %%
 #| export
 TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
+SETTLED = dict(beta=0.1, lr=1e-5)   # of a rehearsal, which has no search
 REHEARSAL = dict(n=2, tests=1, settings=COMMON | dict(epochs=1))
 PLANS = { # name -> of `graded_plan`, of `load_graded`
     "known_truth": (dict(), dict()),
     "known_truth_teacher": (dict(arms=TEACHER_ARMS, teacher=True), dict()),
-    "known_truth_rehearsal": (dict(arms=("S", "DPO"), draws=(1,), settings=dict(beta=0.1, lr=1e-5)), REHEARSAL),
+    "known_truth_rehearsal": (dict(arms=("S", "DPO"), draws=(1,), settings=SETTLED), REHEARSAL),
 }
 
 def run_known_truth(
@@ -607,13 +619,16 @@ def run_known_truth(
     wanted, loaded = PLANS[name]
     graded = load_graded(model, precision=precision, **loaded | others)
 
-    def run(cell): return run_writing(cell, graded) if isinstance(cell, WritingCell) else run_graded(cell, graded)
+    def run(cell):
+        if isinstance(cell, WritingCell): return run_writing(cell, graded)
+        return run_graded(cell, graded)
     return run_timed(name, graded_plan(graded, **wanted), run, folder, minutes, graded.base.model.device)
 
 
 # %%
 with contextlib.redirect_stdout(io.StringIO()) as said:
-    rows = run_known_truth("known_truth_rehearsal", folder, None, folder / "S", "fp32", levels=LEVELS, **SMALL)
+    name = "known_truth_rehearsal"
+    rows = run_known_truth(name, folder, None, folder / "S", "fp32", levels=LEVELS, **SMALL)
 assert "4 new rows" in said.getvalue()
 assert [row.get("arm", "S writes") for row in rows] == ["S writes", "S", "DPO", "DPO at beta/T"]
 print(complaint(run_known_truth, "known truth", folder))

@@ -75,14 +75,18 @@ def split_of_content(
 # %%
 #| export
 WORDS = """
-air animal apple arm art baby back ball bank beach bear bed bell bird blood board boat body bone book bottle box boy bread bridge brother building
-bus cake camera car card cat chair child church circle city clock cloud coat coffee color corn country cow cup dance daughter desk dinner doctor dog
-door dream dress ear earth egg engine eye face family farm father feather field finger fire fish floor flower food foot forest friend fruit game garden
-girl glass gold grass hair hand hat head heart hill horse hospital hotel house ice island jacket key king kitchen knife lake lamp leaf leg letter light
-lion machine map market meat milk mirror money moon morning mother mountain mouth music name neck night nose ocean office oil orange page paint paper
-park party pen phone picture plant plate pool queen rain ring river road rock room rose salt sand school sea seed sheep ship shirt shoe shop sister
-skin sky snow soap sock song soup spoon spring star stone storm street sugar summer sun table tail teacher tea tent tiger tooth town toy train tree
-truck village voice wall watch water week wheel wind window wine winter woman wood world year
+air animal apple arm art baby back ball bank beach bear bed bell bird blood board boat body bone
+book bottle box boy bread bridge brother building bus cake camera car card cat chair child church
+circle city clock cloud coat coffee color corn country cow cup dance daughter desk dinner doctor dog
+door dream dress ear earth egg engine eye face family farm father feather field finger fire fish
+floor flower food foot forest friend fruit game garden girl glass gold grass hair hand hat head
+heart hill horse hospital hotel house ice island jacket key king kitchen knife lake lamp leaf leg
+letter light lion machine map market meat milk mirror money moon morning mother mountain mouth music
+name neck night nose ocean office oil orange page paint paper park party pen phone picture plant
+plate pool queen rain ring river road rock room rose salt sand school sea seed sheep ship shirt shoe
+shop sister skin sky snow soap sock song soup spoon spring star stone storm street sugar summer sun
+table tail teacher tea tent tiger tooth town toy train tree truck village voice wall watch water
+week wheel wind window wine winter woman wood world year
 """.split()
 
 # %%
@@ -93,6 +97,8 @@ len(WORDS)
 
 # %% [markdown]
 # ## Five tasks
+#
+# Why these five? Each has one rule that a program can check, a size that can grow, and an answer of a few tokens. They ask for different things: numbers, an order that must be known (the alphabet), an order that stands in the question, a form, and a length. A method that only teaches a form, say, cannot hide behind the mean.
 #
 # Each task is a function that draws a problem of a size. What is a size? For additions it is the digits of both numbers together; else the number of words or keys. A larger problem holds a smaller one: who adds three digits has to add one digit three times, and who sorts four words has to know how three are sorted. JSON builds on sorting, too, as its keys are wanted in alphabetical order. In this sense a level builds on the one before it.
 
@@ -180,7 +186,13 @@ def _grade_count(problem, response):
     n = len(_words_of(response))
     return 1 - abs(n - problem.size) / max(n, problem.size)
 
-GRADERS = dict(add=_grade_number, sort=_grade_words, reverse=_grade_words, json=_grade_json, count=_grade_count)
+GRADERS = dict(
+    add=_grade_number,
+    sort=_grade_words,
+    reverse=_grade_words,
+    json=_grade_json,
+    count=_grade_count,
+)
 
 def grade(
     problem: Problem, # what was asked
@@ -191,13 +203,16 @@ def grade(
 
 
 # %% [markdown]
+# One could think of other rules, and each has its price. A rule that forgives more is harder to foresee: if any number in the answer were accepted, a model could list ten of them. A rule that forgives less leaves no partial credit, and on a hard level all answers would be equal. What a model is trained towards is the rule, and not what we had in mind. So the rules are few and short, and stand here before anything is trained on them.
+#
 # Before you look at the scores: which of these answers are right?
 
 # %%
+JSON_QUESTION = 'JSON with the keys "sun", "moon", in alphabetical order'
 ASKED = {
     "add": Problem("add", 6, "612 + 722 =", "612 + 722 = 1334", "add 612 722"),
     "sort": Problem("sort", 3, "Sort: sea, arm, oil", "arm, oil, sea", "words arm oil sea"),
-    "json": Problem("json", 2, 'JSON with the keys "sun", "moon", in alphabetical order', '{"moon": 1, "sun": 2}', "json moon sun"),
+    "json": Problem("json", 2, JSON_QUESTION, '{"moon": 1, "sun": 2}', "json moon sun"),
     "count": Problem("count", 3, "Write exactly 3 words about: rain", "grey wet cold", "count rain"),
 }
 ANSWERS = [
@@ -234,7 +249,8 @@ def _draw(task, size, split, rng, without=()):
     for _ in range(10_000):
         problem = TASKS[task](size, rng)
         if split_of_content(problem.content) == split and problem.content not in without: return problem
-    raise ValueError(f"{task}, size {size}: no problem is left in '{split}'; ask for fewer, or for larger ones")
+    raise ValueError(f"{task}, size {size}: no problem is left in '{split}'; "
+                     "ask for fewer, or for larger ones")
 
 def example_problems(
     task: str, # of TASKS
@@ -276,7 +292,8 @@ def make_problems(
         found.setdefault(problem.question, problem)
     problems = list(found.values())
     if len(problems) < n and not again:
-        raise ValueError(f"{task}, size {size}: found {len(problems)} of {n} problems for '{split}'; ask for fewer")
+        raise ValueError(f"{task}, size {size}: found {len(problems)} of {n} problems "
+                         f"for '{split}'; ask for fewer")
     return problems + rng.choices(problems, k=n - len(problems))
 
 
@@ -328,7 +345,8 @@ def ids_of(
     messages: list,    # turns with role and content
 ) -> list[int]:
     "A conversation as token ids, up to where the assistant begins."
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    how = dict(add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer.apply_chat_template(messages, **how)
 
 def _batches(rows, batch): # lists of numbers of rows, of like length
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -358,9 +376,11 @@ def sampled_ids(
             ids = torch.tensor([[eos] * pad + prompts[i] for i, pad in zip(rows, pads)], device=model.device)
             seen = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device)
             choose = LogitsProcessorList([_Luck(luck[rows], tau, width)] if tau else [])
+            asked = dict(input_ids=ids, attention_mask=seen)
             with autocast(model.device, precision):
-                new = model.generate(input_ids=ids, attention_mask=seen, generation_config=how, logits_processor=choose)
-            for i, y in zip(rows, new[:, width:].tolist()): out[i] = y[:y.index(eos) + 1] if eos in y else y
+                new = model.generate(**asked, generation_config=how, logits_processor=choose)
+            for i, y in zip(rows, new[:, width:].tolist()):
+                out[i] = y[:y.index(eos) + 1] if eos in y else y
     finally: model.train(was_training)
     return out
 
@@ -572,7 +592,8 @@ for row in rows:
     scores = row["first"] + row["second"]
     question, answer = row["examples"][0]
     right = sum(score == 1 for score in scores)
-    shown.append(dict(task=row["task"], size=row["size"], right=right, answers=len(scores), question=question, answer=answer))
+    counted = dict(task=row["task"], size=row["size"], right=right, answers=len(scores))
+    shown.append(counted | dict(question=question, answer=answer))
 for row in shown: assert 0 <= row["right"] <= row["answers"] == 48
 with pd.option_context("display.max_colwidth", 60): display(pd.DataFrame(shown).set_index(["task", "size"]))
 

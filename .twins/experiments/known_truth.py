@@ -40,8 +40,8 @@ from sdpo_nb.graded import calibration
 import matplotlib.pyplot as plt
 import seaborn as sns
 from sdpo_nb.evaluate import as_text
-from sdpo_nb.graded import TASKS
-from sdpo_nb.graded_cells import arrange_graded, graded_answers
+from sdpo_nb.graded import TASKS, grade
+from sdpo_nb.graded_cells import arrange_graded, draw_problems, graded_answers
 from sdpo_nb.partition import wilson
 from sdpo_nb.timed import read_results
 
@@ -143,7 +143,8 @@ sns.despine()
 # %%
 rows = {}
 for source in SOURCES:
-    chosen_rows = [asked[(asked["task"] == task) & (asked["size"] == size)].iloc[0] for task, size in levels[source].items()]
+    sizes = asked["task"].map(levels[source])
+    chosen_rows = [row for _, row in asked[asked["size"] == sizes].iterrows()]
     first, second = (np.concatenate([row[name] for row in chosen_rows]) for name in ("first", "second"))
     right = np.concatenate([first == 1, second == 1]).mean()
     better = np.maximum(first, second)
@@ -372,6 +373,45 @@ found = arrange_graded(read_results("known_truth"))
 complete = len(found.rows.get("DPO", {}))
 if complete < 2: print(f"{complete} draws are there: no answers yet")
 else: display(graded_answers(found).round(3))
+
+# %% [markdown]
+# ## A rehearsal
+#
+# Do all parts work on the real model? On a processor, `known_truth_rehearsal` asked S for two problems of each task and level, and for one of each in the test. It answers nothing. But the parts can be looked at: what S wrote, how often it was right, and what it takes.
+
+# %%
+rehearsed = read_results("known_truth_rehearsal")
+for row in rehearsed:
+    seconds = f"{row['seconds']:.0f} s on a busy machine"
+    print(row["kind"], row.get("arm", "S"), row["card"], seconds)
+
+wrote = rehearsed[0]
+problems = draw_problems(wrote["draw"], "train", levels, 2)
+shown = []
+for source, asked_here in problems.items():
+    for problem, *answers in zip(asked_here[:2], *wrote["answers"][source]):
+        first, second = answers
+        shown.append({
+            "source": source,
+            "question": problem.question,
+            "first answer": first,
+            "its score": grade(problem, first),
+            "second answer": second,
+            "its score ": grade(problem, second),
+        })
+with pd.option_context("display.max_colwidth", 50): display(pd.DataFrame(shown).set_index("source").round(2))
+
+# %%
+models = {row["arm"]: row for row in rehearsed if row["kind"] == "arm"}
+assert max(map(abs, models["S"]["kl"])) < 1e-6                   # S is at no distance from itself
+assert np.mean(models["DPO"]["kl"]) > 0
+means = {}
+for arm, row in models.items():
+    means[arm] = {what: np.mean(row[what]).round(4) for what in ("sampled", "greedy", "kl")}
+pd.DataFrame(means).T
+
+# %% [markdown]
+# One step of DPO on a few pairs: the model has hardly moved, as it must be, and fifteen answers say nothing about scores. All parts work.
 
 # %% [markdown]
 # ## What this does not show

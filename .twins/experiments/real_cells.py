@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from sdpo_nb.logprobs import LogprobTable, ahead, autocast, load_model, load_tokenizer, pair_tokens
-from sdpo_nb.logprobs import pairs_hash, pick_precision, replacing, same_bits, score_pairs, weights_hash
+from sdpo_nb.logprobs import pairs_hash, pick_precision, read_table, replacing, same_bits, score_pairs, weights_hash
 from sdpo_nb.packing import PARTS, choose_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.smollm2 import ARMS, BORROWED, DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
@@ -682,6 +682,28 @@ with redirect_stdout(io.StringIO()):
 def without_seconds(rows): return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 assert without_seconds(gone_on) == without_seconds(at_once)
 print(len(at_once), "rows, the same")
+
+
+# %% [markdown]
+# What S has said so far about the pairs lies in the folder, too, and can be read while the pass over them is not yet at its end. The table of [which is easy](which_is_easy.ipynb) is made of such a folder.
+
+# %%
+#| export
+def scored_pairs(
+    folder,         # of `run_real`
+) -> pd.DataFrame:  # a pair a line: source, role, chosen, rejected (nats), chosen_tokens, rejected_tokens
+    "The pairs that S has read so far."
+    table = read_table(Path(folder) / "S")
+    pairs = [pair for pair in read_ids(Path(folder) / "ids.parquet") if pair["key"] in table.rows.index]
+    chosen, rejected = table.lookup(pairs)
+    described = pd.DataFrame(_described(pairs))
+    return described.assign(chosen=chosen.numpy(), rejected=rejected.numpy())
+
+
+# %%
+scored = scored_pairs(folder / "whole")
+assert len(scored) == len(pairs)
+scored.groupby("source", sort=False)[["chosen", "rejected"]].mean().round(2)
 
 
 # %% [markdown]

@@ -4,9 +4,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/smollm2.ipynb)
 #
-# **There are no answers yet.** This page says what is asked, and was committed before anything was run.
+# **There are no answers yet.** This page says what is asked and how it will be decided. Questions, margins, arms and the rule of the search were committed before anything was run (commit `198a5e2`).
 #
-# **You should know** [stepwise DPO](../14_stepwise.ipynb) and the [protocol](protocol.ipynb) of the tiny worlds. **Time** 20 minutes to read, a few seconds to run.
+# **You should know** [stepwise DPO](../14_stepwise.ipynb) and the [protocol](protocol.ipynb) of the tiny worlds. **Time** 35 minutes to read, a few seconds to run.
 #
 # Table 3 of the paper compares stepwise DPO with plain DPO and with a random split, on a model of 10.7 billion parameters, once each, without error bars. Here the same comparison is made with a model of 135 million parameters, on real pairs of the same two families of data, and often enough to say how sure we are.
 #
@@ -44,6 +44,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import t as student
 
 from sdpo_nb.compare import holm_p_values, sign_flip_p_value
+from sdpo_nb.evaluate import stability
 
 # %% [markdown]
 # ## The arms
@@ -470,10 +471,107 @@ assert words["word"].tolist() == ["we cannot tell", "equal"]      # three draws:
 assert not assay(toys, S, sources=["orca"])["counts"].any()       # the weak one is S with noise
 words.round(3)
 
+
 # %% [markdown]
+# ## What stands beside the answers
+#
+# The secondary outcomes of an arm, as means over its draws. *Forgotten* is the accuracy on Orca after the stage that trained on it, minus that at the end; it exists where other stages come after. *Loss sd* says how far the losses of a stage scatter about their running median ([chapter 08](../08_evaluate.ipynb)).
+
+# %%
+#| export
+def _absolute(row, S): # test pairs of Orca and UltraFeedback: does the model itself prefer the chosen response?
+    numbers = np.array(row["pairs"])
+    said = pd.DataFrame(row["models"][-1])
+    lengths = pd.DataFrame({name: S[name] for name in ("chosen_tokens", "rejected_tokens")}).iloc[numbers].reset_index(drop=True)
+    kinds = pd.DataFrame({name: S[name] for name in ("source", "role")}).iloc[numbers].reset_index(drop=True)
+    test = (kinds["role"] != "validation") & kinds["source"].isin(["orca", "uf"])
+    by_token = said["chosen"] / lengths["chosen_tokens"] - said["rejected"] / lengths["rejected_tokens"]
+    return (said["chosen"] > said["rejected"])[test].mean(), (by_token > 0)[test].mean()
+
+def _forgotten(row, S): # of Orca, by the stages after it; NaN where there are none
+    trained = [stage["chunk"] for stage in row["stages"]]
+    if trained[:1] != ["orca"]: return math.nan
+    after, at_end = (outcome_of(row, S, "accuracy", ["orca"], stage).mean() for stage in (0, -1))
+    return after - at_end
+
+def _beside(row, S):
+    pairs = added(row, S)
+    test = pairs[(pairs["role"] != "validation") & pairs["source"].isin(["orca", "uf"])]
+    by_sum, by_token = _absolute(row, S)
+    return {
+        "gain, Orca": outcome_of(row, S, "gain", ["orca"]).mean(),
+        "gain, UF": outcome_of(row, S, "gain", ["uf"]).mean(),
+        "accuracy": outcome_of(row, S, "accuracy").mean(),
+        "accuracy, HH": outcome_of(row, S, "accuracy", ["hh"]).mean(),
+        "prefers chosen": by_sum,
+        "per token": by_token,
+        "chosen - S (nats)": test["chosen"].mean(),
+        "forgotten": _forgotten(row, S),
+        "loss sd": np.mean([stability(stage["losses"])["sd"] for stage in row["stages"]]),
+    }
+
+def secondary_outcomes(
+    rows: dict,        # arm -> draw -> row
+    S: dict,           # the row of S
+) -> pd.DataFrame:     # an arm a line
+    "Means over the draws of an arm, without intervals."
+    table = {}
+    for arm, by_draw in rows.items():
+        if by_draw: table[arm] = pd.DataFrame([_beside(row, S) for row in by_draw.values()]).mean()
+    return pd.DataFrame(table).T
+
+
+# %% [markdown]
+# ## The answers
+#
+# They come from files of results, wherever these were made. Is anything there?
+
+# %%
+from sdpo_nb.compare import plot_contrasts
+from sdpo_nb.real import arrange
+from sdpo_nb.timed import read_results
+
+found = arrange("smollm2", read_results("smollm2"))
+asked_for = sorted({arm for line in PRIMARY[["a", "b"]].to_numpy() for arm in line})
+draws = [set(found.rows.get(arm, {})) for arm in asked_for]
+common = sorted(set.intersection(*draws))
+print("cells that are missing:", "all" if found.missing is None else found.missing)
+print("draws that have all arms of the four questions:", len(common))
+for origin in found.origin: print(origin)
+
+# %% [markdown]
+# As long as a draw is missing, nothing is concluded. What is there is shown:
+
+# %%
+if found.chosen:
+    display(pd.DataFrame(found.chosen).T)
+
+# %%
+if len(common) > 1:
+    display(assay(found.rows, found.S).round(3))
+    answers = answer_questions(found.rows, found.S, PRIMARY)
+    display(answers.round(3).set_index("question"))
+    plot_contrasts(answers, "difference of gain (nats a pair)", MARGINS["gain"], sides=("better: the second", "better: the first"))
+
+# %%
+if len(common) > 1:
+    display(answer_questions(found.rows, found.S, PRIMARY, "accuracy").round(3).set_index("question"))
+    display(secondary_outcomes(found.rows, found.S).round(3))
+
+# %% [markdown]
+# To run it: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder OUT --data DIR --model DIR`, again and again, until no cell is left. On an H100 a run took 12 to 13 seconds in the pilot, with pairs twice as long as here. Then `OUT/smollm2.jsonl` belongs into `data/results`, and this page is run again.
+#
+# ## What this does not show
+#
+# - **It has not been run.** Everything above was tried on the tiny world only.
+# - One base model, with 135 million parameters, and 1,165 pairs or so in the pool. The paper's has 10.7 billion and 72,000.
+# - One pass, as in the paper. Three passes may be another matter.
+# - Nothing is generated: no KL along answers, so no comparison at equal distance, no replies side by side, no benchmark. The gain is about pairs.
+#
 # ## What you now have
 #
-# - Twelve arms, eight draws, one search, four questions, two margins: all in one commit, before the first run.
+# - Twelve arms, eight draws, one search, four questions, two margins: fixed before the first run.
+# - `answer_questions`: the answers with their words, and `assay`, which says whether an outcome may be used.
 #
 # ## Questions to test yourself
 #

@@ -64,7 +64,7 @@ pairs["chosen longer"] = pairs["chosen_tokens"] > pairs["rejected_tokens"]
 pairs.groupby("source", sort=False)[["chosen_tokens", "rejected_tokens", "sum", "per token"]].median().round(2)
 
 # %% [markdown]
-# The table is not complete: the pass over all 2,704 pairs takes an hour and more on a CPU, and was stopped. It had gone through each source in the order of the data, so what is there is the beginning of each. `python -m sdpo_nb.experiments which_is_easy` begins with this pass, and goes on where it was stopped.
+# The table is not complete: the pass over all 2,704 pairs takes an hour and more on a CPU, and was stopped. It had gone through each source in the order of the data, so what is there is the beginning of each. `python -m sdpo_nb.experiments which_is_easy --longest 1024 --folder OUT --data DIR --model DIR` begins with such a pass, and goes on where it was stopped; `scored_pairs` of [real cells](real_cells.ipynb) reads what it has.
 
 # %%
 ALL = dict(orca=361, uf=1193, hh=1150)
@@ -147,7 +147,7 @@ assert table.loc[("orca", "per token"), "high"] < 0.5
 
 
 # %% [markdown]
-# Orca is the easiest source by the sum, and by far the hardest per token: both intervals are on their side of one half. About UltraFeedback and HH the intervals overlap, by either measure.
+# Orca is the easiest source by the sum, and by far the hardest per token: both intervals are on their side of one half. HH comes before UltraFeedback by the sum; per token their intervals overlap.
 #
 # ## How sure is an order?
 #
@@ -189,7 +189,7 @@ print(f"Orca is first by the sum in {first:.0%}, last per token in {last:.0%} of
 print({measure: f"order as in the table in {share:.0%}" for measure, share in same.items()})
 
 # %% [markdown]
-# So one thing is sure: where Orca stands, and that the two measures disagree about it. The order of the other two is nearly a coin.
+# So it is sure where Orca stands, and that the two measures disagree about it. Which of the other two is harder per token, we cannot tell from these pairs.
 #
 # ## It is the length
 #
@@ -213,9 +213,21 @@ assert (ranks["sum"] < -0.5).all()
 ranks.round(2)
 
 # %% [markdown]
-# By the sum, $\gamma$ is above all a comparison of lengths, in all three sources. Per token the sign turns: in Orca a longer response has likelier tokens. So neither measure is free of length. In Orca the chosen response is the shorter one in most pairs, since it comes from a terser model, and this alone makes the source "easy".
+# By the sum, $\gamma$ is above all a comparison of lengths, in all three sources. Per token the sign turns, in UltraFeedback most: there the tokens of a longer response are likelier. So neither measure is free of length.
 #
-# The paper does not say which of the two it means. What follows for its recipe: *the order of sources can be decided by how long their chosen responses are*.
+# In Orca the chosen response is the shorter one in most pairs. Is that what makes it easy? We keep only pairs whose two responses differ by less than a fifth in length:
+
+# %%
+longest = pairs[["chosen_tokens", "rejected_tokens"]].max(axis=1)
+near = easy_table(pairs[pairs["longer by"].abs() < longest / 5])
+assert near.loc[("orca", "sum"), "share"] < 0.5
+shown = {}
+for (source, measure), row in near.iterrows():
+    shown.setdefault(NAMES[source], {"pairs": int(row["n"])})[measure] = as_text((row["share"], row["low"], row["high"]), ".2f")
+pd.DataFrame(shown).T
+
+# %% [markdown]
+# Then Orca is not easy by either measure. The paper does not say which of the two it means. What follows for its recipe: *the order of sources can be decided by how long their chosen responses are*.
 #
 # ## Does the order matter for training?
 #
@@ -292,10 +304,10 @@ if found.missing == 0:
 #
 # ## Try this
 #
-# - Keep only pairs whose two responses differ by less than a fifth in length, and make the table again. Does Orca keep its two places?
+# - Swap the two responses of all pairs of Orca (exchange the columns of chosen and rejected), and make the table again. Where does Orca stand then?
 #
 #   <details><summary>What you should see</summary>
 #
-#   TRYTHIS
+#   Every share becomes one minus itself: Orca is last by the sum and first per token. The order depends on which responses are called chosen, and here these are the short ones.
 #
 #   </details>
