@@ -72,7 +72,7 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 # ```
 #
 # Files, folders or hub ids, each with a `max_pairs` of its own where you want one; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: the result is the same, bit for bit. How, with which settings, and what fits on which card:
-# [your model, your pairs](your_model.ipynb). Another loss than that of DPO is a function of a few lines: [other losses](other_losses.ipynb). If you train with TRL and want to stay there: [the same loop with TRL](with_trl.ipynb), from the chunks to the gamma table.
+# [your model, your pairs](your_model.ipynb). Another loss than that of DPO is a function of a few lines: [other losses](other_losses.ipynb). `--lora-r 16` trains [adapters](09_lora.ipynb) in place of all weights, and `sdpo eval runs/first --tasks h4` asks [public benchmarks](15_benchmarks.ipynb) of S and of every stage. If you train with TRL and want to stay there: [the same loop with TRL](with_trl.ipynb), from the chunks to the gamma table.
 #
 # ## Does it help?
 #
