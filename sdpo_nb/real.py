@@ -9,7 +9,7 @@ __all__ = ['SOURCE_FILES', 'SMOLLM2', 'THREE', 'REHEARSED', 'lot', 'prepare_ids'
 
 # %% ../nbs/experiments/real_cells.ipynb #ab468212
 import gzip, hashlib, json, math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from .logprobs import LogprobTable, ahead, autocast, load_model, load_tokenizer, pair_tokens
-from .logprobs import pairs_hash, pick_precision, read_table, replacing, same_bits, score_pairs, weights_hash
+from .logprobs import pairs_hash, pick_precision, read_table, replacing, same_bits, score_pairs
+from .logprobs import weights_hash
 from .packing import PARTS, choose_logprobs
 from .preferences import load_pairs, tokenize_pairs
 from .smollm2 import ARMS, BORROWED, DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
 from .smollm2 import choose_settings, grid_of
 from .timed import run_timed
-from .trainer import TrainConfig, Trainer, all_batches, compile_for, fit, learning_rate
+from .trainer import TrainConfig, Trainer, activation_checkpointing, all_batches, compile_for
+from .trainer import fit, learning_rate
 from .trainer import make_accelerator, make_optimizer, trainable, wants_compiling, why_not_same_bits
 from .which_is_easy import EASY_ARMS, with_gaps
 from .world import content_hash
@@ -44,7 +46,8 @@ def lot(
 def _read_rows(data, source):
     "Rows of a source, as the data have them."
     path = Path(data) / "preferences" / f"{SOURCE_FILES[source]}.jsonl.gz"
-    if not path.exists(): raise ValueError(f"{path}: not there; --data names the folder that has preferences/")
+    if not path.exists():
+        raise ValueError(f"{path}: not there; --data names the folder that has preferences/")
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 def _given(row): # held out by those who made the data
@@ -146,6 +149,7 @@ class Base:
     precision: str     # of forward passes
     logprobs: object   # (model, pairs) -> (chosen, rejected)
     strict: bool       # whether all its operations have a deterministic form
+    fitted: TrainConfig # with the token budget that the device has room for, asked once
 
     def reset(self):
         "Make the model S again."
@@ -171,10 +175,11 @@ def load_S(
     weights = {name: value.detach().clone() for name, value in loaded.state_dict().items()}
     precision = pick_precision(precision, loaded.device)
     logprobs = choose_logprobs(loaded, pairs[:64], "auto", precision)
-    config = TrainConfig()
-    if wants_compiling(config, loaded.device): compile_for(loaded, logprobs, precision, config)
+    longest = sorted(pairs, key=lambda pair: -pair_tokens([pair])[0])[:64]
+    fitted = fit(loaded, longest, TrainConfig(), precision, logprobs)
+    if wants_compiling(fitted, loaded.device): compile_for(loaded, logprobs, precision, fitted)
     strict = why_not_same_bits(loaded, logprobs, precision) is None
-    return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict)
+    return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict, fitted)
 
 # %% ../nbs/experiments/real_cells.ipynb #d9554abb
 def _sft_gradients(trainer, batch, parts):
@@ -198,7 +203,10 @@ def train_in_memory(
 ) -> dict:                     # losses, grad_norms: one number a step
     "Train one stage as `train_stage` does, without files."
     model = trainable(base.model)
-    config = fit(model, pairs, config, base.precision, base.logprobs)
+    recompute = config.gradient_checkpointing or base.fitted.gradient_checkpointing
+    budget = config.token_budget or base.fitted.token_budget
+    config = replace(config, token_budget=budget, gradient_checkpointing=recompute)
+    activation_checkpointing(model, recompute)
     accelerator = make_accelerator(base.precision, model.device)
     optimizer = make_optimizer(model, config)
     trainer = Trainer(model, table, config, accelerator, optimizer, base.precision, base.logprobs)
@@ -217,6 +225,7 @@ def train_in_memory(
             done += not made["skipped"]
             losses.append(round(made["loss"], 4))
             norms.append(made["grad_norm"])
+    activation_checkpointing(model, False)
     model.eval()
     return dict(losses=losses, grad_norms=norms)
 
@@ -401,8 +410,8 @@ class Design:
         "Arm -> draw -> cell."
         chosen, cells = self.chosen(rows), {}
         for arm, stages in self.stages_of(rows[self.start.key]).items():
-            of_arm = [make_cell(arm, draw, stages, chosen[arm], self.sources, self.about) for draw in self.draws]
-            cells[arm] = dict(zip(self.draws, of_arm))
+            same = stages, chosen[arm], self.sources, self.about
+            cells[arm] = {draw: make_cell(arm, draw, *same) for draw in self.draws}
         return cells
 
     def plan(

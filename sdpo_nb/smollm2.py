@@ -101,7 +101,8 @@ def fit_temperature(
 ) -> float:    # c of (1); 0 where the model is wrong in the mean
     "The c with the smallest mean log-loss."
     if np.mean(delta) <= 0: return 0.
-    found = minimize_scalar(lambda x: log_losses(delta, math.exp(x)).mean(), bounds=(-10, 5), method="bounded")
+    def loss(log_c): return log_losses(delta, math.exp(log_c)).mean()
+    found = minimize_scalar(loss, bounds=(-10, 5), method="bounded")
     return math.exp(found.x)
 
 def outcome_of(
@@ -236,10 +237,10 @@ def assay(
 def _absolute(row, S): # test pairs of Orca and UltraFeedback: does the model itself prefer the chosen response?
     numbers = np.array(row["pairs"])
     said = pd.DataFrame(row["models"][-1])
-    lengths = pd.DataFrame({name: S[name] for name in ("chosen_tokens", "rejected_tokens")}).iloc[numbers].reset_index(drop=True)
-    kinds = pd.DataFrame({name: S[name] for name in ("source", "role")}).iloc[numbers].reset_index(drop=True)
-    test = (kinds["role"] != "validation") & kinds["source"].isin(["orca", "uf"])
-    by_token = said["chosen"] / lengths["chosen_tokens"] - said["rejected"] / lengths["rejected_tokens"]
+    names = ("source", "role", "chosen_tokens", "rejected_tokens")
+    about = pd.DataFrame({name: S[name] for name in names}).iloc[numbers].reset_index(drop=True)
+    test = (about["role"] != "validation") & about["source"].isin(["orca", "uf"])
+    by_token = said["chosen"] / about["chosen_tokens"] - said["rejected"] / about["rejected_tokens"]
     return (said["chosen"] > said["rejected"])[test].mean(), (by_token > 0)[test].mean()
 
 def _forgotten(row, S): # of Orca, by the stages after it; NaN where there are none

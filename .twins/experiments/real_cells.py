@@ -26,7 +26,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 #| export
 import gzip, hashlib, json, math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +35,15 @@ import torch
 from torch import Tensor
 
 from sdpo_nb.logprobs import LogprobTable, ahead, autocast, load_model, load_tokenizer, pair_tokens
-from sdpo_nb.logprobs import pairs_hash, pick_precision, read_table, replacing, same_bits, score_pairs, weights_hash
+from sdpo_nb.logprobs import pairs_hash, pick_precision, read_table, replacing, same_bits, score_pairs
+from sdpo_nb.logprobs import weights_hash
 from sdpo_nb.packing import PARTS, choose_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.smollm2 import ARMS, BORROWED, DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
 from sdpo_nb.smollm2 import choose_settings, grid_of
 from sdpo_nb.timed import run_timed
-from sdpo_nb.trainer import TrainConfig, Trainer, all_batches, compile_for, fit, learning_rate
+from sdpo_nb.trainer import TrainConfig, Trainer, activation_checkpointing, all_batches, compile_for
+from sdpo_nb.trainer import fit, learning_rate
 from sdpo_nb.trainer import make_accelerator, make_optimizer, trainable, wants_compiling, why_not_same_bits
 from sdpo_nb.which_is_easy import EASY_ARMS, with_gaps
 from sdpo_nb.world import content_hash
@@ -77,7 +79,8 @@ def lot(
 def _read_rows(data, source):
     "Rows of a source, as the data have them."
     path = Path(data) / "preferences" / f"{SOURCE_FILES[source]}.jsonl.gz"
-    if not path.exists(): raise ValueError(f"{path}: not there; --data names the folder that has preferences/")
+    if not path.exists():
+        raise ValueError(f"{path}: not there; --data names the folder that has preferences/")
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 def _given(row): # held out by those who made the data
@@ -222,6 +225,7 @@ class Base:
     precision: str     # of forward passes
     logprobs: object   # (model, pairs) -> (chosen, rejected)
     strict: bool       # whether all its operations have a deterministic form
+    fitted: TrainConfig # with the token budget that the device has room for, asked once
 
     def reset(self):
         "Make the model S again."
@@ -247,10 +251,11 @@ def load_S(
     weights = {name: value.detach().clone() for name, value in loaded.state_dict().items()}
     precision = pick_precision(precision, loaded.device)
     logprobs = choose_logprobs(loaded, pairs[:64], "auto", precision)
-    config = TrainConfig()
-    if wants_compiling(config, loaded.device): compile_for(loaded, logprobs, precision, config)
+    longest = sorted(pairs, key=lambda pair: -pair_tokens([pair])[0])[:64]
+    fitted = fit(loaded, longest, TrainConfig(), precision, logprobs)
+    if wants_compiling(fitted, loaded.device): compile_for(loaded, logprobs, precision, fitted)
     strict = why_not_same_bits(loaded, logprobs, precision) is None
-    return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict)
+    return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict, fitted)
 
 
 # %%
@@ -287,7 +292,10 @@ def train_in_memory(
 ) -> dict:                     # losses, grad_norms: one number a step
     "Train one stage as `train_stage` does, without files."
     model = trainable(base.model)
-    config = fit(model, pairs, config, base.precision, base.logprobs)
+    recompute = config.gradient_checkpointing or base.fitted.gradient_checkpointing
+    budget = config.token_budget or base.fitted.token_budget
+    config = replace(config, token_budget=budget, gradient_checkpointing=recompute)
+    activation_checkpointing(model, recompute)
     accelerator = make_accelerator(base.precision, model.device)
     optimizer = make_optimizer(model, config)
     trainer = Trainer(model, table, config, accelerator, optimizer, base.precision, base.logprobs)
@@ -306,6 +314,7 @@ def train_in_memory(
             done += not made["skipped"]
             losses.append(round(made["loss"], 4))
             norms.append(made["grad_norm"])
+    activation_checkpointing(model, False)
     model.eval()
     return dict(losses=losses, grad_norms=norms)
 
@@ -547,8 +556,8 @@ class Design:
         "Arm -> draw -> cell."
         chosen, cells = self.chosen(rows), {}
         for arm, stages in self.stages_of(rows[self.start.key]).items():
-            of_arm = [make_cell(arm, draw, stages, chosen[arm], self.sources, self.about) for draw in self.draws]
-            cells[arm] = dict(zip(self.draws, of_arm))
+            same = stages, chosen[arm], self.sources, self.about
+            cells[arm] = {draw: make_cell(arm, draw, *same) for draw in self.draws}
         return cells
 
     def plan(

@@ -182,7 +182,8 @@ entropy = -pilot * np.log(pilot) - (1 - pilot) * np.log(1 - pilot)
 
 of_dpo = {"gain": weights @ (math.log(2) - entropy), "accuracy": weights @ pilot - 0.5}
 ahead = 1.64 / 3.16
-expected = pd.DataFrame({"DPO over S": of_dpo, "sDPO over DPO, as in the paper": {k: ahead * v for k, v in of_dpo.items()}})
+of_sdpo = {outcome: ahead * gained for outcome, gained in of_dpo.items()}
+expected = pd.DataFrame({"DPO over S": of_dpo, "sDPO over DPO, as in the paper": of_sdpo})
 expected["margin"] = MARGINS
 for outcome in MARGINS:
     assert expected.loc[outcome, "DPO over S"] > 4 * MARGINS[outcome]
@@ -240,7 +241,8 @@ def fit_temperature(
 ) -> float:    # c of (1); 0 where the model is wrong in the mean
     "The c with the smallest mean log-loss."
     if np.mean(delta) <= 0: return 0.
-    found = minimize_scalar(lambda x: log_losses(delta, math.exp(x)).mean(), bounds=(-10, 5), method="bounded")
+    def loss(log_c): return log_losses(delta, math.exp(log_c)).mean()
+    found = minimize_scalar(loss, bounds=(-10, 5), method="bounded")
     return math.exp(found.x)
 
 def outcome_of(
@@ -465,7 +467,10 @@ def assay(
 
 # %%
 toys = {"DPO": {draw: weak for draw in range(3)}, "sDPO": {draw: good for draw in range(3)}}
-asked = pd.DataFrame([("good against weak", "sDPO", "DPO"), ("an arm against itself", "sDPO", "sDPO")], columns=["question", "a", "b"])
+asked = pd.DataFrame([
+    ("good against weak", "sDPO", "DPO"),
+    ("an arm against itself", "sDPO", "sDPO"),
+], columns=["question", "a", "b"])
 words = answer_questions(toys, S, asked, sources=["orca"])
 assert words["word"].tolist() == ["we cannot tell", "equal"]      # three draws: p is 0.25 at best
 assert not assay(toys, S, sources=["orca"])["counts"].any()       # the weak one is S with noise
@@ -482,10 +487,10 @@ words.round(3)
 def _absolute(row, S): # test pairs of Orca and UltraFeedback: does the model itself prefer the chosen response?
     numbers = np.array(row["pairs"])
     said = pd.DataFrame(row["models"][-1])
-    lengths = pd.DataFrame({name: S[name] for name in ("chosen_tokens", "rejected_tokens")}).iloc[numbers].reset_index(drop=True)
-    kinds = pd.DataFrame({name: S[name] for name in ("source", "role")}).iloc[numbers].reset_index(drop=True)
-    test = (kinds["role"] != "validation") & kinds["source"].isin(["orca", "uf"])
-    by_token = said["chosen"] / lengths["chosen_tokens"] - said["rejected"] / lengths["rejected_tokens"]
+    names = ("source", "role", "chosen_tokens", "rejected_tokens")
+    about = pd.DataFrame({name: S[name] for name in names}).iloc[numbers].reset_index(drop=True)
+    test = (about["role"] != "validation") & about["source"].isin(["orca", "uf"])
+    by_token = said["chosen"] / about["chosen_tokens"] - said["rejected"] / about["rejected_tokens"]
     return (said["chosen"] > said["rejected"])[test].mean(), (by_token > 0)[test].mean()
 
 def _forgotten(row, S): # of Orca, by the stages after it; NaN where there are none
@@ -551,7 +556,8 @@ if len(common) > 1:
     display(assay(found.rows, found.S).round(3))
     answers = answer_questions(found.rows, found.S, PRIMARY)
     display(answers.round(3).set_index("question"))
-    plot_contrasts(answers, "difference of gain (nats a pair)", MARGINS["gain"], sides=("better: the second", "better: the first"))
+    sides = ("better: the second", "better: the first")
+    plot_contrasts(answers, "difference of gain (nats a pair)", MARGINS["gain"], sides=sides)
 
 # %%
 if len(common) > 1:

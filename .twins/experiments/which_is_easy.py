@@ -196,9 +196,9 @@ print({measure: f"order as in the table in {share:.0%}" for measure, share in sa
 # Every token costs log-probability, so a sum favours the shorter response. What happens to both measures where the chosen response is the longer one?
 
 # %%
-by_length = pairs.groupby(["source", "chosen longer"], sort=False)[list(MEASURES)].agg(lambda gaps: (gaps > 0).mean())
-counted = pairs.groupby(["source", "chosen longer"], sort=False).size().rename("pairs")
-by_length = by_length.join(counted)
+groups = pairs.groupby(["source", "chosen longer"], sort=False)
+by_length = groups[list(MEASURES)].agg(lambda gaps: (gaps > 0).mean())
+by_length = by_length.join(groups.size().rename("pairs"))
 for source in COLOURS:
     assert by_length.loc[(source, True), "sum"] < by_length.loc[(source, False), "sum"]
 by_length.rename(NAMES, level=0).round(2)
@@ -207,7 +207,8 @@ by_length.rename(NAMES, level=0).round(2)
 pairs["longer by"] = pairs["chosen_tokens"] - pairs["rejected_tokens"]
 ranks = {}
 for source, of_source in pairs.groupby("source", sort=False):
-    ranks[NAMES[source]] = {measure: spearmanr(of_source["longer by"], of_source[measure]).statistic for measure in MEASURES}
+    longer = of_source["longer by"]
+    ranks[NAMES[source]] = {measure: spearmanr(longer, of_source[measure]).statistic for measure in MEASURES}
 ranks = pd.DataFrame(ranks).T.rename_axis("rank correlation with the difference of lengths")
 assert (ranks["sum"] < -0.5).all()
 ranks.round(2)
@@ -223,7 +224,8 @@ near = easy_table(pairs[pairs["longer by"].abs() < longest / 5])
 assert near.loc[("orca", "sum"), "share"] < 0.5
 shown = {}
 for (source, measure), row in near.iterrows():
-    shown.setdefault(NAMES[source], {"pairs": int(row["n"])})[measure] = as_text((row["share"], row["low"], row["high"]), ".2f")
+    line = shown.setdefault(NAMES[source], {"pairs": int(row["n"])})
+    line[measure] = as_text((row["share"], row["low"], row["high"]), ".2f")
 pd.DataFrame(shown).T
 
 # %% [markdown]
