@@ -4,9 +4,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/graded_cells.ipynb)
 #
-# **You should know** what is [asked](known_truth.ipynb), the [tasks](graded_tasks.ipynb), and [one run on a real model](real_cells.ipynb). **Time** 25 minutes to read, a minute to run.
+# **You should know** what is [asked](known_truth.ipynb), the [tasks](graded_tasks.ipynb), and [one run on a real model](real_cells.ipynb). **Time** 30 minutes to read, a minute to run.
 #
 # The experiment with a known truth has two kinds of cells. In a *writing* cell S answers the problems of a draw, twice. In a *training* cell an arm is trained on the pairs of these answers, and then asked the test problems of the draw. Both become rows of one file. So what S wrote is kept with the results, and a run that goes on elsewhere trains on the same pairs.
+#
+# We follow one draw from its problems to an answer: problems, what S writes, pairs, training, the exam, the row. Then come the plan of all cells, and the way from rows to answers. The model of this page is tiny and has random weights. What it shows is that each part does what it should.
 
 # %%
 #| default_exp graded_cells
@@ -22,6 +24,9 @@ assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see
 import sdpo_nb
 version = sdpo_nb.__version__
 assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
+
+# %% [markdown]
+# Tasks and grading come from `graded`, the arms and questions from `known_truth`, the training loop from `real`. New on this page is what joins them.
 
 # %%
 #| export
@@ -57,6 +62,8 @@ from sdpo_nb.world import complaint, make_model, make_tokenizer
 # ## The problems of a draw
 #
 # A draw has problems of three sources for training, and others for the test (the search has those of the validation split in their place). All tasks have the same share. The number of the draw is the seed.
+#
+# Problems are not stored. They are made from the split, the draw, the levels and `n`, so whoever knows these four has the same problems. Small tasks do not have enough different questions for a large `n`; then questions come again.
 
 # %%
 #| export
@@ -76,6 +83,9 @@ def draw_problems(
     return problems
 
 
+# %% [markdown]
+# What do the problems of draw 1 look like? For this page two tasks are enough, with a size for each source. The assertions ask for draw 1 twice, and for draw 2.
+
 # %%
 LEVELS = { # for this page only
     "easy": dict(add=3, reverse=2),
@@ -89,9 +99,13 @@ pd.DataFrame({source: [p.question for p in found[:3]] for source, found in probl
 
 
 # %% [markdown]
+# A column is a source, with its first three questions of 24. The tasks are mixed. The harder a source, the more digits and the more words. Draw 1 is the same when it is asked for again, and draw 2 has other problems.
+#
 # ## Cells
 #
 # The key of a cell is a hash of all that it does. If an arm with borrowed settings happens to be one that was run already, it has its key.
+#
+# A training cell contains its writing cell, and the key of the one enters the key of the other. So with another S, or another way of sampling, all keys are others. The name of the arm is for people and does not enter. The cost is a guess, in units of one exam; [`run_timed`](timed.ipynb) uses it to tell whether a cell still fits into the time.
 
 # %%
 #| export
@@ -129,6 +143,9 @@ class GradedCell:
         return f"{self.arm}, draw {self.draw}" + (f", {settings}" if settings else "")
 
 
+# %% [markdown]
+# Does the key forget the name, and does it remember who wrote the chosen answers?
+
 # %%
 written = WritingCell(1, 12, "a toy")
 dpo = GradedCell("DPO", (("all", "S", "S"),), (("beta", 0.3), ("lr", 1e-5)), "test", 4, False, written)
@@ -138,9 +155,17 @@ print(dpo, "|", written)
 
 
 # %% [markdown]
+# It does both. The line is how the two cells are called in the log of a run.
+#
 # ## S, three times
 #
 # A process holds S three times. One copy is trained, and on a card its layers are compiled. One answers, and gets the weights of whatever was trained. One stays as it is, for the KL. At 135 million parameters this is little.
+#
+# Why not one? Training and writing need a model in different ways: the trained one is set up to read whole pairs, the writer makes one token after the other. With a copy for each, neither has to be set up again.
+#
+# `load_graded` must choose how pairs are read before S has written anything. It makes a few pairs for this, the right answer against the answer "no". They are only read to try the model out, and are never trained on.
+#
+# `about` is a hash of the weights of S, the levels, how answers are sampled, and the settings of every run. It is in every key.
 
 # %%
 #| export
@@ -211,9 +236,16 @@ graded.base.precision, graded.base.logprobs.__name__
 
 
 # %% [markdown]
+# The model that will be trained computes in fp32, as asked, and reads packed pairs.
+#
 # ## S writes
 #
 # The row of a writing cell holds two answers to each problem, and how often they were right. The problems need not be kept: the draw makes them again.
+#
+# There are two kinds of pairs, and both come from the same row:
+#
+# - *Two answers of S.* The program grades both. The better one is likelier to be chosen, but not certain to be: the label is drawn, as a person may err. Pairs with equal scores are dropped, and so are empty answers.
+# - *Teacher.* The program's right answer is chosen, and the first answer of S rejected. It is dropped where S was right, or wrote nothing.
 
 # %%
 #| export
@@ -249,6 +281,9 @@ def pairs_of(
     return pairs
 
 
+# %% [markdown]
+# How many pairs does each kind have? The row goes through JSON first, as it would on its way to a file and back. The pairs are made twice, and must be the same.
+
 # %%
 written = WritingCell(1, graded.n, graded.about)
 graded.rows[written.key] = json.loads(json.dumps(run_writing(written, graded)))     # as from a file
@@ -263,6 +298,8 @@ pd.DataFrame(sizes).loc[list(SOURCES)]
 
 
 # %% [markdown]
+# Each source has 24 problems. All 24 give a pair with the teacher. Of pairs with two answers of S there are only 2 to 6: in the others the scores were equal, or an answer was empty. So below the arms are trained on the teacher's pairs.
+#
 # ## The exam
 #
 # Each test problem gives three numbers: the score of a sampled answer, the score of the greedy one, and the KL from S along the sampled one. The luck belongs to the draw, so two arms whose probabilities are the same give the same answers, and a difference of two arms is due to them. Answers are computed in fp32 whatever the training was computed in: in bf16 a token near the edge of its piece of the ruler may become another one.
@@ -287,6 +324,9 @@ def graded_exam(
     return dict(sampled=scores(responses), greedy=scores(greedy), kl=np.round(kl.numpy(), 3).tolist())
 
 
+# %% [markdown]
+# We ask S itself. There are 24 test problems: two tasks, three levels, four of each. The writer with the weights of S and S itself must give the same results, and the KL of S from S must be 0.
+
 # %%
 problems = [p for found in draw_problems(1, "test", LEVELS, 4).values() for p in found]
 results = graded_exam(graded.become(graded.S), graded, problems, seed=1)
@@ -296,11 +336,17 @@ pd.DataFrame(results).mean().round(3).to_dict()
 
 
 # %% [markdown]
+# As it should be, the KL is 0. The mean score is 0.01 for sampled answers and 0 for greedy ones: this S cannot do the tasks.
+#
 # ## Training
 #
 # Nothing is written while an arm is trained. If the process is killed, the arm is lost, and nothing else: a run takes less time than writing its checkpoints would. The first loss of a stage that is its own reference must be $\log 2$, as everywhere in this book; we look for it below.
 #
 # The loop is that of [real cells](real_cells.ipynb): a stage in memory, no file. What S says about the pairs of a draw is computed once for all its arms. From it comes the order that the paper's recipe would take: sources by the share of pairs with $\gamma > 0$ under S.
+#
+# This order is only noted in the row. The arms take easy, middle and hard as they were made. So one can see later whether the recipe would have found the same order.
+#
+# The table is kept for one draw and one kind of pairs at a time, and dropped when the next one comes. The arm S has no stages: it trains on nothing, and goes to the exam as it is. Every row of a trained arm holds the hash of its pairs, so one can check that two arms had the same ones.
 
 # %%
 #| export
@@ -363,6 +409,9 @@ def run_graded(
     )
 
 
+# %% [markdown]
+# Four arms are trained on the teacher's pairs of draw 1; they and S are asked. Which stages must begin at $\log 2$? And which of the five should be at no distance from S?
+
 # %%
 rows = {}
 for arm in ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, fixed reference"):
@@ -382,11 +431,15 @@ first
 # %% [markdown]
 # A stage that is its own reference begins at $\log 2 = 0.693$, and the arm with a fixed reference does so once.
 #
+# Its next stages begin at 0.469 and 0.295. The first batch of a new source is lower there, because the stages before have moved the model away from S towards such chosen answers. The first loss of fine-tuning, 3.93, is minus the mean log-probability of a token and has another scale. The assertions on the KL hold: S is at no distance from itself, and each of the other four has moved.
+#
 # ## The plan
 #
 # Why a plan, and not a list? The settings of the arms are not known before the search is complete. The plan is asked again after each cell, with all rows that are there. So a process that is begun anew, on another machine perhaps, needs nothing but the file.
 #
 # First S writes for the search, and the search is run. When it is complete, the draws come one after the other: S writes, then all arms. So whatever is finished is a number of whole draws and a part of one.
+#
+# The settings of an arm are those with the highest mean score on the validation problems, sampled answers. Some arms borrow instead. *sDPO at DPO's beta* and *DPO at beta/T* have settings of DPO, with beta as it is or divided by three. The ladder has sDPO at four other betas around its best one. It is needed for a comparison at equal KL, further down.
 
 # %%
 #| export
@@ -461,6 +514,8 @@ def _same_for_all(arms, settings): # a rehearsal has no search
 
 # %% [markdown]
 # How many cells does the real plan have, before the search and after it? We invent the rows of a search.
+#
+# No model is run for this. The scores are made up, so the settings that win mean nothing; only the cells are counted. The assertion says that no cell is there twice.
 
 # %%
 plan = graded_plan(graded)
@@ -472,9 +527,15 @@ print(f"{len(search)} cells of the search; {len(everything) - len(search)} in {l
 
 
 # %% [markdown]
+# The search has one cell in which S writes, 3 for fine-tuning, and 12 for each of six arms: 76. A draw has 15: S writes, then eight arms, and six with borrowed settings. The real number can be smaller. If two arms end up with the same stages and settings, they share a cell.
+#
 # ## From rows to answers
 #
 # Rows are arranged by arm and draw. An arm whose settings are those of another has no row of its own; it is found by its key. Then each question is one number per draw.
+#
+# Why one number per draw? The test problems of a draw are all answered by one trained model, so their scores are not independent. Each draw has pairs, training and luck of its own. The unit that is counted is the draw.
+#
+# One arm is never trained: *sDPO at the KL of DPO*. In each draw we take the KL and the score of sDPO at its five betas, and read off the score where the KL is that of DPO, on straight lines between the five points. Outside of them the nearest point counts.
 
 # %%
 #| export
@@ -551,6 +612,8 @@ def question_differences(
 
 # %% [markdown]
 # A question whose outcome is not sensitive is not answered: if DPO minus S does not exceed twice the margin, nothing is said about the arms.
+#
+# Why this rule? If DPO itself has learned nothing that the outcome can see, all arms may look equal. That would be a finding about the outcome, and not about the arms.
 
 # %%
 #| export
@@ -591,9 +654,13 @@ graded_answers(found, answered)[["question", "mean", "low", "high", "p", "p_equa
 # %% [markdown]
 # The arms are random models that have learned a little; the numbers say nothing. What counts is that every question is asked of the right rows.
 #
+# A draw has nine rows: S writes, three arms, and five of the six arms with borrowed settings, since one is found under sDPO. Two draws make 18. The four questions that the toy can answer all end with *this outcome cannot tell*: DPO has gained too little on S. Look at the greedy line. Its difference is 0.000 and its `p_equal` is 0.000, so without the rule it would be called equal.
+#
 # ## The command
 #
 # `python -m sdpo_nb.experiments known_truth --minutes 8 --folder OUT` goes on with the plan for some minutes, on whatever device there is. Everything of `run_timed` holds: a finished cell is written at once, and what does not fit is not begun. `known_truth_teacher` is the same with the teacher's pairs, for DPO and three arms of stages. `known_truth_rehearsal` tries all parts on few problems, without a search.
+#
+# If you have a card for some minutes only, you call it again and again, with the same folder. The file of rows is all that a call needs from the one before.
 
 # %%
 #| export
@@ -625,6 +692,9 @@ def run_known_truth(
     return run_timed(name, graded_plan(graded, **wanted), run, folder, minutes, graded.base.model.device)
 
 
+# %% [markdown]
+# The rehearsal on the tiny S, from the first cell to the last. And what does a name say that does not exist, here with a blank in place of the underscore?
+
 # %%
 with contextlib.redirect_stdout(io.StringIO()) as said:
     name = "known_truth_rehearsal"
@@ -634,6 +704,8 @@ assert [row.get("arm", "S writes") for row in rows] == ["S writes", "S", "DPO", 
 print(complaint(run_known_truth, "known truth", folder))
 
 # %% [markdown]
+# It made four rows: S writes, S, DPO, and DPO at a third of its beta. The wrong name gets one line that lists the right ones.
+#
 # ## What you now have
 #
 # - `WritingCell` and `GradedCell`: what S wrote, and what an arm made of it, as rows of one file.

@@ -4,9 +4,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/real_cells.ipynb)
 #
-# **You should know** [what is asked of SmolLM2](smollm2.ipynb), [one stage of training](../06_trainer.ipynb) and [runs in eight minutes](timed.ipynb). **Time** 35 minutes to read, a minute to run.
+# **You should know** [what is asked of SmolLM2](smollm2.ipynb), [one stage of training](../06_trainer.ipynb) and [runs in eight minutes](timed.ipynb). **Time** 40 minutes to read, a minute to run.
 #
 # The experiments on SmolLM2 need a model of 135 million parameters and real pairs. This page makes their parts, and tries each on the [tiny world](../00_world.ipynb), which has a model and three sources, too.
+#
+# The parts come in the order in which a run uses them: pairs with roles, the pairs of one draw, the model, one stage of training, one run (a *cell*), the list of all cells, and the call that works the list off. Each part is tried in the cell under it. The numbers on this page come from tiny models, so they show that the parts work, and answer no question about SmolLM2.
 
 # %%
 #| default_exp real
@@ -22,6 +24,9 @@ assert importlib.util.find_spec("sdpo_nb"), f"pip could not install sdpo_nb, see
 import sdpo_nb
 version = sdpo_nb.__version__
 assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
+
+# %% [markdown]
+# The package has the parts of a training run already: tables of log-probabilities, packing, batches, optimizer. This page puts them together in another way, so the list of imports is long.
 
 # %%
 #| export
@@ -61,7 +66,15 @@ from sdpo_nb.world import complaint, load_world
 #
 # The machine with the card may have neither the data nor a tokenizer. So pairs are tokenised once, into a file of token ids of some two MiB, which can be carried. It holds no text.
 #
-# Each pair has a role for good. A *lot* decides: a number from 0 to 1 that is a hash of the pair's prompt and of what it is drawn for. Pairs of one prompt have the same lot, so no prompt is on both sides.
+# Each pair has a role for good. A *lot* decides: a number from 0 to 1 that is a hash of the pair's prompt and of what it is drawn for. Pairs of one prompt have the same lot, so where lots decide, no prompt of a source is on both sides.
+#
+# There are three roles:
+#
+# - *held out*: never trained on, in no draw. UltraFeedback comes with such pairs, and those are taken. For the others we take the pairs with the smallest lots.
+# - *validation*: a tenth of the rest, for choosing settings.
+# - *pool*: all others. A draw takes its training pairs from here.
+#
+# Why a hash, and not a random generator? A hash does not depend on the order of the rows, and needs no state. If some rows are added to a source, a pair keeps its lots.
 
 # %%
 #| export
@@ -139,7 +152,7 @@ def read_ids(
 
 
 # %% [markdown]
-# The tiny world as if it were three real sources, with its pairs for Orca, UltraFeedback and HH:
+# How many pairs have which role? We need files in the form of the real data, so we write 80 rows of each source of the tiny world, under the names of Orca, UltraFeedback and HH. With `most=80` a fifth of them is to be held out.
 
 # %%
 world = load_world()
@@ -155,9 +168,15 @@ pd.DataFrame(pairs).pivot_table("key", "source", "role", aggfunc="count", sort=F
 
 
 # %% [markdown]
+# A row is a source, and each row adds up to 80, so every pair was usable. A fifth of 80 is 16. Of the 64 that are left, 5 to 7 are for validation: about a tenth, as lots fall.
+#
 # ## Which pairs belong to a draw
 #
-# A draw trains on 80 % of the pool. The names of chunks in the [arms](smollm2.ipynb) are looked up here. The random split has chunks of the same sizes as the sources.
+# A draw trains on 80 % of the pool. The number of the draw is part of what the lot is drawn for, so another draw leaves out other pairs.
+#
+# An arm names its chunks: `all`, a source, or `random 1` and so on (see the [arms](smollm2.ipynb)). `chunk_of` looks the names up. The random split has chunks of the same sizes as the sources. So *sDPO, random* differs from *sDPO* only in which pairs meet in a stage, not in how many.
+#
+# `measured` is the other side: of the sources that are trained on, every pair that this draw has not trained on; of other sources those held out.
 
 # %%
 #| export
@@ -196,6 +215,9 @@ def measured(
     return [i for i, pair in enumerate(pairs) if asked(pair)]
 
 
+# %% [markdown]
+# Are the random chunks as large as the sources? And is a model of draw 0 asked about a prompt that it was trained on? HH is not among the two sources here.
+
 # %%
 two = ("orca", "uf")
 trained = drawn(pairs, 0, two)
@@ -210,9 +232,15 @@ sizes, {"measured": len(asked)}
 
 
 # %% [markdown]
+# The draw trains on 91 of the 115 pairs in the two pools, 48 of Orca and 43 of UltraFeedback, and the random chunks have these sizes. It is measured on 85: the 69 other pairs of the two sources, and the 16 held out of HH. The assertion finds no trained prompt among the measured pairs of the two sources.
+#
 # ## S, loaded once
 #
 # On a card a run takes some seconds, and so do loading a model and compiling it. So there is one model. A cell begins by putting the weights of S back into it, which keeps what was compiled.
+#
+# `load_S` decides once what would otherwise be asked again in every cell: the precision, the function that reads the pairs, and how many tokens fit into a forward pass. For the last it looks at the 64 longest pairs that it was given. On a processor nothing is compiled, and no token budget is set.
+#
+# `Base.score` asks the model whatever it is at that moment: S, or what a stage has made of it. Given a folder, it writes a file after every 64 pairs, so a pass that was killed goes on from there.
 
 # %%
 #| export
@@ -258,6 +286,9 @@ def load_S(
     return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict, fitted)
 
 
+# %% [markdown]
+# What did it choose for the tiny S? And how many pairs does the table of S have?
+
 # %%
 base = load_S(world.base, pairs, "fp32")
 table_S = base.score(pairs)
@@ -265,9 +296,16 @@ base.precision, base.logprobs.__name__, len(table_S.rows)
 
 
 # %% [markdown]
+# It computes in fp32, because we asked for that, and reads packed pairs: packing was tried on this model, and nothing spoke against it. The table has 240 lines, one for each pair of the file. The next two sections use this table as the reference S.
+#
 # ## A stage in memory
 #
-# [`train_stage`](../06_trainer.ipynb) writes a checkpoint of model and optimizer: 1.6 GB for this model. Here nothing is written, so the loop is said once more, with the same parts: the same batches, gradients, learning rates and updates. Two arms need something else in it. Fine-tuning has another loss, and TR-DPO replaces its table every few steps.
+# [`train_stage`](../06_trainer.ipynb) writes a checkpoint of model and optimizer: 1.6 GB for this model. Here nothing is written, so the loop is said once more, with the same parts: the same batches, gradients, learning rates and updates. Two arms need something else in it:
+#
+# - *Fine-tuning* has no reference, so no table. Its loss is minus the mean log-probability of the chosen tokens of the batch.
+# - *TR-DPO* makes the model itself its reference after every few steps. It does not score the whole chunk again for that, only the pairs of the batches until the next change.
+#
+# In fp16 an update can be skipped because a gradient is not finite. Such a step counts in the list of losses, but not for the learning rate.
 
 # %%
 #| export
@@ -320,7 +358,7 @@ def train_in_memory(
 
 
 # %% [markdown]
-# Are they the same steps? The weights at the end must have the same bits.
+# Are they the same steps? We train one DPO stage from S in both ways, and compare the hashes of the weights. They must have the same bits: that is a stronger test than losses that look alike. The last assertion makes sure that the stage has moved the model at all.
 
 # %%
 config = TrainConfig(beta=0.3, lr=1e-4, batch_size=8, precision="fp32")
@@ -335,7 +373,9 @@ assert here != base.hash
 here, in_memory["losses"][:3]
 
 # %% [markdown]
-# And after `reset` the model is S:
+# The two hashes are equal. The first loss is 0.6931, which is $\log 2$, since the stage starts at its own reference; in the second step it is lower.
+#
+# Every cell trusts that `reset` removes all that the cell before it did. So after `reset` the hash must be that of S:
 
 # %%
 assert weights_hash(base.reset()) == base.hash
@@ -345,6 +385,12 @@ assert weights_hash(base.reset()) == base.hash
 # ## A cell
 #
 # A cell is an arm in a draw with its settings. Its key is made of what is done, not of the arm's name: if two arms have the same stages and the same settings, they are one run.
+#
+# A stage says three things: which chunk, where it starts, and what its reference is. `before` is the model of the stage before, `none` is fine-tuning. In *target S* the order of two lines matters: the chunk is scored first, while the model is still $M_1$; only then are the weights of S put back.
+#
+# After every stage the model is measured. Of each measured pair the row keeps two numbers, the log-probabilities of the two responses, and no accuracy or gain. Those are computed from the rows later, so another outcome needs no new run. What is the same for all rows, such as sources, roles and lengths, stands in the row of S only.
+#
+# `_check_first_loss` looks at stages that begin at their own reference, and raises where the first loss is more than 0.1 away from $\log 2$. With the table of another model the loss may fall all the same, and nobody would notice.
 
 # %%
 #| export
@@ -446,7 +492,7 @@ def _check_first_loss(loss, start, reference, t):
 
 
 # %% [markdown]
-# Every arm once, on the tiny pairs. Where must the first loss be $\log 2 = 0.693$? Where a stage starts from its own reference.
+# Every arm once, on the tiny pairs, in draw 0. Where must the first loss be $\log 2 = 0.693$? Where a stage starts from its own reference. Before you look: which three arms, beside fine-tuning, have a stage that does not?
 
 # %%
 about = content_hash([pairs_hash(pairs), base.hash])
@@ -465,11 +511,19 @@ first
 
 
 # %% [markdown]
-# The second stage of *target S* begins at S and is held near $M_1$, that of *fixed reference* the other way round. Both begin where the two models differ.
+# There is one number for each stage. S has no stage. The loss of fine-tuning, 0.3798, is of another kind and has nothing to do with $\log 2$. Three second stages begin elsewhere: those of *fixed reference*, *target S* and *Pre-DPO*.
+#
+# The second stage of *target S* begins at S and is held near $M_1$, that of *fixed reference* the other way round. Both begin where the two models differ. *Pre-DPO* does what *target S* does, with all pairs in both stages.
 #
 # ## The plan
 #
 # S first; then the search; then, when the search is complete, all arms draw by draw. So whatever is finished is a number of whole draws, and a part of one.
+#
+# Why is this not a plain list? What comes later depends on rows that are not there yet: an arm's settings on the search, and in one design the arms themselves on S. So `Design.plan` is a function of the rows. It is asked again after every cell, and names what is known by then.
+#
+# The search has a draw of its own, number 100, and its models are measured on validation pairs only. An arm in `BORROWED` is not searched: it takes the settings of another arm, with beta times a factor.
+#
+# The order within the main part matters when time runs out. All arms of draw 0 come before any arm of draw 1, because two arms can be compared only in draws that both have.
 
 # %%
 #| export
@@ -575,7 +629,7 @@ class Design:
 
 
 # %% [markdown]
-# How many runs are known of the [first experiment](smollm2.ipynb), before S has been asked, and before the search is complete?
+# How many runs are known of the [first experiment](smollm2.ipynb), before S has been asked, and before the search is complete? We have the row of S already, from the cell with all arms.
 
 # %%
 design = Design(ARMS, two, about)
@@ -586,7 +640,9 @@ print(design.plan(known)[1])
 
 
 # %% [markdown]
-# The arms of [which is easy](which_is_easy.ipynb) are orders of sources, so they are known when S has read the pairs. What is easy is decided once, on the pool.
+# Without any row the plan is one cell, S. With it there are 66 more, the search: fine-tuning has 2 settings, and 8 other arms have 8 each. The line that is printed is the first of them. The main part is not known yet.
+#
+# The arms of [which is easy](which_is_easy.ipynb) are orders of sources, so they are known when S has read the pairs. A source is easier if S prefers the chosen response in a larger share of its pairs. There are two ways to say "prefers": by the sum over the tokens, or by the mean per token. Each way gives an order, and each order is also run backwards. What is easy is decided once, on the pool, so it does not change from draw to draw.
 
 # %%
 #| export
@@ -615,14 +671,21 @@ def easy_arms(
     return arms
 
 
+# %% [markdown]
+# Which order do the tiny sources get? An arm is printed with the chunks of its stages.
+
 # %%
 for arm, stages in easy_arms(found["S"]).items():
     print(f"{arm:24}{' → '.join(name for name, _, _ in stages)}")
 
 # %% [markdown]
+# Here both measures give the same order, Orca, UltraFeedback, HH, and *hard first* is its reverse. Then *sum* and *per token* have the same stages, and at the same settings the same key: they would be trained once. On real pairs the two measures may disagree, and the page is about that.
+#
 # ## From a folder to rows
 #
 # The three designs by name. *rehearsal* is for whoever wants to see that everything works: the arms of the four questions, at fixed settings, in two draws. Its rows are kept apart from the others.
+#
+# `run_real` is all of this page in one call. It makes the ids if they are not there, loads S, lets S read all pairs, and hands the plan to [`run_timed`](timed.ipynb), which writes each row when its cell is finished. The hash `about` joins the pairs and the weights of S, and is part of every key. So rows that were made with other data are never taken for these.
 
 # %%
 #| export
@@ -667,7 +730,7 @@ def run_real(
 
 
 # %% [markdown]
-# A rehearsal on the tiny pairs. It is killed in its fourth cell and called again. A run that was never killed must have the same rows.
+# Is anything lost when a run is killed? A rehearsal on the tiny pairs is killed in its fourth cell and called again. A run that was never killed must have the same rows. Only the seconds may differ, so they are left out of the comparison.
 
 # %%
 class Killed(BaseException): pass
@@ -694,6 +757,8 @@ print(len(at_once), "rows, the same")
 
 
 # %% [markdown]
+# Nine rows: S, and four arms in two draws. The second call took the first three from the file and made the other six, with the same losses and the same log-probabilities.
+#
 # What S has said so far about the pairs lies in the folder, too, and can be read while the pass over them is not yet at its end. The table of [which is easy](which_is_easy.ipynb) is made of such a folder.
 
 # %%
@@ -709,6 +774,9 @@ def scored_pairs(
     return described.assign(chosen=chosen.numpy(), rejected=rejected.numpy())
 
 
+# %% [markdown]
+# The run is complete, so all pairs must be there. How likely does S find the two responses, on average?
+
 # %%
 scored = scored_pairs(folder / "whole")
 assert len(scored) == len(pairs)
@@ -716,9 +784,13 @@ scored.groupby("source", sort=False)[["chosen", "rejected"]].mean().round(2)
 
 
 # %% [markdown]
+# These are sums over the tokens of a response, in nats. In every source the chosen responses are likelier on average. The gap is largest in Orca, 1.84 nats, and smallest in HH, 0.72. The order of the arms above goes by the share of pairs, and is the same here.
+#
 # ## Rows by arm and draw
 #
 # For the pages with answers: the rows of a design by arm and draw. Rows of other pairs, or of another S, are not among them.
+#
+# `arrange` makes the plan again from the rows, and looks up each cell by its key. So it also knows what is missing, and an arm that shares its run with another one finds it. As long as the search is not complete, no arm has a row here.
 
 # %%
 #| export
@@ -751,6 +823,9 @@ def arrange(
     return found
 
 
+# %% [markdown]
+# We give it the nine rows of the rehearsal, then only the first four, then none.
+
 # %%
 seen = arrange("rehearsal", at_once)
 assert seen.missing == 0
@@ -760,6 +835,8 @@ assert arrange("rehearsal", []).missing is None
 {arm: list(by_draw) for arm, by_draw in seen.rows.items()}
 
 # %% [markdown]
+# Every arm has both draws. S is not in this table; its one row is `seen.S`. With four rows, five cells are missing. With no row nothing can be said, not even what is missing, and `missing` is `None`.
+#
 # ## What you now have
 #
 # - `prepare_ids`: pairs with roles, as a small file of ids.
