@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'SAME', 'outcome_values', 'paired_difference', 'difference_intervals', 'outcome_means', 'plot_contrasts',
-           'plot_outcomes', 'sign_flip_p_value', 'holm_p_values', 'check_same_draws', 'tested_differences',
-           'standard_deviations', 'reward_at_kl']
+           'plot_outcomes', 'sign_flip_p_value', 'holm_p_values', 'equality_test', 'with_holm', 'check_same_draws',
+           'tested_differences', 'standard_deviations', 'reward_at_kl']
 
 # %% ../nbs/experiments/compare.ipynb #a859dacf
 import itertools
@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from scipy.stats import t as student
 
 from .evaluate import as_text, interval
 
@@ -139,6 +140,27 @@ def holm_p_values(
         highest = max(highest, min(1., times * p_values[i]))
         corrected[i] = highest
     return corrected
+
+# %% ../nbs/experiments/compare.ipynb #448f9098
+def equality_test(
+    mean: float,    # of a difference
+    error: float,   # its standard error
+    degrees: int,   # of freedom: one less than there are draws
+    margin: float,  # what is too small to count
+) -> dict:          # mean, low, high (95 %), p_equal: the larger of two one-sided p-values
+    "A mean with Student's interval, and how sure it is that it lies within the margin."
+    law = student(degrees)
+    half = law.ppf(0.975) * error
+    error = max(error, 1e-12)
+    above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
+    return dict(mean=mean, low=mean - half, high=mean + half, p_equal=float(max(above, below)))
+
+def with_holm(
+    table: pd.DataFrame, # questions that are asked together, with p and p_equal
+) -> pd.DataFrame:       # the same, with holm and holm_equal
+    "Both p-values, corrected for all questions at once."
+    corrected = {f"holm{kind}": holm_p_values(table[f"p{kind}"].tolist()) for kind in ("", "_equal")}
+    return table.assign(**corrected)
 
 # %% ../nbs/experiments/compare.ipynb #ecbebcc9
 def check_same_draws(

@@ -12,9 +12,8 @@ import itertools
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
-from .compare import holm_p_values, sign_flip_p_value
+from .compare import equality_test, sign_flip_p_value, with_holm
 from .graded import calibration
 
 # %% ../nbs/experiments/known_truth.ipynb #96cfa8f1
@@ -118,23 +117,11 @@ def draw_contrasts(
     rows = []
     for question, values in differences.items():
         values = np.asarray(values, "float64")
-        law, mean = student(len(values) - 1), values.mean()
         error = max(values.std(ddof=1) / len(values) ** 0.5, 1e-12)
-        half = law.ppf(0.975) * error
-        above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
-        rows.append(dict(
-            question=question,
-            mean=mean,
-            low=mean - half,
-            high=mean + half,
-            draws=len(values),
-            p=sign_flip_p_value(values),
-            p_equal=max(above, below),
-        ))
-    table = pd.DataFrame(rows)
-    table["holm"] = holm_p_values(table["p"].tolist())
-    table["holm_equal"] = holm_p_values(table["p_equal"].tolist())
-    return table
+        found = equality_test(values.mean(), error, len(values) - 1, margin)
+        asked = dict(question=question, draws=len(values), p=sign_flip_p_value(values))
+        rows.append(asked | found)
+    return with_holm(pd.DataFrame(rows))
 
 def verdict(
     row,         # of `draw_contrasts`

@@ -14,9 +14,8 @@ import itertools, math
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
-from scipy.stats import t as student
 
-from .compare import holm_p_values, sign_flip_p_value
+from .compare import equality_test, sign_flip_p_value, with_holm
 from .evaluate import stability
 
 # %% ../nbs/experiments/smollm2.ipynb #5bf79fef
@@ -177,17 +176,8 @@ def compared(
 ) -> dict:               # mean, low, high, p (of a difference), p_equal (the larger of two one-sided tests)
     "What is said about one difference."
     mean, error = crossed(values)
-    law = student(len(values) - 1)
-    half = law.ppf(0.975) * error
-    error = max(error, 1e-12)
-    above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
-    return dict(
-        mean=mean,
-        low=mean - half,
-        high=mean + half,
-        p=sign_flip_p_value(np.nanmean(values, 1)),
-        p_equal=float(max(above, below)),
-    )
+    found = equality_test(mean, error, len(values) - 1, margin)
+    return found | dict(p=sign_flip_p_value(np.nanmean(values, 1)))
 
 # %% ../nbs/experiments/smollm2.ipynb #9796a9f2
 def _word(line):
@@ -210,9 +200,7 @@ def answer_questions(
     for question, a, b in asked[["question", "a", "b"]].itertuples(index=False):
         values = difference_array(rows[a], rows[b], S, outcome, sources)
         found.append(dict(question=question, draws=len(values)) | compared(values, MARGINS[outcome]))
-    table = pd.DataFrame(found)
-    table["holm"] = holm_p_values(table["p"].tolist())
-    table["holm_equal"] = holm_p_values(table["p_equal"].tolist())
+    table = with_holm(pd.DataFrame(found))
     return table.assign(word=[_word(line) for line in table.to_dict("records")])
 
 def _of_S(row, S): # the row of S, asked only what another row was asked

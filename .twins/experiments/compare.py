@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from scipy.stats import t as student
 
 from sdpo_nb.evaluate import as_text, interval
 
@@ -368,6 +369,38 @@ pd.Series(alarms).map("{:.0%}".format).to_frame("share of 60 trials with a false
 # %% [markdown]
 # All together: one table with differences, intervals, p-values and their correction. It refuses methods that were run in other worlds, with other seeds, or with another S under the same
 # number.
+
+# %% [markdown]
+# A p-value that is not small says nothing of equality. For that there are *two one-sided tests*: the difference is equal, up to a margin, if it is neither at least that far above zero nor at least that far below.
+
+# %%
+#| export
+def equality_test(
+    mean: float,    # of a difference
+    error: float,   # its standard error
+    degrees: int,   # of freedom: one less than there are draws
+    margin: float,  # what is too small to count
+) -> dict:          # mean, low, high (95 %), p_equal: the larger of two one-sided p-values
+    "A mean with Student's interval, and how sure it is that it lies within the margin."
+    law = student(degrees)
+    half = law.ppf(0.975) * error
+    error = max(error, 1e-12)
+    above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
+    return dict(mean=mean, low=mean - half, high=mean + half, p_equal=float(max(above, below)))
+
+def with_holm(
+    table: pd.DataFrame, # questions that are asked together, with p and p_equal
+) -> pd.DataFrame:       # the same, with holm and holm_equal
+    "Both p-values, corrected for all questions at once."
+    corrected = {f"holm{kind}": holm_p_values(table[f"p{kind}"].tolist()) for kind in ("", "_equal")}
+    return table.assign(**corrected)
+
+
+# %%
+near, far = (equality_test(mean, 0.005, 7, margin=0.02) for mean in (0.002, 0.02))
+assert near["p_equal"] < 0.05 < far["p_equal"]
+{"near 0": round(near["p_equal"], 4), "at the margin": round(far["p_equal"], 4)}
+
 
 # %%
 #| export
