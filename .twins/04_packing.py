@@ -47,7 +47,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from sdpo_nb.logprobs import autocast, check_prompts, fp32_logits, is_plain, must_read_alone
+from sdpo_nb.logprobs import autocast, check_prompts, fp32_logits, half_weight, is_plain, must_read_alone
 from sdpo_nb.logprobs import response_logprobs, token_logprobs
 
 # %%
@@ -637,8 +637,8 @@ def _answering(decoder, hidden):
     try: yield
     finally: del decoder.forward
 
-def _head(model, hidden, ids):
-    with fp32_logits(model), _answering(model.get_decoder(), hidden[None]):
+def _head(model, hidden, ids, known=None):
+    with fp32_logits(model, known), _answering(model.get_decoder(), hidden[None]):
         logits = model(input_ids=ids[None], use_cache=False).logits.squeeze(0)
     return token_logprobs(logits, ids)
 
@@ -651,8 +651,9 @@ def head_logprobs(
     vocabulary = model.get_output_embeddings().weight.shape[0]
     size = max(1, piece_bytes(hidden.device) // (4 * vocabulary))
     if len(ids) <= size: return _head(model, hidden, ids)
+    known = half_weight(model)                           # once, and not in every piece
     pieces = zip(hidden.split(size), ids.split(size))
-    return torch.cat([checkpoint(_head, model, h, t, use_reentrant=False) for h, t in pieces])
+    return torch.cat([checkpoint(_head, model, h, t, known, use_reentrant=False) for h, t in pieces])
 
 
 # %% [markdown]

@@ -182,6 +182,7 @@ def _run_graded(name, folder, minutes, model, precision, **of_others): # its pai
 
 ON_CARDS = { # name -> function (name, folder, minutes, data, model, precision, longest, most)
     "smollm2": run_real,
+    "smollm2_cpu": run_real,
     "which_is_easy": run_real,
     "rehearsal": run_real,
     **{name: _run_graded for name in PLANS},

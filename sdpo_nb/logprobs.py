@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WIDE_ON_CUDA', 'MERGE', 'WEIGHTS', 'SMALL', 'NO_NUMBER', 'FULL', 'EVERY', 'check_prompts', 'collate',
-           'token_logprobs', 'gamma', 'autocast', 'is_plain', 'fp32_logits', 'must_read_alone', 'response_logprobs',
-           'dropouts', 'freeze_dropout', 'load_config', 'load_tokenizer', 'stored_dtype', 'best_device', 'has_adapter',
-           'load_model', 'weights_hash', 'check_model', 'check_rows', 'pick_precision', 'keys_of', 'pairs_hash',
-           'LogprobTable', 'table_kind', 'replacing', 'write_json', 'read_table', 'padded_tokens', 'micro_batches',
-           'ahead', 'prepared', 'same_bits', 'pair_tokens', 'Clock', 'progress', 'score_pairs']
+           'token_logprobs', 'gamma', 'autocast', 'is_plain', 'half_weight', 'fp32_logits', 'must_read_alone',
+           'response_logprobs', 'dropouts', 'freeze_dropout', 'load_config', 'load_tokenizer', 'stored_dtype',
+           'best_device', 'has_adapter', 'load_model', 'weights_hash', 'check_model', 'check_rows', 'pick_precision',
+           'keys_of', 'pairs_hash', 'LogprobTable', 'table_kind', 'replacing', 'write_json', 'read_table',
+           'padded_tokens', 'micro_batches', 'ahead', 'prepared', 'same_bits', 'pair_tokens', 'Clock', 'progress',
+           'score_pairs']
 
 # %% ../nbs/02_logprobs.ipynb #b095fbfd
 import contextlib, errno, hashlib, json, logging, os, re, shutil, sys, time
@@ -91,21 +92,33 @@ def autocast(
 # From this version on, a product on a card can leave its result in fp32.
 WIDE_ON_CUDA = torch.__version__ >= torch.torch_version.TorchVersion("2.8")
 
+@contextlib.contextmanager
+def _bf16_factors():
+    "For a while, a CPU that has units for bf16 multiplies fp32 factors in them. Nothing is lost if they are bf16 numbers already."
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+    if matmul is None:
+        yield
+        return
+    was, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try: yield
+    finally: matmul.fp32_precision = was
+
 def _wide_product(
     a: Tensor,  # (m, d) in half precision
-    b: Tensor,  # (V, d) in half precision
+    b: Tensor,  # (V, d) in half precision, or such numbers in fp32
 ) -> Tensor:    # (m, V) fp32
     "a times b transposed, without the rounding at the end."
     with torch.autocast(a.device.type, enabled=False):
         if a.is_cuda and WIDE_ON_CUDA: return torch.mm(a, b.T, out_dtype=torch.float32)
-        return a.float() @ b.float().T
+        fast = _bf16_factors() if a.dtype == torch.bfloat16 else contextlib.nullcontext()
+        with fast: return a.float() @ b.float().T
 
 class _WideLinear(torch.autograd.Function):
     "A linear layer: factors in half precision, result in fp32. The backward pass is that of autocast."
     @staticmethod
-    def forward(ctx, hidden, weight, half):
+    def forward(ctx, hidden, weight, half, factor):
         ctx.save_for_backward(hidden, half)
-        return _wide_product(hidden, half)
+        return _wide_product(hidden, factor)
 
     @staticmethod
     def backward(ctx, grad):
@@ -113,7 +126,7 @@ class _WideLinear(torch.autograd.Function):
         grad = grad.to(half.dtype)                       # before its two products, as autocast does
         of_hidden = grad @ half
         of_weight = (grad.T @ hidden).float() if ctx.needs_input_grad[1] else None
-        return of_hidden, of_weight, None
+        return of_hidden, of_weight, None, None
 
 # %% ../nbs/02_logprobs.ipynb #ee06ee14
 def _half(model):
@@ -127,19 +140,29 @@ def is_plain(
     "Whether an output layer is a linear layer with a weight of its own, and nothing else."
     return type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter
 
+def half_weight(
+    model,                             # any causal LM
+) -> tuple[Tensor, Tensor]|None: # the weight in half precision, and as a factor: on a CPU the same numbers in fp32
+    "What `fp32_logits` needs of the output layer under autocast; None where the layer keeps its own way."
+    head, dtype = model.get_output_embeddings(), _half(model)
+    if dtype is None or not is_plain(head): return None
+    half = head.weight.detach().to(dtype)
+    return half, half if half.is_cuda and WIDE_ON_CUDA else half.float()
+
 @contextlib.contextmanager
 def fp32_logits(
-    model,  # any causal LM
+    model,       # any causal LM
+    known=None,  # `half_weight` of it, if it is at hand
 ):
     "For a while, let a model under autocast answer with logits that were never rounded to half precision."
-    head, dtype = model.get_output_embeddings(), _half(model)
-    if dtype is None or not is_plain(head):
+    head, known = model.get_output_embeddings(), known or half_weight(model)
+    if known is None:
         yield
         return
-    half = head.weight.detach().to(dtype)
+    half, factor = known
     def forward(hidden):
-        rows = hidden.flatten(0, -2).to(dtype)
-        logits = _WideLinear.apply(rows, head.weight, half)
+        rows = hidden.flatten(0, -2).to(half.dtype)
+        logits = _WideLinear.apply(rows, head.weight, half, factor)
         logits = logits.unflatten(0, hidden.shape[:-1])
         return logits if head.bias is None else logits + head.bias
     head.forward = forward

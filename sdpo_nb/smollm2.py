@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'DRAWS', 'SEARCH_DRAW', 'DRAWN', 'VALIDATION', 'HELD_OUT', 'LONGEST', 'BETAS', 'LEARNING_RATES', 'BORROWED',
-           'SEARCHED', 'PRIMARY', 'MARGINS', 'grid_of', 'added', 'log_losses', 'fit_temperature', 'outcome_of',
-           'validation_loss', 'choose_settings', 'difference_array', 'crossed', 'compared', 'answer_questions', 'assay',
+           'SEARCHED', 'PRIMARY', 'MARGINS', 'CPU_ARMS', 'CPU_SETTINGS', 'CPU_DRAWS', 'CPU_PAIRS', 'CPU_LONGEST',
+           'CPU_PRIMARY', 'grid_of', 'added', 'log_losses', 'fit_temperature', 'outcome_of', 'validation_loss',
+           'choose_settings', 'difference_array', 'crossed', 'compared', 'answer_questions', 'assay',
            'secondary_outcomes']
 
 # %% ../nbs/experiments/smollm2.ipynb #c1ea47f4
@@ -68,6 +69,14 @@ PRIMARY = pd.DataFrame([
 
 # %% ../nbs/experiments/smollm2.ipynb #990eff06
 MARGINS = {"gain": 0.02, "accuracy": 0.03} # nats a pair; share of pairs
+
+# %% ../nbs/experiments/smollm2.ipynb #dd9e4960
+CPU_ARMS = ("S", "DPO", "sDPO", "sDPO, random", "sDPO, fixed reference")
+CPU_SETTINGS = dict(beta=0.1, lr=1e-5, batch_size=16)
+CPU_DRAWS = range(3)
+CPU_PAIRS = 361         # the first of each source
+CPU_LONGEST = 384       # tokens of prompt and response
+CPU_PRIMARY = PRIMARY[PRIMARY["b"].isin(CPU_ARMS)]
 
 # %% ../nbs/experiments/smollm2.ipynb #5f2896e0
 def added(

@@ -85,7 +85,7 @@ def test_draws_differ_and_random_chunks_have_the_sizes_of_the_sources(pairs):
 def test_missing_data_and_ids_are_one_line_that_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="--data names the folder"): real.prepare_ids(tmp_path, WORLD.base, tmp_path / "ids.parquet")
     with pytest.raises(ValueError, match="ids.parquet: not there; give --data"): real.read_ids(tmp_path / "ids.parquet")
-    with pytest.raises(ValueError, match="none of smollm2, which_is_easy, rehearsal"): real.design_of("smolm2", "")
+    with pytest.raises(ValueError, match="none of smollm2, smollm2_cpu, which_is_easy, rehearsal"): real.design_of("smolm2", "")
 
 
 # ---- training

@@ -44,7 +44,8 @@ from sdpo_nb.logprobs import pairs_hash, pick_precision, read_table, replacing, 
 from sdpo_nb.logprobs import weights_hash
 from sdpo_nb.packing import PARTS, choose_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.smollm2 import ARMS, BORROWED, DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
+from sdpo_nb.smollm2 import ARMS, BORROWED, CPU_ARMS, CPU_DRAWS, CPU_LONGEST, CPU_PAIRS, CPU_SETTINGS
+from sdpo_nb.smollm2 import DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
 from sdpo_nb.smollm2 import choose_settings, grid_of
 from sdpo_nb.timed import run_timed
 from sdpo_nb.trainer import TrainConfig, Trainer, activation_checkpointing, all_batches, compile_for
@@ -254,6 +255,7 @@ class Base:
     logprobs: object   # (model, pairs) -> (chosen, rejected)
     strict: bool       # whether all its operations have a deterministic form
     fitted: TrainConfig # with the token budget that the device has room for, asked once
+    begun: dict = field(default_factory=dict) # the last first stages: other arms may begin in the same way
 
     def reset(self):
         "Make the model S again."
@@ -273,14 +275,15 @@ def load_S(
     model,                     # hub id or folder of S
     pairs: list,               # some of those that will be read; packing is tried on them
     precision: str = "auto",   # bf16, fp16, fp32, or what suits the device
+    compile: str = "auto",     # layers: auto (on a card), on or off
 ) -> Base:
-    "Load S, choose how it reads pairs, and compile it on a card."
+    "Load S, choose how it reads pairs, and compile it where that is wanted."
     loaded = trainable(load_model(str(model)))
     weights = {name: value.detach().clone() for name, value in loaded.state_dict().items()}
     precision = pick_precision(precision, loaded.device)
     logprobs = choose_logprobs(loaded, pairs[:64], "auto", precision)
     longest = sorted(pairs, key=lambda pair: -pair_tokens([pair])[0])[:64]
-    fitted = fit(loaded, longest, TrainConfig(), precision, logprobs)
+    fitted = fit(loaded, longest, TrainConfig(compile=compile), precision, logprobs)
     if wants_compiling(fitted, loaded.device): compile_for(loaded, logprobs, precision, fitted)
     strict = why_not_same_bits(loaded, logprobs, precision) is None
     return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict, fitted)
@@ -390,6 +393,8 @@ assert weights_hash(base.reset()) == base.hash
 #
 # After every stage the model is measured. Of each measured pair the row keeps two numbers, the log-probabilities of the two responses, and no accuracy or gain. Those are computed from the rows later, so another outcome needs no new run. What is the same for all rows, such as sources, roles and lengths, stands in the row of S only.
 #
+# *sDPO* and *sDPO, fixed reference* begin with the same stage: the same pairs, from S, held near S. So do others. The last two first stages are put aside, and an arm that begins like one of them goes on from there.
+#
 # `_check_first_loss` looks at stages that begin at their own reference, and raises where the first loss is more than 0.1 away from $\log 2$. With the table of another model the loss may fall all the same, and nobody would notice.
 
 # %%
@@ -444,6 +449,25 @@ def _reference(what, before, chunk, table_S, base):
     if what == "before": return (base.score(chunk) if before else table_S), 0
     return table_S, int(what.split()[1])                # every 8 steps
 
+KEPT = 2 # first stages that are put aside at a time: each is as large as S
+
+def _beginning(cell, config): return content_hash([cell.draw, cell.stages[0], cell.sources, cell.about, cell.only, repr(config)])
+
+def _keep(cell, config, base, stages, models):
+    "Put aside what the first stage of a cell has made."
+    while len(base.begun) >= KEPT: del base.begun[next(iter(base.begun))]
+    weights = {name: value.detach().clone() for name, value in base.model.state_dict().items()}
+    base.begun[_beginning(cell, config)] = dict(weights=weights, stage=stages[0], model=models[0])
+
+def _take_up(cell, config, base, stages, models):
+    "Go on from a first stage that was put aside; whether there was one."
+    kept = base.begun.get(_beginning(cell, config))
+    if kept is None: return False
+    with torch.no_grad(): base.model.load_state_dict(kept["weights"])
+    stages.append(kept["stage"])
+    models.append(kept["model"])
+    return True
+
 def run_real_cell(
     cell: RealCell,
     base: Base,            # S; afterwards its model is the last one of the cell
@@ -451,7 +475,7 @@ def run_real_cell(
     table_S: LogprobTable, # of S, with all of them
     **settings,            # of TrainConfig, beside those of the cell
 ) -> dict:                 # what the cell is; per stage: losses, grad_norms; per model: chosen, rejected of `pairs`
-    "Train a cell, and measure it after every stage."
+    "Train a cell, and measure it after every stage. A first stage that another cell has just made is taken from there."
     trained = drawn(pairs, cell.draw, cell.sources)
     numbers = measured(pairs, cell.draw, cell.sources)
     if not cell.stages: numbers = list(range(len(pairs)))
@@ -462,6 +486,7 @@ def run_real_cell(
     base.reset()
     stages, models = [], []
     for t, (name, start, reference) in enumerate(cell.stages, 1):
+        if t == 1 and _take_up(cell, config, base, stages, models): continue
         chunk = chunk_of(trained, name, cell.draw)
         table, every = _reference(reference, t > 1, chunk, table_S, base)
         if start == "S": base.reset()
@@ -469,6 +494,7 @@ def run_real_cell(
         _check_first_loss(made["losses"][0], start, reference, t)
         stages.append(dict(chunk=name, pairs=len(chunk), tokens=int(pair_tokens(chunk).sum()), **made))
         models.append(_as_numbers(base.score(asked), asked))
+        if t == 1: _keep(cell, config, base, stages, models)
     if not cell.stages: models.append(_as_numbers(table_S, asked))
     described = {} if cell.stages else _described(pairs)
     return described | dict(
@@ -683,7 +709,7 @@ for arm, stages in easy_arms(found["S"]).items():
 #
 # ## From a folder to rows
 #
-# The three designs by name. *rehearsal* is for whoever wants to see that everything works: the arms of the four questions, at fixed settings, in two draws. Its rows are kept apart from the others.
+# The designs by name. *smollm2_cpu* is the [smaller version](smollm2.ipynb) for a processor. *rehearsal* is for whoever wants to see that everything works: its arms and settings, in two draws. Its rows are kept apart from the others.
 #
 # `run_real` is all of this page in one call. It makes the ids if they are not there, loads S, lets S read all pairs, and hands the plan to [`run_timed`](timed.ipynb), which writes each row when its cell is finished. The hash `about` joins the pairs and the weights of S, and is part of every key. So rows that were made with other data are never taken for these.
 
@@ -691,21 +717,24 @@ for arm, stages in easy_arms(found["S"]).items():
 #| export
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 THREE = tuple(SOURCE_FILES)
-REHEARSED = ("S", "DPO", "sDPO", "sDPO, random", "sDPO, fixed reference")
 
 def design_of(
-    name: str,   # smollm2, which_is_easy or rehearsal
+    name: str,   # smollm2, smollm2_cpu, which_is_easy or rehearsal
     about: str,  # hash of the pairs and of S
 ) -> Design:
     "A design by its name. Raises ValueError for another."
-    if name == "smollm2": return Design(ARMS, THREE[:2], about)
-    if name == "which_is_easy": return Design(easy_arms, THREE, about)
-    if name != "rehearsal": raise ValueError(f"design: {name!r} is none of smollm2, which_is_easy, rehearsal")
-    arms = {arm: ARMS[arm] for arm in REHEARSED}
-    return Design(arms, THREE[:2], about, range(2), dict(beta=0.1, lr=1e-5))
+    few = {arm: ARMS[arm] for arm in CPU_ARMS}
+    designs = dict(
+        smollm2=Design(ARMS, THREE[:2], about),
+        smollm2_cpu=Design(few, THREE[:2], about, CPU_DRAWS, CPU_SETTINGS),
+        which_is_easy=Design(easy_arms, THREE, about),
+        rehearsal=Design(few, THREE[:2], about, range(2), dict(beta=0.1, lr=1e-5)),
+    )
+    if name not in designs: raise ValueError(f"design: {name!r} is none of {', '.join(designs)}")
+    return designs[name]
 
 def run_real(
-    name: str,              # smollm2, which_is_easy or rehearsal
+    name: str,              # smollm2, smollm2_cpu, which_is_easy or rehearsal
     folder,                 # for ids.parquet, S and the rows
     minutes: float = None,  # from the start of the process; None: until all is done
     data = None,            # folder with preferences/; needed where folder has no ids.parquet
@@ -718,9 +747,11 @@ def run_real(
     "What the command line does: go on with an experiment for some minutes."
     folder = Path(folder)
     file = folder / "ids.parquet"
+    on_cpu = name == "smollm2_cpu"
+    if on_cpu: longest, most = CPU_LONGEST, CPU_PAIRS
     if data and not file.exists(): prepare_ids(data, model, file, longest, most)
     pairs = read_ids(file)
-    base = load_S(model, pairs, precision)
+    base = load_S(model, pairs, precision, "on" if on_cpu else "auto")
     about = content_hash([pairs_hash(pairs), base.hash])
     table_S = base.score(pairs, folder / "S")
     design = design_of(name, about)
