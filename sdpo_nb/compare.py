@@ -175,15 +175,19 @@ def check_same_draws(
                              f"or with other seeds than '{first}'")
 
 def tested_differences(
-    differences: dict, # question -> paired difference, (worlds, seeds, prompts)
-) -> pd.DataFrame:     # question, mean, low, high, worlds, seeds, p, holm
-    "Intervals and p-values of differences that are asked for together."
+    differences: dict, # question -> paired difference, (worlds, seeds, prompts); two worlds or more
+) -> pd.DataFrame:     # question, mean, low, high, worlds, seeds, p, p_equal, holm, holm_equal
+    "Intervals and p-values of differences that are asked for together, and of their being equal."
     table = difference_intervals(differences)
     table["worlds"] = [len(difference) for difference in differences.values()]
     table["seeds"] = [difference.shape[1] for difference in differences.values()]
     table["p"] = [sign_flip_p_value(difference) for difference in differences.values()]
-    table["holm"] = holm_p_values(table["p"].tolist())
-    return table
+    table["p_equal"] = [_p_equal(difference.mean((1, 2))) for difference in differences.values()]
+    return with_holm(table)
+
+def _p_equal(worlds): # one number of each
+    error = worlds.std(ddof=1) / len(worlds) ** 0.5
+    return equality_test(worlds.mean(), error, len(worlds) - 1, SAME)["p_equal"]
 
 # %% ../nbs/experiments/compare.ipynb #7ea69667
 def standard_deviations(

@@ -54,8 +54,10 @@ from sdpo_nb.evaluate import as_text, frontier, interval
 from sdpo_nb.questions import GRIDS, SEARCHES, WORLDS
 from sdpo_nb.questions import all_cells_of, choose_settings, load_grid, primary_contrasts
 from sdpo_nb.graded_cells import PLANS, run_known_truth
-from sdpo_nb.real import SMOLLM2, run_real
-from sdpo_nb.smollm2 import LONGEST
+from sdpo_nb.real import SMOLLM2, arrange, run_real
+from sdpo_nb.smollm2 import CPU_DRAWS, CPU_PRIMARY, DRAWS, LONGEST, PRIMARY, answer_questions
+from sdpo_nb.timed import read_results
+from sdpo_nb.which_is_easy import MEASURES, easy_table, with_gaps
 from sdpo_nb.world import load_base
 
 # %%
@@ -85,10 +87,11 @@ drawn = answers.assign(question=answers["question"].replace(LABELS))
 plot_contrasts(drawn, sides=("better: the second", "better: the first"));
 
 # %%
-answers[["question", "mean", "low", "high", "p", "holm"]].round(3).set_index("question")
+shown = ["question", "mean", "low", "high", "p", "holm", "p_equal", "holm_equal"]
+answers[shown].round(3).set_index("question")
 
 # %% [markdown]
-# `p` is the p-value of a question alone, `holm` the one that holds for all eight at once. *Equal* means that the interval lies in the band, *different* that Holm's p-value is below 0.05. When both are true, the difference is there, and
+# `p` is the p-value of a difference alone, `holm` the one that holds for all eight questions at once; `p_equal` and `holm_equal` are those of being equal, from two one-sided tests ([comparing](compare.ipynb)). *Equal* means that the interval lies in the band, *different* that Holm's p-value is below 0.05. When both are true, the difference is there, and
 # *little*. When neither is, *we cannot tell*. Are the eight words at the top of this page right?
 
 # %%
@@ -106,6 +109,26 @@ assert here.loc["the same, greedy", "high"] < SAME
 assert here.loc["moving against fixed reference", "high"] < SAME
 assert here.loc["target from M_{t-1} against from S", "low"] > SAME
 assert here["low"].iloc[-1] < -SAME
+
+# %% [markdown]
+# The word *equal* was registered as "the interval lies in the band". The test of equality came later, at a referee's wish. Does it agree?
+
+# %%
+sure = here.index[here["holm_equal"] < 0.05].tolist()
+print("equal by both:", *[question for question in equal if question in sure], sep="\n  ")
+print("equal by the interval only:", *[question for question in equal if question not in sure], sep="\n  ")
+
+# %% [markdown]
+# How large is 0.02? Here it is in the only unit that matters to a reader of the paper, what DPO gains over S. In the paper's table 3 stepwise DPO gains half as much again as DPO (1.64 beside 3.16).
+
+# %%
+gain = interval(paired_difference(main["DPO"], main["S"]))
+rows = {"the margin": f"{SAME / gain[0]:.0%}", "the paper's extra gain": f"{1.64 / 3.16:.0%}"}
+extra = np.array(interval(paired_difference(main["sDPO"], main["DPO"]))) / gain[0]
+rows["that of sDPO here"] = as_text(100 * extra, "+.1f") + " %"
+assert extra[2] < 0.25 * 1.64 / 3.16
+print(f"DPO gains {as_text(gain)} over S")
+pd.Series(rows, name="in units of what DPO gains").to_frame()
 
 # %% [markdown]
 # ## How they were made
@@ -309,7 +332,7 @@ print(f"stepwise minus plain at the same rate, at the KL of plain: {as_text(leve
 #
 # ## Claim by claim
 #
-# What the paper says or asks, and what the experiments found, as differences of mean true reward. The first eight claims are the primary questions: they count as different by their p-value. The others are exploratory, and count as different where
+# What the paper says or asks, and what the experiments found. First come the rows of a real model, as far as they have been run ([smollm2](smollm2.ipynb), [which_is_easy](which_is_easy.ipynb)); *gains* are nats a pair of log-loss there. In the tiny worlds a number is a difference of mean true reward if nothing else is said. Their first eight claims are the primary questions: they count as different by their p-value. The others are exploratory, and count as different where
 # the interval leaves out 0. Each of them has a page with its figures.
 
 # %%
@@ -321,9 +344,9 @@ PRIMARY_CLAIMS = { # claim -> the primary question
         "the same, at the KL of plain",
     "sDPO gives better greedy answers than DPO (its learning rate does)":
         "the same, greedy",
-    "easy to hard is better than a random split (table 3)":
+    "easy to hard is better than a random split (table 3), of sources that share all skills":
         "easy first against random order",
-    "easy to hard is better than hard to easy":
+    "easy to hard is better than hard to easy, of the same sources":
         "easy first against hard first",
     "a reference that moves up is better than a fixed one":
         "moving against fixed reference",
@@ -332,7 +355,11 @@ PRIMARY_CLAIMS = { # claim -> the primary question
     "sDPO at $\\beta$ is better than DPO at $\\beta/T$ (not in the paper)":
         "stepwise at beta against plain at beta/T",
 }
-EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b; {} stands for every body but the Llama
+EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled; {}: every body but the Llama
+    "sDPO gives better greedy answers than DPO, at the same rate":
+        ("protocol", "primary", "sDPO", "DPO at sDPO's rate", "greedy"),
+    "sDPO is as near to S as DPO, at the same rate":
+        ("protocol", "primary", "sDPO", "DPO at sDPO's rate", "kl"),
     "sDPO is better than DPO at one $\\beta$ and rate, the best for DPO":
         ("paper_in_miniature", "primary", "sDPO at DPO's beta", "DPO"),
     "sDPO is better than DPO at one $\\beta$ and rate, the best for sDPO":
@@ -341,7 +368,7 @@ EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b; {} stands for every 
         ("paper_in_miniature", "paper_in_miniature", "riddle against M_2", "riddle against S"),
     "a reference that moves up is better, at one $\\beta$":
         ("why_it_works", "why_it_works", "moving, easy_to_hard, stage", "fixed, easy_to_hard, stage"),
-    "easy to hard by the $\\gamma$ of single pairs is better than a random split":
+    "easy to hard by the $\\gamma$ of single pairs is better than a random split, at one $\\beta$":
         ("how_to_partition", "how_to_partition", "gamma of pairs", "random"),
     "eight stages are better than three, at one $\\beta$":
         ("how_many_stages", "how_many_stages", "T = 8", "T = 3"),
@@ -379,36 +406,89 @@ for mean, low, high in four:
 
 # %%
 #| export
-def _mean_difference(found, a, b): # (worlds, seeds, prompts), a mean over bodies where the names ask for them
+def _mean_difference(found, a, b, what="sampled"): # (worlds, seeds, prompts), a mean over bodies where names ask for them
     bodies = BODIES if "{}" in a else [""]
     names = [(a.format(body), b.format(body)) for body in bodies]
-    return np.mean([paired_difference(found[one], found[other]) for one, other in names], axis=0)
+    return np.mean([paired_difference(found[one], found[other], what) for one, other in names], axis=0)
 
-def claims_table() -> pd.DataFrame: # claim, what we found, how sure, where
-    "Every claim with its difference, interval and verdict, from the stored table."
+def _how_sure(answer): # of a primary question
+    word = _verdict(answer["mean"], answer["low"], answer["high"], answer["holm"] < 0.05)
+    if word == "equal": return f"equal, p = {answer['holm_equal']:.3f} (two one-sided tests, Holm)"
+    if word == "we cannot tell": return f"{word}, p = {answer['holm']:.2f} and {answer['holm_equal']:.2f} (different, equal; Holm)"
+    return f"{word}, p = {answer['holm']:.2f} (sign flips, Holm)"
+
+REAL_CLAIMS = { # a primary question of smollm2 -> the claim
+    "stepwise against plain": "sDPO gains more than DPO (table 3)",
+    "easy first against random split": "Orca first gains more than a random split (table 3)",
+    "moving against fixed reference": "a reference that moves up gains more than a fixed one",
+    "stepwise at beta against plain at beta/2": "sDPO at $\\beta$ gains more than DPO at $\\beta/2$ (not in the paper)",
+}
+DESIGNS = dict(smollm2=(PRIMARY, DRAWS), smollm2_cpu=(CPU_PRIMARY, CPU_DRAWS)) # name -> questions, draws
+
+def _answers_of(name):
+    "What a design on real pairs has found: lines of the table of claims; none where fewer than two draws are there."
+    asked, draws = DESIGNS[name]
+    found, arms = arrange(name, read_results(name)), set(asked[["a", "b"]].to_numpy().ravel())
+    done = [set(found.rows.get(arm, {})) for arm in arms]
+    common = len(set.intersection(*done))
+    if common < 2: return []
     rows = []
-    def add(claim, page, mean, low, high, different, why):
+    for answer in answer_questions(found.rows, found.S, asked).to_dict("records"):
+        sure = f"{answer['word']}, p = {answer['holm']:.2f} and {answer['holm_equal']:.3f} (different, equal; Holm)"
+        if common < len(draws): sure = f"not decided: {common} of {len(draws)} draws"
         rows.append({
-            "claim": claim,
-            "what we found": as_text((mean, low, high), "+.3f"),
-            "how sure": f"{_verdict(mean, low, high, different)}, {why}",
-            "where": page,
+            "claim": REAL_CLAIMS[answer["question"]],
+            "model": f"135M, {common} draws" + (", one setting" if name == "smollm2_cpu" else ""),
+            "what we found": as_text((answer["mean"], answer["low"], answer["high"]), "+.3f") + " nats a pair",
+            "how sure": sure,
+            "where": "smollm2",
         })
+    return rows
 
-    needed = {"primary", *(grid for _, grid, _, _ in EXPLORATORY_CLAIMS.values())}
+def _easier_by(measure):
+    "Is Orca easier for S than UltraFeedback? A line of the table of claims."
+    table = easy_table(with_gaps(pd.read_parquet(RESULTS / "which_is_easy_pairs.parquet")))
+    a, b = (table.loc[(source, measure)] for source in ("orca", "uf"))
+    half = 1.96 * sum(line["share"] * (1 - line["share"]) / line["n"] for line in (a, b)) ** 0.5
+    mean = a["share"] - b["share"]
+    word = "we cannot tell" if abs(mean) < half else "easier" if mean > 0 else "harder"
+    how = dict(zip(MEASURES, ("by the sum of log-probabilities", "per token")))[measure]
+    return {
+        "claim": f"Orca is easier than UltraFeedback, {how}",
+        "model": "135M, before training",
+        "what we found": as_text((mean, mean - half, mean + half), "+.2f") + " of the pairs",
+        "how sure": f"{word}, exploratory",
+        "where": "which_is_easy",
+    }
+
+def real_claims() -> list[dict]: # claim, model, what we found, how sure, where
+    "What was found on SmolLM2-135M-Instruct, as far as it has been run."
+    return [*_answers_of("smollm2"), *_answers_of("smollm2_cpu"), *map(_easier_by, MEASURES)]
+
+def claims_table() -> pd.DataFrame: # claim, model, what we found, how sure, where
+    "Every claim with its model, difference, interval and verdict, from the stored results; real models first."
+    rows = real_claims()
+    def add(claim, page, worlds, found, sure):
+        model = f"340K, {worlds} worlds"
+        rows.append({"claim": claim, "model": model, "what we found": found, "how sure": sure, "where": page})
+
+    needed = {"primary", *(grid for _, grid, *_ in EXPLORATORY_CLAIMS.values())}
     grids = {grid: load_grid(grid) for grid in needed}
     answers = primary_contrasts(grids["primary"]).set_index("question")
     for claim, question in PRIMARY_CLAIMS.items():
-        mean, low, high, p = answers.loc[question, ["mean", "low", "high", "holm"]]
-        add(claim, "protocol", mean, low, high, p < 0.05, f"p = {p:.2f} (Holm)")
-    for claim, (page, grid, a, b) in EXPLORATORY_CLAIMS.items():
-        mean, low, high = interval(_mean_difference(grids[grid], a, b))
-        add(claim, page, mean, low, high, not low <= 0 <= high, "exploratory")
+        answer = answers.loc[question]
+        add(claim, "protocol", answer["worlds"], as_text(answer[["mean", "low", "high"]], "+.3f"), _how_sure(answer))
+    for claim, (page, grid, a, b, *what) in EXPLORATORY_CLAIMS.items():
+        difference = _mean_difference(grids[grid], a, b, *what)
+        mean, low, high = interval(difference)
+        word, unit = _verdict(mean, low, high, not low <= 0 <= high), ""
+        if what == ["kl"]: word, unit = "farther" if low > 0 else "no farther", " nats"
+        add(claim, page, len(difference), as_text((mean, low, high), "+.3f") + unit, f"{word}, exploratory")
     return pd.DataFrame(rows)
 
 
 # %%
-claims_table().set_index("claim")
+with pd.option_context("display.max_colwidth", None): display(claims_table().set_index("claim"))
 
 # %% [markdown]
 # ## What it cost
