@@ -567,11 +567,27 @@ def load_merged(
     return S.to(device or best_device(S))
 
 def load_saved_tokenizer(
-    folder, # in which a stage saved a model or an adapter
+    folder, # in which a stage, or PEFT, saved a model or an adapter; or a hub id
 ):
-    "The tokenizer that lies there."
+    "The tokenizer that lies there; beside an adapter without one, that of its base."
     if not is_adapter(folder): return load_tokenizer(str(folder))
+    if not (Path(folder) / "tokenizer_config.json").exists(): return load_tokenizer(_base_of(folder))
     with naming(Path(folder)): return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+def _base_of(folder): # the model that an adapter names
+    named = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if named: return named
+    raise ValueError(f"{folder}: the adapter does not name its base; write it into adapter_config.json")
+
+def load_any(
+    place,            # folder or hub id of a model, or folder of an adapter, of a stage or by PEFT
+    device: str=None, # as for `load_model`
+):                    # a plain model, in fp32 where it is merged
+    "The model that lies there; an adapter is merged into the base that it names, whose weights are taken as they are."
+    if not is_adapter(place): return load_model(str(place), device)
+    base = load_model(_base_of(place), "cpu")
+    with naming(Path(place)): merge_adapter(base, read_adapter(place))
+    return base.to(device or best_device(base))
 
 
 # %% [markdown]

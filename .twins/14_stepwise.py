@@ -58,7 +58,7 @@ import torch
 from datasets import concatenate_datasets
 
 from sdpo_nb.evaluate import held_out
-from sdpo_nb.folder import alone_in, finished_stages, read_part, stage_folders
+from sdpo_nb.folder import alone_in, finished_stages, load_any, load_saved_tokenizer, read_part, stage_folders
 from sdpo_nb.logprobs import (
     Clock, check_model, check_rows, load_model, load_tokenizer, pair_tokens, pairs_hash, pick_precision,
     replacing, weights_hash
@@ -358,7 +358,7 @@ pd.Series({file.name: len(file.read_text().splitlines()) for file in files}, nam
 # %% [markdown]
 # ### And back: models from elsewhere
 #
-# The models that another trainer makes are folders with weights, and no run. What do they say about pairs? All of them read the same pairs, and each is compared with the first, pair by pair. That takes one pass for each model, and the numbers are kept under the hash of its weights: a call that is killed goes on, and a model that was read before is not read again.
+# The models that another trainer makes are folders with weights or with an adapter, and no run. What do they say about pairs? All of them read the same pairs, and each is compared with the first, pair by pair. That takes one pass for each model, and the numbers are kept under the hash of its weights: a call that is killed goes on, and a model that was read before is not read again.
 #
 # There is one trap. Every model gets the token ids of the *first* model's tokenizer. A model with another vocabulary would read other texts, and give numbers all the same. So the vocabularies are compared before anything is computed.
 
@@ -367,9 +367,9 @@ pd.Series({file.name: len(file.read_text().splitlines()) for file in files}, nam
 def _check_same_tokens(models):
     "The first model's tokenizer. Raises ValueError for a model in whose vocabulary a token has another id."
     first = next(iter(models))
-    tokenizer = load_tokenizer(models[first])
-    for name, place in models.items():
-        theirs = load_tokenizer(place).get_vocab()
+    tokenizer = load_saved_tokenizer(models[first])
+    for name, place in list(models.items())[1:]:
+        theirs = load_saved_tokenizer(place).get_vocab()
         other = [token for token, i in tokenizer.get_vocab().items() if theirs.get(token) != i]
         if not other: continue
         raise ValueError(f"models: '{name}' has another vocabulary than '{first}': {len(other)} tokens "
@@ -378,7 +378,7 @@ def _check_same_tokens(models):
 
 def _read_by(name, place, pairs, config, folder, clock):
     "The table of one model, in a folder that has the hash of its weights for a name."
-    model = load_model(place, None if config.device == "auto" else config.device)
+    model = load_any(place, None if config.device == "auto" else config.device)
     check_model(model)
     check_rows(model, *extent(pairs))
     precision = pick_precision(config.precision, model.device)
@@ -388,7 +388,7 @@ def _read_by(name, place, pairs, config, folder, clock):
     return table
 
 def measure_models(
-    models: dict,  # name -> folder or hub id; the first is what the others are compared with
+    models: dict,  # name -> folder (a model, or an adapter of PEFT) or hub id; the others are compared with the first
     sources: dict, # name -> data, as for `load_sources`
     config: StepwiseConfig=None, # its lengths, precision, packing, token_budget and device count
     folder="runs/measure", # where the tables are kept; the same call goes on where it stopped

@@ -6,8 +6,8 @@
 __all__ = ['NEEDED', 'FREE', 'HOW', 'RECORDED', 'MAY_DIFFER', 'AS_BEFORE', 'SAID', 'read_yaml', 'cure_of', 'naming', 'read_part',
            'stage_numbers', 'finished_stages', 'folder_of', 'stage_folders', 'save_model', 'write_model',
            'share_changed', 'load_stage', 'saved_as', 'load_exactly', 'save_adapter', 'load_base', 'load_merged',
-           'load_saved_tokenizer', 'base_folder', 'what_differs', 'machine_of', 'versions', 'command', 'recorded',
-           'open_folder', 'alone_in', 'check_fresh']
+           'load_saved_tokenizer', 'load_any', 'base_folder', 'what_differs', 'machine_of', 'versions', 'command',
+           'recorded', 'open_folder', 'alone_in', 'check_fresh']
 
 # %% ../nbs/10_folder.ipynb #b4f80dbf
 import functools, json, os, re, shlex, subprocess, sys
@@ -293,11 +293,27 @@ def load_merged(
     return S.to(device or best_device(S))
 
 def load_saved_tokenizer(
-    folder, # in which a stage saved a model or an adapter
+    folder, # in which a stage, or PEFT, saved a model or an adapter; or a hub id
 ):
-    "The tokenizer that lies there."
+    "The tokenizer that lies there; beside an adapter without one, that of its base."
     if not is_adapter(folder): return load_tokenizer(str(folder))
+    if not (Path(folder) / "tokenizer_config.json").exists(): return load_tokenizer(_base_of(folder))
     with naming(Path(folder)): return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+def _base_of(folder): # the model that an adapter names
+    named = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if named: return named
+    raise ValueError(f"{folder}: the adapter does not name its base; write it into adapter_config.json")
+
+def load_any(
+    place,            # folder or hub id of a model, or folder of an adapter, of a stage or by PEFT
+    device: str=None, # as for `load_model`
+):                    # a plain model, in fp32 where it is merged
+    "The model that lies there; an adapter is merged into the base that it names, whose weights are taken as they are."
+    if not is_adapter(place): return load_model(str(place), device)
+    base = load_model(_base_of(place), "cpu")
+    with naming(Path(place)): merge_adapter(base, read_adapter(place))
+    return base.to(device or best_device(base))
 
 # %% ../nbs/10_folder.ipynb #52dbcf55
 def base_folder(

@@ -16,7 +16,7 @@ import torch
 from datasets import concatenate_datasets
 
 from .evaluate import held_out
-from .folder import alone_in, finished_stages, read_part, stage_folders
+from .folder import alone_in, finished_stages, load_any, load_saved_tokenizer, read_part, stage_folders
 from sdpo_nb.logprobs import (
     Clock, check_model, check_rows, load_model, load_tokenizer, pair_tokens, pairs_hash, pick_precision,
     replacing, weights_hash
@@ -179,9 +179,9 @@ def _write_lines(path, rows):
 def _check_same_tokens(models):
     "The first model's tokenizer. Raises ValueError for a model in whose vocabulary a token has another id."
     first = next(iter(models))
-    tokenizer = load_tokenizer(models[first])
-    for name, place in models.items():
-        theirs = load_tokenizer(place).get_vocab()
+    tokenizer = load_saved_tokenizer(models[first])
+    for name, place in list(models.items())[1:]:
+        theirs = load_saved_tokenizer(place).get_vocab()
         other = [token for token, i in tokenizer.get_vocab().items() if theirs.get(token) != i]
         if not other: continue
         raise ValueError(f"models: '{name}' has another vocabulary than '{first}': {len(other)} tokens "
@@ -190,7 +190,7 @@ def _check_same_tokens(models):
 
 def _read_by(name, place, pairs, config, folder, clock):
     "The table of one model, in a folder that has the hash of its weights for a name."
-    model = load_model(place, None if config.device == "auto" else config.device)
+    model = load_any(place, None if config.device == "auto" else config.device)
     check_model(model)
     check_rows(model, *extent(pairs))
     precision = pick_precision(config.precision, model.device)
@@ -200,7 +200,7 @@ def _read_by(name, place, pairs, config, folder, clock):
     return table
 
 def measure_models(
-    models: dict,  # name -> folder or hub id; the first is what the others are compared with
+    models: dict,  # name -> folder (a model, or an adapter of PEFT) or hub id; the others are compared with the first
     sources: dict, # name -> data, as for `load_sources`
     config: StepwiseConfig=None, # its lengths, precision, packing, token_budget and device count
     folder="runs/measure", # where the tables are kept; the same call goes on where it stopped

@@ -1,7 +1,7 @@
 """How fast is chapter 04? `make bench` writes data/results/packing.json, which the chapter and the README show.
 
 Everything is measured side by side: in one process, step by step in turn, the same pairs, model, optimizer and batch of 8 pairs. A step is forward, backward, clipping and
-AdamW. TRL's rows use its own collator, training step and a precomputed reference. All sides first run one step; the best micro-batch of the padded path and the best row
+AdamW. TRL's rows use its own collator, training step and a precomputed reference. "Compiled" rows have compiled layers (chapter 04), ours and TRL's alike, each in a model of its own. All sides first run one step; the best micro-batch of the padded path and the best row
 of TRL then go on, with packing, to the 12 measured steps; micro-batch 8 of each, far slower, goes along for the first few, as the table says. Reference passes are timed on the first batches only, operations counted on the first. Memory: one step in a fresh process. The model and the data are looked for in SDPO_MODEL and SDPO_DATA.
 
     python tests/bench_packing.py all [SOURCE ...]         everything, or these sources, but what is in the file already; timings want an otherwise idle machine
@@ -23,7 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdpo_nb.logprobs import autocast, load_model, load_tokenizer, micro_batches, pick_precision, response_logprobs, score_pairs
-from sdpo_nb.packing import choose_logprobs, packed_logprobs
+from sdpo_nb.packing import choose_logprobs, compile_layers, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.trainer import USUAL_BUDGET, TrainConfig, activation_checkpointing, batch_gradients, make_accelerator, return_large_blocks
 
@@ -129,32 +129,39 @@ def measure(source, precision):
     assert choose_logprobs(model, batches[0]) is packed_logprobs
     table = score_pairs(model, pairs, precision=precision, logprobs=packed_logprobs, token_budget=USUAL_BUDGET)
     accelerator = make_accelerator(precision)
-    theirs = trl_trainer(load_model(str(MODEL), "cpu"), tok, precision)
-    optimizers = {id(m): optimizer_of(m) for m in (model, theirs.model)}
+    theirs, theirs_compiled = (trl_trainer(load_model(str(MODEL), "cpu"), tok, precision) for _ in range(2))
+    ours_compiled = load_model(str(MODEL), "cpu")
+    for m in (ours_compiled, theirs_compiled.model):
+        why = compile_layers(m, packed_logprobs, precision)
+        assert why is None, why
+    optimizers = {id(m): optimizer_of(m) for m in (model, ours_compiled, theirs.model, theirs_compiled.model)}
     sides = {"packed": Ours(model, table, accelerator, precision, packed_logprobs, USUAL_BUDGET)}
+    sides["packed, compiled"] = Ours(ours_compiled, table, accelerator, precision, packed_logprobs, USUAL_BUDGET)
     sides |= {f"padded, {n}": Ours(model, table, accelerator, precision, by_pairs(response_logprobs), n) for n in (1, 2, 4, 8)}
     sides |= {f"TRL, {n}{', checkpointing' if c else ''}": TRL(theirs, table, n, c) for c in (False, True) for n in (1, 2, 4, 8)}
+    sides |= {f"compiled TRL, {n}": TRL(theirs_compiled, table, n, False) for n in (1, 2)}
     run = lambda name, batch: timed(step, sides[name], optimizers[id(sides[name].model)], batch)
-    for name in ("packed", "TRL, 1"): run(name, batches[0])                              # first steps are slow
+    for name in ("packed", "packed, compiled", "TRL, 1", "compiled TRL, 1", "compiled TRL, 2"): run(name, batches[0]) # first steps are slow
     screen = {name: run(name, batches[1]) for name in sides}
     print(source, precision, {k: round(v, 1) for k, v in screen.items()}, file=sys.stderr, flush=True)
     best = lambda start: min((n for n in sides if n.startswith(start)), key=screen.get)
-    chosen = list(dict.fromkeys(["packed", best("padded"), "padded, 8", best("TRL"), "TRL, 8, checkpointing"]))
+    to_the_end = ["packed", "packed, compiled", best("padded"), best("TRL"), best("compiled TRL")]
+    chosen = list(dict.fromkeys([*to_the_end, "padded, 8", "TRL, 8, checkpointing"]))
     seconds, reference, peak = {n: [] for n in chosen}, {n: [] for n in chosen}, []
     for i, batch in enumerate(batches):
         peak.append(matmul_peak())
-        now = [n for n in chosen if i < 2 or n in ("packed", best("padded"), best("TRL"))]
+        now = [n for n in chosen if i < 2 or n in to_the_end]
         for name in now: seconds[name].append(run(name, batch))
         for name in now if i < 4 else []: reference[name].append(timed(sides[name].reference, batch))
         print(source, precision, {n: round(t[-1], 1) for n, t in seconds.items()}, f"{peak[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
     work = {n: flops(sides[n].gradients, batches[0]) for n in chosen}
     for s in optimizers.values(): s.zero_grad()
-    def over(times, n): return np.divide(times[n], times["packed"][:len(times[n])])
+    def over(times, n, whom="packed"): return np.divide(times[n], times[whom][:len(times[n])])
     rows = {n: dict(steps=len(seconds[n]), step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,
-                    slower=interval(over(seconds, n)), reference_slower=interval(over(reference, n)),
+                    slower=interval(over(seconds, n)), slower_than_compiled=interval(over(seconds, n, "packed, compiled")), reference_slower=interval(over(reference, n)),
                     of_peak=work[n] * BATCH / seconds[n][0] / peak[0]) for n in chosen}
     made = dict(cpu=platform.processor() or platform.machine(), avx512_bf16=torch.cpu._is_avx512_bf16_supported(), torch=version("torch"), trl=version("trl"))
-    return dict(made=made, screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
+    return dict(made=made, screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), best_compiled_trl=best("compiled TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
                 pairs=len(pairs), tokens_per_pair=float(np.mean([packed_logprobs.tokens([p]) for p in pairs])))
 
 

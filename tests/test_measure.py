@@ -98,3 +98,22 @@ def test_the_command(tmp_path, other, monkeypatch, capsys):
     assert status == 2 and "--beta" in err
     status, out, err = call(monkeypatch, capsys, *words[:3], tmp_path / "nowhere", *words[4:])
     assert status == 2 and "nowhere" in err and err.count("\n") == 1
+
+
+def test_an_adapter_is_its_merged_model(tmp_path):
+    "As PEFT saves it: a folder with an adapter, no tokenizer, and the name of its base."
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load_model(BASE, "cpu"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    load_tokenizer(BASE).save_pretrained(tmp_path / "merged")
+    models = dict(S=BASE, adapter=tmp_path / "adapter", merged=tmp_path / "merged")
+    got = measure_models(models, dict(a=rows("primer", 12)), FP32, tmp_path / "tables")
+    assert got.loc[("a", "adapter"), "gamma"] == pytest.approx(got.loc[("a", "merged"), "gamma"], abs=1e-4)
+    assert abs(got.loc[("a", "adapter"), "change of gamma"][0]) > 0.01, "the adapter changed nothing"
+
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(f'"base_model_name_or_path": "{BASE}"', '"base_model_name_or_path": null'))
+    with pytest.raises(ValueError, match="does not name its base"): measure_models(models, dict(a=rows("primer", 12)), FP32, tmp_path / "tables")

@@ -542,22 +542,46 @@ def secondary_outcomes(
 # %% [markdown]
 # ## The answers
 #
-# They come from files of results, wherever these were made. Is anything there?
+# They come from files of results, wherever these were made. What is there, of the smaller version and of the large one?
 
 # %%
 from sdpo_nb.compare import plot_contrasts
 from sdpo_nb.real import arrange
 from sdpo_nb.timed import read_results
 
-found = arrange("smollm2", read_results("smollm2"))
-asked_for = sorted({arm for line in PRIMARY[["a", "b"]].to_numpy() for arm in line})
-draws = [set(found.rows.get(arm, {})) for arm in asked_for]
-common = sorted(set.intersection(*draws))
-print("cells that are missing:", "all" if found.missing is None else found.missing)
-print("draws that have all arms of the four questions:", len(common))
-for origin in found.origin: print(origin)
+def draws_of(found, asked): # that have all arms of the questions
+    return set.intersection(*[set(found.rows.get(arm, {})) for arm in {*asked["a"], *asked["b"]}])
+
+small, found = (arrange(name, read_results(name)) for name in ("smollm2_cpu", "smollm2"))
+for name, seen, asked in (("the smaller version", small, CPU_PRIMARY), ("the large one", found, PRIMARY)):
+    cells = "all cells are" if seen.missing is None else f"{seen.missing} cells are"
+    print(f"{name}: {len(draws_of(seen, asked))} whole draws, {cells} missing", *seen.origin, sep="; ")
 
 # %% [markdown]
+# ### The smaller version
+#
+# How much does each arm gain, draw by draw? Without any training a model gains nothing. Look first how far the draws of one arm lie apart.
+
+# %%
+sides = ("better: the second", "better: the first")
+gains = {}
+for arm, by_draw in small.rows.items():
+    gains[arm] = {f"draw {draw}": outcome_of(row, small.S, "gain").mean() for draw, row in by_draw.items()}
+pd.DataFrame(gains).T.round(4)
+
+# %%
+if len(draws_of(small, CPU_PRIMARY)) > 1:
+    display(assay(small.rows, small.S).round(3))
+    of_small = answer_questions(small.rows, small.S, CPU_PRIMARY)
+    display(of_small.round(3).set_index("question"))
+    plot_contrasts(of_small, "difference of gain (nats a pair)", MARGINS["gain"], sides=sides)
+
+# %%
+if small.rows: display(secondary_outcomes(small.rows, small.S).round(3))
+
+# %% [markdown]
+# ### The large one
+#
 # As long as a draw is missing, nothing is concluded. What is there is shown:
 
 # %%
@@ -565,15 +589,14 @@ if found.chosen:
     display(pd.DataFrame(found.chosen).T)
 
 # %%
-if len(common) > 1:
+if len(draws_of(found, PRIMARY)) > 1:
     display(assay(found.rows, found.S).round(3))
     answers = answer_questions(found.rows, found.S, PRIMARY)
     display(answers.round(3).set_index("question"))
-    sides = ("better: the second", "better: the first")
     plot_contrasts(answers, "difference of gain (nats a pair)", MARGINS["gain"], sides=sides)
 
 # %%
-if len(common) > 1:
+if len(draws_of(found, PRIMARY)) > 1:
     display(answer_questions(found.rows, found.S, PRIMARY, "accuracy").round(3).set_index("question"))
     display(secondary_outcomes(found.rows, found.S).round(3))
 
