@@ -687,6 +687,8 @@ class _WideLinear(torch.autograd.Function):
 
 
 # %% [markdown]
+# On a CPU the factors are widened to fp32 before the product. Some CPUs have units that multiply in bf16, several times faster, and PyTorch can be told to use them for fp32 numbers, which it then rounds to bf16. Our factors *are* bf16 numbers already, so this rounding changes nothing. (fp16 numbers have more digits, and for them it is not done.)
+#
 # A small output layer, with the usual product beside ours. The gradient of the weight comes back in fp32, so that the pieces of a
 # batch add up without another rounding.
 
@@ -700,6 +702,7 @@ rounded = hidden @ half.T
 kept = _WideLinear.apply(hidden, weight, half, half)
 kept.sum().backward()
 assert_close(kept.bfloat16(), rounded)
+assert_close(kept, (hidden.double() @ half.double().T).float())     # nothing was rounded to bf16 on the way
 assert weight.grad.dtype == torch.float32
 pd.DataFrame({"stored in bf16": rounded[0].float(), "stored in fp32": kept[0].detach()})
 
@@ -1901,6 +1904,16 @@ def write_json(
 ):
     "Write a whole file, or nothing."
     with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1) + "\n")
+
+def write_lines(
+    path,  # of the file; its folder is made
+    rows,  # what JSON can hold, a line each
+):
+    "Write a whole file of lines, or nothing."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as f:
+        for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 def _write_piece(folder, rows):
     "One file more, with a number that no other piece has."

@@ -48,7 +48,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import json, shutil
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,8 +60,8 @@ from datasets import concatenate_datasets
 from sdpo_nb.evaluate import held_out
 from sdpo_nb.folder import alone_in, finished_stages, load_any, load_saved_tokenizer, read_part, stage_folders
 from sdpo_nb.logprobs import (
-    Clock, check_model, check_rows, load_model, load_tokenizer, pair_tokens, pairs_hash, pick_precision,
-    replacing, weights_hash
+    Clock, check_model, check_rows, load_tokenizer, pair_tokens, pairs_hash, pick_precision, weights_hash,
+    write_lines
 )
 from sdpo_nb.plan import StepwiseConfig, check_names, extent, load_sources, part_sources, read_rows
 from sdpo_nb.preferences import Source, normalise
@@ -78,7 +78,7 @@ import torch.nn.functional as F
 
 from sdpo_nb.evaluate import answers_beside, as_text
 from sdpo_nb.figures import plot_gamma, plot_models
-from sdpo_nb.logprobs import read_table, score_pairs
+from sdpo_nb.logprobs import load_model, read_table, score_pairs
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.report import gamma_table
@@ -326,7 +326,7 @@ def export_chunks(
     for t, rows in enumerate(chunks, 1):
         order = epoch_order(len(rows), settings.seed, t, 0, settings.shuffle)
         files.append(out / f"chunk-{t}.jsonl")
-        _write_lines(files[-1], (texts(rows[i]) for i in order))
+        write_lines(files[-1], (texts(rows[i]) for i in order))
     return files
 
 def _check_no_other_chunks(out, T):
@@ -335,11 +335,6 @@ def _check_no_other_chunks(out, T):
     for path in sorted(out.glob("chunk-*.jsonl")):
         if path.name in new: continue
         raise ValueError(f"{path}: of other chunks, as these are {T}; delete it, or name another folder")
-
-def _write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 # %% [markdown]

@@ -45,7 +45,7 @@ from transformers import GenerationConfig
 
 from sdpo_nb.folder import alone_in
 from sdpo_nb.logprobs import (
-    autocast, load_model, load_tokenizer, pick_precision, progress, replacing, weights_hash
+    autocast, load_model, load_tokenizer, pick_precision, progress, weights_hash, write_lines
 )
 from sdpo_nb.partition import mean_interval
 
@@ -206,11 +206,6 @@ pd.DataFrame(rows, columns=["turn", "answer of S", "right"]).set_index("turn")
 
 # %%
 #| export
-def _write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as tmp:
-        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
 def _read(path):
     if not path.exists(): return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -239,7 +234,7 @@ def write_answers(
                 tstamp=time.time(),
                 generate_params=how,
             )
-            _write(path, sorted(there.values(), key=lambda row: row["question_id"]))
+            write_lines(path, sorted(there.values(), key=lambda row: row["question_id"]))
             bar.update()
     return [there[q["question_id"]] for q in questions]
 
@@ -464,7 +459,7 @@ def write_judgments(
                 tstamp=time.time(),
                 answer_id=a["answer_id"],
             )
-            _write(path, there.values())
+            write_lines(path, there.values())
             bar.update()
     return [there[place(*some)] for some in both]
 

@@ -7,9 +7,9 @@ __all__ = ['WIDE_ON_CUDA', 'MERGE', 'WEIGHTS', 'SMALL', 'NO_NUMBER', 'FULL', 'EV
            'token_logprobs', 'gamma', 'autocast', 'is_plain', 'half_weight', 'fp32_logits', 'must_read_alone',
            'response_logprobs', 'dropouts', 'freeze_dropout', 'load_config', 'load_tokenizer', 'stored_dtype',
            'best_device', 'has_adapter', 'load_model', 'weights_hash', 'check_model', 'check_rows', 'pick_precision',
-           'keys_of', 'pairs_hash', 'LogprobTable', 'table_kind', 'replacing', 'write_json', 'read_table',
-           'padded_tokens', 'micro_batches', 'ahead', 'prepared', 'same_bits', 'pair_tokens', 'Clock', 'progress',
-           'score_pairs']
+           'keys_of', 'pairs_hash', 'LogprobTable', 'table_kind', 'replacing', 'write_json', 'write_lines',
+           'read_table', 'padded_tokens', 'micro_batches', 'ahead', 'prepared', 'same_bits', 'pair_tokens', 'Clock',
+           'progress', 'score_pairs']
 
 # %% ../nbs/02_logprobs.ipynb #b095fbfd
 import contextlib, errno, hashlib, json, logging, os, re, shutil, sys, time
@@ -676,6 +676,16 @@ def write_json(
 ):
     "Write a whole file, or nothing."
     with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1) + "\n")
+
+def write_lines(
+    path,  # of the file; its folder is made
+    rows,  # what JSON can hold, a line each
+):
+    "Write a whole file of lines, or nothing."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as f:
+        for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 def _write_piece(folder, rows):
     "One file more, with a number that no other piece has."

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from .folder import alone_in
 from sdpo_nb.logprobs import (
-    autocast, load_model, load_tokenizer, pick_precision, progress, replacing, weights_hash
+    autocast, load_model, load_tokenizer, pick_precision, progress, weights_hash, write_lines
 )
 from .partition import mean_interval
 
@@ -102,11 +102,6 @@ def _said(model, tokenizer, ids, temperature, room, precision):
     return tokenizer.decode(out[0, len(ids):], skip_special_tokens=True).strip()
 
 # %% ../nbs/16_mt_bench.ipynb #f587b2b2
-def _write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as tmp:
-        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
 def _read(path):
     if not path.exists(): return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -135,7 +130,7 @@ def write_answers(
                 tstamp=time.time(),
                 generate_params=how,
             )
-            _write(path, sorted(there.values(), key=lambda row: row["question_id"]))
+            write_lines(path, sorted(there.values(), key=lambda row: row["question_id"]))
             bar.update()
     return [there[q["question_id"]] for q in questions]
 
@@ -238,7 +233,7 @@ def write_judgments(
                 tstamp=time.time(),
                 answer_id=a["answer_id"],
             )
-            _write(path, there.values())
+            write_lines(path, there.values())
             bar.update()
     return [there[place(*some)] for some in both]
 

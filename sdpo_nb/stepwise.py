@@ -6,7 +6,7 @@
 __all__ = ['sdpo', 'sdpo_partition', 'export_chunks', 'measure_models', 'changes_of']
 
 # %% ../nbs/14_stepwise.ipynb #315febd9
-import json, shutil
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ from datasets import concatenate_datasets
 from .evaluate import held_out
 from .folder import alone_in, finished_stages, load_any, load_saved_tokenizer, read_part, stage_folders
 from sdpo_nb.logprobs import (
-    Clock, check_model, check_rows, load_model, load_tokenizer, pair_tokens, pairs_hash, pick_precision,
-    replacing, weights_hash
+    Clock, check_model, check_rows, load_tokenizer, pair_tokens, pairs_hash, pick_precision, weights_hash,
+    write_lines
 )
 from .plan import StepwiseConfig, check_names, extent, load_sources, part_sources, read_rows
 from .preferences import Source, normalise
@@ -160,7 +160,7 @@ def export_chunks(
     for t, rows in enumerate(chunks, 1):
         order = epoch_order(len(rows), settings.seed, t, 0, settings.shuffle)
         files.append(out / f"chunk-{t}.jsonl")
-        _write_lines(files[-1], (texts(rows[i]) for i in order))
+        write_lines(files[-1], (texts(rows[i]) for i in order))
     return files
 
 def _check_no_other_chunks(out, T):
@@ -169,11 +169,6 @@ def _check_no_other_chunks(out, T):
     for path in sorted(out.glob("chunk-*.jsonl")):
         if path.name in new: continue
         raise ValueError(f"{path}: of other chunks, as these are {T}; delete it, or name another folder")
-
-def _write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as f:
-        for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 # %% ../nbs/14_stepwise.ipynb #55f094d4
 def _check_same_tokens(models):
