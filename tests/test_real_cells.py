@@ -137,6 +137,32 @@ def test_a_table_of_another_model_is_refused(pairs, base):
     with pytest.raises(ValueError, match="stage 1: the first loss is .* not of this model"): real.run_real_cell(cell, base, pairs, table, batch_size=8)
 
 
+def test_arms_that_begin_alike_share_the_stage_and_nothing_changes(pairs, monkeypatch):
+    base = real.load_S(WORLD.base, pairs, "fp32")
+    table, made = base.score(pairs), []
+    train = real.train_in_memory
+    monkeypatch.setattr(real, "train_in_memory", lambda *a, **kw: made.append(1) or train(*a, **kw))
+    def run(arm, draw=0, **settings):
+        cell = real.make_cell(arm, draw, smollm2.ARMS[arm], dict(beta=0.3, lr=1e-4), TWO, "x")
+        return real.run_real_cell(cell, base, pairs, table, **dict(batch_size=8) | settings)
+    run("sDPO")
+    shared = run("sDPO, fixed reference")
+    assert len(made) == 3, "stage 1 was trained once"
+    base.begun.clear()
+    assert run("sDPO, fixed reference") == shared and len(made) == 5
+    assert run("sDPO, fixed reference", batch_size=16) != shared and len(made) == 7, "other settings begin otherwise"
+    run("sDPO", draw=1); run("DPO", draw=1)
+    assert len(base.begun) == real.KEPT and len(made) == 10
+
+
+def test_the_small_design_is_fixed():
+    design = real.design_of("smollm2_cpu", "x")
+    assert [arm for arm in design.arms] == list(smollm2.CPU_ARMS) and list(design.draws) == [0, 1, 2]
+    assert design.fixed == dict(beta=0.1, lr=1e-5, batch_size=16) and design.search(dict()) == []
+    planned = design.plan([dict(key=design.start.key)])
+    assert len(planned) == 1 + 4 * 3 and [cell.draw for cell in planned[1:5]] == [0] * 4
+
+
 def test_keys_say_what_is_done_and_not_how_it_is_called():
     def key(arm="DPO", draw=0, stages=(("all", "S", "S"),), **settings): return real.make_cell(arm, draw, stages, settings, TWO, "x").key
     assert key(beta=0.1) == key("another", beta=0.1) and key("S", 0, ()) == key("S", 5, ())
@@ -177,7 +203,7 @@ def test_no_time_is_no_cell_and_a_wrong_name_is_a_usage(data, tmp_path):
     said = command(tmp_path, data, "--minutes", "0.001").communicate(timeout=300)[0]
     assert "0 new rows" in said and "1 cells are left" in said
     out = subprocess.run([sys.executable, "-m", "sdpo_nb.experiments", "smolm2", "--folder", "x"], capture_output=True, text=True)
-    assert out.returncode and "smollm2|which_is_easy|rehearsal" in out.stderr
+    assert out.returncode and "smollm2|smollm2_cpu|which_is_easy|rehearsal" in out.stderr
 
 
 # ---- reading and deciding
