@@ -190,7 +190,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 #
 # | question | on a real model, SmolLM2-135M-Instruct |
 # |---|---|
-# | [smollm2](experiments/smollm2.ipynb) | the paper's first experiment in eight draws: questions and margins fixed; not run yet |
+# | [smollm2](experiments/smollm2.ipynb) | the paper's first experiment, repeated in draws: questions and margins fixed; a smaller version for a processor has begun |
 # | [which_is_easy](experiments/which_is_easy.ipynb) | easy to hard, by the sum of log-probabilities or per token? The two orders differ |
 # | [known_truth](experiments/known_truth.ipynb) | the eight questions of the tiny worlds, where a program grades and hard builds on easy: fixed, not yet answered |
 # | how it is done | [one run on real pairs](experiments/real_cells.ipynb), [tasks that a program grades](experiments/graded_tasks.ipynb), [one run on them](experiments/graded_cells.ipynb), [runs in eight minutes](experiments/timed.ipynb) |
