@@ -102,7 +102,7 @@ pages = found["where"].map("[{0}](experiments/{0}.ipynb)".format)
 Markdown(as_markdown(found.assign(where=pages)))
 
 # %% [markdown]
-# All of it is on the page of the [protocol](experiments/protocol.ipynb), and the [demo](demo.ipynb) shows one world step by step.
+# All of it is on the page of the [protocol](experiments/protocol.ipynb), and the [demo](demo.ipynb) shows one world step by step. TR-DPO, Curri-DPO, Pre-DPO and eleven other papers, and which line of the loop each changes: [relatives](related.ipynb).
 #
 # ## Faster, with the same gradients
 #
