@@ -4,9 +4,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/finite_data.ipynb)
 #
-# **A law, derived and simulated; in the tiny worlds it is predicted and not yet tested.** A reward that is fitted to few comparisons is too large. DPO at $\beta/T$ fits one reward to all pairs. $T$ stages fit $T$ rewards, each to a $T$-th of the pairs, and add them. So they go too far: by a share $(1 - 1/T)\, c/n$, where $n$ is the number of pairs of a stage. The predictions and tests for a language model stand below. They were committed before any of its cells was run.
+# **A law, derived and simulated. What it predicts for the tiny worlds is written down here and not yet tested.** A reward that is fitted to few comparisons is too large. DPO at $\beta/T$ fits one reward to all pairs. $T$ stages fit $T$ rewards, each to a $T$-th of the pairs, and add them. So they go too far: by a share $(1 - 1/T)\, c/n$, where $n$ is the number of pairs of a stage. The predictions and tests for a language model stand below. They were committed before any of its cells was run.
 #
-# **You should know** the [DPO loss](../03_loss.ipynb) with its closed form, and [smaller beta](smaller_beta.ipynb), which left the question open. **Time** 35 minutes to read, half a minute to run.
+# **You should know** the [DPO loss](../03_loss.ipynb) with its closed form, and [smaller beta](smaller_beta.ipynb), which left the question open. **Time** 70 minutes to read, a minute to run.
 #
 # <details><summary>Words used on this page</summary>
 #
@@ -428,7 +428,7 @@ for T, rows in overshoot.groupby("T"):
         if by == 1: ax.annotate(f"T = {T}", (rows["n"].iloc[-1], middle.iloc[-1]), xytext=(7, -3),
                                 textcoords="offset points", color=color)
 axes[1].plot(n, c / n, color="black", ls="--", lw=1.2)
-axes[1].annotate("c / n, computed\nwithout a label", (90, 0.035), ha="right")
+axes[1].annotate("c / n, computed\nwithout a label", (15, 0.08))
 axes[0].set_ylabel("overshoot over one stage at β/T\ntoo far →")
 axes[0].set_title("as measured", fontsize="medium")
 axes[1].set_title("divided by 1 - 1/T: one curve", fontsize="medium")
@@ -535,7 +535,7 @@ pd.DataFrame(prices).T.rename_axis(["comparisons per prompt", "T"])
 #
 # The first three differences are tested by sign flips over ten worlds, with Holm's correction for three. A prediction *holds* if its corrected p-value is below 0.05 and the sign is right, it *fails* if the sign is wrong, and otherwise we cannot tell. The part on 720 pairs holds if its whole interval lies within $\pm 0.10$. Reward is shown beside them and decides nothing.
 #
-# Two ladders cross in the grid: down a column the pairs per stage grow, along a row the total is fixed; and 90 pairs per stage with one, two and four stages stand on a diagonal. One stage at $\beta$ is DPO.
+# Ladders cross in the grid. Along a row the total is fixed, and one, two and four stages share it. On a diagonal the pairs per stage are fixed, and the total grows with $T$. (One stage is DPO itself; its excess is zero.) Down a column $T$ is fixed, and the pairs per stage grow.
 
 # %%
 grid = finite_data_grid()
@@ -568,7 +568,7 @@ more = pd.DataFrame(more)
 assert more.max(axis=None) < 0.15
 assert (more.loc[90] < more.loc[360]).all()
 more = more.map("{:+.0%}".format, na_action="ignore").fillna("")
-more.rename_axis("more learning rate in sum than DPO; pairs per stage")
+more.rename_axis("pairs per stage").rename_axis("more learning rate", axis=1)
 
 
 # %% [markdown]

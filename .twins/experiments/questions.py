@@ -395,7 +395,7 @@ answer.round(3)
 #
 # You may skip this section and come back from the experiment that you are reading. Each grid belongs to the page of its name. A table shows a row for each condition: first its name, by which the page asks for its runs, then what sets it apart from the others. What is the same in all rows is left out.
 #
-# Three are about the number of stages $T$. In theory $T$ stages at $\beta$ end where one stage at $\beta/T$ ends if every stage finds the same reward. Stages on the *same* prompts do, and stages on prompts of their own need not. So [smaller beta](smaller_beta.ipynb) has both kinds of chunks, and DPO at $\beta/T$ beside each. Then,
+# Three are about the number of stages $T$. In theory $T$ stages at $\beta$ end where one stage at $\beta/T$ ends if every stage finds the same reward. Stages on the *same* prompts do (with labels enough), and stages on prompts of their own need not. So [smaller beta](smaller_beta.ipynb) has both kinds of chunks, and DPO at $\beta/T$ beside each. Then,
 # [how many stages](how_many_stages.ipynb) are best? If more stages act like a smaller $\beta$, that question must be asked twice: at one $\beta$, and at a $\beta$ that grows with $T$. In the first table every row of stages has its opponent directly above it: DPO at $\beta/T$, trained on the same pairs.
 
 # %%
