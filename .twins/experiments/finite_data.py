@@ -428,7 +428,7 @@ for T, rows in overshoot.groupby("T"):
         if by == 1: ax.annotate(f"T = {T}", (rows["n"].iloc[-1], middle.iloc[-1]), xytext=(7, -3),
                                 textcoords="offset points", color=color)
 axes[1].plot(n, c / n, color="black", ls="--", lw=1.2)
-axes[1].annotate("c / n, computed\nwithout a label", (15, 0.08))
+axes[1].annotate("c / n, computed\nwithout a label", (15, 0.035))
 axes[0].set_ylabel("overshoot over one stage at β/T\ntoo far →")
 axes[0].set_title("as measured", fontsize="medium")
 axes[1].set_title("divided by 1 - 1/T: one curve", fontsize="medium")
@@ -630,7 +630,7 @@ planted[["question", "mean", "low", "high", "holm", "verdict"]].round(3).set_ind
 # %% [markdown]
 # ## What came out
 #
-# `python -m sdpo_nb.experiments finite_data` runs the grid, in ten worlds with two seeds. The cell below shows whatever the stored table has.
+# `python -m sdpo_nb.experiments finite_data` runs the grid, in ten worlds with two seeds. One cell took 14 seconds of one core, so all 220 take about an hour, and the worlds are built before. The cell below shows whatever the stored table has.
 
 # %%
 cells = all_cells_of("finite_data")
@@ -705,7 +705,7 @@ contrasts[["question", "mean", "low", "high", "p"]].round(3).set_index("question
 #
 # - **That the tiny worlds obey the law.** The grid has not been run. Their stages stop early, and a network need not add up rewards.
 # - **What happens when the model cannot express the reward.** Then even with infinite labels each chunk has a best fit of its own, and the order of chunks can matter ([DPO is misspecified](https://arxiv.org/abs/2510.20413)).
-# - **The constant for another model.** Here $c$ is about five pairs because there are five features. With more features it is larger.
+# - **The constant for another model.** Here $c$ is about five pairs, with five features. The mean of $h$ in (5) is the number of features, so with more of them expect more.
 # - **Fewer pairs than features.** There (6) says nothing.
 #
 # ## What you now have
@@ -745,7 +745,7 @@ contrasts[["question", "mean", "low", "high", "p"]].round(3).set_index("question
 #
 #   <details><summary>What you should see</summary>
 #
-#   Both fall: labels that are never believed are never believed too much. (The assertions behind the figure may object; they are about 5 %.)
+#   $c$ falls to 1.8, and with six or twelve comparisons per prompt the overshoot falls to less than half: labels that are hardly believed are hardly believed too much. In the last row it is no smaller, because there most of it is what different prompts make of smoothed labels. (Some assertions object; they are about 5 %.)
 #
 #   </details>
 # - In `train_stages`, give the second of two stages on own prompts three times the first one's $\beta$. Which single stage are they?
