@@ -110,7 +110,7 @@ round(dpo.item(), 4)
 #
 # $$M_T \propto S\, e^{T\, r/\beta} \quad\text{(moving)}, \qquad M_T \propto S\, e^{r/\beta} \quad\text{(fixed)}. \tag{3}$$
 #
-# The stages need not share a prompt. Below each has prompts of its own. Stages are *trained*, on the DPO loss, and not computed from (3). How far off are they?
+# The stages need not share a prompt. Below each has prompts of its own. Stages are *trained*, on the DPO loss, and not computed.
 
 # %%
 def train_stage(theta, theta_ref, weights, beta):
@@ -139,8 +139,23 @@ def own_prompts(weights, T):
 def apart(theta, expected): return (policy(theta) - expected).abs().max().item()
 
 
+# %% [markdown]
+# First (2), with labels that were counted: each comparison came up a few times, or never. The reward of each chunk is fitted alone, from S and at another $\beta$. Then are stages their sum, or the last of them?
+
 # %%
 beta = 2.
+counted = torch.poisson(3 * wins, generator=generator)
+chunks = own_prompts(counted, 3)
+alone = [train_stages([chunk], 1.) for chunk in chunks]                    # beta = 1: theta is the reward
+assert_close(train_stages(chunks, beta), sum(alone) / beta, atol=1e-6, rtol=0)                # (2), moving
+assert_close(train_stages(chunks, beta, moving=False), alone[-1] / beta, atol=1e-6, rtol=0)   # (2), fixed
+rows = {f"fitted to chunk {t + 1}": u.numpy() for t, u in enumerate(alone)}
+pd.DataFrame(rows | {"true w": w.numpy()}).round(2).T
+
+# %% [markdown]
+# Each chunk has a reward of its own, roughly $w$, and both halves of (2) hold to 1e-6. Now labels without end, and (3):
+
+# %%
 errors = {}
 for T in COUNTS:
     chunks = own_prompts(wins, T)
@@ -212,7 +227,7 @@ pd.Series(found, name="largest distance, nats").map("{:.0e}".format).to_frame()
 #
 # $$w \cdot A\, b = \mathbb E\, h\, \left(p - \tfrac12\right) (w \cdot \Delta\phi) \ge 0. \tag{5}$$
 #
-# Term by term: $p$ is above one half exactly where $w \cdot \Delta\phi$ is above zero. So in the measure of $A$, the fit is *too long*, never too short. In words: from few labels a model finds clean splits that are luck, and believes them.
+# Term by term: $p$ is above one half exactly where $w \cdot \Delta\phi$ is above zero. So in the measure of $A$, and to this order, the mean fit is *too long*. In words: from few labels a model finds clean splits that are luck, and believes them.
 #
 # From very few hard labels the fit can even be infinite, where some direction separates them all. So from here on we smooth labels by 5 %, as one does in practice. Then an optimum always exists. Smoothing changes the reward that is found from infinitely many labels, but alike for every stage.
 #
@@ -521,7 +536,7 @@ pd.DataFrame(prices).T.rename_axis(["comparisons per prompt", "T"])
 # %% [markdown]
 # As they are, the stages have *more* reward here: in these worlds farther is better. At the same KL they have less, in every row. So part of the price is direction. It is small where a stage has dozens of pairs or more, and large where it has twelve.
 #
-# In one sentence: *if a model can express the reward, sDPO at $T\beta$ is DPO at $\beta$, estimated from $T$ times less data per stage; at the same KL it can only lose, and the loss vanishes with data.*
+# In one sentence: *if a model can express the reward, sDPO at $T\beta$ is DPO at $\beta$, estimated from $T$ times less data per stage; at the same KL it loses, and the loss vanishes with data.*
 #
 # ## Three predictions for the tiny worlds
 #
@@ -533,7 +548,7 @@ pd.DataFrame(prices).T.rename_axis(["comparisons per prompt", "T"])
 #
 # Why 10 %? For small steps KL is the square of $\theta$, so 10 % of KL is an overshoot of 5 %, less than we care about.
 #
-# The first three differences are tested by sign flips over ten worlds, with Holm's correction for three. A prediction *holds* if its corrected p-value is below 0.05 and the sign is right, it *fails* if the sign is wrong, and otherwise we cannot tell. The part on 720 pairs holds if its whole interval lies within $\pm 0.10$. Reward is shown beside them and decides nothing.
+# The first three differences are tested by sign flips over ten worlds, with Holm's correction for three. A prediction *holds* if its corrected p-value is below 0.05 and the sign is right, it *fails* if the p-value is below 0.05 and the sign is wrong, and otherwise we cannot tell. The part on 720 pairs holds if its whole interval lies within $\pm 0.10$. Reward is shown beside them and decides nothing.
 #
 # Ladders cross in the grid. Along a row the total is fixed, and one, two and four stages share it. On a diagonal the pairs per stage are fixed, and the total grows with $T$. (One stage is DPO itself; its excess is zero.) Down a column $T$ is fixed, and the pairs per stage grow.
 
