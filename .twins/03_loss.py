@@ -1148,7 +1148,7 @@ assert wrong > -20 + 1
 # ## What $T$ stages add up to
 #
 # sDPO, the subject of this book, cuts the data into chunks and trains in *stages*. Stage $t$ starts from the model of the stage before, $M_{t-1}$, and takes it as reference
-# too; stage 1 starts from $M_0 = S$. What does a moving reference bring? Suppose first that all stages see the same prompts and that each is
+# too; stage 1 starts from $M_0 = S$. What does a moving reference bring? Suppose first that all stages find the same reward, as they do on the same prompts, and that each is
 # trained to its optimum. Then (3) is applied $T$ times:
 #
 # $$M_T \propto M_{T-1}\, e^{k r/\beta} \propto \dots \propto S\, e^{T k r/\beta} \tag{11}$$

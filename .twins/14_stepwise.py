@@ -484,8 +484,8 @@ print(f"the policy is ahead of S on {ahead:.0%} of the pairs of D_2")
 print(f"mean weight of a pair: {from_S.mean():.3f} against S, {from_1.mean():.3f} against M_1")
 
 # %% [markdown]
-# So a moving reference takes the leash off and fastens it again, one model further. That is the whole difference, and it cuts both ways: the policy is pulled further from S, for better or for worse. If all stages saw the same prompts and each reached its optimum, $T$ stages at $\beta$ would end where one stage at
-# $\beta/T$ ends ([chapter 03](03_loss.ipynb)).
+# So a moving reference takes the leash off and fastens it again, one model further. That is the whole difference, and it cuts both ways: the policy is pulled further from S, for better or for worse. If every stage found the same reward and reached its optimum, $T$ stages at $\beta$ would end where one stage at
+# $\beta/T$ ends ([chapter 03](03_loss.ipynb)); with few pairs for each stage they go [farther still](experiments/finite_data.ipynb).
 #
 # ## Signs of failure
 #
@@ -618,7 +618,7 @@ print(f"right of {len(w.test)} test prompts: S {exact['S']:.0%}, after three sta
 # %% [markdown]
 # ## What this does not show
 #
-# Nothing here says that stages *help*. If every stage reached its optimum on the same prompts, $T$ stages at $\beta$ would be one stage at $\beta/T$
+# Nothing here says that stages *help*. If every stage found the same reward and reached its optimum, $T$ stages at $\beta$ would be one stage at $\beta/T$
 # ([chapter 03](03_loss.ipynb)), and the [demo](demo.ipynb) puts DPO at $\beta/T$ beside every stepwise run for that reason.
 
 # %%

@@ -98,8 +98,8 @@ Markdown(as_markdown(found.table()))
 # %% [markdown]
 # All four trained models are far above S, at any temperature. This is alignment, not sharpening.
 #
-# But at the $\beta$ that is best for DPO, stepwise DPO is *worse* than DPO. It is worse even than DPO at $\beta/T$, a weaker pull to the reference. And at $T\beta$ it equals DPO at $\beta$. Why? A reference that moves up lets the model go further from S, as a smaller $\beta$ does. If all stages saw the same
-# prompts and each reached its optimum, [$T$ stages at $\beta$ would be one stage at $\beta/T$](03_loss.ipynb). That argument is about optima. These runs are short, and their sources share skills but no prompt. Here stepwise DPO falls below both.
+# But at the $\beta$ that is best for DPO, stepwise DPO is *worse* than DPO. It is worse even than DPO at $\beta/T$, a weaker pull to the reference. And at $T\beta$ it equals DPO at $\beta$. Why? A reference that moves up lets the model go further from S, as a smaller $\beta$ does. If every stage found the same
+# reward and reached its optimum, [$T$ stages at $\beta$ would be one stage at $\beta/T$](03_loss.ipynb). That argument is about optima. These runs are short, and their sources share skills but no prompt. Here stepwise DPO falls below both.
 #
 # The cell below holds this page to what it says.
 

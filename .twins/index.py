@@ -190,6 +190,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [paper_in_miniature](experiments/paper_in_miniature.ipynb) | the paper's tables and figures, redone where the truth is known |
 # | [why_it_works](experiments/why_it_works.ipynb) | reference, order and schedule, each switched alone |
 # | [smaller_beta](experiments/smaller_beta.ipynb) | are $T$ stages at $\beta$ one stage at $\beta/T$? |
+# | [finite_data](experiments/finite_data.ipynb) | how many pairs a stage needs for that: a law, derived and simulated; its predictions for these worlds are not yet tested |
 # | [how_to_partition](experiments/how_to_partition.ipynb) | which measure, which direction, which pairs |
 # | [how_many_stages](experiments/how_many_stages.ipynb) | one to eight, at one $\beta$ and at one that grows with their number |
 # | [which_architecture](experiments/which_architecture.ipynb) | stepwise against plain DPO in GPT-2, OPT, BLOOM, Llama and Qwen |

@@ -214,7 +214,7 @@ def rerun_stored_cells(
 ) -> pd.DataFrame: # a row per grid: the cell, same_S, stored, again (mean rewards), other_rewards (share)
     """A stored cell of each grid, at random, run once more:
     does today's code on this machine still make what the table holds?"""
-    drawn = {grid: _draw_cell(grid, seed) for grid in GRIDS}
+    drawn = {grid: _draw_cell(grid, seed) for grid in _complete_grids()}
     cells = list(drawn.values())
     stored = stored_rows(cells).set_index("key")
     with tempfile.TemporaryDirectory() as folder: new = run_grid(cells, folder, "again").set_index("key")
@@ -235,6 +235,10 @@ def rerun_stored_cells(
     return pd.DataFrame(rows).T
 
 def _draw_cell(grid, seed): return random.Random(f"{grid} {seed}").choice(all_cells_of(grid))
+
+def _complete_grids(): # names of those that have been run; others have no row to compare with
+    keys = {grid: {cell.key for cell in all_cells_of(grid)} for grid in GRIDS}
+    return [grid for grid in GRIDS if len(stored_rows(all_cells_of(grid))) == len(keys[grid])]
 
 # %% ../nbs/experiments/protocol.ipynb #c1527bca
 def _run_graded(name, folder, minutes, model, precision, **of_others): # its pairs are written by S, so no data

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
-           'BODY_WORLDS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table',
-           'choose_settings', 'chosen_settings', 'Condition', 'primary_grid', 'question_values', 'primary_contrasts',
-           'smaller_beta_grid', 'how_many_stages_grid', 'why_it_works_grid', 'paper_in_miniature_grid',
-           'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells',
-           'start_cells', 'chosen_for_body', 'which_architecture_grid', 'grid_cells', 'all_cells_of', 'load_grid']
+           'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells',
+           'search_cells', 'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid',
+           'question_values', 'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid',
+           'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid',
+           'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body',
+           'which_architecture_grid', 'grid_cells', 'all_cells_of', 'load_grid']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -99,10 +100,11 @@ class Condition:
     data: tuple = ("sources",)   # a name in TRAINING_DATA, and what that function asks for
     split: str = "test"          # prompts it is measured on
     body: str = "llama"          # or a name in BODIES
+    pairs: int = None            # of each source; None: all
 
     def cells(self, worlds, seeds) -> list[Cell]:
         "One cell for each world and seed."
-        return [Cell(world, seed, self.method, self.settings, self.split, data=self.data, body=self.body)
+        return [Cell(world, seed, self.method, self.settings, self.split, self.pairs, self.data, self.body)
                 for world in worlds for seed in seeds]
 
 BETA_LADDER = (1 / 4, 1 / 2, 1, 2, 4) # of sDPO, times its best beta
@@ -174,6 +176,26 @@ def how_many_stages_grid() -> dict: # name -> Condition
     for T in (1, 2, 5, 8):
         grown = dict(chunks=T, beta=best["beta"] * T / 3)
         grid[f"T = {T}, beta T/3"] = Condition("sDPO", best | grown)
+    return grid
+
+# %% ../nbs/experiments/questions.ipynb #0ba24998
+FINITE_PAIRS = {180: 60, 360: 120, 720: 240, 1440: None} # pairs in all -> of each source; None: all, about 1,440
+FINITE_STAGES = {2: (180, 360, 720, 1440), 4: (360, 720, 1440)} # T -> pairs in all; at least 90 for each stage
+
+def finite_data_grid() -> dict: # name -> Condition
+    """T stages at T times a beta against DPO at that beta, on few pairs and on many;
+    every run takes about as many steps, as few pairs are seen more often."""
+    best = chosen_settings()["sDPO"]
+    grid = {}
+    for total, pairs in FINITE_PAIRS.items():
+        epochs = COMMON_SETTINGS["epochs"] * 1440 // total
+        common = dict(lr=best["lr"], epochs=epochs, label_smoothing=0.05)
+        for T in (1, *FINITE_STAGES):
+            if T > 1 and total not in FINITE_STAGES[T]: continue
+            settings = common | dict(beta=best["beta"] * T / 3)
+            if T > 1: settings |= dict(order="random", chunks=T)
+            name = f"T = {T}, {total} pairs"
+            grid[name] = Condition("sDPO" if T > 1 else "DPO", settings, pairs=pairs)
     return grid
 
 # %% ../nbs/experiments/questions.ipynb #7adbd1e3
@@ -323,6 +345,7 @@ GRIDS = { # name -> function that makes it
     "new_domain": new_domain_grid,
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
+    "finite_data": finite_data_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),

@@ -54,6 +54,27 @@ def test_a_grid_is_refused_with_a_missing_cell_or_two_S_in_one_world(monkeypatch
     with pytest.raises(ValueError, match="stage_by_stage: world 3 .llama. was run with more than one S"): questions.load_grid("stage_by_stage")
 
 
+def test_finite_data_compares_equal_pairs_and_steps_at_one_beta_over_T():
+    grid = questions.finite_data_grid()
+    by = {tuple(int(w) for w in name.replace("T = ", "").replace(" pairs", "").split(", ")): c for name, c in grid.items()}
+    assert set(by) == {(T, total) for T, totals in {1: questions.FINITE_PAIRS, **questions.FINITE_STAGES}.items() for total in totals}
+    for (T, total), c in by.items():
+        assert c.settings["beta"] / T == pytest.approx(0.4) and c.settings["epochs"] * total == 3 * 1440 and c.settings["label_smoothing"] == 0.05
+        assert c.pairs == by[1, total].pairs and c.settings["lr"] == by[1, total].settings["lr"] and c.settings.get("chunks", 1) == T
+    drawn = questions.grid_cells("finite_data")
+    assert all({(x.world, x.seed) for x in xs} == {(w, s) for w in questions.WORLDS for s in questions.SEEDS} for xs in drawn.values())
+    assert len({x.key for xs in drawn.values() for x in xs}) == 20 * len(grid)
+
+
+def test_a_grid_that_was_not_run_is_not_run_again(monkeypatch):
+    monkeypatch.setattr(experiments, "GRIDS", {"there": None, "half": None, "not there": None})
+    stored = questions.all_cells_of("stage_by_stage")[:2]
+    other = cells.Cell(0, 0, "DPO", dict(beta=77))
+    asked = {"there": stored, "half": [stored[0], other], "not there": [other]}
+    monkeypatch.setattr(experiments, "all_cells_of", asked.get)
+    assert experiments._complete_grids() == ["there"]
+
+
 def test_a_stored_cell_run_again_is_the_same_and_a_changed_one_is_seen(monkeypatch, tmp_path):
     toy = {f"sDPO, {b:g}": [cells.Cell(0, 0, "sDPO", dict(epochs=1, beta=b), "validation", 16)] for b in (0.3, 0.6)}
     monkeypatch.setattr(experiments, "GRIDS", toy)

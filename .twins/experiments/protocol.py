@@ -543,7 +543,7 @@ pd.DataFrame(rows).tail(10)
 
 
 # %% [markdown]
-# A row does not know which code made it. Does today's code on this machine still make what the table holds? `rerun_stored_cells` draws one cell of each grid, runs it once more and compares the rewards prompt by
+# A row does not know which code made it. Does today's code on this machine still make what the table holds? `rerun_stored_cells` draws one cell of each grid that has been run, runs it once more and compares the rewards prompt by
 # prompt. It takes some minutes and builds worlds, so here we only look at what it would draw.
 
 # %%
@@ -553,7 +553,7 @@ def rerun_stored_cells(
 ) -> pd.DataFrame: # a row per grid: the cell, same_S, stored, again (mean rewards), other_rewards (share)
     """A stored cell of each grid, at random, run once more:
     does today's code on this machine still make what the table holds?"""
-    drawn = {grid: _draw_cell(grid, seed) for grid in GRIDS}
+    drawn = {grid: _draw_cell(grid, seed) for grid in _complete_grids()}
     cells = list(drawn.values())
     stored = stored_rows(cells).set_index("key")
     with tempfile.TemporaryDirectory() as folder: new = run_grid(cells, folder, "again").set_index("key")
@@ -575,10 +575,14 @@ def rerun_stored_cells(
 
 def _draw_cell(grid, seed): return random.Random(f"{grid} {seed}").choice(all_cells_of(grid))
 
+def _complete_grids(): # names of those that have been run; others have no row to compare with
+    keys = {grid: {cell.key for cell in all_cells_of(grid)} for grid in GRIDS}
+    return [grid for grid in GRIDS if len(stored_rows(all_cells_of(grid))) == len(keys[grid])]
+
 
 # %%
 drawn = {}
-for grid in GRIDS:
+for grid in _complete_grids():
     cell = _draw_cell(grid, seed=0)
     drawn[grid] = dict(world=cell.world, seed=cell.seed, method=cell.method, body=cell.body)
 pd.DataFrame(drawn).T

@@ -288,10 +288,11 @@ class Condition:
     data: tuple = ("sources",)   # a name in TRAINING_DATA, and what that function asks for
     split: str = "test"          # prompts it is measured on
     body: str = "llama"          # or a name in BODIES
+    pairs: int = None            # of each source; None: all
 
     def cells(self, worlds, seeds) -> list[Cell]:
         "One cell for each world and seed."
-        return [Cell(world, seed, self.method, self.settings, self.split, data=self.data, body=self.body)
+        return [Cell(world, seed, self.method, self.settings, self.split, self.pairs, self.data, self.body)
                 for world in worlds for seed in seeds]
 
 BETA_LADDER = (1 / 4, 1 / 2, 1, 2, 4) # of sDPO, times its best beta
@@ -330,6 +331,7 @@ def as_table(grid): # a condition a row, without the columns in which all are as
             data=" ".join(map(str, condition.data)),
             split=condition.split,
             body=condition.body,
+            pairs=condition.pairs or "all",
         )
     table = pd.DataFrame(rows).T
     told = [column for column in table if column == "settings" or table[column].nunique() > 1]
@@ -393,7 +395,7 @@ answer.round(3)
 #
 # You may skip this section and come back from the experiment that you are reading. Each grid belongs to the page of its name. A table shows a row for each condition: first its name, by which the page asks for its runs, then what sets it apart from the others. What is the same in all rows is left out.
 #
-# Two are about the number of stages $T$. In theory $T$ stages at $\beta$ on the *same* prompts end where one stage at $\beta/T$ ends, and stages on prompts of their own need not. So [smaller beta](smaller_beta.ipynb) has both kinds of chunks, and DPO at $\beta/T$ beside each. Then,
+# Three are about the number of stages $T$. In theory $T$ stages at $\beta$ end where one stage at $\beta/T$ ends if every stage finds the same reward. Stages on the *same* prompts do (with labels enough), and stages on prompts of their own need not. So [smaller beta](smaller_beta.ipynb) has both kinds of chunks, and DPO at $\beta/T$ beside each. Then,
 # [how many stages](how_many_stages.ipynb) are best? If more stages act like a smaller $\beta$, that question must be asked twice: at one $\beta$, and at a $\beta$ that grows with $T$. In the first table every row of stages has its opponent directly above it: DPO at $\beta/T$, trained on the same pairs.
 
 # %%
@@ -430,6 +432,34 @@ as_table(smaller_beta_grid())
 
 # %%
 as_table(how_many_stages_grid())
+
+# %% [markdown]
+# The third asks [how much data a stage needs](finite_data.ipynb). It was added after the answers of the others, with predictions of its own, and its cells have not been run yet. Two and four stages are compared with DPO at $\beta/T$, on an eighth, a quarter, half and all of the pairs. Fewer pairs are seen more often, so that every run takes about as many steps; and labels are smoothed, so that there is an optimum which many passes can approach.
+
+# %%
+#| export
+FINITE_PAIRS = {180: 60, 360: 120, 720: 240, 1440: None} # pairs in all -> of each source; None: all, about 1,440
+FINITE_STAGES = {2: (180, 360, 720, 1440), 4: (360, 720, 1440)} # T -> pairs in all; at least 90 for each stage
+
+def finite_data_grid() -> dict: # name -> Condition
+    """T stages at T times a beta against DPO at that beta, on few pairs and on many;
+    every run takes about as many steps, as few pairs are seen more often."""
+    best = chosen_settings()["sDPO"]
+    grid = {}
+    for total, pairs in FINITE_PAIRS.items():
+        epochs = COMMON_SETTINGS["epochs"] * 1440 // total
+        common = dict(lr=best["lr"], epochs=epochs, label_smoothing=0.05)
+        for T in (1, *FINITE_STAGES):
+            if T > 1 and total not in FINITE_STAGES[T]: continue
+            settings = common | dict(beta=best["beta"] * T / 3)
+            if T > 1: settings |= dict(order="random", chunks=T)
+            name = f"T = {T}, {total} pairs"
+            grid[name] = Condition("sDPO" if T > 1 else "DPO", settings, pairs=pairs)
+    return grid
+
+
+# %%
+as_table(finite_data_grid())
 
 
 # %% [markdown]
@@ -636,6 +666,7 @@ GRIDS = { # name -> function that makes it
     "new_domain": new_domain_grid,
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
+    "finite_data": finite_data_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
@@ -714,7 +745,7 @@ del GRIDS["half"]
 # - Worlds and seeds that suffice, says a pilot, for differences that count.
 # - `chosen_settings`: one search for all methods, and no best value on an edge.
 # - `PRIMARY_QUESTIONS`: eight questions and a margin that were fixed before the answers.
-# - Ten grids, and `load_grid`, which refuses half of one.
+# - Eleven grids, and `load_grid`, which refuses half of one.
 #
 # Next: the [answers](protocol.ipynb).
 #

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/smaller_beta.ipynb)
 #
-# **At the optimum, yes. After three passes over noisy data, not quite: stages are a little worse.** If every stage finds the same reward and is trained to its optimum, $T$ stages at $\beta$ are one stage at $\beta/T$; trained here on the same prompts, to 1e-6 nats. In a language model, from $\beta = 0.6$ down, $T$ stages end below DPO at $\beta/T$ in six of eight comparisons, by 0.041 [0.025, 0.057] of true reward at most (five stages, same prompts). In two we cannot tell (two and three stages with prompts of their own).
+# **At the optimum, yes. After three passes over noisy data, not quite: stages are a little worse.** If every stage finds the same reward and is trained to its optimum, $T$ stages at $\beta$ are one stage at $\beta/T$, whether or not they share prompts; trained here on the same prompts, to 1e-6 nats. In a language model, from $\beta = 0.6$ down, $T$ stages end below DPO at $\beta/T$ in six of eight comparisons, by 0.041 [0.025, 0.057] of true reward at most (five stages, same prompts). In two we cannot tell (two and three stages with prompts of their own).
 #
 # "The same within $\pm 0.02$" is shown at no $T$. The numbers of the language model are from ten worlds with two seeds each.
 #
@@ -55,7 +55,7 @@ from sdpo_nb.world import K, enumerable_world, true_reward
 #
 # whatever their order, and that is one stage at $\beta/T$. In words: log-ratios add up, $\log M_T/S$ is the sum of $T$ rewards over $\beta$.
 #
-# The simplest way to find the same reward is to see the same prompts. The simplest way to miss it is to have prompts of one's *own* in every stage, when nothing learned on one prompt carries over to another. Then each prompt is met once, and $T$ stages at $\beta$ are one stage at $\beta$. A real model lies between: its prompts are different, and it shares what it learns.
+# The simplest way to find the same reward is to see the same prompts. (It is not the only one: features that all prompts share [do as well](finite_data.ipynb), exactly.) The simplest way to miss it is to have prompts of one's *own* in every stage, when nothing learned on one prompt carries over to another. Then each prompt is met once, and $T$ stages at $\beta$ are one stage at $\beta$. A real model lies between: its prompts are different, and it shares what it learns.
 #
 # Both ends can be checked where all responses can be listed. Here are eight prompts about strings of a and b, with the fourteen responses of the [enumerable world](../00_world.ipynb).
 
@@ -218,7 +218,7 @@ plot_contrasts(gap, r"true reward of T stages at $\beta$, minus DPO at $\beta/T$
                sides=("DPO better", "stages better"));
 
 # %% [markdown]
-# All eight means are below zero, six of them clearly. Theory has two answers: $\beta/T$ for the same prompts, and $\beta$ for prompts that share nothing. Are prompts of their own near the second? The same runs, as levels:
+# All eight means are below zero, six of them clearly. Theory has two answers: $\beta/T$ where every stage finds the same reward, and $\beta$ for prompts that share nothing. Are prompts of their own near the second? The same runs, as levels:
 
 # %%
 beta = chosen_settings()["DPO"]["beta"]
@@ -272,7 +272,7 @@ pd.DataFrame(farther).rename_axis("KL from S, stages minus DPO at beta/T (nats)"
 # %% [markdown]
 # In the mean always; clearly in three of eight.
 #
-# Why farther, and worse? Each stage learns the reward from a $T$-th of the pairs. With few pairs a reward is overestimated and noisy, and (1) adds up $T$ of them. DPO at $\beta/T$ learns one reward from all pairs. If that is the reason, the gap must shrink with more pairs for each stage; this page does not test it. The restarts named above may be another part, which was not measured either.
+# Why farther, and worse? Each stage learns the reward from a $T$-th of the pairs. With few pairs a reward is overestimated and noisy, and (1) adds up $T$ of them. DPO at $\beta/T$ learns one reward from all pairs. If that is the reason, the gap must shrink with more pairs for each stage; this page does not test it. [The next one](finite_data.ipynb) derives the law and says how it will be tested. The restarts named above may be another part, which was not measured either.
 #
 # So, as a rule of thumb for this world: *expect $T$ stages at $\beta$ to have gone about as far as one at $\beta/T$, or farther, and raise $\beta$ with $T$.* The search did so: 0.6 for DPO and 1.2 for three stages (and it took a smaller learning rate with it).
 #
