@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/known_truth.ipynb)
 #
-# **There are no answers yet.** The questions, margins and arms below were committed before anything was trained. The grid waits for a graphics card.
+# **There are no answers yet.** The questions, margins and arms below were committed before anything was trained (commit `dcdf499`; the rule of the levels was changed in `0d6aa7f` and `ef3de31`, after S had been asked and before any training). The grid waits for a graphics card.
 #
 # **You should know** the [protocol](protocol.ipynb) of the tiny worlds, the [tasks](graded_tasks.ipynb) of this page, and [stepwise DPO](../14_stepwise.ipynb). **Time** 35 minutes to read, a minute to run.
 #

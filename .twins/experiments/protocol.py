@@ -358,7 +358,9 @@ PRIMARY_CLAIMS = { # claim -> the primary question
 EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled; {}: every body but the Llama
     "sDPO gives better greedy answers than DPO, at the same rate":
         ("protocol", "primary", "sDPO", "DPO at sDPO's rate", "greedy"),
-    "sDPO is as near to S as DPO, at the same rate":
+    "sDPO is as near to S as DPO, each tuned":
+        ("protocol", "primary", "sDPO", "DPO", "kl"),
+    "sDPO is as near to S as DPO, both at the rate of sDPO":
         ("protocol", "primary", "sDPO", "DPO at sDPO's rate", "kl"),
     "sDPO is better than DPO at one $\\beta$ and rate, the best for DPO":
         ("paper_in_miniature", "primary", "sDPO at DPO's beta", "DPO"),
@@ -454,9 +456,9 @@ def _easier_by(measure):
     word = "we cannot tell" if abs(mean) < half else "easier" if mean > 0 else "harder"
     how = dict(zip(MEASURES, ("by the sum of log-probabilities", "per token")))[measure]
     return {
-        "claim": f"Orca is easier than UltraFeedback, {how}",
+        "claim": f"Orca is easier for S than UltraFeedback, {how}",
         "model": "135M, before training",
-        "what we found": as_text((mean, mean - half, mean + half), "+.2f") + " of the pairs",
+        "what we found": as_text((mean, mean - half, mean + half), "+.2f") + " in the share of pairs whose chosen response it prefers",
         "how sure": f"{word}, exploratory",
         "where": "which_is_easy",
     }
@@ -482,7 +484,7 @@ def claims_table() -> pd.DataFrame: # claim, model, what we found, how sure, whe
         difference = _mean_difference(grids[grid], a, b, *what)
         mean, low, high = interval(difference)
         word, unit = _verdict(mean, low, high, not low <= 0 <= high), ""
-        if what == ["kl"]: word, unit = "farther" if low > 0 else "no farther", " nats"
+        if what == ["kl"]: word, unit = "farther" if low > 0 else "nearer" if high < 0 else "we cannot tell", " nats"
         add(claim, page, len(difference), as_text((mean, low, high), "+.3f") + unit, f"{word}, exploratory")
     return pd.DataFrame(rows)
 
