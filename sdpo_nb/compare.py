@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'SAME', 'outcome_values', 'paired_difference', 'difference_intervals', 'outcome_means', 'plot_contrasts',
-           'plot_outcomes', 'sign_flip_p_value', 'holm_p_values', 'equality_test', 'with_holm', 'check_same_draws',
-           'tested_differences', 'standard_deviations', 'reward_at_kl']
+           'plot_outcomes', 'sign_flip_p_value', 'holm_p_values', 'equality_test', 'equality_of', 'with_holm',
+           'verdict', 'check_same_draws', 'tested_differences', 'standard_deviations', 'reward_at_kl']
 
 # %% ../nbs/experiments/compare.ipynb #a859dacf
 import itertools
@@ -155,12 +155,31 @@ def equality_test(
     above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
     return dict(mean=mean, low=mean - half, high=mean + half, p_equal=float(max(above, below)))
 
+def equality_of(
+    values,         # (draws,) one number of each draw; two or more
+    margin: float,  # what is too small to count
+) -> dict:          # as of `equality_test`
+    "The same for draws that are independent of each other."
+    values = np.asarray(values, "float64")
+    error = values.std(ddof=1) / len(values) ** 0.5
+    return equality_test(values.mean(), error, len(values) - 1, margin)
+
 def with_holm(
     table: pd.DataFrame, # questions that are asked together, with p and p_equal
 ) -> pd.DataFrame:       # the same, with holm and holm_equal
     "Both p-values, corrected for all questions at once."
     corrected = {f"holm{kind}": holm_p_values(table[f"p{kind}"].tolist()) for kind in ("", "_equal")}
     return table.assign(**corrected)
+
+def verdict(
+    answer,  # of `with_holm`: low, high, holm, holm_equal; and mean
+) -> str:
+    "In a word: a difference needs its p-value and its interval, equality its p-value; both may be true at once."
+    different = answer["holm"] < 0.05 and not answer["low"] <= 0 <= answer["high"]
+    equal = answer["holm_equal"] < 0.05
+    if not different: return "equal" if equal else "we cannot tell"
+    direction = "better" if answer["mean"] > 0 else "worse"
+    return f"{direction}, but little" if equal else direction
 
 # %% ../nbs/experiments/compare.ipynb #ecbebcc9
 def check_same_draws(
@@ -182,12 +201,9 @@ def tested_differences(
     table["worlds"] = [len(difference) for difference in differences.values()]
     table["seeds"] = [difference.shape[1] for difference in differences.values()]
     table["p"] = [sign_flip_p_value(difference) for difference in differences.values()]
-    table["p_equal"] = [_p_equal(difference.mean((1, 2))) for difference in differences.values()]
+    of_worlds = [difference.mean((1, 2)) for difference in differences.values()]
+    table["p_equal"] = [equality_of(values, SAME)["p_equal"] for values in of_worlds]
     return with_holm(table)
-
-def _p_equal(worlds): # one number of each
-    error = worlds.std(ddof=1) / len(worlds) ** 0.5
-    return equality_test(worlds.mean(), error, len(worlds) - 1, SAME)["p_equal"]
 
 # %% ../nbs/experiments/compare.ipynb #7ea69667
 def standard_deviations(

@@ -17,12 +17,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .compare import verdict
 from .evaluate import kl_along
 from .graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from .graded import messages_of, sampled_ids, teacher_pairs
 from .known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES
 from .known_truth import TEST, VALIDATION
-from .known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels, verdict
+from .known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels
 from .logprobs import load_model, load_tokenizer, pairs_hash
 from .preferences import load_pairs, tokenize_pairs
 from .real import chunk_of, load_S, train_in_memory

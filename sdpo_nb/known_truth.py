@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'TARGETS', 'PROMPTS', 'TEST', 'VALIDATION', 'DRAWS', 'SEARCH_DRAW', 'ARMS', 'LADDER', 'BORROWED', 'BETAS',
            'LEARNING_RATES', 'COMMON', 'LONGEST_PAIR', 'QUESTIONS', 'MARGIN', 'choose_sizes', 'levels_from',
-           'stored_levels', 'grid_of', 'draw_contrasts', 'verdict']
+           'stored_levels', 'grid_of', 'draw_contrasts']
 
 # %% ../nbs/experiments/known_truth.ipynb #0ceb7248
 import itertools
@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from .compare import equality_test, sign_flip_p_value, with_holm
+from .compare import equality_of, sign_flip_p_value, verdict, with_holm
 from .graded import calibration
 
 # %% ../nbs/experiments/known_truth.ipynb #96cfa8f1
@@ -116,19 +116,6 @@ def draw_contrasts(
     "Intervals, p-values of a difference and of equality, of questions that are asked together."
     rows = []
     for question, values in differences.items():
-        values = np.asarray(values, "float64")
-        error = max(values.std(ddof=1) / len(values) ** 0.5, 1e-12)
-        found = equality_test(values.mean(), error, len(values) - 1, margin)
-        asked = dict(question=question, draws=len(values), p=sign_flip_p_value(values))
-        rows.append(asked | found)
+        asked = dict(question=question, draws=len(values), p=sign_flip_p_value(np.asarray(values)))
+        rows.append(asked | equality_of(values, margin))
     return with_holm(pd.DataFrame(rows))
-
-def verdict(
-    row,         # of `draw_contrasts`
-) -> str:
-    "The words of the page for one question."
-    different = row["holm"] < 0.05 and not row["low"] <= 0 <= row["high"]
-    equal = row["holm_equal"] < 0.05
-    if different and equal: return "different, but little"
-    if different: return "different"
-    return "equal" if equal else "we cannot tell"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sdpo_nb import graded, graded_cells, known_truth
+from sdpo_nb.compare import verdict
 from sdpo_nb.graded import EXAMPLES, SPLITS, TASKS, WORDS, Problem, grade, make_problems, messages_of
 from sdpo_nb.timed import read_lines
 from sdpo_nb.world import load_base, load_world, make_model, make_tokenizer
@@ -139,8 +140,8 @@ def test_verdicts_need_all_they_ask_for():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.004, 10)
     table = known_truth.draw_contrasts({"same": noise - noise.mean(), "far": noise + 0.1, "near": 0.012 + noise / 4, "wild": 20 * noise})
-    words = dict(zip(table["question"], table.apply(known_truth.verdict, axis=1)))
-    assert words == {"same": "equal", "far": "different", "near": "different, but little", "wild": "we cannot tell"}
+    words = dict(zip(table["question"], table.apply(verdict, axis=1)))
+    assert words == {"same": "equal", "far": "better", "near": "better, but little", "wild": "we cannot tell"}
     assert (table["holm"] >= table["p"]).all() and (table["holm_equal"] >= table["p_equal"]).all()
 
 

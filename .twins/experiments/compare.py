@@ -388,6 +388,15 @@ def equality_test(
     above, below = law.sf((mean + margin) / error), law.cdf((mean - margin) / error)
     return dict(mean=mean, low=mean - half, high=mean + half, p_equal=float(max(above, below)))
 
+def equality_of(
+    values,         # (draws,) one number of each draw; two or more
+    margin: float,  # what is too small to count
+) -> dict:          # as of `equality_test`
+    "The same for draws that are independent of each other."
+    values = np.asarray(values, "float64")
+    error = values.std(ddof=1) / len(values) ** 0.5
+    return equality_test(values.mean(), error, len(values) - 1, margin)
+
 def with_holm(
     table: pd.DataFrame, # questions that are asked together, with p and p_equal
 ) -> pd.DataFrame:       # the same, with holm and holm_equal
@@ -395,10 +404,22 @@ def with_holm(
     corrected = {f"holm{kind}": holm_p_values(table[f"p{kind}"].tolist()) for kind in ("", "_equal")}
     return table.assign(**corrected)
 
+def verdict(
+    answer,  # of `with_holm`: low, high, holm, holm_equal; and mean
+) -> str:
+    "In a word: a difference needs its p-value and its interval, equality its p-value; both may be true at once."
+    different = answer["holm"] < 0.05 and not answer["low"] <= 0 <= answer["high"]
+    equal = answer["holm_equal"] < 0.05
+    if not different: return "equal" if equal else "we cannot tell"
+    direction = "better" if answer["mean"] > 0 else "worse"
+    return f"{direction}, but little" if equal else direction
+
 
 # %%
 near, far = (equality_test(mean, 0.005, 7, margin=0.02) for mean in (0.002, 0.02))
 assert near["p_equal"] < 0.05 < far["p_equal"]
+assert verdict(near | dict(holm=1., holm_equal=near["p_equal"])) == "equal"
+assert verdict(far | dict(holm=0.01, holm_equal=far["p_equal"])) == "better"
 {"near 0": round(near["p_equal"], 4), "at the margin": round(far["p_equal"], 4)}
 
 
@@ -423,12 +444,9 @@ def tested_differences(
     table["worlds"] = [len(difference) for difference in differences.values()]
     table["seeds"] = [difference.shape[1] for difference in differences.values()]
     table["p"] = [sign_flip_p_value(difference) for difference in differences.values()]
-    table["p_equal"] = [_p_equal(difference.mean((1, 2))) for difference in differences.values()]
+    of_worlds = [difference.mean((1, 2)) for difference in differences.values()]
+    table["p_equal"] = [equality_of(values, SAME)["p_equal"] for values in of_worlds]
     return with_holm(table)
-
-def _p_equal(worlds): # one number of each
-    error = worlds.std(ddof=1) / len(worlds) ** 0.5
-    return equality_test(worlds.mean(), error, len(worlds) - 1, SAME)["p_equal"]
 
 
 # %%

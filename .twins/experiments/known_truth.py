@@ -32,7 +32,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from sdpo_nb.compare import equality_test, sign_flip_p_value, with_holm
+from sdpo_nb.compare import equality_of, sign_flip_p_value, verdict, with_holm
 from sdpo_nb.graded import calibration
 
 # %%
@@ -291,7 +291,7 @@ print(f"at least {least:.4f}")
 #
 # - *different*: the p-value of the exact sign-flip test over draws is below 0.05 after Holm, and the interval leaves out 0;
 # - *equal*: the larger p-value of two one-sided tests, against plus and minus the margin, is below 0.05 after Holm;
-# - both: the difference is there, and small. Neither: we cannot tell.
+# - both: the difference is there, and little. Neither: we cannot tell. What is different is called *better* or *worse*.
 #
 # All problems are fresh in every draw. So a draw is one number, the mean of its differences, and the ten numbers are independent of each other. The interval is Student's, with nine degrees of freedom.
 
@@ -304,22 +304,9 @@ def draw_contrasts(
     "Intervals, p-values of a difference and of equality, of questions that are asked together."
     rows = []
     for question, values in differences.items():
-        values = np.asarray(values, "float64")
-        error = max(values.std(ddof=1) / len(values) ** 0.5, 1e-12)
-        found = equality_test(values.mean(), error, len(values) - 1, margin)
-        asked = dict(question=question, draws=len(values), p=sign_flip_p_value(values))
-        rows.append(asked | found)
+        asked = dict(question=question, draws=len(values), p=sign_flip_p_value(np.asarray(values)))
+        rows.append(asked | equality_of(values, margin))
     return with_holm(pd.DataFrame(rows))
-
-def verdict(
-    row,         # of `draw_contrasts`
-) -> str:
-    "The words of the page for one question."
-    different = row["holm"] < 0.05 and not row["low"] <= 0 <= row["high"]
-    equal = row["holm_equal"] < 0.05
-    if different and equal: return "different, but little"
-    if different: return "different"
-    return "equal" if equal else "we cannot tell"
 
 
 # %% [markdown]
@@ -333,7 +320,8 @@ def invented_words(shift, tries=100):
     for _ in range(tries):
         values = {str(i): shift + rng.normal(0, 0.02, len(DRAWS)) for i in range(8)}
         said += draw_contrasts(values).apply(verdict, axis=1).tolist()
-    return pd.Series(said).value_counts(normalize=True)
+    said = pd.Series(said).str.replace("better|worse", "different", regex=True)
+    return said.value_counts(normalize=True)
 
 VERDICTS = ["different", "different, but little", "equal", "we cannot tell"]
 words = pd.DataFrame({shift: invented_words(shift) for shift in (0, MARGIN, 0.04, 0.08)})
@@ -412,7 +400,7 @@ pd.DataFrame(means).T
 #
 # - Eight questions, a margin with a reason, ten draws, and a rule that says when an outcome cannot tell: all before there is an answer.
 # - `choose_sizes`: sources that are easy, middle and hard for a given S, by a rule.
-# - `draw_contrasts` and `verdict`: from one number a draw to the words of the page.
+# - `draw_contrasts`: from one number a draw to the words of the page.
 #
 # ## Questions to test yourself
 #

@@ -42,7 +42,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
 
-from sdpo_nb.compare import equality_test, sign_flip_p_value, with_holm
+from sdpo_nb.compare import equality_test, sign_flip_p_value, verdict, with_holm
 from sdpo_nb.evaluate import stability
 
 # %% [markdown]
@@ -433,14 +433,6 @@ shares.map("{:.0%}".format).to_frame("of 300 trials")
 
 # %%
 #| export
-def _word(line):
-    "different: both the p-value and the interval; equal: the p-value of the two one-sided tests."
-    different = line["holm"] < 0.05 and not line["low"] <= 0 <= line["high"]
-    equal = line["holm_equal"] < 0.05
-    if not different: return "equal" if equal else "we cannot tell"
-    better = "better" if line["mean"] > 0 else "worse"
-    return f"{better}, but little" if equal else better
-
 def answer_questions(
     rows: dict,                 # arm -> draw -> row
     S: dict,                    # the row of S
@@ -454,7 +446,7 @@ def answer_questions(
         values = difference_array(rows[a], rows[b], S, outcome, sources)
         found.append(dict(question=question, draws=len(values)) | compared(values, MARGINS[outcome]))
     table = with_holm(pd.DataFrame(found))
-    return table.assign(word=[_word(line) for line in table.to_dict("records")])
+    return table.assign(word=table.apply(verdict, axis=1))
 
 def _of_S(row, S): # the row of S, asked only what another row was asked
     said = {side: [S["models"][0][side][i] for i in row["pairs"]] for side in ("chosen", "rejected")}
