@@ -145,12 +145,18 @@ def stage():
         return trainer.train_stage(model(), PAIRS, TABLE, replace(CONFIG, compile="off", deterministic=False), folder, start=TABLE)
 
 
+def halves():
+    m = model()
+    with logprobs.autocast(m.device, "bf16"): return logprobs.half_weight(m)
+
+
 # The walk. A name is that of a public function; what follows a comma tells cases of one function apart.
 
 CASES = {
     "logprobs.collate": lambda: logprobs.collate(PAIRS, CARD),
     "logprobs.token_logprobs": lambda: logprobs.token_logprobs(policy(5, 9), ids(5)),
     "logprobs.gamma": lambda: logprobs.gamma(policy(2), policy(2)),
+    "logprobs.half_weight": halves,
     "logprobs.fp32_logits": lambda: scored(wide),
     "logprobs.fp32_logits, backward": wide_backward,
     "logprobs.response_logprobs": lambda: logprobs.response_logprobs(model(), PAIRS),
@@ -240,7 +246,7 @@ CASES = {
 FAULTS = {} # found by the walk and still there: name -> what mixes
 
 NOT_WALKED = {
-    "no model and no tensor of a policy": """check_prompts padded_tokens autocast load_model load_config stored_dtype load_tokenizer pick_precision keys_of pair_tokens Clock progress pairs_hash write_json read_table
+    "no model and no tensor of a policy": """check_prompts padded_tokens autocast load_model load_config stored_dtype load_tokenizer pick_precision keys_of pair_tokens Clock progress pairs_hash write_json write_lines read_table
         micro_batches ahead certificate Row packed_tokens piece_bytes setting TrainConfig check_settings check_one_process make_accelerator cut kept_bytes trained_numbers memory_plan tokens_that_fit return_large_blocks free_memory peak_memory
         plan_for as_line check_memory wants_compiling epoch_order all_batches learning_rate check_same_twice MetricsLog bootstrap interval as_text excess plot_frontier win_rate
         forgetting stability failure_signs ends_above answer edit_distance true_reward split_of make_prompts misled demonstration make_tokenizer make_model prompt_ids text_of source_prompts
