@@ -653,7 +653,7 @@ WIDE_ON_CUDA = torch.__version__ >= torch.torch_version.TorchVersion("2.8")
 def _bf16_factors():
     "For a while, a CPU that has units for bf16 multiplies fp32 factors in them. Nothing is lost if they are bf16 numbers already."
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
-    if matmul is None:
+    if matmul is None or not torch.backends.mkldnn.is_available():
         yield
         return
     was, matmul.fp32_precision = matmul.fp32_precision, "bf16"
