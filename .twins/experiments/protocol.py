@@ -408,15 +408,19 @@ for mean, low, high in four:
 
 # %%
 #| export
-def _mean_difference(found, a, b, what="sampled"): # (worlds, seeds, prompts), a mean over bodies where names ask for them
+def _mean_difference(found, a, b, what="sampled"):
+    "(worlds, seeds, prompts); a mean over bodies where the names ask for them."
     bodies = BODIES if "{}" in a else [""]
     names = [(a.format(body), b.format(body)) for body in bodies]
     return np.mean([paired_difference(found[one], found[other], what) for one, other in names], axis=0)
 
+def _both_p_values(answer):
+    return f"p = {answer['holm']:.2f} and {answer['holm_equal']:.3f} (different, equal; Holm)"
+
 def _how_sure(answer): # of a primary question
     word = _verdict(answer["mean"], answer["low"], answer["high"], answer["holm"] < 0.05)
     if word == "equal": return f"equal, p = {answer['holm_equal']:.3f} (two one-sided tests, Holm)"
-    if word == "we cannot tell": return f"{word}, p = {answer['holm']:.2f} and {answer['holm_equal']:.2f} (different, equal; Holm)"
+    if word == "we cannot tell": return f"{word}, {_both_p_values(answer)}"
     return f"{word}, p = {answer['holm']:.2f} (sign flips, Holm)"
 
 REAL_CLAIMS = { # a primary question of smollm2 -> the claim
@@ -436,7 +440,7 @@ def _answers_of(name):
     if common < 2: return []
     rows = []
     for answer in answer_questions(found.rows, found.S, asked).to_dict("records"):
-        sure = f"{answer['word']}, p = {answer['holm']:.2f} and {answer['holm_equal']:.3f} (different, equal; Holm)"
+        sure = f"{answer['word']}, {_both_p_values(answer)}"
         if common < len(draws): sure = f"not decided: {common} of {len(draws)} draws"
         rows.append({
             "claim": REAL_CLAIMS[answer["question"]],
@@ -458,7 +462,7 @@ def _easier_by(measure):
     return {
         "claim": f"Orca is easier for S than UltraFeedback, {how}",
         "model": "135M, before training",
-        "what we found": as_text((mean, mean - half, mean + half), "+.2f") + " in the share of pairs whose chosen response it prefers",
+        "what we found": as_text((mean, mean - half, mean + half), "+.2f") + " in the share of pairs that S prefers",
         "how sure": f"{word}, exploratory",
         "where": "which_is_easy",
     }
@@ -649,10 +653,12 @@ def _run_on_card(words):
     parser.add_argument("name", choices=list(ON_CARDS))
     parser.add_argument("--folder", required=True, help="where ids and rows lie, or will lie")
     parser.add_argument("--minutes", type=float, help="from the start of the process; default: until all is done")
-    parser.add_argument("--data", default=os.environ.get("SDPO_DATA"), help="folder with preferences/, where there are no ids yet")
+    parser.add_argument("--data", default=os.environ.get("SDPO_DATA"),
+                        help="folder with preferences/, where there are no ids yet")
     parser.add_argument("--model", default=os.environ.get("SDPO_MODEL", SMOLLM2), help="hub id or folder of S")
     parser.add_argument("--precision", default="auto", help="bf16, fp16, fp32; default: what suits the device")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of a prompt with its response, where ids are made")
+    parser.add_argument("--longest", type=int, default=LONGEST,
+                        help="tokens of a prompt with its response, where ids are made")
     parser.add_argument("--most", type=int, help="pairs of each source, where ids are made; default: all")
     asked = vars(parser.parse_args(words))
     run = ON_CARDS[asked["name"]]
