@@ -561,22 +561,23 @@ def load_merged(
     device: str=None, # as for `load_model`
 ):                    # M_t in fp32, a plain model
     "S with the adapter of a stage merged. Raises ValueError where one of them is missing, or another."
-    folder = Path(folder)
-    S = load_base(folder.parent)
-    with naming(folder / "model"): merge_adapter(S, read_adapter(folder / "model"))
-    return S.to(device or best_device(S))
+    return _merged(load_base(Path(folder).parent), Path(folder) / "model", device)
+
+def _merged(base, folder, device):
+    with naming(folder): merge_adapter(base, read_adapter(folder))
+    return base.to(device or best_device(base))
 
 def load_saved_tokenizer(
     folder, # in which a stage, or PEFT, saved a model or an adapter; or a hub id
 ):
     "The tokenizer that lies there; beside an adapter without one, that of its base."
     if not is_adapter(folder): return load_tokenizer(str(folder))
-    if not (Path(folder) / "tokenizer_config.json").exists(): return load_tokenizer(_base_of(folder))
+    if not (Path(folder) / "tokenizer_config.json").exists(): return load_tokenizer(*_base_of(folder))
     with naming(Path(folder)): return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
-def _base_of(folder): # the model that an adapter names
-    named = json.loads((Path(folder) / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if named: return named
+def _base_of(folder): # the model that an adapter names, and its revision or None
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    if named := config.get("base_model_name_or_path"): return named, config.get("revision")
     raise ValueError(f"{folder}: the adapter does not name its base; write it into adapter_config.json")
 
 def load_any(
@@ -585,9 +586,8 @@ def load_any(
 ):                    # a plain model, in fp32 where it is merged
     "The model that lies there; an adapter is merged into the base that it names, whose weights are taken as they are."
     if not is_adapter(place): return load_model(str(place), device)
-    base = load_model(_base_of(place), "cpu")
-    with naming(Path(place)): merge_adapter(base, read_adapter(place))
-    return base.to(device or best_device(base))
+    named, revision = _base_of(place)
+    return _merged(load_model(named, "cpu", revision), Path(place), device)
 
 
 # %% [markdown]

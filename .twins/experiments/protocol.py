@@ -434,9 +434,8 @@ DESIGNS = dict(smollm2=(PRIMARY, DRAWS), smollm2_cpu=(CPU_PRIMARY, CPU_DRAWS)) #
 def _answers_of(name):
     "What a design on real pairs has found: lines of the table of claims; none where fewer than two draws are there."
     asked, draws = DESIGNS[name]
-    found, arms = arrange(name, read_results(name)), set(asked[["a", "b"]].to_numpy().ravel())
-    done = [set(found.rows.get(arm, {})) for arm in arms]
-    common = len(set.intersection(*done))
+    found = arrange(name, read_results(name))
+    common = len(found.draws_of(asked))
     if common < 2: return []
     rows = []
     for answer in answer_questions(found.rows, found.S, asked).to_dict("records"):

@@ -834,6 +834,14 @@ class Found:
     missing: int = None    # cells that are planned and not there; None: nothing is there
     origin: list = field(default_factory=list)  # cards and commits
 
+    def draws_of(
+        self,
+        asked: pd.DataFrame, # questions, with arms a and b
+    ) -> set:
+        "The draws that have all arms of the questions."
+        arms = {*asked["a"], *asked["b"]}
+        return set.intersection(*[set(self.rows.get(arm, {})) for arm in arms])
+
 def arrange(
     name: str,    # of the design
     rows: list,   # of `read_results`

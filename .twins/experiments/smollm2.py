@@ -541,13 +541,10 @@ from sdpo_nb.compare import plot_contrasts
 from sdpo_nb.real import arrange
 from sdpo_nb.timed import read_results
 
-def draws_of(found, asked): # that have all arms of the questions
-    return set.intersection(*[set(found.rows.get(arm, {})) for arm in {*asked["a"], *asked["b"]}])
-
 small, found = (arrange(name, read_results(name)) for name in ("smollm2_cpu", "smollm2"))
 for name, seen, asked in (("the smaller version", small, CPU_PRIMARY), ("the large one", found, PRIMARY)):
     cells = "all cells are" if seen.missing is None else f"{seen.missing} cells are"
-    print(f"{name}: {len(draws_of(seen, asked))} whole draws, {cells} missing", *seen.origin, sep="; ")
+    print(f"{name}: {len(seen.draws_of(asked))} whole draws, {cells} missing", *seen.origin, sep="; ")
 
 # %% [markdown]
 # ### The smaller version
@@ -562,7 +559,7 @@ for arm, by_draw in small.rows.items():
 pd.DataFrame(gains).T.round(4)
 
 # %%
-if len(draws_of(small, CPU_PRIMARY)) > 1:
+if len(small.draws_of(CPU_PRIMARY)) > 1:
     display(assay(small.rows, small.S).round(3))
     of_small = answer_questions(small.rows, small.S, CPU_PRIMARY)
     display(of_small.round(3).set_index("question"))
@@ -581,14 +578,14 @@ if found.chosen:
     display(pd.DataFrame(found.chosen).T)
 
 # %%
-if len(draws_of(found, PRIMARY)) > 1:
+if len(found.draws_of(PRIMARY)) > 1:
     display(assay(found.rows, found.S).round(3))
     answers = answer_questions(found.rows, found.S, PRIMARY)
     display(answers.round(3).set_index("question"))
     plot_contrasts(answers, "difference of gain (nats a pair)", MARGINS["gain"], sides=sides)
 
 # %%
-if len(draws_of(found, PRIMARY)) > 1:
+if len(found.draws_of(PRIMARY)) > 1:
     display(answer_questions(found.rows, found.S, PRIMARY, "accuracy").round(3).set_index("question"))
     display(secondary_outcomes(found.rows, found.S).round(3))
 
