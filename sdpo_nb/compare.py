@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'SAME', 'outcome_values', 'paired_difference', 'difference_intervals', 'outcome_means', 'plot_contrasts',
            'plot_outcomes', 'sign_flip_p_value', 'holm_p_values', 'equality_test', 'equality_of', 'with_holm',
-           'verdict', 'check_same_draws', 'tested_differences', 'standard_deviations', 'reward_at_kl']
+           'verdict', 'check_same_draws', 'tested_differences', 'standard_deviations', 'reward_at_kl', 'cross_fitted']
 
 # %% ../nbs/experiments/compare.ipynb #a859dacf
 import itertools
@@ -238,3 +238,19 @@ def reward_at_kl(
                              f"{x[0]:.2f} to {x[-1]:.2f}; add a beta")
         out[run] = np.interp(asked[run], x, y)
     return out
+
+# %% ../nbs/experiments/compare.ipynb #6eb77853
+def cross_fitted(
+    ladder: dict,           # settings -> rows of one method, all of the same worlds and seeds; two worlds or more
+    what: str = "sampled",  # of OUTCOMES, or another column with a number per prompt
+) -> tuple[np.ndarray, list]: # (worlds, seeds, prompts), and the settings that each world got
+    "What came out in each world at the settings that had the highest mean sampled reward in the other worlds."
+    rewards = {settings: outcome_values(rows, "sampled").mean((1, 2)) for settings, rows in ladder.items()}
+    values = {settings: outcome_values(rows, what) for settings, rows in ladder.items()}
+    chosen, out = [], []
+    for world in range(len(next(iter(rewards.values())))):
+        elsewhere = {settings: np.delete(of_worlds, world).mean() for settings, of_worlds in rewards.items()}
+        best = max(elsewhere, key=elsewhere.get)
+        chosen.append(best)
+        out.append(values[best][world])
+    return np.array(out), chosen

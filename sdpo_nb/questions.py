@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
-           'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells',
-           'search_cells', 'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid',
-           'question_values', 'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid',
-           'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid',
-           'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body',
-           'which_architecture_grid', 'grid_cells', 'all_cells_of', 'load_grid']
+           'FINITE_PAIRS', 'FINITE_STAGES', 'ORDER_NOISE', 'ORDER_BETAS', 'ORDERS', 'ORDER_QUESTIONS', 'BODY_WORLDS',
+           'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table', 'choose_settings',
+           'chosen_settings', 'Condition', 'primary_grid', 'question_values', 'primary_contrasts', 'smaller_beta_grid',
+           'how_many_stages_grid', 'finite_data_grid', 'order_ladders', 'when_order_matters_grid', 'why_it_works_grid',
+           'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid',
+           'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body', 'which_architecture_grid',
+           'grid_cells', 'all_cells_of', 'load_grid']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -198,6 +199,38 @@ def finite_data_grid() -> dict: # name -> Condition
             grid[name] = Condition("sDPO" if T > 1 else "DPO", settings, pairs=pairs)
     return grid
 
+# %% ../nbs/experiments/questions.ipynb #311cb4c2
+ORDER_NOISE = (0., 0.15, 0.35)         # share of pairs that are swapped, from the easy to the hard source
+ORDER_BETAS = (0.1, 0.2, 0.4, 0.8)     # of one stage and of a fixed reference; three times these where it moves
+ORDERS = {"easy first": "easy_to_hard", "random order": "random", "hard first": "hard_to_easy"}
+ORDER_QUESTIONS = pd.DataFrame([
+    ("easy first against hard first", "easy first, moving", "hard first, moving"),
+    ("easy first against random order", "easy first, moving", "random order, moving"),
+    ("easy first against hard first, fixed reference", "easy first, fixed", "hard first, fixed"),
+    ("stepwise against all at once", "easy first, moving", "all at once"),
+], columns=["question", "a", "b"])
+
+def order_ladders() -> dict: # arm -> beta -> Condition
+    "Every order with every reference, in worlds with `ORDER_NOISE`, at one learning rate."
+    lr, data = chosen_settings()["sDPO"]["lr"], ("graded noise", *ORDER_NOISE)
+    ladders = {"all at once": {beta: Condition("DPO", dict(lr=lr, beta=beta), data) for beta in ORDER_BETAS}}
+    for reference, factor in (("moving", 3), ("fixed", 1)):
+        for order in ORDERS:
+            ladder = {}
+            for beta in ORDER_BETAS:
+                beta = round(factor * beta, 6)
+                settings = dict(lr=lr, beta=beta, reference=reference, order=ORDERS[order])
+                ladder[beta] = Condition("sDPO", settings, data)
+            ladders[f"{order}, {reference}"] = ladder
+    return ladders
+
+def when_order_matters_grid() -> dict: # name -> Condition
+    "The ladders, rung by rung."
+    grid = {}
+    for arm, ladder in order_ladders().items():
+        for beta, condition in ladder.items(): grid[f"{arm}, beta {beta:g}"] = condition
+    return grid
+
 # %% ../nbs/experiments/questions.ipynb #7adbd1e3
 def why_it_works_grid() -> dict: # name -> Condition
     """Reference x order x schedule, all at DPO's best settings and T = 3;
@@ -346,6 +379,7 @@ GRIDS = { # name -> function that makes it
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
+    "when_order_matters": when_order_matters_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),

@@ -102,6 +102,18 @@ def _sorted(world, base, tokenizer, what, sign): # one source; sign 1: from smal
 
 TRAINING_DATA["sorted"] = _sorted
 
+# %% ../nbs/experiments/training_data.ipynb #e27da775
+def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
+
+def _with_graded_noise(world, base, tokenizer, *shares): # of pairs that are swapped, source by source
+    noisy = {}
+    for (name, rows), share in zip(_by_source(world, base, tokenizer).items(), shares, strict=True):
+        rng = random.Random(name)
+        noisy[name] = [_swapped(row) if rng.random() < share else row for row in rows]
+    return noisy
+
+TRAINING_DATA["graded noise"] = _with_graded_noise
+
 # %% ../nbs/experiments/training_data.ipynb #b2e10ada
 COMMON_SETTINGS = dict( # of StepwiseConfig, in every run of the experiments unless a cell says otherwise
     beta=0.3,
@@ -143,8 +155,6 @@ def _selected(world, base, tokenizer, keep, beta, lr): # keep: smallest or large
 TRAINING_DATA["selected"] = _selected
 
 # %% ../nbs/experiments/training_data.ipynb #192cadd2
-def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
-
 def _labelled_by_judge(
     rows: list,
     error: float,        # probability that the worse response is chosen

@@ -66,6 +66,58 @@ def test_finite_data_compares_equal_pairs_and_steps_at_one_beta_over_T():
     assert len({x.key for xs in drawn.values() for x in xs}) == 20 * len(grid)
 
 
+def test_arms_of_when_order_matters_differ_in_what_they_are_named_after_and_nothing_else():
+    ladders = questions.order_ladders()
+    assert len(ladders) == 7 and {len(ladder) for ladder in ladders.values()} == {4} and len(questions.when_order_matters_grid()) == 28
+    for arm, ladder in ladders.items():
+        for beta, c in ladder.items():
+            rest = {k: v for k, v in c.settings.items() if k not in ("lr", "beta")}
+            asked = {} if arm == "all at once" else dict(reference=arm.split(", ")[1], order=questions.ORDERS[arm.split(", ")[0]])
+            assert c.settings["beta"] == beta and rest == asked and c.data == ("graded noise", 0., 0.15, 0.35) and c.settings["lr"] == 1e-4
+        assert list(ladder) == pytest.approx([b * (3 if "moving" in arm else 1) for b in (0.1, 0.2, 0.4, 0.8)])
+    assert {*questions.ORDER_QUESTIONS["a"], *questions.ORDER_QUESTIONS["b"]} <= set(ladders)
+
+
+def test_cross_fitting_never_lets_a_world_choose_for_itself():
+    g = np.random.default_rng(0)
+    values = {beta: 0.5 + g.normal(0, 0.1, (5, 2, 3)) for beta in (1, 2, 3)}
+    got, chosen = compare.cross_fitted({beta: rows(v) for beta, v in values.items()}, "kl")
+    for w, beta in enumerate(chosen):
+        others = {b: np.delete(v, w, 0).mean() for b, v in values.items()}
+        assert beta == max(others, key=others.get)
+        np.testing.assert_allclose(got[w], 10 * values[beta][w])
+        changed = {b: v.copy() for b, v in values.items()}
+        for b in changed: changed[b][w] = g.normal(0, 9, (2, 3))
+        assert compare.cross_fitted({b: rows(v) for b, v in changed.items()})[1][w] == beta
+
+
+def test_the_choice_is_the_likeliest_of_four_and_short_answers_lose_their_advantage_per_token():
+    world = bodies.build_world(0)
+    base, tokenizer = load_base(world)
+    prompts = world.test[:30]
+    exam = cells.Exam(base, tokenizer, prompts, luck=1)
+    found = exam.choices(base)
+    from sdpo_nb.logprobs import response_logprobs
+    for i, prompt in enumerate(prompts):
+        per = []
+        for text in cells.answers_to_choose_from(prompt):
+            ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            pair = dict(prompt_ids=cells.prompt_ids(tokenizer, prompt), chosen_ids=ids, rejected_ids=ids)
+            per.append((response_logprobs(base, [pair])[0].item(), len(ids)))
+        assert found["choice"][i] == (per[0][0] == max(x for x, _ in per)) and found["choice_per_token"][i] == (per[0][0] / per[0][1] == max(x / n for x, n in per))
+    assert 0 < sum(found["choice"]) < 30
+
+
+def test_graded_noise_swaps_the_share_that_was_asked_for_and_nothing_else():
+    world = bodies.build_world(0)
+    plain, noisy = (training_data.TRAINING_DATA[k](world, None, None, *a) for k, a in (("sources", ()), ("graded noise", (0., 0.15, 0.35))))
+    for (name, rows), share in zip(plain.items(), (0., 0.15, 0.35)):
+        swapped = [a["chosen"] == b["rejected"] and a["rejected"] == b["chosen"] for a, b in zip(rows, noisy[name])]
+        assert all(a == b or s for a, b, s in zip(rows, noisy[name], swapped)) and len(rows) == len(noisy[name])
+        assert abs(np.mean(swapped) - share) < 0.06
+    with pytest.raises(ValueError): training_data.TRAINING_DATA["graded noise"](world, None, None, 0.1)
+
+
 def test_a_grid_that_was_not_run_is_not_run_again(monkeypatch):
     monkeypatch.setattr(experiments, "GRIDS", {"there": None, "half": None, "not there": None})
     stored = questions.all_cells_of("stage_by_stage")[:2]

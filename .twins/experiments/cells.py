@@ -44,17 +44,17 @@ from tqdm.auto import tqdm
 
 from sdpo_nb.bodies import build_beginning, build_world
 from sdpo_nb.evaluate import kl_along
-from sdpo_nb.logprobs import load_model
+from sdpo_nb.logprobs import load_model, response_logprobs
 from sdpo_nb.report import gamma_table
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.trainer import learning_rate
 from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA, true_gap
-from sdpo_nb.world import ALPHABET, World, content_hash, load_base, make_prompts, prompt_ids, respond_ids
+from sdpo_nb.world import ALPHABET, World, answer, content_hash, load_base, make_prompts, prompt_ids, respond_ids
 from sdpo_nb.world import sft, text_of, true_reward, true_rewards, world_texts
 
 # %%
 import dataclasses, math
-from sdpo_nb.world import complaint
+from sdpo_nb.world import complaint, misled
 
 # %% [markdown]
 # How many numbers will such a row need, if it should answer questions that nobody has asked yet? More than one mean. We keep one number per prompt, so that any two rows can be
@@ -174,6 +174,30 @@ pd.DataFrame(rows).T
 
 
 # %% [markdown]
+# A second kind of question is multiple choice. H4, by which the paper measures, never lets a model write: it ranks *given* answers by their log-probability. So do we, with four answers. One is right and one follows the wrong rule. Two
+# are the right one, spoilt: a letter left out, or two neighbours swapped.
+
+# %%
+#| export
+def answers_to_choose_from(
+    prompt: str, # of a world, with three letters or more
+) -> list[str]:  # four different ones: right, by the wrong rule, a letter short, two neighbours swapped
+    "The answers of a multiple-choice question; the prompt decides which letters are spoilt."
+    right, wrong = answer(prompt), answer(prompt, right=False)
+    rng = random.Random(prompt)
+    i, j = rng.randrange(len(right)), rng.randrange(len(right) - 1)
+    short = right[:i] + right[i+1:]
+    swapped = right[:j] + right[j+1] + right[j] + right[j+2:]
+    return [right, wrong, short, swapped]
+
+
+# %%
+for split in ("test", "seven letters", "other letters"):
+    for prompt in prompts_of_split(0, split): assert len(set(answers_to_choose_from(prompt))) == 4
+{prompt: answers_to_choose_from(prompt) for prompt in prompts_of_split(0, "test")[:3]}
+
+
+# %% [markdown]
 # Now the exam itself. When two students are compared, both should get the same questions. Here they also get the same *luck*: the random
 # numbers behind a sampled answer are the same for every method of a world. So a difference between two methods is paired, prompt by
 # prompt.
@@ -205,6 +229,27 @@ class Exam:
             kl=np.round(kl, 3).tolist(),
         )
 
+    @torch.no_grad()
+    def choices(
+        self,
+        model,
+    ) -> dict:           # choice, choice_per_token: 1 where the right answer is the likeliest of four, else 0
+        "Let a model rank `answers_to_choose_from`, by log-probability and by that per token."
+        pairs, lengths = [], []
+        for prompt in self.prompts:
+            ids = prompt_ids(self.tokenizer, prompt)
+            texts = answers_to_choose_from(prompt)
+            given = [self._ids(text) for text in texts]
+            lengths.append([len(answer) for answer in given])
+            for a, b in (given[:2], given[2:]): pairs.append(dict(prompt_ids=ids, chosen_ids=a, rejected_ids=b))
+        scores = torch.stack(response_logprobs(model, pairs), 1).view(-1, 4)
+        per_token = scores / torch.tensor(lengths)
+        first = {"choice": scores, "choice_per_token": per_token}
+        return {name: (score.argmax(1) == 0).int().tolist() for name, score in first.items()}
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
+
     def by_skill(
         self,
         results: dict,   # of one model
@@ -231,6 +276,17 @@ pd.DataFrame({name: pd.DataFrame(numbers).mean() for name, numbers in results.it
 
 # %% [markdown]
 # S is at distance 0 from itself. At half the temperature it answers otherwise, so it is another policy, 0.25 nats away. Its greedy answers are the same, as they have no temperature.
+#
+# And which of four answers does S find likeliest? A model that guesses is right in 25 of 100.
+
+# %%
+choices = exam.choices(base)
+table = pd.DataFrame(choices, index=["misled" if misled(p) else "not misled" for p in exam.prompts])
+assert set(table.to_numpy().ravel()) == {0, 1}
+table.groupby(level=0).mean().round(2)
+
+# %% [markdown]
+# Where S was misled it is wrong more often than a guess, as it finds the wrong rule likelier. Per token nothing changes here: the short answer wins too rarely. With answers of very different lengths it would.
 #
 # A mean over all prompts can hide that one skill is lost. So means are kept by skill, too:
 
@@ -303,7 +359,7 @@ def _run_baseline(cell: Cell, world: World, sources: dict, exam: Exam):
     if cell.method == "S, best temperature": tau = _best_temperature(exam.base, exam.tokenizer, world)
     if cell.method == "SFT on chosen": model, tokens = _fine_tuned(cell, exam.base, exam.tokenizer, sources)
     results = exam.results(model, tau)
-    return results, {}, [exam.by_skill(results, 0)], tokens
+    return results, exam.choices(model), [exam.by_skill(results, 0)], tokens
 
 
 # %% [markdown]
@@ -317,8 +373,8 @@ small_world = dataclasses.replace(world, validation=world.validation[:50])
 rows = {}
 for method in BASELINES:
     cell = Cell(0, 0, method, dict(lr=3e-4))
-    results, _, _, tokens = _run_baseline(cell, small_world, few, exam)
-    means = {what: np.mean(numbers) for what, numbers in results.items()}
+    results, choices, _, tokens = _run_baseline(cell, small_world, few, exam)
+    means = {what: np.mean(numbers) for what, numbers in (results | choices).items()}
     rows[method] = means | dict(tokens=tokens)
 
 print("best temperature:", _best_temperature(base, tokenizer, small_world))
@@ -377,7 +433,7 @@ def _run_dpo(cell: Cell, world: World, sources, exam: Exam):
             results.append(exam.results(model))
             tables.append(exam.by_skill(results[-1], t))
         gammas = gamma_table(run).groupby(["model", "chunk"], sort=False)["gamma"].mean().round(4)
-        kept = dict(
+        kept = exam.choices(model) | dict(
             pass_tokens=_pass_tokens(run),
             losses=run.metrics["loss"].round(4).tolist(),
             steps=[stage["steps"] for stage in run.stages],
@@ -539,6 +595,8 @@ stored[["world", "seed", "method", "split", "reward"]]
 # Cells are independent of each other, so they run one to a core, each in a process of its own. A process that is *spawned* starts fresh: it does not
 # inherit the threads of this one, which can hang after a fork.
 #
+# They run world by world. A grid that is stopped then has whole worlds, and may go on on another machine, where the same world comes out a little different.
+#
 # When one cell fails, the others go on. The first error is raised at the end, and it says which cell it was.
 
 # %%
@@ -589,7 +647,8 @@ def run_grid(
     path = _runs_file(folder)
     done = read_rows(path, "key")
     known = set(done["key"])
-    todo = {cell.key: cell for cell in cells if cell.key not in known}     # each once
+    world_by_world = sorted(cells, key=lambda cell: cell.world)
+    todo = {cell.key: cell for cell in world_by_world if cell.key not in known}     # each once
     if not todo: return rows_of_cells(done, cells)
 
     versions = {package: version(package) for package in ("torch", "transformers")}

@@ -461,6 +461,46 @@ def finite_data_grid() -> dict: # name -> Condition
 # %%
 as_table(finite_data_grid())
 
+# %% [markdown]
+# In all of these worlds the sources teach the same and have equally good labels, so there is little that an order could do. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse. Three orders and all pairs at once, with a moving and with a fixed reference, each on a ladder of $\beta$ of its own. It was added after the answers of the others.
+
+# %%
+#| export
+ORDER_NOISE = (0., 0.15, 0.35)         # share of pairs that are swapped, from the easy to the hard source
+ORDER_BETAS = (0.1, 0.2, 0.4, 0.8)     # of one stage and of a fixed reference; three times these where it moves
+ORDERS = {"easy first": "easy_to_hard", "random order": "random", "hard first": "hard_to_easy"}
+ORDER_QUESTIONS = pd.DataFrame([
+    ("easy first against hard first", "easy first, moving", "hard first, moving"),
+    ("easy first against random order", "easy first, moving", "random order, moving"),
+    ("easy first against hard first, fixed reference", "easy first, fixed", "hard first, fixed"),
+    ("stepwise against all at once", "easy first, moving", "all at once"),
+], columns=["question", "a", "b"])
+
+def order_ladders() -> dict: # arm -> beta -> Condition
+    "Every order with every reference, in worlds with `ORDER_NOISE`, at one learning rate."
+    lr, data = chosen_settings()["sDPO"]["lr"], ("graded noise", *ORDER_NOISE)
+    ladders = {"all at once": {beta: Condition("DPO", dict(lr=lr, beta=beta), data) for beta in ORDER_BETAS}}
+    for reference, factor in (("moving", 3), ("fixed", 1)):
+        for order in ORDERS:
+            ladder = {}
+            for beta in ORDER_BETAS:
+                beta = round(factor * beta, 6)
+                settings = dict(lr=lr, beta=beta, reference=reference, order=ORDERS[order])
+                ladder[beta] = Condition("sDPO", settings, data)
+            ladders[f"{order}, {reference}"] = ladder
+    return ladders
+
+def when_order_matters_grid() -> dict: # name -> Condition
+    "The ladders, rung by rung."
+    grid = {}
+    for arm, ladder in order_ladders().items():
+        for beta, condition in ladder.items(): grid[f"{arm}, beta {beta:g}"] = condition
+    return grid
+
+
+# %%
+as_table(when_order_matters_grid())
+
 
 # %% [markdown]
 # Two grids throw one switch at a time. Stepwise DPO differs from DPO in its reference, its order and its schedule. [Why it works](why_it_works.ipynb) has all twelve combinations of these, at one $\beta$, so that the effect of each can be told from the others. The names say how the three switches stand: `moving, random, never` has a moving reference, chunks at random, and a schedule that never restarts.
@@ -667,6 +707,7 @@ GRIDS = { # name -> function that makes it
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
+    "when_order_matters": when_order_matters_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),

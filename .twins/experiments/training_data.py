@@ -253,8 +253,55 @@ pd.DataFrame({
     "share of wrong labels": [part.mean() for part in wrong_in],
 }, index=["first third", "second third", "last third"]).round(2)
 
+
 # %% [markdown]
 # Labels are drawn by Bradley-Terry, so they are wrong most often where two rewards are close: in the last third.
+#
+# ## Noise graded by source
+#
+# In the world all three sources have equally good labels. Real sources have not: one was labelled by experts, another by whoever clicked. And where it is hard to say which answer is better, people disagree. The kind `graded noise` swaps the two responses in a given share of the pairs of each source, drawn at random. The prompts and responses stay as they are.
+
+# %%
+#| export
+def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
+
+def _with_graded_noise(world, base, tokenizer, *shares): # of pairs that are swapped, source by source
+    noisy = {}
+    for (name, rows), share in zip(_by_source(world, base, tokenizer).items(), shares, strict=True):
+        rng = random.Random(name)
+        noisy[name] = [_swapped(row) if rng.random() < share else row for row in rows]
+    return noisy
+
+TRAINING_DATA["graded noise"] = _with_graded_noise
+
+
+# %% [markdown]
+# 0, 15 and 35 % are swapped. What does that do to the labels that we know to be wrong, and to how often S is on the side of the label? The second is what stepwise DPO orders sources by.
+
+# %%
+def wrong_share(rows):
+    gaps = [true_gap(row) for row in rows]
+    return np.mean([gap < 0 for gap in gaps if gap])       # of equal rewards neither label is wrong
+
+def share_S_prefers(rows):
+    pairs = tokenize_pairs(load_pairs(rows), tokenizer, "pairs", 64, 32).pairs
+    return (score_pairs(base, pairs).gamma(pairs) > 0).double().mean().item()
+
+as_made = TRAINING_DATA["sources"](world, base, tokenizer)
+noisy = TRAINING_DATA["graded noise"](world, base, tokenizer, 0., 0.15, 0.35)
+assert noisy["primer"] == as_made["primer"]
+table = {}
+for name, rows in noisy.items():
+    table[name] = {
+        "wrong labels, as made": wrong_share(as_made[name]),
+        "with noise": wrong_share(rows),
+        "S prefers chosen, as made": share_S_prefers(as_made[name]),
+        "with noise ": share_S_prefers(rows),
+    }
+pd.DataFrame(table).T.round(2)
+
+# %% [markdown]
+# With noise about a third of the labels in the hard source are wrong. S comes closer to one half everywhere, and the order of the sources stays the same in this world, though barely.
 
 # %% [markdown]
 # ## What is the same in all runs
@@ -376,8 +423,6 @@ print(f"{len(part)} of {len(pairs)} pairs, the same ones whenever you ask")
 
 # %%
 #| export
-def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
-
 def _labelled_by_judge(
     rows: list,
     error: float,        # probability that the worse response is chosen
