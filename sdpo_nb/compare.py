@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'SAME', 'outcome_values', 'paired_difference', 'difference_intervals', 'outcome_means', 'plot_contrasts',
            'plot_outcomes', 'sign_flip_p_value', 'holm_p_values', 'equality_test', 'equality_of', 'with_holm',
-           'verdict', 'check_same_draws', 'tested_differences', 'standard_deviations', 'reward_at_kl', 'cross_fitted']
+           'verdict', 'check_same_draws', 'tested_differences', 'standard_deviations', 'reward_at_kl', 'loss_roughness',
+           'cross_fitted']
 
 # %% ../nbs/experiments/compare.ipynb #a859dacf
 import itertools
@@ -16,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 from scipy.stats import t as student
 
-from .evaluate import as_text, interval
+from .evaluate import as_text, interval, stability
 
 # %% ../nbs/experiments/compare.ipynb #98922aab
 OUTCOMES = { # column of the table of runs -> label
@@ -238,6 +239,20 @@ def reward_at_kl(
                              f"{x[0]:.2f} to {x[-1]:.2f}; add a beta")
         out[run] = np.interp(asked[run], x, y)
     return out
+
+# %% ../nbs/experiments/compare.ipynb #d733ae6e
+def loss_roughness(
+    rows: pd.DataFrame,  # of the table of runs, with losses, and steps of each stage
+    stages: list = None, # numbers from 1; None: all
+) -> np.ndarray:         # (worlds, seeds, 1) nats
+    "Scatter of the losses about their running median, within stages: root mean square over the stages asked for."
+    roughness = []
+    for row in rows.itertuples():
+        ends = np.cumsum(row.steps)
+        of_stage = [stability(part)["sd"] for part in np.split(np.asarray(row.losses), ends[:-1])]
+        asked = [of_stage[t - 1] for t in stages or range(1, len(ends) + 1)]
+        roughness.append([float(np.sqrt(np.mean(np.square(asked))))])
+    return outcome_values(rows.assign(roughness=roughness), "roughness")
 
 # %% ../nbs/experiments/compare.ipynb #6eb77853
 def cross_fitted(

@@ -18,7 +18,7 @@ import torch
 from .bodies import BODIES, build_world
 from .cells import BASELINES, METHODS, RESULTS, Cell
 from .cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
-from .compare import SAME, paired_difference
+from .compare import SAME, loss_roughness, paired_difference
 from .evaluate import as_text, frontier, interval
 from .questions import GRIDS, SEARCHES, WORLDS
 from .questions import all_cells_of, choose_settings, load_grid, primary_contrasts
@@ -75,7 +75,7 @@ PRIMARY_CLAIMS = { # claim -> the primary question
     "sDPO at $\\beta$ is better than DPO at $\\beta/T$ (not in the paper)":
         "stepwise at beta against plain at beta/T",
 }
-EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled; {}: every body but the Llama
+EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled, stages; {}: all bodies but the Llama
     "sDPO gives better greedy answers than DPO, at the same rate":
         ("protocol", "primary", "sDPO", "DPO at sDPO's rate", "greedy"),
     "sDPO is as near to S as DPO, each tuned":
@@ -86,6 +86,10 @@ EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampl
         ("paper_in_miniature", "primary", "sDPO at DPO's beta", "DPO"),
     "sDPO is better than DPO at one $\\beta$ and rate, the best for sDPO":
         ("how_many_stages", "how_many_stages", "T = 3", "T = 1"),
+    "a stage that starts at $M_{t-1}$ has a steadier loss than one that starts at S (figure 3; stage 2, same batches)":
+        ("paper_in_miniature", "why_it_works", "moving, easy_to_hard, stage", "from S", "roughness", [2]),
+    "sDPO has a steadier loss than DPO, both at the rate of sDPO":
+        ("paper_in_miniature", "primary", "sDPO", "DPO at sDPO's rate", "roughness"),
     "a more aligned reference makes a better model, at one $\\beta$ (table 1)":
         ("paper_in_miniature", "paper_in_miniature", "riddle against M_2", "riddle against S"),
     "a reference that moves up is better, at one $\\beta$":
@@ -111,11 +115,17 @@ def _verdict(mean, low, high, different): # in words
     return f"{direction}, but little" if inside else direction
 
 # %% ../nbs/experiments/protocol.ipynb #42b2f2dc
-def _mean_difference(found, a, b, what="sampled"):
+def _mean_difference(found, a, b, what="sampled", stages=None):
     "(worlds, seeds, prompts); a mean over bodies where the names ask for them."
+    if what == "roughness": return loss_roughness(found[a], stages) - loss_roughness(found[b], stages)
     bodies = BODIES if "{}" in a else [""]
     names = [(a.format(body), b.format(body)) for body in bodies]
     return np.mean([paired_difference(found[one], found[other], what) for one, other in names], axis=0)
+
+_NO_REWARDS = { # outcome -> words for less and for more of it, unit; none has a margin
+    "kl": ("nearer", "farther", " nats"),
+    "roughness": ("steadier", "rougher", " nats of loss"),
+}
 
 def _both_p_values(answer):
     return f"p = {answer['holm']:.2f} and {answer['holm_equal']:.3f} (different, equal; Holm)"
@@ -189,8 +199,10 @@ def claims_table() -> pd.DataFrame: # claim, model, what we found, how sure, whe
     for claim, (page, grid, a, b, *what) in EXPLORATORY_CLAIMS.items():
         difference = _mean_difference(grids[grid], a, b, *what)
         mean, low, high = interval(difference)
-        word, unit = _verdict(mean, low, high, not low <= 0 <= high), ""
-        if what == ["kl"]: word, unit = "farther" if low > 0 else "nearer" if high < 0 else "we cannot tell", " nats"
+        if what and what[0] in _NO_REWARDS:
+            less, more, unit = _NO_REWARDS[what[0]]
+            word = more if low > 0 else less if high < 0 else "we cannot tell"
+        else: word, unit = _verdict(mean, low, high, not low <= 0 <= high), ""
         add(claim, page, len(difference), as_text((mean, low, high), "+.3f") + unit, f"{word}, exploratory")
     return pd.DataFrame(rows)
 
@@ -204,6 +216,7 @@ def small_cells() -> list[Cell]:
     cells += [cell(split=split) for split in ("seven letters", "other letters")]
     return cells + [
         cell(data=("one source",), chunks=3),
+        cell(data=("graded noise", 0., 0.15, 0.35)),
         cell(data=("skills",)),
         cell(data=("without", "sort")),
         cell(data=("same prompts", 3), order="as_given"),

@@ -37,7 +37,7 @@ import pandas as pd
 import seaborn as sns
 from scipy.stats import t as student
 
-from sdpo_nb.evaluate import as_text, interval
+from sdpo_nb.evaluate import as_text, interval, stability
 
 # %%
 from sdpo_nb.world import complaint
@@ -554,6 +554,44 @@ at.ravel()
 
 
 # %% [markdown]
+# ## A rough loss
+#
+# Is one way of training steadier than another? We have the losses of every step. A loss falls, and jumps from batch to batch, so we take a running median away and look at what is left: its standard deviation is the *roughness* of the curve ([chapter 08](../08_evaluate.ipynb)). Each stage has a curve of its own.
+
+# %%
+#| export
+def loss_roughness(
+    rows: pd.DataFrame,  # of the table of runs, with losses, and steps of each stage
+    stages: list = None, # numbers from 1; None: all
+) -> np.ndarray:         # (worlds, seeds, 1) nats
+    "Scatter of the losses about their running median, within stages: root mean square over the stages asked for."
+    roughness = []
+    for row in rows.itertuples():
+        ends = np.cumsum(row.steps)
+        of_stage = [stability(part)["sd"] for part in np.split(np.asarray(row.losses), ends[:-1])]
+        asked = [of_stage[t - 1] for t in stages or range(1, len(ends) + 1)]
+        roughness.append([float(np.sqrt(np.mean(np.square(asked))))])
+    return outcome_values(rows.assign(roughness=roughness), "roughness")
+
+
+# %% [markdown]
+# Two stages of 200 steps. The first jumps by 0.1 from step to step, the second by 0.3:
+
+# %%
+rng = np.random.default_rng(0)
+losses = np.concatenate([np.linspace(0.7, 0.5, 200) + rng.normal(0, scatter, 200) for scatter in (0.1, 0.3)])
+rows = pd.DataFrame([dict(world=0, seed=0, losses=losses, steps=[200, 200])])
+found = {f"stage {t}": loss_roughness(rows, [t]).item() for t in (1, 2)}
+found["both"] = loss_roughness(rows).item()
+assert abs(found["stage 1"] - 0.1) < 0.02
+assert abs(found["stage 2"] - 0.3) < 0.06
+assert found["stage 1"] < found["both"] < found["stage 2"]
+pd.Series(found).round(2)
+
+
+# %% [markdown]
+# Only curves over the same batches can be compared step by step. Where two runs see other batches, as DPO and stepwise DPO do, compare many of them.
+#
 # ## Settings that were chosen elsewhere
 #
 # Each method has settings of its own, so we try some and take the best. But the best of six numbers is partly the luckiest of six, and a method with more settings to try has more luck. How much is that? We invent two methods that are equal in truth. A was tried with one setting, B with six.
@@ -621,6 +659,7 @@ round(values.mean(), 2)
 # - `sign_flip_p_value` and `holm_p_values`: how often chance would do that, for one question and for many.
 # - `plot_contrasts`: a picture with a band in which a difference is too small to count.
 # - `reward_at_kl`: a comparison at equal distance from S.
+# - `loss_roughness`: how much a loss jumps.
 # - `cross_fitted`: settings that no world has chosen for itself.
 #
 # Next: the [questions](questions.ipynb) that were asked with these tools.
