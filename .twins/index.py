@@ -200,13 +200,15 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [why_it_works](experiments/why_it_works.ipynb) | reference, order and schedule, each switched alone |
 # | [smaller_beta](experiments/smaller_beta.ipynb) | are $T$ stages at $\beta$ one stage at $\beta/T$? |
 # | [finite_data](experiments/finite_data.ipynb) | how many pairs a stage needs for that: a law, derived and simulated; its predictions for these worlds are not yet tested |
+# | [tuned_elsewhere](experiments/tuned_elsewhere.ipynb) | DPO, stepwise DPO, TR-DPO and Pre-DPO at settings that were chosen in other worlds: five questions, asked and not yet answered |
+# | [when_order_matters](experiments/when_order_matters.ipynb) | easy or hard first where hard sources have bad labels: four questions, asked and not yet answered |
 # | [how_to_partition](experiments/how_to_partition.ipynb) | which measure, which direction, which pairs |
 # | [how_many_stages](experiments/how_many_stages.ipynb) | one to eight, at one $\beta$ and at one that grows with their number |
 # | [which_architecture](experiments/which_architecture.ipynb) | stepwise against plain DPO in tiny GPT-2, OPT, BLOOM, Llama and Qwen |
 # | [stage_by_stage](experiments/stage_by_stage.ipynb) | what each stage gains, and what it undoes |
 # | [new_domain](experiments/new_domain.ipynb) | a skill without pairs, longer strings, another alphabet |
 # | [with_new_data](experiments/with_new_data.ipynb) | pairs that the model before wrote; labels by a judge, or by the model |
-# | how it was done | [worlds and bodies](experiments/bodies.ipynb), [training data](experiments/training_data.ipynb), [one run and many](experiments/cells.ipynb), [comparing them](experiments/compare.ipynb), [every question as a grid](experiments/questions.ipynb) |
+# | how it was done | [worlds and bodies](experiments/bodies.ipynb), [training data](experiments/training_data.ipynb), [a stage in memory](experiments/in_memory.ipynb), [one run and many](experiments/cells.ipynb), [comparing them](experiments/compare.ipynb), [every question as a grid](experiments/questions.ipynb) |
 #
 # | question | on a real model, SmolLM2-135M-Instruct |
 # |---|---|

@@ -215,6 +215,9 @@ def small_cells() -> list[Cell]:
     cells = [cell(method) for method in (*METHODS, *BASELINES)]
     cells += [cell(split=split) for split in ("seven letters", "other letters")]
     return cells + [
+        cell("TR-DPO, hard", every=2),
+        cell("TR-DPO, soft", every=2),
+        cell("Pre-DPO"),
         cell(data=("one source",), chunks=3),
         cell(data=("graded noise", 0., 0.15, 0.35)),
         cell(data=("skills",)),

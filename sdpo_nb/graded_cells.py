@@ -21,12 +21,13 @@ from .compare import verdict
 from .evaluate import kl_along
 from .graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from .graded import messages_of, sampled_ids, teacher_pairs
+from .in_memory import load_S, train_in_memory
 from .known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES
 from .known_truth import TEST, VALIDATION
 from .known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels
 from .logprobs import load_model, load_tokenizer, pairs_hash
 from .preferences import load_pairs, tokenize_pairs
-from .real import chunk_of, load_S, train_in_memory
+from .real import chunk_of
 from .timed import run_timed
 from .trainer import TrainConfig
 from .world import content_hash
@@ -85,7 +86,7 @@ class GradedCell:
 @dataclass
 class Graded:
     "What all cells of a process share."
-    base: object         # real.Base: its model is trained
+    base: object         # in_memory.Base: its model is trained
     S: object            # as it is, in eval mode
     writer: object       # answers; gets the weights of what was trained
     tokenizer: object

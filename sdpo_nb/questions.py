@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
-           'FINITE_PAIRS', 'FINITE_STAGES', 'ORDER_NOISE', 'ORDER_BETAS', 'ORDERS', 'ORDER_QUESTIONS', 'BODY_WORLDS',
-           'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table', 'choose_settings',
+           'FINITE_PAIRS', 'FINITE_STAGES', 'ORDER_NOISE', 'ORDER_BETAS', 'ORDERS', 'ORDER_QUESTIONS',
+           'ELSEWHERE_MIDDLES', 'ELSEWHERE_STEPS', 'ELSEWHERE_RATES', 'ELSEWHERE_QUESTIONS', 'BODY_WORLDS', 'GRIDS',
+           'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table', 'choose_settings',
            'chosen_settings', 'Condition', 'primary_grid', 'question_values', 'primary_contrasts', 'smaller_beta_grid',
-           'how_many_stages_grid', 'finite_data_grid', 'order_ladders', 'when_order_matters_grid', 'why_it_works_grid',
-           'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid',
-           'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body', 'which_architecture_grid',
-           'grid_cells', 'all_cells_of', 'load_grid']
+           'how_many_stages_grid', 'finite_data_grid', 'order_ladders', 'when_order_matters_grid', 'trial_cells',
+           'elsewhere_ladders', 'tuned_elsewhere_grid', 'cross_fitted_values', 'cross_fitted_contrasts',
+           'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid',
+           'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body',
+           'which_architecture_grid', 'grid_cells', 'all_cells_of', 'load_grid']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -21,7 +23,8 @@ import pandas as pd
 
 from .bodies import BODIES, SEARCH_WORLDS
 from .cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
-from .compare import check_same_draws, outcome_values, reward_at_kl, tested_differences
+from .compare import check_same_draws, cross_fitted, outcome_values, reward_at_kl
+from .compare import tested_differences, verdict
 from .training_data import COMMON_SETTINGS
 from .world import SKILLS
 
@@ -96,7 +99,7 @@ PRIMARY_QUESTIONS = pd.DataFrame([
 @dataclass
 class Condition:
     "What all runs behind one row of a grid have in common."
-    method: str                  # of METHODS or BASELINES
+    method: str                  # of METHODS, RELATIVES or BASELINES
     settings: dict               # of StepwiseConfig
     data: tuple = ("sources",)   # a name in TRAINING_DATA, and what that function asks for
     split: str = "test"          # prompts it is measured on
@@ -210,26 +213,93 @@ ORDER_QUESTIONS = pd.DataFrame([
     ("stepwise against all at once", "easy first, moving", "all at once"),
 ], columns=["question", "a", "b"])
 
-def order_ladders() -> dict: # arm -> beta -> Condition
+def order_ladders() -> dict: # arm -> name of a row -> Condition
     "Every order with every reference, in worlds with `ORDER_NOISE`, at one learning rate."
     lr, data = chosen_settings()["sDPO"]["lr"], ("graded noise", *ORDER_NOISE)
-    ladders = {"all at once": {beta: Condition("DPO", dict(lr=lr, beta=beta), data) for beta in ORDER_BETAS}}
+    arms = {"all at once": ("DPO", 1, {})}
     for reference, factor in (("moving", 3), ("fixed", 1)):
-        for order in ORDERS:
-            ladder = {}
-            for beta in ORDER_BETAS:
-                beta = round(factor * beta, 6)
-                settings = dict(lr=lr, beta=beta, reference=reference, order=ORDERS[order])
-                ladder[beta] = Condition("sDPO", settings, data)
-            ladders[f"{order}, {reference}"] = ladder
+        for name, order in ORDERS.items():
+            arms[f"{name}, {reference}"] = ("sDPO", factor, dict(reference=reference, order=order))
+    ladders = {}
+    for arm, (method, factor, switches) in arms.items():
+        betas = [round(factor * beta, 6) for beta in ORDER_BETAS]
+        rungs = {beta: Condition(method, switches | dict(lr=lr, beta=beta), data) for beta in betas}
+        ladders[arm] = {f"{arm}, beta {beta:g}": condition for beta, condition in rungs.items()}
     return ladders
 
 def when_order_matters_grid() -> dict: # name -> Condition
     "The ladders, rung by rung."
-    grid = {}
-    for arm, ladder in order_ladders().items():
-        for beta, condition in ladder.items(): grid[f"{arm}, beta {beta:g}"] = condition
-    return grid
+    return {name: rung for ladder in order_ladders().values() for name, rung in ladder.items()}
+
+# %% ../nbs/experiments/questions.ipynb #e3ee6e39
+ELSEWHERE_MIDDLES = { # method -> beta in the middle of its ladder
+    "DPO": 0.4,
+    "sDPO": 1.2,
+    "sDPO, fixed reference": 0.6,
+    "TR-DPO, hard": 2.4,
+    "TR-DPO, soft": 1.2,
+    "Pre-DPO": 0.6,
+}
+ELSEWHERE_STEPS, ELSEWHERE_RATES = range(-2, 3), (1e-4, 3e-4)    # a step is a factor of the square root of 2
+ELSEWHERE_QUESTIONS = pd.DataFrame([
+    ("stepwise against plain", "sDPO", "DPO"),
+    ("moving against fixed reference", "sDPO", "sDPO, fixed reference"),
+    ("TR-DPO, hard, against plain", "TR-DPO, hard", "DPO"),
+    ("TR-DPO, soft, against plain", "TR-DPO, soft", "DPO"),
+    ("Pre-DPO against plain", "Pre-DPO", "DPO"),
+], columns=["question", "a", "b"])
+
+def trial_cells() -> list[Cell]:
+    "The relatives that were never searched, in world 0, at beta in steps of a factor of 2."
+    betas = {"TR-DPO, hard": BETAS[1:], "TR-DPO, soft": BETAS[1:], "Pre-DPO": BETAS[:5]}
+    settings = [(method, dict(beta=beta, lr=ELSEWHERE_RATES[0])) for method in betas for beta in betas[method]]
+    return [Cell(0, 0, method, chosen, "validation") for method, chosen in settings]
+
+def elsewhere_ladders() -> dict: # method -> name of a row -> Condition
+    "Five beta at two learning rates, for every method."
+    ladders = {}
+    for method, middle in ELSEWHERE_MIDDLES.items():
+        ladder = {}
+        for step, lr in itertools.product(ELSEWHERE_STEPS, ELSEWHERE_RATES):
+            beta = round(middle * 2 ** (step / 2), 3)
+            ladder[f"{method}, beta {beta:g}, rate {lr:g}"] = Condition(method, dict(beta=beta, lr=lr))
+        ladders[method] = ladder
+    return ladders
+
+def tuned_elsewhere_grid() -> dict: # name -> Condition
+    "The ladders, rung by rung."
+    return {name: rung for ladder in elsewhere_ladders().values() for name, rung in ladder.items()}
+
+# %% ../nbs/experiments/questions.ipynb #1cae5d82
+def cross_fitted_values(
+    ladders: dict,         # arm -> name of a row -> Condition
+    found: dict,           # name of a row -> its rows of the table of runs
+    what: str = "sampled", # of OUTCOMES, or another column with a number per prompt
+) -> tuple[dict, dict]:    # arm -> (worlds, seeds, prompts); arm -> names of the rows that the worlds got
+    "What every arm has at settings that were chosen in the other worlds."
+    values, chosen = {}, {}
+    for arm, ladder in ladders.items():
+        values[arm], chosen[arm] = cross_fitted({name: found[name] for name in ladder}, what)
+    return values, chosen
+
+def cross_fitted_contrasts(
+    questions: pd.DataFrame, # question, a, b: arms
+    ladders: dict,           # arm -> name of a row -> Condition
+    found: dict,             # name of a row -> its rows of the table of runs
+) -> pd.DataFrame:           # the questions with mean, low, high, p-values, verdict, provisional
+    """a minus b in mean sampled reward, each at settings that were chosen in the other worlds.
+    Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."""
+    check_same_draws(found)
+    values, chosen = cross_fitted_values(ladders, found)
+    at_edge = {}
+    for arm, ladder in ladders.items():
+        betas = {name: condition.settings["beta"] for name, condition in ladder.items()}
+        ends = min(betas.values()), max(betas.values())
+        at_edge[arm] = np.mean([betas[name] in ends for name in chosen[arm]]) > 0.5
+    asked = {q.question: values[q.a] - values[q.b] for q in questions.itertuples()}
+    table = questions.merge(tested_differences(asked), on="question")
+    table["verdict"] = [verdict(answer) for _, answer in table.iterrows()]
+    return table.assign(provisional=[at_edge[q.a] or at_edge[q.b] for q in questions.itertuples()])
 
 # %% ../nbs/experiments/questions.ipynb #7adbd1e3
 def why_it_works_grid() -> dict: # name -> Condition
@@ -380,9 +450,11 @@ GRIDS = { # name -> function that makes it
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
     "when_order_matters": when_order_matters_grid,
+    "tuned_elsewhere": tuned_elsewhere_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
+    "tuned_elsewhere": (WORLDS, range(1)),
 }
 
 def _search_bodies():
@@ -393,6 +465,7 @@ SEARCHES = { # name -> function that makes its cells
     "pilot": pilot_cells,
     "search": search_cells,
     "search_bodies": _search_bodies,
+    "trial": trial_cells,
 }
 
 def grid_cells(

@@ -70,11 +70,12 @@ def test_arms_of_when_order_matters_differ_in_what_they_are_named_after_and_noth
     ladders = questions.order_ladders()
     assert len(ladders) == 7 and {len(ladder) for ladder in ladders.values()} == {4} and len(questions.when_order_matters_grid()) == 28
     for arm, ladder in ladders.items():
-        for beta, c in ladder.items():
+        for name, c in ladder.items():
+            beta = float(name.split("beta ")[1])
             rest = {k: v for k, v in c.settings.items() if k not in ("lr", "beta")}
             asked = {} if arm == "all at once" else dict(reference=arm.split(", ")[1], order=questions.ORDERS[arm.split(", ")[0]])
             assert c.settings["beta"] == beta and rest == asked and c.data == ("graded noise", 0., 0.15, 0.35) and c.settings["lr"] == 1e-4
-        assert list(ladder) == pytest.approx([b * (3 if "moving" in arm else 1) for b in (0.1, 0.2, 0.4, 0.8)])
+        assert [c.settings["beta"] for c in ladder.values()] == pytest.approx([b * (3 if "moving" in arm else 1) for b in (0.1, 0.2, 0.4, 0.8)])
     assert {*questions.ORDER_QUESTIONS["a"], *questions.ORDER_QUESTIONS["b"]} <= set(ladders)
 
 
@@ -116,6 +117,17 @@ def test_graded_noise_swaps_the_share_that_was_asked_for_and_nothing_else():
         assert all(a == b or s for a, b, s in zip(rows, noisy[name], swapped)) and len(rows) == len(noisy[name])
         assert abs(np.mean(swapped) - share) < 0.06
     with pytest.raises(ValueError): training_data.TRAINING_DATA["graded noise"](world, None, None, 0.1)
+
+
+def test_every_method_of_tuned_elsewhere_has_ten_settings_around_its_middle():
+    ladders = questions.elsewhere_ladders()
+    assert set(ladders) == {"DPO", "sDPO", "sDPO, fixed reference", *cells.RELATIVES} == set(questions.ELSEWHERE_MIDDLES)
+    for method, ladder in ladders.items():
+        betas = sorted({c.settings["beta"] for c in ladder.values()})
+        assert len(ladder) == 10 and len(betas) == 5 and {c.method for c in ladder.values()} == {method} and {c.settings["lr"] for c in ladder.values()} == {1e-4, 3e-4}
+        assert betas[2] == questions.ELSEWHERE_MIDDLES[method] and np.allclose(np.diff(np.log2(betas)), 0.5, atol=0.01)
+    drawn = questions.grid_cells("tuned_elsewhere")
+    assert all({(c.world, c.seed) for c in cs} == {(w, 0) for w in range(1, 11)} for cs in drawn.values())
 
 
 def test_a_grid_that_was_not_run_is_not_run_again(monkeypatch):
@@ -174,9 +186,11 @@ def test_every_method_runs_and_a_second_call_adds_nothing(tmp_path):
     found = everything[(everything["data"] == '["sources"]') & (everything["split"] == "validation")].set_index("method")
     before = (tmp_path / "runs.parquet").stat().st_mtime_ns
     assert len(cells.run_grid(asked, tmp_path)) == len(asked) and (tmp_path / "runs.parquet").stat().st_mtime_ns == before
-    assert set(found.index) == {*cells.METHODS, *cells.BASELINES} and max(map(abs, found.loc["S", "kl"])) < 1e-9
+    assert set(found.index) == {*cells.METHODS, *cells.BASELINES, *cells.RELATIVES} and max(map(abs, found.loc["S", "kl"])) < 1e-9
     trained = found.loc[list(cells.METHODS)]
     assert (trained["kl"].map(np.mean) > 0).all() and trained["tokens"].nunique() == 1       # equal budgets
+    assert found.loc["TR-DPO, hard", "tokens"] == found.loc["TR-DPO, soft", "tokens"] == found.loc["Pre-DPO", "tokens"] / 2 == found.loc["DPO", "tokens"]
+    assert len({tuple(found.loc[m, "losses"]) for m in ("DPO", "TR-DPO, hard", "TR-DPO, soft")}) == 3 and all(len(r.choice) == len(r.sampled) for r in everything.itertuples())
     assert len({tuple(x) for x in trained["sampled"]}) > 3                                     # and not one and the same method
     assert {json.loads(d)[0] for d in everything["data"]} == set(training_data.TRAINING_DATA)
     assert {len(r.sampled) for r in everything.itertuples() if r.split == "other letters"} != {len(found.loc["S", "sampled"])}

@@ -44,10 +44,12 @@ from tqdm.auto import tqdm
 
 from sdpo_nb.bodies import build_beginning, build_world
 from sdpo_nb.evaluate import kl_along
-from sdpo_nb.logprobs import load_model, response_logprobs
+from sdpo_nb.in_memory import load_S, train_in_memory
+from sdpo_nb.logprobs import load_model, pair_tokens, response_logprobs
+from sdpo_nb.plan import load_sources
 from sdpo_nb.report import gamma_table
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
-from sdpo_nb.trainer import learning_rate
+from sdpo_nb.trainer import TrainConfig, learning_rate
 from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA, true_gap
 from sdpo_nb.world import ALPHABET, World, answer, content_hash, load_base, make_prompts, prompt_ids, respond_ids
 from sdpo_nb.world import sft, text_of, true_reward, true_rewards, world_texts
@@ -76,6 +78,8 @@ from sdpo_nb.world import complaint, misled
 # - `sDPO, fixed reference`: every stage is held near S, and not near the model that it starts from.
 # - `sDPO, target S`: every stage *starts* from S again, with $M_{t-1}$ as its reference.
 #
+# Three more are relatives of sDPO by other people, on all pairs at once. *TR-DPO* moves its reference after every 16 steps, all the way to the model (hard) or 0.6 of it (soft). *Pre-DPO* trains twice: the second time it starts from S again, and the model that came out of the first is the reference.
+#
 # Three methods do without DPO. They are the *baselines*: S as it is; S at the sampling temperature that is best on validation prompts; and S fine-tuned on
 # the chosen responses.
 
@@ -90,13 +94,18 @@ METHODS = { # name -> settings of StepwiseConfig
     "sDPO, target S": dict(init_target="S"),
 }
 BASELINES = ("S", "S, best temperature", "SFT on chosen")
+RELATIVES = { # name -> how its reference moves: after how many steps, which share of the way; or once, for a second run
+    "TR-DPO, hard": dict(every=16),
+    "TR-DPO, soft": dict(every=16, share=0.6),
+    "Pre-DPO": dict(again=True),
+}
 
 @dataclass(frozen=True)
 class Cell:
     "One run: a method in a world with a seed."
     world: int
     seed: int
-    method: str                                  # of METHODS or BASELINES
+    method: str                                  # of METHODS, RELATIVES or BASELINES
     settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS
     split: str = "test"                          # prompts it is measured on; see `prompts_of_split`
     pairs: int = None                            # of each source; None: all
@@ -106,7 +115,8 @@ class Cell:
     @property
     def config(self) -> dict:
         "Every setting that is not the default of StepwiseConfig."
-        return COMMON_SETTINGS | METHODS.get(self.method, {}) | self.settings
+        of_method = METHODS.get(self.method, {}) | RELATIVES.get(self.method, {})
+        return COMMON_SETTINGS | of_method | self.settings
 
     @property
     def key(self) -> str:
@@ -477,6 +487,67 @@ print(f"{len(rows)} pairs in the chunk; share of wrong labels: {wrong}")
 
 
 # %% [markdown]
+# ## A run of a relative
+#
+# TR-DPO and Pre-DPO have references that no switch of `sdpo` makes. They are trained [in memory](in_memory.ipynb), with the same batches and steps as DPO.
+
+# %%
+#| export
+def _run_relative(cell: Cell, world: World, sources: dict, exam: Exam):
+    "TR-DPO or Pre-DPO. Results, what else is kept, tables by stage, tokens."
+    settings = dict(cell.config)
+    moves = {name: settings.pop(name) for name in ("every", "share") if name in settings}
+    again = settings.pop("again", False)
+    lengths = StepwiseConfig(max_length=settings.pop("max_length"))
+    settings.pop("probe")                                       # there are no probes where there is no run
+    config = TrainConfig(**settings, seed=cell.seed)
+
+    loaded = load_sources(sources, exam.tokenizer, lengths)
+    pairs = [dict(pair) for source in loaded for pair in source.pairs]
+    base = load_S(world.base, pairs, config.precision, "off")
+    losses, tables = [], []
+    for t in range(1, 3 if again else 2):
+        reference = base.score(pairs)                           # of S; then of the model that came out
+        base.reset()
+        losses.append(train_in_memory(base, pairs, reference, config, t, **moves)["losses"])
+        results = exam.results(base.model)
+        tables.append(exam.by_skill(results, t))
+    kept = exam.choices(base.model) | dict(
+        losses=[loss for stage in losses for loss in stage],
+        steps=[len(stage) for stage in losses],
+        chunk_pairs=[len(pairs)] * len(losses),
+    )
+    once = int(pair_tokens(pairs).sum()) + sum(len(pair["prompt_ids"]) for pair in pairs)  # each response with its prompt
+    return results, kept, tables, len(losses) * config.epochs * once
+
+
+# %% [markdown]
+# A TR-DPO whose reference never gets to move is DPO. And where must the loss of the others be $\ln 2$? Three passes over 48 pairs, in batches of 16, make nine steps.
+
+# %%
+short = dict(epochs=3, lr=3e-4, batch_size=16)
+curves = {}
+for name, method, extra in (
+    ("DPO", "DPO", {}),
+    ("never moves", "TR-DPO, hard", dict(every=99)),
+    ("hard, after every 3", "TR-DPO, hard", dict(every=3)),
+    ("soft, after every 3", "TR-DPO, soft", dict(every=3)),
+    ("Pre-DPO, second run", "Pre-DPO", {}),
+):
+    run = _run_relative if method != "DPO" else _run_dpo
+    _, kept, _, _ = run(Cell(0, 0, method, short | extra), world, few, exam)
+    curves[name] = kept["losses"][-9:]
+curves = pd.DataFrame(curves).rename_axis("step")
+
+assert (curves["never moves"] - curves["DPO"]).abs().max() < 2e-3
+assert (curves["hard, after every 3"][[0, 3, 6]] - math.log(2)).abs().max() < 1e-3
+assert curves["Pre-DPO, second run"][0] > math.log(2) + 1e-3
+curves.round(3)
+
+
+# %% [markdown]
+# The second column is DPO, number by number. With the hard move the loss is back at $\ln 2$ at steps 3 and 6, with the soft one it goes a part of the way. The second run of Pre-DPO starts above: S is not yet where its reference is.
+#
 # ## From a cell to a row
 #
 # Now everything is there. `run_cell` builds the world, fetches the data, runs the method and measures it, with one thread, so that the
@@ -500,7 +571,7 @@ def run_cell(
         sources = {source: rows[:cell.pairs] for source, rows in sources.items()}
 
     exam = Exam(base, tokenizer, prompts_of_split(cell.world, cell.split), luck=1 + cell.world)
-    run = _run_baseline if cell.method in BASELINES else _run_dpo
+    run = _run_baseline if cell.method in BASELINES else _run_relative if cell.method in RELATIVES else _run_dpo
     results, kept, tables, tokens = run(cell, world, sources, exam)
     return results | kept | dict(
         stages=pd.concat(tables).to_json(orient="records"),

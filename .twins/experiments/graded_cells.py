@@ -42,12 +42,13 @@ from sdpo_nb.compare import verdict
 from sdpo_nb.evaluate import kl_along
 from sdpo_nb.graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from sdpo_nb.graded import messages_of, sampled_ids, teacher_pairs
+from sdpo_nb.in_memory import load_S, train_in_memory
 from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES
 from sdpo_nb.known_truth import TEST, VALIDATION
 from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.real import chunk_of, load_S, train_in_memory
+from sdpo_nb.real import chunk_of
 from sdpo_nb.timed import run_timed
 from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.world import content_hash
@@ -173,7 +174,7 @@ print(dpo, "|", written)
 @dataclass
 class Graded:
     "What all cells of a process share."
-    base: object         # real.Base: its model is trained
+    base: object         # in_memory.Base: its model is trained
     S: object            # as it is, in eval mode
     writer: object       # answers; gets the weights of what was trained
     tokenizer: object

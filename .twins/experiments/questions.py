@@ -37,7 +37,8 @@ import pandas as pd
 
 from sdpo_nb.bodies import BODIES, SEARCH_WORLDS
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
-from sdpo_nb.compare import check_same_draws, outcome_values, reward_at_kl, tested_differences
+from sdpo_nb.compare import check_same_draws, cross_fitted, outcome_values, reward_at_kl
+from sdpo_nb.compare import tested_differences, verdict
 from sdpo_nb.training_data import COMMON_SETTINGS
 from sdpo_nb.world import SKILLS
 
@@ -283,7 +284,7 @@ shares.map("{:.0%}".format)
 @dataclass
 class Condition:
     "What all runs behind one row of a grid have in common."
-    method: str                  # of METHODS or BASELINES
+    method: str                  # of METHODS, RELATIVES or BASELINES
     settings: dict               # of StepwiseConfig
     data: tuple = ("sources",)   # a name in TRAINING_DATA, and what that function asks for
     split: str = "test"          # prompts it is measured on
@@ -476,30 +477,131 @@ ORDER_QUESTIONS = pd.DataFrame([
     ("stepwise against all at once", "easy first, moving", "all at once"),
 ], columns=["question", "a", "b"])
 
-def order_ladders() -> dict: # arm -> beta -> Condition
+def order_ladders() -> dict: # arm -> name of a row -> Condition
     "Every order with every reference, in worlds with `ORDER_NOISE`, at one learning rate."
     lr, data = chosen_settings()["sDPO"]["lr"], ("graded noise", *ORDER_NOISE)
-    ladders = {"all at once": {beta: Condition("DPO", dict(lr=lr, beta=beta), data) for beta in ORDER_BETAS}}
+    arms = {"all at once": ("DPO", 1, {})}
     for reference, factor in (("moving", 3), ("fixed", 1)):
-        for order in ORDERS:
-            ladder = {}
-            for beta in ORDER_BETAS:
-                beta = round(factor * beta, 6)
-                settings = dict(lr=lr, beta=beta, reference=reference, order=ORDERS[order])
-                ladder[beta] = Condition("sDPO", settings, data)
-            ladders[f"{order}, {reference}"] = ladder
+        for name, order in ORDERS.items():
+            arms[f"{name}, {reference}"] = ("sDPO", factor, dict(reference=reference, order=order))
+    ladders = {}
+    for arm, (method, factor, switches) in arms.items():
+        betas = [round(factor * beta, 6) for beta in ORDER_BETAS]
+        rungs = {beta: Condition(method, switches | dict(lr=lr, beta=beta), data) for beta in betas}
+        ladders[arm] = {f"{arm}, beta {beta:g}": condition for beta, condition in rungs.items()}
     return ladders
 
 def when_order_matters_grid() -> dict: # name -> Condition
     "The ladders, rung by rung."
-    grid = {}
-    for arm, ladder in order_ladders().items():
-        for beta, condition in ladder.items(): grid[f"{arm}, beta {beta:g}"] = condition
-    return grid
+    return {name: rung for ladder in order_ladders().values() for name, rung in ladder.items()}
 
 
 # %%
 as_table(when_order_matters_grid())
+
+# %% [markdown]
+# Settings were searched on two worlds only, and the best of a search is partly the luckiest ([compare](compare.ipynb)). [Tuned elsewhere](tuned_elsewhere.ipynb) asks again, with settings that are chosen in nine worlds for the tenth: five $\beta$ and two learning rates for DPO, sDPO and four relatives. The middle of each ladder comes from earlier searches, and for the relatives from one trial in world 0, which is no test world. It, too, was added later.
+
+# %%
+#| export
+ELSEWHERE_MIDDLES = { # method -> beta in the middle of its ladder
+    "DPO": 0.4,
+    "sDPO": 1.2,
+    "sDPO, fixed reference": 0.6,
+    "TR-DPO, hard": 2.4,
+    "TR-DPO, soft": 1.2,
+    "Pre-DPO": 0.6,
+}
+ELSEWHERE_STEPS, ELSEWHERE_RATES = range(-2, 3), (1e-4, 3e-4)    # a step is a factor of the square root of 2
+ELSEWHERE_QUESTIONS = pd.DataFrame([
+    ("stepwise against plain", "sDPO", "DPO"),
+    ("moving against fixed reference", "sDPO", "sDPO, fixed reference"),
+    ("TR-DPO, hard, against plain", "TR-DPO, hard", "DPO"),
+    ("TR-DPO, soft, against plain", "TR-DPO, soft", "DPO"),
+    ("Pre-DPO against plain", "Pre-DPO", "DPO"),
+], columns=["question", "a", "b"])
+
+def trial_cells() -> list[Cell]:
+    "The relatives that were never searched, in world 0, at beta in steps of a factor of 2."
+    betas = {"TR-DPO, hard": BETAS[1:], "TR-DPO, soft": BETAS[1:], "Pre-DPO": BETAS[:5]}
+    settings = [(method, dict(beta=beta, lr=ELSEWHERE_RATES[0])) for method in betas for beta in betas[method]]
+    return [Cell(0, 0, method, chosen, "validation") for method, chosen in settings]
+
+def elsewhere_ladders() -> dict: # method -> name of a row -> Condition
+    "Five beta at two learning rates, for every method."
+    ladders = {}
+    for method, middle in ELSEWHERE_MIDDLES.items():
+        ladder = {}
+        for step, lr in itertools.product(ELSEWHERE_STEPS, ELSEWHERE_RATES):
+            beta = round(middle * 2 ** (step / 2), 3)
+            ladder[f"{method}, beta {beta:g}, rate {lr:g}"] = Condition(method, dict(beta=beta, lr=lr))
+        ladders[method] = ladder
+    return ladders
+
+def tuned_elsewhere_grid() -> dict: # name -> Condition
+    "The ladders, rung by rung."
+    return {name: rung for ladder in elsewhere_ladders().values() for name, rung in ladder.items()}
+
+
+# %%
+as_table(tuned_elsewhere_grid())
+
+
+# %% [markdown]
+# Both pages compare arms whose settings were chosen in other worlds, and ask several questions at once. If an arm ends at an end of its ladder of $\beta$ in more than half of the worlds, a better setting may lie outside, and the answer is *provisional*.
+
+# %%
+#| export
+def cross_fitted_values(
+    ladders: dict,         # arm -> name of a row -> Condition
+    found: dict,           # name of a row -> its rows of the table of runs
+    what: str = "sampled", # of OUTCOMES, or another column with a number per prompt
+) -> tuple[dict, dict]:    # arm -> (worlds, seeds, prompts); arm -> names of the rows that the worlds got
+    "What every arm has at settings that were chosen in the other worlds."
+    values, chosen = {}, {}
+    for arm, ladder in ladders.items():
+        values[arm], chosen[arm] = cross_fitted({name: found[name] for name in ladder}, what)
+    return values, chosen
+
+def cross_fitted_contrasts(
+    questions: pd.DataFrame, # question, a, b: arms
+    ladders: dict,           # arm -> name of a row -> Condition
+    found: dict,             # name of a row -> its rows of the table of runs
+) -> pd.DataFrame:           # the questions with mean, low, high, p-values, verdict, provisional
+    """a minus b in mean sampled reward, each at settings that were chosen in the other worlds.
+    Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."""
+    check_same_draws(found)
+    values, chosen = cross_fitted_values(ladders, found)
+    at_edge = {}
+    for arm, ladder in ladders.items():
+        betas = {name: condition.settings["beta"] for name, condition in ladder.items()}
+        ends = min(betas.values()), max(betas.values())
+        at_edge[arm] = np.mean([betas[name] in ends for name in chosen[arm]]) > 0.5
+    asked = {q.question: values[q.a] - values[q.b] for q in questions.itertuples()}
+    table = questions.merge(tested_differences(asked), on="question")
+    table["verdict"] = [verdict(answer) for _, answer in table.iterrows()]
+    return table.assign(provisional=[at_edge[q.a] or at_edge[q.b] for q in questions.itertuples()])
+
+
+# %% [markdown]
+# Invented runs of two arms with three rungs each. A is better by 0.05, and best in the middle of its ladder; B is best at the end.
+
+# %%
+def planted(peak, extra): # name -> (Condition, rows); best at one beta
+    rungs = {}
+    for beta in (0.1, 0.2, 0.4):
+        mean = 0.8 + extra - 0.1 * abs(beta - peak)
+        rungs[f"peak {peak}, beta {beta}"] = (Condition("DPO", dict(beta=beta)), invented_rows(mean))
+    return rungs
+
+arms = {"A": planted(0.2, 0.05), "B": planted(0.4, 0.)}
+ladders = {arm: {name: condition for name, (condition, _) in rungs.items()} for arm, rungs in arms.items()}
+found = {name: rows for rungs in arms.values() for name, (_, rows) in rungs.items()}
+asked = pd.DataFrame([("is A better?", "A", "B")], columns=["question", "a", "b"])
+answer = cross_fitted_contrasts(asked, ladders, found)
+assert answer["verdict"][0] == "better"
+assert answer["provisional"][0]
+answer[["question", "mean", "low", "high", "holm", "verdict", "provisional"]].round(3)
 
 
 # %% [markdown]
@@ -708,9 +810,11 @@ GRIDS = { # name -> function that makes it
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
     "when_order_matters": when_order_matters_grid,
+    "tuned_elsewhere": tuned_elsewhere_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
+    "tuned_elsewhere": (WORLDS, range(1)),
 }
 
 def _search_bodies():
@@ -721,6 +825,7 @@ SEARCHES = { # name -> function that makes its cells
     "pilot": pilot_cells,
     "search": search_cells,
     "search_bodies": _search_bodies,
+    "trial": trial_cells,
 }
 
 def grid_cells(

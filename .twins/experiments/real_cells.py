@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/real_cells.ipynb)
 #
-# **You should know** [what is asked of SmolLM2](smollm2.ipynb), [one stage of training](../06_trainer.ipynb) and [runs in eight minutes](timed.ipynb). **Time** 40 minutes to read, a minute to run.
+# **You should know** [what is asked of SmolLM2](smollm2.ipynb), [a stage in memory](in_memory.ipynb) and [runs in eight minutes](timed.ipynb). **Time** 40 minutes to read, a minute to run.
 #
 # The experiments on SmolLM2 need a model of 135 million parameters and real pairs. This page makes their parts, and tries each on the [tiny world](../00_world.ipynb), which has a model and three sources, too.
 #
@@ -26,7 +26,7 @@ version = sdpo_nb.__version__
 assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
 
 # %% [markdown]
-# The package has the parts of a training run already: tables of log-probabilities, packing, batches, optimizer. This page puts them together in another way, so the list of imports is long.
+# Parts that the package has already:
 
 # %%
 #| export
@@ -39,18 +39,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sdpo_nb.logprobs import LogprobTable, ahead, autocast, load_model, load_tokenizer, pair_tokens
-from sdpo_nb.logprobs import pairs_hash, pick_precision, read_table, replacing, same_bits, score_pairs
-from sdpo_nb.logprobs import weights_hash
-from sdpo_nb.packing import PARTS, choose_logprobs
+from sdpo_nb.in_memory import Base, load_S, train_in_memory
+from sdpo_nb.logprobs import LogprobTable, load_tokenizer, pair_tokens, pairs_hash, read_table, replacing
+from sdpo_nb.packing import PARTS
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.smollm2 import ARMS, BORROWED, CPU_ARMS, CPU_DRAWS, CPU_LONGEST, CPU_PAIRS, CPU_SETTINGS
 from sdpo_nb.smollm2 import DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
 from sdpo_nb.smollm2 import choose_settings, grid_of
 from sdpo_nb.timed import run_timed
-from sdpo_nb.trainer import TrainConfig, Trainer, activation_checkpointing, all_batches, compile_for
-from sdpo_nb.trainer import fit, learning_rate
-from sdpo_nb.trainer import make_accelerator, make_optimizer, trainable, wants_compiling, why_not_same_bits
+from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.which_is_easy import EASY_ARMS, with_gaps
 from sdpo_nb.world import content_hash
 
@@ -59,7 +56,6 @@ import io, tempfile
 from contextlib import redirect_stdout
 from unittest.mock import patch
 from sdpo_nb import real
-from sdpo_nb.trainer import train_stage
 from sdpo_nb.world import complaint, load_world
 
 # %% [markdown]
@@ -231,157 +227,18 @@ prompts = {tuple(pair["prompt_ids"]) for pair in trained}
 assert not [pair for pair in asked if tuple(pair["prompt_ids"]) in prompts and pair["source"] in two]
 sizes, {"measured": len(asked)}
 
-
 # %% [markdown]
 # The draw trains on 91 of the 115 pairs in the two pools, 48 of Orca and 43 of UltraFeedback, and the random chunks have these sizes. It is measured on 85: the 69 other pairs of the two sources, and the 16 held out of HH. The assertion finds no trained prompt among the measured pairs of the two sources.
-#
-# ## S, loaded once
-#
-# On a card a run takes some seconds, and so do loading a model and compiling it. So there is one model. A cell begins by putting the weights of S back into it, which keeps what was compiled.
-#
-# `load_S` decides once what would otherwise be asked again in every cell: the precision, the function that reads the pairs, and how many tokens fit into a forward pass. For the last it looks at the 64 longest pairs that it was given. On a processor nothing is compiled, and no token budget is set.
-#
-# `Base.score` asks the model whatever it is at that moment: S, or what a stage has made of it. Given a folder, it writes a file after every 64 pairs, so a pass that was killed goes on from there.
-
-# %%
-#| export
-@dataclass
-class Base:
-    "S on its device, and what all cells share."
-    model: object      # causal LM; after `reset` it is S
-    weights: dict      # of S, to be put back
-    hash: str          # of these weights
-    precision: str     # of forward passes
-    logprobs: object   # (model, pairs) -> (chosen, rejected)
-    strict: bool       # whether all its operations have a deterministic form
-    fitted: TrainConfig # with the token budget that the device has room for, asked once
-    begun: dict = field(default_factory=dict) # the last first stages: other arms may begin in the same way
-
-    def reset(self):
-        "Make the model S again."
-        with torch.no_grad(): self.model.load_state_dict(self.weights)
-        return self.model
-
-    def score(
-        self,
-        pairs: list,    # with keys
-        folder = None,  # where the table is kept; None: nowhere
-    ) -> LogprobTable:
-        "What the model, as it is now, says about pairs."
-        budget = 65536 if self.model.device.type == "cuda" else 8192
-        return score_pairs(self.model, pairs, folder, self.precision, self.logprobs, budget, piece=64)
-
-def load_S(
-    model,                     # hub id or folder of S
-    pairs: list,               # some of those that will be read; packing is tried on them
-    precision: str = "auto",   # bf16, fp16, fp32, or what suits the device
-    compile: str = "auto",     # layers: auto (on a card), on or off
-) -> Base:
-    "Load S, choose how it reads pairs, and compile it where that is wanted."
-    loaded = trainable(load_model(str(model)))
-    weights = {name: value.detach().clone() for name, value in loaded.state_dict().items()}
-    precision = pick_precision(precision, loaded.device)
-    logprobs = choose_logprobs(loaded, pairs[:64], "auto", precision)
-    longest = sorted(pairs, key=lambda pair: -pair_tokens([pair])[0])[:64]
-    fitted = fit(loaded, longest, TrainConfig(compile=compile), precision, logprobs)
-    if wants_compiling(fitted, loaded.device): compile_for(loaded, logprobs, precision, fitted)
-    strict = why_not_same_bits(loaded, logprobs, precision) is None
-    return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict, fitted)
-
 
 # %% [markdown]
-# What did it choose for the tiny S? And how many pairs does the table of S have?
+# ## The model
+#
+# One model serves all cells. `load_S` loads it and decides how it reads pairs; a cell begins by putting the weights of S back, and its stages are trained [in memory](in_memory.ipynb).
 
 # %%
 base = load_S(world.base, pairs, "fp32")
 table_S = base.score(pairs)
 base.precision, base.logprobs.__name__, len(table_S.rows)
-
-
-# %% [markdown]
-# It computes in fp32, because we asked for that, and reads packed pairs: packing was tried on this model, and nothing spoke against it. The table has 240 lines, one for each pair of the file. The next two sections use this table as the reference S.
-#
-# ## A stage in memory
-#
-# [`train_stage`](../06_trainer.ipynb) writes a checkpoint of model and optimizer: 1.6 GB for this model. Here nothing is written, so the loop is said once more, with the same parts: the same batches, gradients, learning rates and updates. Two arms need something else in it:
-#
-# - *Fine-tuning* has no reference, so no table. Its loss is minus the mean log-probability of the chosen tokens of the batch.
-# - *TR-DPO* makes the model itself its reference after every few steps. It does not score the whole chunk again for that, only the pairs of the batches until the next change.
-#
-# In fp16 an update can be skipped because a gradient is not finite. Such a step counts in the list of losses, but not for the learning rate.
-
-# %%
-#| export
-def _sft_gradients(trainer, batch, parts):
-    "The gradient of fine-tuning: minus the mean log-probability of a chosen token."
-    tokens, total = sum(len(pair["chosen_ids"]) for pair in batch), 0.
-    for _, inputs in parts:
-        with autocast(trainer.model.device, trainer.precision):
-            chosen, _ = trainer.logprobs(trainer.model, inputs)
-        loss = -chosen.sum() / tokens
-        trainer.accelerator.backward(loss)
-        total += loss.item()
-    return dict(loss=total)
-
-def train_in_memory(
-    base: Base,                # its model is trained, from whatever it is now
-    pairs: list,               # of the chunk
-    table: LogprobTable,       # of the reference; None: fine-tuning on the chosen responses
-    config: TrainConfig,       # settings of the stage
-    stage: int = 1,            # enters the seed of the data order
-    every: int = 0,            # steps after which the model itself becomes the reference; 0: never
-) -> dict:                     # losses, grad_norms: one number a step
-    "Train one stage as `train_stage` does, without files."
-    model = trainable(base.model)
-    recompute = config.gradient_checkpointing or base.fitted.gradient_checkpointing
-    budget = config.token_budget or base.fitted.token_budget
-    config = replace(config, token_budget=budget, gradient_checkpointing=recompute)
-    activation_checkpointing(model, recompute)
-    accelerator = make_accelerator(base.precision, model.device)
-    optimizer = make_optimizer(model, config)
-    trainer = Trainer(model, table, config, accelerator, optimizer, base.precision, base.logprobs)
-    batches = [[pairs[i] for i in rows] for _, rows in all_batches(len(pairs), config, stage)]
-    losses, norms, done = [], [], 0
-
-    def ready(batch): return batch, trainer.prepare(batch)
-    with same_bits(model.device, config.deterministic, base.strict):
-        for batch, parts in ahead(ready, batches):
-            step = len(losses)
-            if every and step and step % every == 0:
-                coming = batches[step:step + every]
-                trainer.table = base.score([pair for batch in coming for pair in batch])
-            made = trainer.gradients(batch, parts) if table else _sft_gradients(trainer, batch, parts)
-            made = trainer.update(made, learning_rate(done, len(batches), config))
-            done += not made["skipped"]
-            losses.append(round(made["loss"], 4))
-            norms.append(made["grad_norm"])
-    activation_checkpointing(model, False)
-    model.eval()
-    return dict(losses=losses, grad_norms=norms)
-
-
-# %% [markdown]
-# Are they the same steps? We train one DPO stage from S in both ways, and compare the hashes of the weights. They must have the same bits: that is a stronger test than losses that look alike. The last assertion makes sure that the stage has moved the model at all.
-
-# %%
-config = TrainConfig(beta=0.3, lr=1e-4, batch_size=8, precision="fp32")
-base.reset()
-in_memory = train_in_memory(base, trained, table_S, config)
-here = weights_hash(base.model)
-
-base.reset()
-train_stage(base.model, trained, table_S, config, tempfile.mkdtemp(), logprobs=base.logprobs)
-assert here == weights_hash(base.model)
-assert here != base.hash
-here, in_memory["losses"][:3]
-
-# %% [markdown]
-# The two hashes are equal. The first loss is 0.6931, which is $\log 2$, since the stage starts at its own reference; in the second step it is lower.
-#
-# Every cell trusts that `reset` removes all that the cell before it did. So after `reset` the hash must be that of S:
-
-# %%
-assert weights_hash(base.reset()) == base.hash
 
 
 # %% [markdown]
@@ -879,7 +736,7 @@ assert arrange("rehearsal", []).missing is None
 # ## What you now have
 #
 # - `prepare_ids`: pairs with roles, as a small file of ids.
-# - `train_in_memory`: a stage with the same bits as `train_stage`, and no files.
+# - `run_real_cell`: an arm in a draw, measured after every stage.
 # - `run_real`: an experiment that goes on for some minutes; `arrange`: its rows by arm and draw.
 #
 # ## Questions to test yourself

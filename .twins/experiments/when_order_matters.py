@@ -34,12 +34,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from sdpo_nb.cells import stored_rows, unfold_column
-from sdpo_nb.compare import OUTCOMES, cross_fitted, difference_intervals, outcome_values
-from sdpo_nb.compare import plot_contrasts, tested_differences, verdict
+from sdpo_nb.cells import stored_rows
+from sdpo_nb.compare import plot_contrasts
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.questions import ORDERS, ORDER_BETAS, ORDER_NOISE, ORDER_QUESTIONS
-from sdpo_nb.questions import all_cells_of, load_grid, order_ladders
+from sdpo_nb.questions import ORDER_QUESTIONS, all_cells_of, cross_fitted_contrasts, cross_fitted_values
+from sdpo_nb.questions import load_grid, order_ladders
 
 # %% [markdown]
 # ## A world in which order could not matter
@@ -69,29 +68,16 @@ ORDER_QUESTIONS
 # %%
 plan = {}
 for arm, ladder in order_ladders().items():
-    plan[arm] = {"beta": ", ".join(f"{beta:g}" for beta in ladder), "runs": 20 * len(ladder)}
+    betas = [f"{condition.settings['beta']:g}" for condition in ladder.values()]
+    plan[arm] = {"beta": ", ".join(betas), "runs": 20 * len(ladder)}
 pd.DataFrame(plan).T
 
 
 # %% [markdown]
-# `answers` makes the table from the runs. We try it on invented ones: with easy first better by 0.03 where the reference moves, and with nothing planted.
+# The table of answers is made by `cross_fitted_contrasts` ([questions](questions.ipynb)). We try it on invented runs: with easy first better by 0.03 where the reference moves, and with nothing planted.
 
 # %%
-def by_arm(found): # arm -> beta -> rows
-    return {arm: {beta: found[f"{arm}, beta {beta:g}"] for beta in ladder}
-            for arm, ladder in order_ladders().items()}
-
-def answers(found):
-    "The four questions with interval, p-values and a word; how many arms ended on the edge of their ladder."
-    values, at_edge = {}, {}
-    for arm, ladder in by_arm(found).items():
-        values[arm], chosen = cross_fitted(ladder)
-        at_edge[arm] = np.mean([beta in (min(ladder), max(ladder)) for beta in chosen]) > 0.5
-    asked = {q.question: values[q.a] - values[q.b] for q in ORDER_QUESTIONS.itertuples()}
-    table = ORDER_QUESTIONS.merge(tested_differences(asked), on="question")
-    table["verdict"] = [verdict(answer) for _, answer in table.iterrows()]
-    table["provisional"] = [at_edge[q.a] or at_edge[q.b] for q in table.itertuples()]
-    return table
+def answers(found): return cross_fitted_contrasts(ORDER_QUESTIONS, order_ladders(), found)
 
 
 # %%
@@ -102,14 +88,14 @@ def invent_runs(planted, seed=0):
     found = {}
     for arm, ladder in order_ladders().items():
         extra = planted if arm == "easy first, moving" else 0
-        for rung, beta in enumerate(ladder):
+        for rung, name in enumerate(ladder):
             rows = []
             for world in range(10):
                 for run in range(2):
                     mean = of_world[world] + extra - 0.01 * (rung - 1) ** 2 + rng.normal(0, 0.008)
                     sampled = rng.normal(mean, 0.03, 50)
                     rows.append(dict(world=world, seed=run, weights=f"S of {world}", sampled=sampled))
-            found[f"{arm}, beta {beta:g}"] = pd.DataFrame(rows)
+            found[name] = pd.DataFrame(rows)
     return found
 
 planted, nothing = answers(invent_runs(0.03)), answers(invent_runs(0.))
