@@ -30,7 +30,8 @@ from .report import gamma_table
 from .stepwise import StepwiseConfig, sdpo
 from .trainer import TrainConfig, learning_rate
 from .training_data import COMMON_SETTINGS, TRAINING_DATA, true_gap
-from .world import ALPHABET, World, answer, content_hash, load_base, make_prompts, prompt_ids, respond_ids
+from .world import ALPHABET, World, answer, content_hash, load_base, make_prompts, prompt_ids
+from .world import respond_ids
 from .world import sft, text_of, true_reward, true_rewards, world_texts
 
 # %% ../nbs/experiments/cells.ipynb #1f615886
@@ -43,10 +44,10 @@ METHODS = { # name -> settings of StepwiseConfig
     "sDPO, target S": dict(init_target="S"),
 }
 BASELINES = ("S", "S, best temperature", "SFT on chosen")
-RELATIVES = { # name -> how its reference moves: after how many steps, which share of the way; or once, for a second run
-    "TR-DPO, hard": dict(every=16),
-    "TR-DPO, soft": dict(every=16, share=0.6),
-    "Pre-DPO": dict(again=True),
+RELATIVES = { # name -> how its reference moves
+    "TR-DPO, hard": dict(every=16),             # steps
+    "TR-DPO, soft": dict(every=16, share=0.6),  # of the way to the model
+    "Pre-DPO": dict(again=True),                # a second run, against the model of the first
 }
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Cell:
     world: int
     seed: int
     method: str                                  # of METHODS, RELATIVES or BASELINES
-    settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS
+    settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over those of the method
     split: str = "test"                          # prompts it is measured on; see `prompts_of_split`
     pairs: int = None                            # of each source; None: all
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
@@ -101,9 +102,9 @@ def answers_to_choose_from(
     right, wrong = answer(prompt), answer(prompt, right=False)
     rng = random.Random(prompt)
     i, j = rng.randrange(len(right)), rng.randrange(len(right) - 1)
-    short = right[:i] + right[i+1:]
+    shorter = right[:i] + right[i+1:]
     swapped = right[:j] + right[j+1] + right[j] + right[j+2:]
-    return [right, wrong, short, swapped]
+    return [right, wrong, shorter, swapped]
 
 # %% ../nbs/experiments/cells.ipynb #07995e47
 @dataclass
@@ -139,11 +140,11 @@ class Exam:
         "Let a model rank `answers_to_choose_from`, by log-probability and by that per token."
         pairs, lengths = [], []
         for prompt in self.prompts:
-            ids = prompt_ids(self.tokenizer, prompt)
-            texts = answers_to_choose_from(prompt)
-            given = [self._ids(text) for text in texts]
-            lengths.append([len(answer) for answer in given])
-            for a, b in (given[:2], given[2:]): pairs.append(dict(prompt_ids=ids, chosen_ids=a, rejected_ids=b))
+            asked = prompt_ids(self.tokenizer, prompt)
+            given = [self._ids(text) for text in answers_to_choose_from(prompt)]
+            lengths.append([len(ids) for ids in given])
+            for one, other in (given[:2], given[2:]):           # two answers a row; neither is chosen
+                pairs.append(dict(prompt_ids=asked, chosen_ids=one, rejected_ids=other))
         scores = torch.stack(response_logprobs(model, pairs), 1).view(-1, 4)
         per_token = scores / torch.tensor(lengths)
         first = {"choice": scores, "choice_per_token": per_token}
@@ -261,20 +262,21 @@ def _run_relative(cell: Cell, world: World, sources: dict, exam: Exam):
 
     loaded = load_sources(sources, exam.tokenizer, lengths)
     pairs = [dict(pair) for source in loaded for pair in source.pairs]
-    base = load_S(world.base, pairs, config.precision, "off")
+    trained = load_S(world.base, pairs, config.precision, "off")
     losses, tables = [], []
-    for t in range(1, 3 if again else 2):
-        reference = base.score(pairs)                           # of S; then of the model that came out
-        base.reset()
-        losses.append(train_in_memory(base, pairs, reference, config, t, **moves)["losses"])
-        results = exam.results(base.model)
+    for t in (1, 2) if again else (1,):
+        reference = trained.score(pairs)                        # of S; then of the model that came out
+        trained.reset()
+        losses.append(train_in_memory(trained, pairs, reference, config, t, **moves)["losses"])
+        results = exam.results(trained.model)
         tables.append(exam.by_skill(results, t))
-    kept = exam.choices(base.model) | dict(
+    kept = exam.choices(trained.model) | dict(
         losses=[loss for stage in losses for loss in stage],
         steps=[len(stage) for stage in losses],
         chunk_pairs=[len(pairs)] * len(losses),
     )
-    once = int(pair_tokens(pairs).sum()) + sum(len(pair["prompt_ids"]) for pair in pairs)  # each response with its prompt
+    prompts = sum(len(pair["prompt_ids"]) for pair in pairs)
+    once = int(pair_tokens(pairs).sum()) + prompts              # each response with its prompt
     return results, kept, tables, len(losses) * config.epochs * once
 
 # %% ../nbs/experiments/cells.ipynb #d205677a
@@ -294,7 +296,9 @@ def run_cell(
         sources = {source: rows[:cell.pairs] for source, rows in sources.items()}
 
     exam = Exam(base, tokenizer, prompts_of_split(cell.world, cell.split), luck=1 + cell.world)
-    run = _run_baseline if cell.method in BASELINES else _run_relative if cell.method in RELATIVES else _run_dpo
+    run = _run_dpo
+    if cell.method in BASELINES: run = _run_baseline
+    if cell.method in RELATIVES: run = _run_relative
     results, kept, tables, tokens = run(cell, world, sources, exam)
     return results | kept | dict(
         stages=pd.concat(tables).to_json(orient="records"),

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'SAME', 'outcome_values', 'paired_difference', 'difference_intervals', 'outcome_means', 'plot_contrasts',
            'plot_outcomes', 'sign_flip_p_value', 'holm_p_values', 'equality_test', 'equality_of', 'with_holm',
-           'verdict', 'check_same_draws', 'tested_differences', 'standard_deviations', 'reward_at_kl', 'loss_roughness',
-           'cross_fitted']
+           'verdict', 'check_same_draws', 'tested_differences', 'standard_deviations', 'reward_at_kl', 'loss_roughness']
 
 # %% ../nbs/experiments/compare.ipynb #a859dacf
 import itertools
@@ -245,27 +244,12 @@ def loss_roughness(
     rows: pd.DataFrame,  # of the table of runs, with losses, and steps of each stage
     stages: list = None, # numbers from 1; None: all
 ) -> np.ndarray:         # (worlds, seeds, 1) nats
-    "Scatter of the losses about their running median, within stages: root mean square over the stages asked for."
+    "Scatter of the losses about their running median, within stages: root mean square over stages."
     roughness = []
     for row in rows.itertuples():
         ends = np.cumsum(row.steps)
-        of_stage = [stability(part)["sd"] for part in np.split(np.asarray(row.losses), ends[:-1])]
-        asked = [of_stage[t - 1] for t in stages or range(1, len(ends) + 1)]
-        roughness.append([float(np.sqrt(np.mean(np.square(asked))))])
+        curves = np.split(np.asarray(row.losses), ends[:-1])
+        asked = [curves[t - 1] for t in stages] if stages else curves
+        scatter = [stability(curve)["sd"] for curve in asked]
+        roughness.append([float(np.sqrt(np.mean(np.square(scatter))))])    # a list, as of prompts
     return outcome_values(rows.assign(roughness=roughness), "roughness")
-
-# %% ../nbs/experiments/compare.ipynb #6eb77853
-def cross_fitted(
-    ladder: dict,           # settings -> rows of one method, all of the same worlds and seeds; two worlds or more
-    what: str = "sampled",  # of OUTCOMES, or another column with a number per prompt
-) -> tuple[np.ndarray, list]: # (worlds, seeds, prompts), and the settings that each world got
-    "What came out in each world at the settings that had the highest mean sampled reward in the other worlds."
-    rewards = {settings: outcome_values(rows, "sampled").mean((1, 2)) for settings, rows in ladder.items()}
-    values = {settings: outcome_values(rows, what) for settings, rows in ladder.items()}
-    chosen, out = [], []
-    for world in range(len(next(iter(rewards.values())))):
-        elsewhere = {settings: np.delete(of_worlds, world).mean() for settings, of_worlds in rewards.items()}
-        best = max(elsewhere, key=elsewhere.get)
-        chosen.append(best)
-        out.append(values[best][world])
-    return np.array(out), chosen

@@ -30,7 +30,7 @@ class Base:
     logprobs: object   # (model, pairs) -> (chosen, rejected)
     strict: bool       # whether all its operations have a deterministic form
     fitted: TrainConfig # with the token budget that the device has room for, asked once
-    begun: dict = field(default_factory=dict) # the last first stages: other arms may begin in the same way
+    begun: dict = field(default_factory=dict) # for other pages: first stages that were trained already
 
     def reset(self):
         "Make the model S again."
@@ -77,7 +77,7 @@ def _sft_gradients(trainer, batch, parts):
 
 @torch.no_grad()
 def _score_moved(base, reference, share, pairs):
-    "Move the weights of a reference towards the model, and let it read pairs. None: the model is the reference."
+    "Move a reference towards the model and let it read pairs; where it is None, the model reads them."
     if reference is None: return base.score(pairs)
     own = _copied(base.model)
     for name, value in reference.items(): value.lerp_(own[name], share)
@@ -110,14 +110,14 @@ def train_in_memory(
 
     def ready(batch): return batch, trainer.prepare(batch)
     with same_bits(model.device, config.deterministic, base.strict):
-        for batch, parts in ahead(ready, batches):
+        for batch, parts in ahead(ready, batches):      # the next one is made ready meanwhile
             step = len(losses)
             if every and step and step % every == 0:
                 coming = [pair for batch in batches[step:step + every] for pair in batch]
                 trainer.table = _score_moved(base, reference, share, coming)
-            made = trainer.gradients(batch, parts) if table else _sft_gradients(trainer, batch, parts)
+            made = _sft_gradients(trainer, batch, parts) if table is None else trainer.gradients(batch, parts)
             made = trainer.update(made, learning_rate(done, len(batches), config))
-            done += not made["skipped"]
+            done += not made["skipped"]         # in fp16, where a gradient was not finite
             losses.append(round(made["loss"], 4))
             norms.append(made["grad_norm"])
     activation_checkpointing(model, False)

@@ -4,27 +4,26 @@
 
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
-           'FINITE_PAIRS', 'FINITE_STAGES', 'ORDER_NOISE', 'ORDER_BETAS', 'ORDERS', 'ORDER_QUESTIONS',
-           'ELSEWHERE_MIDDLES', 'ELSEWHERE_STEPS', 'ELSEWHERE_RATES', 'ELSEWHERE_QUESTIONS', 'BODY_WORLDS', 'GRIDS',
-           'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table', 'choose_settings',
-           'chosen_settings', 'Condition', 'primary_grid', 'question_values', 'primary_contrasts', 'smaller_beta_grid',
-           'how_many_stages_grid', 'finite_data_grid', 'order_ladders', 'when_order_matters_grid', 'trial_cells',
-           'elsewhere_ladders', 'tuned_elsewhere_grid', 'cross_fitted_values', 'cross_fitted_contrasts',
-           'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid',
-           'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body',
-           'which_architecture_grid', 'grid_cells', 'all_cells_of', 'load_grid']
+           'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'ORDER_NOISE', 'ORDERS', 'LADDERS', 'CHOICE_WORLDS',
+           'ORDER_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells',
+           'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid', 'question_values',
+           'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid', 'why_it_works_grid',
+           'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid',
+           'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body', 'which_architecture_grid',
+           'top_of_ladder', 'Ladder', 'order_ladders', 'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders',
+           'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together', 'grid_cells', 'all_cells_of',
+           'load_grid']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from .bodies import BODIES, SEARCH_WORLDS
 from .cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
-from .compare import check_same_draws, cross_fitted, outcome_values, reward_at_kl
-from .compare import tested_differences, verdict
+from .compare import check_same_draws, outcome_values, reward_at_kl, tested_differences, verdict
 from .training_data import COMMON_SETTINGS
 from .world import SKILLS
 
@@ -202,105 +201,6 @@ def finite_data_grid() -> dict: # name -> Condition
             grid[name] = Condition("sDPO" if T > 1 else "DPO", settings, pairs=pairs)
     return grid
 
-# %% ../nbs/experiments/questions.ipynb #311cb4c2
-ORDER_NOISE = (0., 0.15, 0.35)         # share of pairs that are swapped, from the easy to the hard source
-ORDER_BETAS = (0.1, 0.2, 0.4, 0.8)     # of one stage and of a fixed reference; three times these where it moves
-ORDERS = {"easy first": "easy_to_hard", "random order": "random", "hard first": "hard_to_easy"}
-ORDER_QUESTIONS = pd.DataFrame([
-    ("easy first against hard first", "easy first, moving", "hard first, moving"),
-    ("easy first against random order", "easy first, moving", "random order, moving"),
-    ("easy first against hard first, fixed reference", "easy first, fixed", "hard first, fixed"),
-    ("stepwise against all at once", "easy first, moving", "all at once"),
-], columns=["question", "a", "b"])
-
-def order_ladders() -> dict: # arm -> name of a row -> Condition
-    "Every order with every reference, in worlds with `ORDER_NOISE`, at one learning rate."
-    lr, data = chosen_settings()["sDPO"]["lr"], ("graded noise", *ORDER_NOISE)
-    arms = {"all at once": ("DPO", 1, {})}
-    for reference, factor in (("moving", 3), ("fixed", 1)):
-        for name, order in ORDERS.items():
-            arms[f"{name}, {reference}"] = ("sDPO", factor, dict(reference=reference, order=order))
-    ladders = {}
-    for arm, (method, factor, switches) in arms.items():
-        betas = [round(factor * beta, 6) for beta in ORDER_BETAS]
-        rungs = {beta: Condition(method, switches | dict(lr=lr, beta=beta), data) for beta in betas}
-        ladders[arm] = {f"{arm}, beta {beta:g}": condition for beta, condition in rungs.items()}
-    return ladders
-
-def when_order_matters_grid() -> dict: # name -> Condition
-    "The ladders, rung by rung."
-    return {name: rung for ladder in order_ladders().values() for name, rung in ladder.items()}
-
-# %% ../nbs/experiments/questions.ipynb #e3ee6e39
-ELSEWHERE_MIDDLES = { # method -> beta in the middle of its ladder
-    "DPO": 0.4,
-    "sDPO": 1.2,
-    "sDPO, fixed reference": 0.6,
-    "TR-DPO, hard": 2.4,
-    "TR-DPO, soft": 1.2,
-    "Pre-DPO": 0.6,
-}
-ELSEWHERE_STEPS, ELSEWHERE_RATES = range(-2, 3), (1e-4, 3e-4)    # a step is a factor of the square root of 2
-ELSEWHERE_QUESTIONS = pd.DataFrame([
-    ("stepwise against plain", "sDPO", "DPO"),
-    ("moving against fixed reference", "sDPO", "sDPO, fixed reference"),
-    ("TR-DPO, hard, against plain", "TR-DPO, hard", "DPO"),
-    ("TR-DPO, soft, against plain", "TR-DPO, soft", "DPO"),
-    ("Pre-DPO against plain", "Pre-DPO", "DPO"),
-], columns=["question", "a", "b"])
-
-def trial_cells() -> list[Cell]:
-    "The relatives that were never searched, in world 0, at beta in steps of a factor of 2."
-    betas = {"TR-DPO, hard": BETAS[1:], "TR-DPO, soft": BETAS[1:], "Pre-DPO": BETAS[:5]}
-    settings = [(method, dict(beta=beta, lr=ELSEWHERE_RATES[0])) for method in betas for beta in betas[method]]
-    return [Cell(0, 0, method, chosen, "validation") for method, chosen in settings]
-
-def elsewhere_ladders() -> dict: # method -> name of a row -> Condition
-    "Five beta at two learning rates, for every method."
-    ladders = {}
-    for method, middle in ELSEWHERE_MIDDLES.items():
-        ladder = {}
-        for step, lr in itertools.product(ELSEWHERE_STEPS, ELSEWHERE_RATES):
-            beta = round(middle * 2 ** (step / 2), 3)
-            ladder[f"{method}, beta {beta:g}, rate {lr:g}"] = Condition(method, dict(beta=beta, lr=lr))
-        ladders[method] = ladder
-    return ladders
-
-def tuned_elsewhere_grid() -> dict: # name -> Condition
-    "The ladders, rung by rung."
-    return {name: rung for ladder in elsewhere_ladders().values() for name, rung in ladder.items()}
-
-# %% ../nbs/experiments/questions.ipynb #1cae5d82
-def cross_fitted_values(
-    ladders: dict,         # arm -> name of a row -> Condition
-    found: dict,           # name of a row -> its rows of the table of runs
-    what: str = "sampled", # of OUTCOMES, or another column with a number per prompt
-) -> tuple[dict, dict]:    # arm -> (worlds, seeds, prompts); arm -> names of the rows that the worlds got
-    "What every arm has at settings that were chosen in the other worlds."
-    values, chosen = {}, {}
-    for arm, ladder in ladders.items():
-        values[arm], chosen[arm] = cross_fitted({name: found[name] for name in ladder}, what)
-    return values, chosen
-
-def cross_fitted_contrasts(
-    questions: pd.DataFrame, # question, a, b: arms
-    ladders: dict,           # arm -> name of a row -> Condition
-    found: dict,             # name of a row -> its rows of the table of runs
-) -> pd.DataFrame:           # the questions with mean, low, high, p-values, verdict, provisional
-    """a minus b in mean sampled reward, each at settings that were chosen in the other worlds.
-    Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."""
-    check_same_draws(found)
-    values, chosen = cross_fitted_values(ladders, found)
-    at_edge = {}
-    for arm, ladder in ladders.items():
-        betas = {name: condition.settings["beta"] for name, condition in ladder.items()}
-        ends = min(betas.values()), max(betas.values())
-        at_edge[arm] = np.mean([betas[name] in ends for name in chosen[arm]]) > 0.5
-    asked = {q.question: values[q.a] - values[q.b] for q in questions.itertuples()}
-    table = questions.merge(tested_differences(asked), on="question")
-    table["verdict"] = [verdict(answer) for _, answer in table.iterrows()]
-    return table.assign(provisional=[at_edge[q.a] or at_edge[q.b] for q in questions.itertuples()])
-
 # %% ../nbs/experiments/questions.ipynb #7adbd1e3
 def why_it_works_grid() -> dict: # name -> Condition
     """Reference x order x schedule, all at DPO's best settings and T = 3;
@@ -437,6 +337,160 @@ def which_architecture_grid() -> dict: # name -> Condition
     return grid
 
 # %% ../nbs/experiments/questions.ipynb #e91a0199
+def top_of_ladder(
+    rewards: dict,             # beta -> mean reward
+    name: str = "ladder",      # in the message
+) -> tuple[float, float]:      # beta and reward at the top of a parabola in log beta
+    """Where the parabola through the best rung and its two neighbours is highest.
+    Raises ValueError where the best rung is at an end."""
+    betas = sorted(rewards)
+    best = betas.index(max(rewards, key=rewards.get))
+    if best in (0, len(betas) - 1):
+        raise ValueError(f"{name}: its best beta, {betas[best]:g}, is at an end of its ladder; add a rung there")
+    three = betas[best - 1:best + 2]
+    curve = np.polyfit(np.log(three), [rewards[beta] for beta in three], 2)
+    top = -curve[1] / (2 * curve[0])
+    return round(float(np.exp(top)), 3), float(np.polyval(curve, top))
+
+# %% ../nbs/experiments/questions.ipynb #d2ec55aa
+@dataclass
+class Ladder:
+    "One way to train, and the settings among which it may choose."
+    method: str                                  # of METHODS, RELATIVES or BASELINES
+    betas: tuple                                 # each twice the one before
+    rates: tuple = (1e-4,)                       # learning rates
+    settings: dict = field(default_factory=dict) # of StepwiseConfig; the same on every rung
+    data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
+
+    def rung(
+        self,
+        beta: float,
+        lr: float,
+    ) -> Condition:
+        "The condition at these settings."
+        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data)
+
+def _betas(low, rungs=5): return tuple(round(low * 2 ** rung, 6) for rung in range(rungs))
+
+ORDER_NOISE = ("graded noise", 0., 0.15, 0.35)      # share of pairs that are swapped, from the easy to the hard source
+ORDERS = {"easy first": "easy_to_hard", "random order": "random", "hard first": "hard_to_easy"}
+
+def order_ladders() -> dict: # arm -> Ladder
+    "Every order with every reference, in worlds with `ORDER_NOISE`; two orders without it."
+    ladders = {"all at once": Ladder("DPO", _betas(0.05), data=ORDER_NOISE)}
+    for name, order in ORDERS.items():
+        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.15), settings=dict(order=order), data=ORDER_NOISE)
+        fixed = dict(order=order, reference="fixed")
+        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.05), settings=fixed, data=ORDER_NOISE)
+    for name in ("easy first", "hard first"):
+        ladders[f"{name}, moving, without noise"] = Ladder("sDPO", _betas(0.3), settings=dict(order=ORDERS[name]))
+    return ladders
+
+def elsewhere_ladders() -> dict: # arm -> Ladder
+    "DPO, also with twice the passes; sDPO with both references; the relatives."
+    low = {
+        "DPO": 0.1,
+        "sDPO": 0.3,
+        "sDPO, fixed reference": 0.15,
+        "TR-DPO, hard": 0.6,
+        "TR-DPO, soft": 0.3,
+        "Pre-DPO": 0.15,
+    }
+    rates = (1e-4, 3e-4)
+    ladders = {method: Ladder(method, _betas(beta), rates) for method, beta in low.items()}
+    twice = dict(epochs=2 * COMMON_SETTINGS["epochs"])
+    ladders["DPO, six passes"] = Ladder("DPO", _betas(low["DPO"]), rates, twice)
+    return ladders
+
+LADDERS = { # grid -> function that makes its ladders
+    "when_order_matters": order_ladders,
+    "tuned_elsewhere": elsewhere_ladders,
+}
+CHOICE_WORLDS = range(11, 16)
+
+def ladder_cells(
+    grid: str, # of LADDERS
+) -> list[Cell]:
+    "Every rung of every arm, in the worlds in which settings are chosen."
+    cells = []
+    for ladder in LADDERS[grid]().values():
+        for beta, lr in itertools.product(ladder.betas, ladder.rates):
+            cells += ladder.rung(beta, lr).cells(CHOICE_WORLDS, (0,))
+    return cells
+
+def choose_on_ladders(
+    grid: str,          # of LADDERS
+    rows: pd.DataFrame, # of the table of runs, with all of `ladder_cells`
+) -> dict:              # arm -> beta, lr
+    """The top of each arm's ladder, and of the tops of its learning rates the highest.
+    Raises ValueError where a top lies at an end."""
+    rewards = dict(zip(rows["key"], rows["sampled"].map(np.mean)))
+    chosen = {}
+    for arm, ladder in LADDERS[grid]().items():
+        tops = {}
+        for lr in ladder.rates:
+            means = {}
+            for beta in ladder.betas:
+                cells = ladder.rung(beta, lr).cells(CHOICE_WORLDS, (0,))
+                means[beta] = np.mean([rewards[cell.key] for cell in cells])
+            beta, reward = top_of_ladder(means, f"{grid}: {arm} at rate {lr:g}")
+            tops[reward] = dict(beta=beta, lr=lr)
+        chosen[arm] = tops[max(tops)]
+    return chosen
+
+def chosen_on_ladders(
+    grid: str, # of LADDERS
+) -> dict:     # arm -> beta, lr; empty where nothing was chosen yet
+    "What was chosen, as it was committed."
+    path = RESULTS / "tuned.json"
+    return json.loads(path.read_text()).get(grid, {}) if path.exists() else {}
+
+def tuned_grid(
+    grid: str, # of LADDERS
+) -> dict:     # arm -> Condition; empty where nothing was chosen yet
+    "Every arm at the settings that were chosen for it."
+    ladders = LADDERS[grid]()
+    return {arm: ladders[arm].rung(**settings) for arm, settings in chosen_on_ladders(grid).items()}
+
+# %% ../nbs/experiments/questions.ipynb #bf75fcf3
+ORDER_QUESTIONS = { # question -> arm -> weight
+    "easy first against hard first":
+        {"easy first, moving": 1, "hard first, moving": -1},
+    "the same, minus what it is without noise":
+        {"easy first, moving": 1, "hard first, moving": -1,
+         "easy first, moving, without noise": -1, "hard first, moving, without noise": 1},
+    "easy first against hard first, fixed reference":
+        {"easy first, fixed": 1, "hard first, fixed": -1},
+    "stepwise, easy first, against all at once":
+        {"easy first, moving": 1, "all at once": -1},
+}
+ELSEWHERE_QUESTIONS = { # question -> arm -> weight
+    "stepwise against plain": {"sDPO": 1, "DPO": -1},
+    "moving against fixed reference": {"sDPO": 1, "sDPO, fixed reference": -1},
+    "TR-DPO, hard after every 16 steps, against plain": {"TR-DPO, hard": 1, "DPO": -1},
+    "TR-DPO, soft after every 16 steps, against plain": {"TR-DPO, soft": 1, "DPO": -1},
+    "Pre-DPO against plain with as many passes": {"Pre-DPO": 1, "DPO, six passes": -1},
+}
+
+def weighted_sum(
+    arms: dict,            # arm -> weight
+    found: dict,           # arm -> rows of the table of runs
+    what: str = "sampled", # of OUTCOMES, or another column with a number per prompt
+) -> np.ndarray:           # (worlds, seeds, prompts)
+    "A sum of arms, each with its weight, where all were asked the same."
+    return np.sum([weight * outcome_values(found[arm], what) for arm, weight in arms.items()], axis=0)
+
+def answer_together(
+    questions: dict, # question -> arm -> weight
+    found: dict,     # arm -> rows of the table of runs
+) -> pd.DataFrame:   # question, mean, low, high, p-values as of `tested_differences`, verdict
+    """Every question in mean sampled reward, corrected for all of them.
+    Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."""
+    check_same_draws(found)
+    table = tested_differences({question: weighted_sum(arms, found) for question, arms in questions.items()})
+    return table.assign(verdict=[verdict(answer) for _, answer in table.iterrows()])
+
+# %% ../nbs/experiments/questions.ipynb #62a57845
 GRIDS = { # name -> function that makes it
     "primary": primary_grid,
     "smaller_beta": smaller_beta_grid,
@@ -449,12 +503,12 @@ GRIDS = { # name -> function that makes it
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
-    "when_order_matters": when_order_matters_grid,
-    "tuned_elsewhere": tuned_elsewhere_grid,
+    "when_order_matters": lambda: tuned_grid("when_order_matters"),
+    "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
-    "tuned_elsewhere": (WORLDS, range(1)),
+    "tuned_elsewhere": (range(21, 31), SEEDS),      # two of its questions have been answered in worlds 1 to 10
 }
 
 def _search_bodies():
@@ -465,7 +519,8 @@ SEARCHES = { # name -> function that makes its cells
     "pilot": pilot_cells,
     "search": search_cells,
     "search_bodies": _search_bodies,
-    "trial": trial_cells,
+    "choose_when_order_matters": lambda: ladder_cells("when_order_matters"),
+    "choose_tuned_elsewhere": lambda: ladder_cells("tuned_elsewhere"),
 }
 
 def grid_cells(

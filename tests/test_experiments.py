@@ -66,30 +66,68 @@ def test_finite_data_compares_equal_pairs_and_steps_at_one_beta_over_T():
     assert len({x.key for xs in drawn.values() for x in xs}) == 20 * len(grid)
 
 
-def test_arms_of_when_order_matters_differ_in_what_they_are_named_after_and_nothing_else():
+def test_arms_of_a_ladder_differ_in_what_they_are_named_after_and_nothing_else():
     ladders = questions.order_ladders()
-    assert len(ladders) == 7 and {len(ladder) for ladder in ladders.values()} == {4} and len(questions.when_order_matters_grid()) == 28
+    assert len(ladders) == 9
     for arm, ladder in ladders.items():
-        for name, c in ladder.items():
-            beta = float(name.split("beta ")[1])
-            rest = {k: v for k, v in c.settings.items() if k not in ("lr", "beta")}
-            asked = {} if arm == "all at once" else dict(reference=arm.split(", ")[1], order=questions.ORDERS[arm.split(", ")[0]])
-            assert c.settings["beta"] == beta and rest == asked and c.data == ("graded noise", 0., 0.15, 0.35) and c.settings["lr"] == 1e-4
-        assert [c.settings["beta"] for c in ladder.values()] == pytest.approx([b * (3 if "moving" in arm else 1) for b in (0.1, 0.2, 0.4, 0.8)])
-    assert {*questions.ORDER_QUESTIONS["a"], *questions.ORDER_QUESTIONS["b"]} <= set(ladders)
+        asked = {}
+        if "first" in arm or "random" in arm: asked["order"] = questions.ORDERS[arm.split(", ")[0]]
+        if "fixed" in arm: asked["reference"] = "fixed"
+        assert ladder.settings == asked and ladder.rates == (1e-4,) and ladder.method == ("DPO" if arm == "all at once" else "sDPO")
+        assert ladder.data == (("sources",) if "without noise" in arm else ("graded noise", 0., 0.15, 0.35))
+    elsewhere = questions.elsewhere_ladders()
+    assert set(elsewhere) == {"DPO", "DPO, six passes", "sDPO", "sDPO, fixed reference", *cells.RELATIVES}
+    assert all(ladder.method == arm and not ladder.settings for arm, ladder in elsewhere.items() if arm != "DPO, six passes")
+    assert elsewhere["DPO, six passes"].settings == dict(epochs=6)
+    for ladder in [*ladders.values(), *elsewhere.values()]: assert len(ladder.betas) == 5 and np.allclose(np.diff(np.log2(ladder.betas)), 1)
 
 
-def test_cross_fitting_never_lets_a_world_choose_for_itself():
+def test_settings_are_chosen_where_nothing_is_measured():
+    for grid, arms in ((grid, make()) for grid, make in questions.LADDERS.items()):
+        tried = questions.ladder_cells(grid)
+        assert {c.world for c in tried} == set(range(11, 16)) and len({c.key for c in tried}) == len(tried) == sum(5 * 5 * len(l.rates) for l in arms.values())
+        measured, _ = questions.OTHER_DRAWS.get(grid, (questions.WORLDS, questions.SEEDS))
+        assert not set(measured) & set(questions.CHOICE_WORLDS)
+    assert not set(questions.OTHER_DRAWS["tuned_elsewhere"][0]) & {w for g in questions.GRIDS if g != "tuned_elsewhere" for c in questions.all_cells_of(g) for w in [c.world]}
+
+
+def test_the_top_of_a_ladder_is_read_between_its_rungs_and_refused_at_its_ends():
+    parabola = lambda top: {b: 0.8 - 0.03 * np.log2(b / top) ** 2 for b in (0.1, 0.2, 0.4, 0.8, 1.6)}
+    for top in (0.15, 0.25, 0.4, 0.5, 1.0): assert questions.top_of_ladder(parabola(top)) == pytest.approx((top, 0.8), rel=2e-3)
+    for top in (0.05, 3.0):
+        with pytest.raises(ValueError, match="arm: its best beta, (0.1|1.6), is at an end of its ladder"): questions.top_of_ladder(parabola(top), "arm")
+
+
+def test_what_was_chosen_becomes_the_grid(monkeypatch, tmp_path):
+    monkeypatch.setattr(questions, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    assert questions.tuned_grid("tuned_elsewhere") == {} == questions.chosen_on_ladders("tuned_elsewhere")
+    best = {arm: (3e-4, ladder.betas[2] * 1.2) for arm, ladder in questions.elsewhere_ladders().items()}
+    rows = []
+    for arm, ladder in questions.elsewhere_ladders().items():
+        for lr in ladder.rates:
+            for beta in ladder.betas:
+                reward = 0.8 - 0.02 * np.log2(beta / best[arm][1]) ** 2 - 0.01 * (lr != best[arm][0])
+                rows += [dict(key=c.key, sampled=[reward], seconds=1.) for c in ladder.rung(beta, lr).cells(questions.CHOICE_WORLDS, (0,))]
+    monkeypatch.setattr(experiments, "run_grid", lambda cells, desc: pd.DataFrame(rows))
+    experiments.run_experiment("choose_tuned_elsewhere")
+    grid = questions.tuned_grid("tuned_elsewhere")
+    assert set(grid) == set(best) and questions.tuned_grid("when_order_matters") == {}
+    for arm, condition in grid.items():
+        assert condition.settings["lr"] == 3e-4 and condition.settings["beta"] == pytest.approx(best[arm][1], rel=2e-3)
+        assert condition.method == questions.elsewhere_ladders()[arm].method and condition.settings.get("epochs", 3) == (6 if "six" in arm else 3)
+
+
+def test_questions_of_the_ladders_are_differences_of_arms():
+    for asked, grid in ((questions.ORDER_QUESTIONS, "when_order_matters"), (questions.ELSEWHERE_QUESTIONS, "tuned_elsewhere")):
+        for arms in asked.values(): assert sum(arms.values()) == 0 and set(arms) <= set(questions.LADDERS[grid]())
     g = np.random.default_rng(0)
-    values = {beta: 0.5 + g.normal(0, 0.1, (5, 2, 3)) for beta in (1, 2, 3)}
-    got, chosen = compare.cross_fitted({beta: rows(v) for beta, v in values.items()}, "kl")
-    for w, beta in enumerate(chosen):
-        others = {b: np.delete(v, w, 0).mean() for b, v in values.items()}
-        assert beta == max(others, key=others.get)
-        np.testing.assert_allclose(got[w], 10 * values[beta][w])
-        changed = {b: v.copy() for b, v in values.items()}
-        for b in changed: changed[b][w] = g.normal(0, 9, (2, 3))
-        assert compare.cross_fitted({b: rows(v) for b, v in changed.items()})[1][w] == beta
+    found = {arm: rows(0.8 + g.normal(0, 0.005, (10, 2, 20))) for arm in questions.order_ladders()}
+    found["easy first, moving"] = rows(0.85 + g.normal(0, 0.005, (10, 2, 20)))
+    answers = questions.answer_together(questions.ORDER_QUESTIONS, found)
+    assert answers["verdict"].tolist() == ["better", "better", "equal", "better"]
+    found["all at once"] = found["all at once"].assign(weights="another")
+    with pytest.raises(ValueError, match="was run in other worlds"): questions.answer_together(questions.ORDER_QUESTIONS, found)
 
 
 def test_the_choice_is_the_likeliest_of_four_and_short_answers_lose_their_advantage_per_token():
@@ -117,17 +155,6 @@ def test_graded_noise_swaps_the_share_that_was_asked_for_and_nothing_else():
         assert all(a == b or s for a, b, s in zip(rows, noisy[name], swapped)) and len(rows) == len(noisy[name])
         assert abs(np.mean(swapped) - share) < 0.06
     with pytest.raises(ValueError): training_data.TRAINING_DATA["graded noise"](world, None, None, 0.1)
-
-
-def test_every_method_of_tuned_elsewhere_has_ten_settings_around_its_middle():
-    ladders = questions.elsewhere_ladders()
-    assert set(ladders) == {"DPO", "sDPO", "sDPO, fixed reference", *cells.RELATIVES} == set(questions.ELSEWHERE_MIDDLES)
-    for method, ladder in ladders.items():
-        betas = sorted({c.settings["beta"] for c in ladder.values()})
-        assert len(ladder) == 10 and len(betas) == 5 and {c.method for c in ladder.values()} == {method} and {c.settings["lr"] for c in ladder.values()} == {1e-4, 3e-4}
-        assert betas[2] == questions.ELSEWHERE_MIDDLES[method] and np.allclose(np.diff(np.log2(betas)), 0.5, atol=0.01)
-    drawn = questions.grid_cells("tuned_elsewhere")
-    assert all({(c.world, c.seed) for c in cs} == {(w, 0) for w in range(1, 11)} for cs in drawn.values())
 
 
 def test_a_grid_that_was_not_run_is_not_run_again(monkeypatch):

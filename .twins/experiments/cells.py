@@ -51,7 +51,8 @@ from sdpo_nb.report import gamma_table
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.trainer import TrainConfig, learning_rate
 from sdpo_nb.training_data import COMMON_SETTINGS, TRAINING_DATA, true_gap
-from sdpo_nb.world import ALPHABET, World, answer, content_hash, load_base, make_prompts, prompt_ids, respond_ids
+from sdpo_nb.world import ALPHABET, World, answer, content_hash, load_base, make_prompts, prompt_ids
+from sdpo_nb.world import respond_ids
 from sdpo_nb.world import sft, text_of, true_reward, true_rewards, world_texts
 
 # %%
@@ -65,20 +66,17 @@ from sdpo_nb.world import complaint, misled
 # ## A cell
 #
 # A cell is one method in one world with one seed. The *seed* fixes the order in which pairs are trained on, and the chunks where they are
-# random. Its settings are those of `StepwiseConfig` and nothing else, so there is no second copy of the training loop. DPO is
+# random. Its settings are those of `StepwiseConfig`; three relatives have up to three more. DPO is
 # stepwise DPO with one chunk. `sDPO` is what `StepwiseConfig` does by itself: three stages, one for each source, easy to hard by the reward accuracy under S.
 # Each stage starts from the model of the stage before, has it as its reference, and restarts the learning-rate schedule and the optimizer. The
-# other methods of `METHODS` change one of these things each.
-#
-# To change one thing at a time is what makes a comparison say something. If sDPO beats DPO, it might be the chunks, their order, the reference or the start.
-# Each of the other methods keeps all of that but one.
+# other methods of `METHODS` change one of these things each, and that is what makes a comparison say something. If sDPO beats DPO, it might be the chunks, their order, the reference or the start.
 #
 # - `sDPO, random`: all pairs are shuffled and cut into three, so no chunk is easier than another.
 # - `sDPO, hard first`: the same chunks, in the opposite order.
 # - `sDPO, fixed reference`: every stage is held near S, and not near the model that it starts from.
 # - `sDPO, target S`: every stage *starts* from S again, with $M_{t-1}$ as its reference.
 #
-# Three more are relatives of sDPO by other people, on all pairs at once. *TR-DPO* moves its reference after every 16 steps, all the way to the model (hard) or 0.6 of it (soft). *Pre-DPO* trains twice: the second time it starts from S again, and the model that came out of the first is the reference.
+# Three more are relatives of sDPO by other people, on all pairs at once. *TR-DPO* ([2404.09656](https://arxiv.org/abs/2404.09656)) moves its reference after every 16 steps: all the way to the model (*hard*), or 0.6 of the way (*soft*). *Pre-DPO* ([2504.15843](https://arxiv.org/abs/2504.15843)) trains twice: the second time it starts from S again, and the model that came out of the first is the reference.
 #
 # Three methods do without DPO. They are the *baselines*: S as it is; S at the sampling temperature that is best on validation prompts; and S fine-tuned on
 # the chosen responses.
@@ -94,10 +92,10 @@ METHODS = { # name -> settings of StepwiseConfig
     "sDPO, target S": dict(init_target="S"),
 }
 BASELINES = ("S", "S, best temperature", "SFT on chosen")
-RELATIVES = { # name -> how its reference moves: after how many steps, which share of the way; or once, for a second run
-    "TR-DPO, hard": dict(every=16),
-    "TR-DPO, soft": dict(every=16, share=0.6),
-    "Pre-DPO": dict(again=True),
+RELATIVES = { # name -> how its reference moves
+    "TR-DPO, hard": dict(every=16),             # steps
+    "TR-DPO, soft": dict(every=16, share=0.6),  # of the way to the model
+    "Pre-DPO": dict(again=True),                # a second run, against the model of the first
 }
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Cell:
     world: int
     seed: int
     method: str                                  # of METHODS, RELATIVES or BASELINES
-    settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over METHODS
+    settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over those of the method
     split: str = "test"                          # prompts it is measured on; see `prompts_of_split`
     pairs: int = None                            # of each source; None: all
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
@@ -184,7 +182,7 @@ pd.DataFrame(rows).T
 
 
 # %% [markdown]
-# A second kind of question is multiple choice. H4, by which the paper measures, never lets a model write: it ranks *given* answers by their log-probability. So do we, with four answers. One is right and one follows the wrong rule. Two
+# A second kind of question is multiple choice. The paper measures by H4, the mean of four benchmarks ([chapter 15](../15_benchmarks.ipynb)). H4 never lets a model write: it ranks *given* answers by their log-probability. So do we, with four answers. One is right and one follows the wrong rule. Two
 # are the right one, spoilt: a letter left out, or two neighbours swapped.
 
 # %%
@@ -196,9 +194,9 @@ def answers_to_choose_from(
     right, wrong = answer(prompt), answer(prompt, right=False)
     rng = random.Random(prompt)
     i, j = rng.randrange(len(right)), rng.randrange(len(right) - 1)
-    short = right[:i] + right[i+1:]
+    shorter = right[:i] + right[i+1:]
     swapped = right[:j] + right[j+1] + right[j] + right[j+2:]
-    return [right, wrong, short, swapped]
+    return [right, wrong, shorter, swapped]
 
 
 # %%
@@ -247,11 +245,11 @@ class Exam:
         "Let a model rank `answers_to_choose_from`, by log-probability and by that per token."
         pairs, lengths = [], []
         for prompt in self.prompts:
-            ids = prompt_ids(self.tokenizer, prompt)
-            texts = answers_to_choose_from(prompt)
-            given = [self._ids(text) for text in texts]
-            lengths.append([len(answer) for answer in given])
-            for a, b in (given[:2], given[2:]): pairs.append(dict(prompt_ids=ids, chosen_ids=a, rejected_ids=b))
+            asked = prompt_ids(self.tokenizer, prompt)
+            given = [self._ids(text) for text in answers_to_choose_from(prompt)]
+            lengths.append([len(ids) for ids in given])
+            for one, other in (given[:2], given[2:]):           # two answers a row; neither is chosen
+                pairs.append(dict(prompt_ids=asked, chosen_ids=one, rejected_ids=other))
         scores = torch.stack(response_logprobs(model, pairs), 1).view(-1, 4)
         per_token = scores / torch.tensor(lengths)
         first = {"choice": scores, "choice_per_token": per_token}
@@ -296,7 +294,7 @@ assert set(table.to_numpy().ravel()) == {0, 1}
 table.groupby(level=0).mean().round(2)
 
 # %% [markdown]
-# Where S was misled it is wrong more often than a guess, as it finds the wrong rule likelier. Per token nothing changes here: the short answer wins too rarely. With answers of very different lengths it would.
+# Where S was misled it is right less often than a guess, as it finds the wrong rule likelier. Per token nothing changes here: the four answers are nearly equally long.
 #
 # A mean over all prompts can hide that one skill is lost. So means are kept by skill, too:
 
@@ -307,7 +305,7 @@ exam.by_skill(results["S"], stage=0)
 # %% [markdown]
 # ## Equal budgets
 #
-# A comparison is unfair when one method trains longer. Here every method of DPO sees the same pairs three times. Is that all? Nearly. Each stage
+# A comparison is unfair when one method trains longer. Here every method of DPO sees the same pairs three times, but for Pre-DPO, which has two such runs. Is that all? Nearly. Each stage
 # starts a new learning-rate schedule, and every warm-up reaches the peak again. And each chunk may end in a smaller batch, so there are a few more optimizer
 # steps. How much learning rate comes together?
 
@@ -401,7 +399,7 @@ pd.DataFrame(rows).T.round(3)
 # number of steps and pairs in each stage, the mean gamma of each model on each chunk, and the tokens.
 #
 # Tokens are counted in two columns. `tokens` were trained on. `pass_tokens` were only read, without gradients: by the partition, which reads all pairs
-# once under S, and by a moving reference, which reads each chunk but the first.
+# once under S, and by a moving reference, which reads each chunk but the first. Of relatives they are not counted.
 
 # %%
 #| export
@@ -489,7 +487,7 @@ print(f"{len(rows)} pairs in the chunk; share of wrong labels: {wrong}")
 # %% [markdown]
 # ## A run of a relative
 #
-# TR-DPO and Pre-DPO have references that no switch of `sdpo` makes. They are trained [in memory](in_memory.ipynb), with the same batches and steps as DPO.
+# `sdpo` moves a reference between stages, and TR-DPO moves it within one. So it is trained [in memory](in_memory.ipynb), with the batches and steps of DPO. Pre-DPO could be two calls of `sdpo`; in memory it needs no files.
 
 # %%
 #| export
@@ -504,20 +502,21 @@ def _run_relative(cell: Cell, world: World, sources: dict, exam: Exam):
 
     loaded = load_sources(sources, exam.tokenizer, lengths)
     pairs = [dict(pair) for source in loaded for pair in source.pairs]
-    base = load_S(world.base, pairs, config.precision, "off")
+    trained = load_S(world.base, pairs, config.precision, "off")
     losses, tables = [], []
-    for t in range(1, 3 if again else 2):
-        reference = base.score(pairs)                           # of S; then of the model that came out
-        base.reset()
-        losses.append(train_in_memory(base, pairs, reference, config, t, **moves)["losses"])
-        results = exam.results(base.model)
+    for t in (1, 2) if again else (1,):
+        reference = trained.score(pairs)                        # of S; then of the model that came out
+        trained.reset()
+        losses.append(train_in_memory(trained, pairs, reference, config, t, **moves)["losses"])
+        results = exam.results(trained.model)
         tables.append(exam.by_skill(results, t))
-    kept = exam.choices(base.model) | dict(
+    kept = exam.choices(trained.model) | dict(
         losses=[loss for stage in losses for loss in stage],
         steps=[len(stage) for stage in losses],
         chunk_pairs=[len(pairs)] * len(losses),
     )
-    once = int(pair_tokens(pairs).sum()) + sum(len(pair["prompt_ids"]) for pair in pairs)  # each response with its prompt
+    prompts = sum(len(pair["prompt_ids"]) for pair in pairs)
+    once = int(pair_tokens(pairs).sum()) + prompts              # each response with its prompt
     return results, kept, tables, len(losses) * config.epochs * once
 
 
@@ -525,7 +524,7 @@ def _run_relative(cell: Cell, world: World, sources: dict, exam: Exam):
 # A TR-DPO whose reference never gets to move is DPO. And where must the loss of the others be $\ln 2$? Three passes over 48 pairs, in batches of 16, make nine steps.
 
 # %%
-short = dict(epochs=3, lr=3e-4, batch_size=16)
+nine_steps = dict(epochs=3, lr=3e-4, batch_size=16)
 curves = {}
 for name, method, extra in (
     ("DPO", "DPO", {}),
@@ -534,8 +533,8 @@ for name, method, extra in (
     ("soft, after every 3", "TR-DPO, soft", dict(every=3)),
     ("Pre-DPO, second run", "Pre-DPO", {}),
 ):
-    run = _run_relative if method != "DPO" else _run_dpo
-    _, kept, _, _ = run(Cell(0, 0, method, short | extra), world, few, exam)
+    run = _run_relative if method in RELATIVES else _run_dpo
+    _, kept, _, _ = run(Cell(0, 0, method, nine_steps | extra), world, few, exam)
     curves[name] = kept["losses"][-9:]
 curves = pd.DataFrame(curves).rename_axis("step")
 
@@ -546,7 +545,7 @@ curves.round(3)
 
 
 # %% [markdown]
-# The second column is DPO, number by number. With the hard move the loss is back at $\ln 2$ at steps 3 and 6, with the soft one it goes a part of the way. The second run of Pre-DPO starts above: S is not yet where its reference is.
+# *Never moves* repeats DPO, number by number. With the hard move the loss is back at $\ln 2$ at steps 3 and 6, with the soft one it goes a part of the way. The second run of Pre-DPO starts above: S is not yet where its reference is.
 #
 # ## From a cell to a row
 #
@@ -571,7 +570,9 @@ def run_cell(
         sources = {source: rows[:cell.pairs] for source, rows in sources.items()}
 
     exam = Exam(base, tokenizer, prompts_of_split(cell.world, cell.split), luck=1 + cell.world)
-    run = _run_baseline if cell.method in BASELINES else _run_relative if cell.method in RELATIVES else _run_dpo
+    run = _run_dpo
+    if cell.method in BASELINES: run = _run_baseline
+    if cell.method in RELATIVES: run = _run_relative
     results, kept, tables, tokens = run(cell, world, sources, exam)
     return results | kept | dict(
         stages=pd.concat(tables).to_json(orient="records"),
@@ -666,7 +667,7 @@ stored[["world", "seed", "method", "split", "reward"]]
 # Cells are independent of each other, so they run one to a core, each in a process of its own. A process that is *spawned* starts fresh: it does not
 # inherit the threads of this one, which can hang after a fork.
 #
-# They run world by world. A grid that is stopped then has whole worlds, and may go on on another machine, where the same world comes out a little different.
+# They run world by world, so a grid that is stopped has whole worlds. That matters if another machine goes on: it builds the same world a little differently, and the runs of one world must not come from two machines.
 #
 # When one cell fails, the others go on. The first error is raised at the end, and it says which cell it was.
 

@@ -4,9 +4,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/in_memory.ipynb)
 #
-# **You should know** [one stage of training](../06_trainer.ipynb). **Time** 15 minutes to read, half a minute to run.
+# **You should know** [one stage of training](../06_trainer.ipynb). **Time** 20 minutes to read, half a minute to run.
 #
-# The trainer writes a checkpoint, so that nothing is lost when a run is killed. An experiment does not want that: its models live for seconds, and a cell that was killed is run again. And some methods need what stepwise DPO has no switch for. TR-DPO moves its reference in the *middle* of a stage. Both are on this page.
+# The trainer writes a checkpoint, so that nothing is lost when a run is killed. An experiment does not want that: its models live for seconds, and a run that was killed is made again. And one method needs what stepwise DPO has no switch for: TR-DPO moves its reference *within* a stage. This page has both: a stage without files, and a reference that moves in it.
 
 # %%
 #| default_exp in_memory
@@ -49,9 +49,9 @@ from sdpo_nb.world import load_base, load_world
 #
 # On a card a run takes some seconds, and so do loading a model and compiling it. So there is one model. A cell begins by putting the weights of S back into it, which keeps what was compiled.
 #
-# `load_S` decides once what would otherwise be asked again in every cell: the precision, the function that reads the pairs, and how many tokens fit into a forward pass. For the last it looks at the 64 longest pairs that it was given. On a processor nothing is compiled, and no token budget is set.
+# `load_S` decides once what would otherwise be asked again in every cell: the precision, the function that reads the pairs, and how many tokens fit into a forward pass. For the last it looks at the 64 longest pairs that it was given.
 #
-# `Base.score` asks the model whatever it is at that moment: S, or what a stage has made of it. Given a folder, it writes a file after every 64 pairs, so a pass that was killed goes on from there.
+# `Base.score` reads pairs with the model as it is now. That may be S, or what a stage has made of it. Given a folder, it writes a file after every 64 pairs, so a pass that was killed goes on from there.
 
 # %%
 #| export
@@ -67,7 +67,7 @@ class Base:
     logprobs: object   # (model, pairs) -> (chosen, rejected)
     strict: bool       # whether all its operations have a deterministic form
     fitted: TrainConfig # with the token budget that the device has room for, asked once
-    begun: dict = field(default_factory=dict) # the last first stages: other arms may begin in the same way
+    begun: dict = field(default_factory=dict) # for other pages: first stages that were trained already
 
     def reset(self):
         "Make the model S again."
@@ -112,11 +112,11 @@ pairs = [dict(pair) for source in sources for pair in source.pairs.select(range(
 
 base = load_S(world.base, pairs, "fp32")
 table_S = base.score(pairs)
-base.precision, base.logprobs.__name__, len(table_S.rows)
+base.precision, base.logprobs.__name__, base.fitted.token_budget, len(table_S.rows)
 
 
 # %% [markdown]
-# It computes in fp32, because we asked for that, and reads packed pairs: packing was tried on this model, and nothing spoke against it.
+# It computes in fp32, because we asked for that, and reads packed pairs: packing was tried on this model, and nothing spoke against it. A token budget of 0 means the usual one: on a processor it need not be chosen.
 #
 # ## The loop, without files
 #
@@ -124,8 +124,6 @@ base.precision, base.logprobs.__name__, len(table_S.rows)
 #
 # - *Fine-tuning* has no reference, so no table. Its loss is minus the mean log-probability of the chosen tokens of the batch.
 # - *TR-DPO* ([2404.09656](https://arxiv.org/abs/2404.09656)) moves the reference after every few steps, a *share* of the way to the model. With a share of 1 the model itself becomes the reference. The chunk is not scored again for that, only the pairs of the batches until the next move.
-#
-# In fp16 an update can be skipped because a gradient is not finite. Such a step counts in the list of losses, but not for the learning rate.
 
 # %%
 #| export
@@ -142,7 +140,7 @@ def _sft_gradients(trainer, batch, parts):
 
 @torch.no_grad()
 def _score_moved(base, reference, share, pairs):
-    "Move the weights of a reference towards the model, and let it read pairs. None: the model is the reference."
+    "Move a reference towards the model and let it read pairs; where it is None, the model reads them."
     if reference is None: return base.score(pairs)
     own = _copied(base.model)
     for name, value in reference.items(): value.lerp_(own[name], share)
@@ -175,14 +173,14 @@ def train_in_memory(
 
     def ready(batch): return batch, trainer.prepare(batch)
     with same_bits(model.device, config.deterministic, base.strict):
-        for batch, parts in ahead(ready, batches):
+        for batch, parts in ahead(ready, batches):      # the next one is made ready meanwhile
             step = len(losses)
             if every and step and step % every == 0:
                 coming = [pair for batch in batches[step:step + every] for pair in batch]
                 trainer.table = _score_moved(base, reference, share, coming)
-            made = trainer.gradients(batch, parts) if table else _sft_gradients(trainer, batch, parts)
+            made = _sft_gradients(trainer, batch, parts) if table is None else trainer.gradients(batch, parts)
             made = trainer.update(made, learning_rate(done, len(batches), config))
-            done += not made["skipped"]
+            done += not made["skipped"]         # in fp16, where a gradient was not finite
             losses.append(round(made["loss"], 4))
             norms.append(made["grad_norm"])
     activation_checkpointing(model, False)
@@ -206,7 +204,7 @@ assert here != base.hash
 here, in_memory["losses"][:3]
 
 # %% [markdown]
-# The two hashes are equal. The first loss is 0.6931, which is $\log 2$, since the stage starts at its own reference; in the second step it is lower.
+# The two hashes are equal. The first loss is 0.6931, which is $\log 2$, since the stage starts at its own reference.
 #
 # Every cell trusts that `reset` removes all that the cell before it did. So after `reset` the hash must be that of S:
 
@@ -214,29 +212,48 @@ here, in_memory["losses"][:3]
 assert weights_hash(base.reset()) == base.hash
 
 # %% [markdown]
+# And fine-tuning? Its first loss must be minus the mean log-probability of a chosen token under S, in the first batch. The table of S has those.
+
+# %%
+first_batch = [pairs[i] for _, rows in list(all_batches(len(pairs), config, 1))[:1] for i in rows]
+chosen, _ = table_S.lookup(first_batch)
+expected = -chosen.sum().item() / sum(len(pair["chosen_ids"]) for pair in first_batch)
+first_loss = train_in_memory(base, pairs, None, config)["losses"][0]
+assert abs(first_loss - expected) < 1e-3
+first_loss
+
+# %% [markdown]
 # ## A reference that moves
 #
 # Four stages on the same batches, of twelve steps each. The reference stays; or it moves after every four steps, by nothing, half the way, all the way. Where must the loss be $\ln 2$ again?
 
 # %%
+MOVES = {
+    "fixed": {},
+    "by nothing": dict(every=4, share=0.),
+    "half the way": dict(every=4, share=0.5),
+    "all the way": dict(every=4),
+}
 curves = {}
-for name, moves in {"fixed": {}, "share 0": dict(every=4, share=0.), "half": dict(every=4, share=0.5), "all": dict(every=4)}.items():
+for name, moves in MOVES.items():
     base.reset()
     curves[name] = train_in_memory(base, pairs, table_S, config, **moves)["losses"]
 curves = pd.DataFrame(curves).rename_axis("step")
-assert (curves["share 0"] - curves["fixed"]).abs().max() < 2e-4
-assert all(abs(curves["all"][step] - math.log(2)) < 1e-4 for step in (0, 4, 8))
-assert (curves["half"][:4] == curves["fixed"][:4]).all()
+assert (curves["by nothing"] - curves["fixed"]).abs().max() < 2e-4
+assert (curves["all the way"][[0, 4, 8]] - math.log(2)).abs().max() < 1e-4
+assert (curves["half the way"][:4] == curves["fixed"][:4]).all()
 curves.iloc[[0, 3, 4, 5, 8]]
 
 # %% [markdown]
-# In the last column, at steps 4 and 8: there the model has just become its own reference. Half the way leaves half of what it has learned in the loss. A share of 0 scores the old reference again and changes nothing.
+# In the last column, at steps 4 and 8: there the model has just become its own reference. At step 4 the model is worse than S on this batch, 0.762, and half the way leaves about half of the difference. A share of 0 scores the old reference again and changes nothing.
 #
-# And the model must be what it would be had the reference read its pairs elsewhere: `_score_moved` puts weights aside and back.
+# The reference borrows the model to read its pairs. Afterwards the model must have its own weights again.
 
 # %%
+reference = {name: value.clone() for name, value in base.weights.items()}   # S, and no longer the model
 before = weights_hash(base.model)
-_score_moved(base, _copied(base.model), 0.5, pairs[:8])
+assert before != base.hash
+_score_moved(base, reference, 0.5, pairs[:8])
 assert weights_hash(base.model) == before
 
 # %% [markdown]

@@ -51,8 +51,9 @@ from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
 from sdpo_nb.cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, loss_roughness, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
-from sdpo_nb.questions import GRIDS, SEARCHES, WORLDS
-from sdpo_nb.questions import all_cells_of, choose_settings, load_grid, primary_contrasts
+from sdpo_nb.questions import GRIDS, LADDERS, SEARCHES, WORLDS
+from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
+from sdpo_nb.questions import primary_contrasts
 from sdpo_nb.graded_cells import PLANS, run_known_truth
 from sdpo_nb.real import SMOLLM2, arrange, run_real
 from sdpo_nb.smollm2 import CPU_DRAWS, CPU_PRIMARY, DRAWS, LONGEST, PRIMARY, answer_questions
@@ -368,8 +369,8 @@ EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampl
         ("how_many_stages", "how_many_stages", "T = 3", "T = 1"),
     "a stage that starts at $M_{t-1}$ has a steadier loss than one that starts at S (figure 3; stage 2, same batches)":
         ("paper_in_miniature", "why_it_works", "moving, easy_to_hard, stage", "from S", "roughness", [2]),
-    "sDPO has a steadier loss than DPO, both at the rate of sDPO":
-        ("paper_in_miniature", "primary", "sDPO", "DPO at sDPO's rate", "roughness"),
+    "sDPO has a steadier loss than DPO, at one $\\beta$ and rate":
+        ("paper_in_miniature", "primary", "sDPO at DPO's beta", "DPO", "roughness"),
     "a more aligned reference makes a better model, at one $\\beta$ (table 1)":
         ("paper_in_miniature", "paper_in_miniature", "riddle against M_2", "riddle against S"),
     "a reference that moves up is better, at one $\\beta$":
@@ -598,7 +599,7 @@ def _draw_cell(grid, seed): return random.Random(f"{grid} {seed}").choice(all_ce
 
 def _complete_grids(): # names of those that have been run; others have no row to compare with
     keys = {grid: {cell.key for cell in all_cells_of(grid)} for grid in GRIDS}
-    return [grid for grid in GRIDS if len(stored_rows(all_cells_of(grid))) == len(keys[grid])]
+    return [grid for grid in GRIDS if keys[grid] and len(stored_rows(all_cells_of(grid))) == len(keys[grid])]
 
 
 # %%
@@ -636,6 +637,10 @@ def _run_and_store(what):
     rows = run_grid(all_cells_of(what), desc=what)
     hours = rows["seconds"].sum() / 3600
     print(f"{what}: {len(rows)} cells in the table, {hours:.1f} core hours", flush=True)
+    if what.startswith("choose_"):
+        grid = what.removeprefix("choose_")
+        tuned = {name: chosen_on_ladders(name) for name in LADDERS} | {grid: choose_on_ladders(grid, rows)}
+        (RESULTS / "tuned.json").write_text(json.dumps(tuned, indent=1) + "\n")
     if what == "search":
         choices = json.dumps(choose_settings(rows), indent=1)
         (RESULTS / "choices.json").write_text(choices + "\n")

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Training data
-# > The kinds of preference pairs that a run may ask for: sources, skills, sorted, selected, or written on the way.
+# > The kinds of preference pairs that a run may ask for: sources, skills, sorted, made noisy, selected, or written on the way.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/training_data.ipynb)
 #
@@ -259,7 +259,7 @@ pd.DataFrame({
 #
 # ## Noise graded by source
 #
-# In the world all three sources have equally good labels. Real sources have not: one was labelled by experts, another by whoever clicked. And where it is hard to say which answer is better, people disagree. The kind `graded noise` swaps the two responses in a given share of the pairs of each source, drawn at random. The prompts and responses stay as they are.
+# In the world all three sources have equally good labels. Those of real sources are not: one was labelled by experts, another by whoever clicked. And where it is hard to say which answer is better, people disagree. The kind `graded noise` swaps the two responses in a given share of the pairs of each source, drawn at random. The prompts and responses stay as they are. (So does `flipped`: it speaks of the label as it was made.)
 
 # %%
 #| export
@@ -294,14 +294,14 @@ table = {}
 for name, rows in noisy.items():
     table[name] = {
         "wrong labels, as made": wrong_share(as_made[name]),
-        "with noise": wrong_share(rows),
+        "wrong labels, with noise": wrong_share(rows),
         "S prefers chosen, as made": share_S_prefers(as_made[name]),
-        "with noise ": share_S_prefers(rows),
+        "S prefers chosen, with noise": share_S_prefers(rows),
     }
 pd.DataFrame(table).T.round(2)
 
 # %% [markdown]
-# With noise about a third of the labels in the hard source are wrong. S comes closer to one half everywhere, and the order of the sources stays the same in this world, though barely.
+# With noise 38 % of the labels in the hard source are wrong. Where labels are swapped, S comes closer to one half. The order of the sources stays the same in this world, but only by 0.55 against 0.51.
 
 # %% [markdown]
 # ## What is the same in all runs
@@ -521,7 +521,7 @@ pd.DataFrame(written).T.astype({"pairs": int})
 #
 # ## What you now have
 #
-# - `TRAINING_DATA`: eight kinds of pairs, by name.
+# - `TRAINING_DATA`: nine kinds of pairs, by name.
 # - `true_gap` and `pair_measure`: what a world knows of a pair that nobody else could know.
 # - A function that writes and labels pairs between stages.
 #

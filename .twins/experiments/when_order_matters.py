@@ -4,15 +4,16 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/when_order_matters.ipynb)
 #
-# **Four questions, asked and not yet answered.** In the other worlds of this book the order of the sources changes nothing, and hardly could. Here it might. Questions, tests and margins were committed before any run.
+# **Four questions, asked and not yet answered.** In the other worlds of this book no difference between the orders of the sources was found (easy first minus hard first: -0.003 [-0.011, +0.005]), and little could be expected. Here it might be otherwise. Questions and tests were committed before any run.
 #
-# **You should know** what stepwise DPO does ([chapter 14](../14_stepwise.ipynb)), and equation (2) of [how much data a stage needs](finite_data.ipynb). **Time** 20 minutes to read, seconds to run.
+# **You should know** what stepwise DPO does ([chapter 14](../14_stepwise.ipynb)), and equation (2) of [how much data a stage needs](finite_data.ipynb). **Time** 15 minutes to read, seconds to run.
 #
 # <details><summary>Words used on this page</summary>
 #
-# - **S** is the model before alignment. **DPO** trains it on all pairs at once. **Stepwise DPO** trains in three stages, one for each *source* of pairs; $\beta$ holds a stage at its *reference*, which is the model of the stage before (*moving*) or always S (*fixed*).
+# - **S** is the model before alignment. **DPO** trains it on all pairs at once, held by $\beta$ at a *reference*, which is S. **Stepwise DPO** (sDPO) trains in three stages, one for each *source* of pairs; the reference is the model of the stage before (*moving*), or always S (*fixed*).
 # - **Easy** is a source where S often finds the chosen response the likelier one. The method measures that itself.
-# - **Reward** is the true reward of a sampled answer on test prompts, between 0 and 1.
+# - An **arm** is one way to train. Its **ladder** is the same arm at several $\beta$.
+# - **Reward** is the true reward of a sampled answer on test prompts, between 0 and 1. **KL** is the distance from S in nats.
 # - **+0.011 [+0.003, +0.020]** is the mean of paired differences and its 95 % interval.
 #
 # </details>
@@ -30,117 +31,134 @@ version = sdpo_nb.__version__
 assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
 
 # %%
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from sdpo_nb.cells import stored_rows
-from sdpo_nb.compare import plot_contrasts
+from sdpo_nb.compare import holm_p_values, plot_contrasts, sign_flip_p_value
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.questions import ORDER_QUESTIONS, all_cells_of, cross_fitted_contrasts, cross_fitted_values
-from sdpo_nb.questions import load_grid, order_ladders
+from sdpo_nb.questions import ORDER_QUESTIONS, all_cells_of, answer_together, ladder_cells
+from sdpo_nb.questions import load_grid, tuned_grid, weighted_sum
+
 
 # %% [markdown]
-# ## A world in which order could not matter
+# ## A world in which order could do something
 #
-# The [protocol](protocol.ipynb) found that the order of the sources changes nothing. A referee would answer: in your worlds it cannot. All three sources teach the same four skills, and their labels are equally good. Only the share of prompts on which S is misled differs. By equation (2) of [finite data](finite_data.ipynb) a moving reference *adds* what its stages learn, and a sum does not care about order.
+# The [protocol](protocol.ipynb) found no difference between orders. A referee would answer: in your worlds there can hardly be one. All three sources teach the same four skills, and their labels are equally good. Only the share of prompts on which S is misled differs. By equation (2) of [finite data](finite_data.ipynb) a moving reference *adds* what its stages learn, and a sum does not care about order.
 #
-# So we change one thing: labels get worse from source to source. In the easy one they stay as they are. In the middle one 15 % of the pairs are swapped, in the hard one 35 %. That is not far-fetched: where it is hard to say which answer is better, people disagree.
+# So we change one thing: labels get worse from source to source. In the easy one they stay as they are. In the middle one 15 % of the pairs are swapped, in the hard one 35 %. That is not far-fetched: where it is hard to say which answer is better, people disagree. In ten worlds that we looked at, S still finds the first source the easiest and the last the hardest.
 #
 # What should we expect?
 #
-# - *Moving reference.* A sum is a sum, so equation (2) says: still nothing. But it speaks of stages that reach their optimum, and ours stop early.
-# - *Fixed reference.* By (2) the last stage has the last word. If that is the source with the bad labels, the model unlearns. So hard first should be better.
-# - A small trial in one world, before this page was planned, points elsewhere: with a moving reference easy first was better than hard first by 0.02. It is the reason for this page, and no part of its data.
+# - *Moving reference.* In either order the same chunks add up to the same sum, says (2). But it speaks of stages that reach their optimum, and ours stop early.
+# - *Fixed reference.* By (2) only the last source counts. Noise makes its reward shorter, which a smaller $\beta$ mends, and less certain, which nothing mends. So hard first, which ends on clean labels, has an advantage. But its last source also has fewer prompts on which S is wrong. Equation (2) does not say which weighs more.
+# - *All at once, or shuffled.* That is another matter than order. In sources kept apart, the clean one finds a longer reward and counts for more. So (2) lets stepwise DPO gain on DPO here, in either order.
+# - A small trial in one world, before this page was planned: with a moving reference, each order at the better of two $\beta$, easy first was better than hard first by 0.013 [0.001, 0.025]. It is the reason for this page, and its runs were not kept.
 #
 # ## Four questions
-#
-# They and their tests were committed before any run.
 
 # %%
-ORDER_QUESTIONS
+def as_formula(arms): return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
+pd.DataFrame({question: {"which is": as_formula(arms)} for question, arms in ORDER_QUESTIONS.items()}).T
 
 # %% [markdown]
-# *Which settings?* Every arm has four values of $\beta$, each twice the one before, at one learning rate. The ladder of a moving reference begins three times as high, as $T$ stages at $T\beta$ go about as far as one at $\beta$. For each world we take the $\beta$ that has the highest mean reward in the other nine ([cross-fitting](compare.ipynb)). So no arm is tuned on the world that it is measured in.
+# The second question asks whether noise is the reason: two arms are run in the usual worlds, too.
 #
-# *Which tests?* The outcome is the reward of sampled answers, in ten worlds with two seeds. A difference needs a p-value below 0.05 by sign flips over worlds, and an interval that leaves out 0. Equality needs a p-value below 0.05 by two one-sided tests within $\pm 0.02$. Both are corrected for four questions by Holm's method. If an arm ends at an end of its ladder in more than half of the worlds, its answer is called provisional.
+# *Which settings?* Each arm has a ladder of five $\beta$, each twice the one before. Its rungs are run in worlds 11 to 15 with one seed. The top of the ladder is read off a parabola through the best rung and its neighbours ([questions](questions.ipynb)). If the best rung is at an end, a rung is added there before anything is measured. So all arms are tuned alike, in worlds in which nothing else is measured, and the ten differences below are independent of each other.
+#
+# *Which tests?* The outcome is the reward of sampled answers, in worlds 1 to 10 with two seeds. A difference needs a p-value below 0.05 by sign flips over worlds, and an interval without 0. Equality needs a p-value below 0.05 by two one-sided tests within $\pm 0.02$. Both are corrected for four questions by Holm's method.
+#
+# What can such a test see? Differences of this kind vary from world to world with a standard deviation of about 0.01. So we draw ten worlds from a normal distribution, many times, with the first question true and the three others not. How often is the first found, and how often does chance find another?
 
 # %%
-plan = {}
-for arm, ladder in order_ladders().items():
-    betas = [f"{condition.settings['beta']:g}" for condition in ladder.values()]
-    plan[arm] = {"beta": ", ".join(betas), "runs": 20 * len(ladder)}
-pd.DataFrame(plan).T
+rng = np.random.default_rng(0)
+def found_by_chance(true):
+    "Which of four questions have a p-value below 0.05 after Holm's correction."
+    differences = rng.normal([true, 0, 0, 0], 0.01, (10, 4))
+    return np.array(holm_p_values([sign_flip_p_value(differences[:, i]) for i in range(4)])) < 0.05
 
+power = {}
+for true in (0., 0.005, 0.01, 0.013, 0.02):
+    seen = np.array([found_by_chance(true) for _ in range(250)])
+    power[true] = {"the first is found": seen[:, 0].mean(), "another is found": seen[:, 1:].any(1).mean()}
+power = pd.DataFrame(power).T.rename_axis("true difference")
+assert power["another is found"].max() < 0.08
+assert power["the first is found"][0.02] > 0.9
+power.round(2)
 
 # %% [markdown]
-# The table of answers is made by `cross_fitted_contrasts` ([questions](questions.ipynb)). We try it on invented runs: with easy first better by 0.03 where the reference moves, and with nothing planted.
+# A difference of 0.02 would hardly be missed, one of 0.01 every second time. What is found and lies within $\pm 0.02$ is called *better, but little*.
+#
+# Beside the answers stand all arms against all at once, without tests.
 
 # %%
-def answers(found): return cross_fitted_contrasts(ORDER_QUESTIONS, order_ladders(), found)
+UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
 
+def untested(found):
+    "Each arm with noise minus all at once."
+    arms = [arm for arm in found if arm != "all at once" and not arm.endswith("without noise")]
+    table = {}
+    for what, label in UNTESTED.items():
+        differences = {arm: weighted_sum({arm: 1, "all at once": -1}, found, what) for arm in arms}
+        table[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
+    return pd.DataFrame(table)
 
-# %%
-def invent_runs(planted, seed=0):
-    "A reward that is best at the second beta, with the luck of worlds and runs."
-    rng = np.random.default_rng(seed)
-    of_world = rng.normal(0.8, 0.02, 10)
-    found = {}
-    for arm, ladder in order_ladders().items():
-        extra = planted if arm == "easy first, moving" else 0
-        for rung, name in enumerate(ladder):
-            rows = []
-            for world in range(10):
-                for run in range(2):
-                    mean = of_world[world] + extra - 0.01 * (rung - 1) ** 2 + rng.normal(0, 0.008)
-                    sampled = rng.normal(mean, 0.03, 50)
-                    rows.append(dict(world=world, seed=run, weights=f"S of {world}", sampled=sampled))
-            found[name] = pd.DataFrame(rows)
-    return found
-
-planted, nothing = answers(invent_runs(0.03)), answers(invent_runs(0.))
-moving = planted["a"] == "easy first, moving"
-assert planted["verdict"][moving].isin(["better", "better, but little"]).all()
-assert not nothing["verdict"].isin(["better", "worse"]).any()
-assert not planted["provisional"].any()
-SHOWN = ["question", "mean", "low", "high", "holm", "holm_equal", "verdict", "provisional"]
-planted[SHOWN].round(3).set_index("question")
 
 # %% [markdown]
 # ## What came out
 #
-# `python -m sdpo_nb.experiments when_order_matters` runs the grid.
+# `python -m sdpo_nb.experiments choose_when_order_matters` runs the ladders and writes what was chosen; `... when_order_matters` measures.
 
 # %%
-cells = all_cells_of("when_order_matters")
-done = stored_rows(cells)
-complete = len(done) == len(cells)
-print(f"{len(done)} of {len(cells)} cells have been run")
-if complete:
+cells = ladder_cells("when_order_matters")
+print(f"{len(stored_rows(cells))} of {len(cells)} rungs have been run in the worlds of the choice")
+grid = tuned_grid("when_order_matters")
+if grid:
+    cells = all_cells_of("when_order_matters")
+    print(f"{len(stored_rows(cells))} of {len(cells)} cells have been run at the chosen settings")
+    complete = len(stored_rows(cells)) == len(cells)
+if grid and complete:
     found = load_grid("when_order_matters")
-    table = answers(found)
-    display(table[SHOWN].round(3).set_index("question"))
+    answers = answer_together(ORDER_QUESTIONS, found)
+    display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
+    plot_contrasts(answers, sides=("better: the second", "better: the first"))
+    display(untested(found))
 
 # %% [markdown]
 # ## What this does not show
 #
 # - **Other reasons why an order could matter.** A hard source may build on an easy one; S may never give a good answer to it; it may be much larger; somebody else may have written its pairs. In these worlds none of that is so.
+# - **Which of two things makes a source last.** The noisy source is also the one with most prompts on which S is misled.
 # - **Other amounts of noise.** Three sources with 0, 15 and 35 % are one choice.
 # - **Larger models.** S has 340 thousand parameters.
 #
+# ## What you now have
+#
+# - Worlds with graded noise, and what equation (2) says of them.
+# - Four questions with tests, and what the tests can see.
+#
 # ## Questions to test yourself
 #
-# 1. Swapped labels lower the reward accuracy of S wherever S is mostly right. Which source looks harder to the method then: one with hard prompts, or one with bad labels?
+# 1. Which source looks harder to the method: one with hard prompts, or one with bad labels?
 #
 #    <details><summary>Answer</summary>
 #
-#    It cannot tell. Both have an accuracy near one half. That is why "hard" and "noisy" often come together when a model orders its own data.
+#    It cannot tell. Swapped labels pull the accuracy of S towards one half, from either side. That is why "hard" and "noisy" often come together when a model orders its own data.
 #
 #    </details>
-# 2. Why is every arm given a ladder of its own, and not the $\beta$ that is best for DPO?
+# 2. Why does "easy first is better than a random split" not show that order matters?
 #
 #    <details><summary>Answer</summary>
 #
-#    At one $\beta$ arms go to different distances from S, and a difference may be no more than that. With worse labels the best $\beta$ moves, too, and not for all arms alike.
+#    The chunks are others, too. Random chunks mix clean and noisy labels. Only arms with the same chunks in another order compare orders.
 #
 #    </details>
+#
+# ## Try this
+#
+# - In the simulation of power, use twenty worlds. Which difference is now found nine times of ten?
+#
+#   <details><summary>What you should see</summary>
+#
+#   About 0.01. (Twenty worlds have a million changes of sign; draw two thousand of them at random, or use Student's test.)
+#
+#   </details>
