@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .in_memory import Base, load_S, train_in_memory
+from .in_memory import Base, load_S, train_stages
 from .logprobs import LogprobTable, load_tokenizer, pair_tokens, pairs_hash, read_table, replacing
 from .packing import PARTS
 from .preferences import load_pairs, tokenize_pairs
@@ -181,13 +181,6 @@ def _described(pairs):
         rejected_tokens=[len(pair["rejected_ids"]) for pair in pairs],
     )
 
-def _reference(what, before, chunk, table_S, base):
-    "The table of a stage's reference, and after how many steps it is replaced. The model is the one of the stage before."
-    if what == "none": return None, 0
-    if what == "S": return table_S, 0
-    if what == "before": return (base.score(chunk) if before else table_S), 0
-    return table_S, int(what.split()[1])                # every 8 steps
-
 KEPT = 2 # first stages that are put aside at a time: each is as large as S
 
 def _beginning(cell, config): return content_hash([cell.draw, cell.stages[0], cell.sources, cell.about, cell.only, repr(config)])
@@ -222,14 +215,11 @@ def run_real_cell(
     asked = [pairs[i] for i in numbers]
     config = TrainConfig(**dict(cell.settings) | settings, seed=cell.draw % 2**31, precision=base.precision)
 
-    base.reset()
     stages, models = [], []
-    for t, (name, start, reference) in enumerate(cell.stages, 1):
-        if t == 1 and _take_up(cell, config, base, stages, models): continue
-        chunk = chunk_of(trained, name, cell.draw)
-        table, every = _reference(reference, t > 1, chunk, table_S, base)
-        if start == "S": base.reset()
-        made = train_in_memory(base, chunk, table, config, t, every)
+    def chunk_named(name): return chunk_of(trained, name, cell.draw)
+    begun = int(bool(cell.stages) and _take_up(cell, config, base, stages, models))
+    for t, chunk, made in train_stages(base, cell.stages, chunk_named, table_S, config, begun):
+        name, start, reference = cell.stages[t - 1]
         _check_first_loss(made["losses"][0], start, reference, t)
         stages.append(dict(chunk=name, pairs=len(chunk), tokens=int(pair_tokens(chunk).sum()), **made))
         models.append(_as_numbers(base.score(asked), asked))

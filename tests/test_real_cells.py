@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sdpo_nb import real, smollm2, timed
+from sdpo_nb import in_memory, real, smollm2, timed
 from sdpo_nb.logprobs import weights_hash
 from sdpo_nb.trainer import TrainConfig, all_batches, train_stage
 from sdpo_nb.world import load_world
@@ -44,7 +44,7 @@ def pairs(data): return real.prepare_ids(data, WORLD.base, data / "ids.parquet",
 
 
 @pytest.fixture(scope="module")
-def base(pairs): return real.load_S(WORLD.base, pairs, "fp32")
+def base(pairs): return in_memory.load_S(WORLD.base, pairs, "fp32")
 
 
 def prompts(pairs, source): return {(source, *p["prompt_ids"]) for p in pairs if p["source"] == source}
@@ -96,7 +96,7 @@ def test_a_stage_in_memory_has_the_bits_of_train_stage(pairs, base, tmp_path, se
     base.reset()
     table = base.score(chunk)
     config = TrainConfig(beta=0.3, lr=1e-4, batch_size=8, precision="fp32", seed=3, **settings)
-    made = real.train_in_memory(base, chunk, table, config, stage=2)
+    made = in_memory.train_in_memory(base, chunk, table, config, stage=2)
     here = weights_hash(base.model)
     base.reset()
     train_stage(base.model, chunk, table, config, tmp_path, stage=2, logprobs=base.logprobs)
@@ -110,9 +110,9 @@ def test_a_reference_that_follows_every_two_steps_is_ln_2_there(pairs, base):
     base.reset()
     table = base.score(chunk)
     config = TrainConfig(beta=0.3, lr=1e-3, batch_size=8, precision="fp32")
-    fixed = real.train_in_memory(base, chunk, table, config)["losses"]
+    fixed = in_memory.train_in_memory(base, chunk, table, config)["losses"]
     base.reset()
-    follows = real.train_in_memory(base, chunk, table, config, every=2)["losses"]
+    follows = in_memory.train_in_memory(base, chunk, table, config, every=2)["losses"]
     assert follows[:2] == fixed[:2] and follows[2:] != fixed[2:]
     assert all(abs(loss - np.log(2)) < 1e-3 for loss in follows[::2])
     assert all(abs(loss - np.log(2)) > 1e-3 for loss in fixed[2:])
@@ -123,7 +123,7 @@ def test_fine_tuning_raises_the_chosen_responses(pairs, base):
     base.reset()
     before, config = base.score(chunk), TrainConfig(lr=3e-4, batch_size=8, precision="fp32", epochs=2)
     first = [chunk[i] for i in all_batches(len(chunk), config, 1)[0][1]]
-    losses = real.train_in_memory(base, chunk, None, config)["losses"]
+    losses = in_memory.train_in_memory(base, chunk, None, config)["losses"]
     tokens = sum(len(p["chosen_ids"]) for p in first)
     assert losses[0] == pytest.approx(-before.lookup(first)[0].sum().item() / tokens, abs=1e-3)
     assert base.score(chunk).lookup(chunk)[0].mean() > before.lookup(chunk)[0].mean()
@@ -138,10 +138,10 @@ def test_a_table_of_another_model_is_refused(pairs, base):
 
 
 def test_arms_that_begin_alike_share_the_stage_and_nothing_changes(pairs, monkeypatch):
-    base = real.load_S(WORLD.base, pairs, "fp32")
+    base = in_memory.load_S(WORLD.base, pairs, "fp32")
     table, made = base.score(pairs), []
-    train = real.train_in_memory
-    monkeypatch.setattr(real, "train_in_memory", lambda *a, **kw: made.append(1) or train(*a, **kw))
+    train = in_memory.train_in_memory
+    monkeypatch.setattr(in_memory, "train_in_memory", lambda *a, **kw: made.append(1) or train(*a, **kw))
     def run(arm, draw=0, **settings):
         cell = real.make_cell(arm, draw, smollm2.ARMS[arm], dict(beta=0.3, lr=1e-4), TWO, "x")
         return real.run_real_cell(cell, base, pairs, table, **dict(batch_size=8) | settings)

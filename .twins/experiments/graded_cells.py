@@ -42,7 +42,7 @@ from sdpo_nb.compare import verdict
 from sdpo_nb.evaluate import kl_along
 from sdpo_nb.graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, make_problems
 from sdpo_nb.graded import messages_of, sampled_ids, teacher_pairs
-from sdpo_nb.in_memory import load_S, train_in_memory
+from sdpo_nb.in_memory import load_S, train_stages
 from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES
 from sdpo_nb.known_truth import TEST, VALIDATION
 from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels
@@ -367,19 +367,13 @@ def _measured_order(pairs, table): # source -> share of pairs with gamma > 0 und
     for pair, value in zip(pairs, gamma.tolist()): prefers.setdefault(pair["source"], []).append(value > 0)
     return {source: round(float(np.mean(found)), 4) for source, found in prefers.items()}
 
-def _train_stages(cell, graded, pairs, table_S): # -> stages, for the row; base.model is then the last model
+def _trained(cell, graded, pairs, table_S): # -> stages, for the row; base.model is then the last model
     base = graded.base
     config = TrainConfig(**graded.settings | dict(cell.settings), seed=cell.draw, precision=base.precision)
-    base.reset()
+    def chunk_named(name): return chunk_of(pairs, name, cell.draw)
     stages = []
-    for t, (name, start, reference) in enumerate(cell.stages, 1):
-        chunk = chunk_of(pairs, name, cell.draw)
-        if reference == "none": table = None
-        elif reference == "before": table = base.score(chunk)
-        else: table = table_S
-        if start == "S": base.reset()
-        made = train_in_memory(base, chunk, table, config, t)
-        stages.append(dict(chunk=name, pairs=len(chunk), losses=made["losses"]))
+    for t, chunk, made in train_stages(base, cell.stages, chunk_named, table_S, config):
+        stages.append(dict(chunk=cell.stages[t - 1][0], pairs=len(chunk), losses=made["losses"]))
     return stages
 
 def run_graded(
@@ -391,7 +385,7 @@ def run_graded(
     model = graded.S
     if cell.stages:
         pairs, table_S = _pairs_and_table(cell, graded)
-        stages = _train_stages(cell, graded, pairs, table_S)
+        stages = _trained(cell, graded, pairs, table_S)
         model = graded.base.model
         kept = dict(prefers=_measured_order(pairs, table_S), trained_on=pairs_hash(pairs))
     problems = draw_problems(cell.draw, cell.split, graded.levels, cell.tests)

@@ -257,10 +257,65 @@ _score_moved(base, reference, 0.5, pairs[:8])
 assert weights_hash(base.model) == before
 
 # %% [markdown]
+# ## Stages in a row
+#
+# A method is written as its stages, and a stage says three things: which pairs, where it starts, and what its reference is. `before` is the model of the stage before, `none` is fine-tuning, `every 8 steps` is TR-DPO. Here are stepwise DPO on two chunks, and Pre-DPO:
+
+# %%
+TWO_STAGES = [("one", "S", "S"), ("two", "before", "before")]
+PRE_DPO = [("both", "S", "S"), ("both", "S", "before")]
+
+
+# %% [markdown]
+# In Pre-DPO the order of two lines matters: the chunk is scored first, while the model is still the one of the stage before; only then are the weights of S put back.
+
+# %%
+#| export
+def train_stages(
+    base: Base,            # afterwards its model is the last one
+    stages: list,          # of (pairs, start, reference)
+    pairs_named,           # function: name of pairs -> list of pairs
+    table_S: LogprobTable, # of S, with all of them
+    config: TrainConfig,   # settings of every stage
+    begun: int = 0,        # stages that the model has been through already
+):                         # yields number, pairs, and losses and grad_norms of each stage
+    "Train stage after stage. Between two of them the model may be measured."
+    if not begun: base.reset()
+    for t, (name, start, reference) in enumerate(stages, 1):
+        if t <= begun: continue
+        pairs = pairs_named(name)
+        table, every = _reference(reference, t > 1, pairs, table_S, base)
+        if start == "S": base.reset()
+        yield t, pairs, train_in_memory(base, pairs, table, config, t, every)
+
+def _reference(what, before, pairs, table_S, base):
+    "The table of a stage's reference, and after how many steps it moves. The model is the one of the stage before."
+    if what == "none": return None, 0
+    if what == "S": return table_S, 0
+    if what == "before": return (base.score(pairs) if before else table_S), 0
+    return table_S, int(what.split()[1])                # every 8 steps
+
+
+# %% [markdown]
+# Where must the second stage begin at $\ln 2$?
+
+# %%
+chunks = {"one": pairs[:48], "two": pairs[48:], "both": pairs}
+first = {}
+for name, stages in (("stepwise DPO", TWO_STAGES), ("Pre-DPO", PRE_DPO)):
+    first[name] = [made["losses"][0] for _, _, made in train_stages(base, stages, chunks.get, table_S, config)]
+assert all(abs(loss - math.log(2)) < 1e-3 for loss in first["stepwise DPO"])
+assert abs(first["Pre-DPO"][1] - math.log(2)) > 1e-3
+first
+
+# %% [markdown]
+# In stepwise DPO, where a stage is its own reference. That of Pre-DPO starts at S, away from its reference.
+#
 # ## What you now have
 #
 # - `load_S`, `Base.reset`, `Base.score`: one model for many runs.
 # - `train_in_memory`: a stage with the bits of `train_stage`, and a reference that may move on the way.
+# - `train_stages`: a method, written as its stages.
 #
 # Next: [one run on a real model](real_cells.ipynb).
 #
