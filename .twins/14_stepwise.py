@@ -485,7 +485,7 @@ print(f"mean weight of a pair: {from_S.mean():.3f} against S, {from_1.mean():.3f
 
 # %% [markdown]
 # So a moving reference takes the leash off and fastens it again, one model further. That is the whole difference, and it cuts both ways: the policy is pulled further from S, for better or for worse. If every stage found the same reward and reached its optimum, $T$ stages at $\beta$ would end where one stage at
-# $\beta/T$ ends ([chapter 03](03_loss.ipynb)); with few pairs for each stage they go [farther still](experiments/finite_data.ipynb).
+# $\beta/T$ ends ([chapter 03](03_loss.ipynb)); with few pairs for each stage they do not: [farther](experiments/finite_data.ipynb), or nearer where the pairs are [known by heart](experiments/finite_data_tested.ipynb).
 #
 # ## Signs of failure
 #

@@ -343,7 +343,7 @@ def stability(
     losses,         # of the optimizer steps of one stage, in order
     window: int=9,  # of the running median, in steps
 ) -> dict:          # sd of the residual; robust_sd; spikes: steps above 4 robust sd
-    "Residual of the loss about its running median. Compare runs on the same batches only."
+    "Residual of the loss about its running median. Compare runs at one beta, on the same batches where you can."
     loss = pd.Series(np.asarray(losses, "float64"))
     residual = loss - loss.rolling(window, center=True, min_periods=1).median()
     deviation = (residual - residual.median()).abs()

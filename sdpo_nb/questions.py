@@ -7,12 +7,12 @@ __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMAR
            'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'ORDER_NOISE', 'ORDERS', 'LADDERS', 'CHOICE_WORLDS',
            'ORDER_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells',
            'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid', 'question_values',
-           'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid', 'why_it_works_grid',
-           'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid',
-           'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body', 'which_architecture_grid',
-           'top_of_ladder', 'Ladder', 'order_ladders', 'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders',
-           'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together', 'grid_cells', 'all_cells_of',
-           'load_grid']
+           'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid',
+           'finite_data_apart_grid', 'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid',
+           'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells',
+           'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
+           'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum',
+           'answer_together', 'grid_cells', 'all_cells_of', 'load_grid']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -199,6 +199,15 @@ def finite_data_grid() -> dict: # name -> Condition
             if T > 1: settings |= dict(order="random", chunks=T)
             name = f"T = {T}, {total} pairs"
             grid[name] = Condition("sDPO" if T > 1 else "DPO", settings, pairs=pairs)
+    return grid
+
+# %% ../nbs/experiments/questions.ipynb #d27ff80c
+def finite_data_apart_grid() -> dict: # name -> Condition
+    "DPO at T times the beta of `finite_data_grid`: where stages would end that share nothing."
+    grid = {}
+    for T, total in ((2, 180), (2, 360), (4, 360), (2, 1440)):
+        one = finite_data_grid()[f"T = 1, {total} pairs"]
+        grid[f"T = {T}, {total} pairs"] = Condition("DPO", _scaled(one.settings, T), pairs=one.pairs)
     return grid
 
 # %% ../nbs/experiments/questions.ipynb #7adbd1e3
@@ -503,6 +512,7 @@ GRIDS = { # name -> function that makes it
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
+    "finite_data_apart": finite_data_apart_grid,
     "when_order_matters": lambda: tuned_grid("when_order_matters"),
     "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }

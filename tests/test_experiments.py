@@ -64,6 +64,10 @@ def test_finite_data_compares_equal_pairs_and_steps_at_one_beta_over_T():
     drawn = questions.grid_cells("finite_data")
     assert all({(x.world, x.seed) for x in xs} == {(w, s) for w in questions.WORLDS for s in questions.SEEDS} for xs in drawn.values())
     assert len({x.key for xs in drawn.values() for x in xs}) == 20 * len(grid)
+    for name, far in questions.finite_data_apart_grid().items():             # DPO where stages that share nothing would be
+        T, total = (int(w) for w in name.replace("T = ", "").replace(" pairs", "").split(", "))
+        near = by[1, total]
+        assert far.method == "DPO" and far.pairs == near.pairs and far.settings == near.settings | dict(beta=T * near.settings["beta"])
 
 
 def test_arms_of_a_ladder_differ_in_what_they_are_named_after_and_nothing_else():

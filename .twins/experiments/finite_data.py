@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/finite_data.ipynb)
 #
-# **A law, derived and simulated.** A reward that is fitted to few comparisons is too large. DPO at $\beta/T$ fits one reward to all pairs. $T$ stages fit $T$ rewards, each to a $T$-th of the pairs, and add them. So they go too far: by a share $(1 - 1/T)\, c/n$, where $n$ is the number of pairs of a stage and $c$ a constant, here about five pairs. Whether language models obey it is asked on [another page](finite_data_tested.ipynb), with predictions that were written down before the runs.
+# **A law, derived and simulated.** A reward that is fitted to few comparisons is too large. DPO at $\beta/T$ fits one reward to all pairs. $T$ stages fit $T$ rewards, each to a $T$-th of the pairs, and add them. So they go too far: by a share $(1 - 1/T)\, c/n$, where $n$ is the number of pairs of a stage and $c$ a constant, here about five pairs. Its predictions for the tiny worlds, written down before the runs, [failed](finite_data_tested.ipynb) where the model knew its pairs by heart: this is a law for models with fewer features than pairs.
 #
 # **You should know** the [DPO loss](../03_loss.ipynb) with its closed form, and [smaller beta](smaller_beta.ipynb), which left the question open. **Time** 55 minutes to read, a minute to run.
 #
@@ -534,7 +534,7 @@ pd.DataFrame(prices).T.rename_axis(["comparisons per prompt", "T"])
 #
 # ## What this does not show
 #
-# - **That a language model obeys the law.** Its stages stop early, and a network need not add up rewards. That is [tested elsewhere](finite_data_tested.ipynb).
+# - **That a language model obeys the law.** Its stages stop early, and a network need not add up rewards. The [test](finite_data_tested.ipynb) says: not where its pairs are passed so often that it knows them by heart.
 # - **What happens when the model cannot express the reward.** Then even with infinite labels each chunk has a best fit of its own, and the order of chunks can matter ([DPO is misspecified](https://arxiv.org/abs/2510.20413)).
 # - **The constant for another model.** Here $c$ is about five pairs, with five features. The mean of $h$ in (5) is the number of features, so with more of them expect more.
 # - **Fewer pairs than features.** There (6) says nothing.

@@ -162,7 +162,7 @@ pd.DataFrame(against_dpo).T.rename_axis("stages")
 # %% [markdown]
 # Two to five stages are within 0.02 of DPO in sampled reward, though five go farther and lose a little. Eight do not stay with it: they go 0.8 nats farther and lose 0.020. So a $\beta$ in step with $T$ does not hold eight stages back.
 #
-# One explanation is that each stage learns the reward from an eighth of the pairs, with larger errors, and that the errors of all stages add up ([the law](finite_data.ipynb)). This page does not test it. ([Smaller_beta](smaller_beta.ipynb) finds more of a gap, at three times the learning rate, with chunks in random order and at smaller $\beta$. Which of these makes it was not taken apart.)
+# One explanation is that each stage learns the reward from an eighth of the pairs, with larger errors, and that the errors of all stages add up ([the law](finite_data.ipynb)). This page does not test it, and [the page that did](finite_data_tested.ipynb) found the opposite where few pairs are passed often. ([Smaller_beta](smaller_beta.ipynb) finds more of a gap, at three times the learning rate, with chunks in random order and at smaller $\beta$. Which of these makes it was not taken apart.)
 #
 # ## What more stages cost
 #

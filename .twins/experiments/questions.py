@@ -434,7 +434,7 @@ as_table(smaller_beta_grid())
 as_table(how_many_stages_grid())
 
 # %% [markdown]
-# The third asks [how much data a stage needs](finite_data.ipynb). It was added after the answers of the others, with predictions of its own, and its cells have not been run yet. Two and four stages are compared with DPO at $\beta/T$, on an eighth, a quarter, half and all of the pairs. Fewer pairs are seen more often, so that every run takes about as many steps; and labels are smoothed, so that there is an optimum which many passes can approach.
+# The third asks [how much data a stage needs](finite_data.ipynb). It was added after the answers of the others, with predictions of its own. Two and four stages are compared with DPO at $\beta/T$, on an eighth, a quarter, half and all of the pairs. Fewer pairs are seen more often, so that every run takes about as many steps; and labels are smoothed, so that there is an optimum which many passes can approach.
 
 # %%
 #| export
@@ -460,6 +460,24 @@ def finite_data_grid() -> dict: # name -> Condition
 
 # %%
 as_table(finite_data_grid())
+
+
+# %% [markdown]
+# Its answers asked for an explanation, so some runs came after them: DPO at the $\beta$ that the stages have, $T\beta$, on the same pairs.
+
+# %%
+#| export
+def finite_data_apart_grid() -> dict: # name -> Condition
+    "DPO at T times the beta of `finite_data_grid`: where stages would end that share nothing."
+    grid = {}
+    for T, total in ((2, 180), (2, 360), (4, 360), (2, 1440)):
+        one = finite_data_grid()[f"T = 1, {total} pairs"]
+        grid[f"T = {T}, {total} pairs"] = Condition("DPO", _scaled(one.settings, T), pairs=one.pairs)
+    return grid
+
+
+# %%
+as_table(finite_data_apart_grid())
 
 
 # %% [markdown]
@@ -892,6 +910,7 @@ GRIDS = { # name -> function that makes it
     "with_new_data": with_new_data_grid,
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
+    "finite_data_apart": finite_data_apart_grid,
     "when_order_matters": lambda: tuned_grid("when_order_matters"),
     "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }

@@ -272,7 +272,7 @@ pd.DataFrame(farther).rename_axis("KL from S, stages minus DPO at beta/T (nats)"
 # %% [markdown]
 # In the mean always; clearly in three of eight.
 #
-# Why farther, and worse? Each stage learns the reward from a $T$-th of the pairs. With few pairs a reward is overestimated and noisy, and (1) adds up $T$ of them. DPO at $\beta/T$ learns one reward from all pairs. If that is the reason, the gap must shrink with more pairs for each stage; this page does not test it. [The next one](finite_data.ipynb) derives the law and says how it will be tested. The restarts named above may be another part, which was not measured either.
+# Why farther, and worse? Each stage learns the reward from a $T$-th of the pairs. With few pairs a reward is overestimated and noisy, and (1) adds up $T$ of them. DPO at $\beta/T$ learns one reward from all pairs. If that is the reason, the gap must shrink with more pairs for each stage; this page does not test it. [The next one](finite_data.ipynb) derives the law. A [test of it](finite_data_tested.ipynb) passed few pairs so often that they were known by heart, and found the opposite there. The restarts named above may be another part, which was not measured either.
 #
 # So, as a rule of thumb for this world: *expect $T$ stages at $\beta$ to have gone about as far as one at $\beta/T$, or farther, and raise $\beta$ with $T$.* The search did so: 0.6 for DPO and 1.2 for three stages (and it took a smaller learning rate with it).
 #
