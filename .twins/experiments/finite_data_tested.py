@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/finite_data_tested.ipynb)
 #
-# **The predictions failed, and the other way round.** The law says that stages on few pairs go farther from S than DPO. With 90 pairs a stage they stayed *nearer*, by 0.6 nats. With 720 a stage they are as far, to 5 %, as the law says of its limit. The reason, as far as we can tell: few pairs were passed so often that the model knew them by heart, and there the law does not hold.
+# **The predictions failed, and the other way round.** The law says that stages on few pairs go farther from S than DPO. With 90 pairs a stage they stayed *nearer*, by 0.6 nats. With 720 a stage they are as far, to 5 %, as the law says of its limit. The reason, as far as we can tell: few pairs were passed so often that the model knew them by heart, and then stages share less of what they learn.
 #
 # **You should know** [the law](finite_data.ipynb): $T$ stages at $T\beta$ fit $T$ rewards, each to a $T$-th of the pairs, and add them. From few pairs each reward is too long, by a share $c/n$ for $n$ pairs. So the stages go farther than DPO at $\beta$. **Time** 25 minutes to read, seconds to run.
 #
@@ -263,12 +263,14 @@ for name, rows in apart.items():
     place = (kl["stages"] - kl["DPO at T beta"]).mean() / (kl["DPO at beta"] - kl["DPO at T beta"]).mean()
     places[f"T = {T}, {int(total) // int(T)} a stage"] = {key: v.mean() for key, v in kl.items()} | {"place": place}
 places = pd.DataFrame(places).T
+assert places["place"].iloc[[0, 2]].between(0.3, 0.7).all()
+assert abs(places["place"].iloc[3] - 1) < 0.1
 places.round(2)
 
 # %% [markdown]
-# PLACES
+# With 90 pairs a stage the stages lie half way between the two, with two stages as with four; with 180 they are most of the way to DPO at $\beta$, and with 720 they are there. So a stage that knows its pairs by heart has learned about half of what the others will teach, and the more pairs, the more they share.
 #
-# So the excess depends on how often pairs are passed, and the grid, which passes few pairs more often, could not have tested the law where it holds. That was a mistake of its design. The older runs pass all pairs three times, and there the excess has the sign of the law.
+# The excess depends on how often pairs are passed, and the grid, which passes few pairs more often, could not have tested the law where it holds. That was a mistake of its design. The older runs pass all pairs three times, and there the excess has the sign of the law.
 #
 # ## What was known before
 #
