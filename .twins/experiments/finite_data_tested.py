@@ -268,9 +268,9 @@ assert abs(places["place"].iloc[3] - 1) < 0.1
 places.round(2)
 
 # %% [markdown]
-# With 90 pairs a stage the stages lie half way between the two, with two stages as with four; with 180 they are most of the way to DPO at $\beta$, and with 720 they are there. So a stage that knows its pairs by heart has learned about half of what the others will teach, and the more pairs, the more they share.
+# With 90 pairs a stage the stages lie half way between the two, with two stages as with four; with 180 they are most of the way to DPO at $\beta$, and with 720 they are there. So stages that know their pairs by heart do not share nothing, as in the simulation, but they share less.
 #
-# The excess depends on how often pairs are passed, and the grid, which passes few pairs more often, could not have tested the law where it holds. That was a mistake of its design. The older runs pass all pairs three times, and there the excess has the sign of the law.
+# Then the grid, which passes few pairs more often, was no good test of the law where it should hold. That was a mistake of its design. The older runs pass all pairs three times, and there the excess has the sign of the law.
 #
 # ## What was known before
 #
