@@ -8,9 +8,9 @@ __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMAR
            'ORDER_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells',
            'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid', 'question_values',
            'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid',
-           'finite_data_apart_grid', 'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid',
-           'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells',
-           'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
+           'finite_data_apart_grid', 'finite_data_three_passes_grid', 'why_it_works_grid', 'paper_in_miniature_grid',
+           'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells',
+           'start_cells', 'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
            'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum',
            'answer_together', 'grid_cells', 'all_cells_of', 'load_grid']
 
@@ -208,6 +208,16 @@ def finite_data_apart_grid() -> dict: # name -> Condition
     for T, total in ((2, 180), (2, 360), (4, 360), (2, 1440)):
         one = finite_data_grid()[f"T = 1, {total} pairs"]
         grid[f"T = {T}, {total} pairs"] = Condition("DPO", _scaled(one.settings, T), pairs=one.pairs)
+    return grid
+
+# %% ../nbs/experiments/questions.ipynb #f6a32fe7
+def finite_data_three_passes_grid() -> dict: # name -> Condition
+    "Rows of `finite_data_grid` on a quarter and on half of the pairs, passed three times."
+    grid = {}
+    for total, T in itertools.product((360, 720), (1, *FINITE_STAGES)):
+        often = finite_data_grid()[f"T = {T}, {total} pairs"]
+        settings = often.settings | dict(epochs=COMMON_SETTINGS["epochs"])
+        grid[f"T = {T}, {total} pairs"] = Condition(often.method, settings, pairs=often.pairs)
     return grid
 
 # %% ../nbs/experiments/questions.ipynb #7adbd1e3
@@ -513,6 +523,7 @@ GRIDS = { # name -> function that makes it
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
     "finite_data_apart": finite_data_apart_grid,
+    "finite_data_three_passes": finite_data_three_passes_grid,
     "when_order_matters": lambda: tuned_grid("when_order_matters"),
     "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }

@@ -481,6 +481,25 @@ as_table(finite_data_apart_grid())
 
 
 # %% [markdown]
+# And a second test, with new predictions: the same, but three passes over however many pairs there are.
+
+# %%
+#| export
+def finite_data_three_passes_grid() -> dict: # name -> Condition
+    "Rows of `finite_data_grid` on a quarter and on half of the pairs, passed three times."
+    grid = {}
+    for total, T in itertools.product((360, 720), (1, *FINITE_STAGES)):
+        often = finite_data_grid()[f"T = {T}, {total} pairs"]
+        settings = often.settings | dict(epochs=COMMON_SETTINGS["epochs"])
+        grid[f"T = {T}, {total} pairs"] = Condition(often.method, settings, pairs=often.pairs)
+    return grid
+
+
+# %%
+as_table(finite_data_three_passes_grid())
+
+
+# %% [markdown]
 # Two grids throw one switch at a time. Stepwise DPO differs from DPO in its reference, its order and its schedule. [Why it works](why_it_works.ipynb) has all twelve combinations of these, at one $\beta$, so that the effect of each can be told from the others. The names say how the three switches stand: `moving, random, never` has a moving reference, chunks at random, and a schedule that never restarts.
 # [The paper in miniature](paper_in_miniature.ipynb) repeats the paper's tables: one source trained against three references, and stages that each start from S.
 
@@ -911,6 +930,7 @@ GRIDS = { # name -> function that makes it
     "which_architecture": which_architecture_grid,
     "finite_data": finite_data_grid,
     "finite_data_apart": finite_data_apart_grid,
+    "finite_data_three_passes": finite_data_three_passes_grid,
     "when_order_matters": lambda: tuned_grid("when_order_matters"),
     "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }
