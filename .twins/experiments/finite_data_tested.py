@@ -29,7 +29,7 @@ version = sdpo_nb.__version__
 assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
 
 # %%
-import math
+import itertools, math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -295,7 +295,17 @@ assert not (answers_of_three_passes(invent_runs(c=0))["verdict"] == "holds").any
 
 # %%
 cells = all_cells_of("finite_data_three_passes")
-print(f"{len(stored_rows(cells))} of {len(cells)} cells have been run")
+done = stored_rows(cells)
+print(f"{len(done)} of {len(cells)} cells have been run")
+if len(done) == len(cells):
+    found = load_grid("finite_data_three_passes")
+    rows = {}
+    for total, T in itertools.product((360, 720), FINITE_STAGES):
+        kl = interval(excess(found, T, total))
+        dpo = outcome_values(found[f"T = 1, {total} pairs"], "kl").mean()
+        rows[T, total // T] = {"KL, minus DPO": as_text(kl, "+.3f"), "of DPO's": f"{kl[0] / dpo:+.0%}"}
+    display(pd.DataFrame(rows).T.rename_axis(["T", "pairs per stage"]))
+    display(answers_of_three_passes(found)[["question", "mean", "low", "high", "holm", "verdict"]].round(3))
 
 # %% [markdown]
 # ## What was known before
