@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
            'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'ORDER_NOISE', 'ORDERS', 'LADDERS', 'CHOICE_WORLDS',
-           'ORDER_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells',
-           'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid', 'question_values',
-           'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid',
+           'ORDER_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'UNTESTED', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells',
+           'search_cells', 'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid',
+           'question_values', 'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid',
            'finite_data_apart_grid', 'finite_data_three_passes_grid', 'why_it_works_grid', 'paper_in_miniature_grid',
            'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells',
            'start_cells', 'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
            'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum',
-           'answer_together', 'grid_cells', 'all_cells_of', 'load_grid']
+           'answer_together', 'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -24,6 +24,7 @@ import pandas as pd
 from .bodies import BODIES, SEARCH_WORLDS
 from .cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
 from .compare import check_same_draws, outcome_values, reward_at_kl, tested_differences, verdict
+from .evaluate import as_text, interval
 from .training_data import COMMON_SETTINGS
 from .world import SKILLS
 
@@ -508,6 +509,25 @@ def answer_together(
     check_same_draws(found)
     table = tested_differences({question: weighted_sum(arms, found) for question, arms in questions.items()})
     return table.assign(verdict=[verdict(answer) for _, answer in table.iterrows()])
+
+UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
+
+def untested_differences(
+    found: dict,     # arm -> rows of the table of runs
+    other: str,      # an arm
+) -> pd.DataFrame:   # an arm a row, a column for each of UNTESTED; intervals as text
+    "Every arm minus another one, without tests."
+    table = {}
+    for what, label in UNTESTED.items():
+        differences = {arm: weighted_sum({arm: 1, other: -1}, found, what) for arm in found if arm != other}
+        table[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
+    return pd.DataFrame(table)
+
+def as_formula(
+    arms: dict, # arm -> weight, 1 or -1
+) -> str:
+    "A question as a sum of arms."
+    return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
 
 # %% ../nbs/experiments/questions.ipynb #62a57845
 GRIDS = { # name -> function that makes it

@@ -97,6 +97,13 @@ more.rename_axis("pairs per stage").rename_axis("more learning rate", axis=1)
 # `answers` makes the table that will be shown. It is tried on invented runs, with the law planted and without.
 
 # %%
+def T_and_total(name): # of a row: 2 and 180 of "T = 2, 180 pairs"
+    return map(int, name.removeprefix("T = ").removesuffix(" pairs").split(", "))
+
+def said(table): # the verdict on predictions that a difference is above zero
+    signs = np.where(table["mean"] > 0, "holds", "fails")
+    return np.where(table["holm"] < 0.05, signs, "we cannot tell")
+
 def excess(found, T, total, what="kl"):
     return paired_difference(found[f"T = {T}, {total} pairs"], found[f"T = 1, {total} pairs"], what)
 
@@ -115,8 +122,7 @@ def answers(found):
         "3. 90 pairs per stage minus 360":
             mean_excess(found, with_pairs(90)) - mean_excess(found, with_pairs(360)),
     })
-    clear = table["holm"] < 0.05
-    table["verdict"] = np.where(~clear, "we cannot tell", np.where(table["mean"] > 0, "holds", "fails"))
+    table["verdict"] = said(table)
 
     of_dpo = outcome_values(found["T = 1, 1440 pairs"], "kl").mean()
     mean, low, high = interval(excess(found, 2, 1440) / of_dpo)
@@ -134,7 +140,7 @@ def invent_runs(c, seed=0):
     of_world = rng.normal(0, 0.1, 10)
     found = {}
     for name in grid:
-        T, total = (int(word) for word in name.replace("T = ", "").replace(" pairs", "").split(", "))
+        T, total = T_and_total(name)
         kl = 1.2 * (1 + (T - 1) * c / total) ** 2
         rows = []
         for world in range(10):
@@ -200,7 +206,7 @@ def last_loss(row): # mean over the last five steps of each stage
 
 ends = {}
 for name, rows in found.items():
-    T, total = name.removeprefix("T = ").removesuffix(" pairs").split(", ")
+    T, total = T_and_total(name)
     loss = np.mean([last_loss(row) for row in rows.itertuples()])
     ends.setdefault(f"T = {T}", {})[f"{total} in all"] = loss - floor
 ends = pd.DataFrame(ends)
@@ -254,14 +260,14 @@ ratios.round(2)
 apart = load_grid("finite_data_apart")
 places = {}
 for name, rows in apart.items():
-    T, total = name.removeprefix("T = ").removesuffix(" pairs").split(", ")
+    T, total = T_and_total(name)
     kl = {
         "DPO at T beta": outcome_values(rows, "kl").mean((1, 2)),
         "stages": outcome_values(found[name], "kl").mean((1, 2)),
         "DPO at beta": outcome_values(found[f"T = 1, {total} pairs"], "kl").mean((1, 2)),
     }
     place = (kl["stages"] - kl["DPO at T beta"]).mean() / (kl["DPO at beta"] - kl["DPO at T beta"]).mean()
-    places[f"T = {T}, {int(total) // int(T)} a stage"] = {key: v.mean() for key, v in kl.items()} | {"place": place}
+    places[f"T = {T}, {total // T} a stage"] = {key: v.mean() for key, v in kl.items()} | {"place": place}
 places = pd.DataFrame(places).T
 assert places["place"].iloc[[0, 2]].between(0.3, 0.7).all()
 assert abs(places["place"].iloc[3] - 1) < 0.1
@@ -287,8 +293,7 @@ def answers_of_three_passes(found):
     cells = {T: [(T, 360), (T, 720)] for T in FINITE_STAGES}
     four, two = (mean_excess(found, cells[T]) for T in (4, 2))
     table = tested_differences({"1. above zero": (four + two) / 2, "2. four stages minus two": four - two})
-    clear = table["holm"] < 0.05
-    return table.assign(verdict=np.where(~clear, "we cannot tell", np.where(table["mean"] > 0, "holds", "fails")))
+    return table.assign(verdict=said(table))
 
 assert (answers_of_three_passes(invent_runs(c=10))["verdict"] == "holds").all()
 assert not (answers_of_three_passes(invent_runs(c=0))["verdict"] == "holds").any()

@@ -38,6 +38,7 @@ import pandas as pd
 from sdpo_nb.bodies import BODIES, SEARCH_WORLDS
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
 from sdpo_nb.compare import check_same_draws, outcome_values, reward_at_kl, tested_differences, verdict
+from sdpo_nb.evaluate import as_text, interval
 from sdpo_nb.training_data import COMMON_SETTINGS
 from sdpo_nb.world import SKILLS
 
@@ -45,7 +46,6 @@ from sdpo_nb.world import SKILLS
 import matplotlib.pyplot as plt
 import seaborn as sns
 from sdpo_nb.compare import SAME, paired_difference, sign_flip_p_value, standard_deviations
-from sdpo_nb.evaluate import interval
 from sdpo_nb.world import complaint
 
 # %% [markdown]
@@ -897,6 +897,25 @@ def answer_together(
     table = tested_differences({question: weighted_sum(arms, found) for question, arms in questions.items()})
     return table.assign(verdict=[verdict(answer) for _, answer in table.iterrows()])
 
+UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
+
+def untested_differences(
+    found: dict,     # arm -> rows of the table of runs
+    other: str,      # an arm
+) -> pd.DataFrame:   # an arm a row, a column for each of UNTESTED; intervals as text
+    "Every arm minus another one, without tests."
+    table = {}
+    for what, label in UNTESTED.items():
+        differences = {arm: weighted_sum({arm: 1, other: -1}, found, what) for arm in found if arm != other}
+        table[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
+    return pd.DataFrame(table)
+
+def as_formula(
+    arms: dict, # arm -> weight, 1 or -1
+) -> str:
+    "A question as a sum of arms."
+    return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
+
 
 # %%
 for questions, grid in ((ORDER_QUESTIONS, "when_order_matters"), (ELSEWHERE_QUESTIONS, "tuned_elsewhere")):
@@ -908,6 +927,13 @@ found = {"A": invented_rows(0.9), "B": invented_rows(0.8), "C": invented_rows(0.
 answers = answer_together({"is A better than B?": {"A": 1, "B": -1}, "and C than B?": {"C": 1, "B": -1}}, found)
 assert answers["verdict"].tolist() == ["better", "equal"]
 answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3)
+
+# %%
+outcomes = dict.fromkeys(("greedy", "choice", "kl"))
+shown = {arm: rows.assign(**{what: rows["sampled"] for what in outcomes}) for arm, rows in found.items()}
+beside = untested_differences(shown, "B")
+assert beside.loc["A"].str.startswith("+0.099").all()
+beside
 
 # %% [markdown]
 # ## From a grid to its rows

@@ -31,13 +31,11 @@ version = sdpo_nb.__version__
 assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} is installed. {again}"
 
 # %%
-import numpy as np
 import pandas as pd
 from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import difference_intervals, paired_difference, plot_contrasts
-from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.questions import ELSEWHERE_QUESTIONS, all_cells_of, answer_together, ladder_cells
-from sdpo_nb.questions import elsewhere_ladders, load_grid, tuned_grid, weighted_sum
+from sdpo_nb.questions import ELSEWHERE_QUESTIONS, all_cells_of, answer_together, as_formula, ladder_cells
+from sdpo_nb.questions import elsewhere_ladders, load_grid, tuned_grid, untested_differences
 
 # %% [markdown]
 # ## How much hangs on the search?
@@ -53,14 +51,12 @@ table = difference_intervals(differences)
 assert table["mean"][0] > 0 > table["mean"][1]
 table.round(4)
 
-
 # %% [markdown]
 # The sign turns. Neither difference is certain, and both lie within the $\pm 0.02$ that we call equal. But with another step in its grid, the +0.004 of the protocol would have been -0.003. So the search must be finer, and it must not use the worlds that are measured.
 #
 # ## Five questions
 
 # %%
-def as_formula(arms): return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
 pd.DataFrame({question: {"which is": as_formula(arms)} for question, arms in ELSEWHERE_QUESTIONS.items()}).T
 
 # %% [markdown]
@@ -81,20 +77,7 @@ pd.DataFrame(plan).T
 
 # %% [markdown]
 # Beside the answers stands every arm against DPO, without tests: reward, greedy answers, multiple choice, and KL.
-
-# %%
-UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
-
-def untested(found):
-    "Each arm minus DPO."
-    table = {}
-    for what, label in UNTESTED.items():
-        differences = {arm: weighted_sum({arm: 1, "DPO": -1}, found, what) for arm in found if arm != "DPO"}
-        table[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
-    return pd.DataFrame(table)
-
-
-# %% [markdown]
+#
 # ## What came out
 #
 # `python -m sdpo_nb.experiments choose_tuned_elsewhere` runs the ladders and writes what was chosen; `... tuned_elsewhere` measures.
@@ -112,7 +95,7 @@ if grid and complete:
     answers = answer_together(ELSEWHERE_QUESTIONS, found)
     display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
     plot_contrasts(answers, sides=("better: the second", "better: the first"))
-    display(untested(found))
+    display(untested_differences(found, "DPO"))
 
 # %% [markdown]
 # ## What this does not show

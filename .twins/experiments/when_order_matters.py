@@ -35,10 +35,8 @@ import numpy as np
 import pandas as pd
 from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import holm_p_values, plot_contrasts, sign_flip_p_value
-from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.questions import ORDER_QUESTIONS, all_cells_of, answer_together, ladder_cells
-from sdpo_nb.questions import load_grid, tuned_grid, weighted_sum
-
+from sdpo_nb.questions import ORDER_QUESTIONS, all_cells_of, answer_together, as_formula, ladder_cells
+from sdpo_nb.questions import load_grid, tuned_grid, untested_differences
 
 # %% [markdown]
 # ## A world in which order could do something
@@ -57,7 +55,6 @@ from sdpo_nb.questions import load_grid, tuned_grid, weighted_sum
 # ## Four questions
 
 # %%
-def as_formula(arms): return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
 pd.DataFrame({question: {"which is": as_formula(arms)} for question, arms in ORDER_QUESTIONS.items()}).T
 
 # %% [markdown]
@@ -89,21 +86,7 @@ power.round(2)
 # A difference of 0.02 would hardly be missed, one of 0.01 every second time. What is found and lies within $\pm 0.02$ is called *better, but little*.
 #
 # Beside the answers stand all arms against all at once, without tests.
-
-# %%
-UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
-
-def untested(found):
-    "Each arm with noise minus all at once."
-    arms = [arm for arm in found if arm != "all at once" and not arm.endswith("without noise")]
-    table = {}
-    for what, label in UNTESTED.items():
-        differences = {arm: weighted_sum({arm: 1, "all at once": -1}, found, what) for arm in arms}
-        table[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
-    return pd.DataFrame(table)
-
-
-# %% [markdown]
+#
 # ## What came out
 #
 # `python -m sdpo_nb.experiments choose_when_order_matters` runs the ladders and writes what was chosen; `... when_order_matters` measures.
@@ -121,7 +104,8 @@ if grid and complete:
     answers = answer_together(ORDER_QUESTIONS, found)
     display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
     plot_contrasts(answers, sides=("better: the second", "better: the first"))
-    display(untested(found))
+    noisy = {arm: rows for arm, rows in found.items() if not arm.endswith("without noise")}
+    display(untested_differences(noisy, "all at once"))
 
 # %% [markdown]
 # ## What this does not show
