@@ -85,7 +85,7 @@ def test_draws_differ_and_random_chunks_have_the_sizes_of_the_sources(pairs):
 def test_missing_data_and_ids_are_one_line_that_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="--data names the folder"): real.prepare_ids(tmp_path, WORLD.base, tmp_path / "ids.parquet")
     with pytest.raises(ValueError, match="ids.parquet: not there; give --data"): real.read_ids(tmp_path / "ids.parquet")
-    with pytest.raises(ValueError, match="none of smollm2, smollm2_cpu, which_is_easy, rehearsal"): real.design_of("smolm2", "")
+    with pytest.raises(ValueError, match="none of smollm2, smollm2_cpu, which_is_easy, which_is_easy_cpu, rehearsal"): real.design_of("smolm2", "")
 
 
 # ---- training
@@ -203,7 +203,7 @@ def test_no_time_is_no_cell_and_a_wrong_name_is_a_usage(data, tmp_path):
     said = command(tmp_path, data, "--minutes", "0.001").communicate(timeout=300)[0]
     assert "0 new rows" in said and "1 cells are left" in said
     out = subprocess.run([sys.executable, "-m", "sdpo_nb.experiments", "smolm2", "--folder", "x"], capture_output=True, text=True)
-    assert out.returncode and "smollm2|smollm2_cpu|which_is_easy|rehearsal" in out.stderr
+    assert out.returncode and "smollm2|smollm2_cpu|which_is_easy|which_is_easy_cpu|rehearsal" in out.stderr
 
 
 # ---- reading and deciding
@@ -307,3 +307,10 @@ def test_which_is_easy_orders_by_its_own_measure():
     def names(arm): return [name for name, _, _ in arms[arm]]
     assert names("sum") == ["orca", "uf", "hh"] and names("per token") == ["hh", "uf", "orca"] == names("sum, hard first")
     assert arms["DPO"] == [("all", "S", "S")] and [r for _, _, r in arms["sum"]] == ["S", "before", "before"]
+
+
+def test_the_small_version_of_which_is_easy_has_three_arms():
+    design = real.design_of("which_is_easy_cpu", "x")
+    planned = design.plan([dict(key=design.start.key)])
+    assert [(cell.arm, cell.draw) for cell in planned[1:]] == [(arm, draw) for draw in range(3) for arm in ("DPO", "sum", "per token")]
+    assert [len(cell.stages) for cell in planned[1:4]] == [1, 3, 3] and all(dict(cell.settings) == smollm2.CPU_SETTINGS for cell in planned[1:])

@@ -55,10 +55,10 @@ from sdpo_nb.questions import GRIDS, LADDERS, SEARCHES, WORLDS
 from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
 from sdpo_nb.questions import primary_contrasts
 from sdpo_nb.graded_cells import PLANS, run_known_truth
-from sdpo_nb.real import SMOLLM2, arrange, run_real
+from sdpo_nb.real import ON_CPU, SMOLLM2, arrange, run_real
 from sdpo_nb.smollm2 import CPU_DRAWS, CPU_PRIMARY, DRAWS, LONGEST, PRIMARY, answer_questions
 from sdpo_nb.timed import read_results
-from sdpo_nb.which_is_easy import MEASURES, easy_table, with_gaps
+from sdpo_nb.which_is_easy import EASY_PRIMARY, MEASURES, easy_table, with_gaps
 from sdpo_nb.world import load_base
 
 # %%
@@ -439,25 +439,33 @@ REAL_CLAIMS = { # a primary question of smollm2 -> the claim
     "easy first against random split": "Orca first gains more than a random split (table 3)",
     "moving against fixed reference": "a reference that moves up gains more than a fixed one",
     "stepwise at beta against plain at beta/2": "sDPO at $\\beta$ gains more than DPO at $\\beta/2$ (not in the paper)",
+    "easy first by sum against per token": "Orca first gains more than Orca last (three sources)",
+    "easy first by sum against plain": "sDPO over three sources gains more than DPO",
 }
-DESIGNS = dict(smollm2=(PRIMARY, DRAWS), smollm2_cpu=(CPU_PRIMARY, CPU_DRAWS)) # name -> questions, draws
+TWO, ALL_THREE = ("orca", "uf"), ("orca", "uf", "hh")
+DESIGNS = { # name -> questions, draws, sources, page
+    "smollm2": (PRIMARY, DRAWS, TWO, "smollm2"),
+    "smollm2_cpu": (CPU_PRIMARY, CPU_DRAWS, TWO, "smollm2"),
+    "which_is_easy": (EASY_PRIMARY, DRAWS, ALL_THREE, "which_is_easy"),
+    "which_is_easy_cpu": (EASY_PRIMARY, CPU_DRAWS, ALL_THREE, "which_is_easy"),
+}
 
 def _answers_of(name):
     "What a design on real pairs has found: lines of the table of claims; none where fewer than two draws are there."
-    asked, draws = DESIGNS[name]
+    asked, draws, sources, page = DESIGNS[name]
     found = arrange(name, read_results(name))
     common = len(found.draws_of(asked))
     if common < 2: return []
     rows = []
-    for answer in answer_questions(found.rows, found.S, asked).to_dict("records"):
+    for answer in answer_questions(found.rows, found.S, asked, sources=sources).to_dict("records"):
         sure = f"{answer['word']}, {_both_p_values(answer)}"
         if common < len(draws): sure = f"not decided: {common} of {len(draws)} draws"
         rows.append({
             "claim": REAL_CLAIMS[answer["question"]],
-            "model": f"135M, {common} draws" + (", one setting" if name == "smollm2_cpu" else ""),
+            "model": f"135M, {common} draws" + (", one setting" if name in ON_CPU else ""),
             "what we found": as_text((answer["mean"], answer["low"], answer["high"]), "+.3f") + " nats a pair",
             "how sure": sure,
-            "where": "smollm2",
+            "where": page,
         })
     return rows
 
@@ -479,7 +487,8 @@ def _easier_by(measure):
 
 def real_claims() -> list[dict]: # claim, model, what we found, how sure, where
     "What was found on SmolLM2-135M-Instruct, as far as it has been run."
-    return [*_answers_of("smollm2"), *_answers_of("smollm2_cpu"), *map(_easier_by, MEASURES)]
+    answers = [answer for name in DESIGNS for answer in _answers_of(name)]
+    return [*answers, *map(_easier_by, MEASURES)]
 
 def claims_table() -> pd.DataFrame: # claim, model, what we found, how sure, where
     "Every claim with its model, difference, interval and verdict, from the stored results; real models first."
@@ -624,6 +633,7 @@ ON_CARDS = { # name -> function (name, folder, minutes, data, model, precision, 
     "smollm2": run_real,
     "smollm2_cpu": run_real,
     "which_is_easy": run_real,
+    "which_is_easy_cpu": run_real,
     "rehearsal": run_real,
     **{name: _run_graded for name in PLANS},
 }

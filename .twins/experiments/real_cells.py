@@ -48,7 +48,7 @@ from sdpo_nb.smollm2 import DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DR
 from sdpo_nb.smollm2 import choose_settings, grid_of
 from sdpo_nb.timed import run_timed
 from sdpo_nb.trainer import TrainConfig
-from sdpo_nb.which_is_easy import EASY_ARMS, with_gaps
+from sdpo_nb.which_is_easy import CPU_EASY_ARMS, CPU_EASY_PAIRS, EASY_ARMS, one_by_one, with_gaps
 from sdpo_nb.world import content_hash
 
 # %%
@@ -539,8 +539,7 @@ def easy_arms(
         measure, direction = rule
         prefers = 0.5 + 0.5 * np.sign(gaps[measure])
         shares = prefers.groupby(gaps["source"], sort=False).mean()
-        first, *others = (-direction * shares).sort_values(kind="stable").index
-        arms[arm] = [(first, "S", "S"), *((source, "before", "before") for source in others)]
+        arms[arm] = one_by_one((-direction * shares).sort_values(kind="stable").index)
     return arms
 
 
@@ -556,7 +555,7 @@ for arm, stages in easy_arms(found["S"]).items():
 #
 # ## From a folder to rows
 #
-# The designs by name. *smollm2_cpu* is the [smaller version](smollm2.ipynb) for a processor. *rehearsal* is for whoever wants to see that everything works: its arms and settings, in two draws. Its rows are kept apart from the others.
+# The designs by name. *smollm2_cpu* is the [smaller version](smollm2.ipynb) for a processor, and *which_is_easy_cpu* is that of [the other page](which_is_easy.ipynb). *rehearsal* is for whoever wants to see that everything works: its arms and settings, in two draws. Its rows are kept apart from the others.
 #
 # `run_real` is all of this page in one call. It makes the ids if they are not there, loads S, lets S read all pairs, and hands the plan to [`run_timed`](timed.ipynb), which writes each row when its cell is finished. The hash `about` joins the pairs and the weights of S, and is part of every key. So rows that were made with other data are never taken for these.
 
@@ -564,9 +563,10 @@ for arm, stages in easy_arms(found["S"]).items():
 #| export
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 THREE = tuple(SOURCE_FILES)
+ON_CPU = dict(smollm2_cpu=CPU_PAIRS, which_is_easy_cpu=CPU_EASY_PAIRS) # design -> pairs of each source
 
 def design_of(
-    name: str,   # smollm2, smollm2_cpu, which_is_easy or rehearsal
+    name: str,   # smollm2, which_is_easy, one of ON_CPU, or rehearsal
     about: str,  # hash of the pairs and of S
 ) -> Design:
     "A design by its name. Raises ValueError for another."
@@ -575,13 +575,14 @@ def design_of(
         smollm2=Design(ARMS, THREE[:2], about),
         smollm2_cpu=Design(few, THREE[:2], about, CPU_DRAWS, CPU_SETTINGS),
         which_is_easy=Design(easy_arms, THREE, about),
+        which_is_easy_cpu=Design(CPU_EASY_ARMS, THREE, about, CPU_DRAWS, CPU_SETTINGS),
         rehearsal=Design(few, THREE[:2], about, range(2), dict(beta=0.1, lr=1e-5)),
     )
     if name not in designs: raise ValueError(f"design: {name!r} is none of {', '.join(designs)}")
     return designs[name]
 
 def run_real(
-    name: str,              # smollm2, smollm2_cpu, which_is_easy or rehearsal
+    name: str,              # of `design_of`
     folder,                 # for ids.parquet, S and the rows
     minutes: float = None,  # from the start of the process; None: until all is done
     data = None,            # folder with preferences/; needed where folder has no ids.parquet
@@ -594,8 +595,8 @@ def run_real(
     "What the command line does: go on with an experiment for some minutes."
     folder = Path(folder)
     file = folder / "ids.parquet"
-    on_cpu = name == "smollm2_cpu"
-    if on_cpu: longest, most = CPU_LONGEST, CPU_PAIRS
+    on_cpu = name in ON_CPU
+    if on_cpu: longest, most = CPU_LONGEST, ON_CPU[name]
     if data and not file.exists(): prepare_ids(data, model, file, longest, most)
     pairs = read_ids(file)
     base = load_S(model, pairs, precision, "on" if on_cpu else "auto")

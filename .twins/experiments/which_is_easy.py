@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 
 from sdpo_nb.partition import wilson
-from sdpo_nb.smollm2 import DRAWS, MARGINS, grid_of
+from sdpo_nb.smollm2 import ARMS, DRAWS, MARGINS, grid_of
 
 # %%
 import matplotlib.pyplot as plt
@@ -258,22 +258,43 @@ EASY_PRIMARY.set_index("question")
 runs = len(EASY_ARMS) * (len(grid_of("DPO")) + len(DRAWS))
 print(f"at most {runs} runs; margins: {MARGINS}")
 
+
 # %% [markdown]
 # The same assay rule holds: the outcome counts only if DPO minus S exceeds twice its margin.
 #
-# Nothing of it has been run yet. `python -m sdpo_nb.experiments which_is_easy --minutes 8 --folder OUT` runs it, on a graphics card if there is one; rows that are brought back are shown here.
+# `python -m sdpo_nb.experiments which_is_easy --minutes 8 --folder OUT` runs it, on a graphics card if there is one; rows that are brought back are shown here. Without a card there is a *smaller version*, as of the first experiment: the same two questions, three draws, the first 241 pairs of each source with up to 384 tokens, one setting for all arms and no search. The arms that no question needs are left out, and the orders are those of the table above, which is about all pairs: among so few and short ones HH and Orca are nearly tied by the sum. All arms see every pair once.
+
+# %%
+#| export
+def one_by_one(
+    sources: list, # names, in their order
+) -> list:         # stages: (pairs, start, reference)
+    "A stage for each source; target and reference of the next one are the model that this one made."
+    first, *others = sources
+    return [(first, "S", "S"), *((source, "before", "before") for source in others)]
+
+CPU_EASY_ARMS = { # name -> stages
+    "DPO": ARMS["DPO"],
+    "sum": one_by_one(["orca", "hh", "uf"]),
+    "per token": one_by_one(["uf", "hh", "orca"]),
+}
+CPU_EASY_PAIRS = 241    # the first of each source
+
+# %%
+for measure in MEASURES: assert CPU_EASY_ARMS[measure] == one_by_one(orders[measure])
 
 # %%
 from sdpo_nb.real import arrange
 from sdpo_nb.smollm2 import answer_questions, assay
 from sdpo_nb.timed import read_results
 
-found = arrange("which_is_easy", read_results("which_is_easy"))
-print("cells that are missing:", "all" if found.missing is None else found.missing)
-if found.missing == 0:
-    print(found.origin)
-    display(assay(found.rows, found.S, NAMES).round(3))
-    display(answer_questions(found.rows, found.S, EASY_PRIMARY, sources=NAMES).round(3))
+found = {name: arrange(name, read_results(name)) for name in ("which_is_easy_cpu", "which_is_easy")}
+for name, there in found.items():
+    print(f"{name}: {'all cells are' if there.missing is None else f'{there.missing} cells are'} missing")
+    if len(there.draws_of(EASY_PRIMARY)) > 1:
+        print(there.origin)
+        display(assay(there.rows, there.S, NAMES).round(3))
+        display(answer_questions(there.rows, there.S, EASY_PRIMARY, sources=NAMES).round(3))
 
 # %% [markdown]
 # ## What this does not show
