@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEACHER_ARMS', 'SETTLED', 'REHEARSAL', 'PLANS', 'draw_problems', 'WritingCell', 'GradedCell', 'Graded', 'load_graded',
            'run_writing', 'pairs_of', 'graded_exam', 'run_graded', 'search_cells', 'chosen_from', 'arms_of_a_draw',
-           'graded_plan', 'FoundArms', 'arrange_graded', 'draw_means', 'question_differences', 'graded_answers',
-           'run_known_truth']
+           'graded_plan', 'FoundArms', 'arrange_graded', 'draw_means', 'question_differences', 'common_draws',
+           'graded_answers', 'run_known_truth', 'read_known_truth']
 
 # %% ../nbs/experiments/graded_cells.ipynb #40deedcf
 import random
@@ -23,12 +23,12 @@ from .graded import TASKS, answer_text, answers_to, grade, ids_of, label_pairs, 
 from .graded import messages_of, sampled_ids, teacher_pairs
 from .in_memory import load_S, train_stages
 from .known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES
-from .known_truth import TEST, VALIDATION
+from .known_truth import CPU_ARMS, CPU_BORROWED, CPU_DRAWS, CPU_SAMPLES, TEST, VALIDATION
 from .known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels
 from .logprobs import load_model, load_tokenizer, pairs_hash
 from .preferences import load_pairs, tokenize_pairs
 from .real import chunk_of
-from .timed import run_timed
+from .timed import read_results, run_timed
 from .trainer import TrainConfig
 from .world import content_hash
 
@@ -269,11 +269,13 @@ def arms_of_a_draw(
     graded: Graded,   # what the process shares
     arms: tuple,      # names of ARMS
     teacher: bool,    # whether the program wrote the chosen answers
+    borrowed = tuple(BORROWED), # names of BORROWED
 ) -> dict:            # name -> cell
     "Every arm at its settings, and those with borrowed ones."
     written = WritingCell(draw, graded.n, graded.about)
     wanted = {arm: (arm, chosen.get(arm, {})) for arm in arms}
-    for name, (arm, lender, factor) in BORROWED.items():
+    for name in borrowed:
+        arm, lender, factor = BORROWED[name]
         if arm in arms and lender in arms:
             wanted[name] = arm, chosen[lender] | dict(beta=factor * chosen[lender]["beta"])
     return {name: _cell(name, ARMS[arm], settings, "test", graded.tests, teacher, written)
@@ -285,6 +287,7 @@ def graded_plan(
     draws = DRAWS,              # numbers
     teacher: bool = False,      # whether the program wrote the chosen answers
     settings: dict = None,      # of all arms, without a search; None: search
+    borrowed = tuple(BORROWED), # names of arms with borrowed settings
 ):                              # rows -> cells, as `run_timed` asks for
     "What is wanted, in order, given the rows that are there."
     search = [] if settings else search_cells(graded, arms, teacher)
@@ -294,7 +297,7 @@ def graded_plan(
         if not all(cell.key in graded.rows for cell in search): return cells
         chosen = _same_for_all(arms, settings) if settings else chosen_from(search, graded.rows)
         for draw in draws:
-            found = arms_of_a_draw(draw, chosen, graded, arms, teacher)
+            found = arms_of_a_draw(draw, chosen, graded, arms, teacher, borrowed)
             cells += [WritingCell(draw, graded.n, graded.about), *found.values()]
         return cells
     return plan
@@ -317,7 +320,7 @@ def arrange_graded(
     n: int = PROMPTS // len(TASKS), # training problems of each task and source
     tests: int = TEST,              # test problems of each task and level
     validation: int = VALIDATION,   # those of the search
-    **wanted,              # of `graded_plan`: arms, draws, teacher, settings
+    **wanted,              # of `graded_plan`: arms, draws, teacher, settings, borrowed
 ) -> FoundArms:
     "The rows of an experiment. Where they are about several S, those with most rows."
     if not rows: return FoundArms()
@@ -374,6 +377,14 @@ def question_differences(
         differences[asked.question] = np.array([a[draw] - b[draw] for draw in both])
     return differences
 
+def common_draws(
+    found: FoundArms, # of `arrange_graded`
+    questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
+) -> list[int]:
+    "The draws that have S and all arms of the questions."
+    arms = {"S", *questions["a"], *questions["b"]}
+    return sorted(set.intersection(*[set(draw_means(found, arm, "sampled")) for arm in arms]))
+
 # %% ../nbs/experiments/graded_cells.ipynb #f6dc5571
 def graded_answers(
     found: FoundArms, # of `arrange_graded`
@@ -392,11 +403,12 @@ def graded_answers(
 
 # %% ../nbs/experiments/graded_cells.ipynb #c429e17f
 TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
-SETTLED = dict(beta=0.1, lr=1e-5)   # of a rehearsal, which has no search
+SETTLED = dict(beta=0.1, lr=1e-5)   # where there is no search
 REHEARSAL = dict(n=2, tests=1, settings=COMMON | dict(epochs=1))
 PLANS = { # name -> of `graded_plan`, of `load_graded`
     "known_truth": (dict(), dict()),
     "known_truth_teacher": (dict(arms=TEACHER_ARMS, teacher=True), dict()),
+    "known_truth_cpu": (dict(arms=CPU_ARMS, draws=CPU_DRAWS, settings=SETTLED, borrowed=CPU_BORROWED), CPU_SAMPLES),
     "known_truth_rehearsal": (dict(arms=("S", "DPO"), draws=(1,), settings=SETTLED), REHEARSAL),
 }
 
@@ -417,3 +429,11 @@ def run_known_truth(
         if isinstance(cell, WritingCell): return run_writing(cell, graded)
         return run_graded(cell, graded)
     return run_timed(name, graded_plan(graded, **wanted), run, folder, minutes, graded.base.model.device)
+
+def read_known_truth(
+    name: str,    # of PLANS
+) -> FoundArms:
+    "The rows of an experiment, from the results that travel with the package or were brought back."
+    wanted, loaded = PLANS[name]
+    sizes = {what: loaded[what] for what in ("n", "tests", "validation") if what in loaded}
+    return arrange_graded(read_results(name), **sizes, **wanted)

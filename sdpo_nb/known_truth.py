@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'TARGETS', 'PROMPTS', 'TEST', 'VALIDATION', 'DRAWS', 'SEARCH_DRAW', 'ARMS', 'LADDER', 'BORROWED', 'BETAS',
-           'LEARNING_RATES', 'COMMON', 'LONGEST_PAIR', 'QUESTIONS', 'MARGIN', 'choose_sizes', 'levels_from',
-           'stored_levels', 'grid_of', 'draw_contrasts']
+           'LEARNING_RATES', 'COMMON', 'LONGEST_PAIR', 'QUESTIONS', 'MARGIN', 'CPU_ARMS', 'CPU_BORROWED',
+           'CPU_QUESTIONS', 'CPU_DRAWS', 'CPU_SAMPLES', 'choose_sizes', 'levels_from', 'stored_levels', 'grid_of',
+           'draw_contrasts']
 
 # %% ../nbs/experiments/known_truth.ipynb #0ceb7248
 import itertools
@@ -119,3 +120,10 @@ def draw_contrasts(
         asked = dict(question=question, draws=len(values), p=sign_flip_p_value(np.asarray(values)))
         rows.append(asked | equality_of(values, margin))
     return with_holm(pd.DataFrame(rows))
+
+# %% ../nbs/experiments/known_truth.ipynb #c9c3c0cb
+CPU_ARMS = ("S", "DPO", "sDPO", "sDPO, hard first")
+CPU_BORROWED = ("sDPO at DPO's beta", "DPO at beta/T")
+CPU_QUESTIONS = QUESTIONS[QUESTIONS[["a", "b"]].isin(CPU_ARMS + CPU_BORROWED).all(axis=1)]
+CPU_DRAWS = range(1, 9)
+CPU_SAMPLES = dict(n=20, tests=20, how=dict(precision="bf16"), settings=COMMON | dict(batch_size=16))

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -217,3 +218,14 @@ def test_questions_name_arms_and_are_read_off_the_right_rows():
     assert len(differences["easy first against hard first"]) == 0
     found.rows["DPO"] = row(0.5, 20.)                                                # beyond the ladder: its end
     assert graded_cells.question_differences(found)["the same, at the KL of plain"] == pytest.approx([0.2])
+
+
+def test_the_smaller_version_has_four_questions_and_eight_draws():
+    wanted, loaded = graded_cells.PLANS["known_truth_cpu"]
+    shared = SimpleNamespace(about="x", n=loaded["n"], tests=loaded["tests"], validation=1, rows={})
+    cells = graded_cells.graded_plan(shared, **wanted)([])
+    of_a_draw = [getattr(cell, "arm", "S writes") for cell in cells if cell.draw == 1]
+    assert of_a_draw == ["S writes", "S", "DPO", "sDPO", "sDPO, hard first", "sDPO at DPO's beta", "DPO at beta/T"]
+    assert len({cell.key for cell in cells}) == 8 * 6, "sDPO at DPO's beta is sDPO itself where there is one setting"
+    assert len(known_truth.CPU_QUESTIONS) == 4
+    assert graded_cells.arrange_graded([]).missing is None

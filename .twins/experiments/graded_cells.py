@@ -44,12 +44,12 @@ from sdpo_nb.graded import TASKS, answer_text, answers_to, grade, ids_of, label_
 from sdpo_nb.graded import messages_of, sampled_ids, teacher_pairs
 from sdpo_nb.in_memory import load_S, train_stages
 from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES
-from sdpo_nb.known_truth import TEST, VALIDATION
+from sdpo_nb.known_truth import CPU_ARMS, CPU_BORROWED, CPU_DRAWS, CPU_SAMPLES, TEST, VALIDATION
 from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.real import chunk_of
-from sdpo_nb.timed import run_timed
+from sdpo_nb.timed import read_results, run_timed
 from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.world import content_hash
 
@@ -473,11 +473,13 @@ def arms_of_a_draw(
     graded: Graded,   # what the process shares
     arms: tuple,      # names of ARMS
     teacher: bool,    # whether the program wrote the chosen answers
+    borrowed = tuple(BORROWED), # names of BORROWED
 ) -> dict:            # name -> cell
     "Every arm at its settings, and those with borrowed ones."
     written = WritingCell(draw, graded.n, graded.about)
     wanted = {arm: (arm, chosen.get(arm, {})) for arm in arms}
-    for name, (arm, lender, factor) in BORROWED.items():
+    for name in borrowed:
+        arm, lender, factor = BORROWED[name]
         if arm in arms and lender in arms:
             wanted[name] = arm, chosen[lender] | dict(beta=factor * chosen[lender]["beta"])
     return {name: _cell(name, ARMS[arm], settings, "test", graded.tests, teacher, written)
@@ -489,6 +491,7 @@ def graded_plan(
     draws = DRAWS,              # numbers
     teacher: bool = False,      # whether the program wrote the chosen answers
     settings: dict = None,      # of all arms, without a search; None: search
+    borrowed = tuple(BORROWED), # names of arms with borrowed settings
 ):                              # rows -> cells, as `run_timed` asks for
     "What is wanted, in order, given the rows that are there."
     search = [] if settings else search_cells(graded, arms, teacher)
@@ -498,7 +501,7 @@ def graded_plan(
         if not all(cell.key in graded.rows for cell in search): return cells
         chosen = _same_for_all(arms, settings) if settings else chosen_from(search, graded.rows)
         for draw in draws:
-            found = arms_of_a_draw(draw, chosen, graded, arms, teacher)
+            found = arms_of_a_draw(draw, chosen, graded, arms, teacher, borrowed)
             cells += [WritingCell(draw, graded.n, graded.about), *found.values()]
         return cells
     return plan
@@ -548,7 +551,7 @@ def arrange_graded(
     n: int = PROMPTS // len(TASKS), # training problems of each task and source
     tests: int = TEST,              # test problems of each task and level
     validation: int = VALIDATION,   # those of the search
-    **wanted,              # of `graded_plan`: arms, draws, teacher, settings
+    **wanted,              # of `graded_plan`: arms, draws, teacher, settings, borrowed
 ) -> FoundArms:
     "The rows of an experiment. Where they are about several S, those with most rows."
     if not rows: return FoundArms()
@@ -605,6 +608,14 @@ def question_differences(
         differences[asked.question] = np.array([a[draw] - b[draw] for draw in both])
     return differences
 
+def common_draws(
+    found: FoundArms, # of `arrange_graded`
+    questions: pd.DataFrame = QUESTIONS, # question, a, b, outcome
+) -> list[int]:
+    "The draws that have S and all arms of the questions."
+    arms = {"S", *questions["a"], *questions["b"]}
+    return sorted(set.intersection(*[set(draw_means(found, arm, "sampled")) for arm in arms]))
+
 
 # %% [markdown]
 # A question whose outcome is not sensitive is not answered: if DPO minus S does not exceed twice the margin, nothing is said about the arms.
@@ -644,6 +655,7 @@ assert found.missing == 0
 assert found.rows["sDPO at DPO's beta"] == found.rows["sDPO"]
 answered = QUESTIONS[QUESTIONS["b"].str.startswith("DPO")]
 assert all(len(values) == 2 for values in question_differences(found, answered).values())
+assert common_draws(found, answered[:1]) == [1, 2]
 print(len(made), "rows of the toy")
 graded_answers(found, answered)[["question", "mean", "low", "high", "p", "p_equal", "says"]].round(3)
 
@@ -654,18 +666,19 @@ graded_answers(found, answered)[["question", "mean", "low", "high", "p", "p_equa
 #
 # ## The command
 #
-# `python -m sdpo_nb.experiments known_truth --minutes 8 --folder OUT` goes on with the plan for some minutes, on whatever device there is. Everything of `run_timed` holds: a finished cell is written at once, and what does not fit is not begun. `known_truth_teacher` is the same with the teacher's pairs, for DPO and three arms of stages. `known_truth_rehearsal` tries all parts on few problems, without a search.
+# `python -m sdpo_nb.experiments known_truth --minutes 8 --folder OUT` goes on with the plan for some minutes, on whatever device there is. Everything of `run_timed` holds: a finished cell is written at once, and what does not fit is not begun. `known_truth_teacher` is the same with the teacher's pairs, for DPO and three arms of stages. `known_truth_cpu` is the [smaller version](known_truth.ipynb) for a processor. `known_truth_rehearsal` tries all parts on few problems, without a search.
 #
 # If you have a card for some minutes only, you call it again and again, with the same folder. The file of rows is all that a call needs from the one before.
 
 # %%
 #| export
 TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
-SETTLED = dict(beta=0.1, lr=1e-5)   # of a rehearsal, which has no search
+SETTLED = dict(beta=0.1, lr=1e-5)   # where there is no search
 REHEARSAL = dict(n=2, tests=1, settings=COMMON | dict(epochs=1))
 PLANS = { # name -> of `graded_plan`, of `load_graded`
     "known_truth": (dict(), dict()),
     "known_truth_teacher": (dict(arms=TEACHER_ARMS, teacher=True), dict()),
+    "known_truth_cpu": (dict(arms=CPU_ARMS, draws=CPU_DRAWS, settings=SETTLED, borrowed=CPU_BORROWED), CPU_SAMPLES),
     "known_truth_rehearsal": (dict(arms=("S", "DPO"), draws=(1,), settings=SETTLED), REHEARSAL),
 }
 
@@ -686,6 +699,14 @@ def run_known_truth(
         if isinstance(cell, WritingCell): return run_writing(cell, graded)
         return run_graded(cell, graded)
     return run_timed(name, graded_plan(graded, **wanted), run, folder, minutes, graded.base.model.device)
+
+def read_known_truth(
+    name: str,    # of PLANS
+) -> FoundArms:
+    "The rows of an experiment, from the results that travel with the package or were brought back."
+    wanted, loaded = PLANS[name]
+    sizes = {what: loaded[what] for what in ("n", "tests", "validation") if what in loaded}
+    return arrange_graded(read_results(name), **sizes, **wanted)
 
 
 # %% [markdown]

@@ -40,7 +40,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.graded import TASKS, grade
-from sdpo_nb.graded_cells import arrange_graded, draw_problems, graded_answers
+from sdpo_nb.graded_cells import common_draws, draw_problems, graded_answers, read_known_truth
 from sdpo_nb.partition import wilson
 from sdpo_nb.timed import read_results
 
@@ -337,17 +337,32 @@ words.rename_axis(columns="true difference").round(3)
 # %% [markdown]
 # ## Where the answers will come from
 #
-# The grid needs a graphics card, and has not been run. The [command](graded_cells.ipynb) is
+# The grid needs a graphics card. The [command](graded_cells.ipynb) is
 #
 #     python -m sdpo_nb.experiments known_truth --minutes 8 --folder OUT
 #
-# and it goes on where it was stopped. Rows that are brought back into `../shared/results` are found here:
+# and it goes on where it was stopped. Rows that are brought back into `../shared/results` are found here.
+#
+# Without a card there is a *smaller version*, `known_truth_cpu`: four of the eight questions, eight draws of 300 problems to learn from and 300 to be tested with, one setting for all arms and no search. Answers are computed in bf16. Eight draws are just enough for four questions.
 
 # %%
-found = arrange_graded(read_results("known_truth"))
-complete = len(found.rows.get("DPO", {}))
-if complete < 2: print(f"{complete} draws are there: no answers yet")
-else: display(graded_answers(found).round(3))
+#| export
+CPU_ARMS = ("S", "DPO", "sDPO", "sDPO, hard first")
+CPU_BORROWED = ("sDPO at DPO's beta", "DPO at beta/T")
+CPU_QUESTIONS = QUESTIONS[QUESTIONS[["a", "b"]].isin(CPU_ARMS + CPU_BORROWED).all(axis=1)]
+CPU_DRAWS = range(1, 9)
+CPU_SAMPLES = dict(n=20, tests=20, how=dict(precision="bf16"), settings=COMMON | dict(batch_size=16))
+
+# %%
+assert smallest(len(CPU_DRAWS), len(CPU_QUESTIONS)) < 0.05 < smallest(len(CPU_DRAWS) - 1, len(CPU_QUESTIONS))
+CPU_QUESTIONS.set_index("question")
+
+# %%
+for name, questions, draws in (("known_truth_cpu", CPU_QUESTIONS, CPU_DRAWS), ("known_truth", QUESTIONS, DRAWS)):
+    found = read_known_truth(name)
+    complete = common_draws(found, questions)
+    print(f"{name}: {len(complete)} of {len(draws)} draws are there")
+    if len(complete) > 1: display(graded_answers(found, questions).round(3))
 
 # %% [markdown]
 # ## A rehearsal
