@@ -39,8 +39,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from sdpo_nb.evaluate import kl_along
+from sdpo_nb.graded import answer_text, sampled_ids
 from sdpo_nb.in_memory import Base, load_S, train_stages
-from sdpo_nb.logprobs import LogprobTable, load_tokenizer, pair_tokens, pairs_hash, read_table, replacing
+from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer
+from sdpo_nb.logprobs import pair_tokens, pairs_hash, read_table, replacing
 from sdpo_nb.packing import PARTS
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.smollm2 import ARMS, BORROWED, CPU_ARMS, CPU_DRAWS, CPU_LONGEST, CPU_PAIRS, CPU_SETTINGS
@@ -382,12 +385,52 @@ for arm in ("sDPO, fixed reference", "sDPO, target S", "Pre-DPO"):
     assert abs(first[arm][1] - math.log(2)) > 1e-3
 first
 
-
 # %% [markdown]
 # There is one number for each stage. S has no stage. The loss of fine-tuning, 0.3798, is of another kind and has nothing to do with $\log 2$. Three second stages begin elsewhere: those of *fixed reference*, *target S* and *Pre-DPO*.
 #
 # The second stage of *target S* begins at S and is held near $M_1$, that of *fixed reference* the other way round. Both begin where the two models differ. *Pre-DPO* does what *target S* does, with all pairs in both stages.
 #
+# ## What it writes
+#
+# Log-probabilities of given responses say nothing about what a model would write. So every model of the main part also answers some held-out prompts, four of each source, with up to 48 tokens: once greedily, to be read, and once at temperature 1, to see along that reply how far the model is from S.
+
+# %%
+#| export
+ASKED, LONGEST_REPLY = 4, 48 # held-out prompts of each source; tokens
+
+def replies_of(
+    model,                   # as it writes now
+    S,                       # as it is
+    tokenizer,               # of both
+    pairs: list,             # with source, role and prompt_ids
+    precision: str = "fp32", # in which replies are written
+) -> dict:                   # asked: numbers of pairs; replies: greedy texts; kl: nats along sampled replies
+    "What a model writes to the first held-out prompts of each source."
+    asked = {pair["source"]: [] for pair in pairs}
+    for number, pair in enumerate(pairs):
+        found = asked[pair["source"]]
+        if pair["role"] == "held out" and len(found) < ASKED: found.append(number)
+    numbers = [number for found in asked.values() for number in found]
+    prompts = [[int(i) for i in pairs[number]["prompt_ids"]] for number in numbers]
+    how = dict(max_new=LONGEST_REPLY, precision=precision)
+    greedy, sampled = (sampled_ids(model, tokenizer, prompts, tau, **how) for tau in (0., 1.))
+    kl = kl_along(model, S, tokenizer, prompts, sampled, batch=4)
+    texts = [answer_text(tokenizer, ids) for ids in greedy]
+    return dict(asked=numbers, replies=texts, kl=np.round(kl.numpy(), 3).tolist())
+
+
+# %% [markdown]
+# The base of the tiny world and the model of the last arm, on two prompts. S is at no distance from itself.
+
+# %%
+tokenizer, S = load_tokenizer(world.base), load_model(world.base).eval()
+last = replies_of(base.model.eval(), S, tokenizer, pairs)
+own = replies_of(S, S, tokenizer, pairs)
+assert max(own["kl"]) == 0 < min(last["kl"])
+pd.DataFrame({"prompt": own["asked"], "S": own["replies"], arm: last["replies"], "KL": last["kl"]}).head(4)
+
+
+# %% [markdown]
 # ## The plan
 #
 # S first; then the search; then, when the search is complete, all arms draw by draw. So whatever is finished is a number of whole draws, and a part of one.
@@ -603,8 +646,14 @@ def run_real(
     about = content_hash([pairs_hash(pairs), base.hash])
     table_S = base.score(pairs, folder / "S")
     design = design_of(name, about)
+    tokenizer = load_tokenizer(str(model))
+    S, writer = (load_model(str(model), str(base.model.device)).eval() for _ in range(2)) # layers of base may be compiled
 
-    def run(cell): return run_real_cell(cell, base, pairs, table_S, **settings)
+    def run(cell):
+        row = run_real_cell(cell, base, pairs, table_S, **settings)
+        if cell.only: return row
+        with torch.no_grad(): writer.load_state_dict((base.model if cell.stages else S).state_dict())
+        return row | replies_of(writer, S, tokenizer, pairs, base.precision)
     return run_timed(name, design.plan, run, folder, minutes, base.model.device)
 
 
@@ -727,7 +776,7 @@ assert arrange("rehearsal", []).missing is None
 # ## What you now have
 #
 # - `prepare_ids`: pairs with roles, as a small file of ids.
-# - `run_real_cell`: an arm in a draw, measured after every stage.
+# - `run_real_cell`: an arm in a draw, measured after every stage; `replies_of`: what it then writes.
 # - `run_real`: an experiment that goes on for some minutes; `arrange`: its rows by arm and draw.
 #
 # ## Questions to test yourself
