@@ -83,16 +83,20 @@ def _with_other_letters(prompt: str) -> str:
 
 def prompts_of_split(
     world: int,     # its seed
-    split: str,     # validation, test, seven letters, other letters
+    split: str,     # validation, test, seven letters, up to seven letters, other letters
 ) -> list[str]:
     """The prompts that a cell is measured on, in the order of its stored rewards.
     Raises ValueError for a split that is not there."""
     if split in ("validation", "test"): return world_texts(world)[split]
     if split == "seven letters": return make_prompts(300, "test", random.Random(world), lengths=(7, 7))
+    if split == "up to seven letters":
+        longer = prompts_of_split(world, "seven letters")
+        return prompts_of_split(world, "test")[:len(longer)] + longer
     if split == "other letters":
         prompts = world_texts(world)["test"]
         return [_with_other_letters(p) for p in prompts if not p.startswith("shift ")]
-    raise ValueError(f"split: {split!r} is none of validation, test, seven letters, other letters")
+    raise ValueError(f"split: {split!r} is none of validation, test, seven letters, "
+                     "up to seven letters, other letters")
 
 # %% ../nbs/experiments/cells.ipynb #23a85834
 def answers_to_choose_from(

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
            'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'ORDER_NOISE', 'ORDERS', 'LADDERS', 'CHOICE_WORLDS',
-           'ORDER_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'UNTESTED', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells',
-           'search_cells', 'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid',
-           'question_values', 'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid',
-           'finite_data_apart_grid', 'finite_data_three_passes_grid', 'why_it_works_grid', 'paper_in_miniature_grid',
-           'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells',
-           'start_cells', 'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
-           'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum',
-           'answer_together', 'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid']
+           'ORDER_QUESTIONS', 'BUILDS_ON_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'UNTESTED', 'GRIDS', 'OTHER_DRAWS',
+           'SEARCHES', 'pilot_cells', 'search_cells', 'search_table', 'choose_settings', 'chosen_settings', 'Condition',
+           'primary_grid', 'question_values', 'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid',
+           'finite_data_grid', 'finite_data_apart_grid', 'finite_data_three_passes_grid', 'why_it_works_grid',
+           'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid',
+           'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body', 'which_architecture_grid',
+           'top_of_ladder', 'Ladder', 'order_ladders', 'builds_on_ladders', 'elsewhere_ladders', 'ladder_cells',
+           'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together',
+           'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -381,6 +382,7 @@ class Ladder:
     rates: tuple = (1e-4,)                       # learning rates
     settings: dict = field(default_factory=dict) # of StepwiseConfig; the same on every rung
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
+    split: str = "test"                          # prompts it is measured on
 
     def rung(
         self,
@@ -388,7 +390,7 @@ class Ladder:
         lr: float,
     ) -> Condition:
         "The condition at these settings."
-        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data)
+        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data, self.split)
 
 def _betas(low, rungs=5): return tuple(round(low * 2 ** rung, 6) for rung in range(rungs))
 
@@ -404,6 +406,17 @@ def order_ladders() -> dict: # arm -> Ladder
         ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.05), settings=fixed, data=ORDER_NOISE)
     for name in ("easy first", "hard first"):
         ladders[f"{name}, moving, without noise"] = Ladder("sDPO", _betas(0.3), settings=dict(order=ORDERS[name]))
+    return ladders
+
+def builds_on_ladders() -> dict: # arm -> Ladder
+    "Orders and references, where the hard source builds on the easy one; two stages."
+    asked = dict(data=("taught letters",), split="up to seven letters")
+    ladders = {"all at once": Ladder("DPO", _betas(0.1), **asked)}
+    for name, order in ORDERS.items():
+        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.5), settings=dict(order=order, chunks=2), **asked)
+    for name in ("easy first", "hard first"):
+        fixed = dict(order=ORDERS[name], chunks=2, reference="fixed")
+        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.25), settings=fixed, **asked)
     return ladders
 
 def elsewhere_ladders() -> dict: # arm -> Ladder
@@ -424,6 +437,7 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
 
 LADDERS = { # grid -> function that makes its ladders
     "when_order_matters": order_ladders,
+    "builds_on": builds_on_ladders,
     "tuned_elsewhere": elsewhere_ladders,
 }
 CHOICE_WORLDS = range(11, 16)
@@ -483,6 +497,12 @@ ORDER_QUESTIONS = { # question -> arm -> weight
         {"easy first, fixed": 1, "hard first, fixed": -1},
     "stepwise, easy first, against all at once":
         {"easy first, moving": 1, "all at once": -1},
+}
+BUILDS_ON_QUESTIONS = { # question -> arm -> weight
+    "easy first against hard first": {"easy first, moving": 1, "hard first, moving": -1},
+    "easy first against random order": {"easy first, moving": 1, "random order, moving": -1},
+    "easy first against hard first, fixed reference": {"easy first, fixed": 1, "hard first, fixed": -1},
+    "stepwise, easy first, against all at once": {"easy first, moving": 1, "all at once": -1},
 }
 ELSEWHERE_QUESTIONS = { # question -> arm -> weight
     "stepwise against plain": {"sDPO": 1, "DPO": -1},
@@ -545,6 +565,7 @@ GRIDS = { # name -> function that makes it
     "finite_data_apart": finite_data_apart_grid,
     "finite_data_three_passes": finite_data_three_passes_grid,
     "when_order_matters": lambda: tuned_grid("when_order_matters"),
+    "builds_on": lambda: tuned_grid("builds_on"),
     "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
@@ -561,6 +582,7 @@ SEARCHES = { # name -> function that makes its cells
     "search": search_cells,
     "search_bodies": _search_bodies,
     "choose_when_order_matters": lambda: ladder_cells("when_order_matters"),
+    "choose_builds_on": lambda: ladder_cells("builds_on"),
     "choose_tuned_elsewhere": lambda: ladder_cells("tuned_elsewhere"),
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .logprobs import score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, sdpo
-from .world import World, edit_distance, make_pairs, true_reward
+from .world import World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
 
 # %% ../nbs/experiments/training_data.ipynb #e3ea3425
 def _prompt(row): return row["prompt"][-1]["content"]
@@ -113,6 +113,24 @@ def _with_graded_noise(world, base, tokenizer, *shares): # of pairs that are swa
     return noisy
 
 TRAINING_DATA["graded noise"] = _with_graded_noise
+
+# %% ../nbs/experiments/training_data.ipynb #cea7e838
+def _with_taught_letters(world, base, tokenizer): # two sources of about the same size
+    rows = _by_source(world, base, tokenizer)["digest"]
+    rng = random.Random(_prompt(rows[0]))                           # other prompts in another world
+    prompts = make_prompts(len(rows), "preference", rng, lengths=(7, 7))
+    taught = []
+    for prompt, written in zip(prompts, respond(base, tokenizer, prompts, seed=30_000)):
+        if written == answer(prompt): continue
+        taught.append(dict(
+            prompt=[dict(role="user", content=prompt)],
+            chosen=[dict(role="assistant", content=answer(prompt))],
+            rejected=[dict(role="assistant", content=written)],
+            flipped=False,
+        ))
+    return {"six letters": rows, "seven letters": _without_empty(taught)}
+
+TRAINING_DATA["taught letters"] = _with_taught_letters
 
 # %% ../nbs/experiments/training_data.ipynb #b2e10ada
 COMMON_SETTINGS = dict( # of StepwiseConfig, in every run of the experiments unless a cell says otherwise

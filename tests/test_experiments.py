@@ -83,7 +83,12 @@ def test_arms_of_a_ladder_differ_in_what_they_are_named_after_and_nothing_else()
     assert set(elsewhere) == {"DPO", "DPO, six passes", "sDPO", "sDPO, fixed reference", *cells.RELATIVES}
     assert all(ladder.method == arm and not ladder.settings for arm, ladder in elsewhere.items() if arm != "DPO, six passes")
     assert elsewhere["DPO, six passes"].settings == dict(epochs=6)
-    for ladder in [*ladders.values(), *elsewhere.values()]: assert len(ladder.betas) == 5 and np.allclose(np.diff(np.log2(ladder.betas)), 1)
+    builds_on = questions.builds_on_ladders()
+    assert list(builds_on) == ["all at once", "easy first, moving", "random order, moving", "hard first, moving", "easy first, fixed", "hard first, fixed"]
+    for arm, ladder in builds_on.items():
+        assert ladder.data == ("taught letters",) and ladder.split == "up to seven letters" == ladder.rung(1., 1e-4).split
+        assert ladder.settings == ({} if arm == "all at once" else dict(order=questions.ORDERS[arm.split(", ")[0]], chunks=2) | (dict(reference="fixed") if "fixed" in arm else {}))
+    for ladder in [*ladders.values(), *elsewhere.values(), *builds_on.values()]: assert len(ladder.betas) == 5 and np.allclose(np.diff(np.log2(ladder.betas)), 1)
 
 
 def test_settings_are_chosen_where_nothing_is_measured():
@@ -123,7 +128,7 @@ def test_what_was_chosen_becomes_the_grid(monkeypatch, tmp_path):
 
 
 def test_questions_of_the_ladders_are_differences_of_arms():
-    for asked, grid in ((questions.ORDER_QUESTIONS, "when_order_matters"), (questions.ELSEWHERE_QUESTIONS, "tuned_elsewhere")):
+    for asked, grid in ((questions.ORDER_QUESTIONS, "when_order_matters"), (questions.BUILDS_ON_QUESTIONS, "builds_on"), (questions.ELSEWHERE_QUESTIONS, "tuned_elsewhere")):
         for arms in asked.values(): assert sum(arms.values()) == 0 and set(arms) <= set(questions.LADDERS[grid]())
     g = np.random.default_rng(0)
     found = {arm: rows(0.8 + g.normal(0, 0.005, (10, 2, 20))) for arm in questions.order_ladders()}

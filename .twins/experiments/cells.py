@@ -148,7 +148,7 @@ assert usual.key != larger_beta.key
 #
 # First the prompts. Most cells are measured on the `test` prompts of their world, the searches on `validation`. Two kinds of
 # prompts are unlike anything that a model of the world has seen: strings of seven letters, and strings of the eleven letters after *k*, which
-# occur in no string and no answer. (Six of them occur in the names of the skills. The skill *shift* has no answer there and is left out.)
+# occur in no string and no answer. (Six of them occur in the names of the skills. The skill *shift* has no answer there and is left out.) One experiment asks both the strings that S knows and longer ones, half and half.
 
 # %%
 #| export
@@ -159,21 +159,25 @@ def _with_other_letters(prompt: str) -> str:
 
 def prompts_of_split(
     world: int,     # its seed
-    split: str,     # validation, test, seven letters, other letters
+    split: str,     # validation, test, seven letters, up to seven letters, other letters
 ) -> list[str]:
     """The prompts that a cell is measured on, in the order of its stored rewards.
     Raises ValueError for a split that is not there."""
     if split in ("validation", "test"): return world_texts(world)[split]
     if split == "seven letters": return make_prompts(300, "test", random.Random(world), lengths=(7, 7))
+    if split == "up to seven letters":
+        longer = prompts_of_split(world, "seven letters")
+        return prompts_of_split(world, "test")[:len(longer)] + longer
     if split == "other letters":
         prompts = world_texts(world)["test"]
         return [_with_other_letters(p) for p in prompts if not p.startswith("shift ")]
-    raise ValueError(f"split: {split!r} is none of validation, test, seven letters, other letters")
+    raise ValueError(f"split: {split!r} is none of validation, test, seven letters, "
+                     "up to seven letters, other letters")
 
 
 # %%
 rows = {}
-for split in ("validation", "test", "seven letters", "other letters"):
+for split in ("validation", "test", "seven letters", "up to seven letters", "other letters"):
     prompts = prompts_of_split(0, split)
     rows[split] = dict(prompts=len(prompts), first=prompts[0], second=prompts[1])
 

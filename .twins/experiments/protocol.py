@@ -555,6 +555,7 @@ def small_cells() -> list[Cell]:
         cell("Pre-DPO"),
         cell(data=("one source",), chunks=3),
         cell(data=("graded noise", 0., 0.15, 0.35)),
+        cell(data=("taught letters",), split="up to seven letters", chunks=2),
         cell(data=("skills",)),
         cell(data=("without", "sort")),
         cell(data=("same prompts", 3), order="as_given"),

@@ -723,7 +723,7 @@ beta, round(reward, 3)
 
 
 # %% [markdown]
-# Now the arms of both pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives.
+# Now the arms of three pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives.
 
 # %%
 #| export
@@ -735,6 +735,7 @@ class Ladder:
     rates: tuple = (1e-4,)                       # learning rates
     settings: dict = field(default_factory=dict) # of StepwiseConfig; the same on every rung
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
+    split: str = "test"                          # prompts it is measured on
 
     def rung(
         self,
@@ -742,7 +743,7 @@ class Ladder:
         lr: float,
     ) -> Condition:
         "The condition at these settings."
-        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data)
+        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data, self.split)
 
 def _betas(low, rungs=5): return tuple(round(low * 2 ** rung, 6) for rung in range(rungs))
 
@@ -758,6 +759,17 @@ def order_ladders() -> dict: # arm -> Ladder
         ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.05), settings=fixed, data=ORDER_NOISE)
     for name in ("easy first", "hard first"):
         ladders[f"{name}, moving, without noise"] = Ladder("sDPO", _betas(0.3), settings=dict(order=ORDERS[name]))
+    return ladders
+
+def builds_on_ladders() -> dict: # arm -> Ladder
+    "Orders and references, where the hard source builds on the easy one; two stages."
+    asked = dict(data=("taught letters",), split="up to seven letters")
+    ladders = {"all at once": Ladder("DPO", _betas(0.1), **asked)}
+    for name, order in ORDERS.items():
+        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.5), settings=dict(order=order, chunks=2), **asked)
+    for name in ("easy first", "hard first"):
+        fixed = dict(order=ORDERS[name], chunks=2, reference="fixed")
+        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.25), settings=fixed, **asked)
     return ladders
 
 def elsewhere_ladders() -> dict: # arm -> Ladder
@@ -778,6 +790,7 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
 
 LADDERS = { # grid -> function that makes its ladders
     "when_order_matters": order_ladders,
+    "builds_on": builds_on_ladders,
     "tuned_elsewhere": elsewhere_ladders,
 }
 CHOICE_WORLDS = range(11, 16)
@@ -856,7 +869,7 @@ for arm, ladder in order_ladders().items():
 complaint(choose_on_ladders, "when_order_matters", invented_choice(2.))
 
 # %% [markdown]
-# And the questions of the two pages. A question is a sum of arms with weights: 1 for the first, -1 for the second; one of them compares two differences.
+# And the questions of the three pages. A question is a sum of arms with weights: 1 for the first, -1 for the second; one of them compares two differences.
 
 # %%
 #| export
@@ -870,6 +883,12 @@ ORDER_QUESTIONS = { # question -> arm -> weight
         {"easy first, fixed": 1, "hard first, fixed": -1},
     "stepwise, easy first, against all at once":
         {"easy first, moving": 1, "all at once": -1},
+}
+BUILDS_ON_QUESTIONS = { # question -> arm -> weight
+    "easy first against hard first": {"easy first, moving": 1, "hard first, moving": -1},
+    "easy first against random order": {"easy first, moving": 1, "random order, moving": -1},
+    "easy first against hard first, fixed reference": {"easy first, fixed": 1, "hard first, fixed": -1},
+    "stepwise, easy first, against all at once": {"easy first, moving": 1, "all at once": -1},
 }
 ELSEWHERE_QUESTIONS = { # question -> arm -> weight
     "stepwise against plain": {"sDPO": 1, "DPO": -1},
@@ -918,7 +937,12 @@ def as_formula(
 
 
 # %%
-for questions, grid in ((ORDER_QUESTIONS, "when_order_matters"), (ELSEWHERE_QUESTIONS, "tuned_elsewhere")):
+asked = {
+    "when_order_matters": ORDER_QUESTIONS,
+    "builds_on": BUILDS_ON_QUESTIONS,
+    "tuned_elsewhere": ELSEWHERE_QUESTIONS,
+}
+for grid, questions in asked.items():
     for arms in questions.values():
         assert sum(arms.values()) == 0
         assert set(arms) <= set(LADDERS[grid]())
@@ -958,6 +982,7 @@ GRIDS = { # name -> function that makes it
     "finite_data_apart": finite_data_apart_grid,
     "finite_data_three_passes": finite_data_three_passes_grid,
     "when_order_matters": lambda: tuned_grid("when_order_matters"),
+    "builds_on": lambda: tuned_grid("builds_on"),
     "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
@@ -974,6 +999,7 @@ SEARCHES = { # name -> function that makes its cells
     "search": search_cells,
     "search_bodies": _search_bodies,
     "choose_when_order_matters": lambda: ladder_cells("when_order_matters"),
+    "choose_builds_on": lambda: ladder_cells("builds_on"),
     "choose_tuned_elsewhere": lambda: ladder_cells("tuned_elsewhere"),
 }
 

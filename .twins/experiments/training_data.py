@@ -38,7 +38,7 @@ from torch import Tensor
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
-from sdpo_nb.world import World, edit_distance, make_pairs, true_reward
+from sdpo_nb.world import World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
 
 # %%
 import pandas as pd
@@ -300,8 +300,59 @@ for name, rows in noisy.items():
     }
 pd.DataFrame(table).T.round(2)
 
+
 # %% [markdown]
 # With noise 38 % of the labels in the hard source are wrong. Where labels are swapped, S comes closer to one half. The order of the sources stays the same in this world, but only by 0.55 against 0.51.
+#
+# ## A source that S could not have written
+#
+# All pairs so far were written by S, so every chosen response is one that S gives now and then. Real sources are not like that: a stronger model or a person wrote the chosen response. The kind `taught letters` has two sources. *Six letters* is the middle source of the world, with strings of three to six letters. *Seven letters* has strings one letter longer than any in the demonstrations of S. There the chosen response is the right answer, which S never gives, and the rejected one is what S wrote.
+#
+# So the hard source builds on the easy one. Who answers seven letters well needs the right rule, which six letters teach too, and has to go on after the sixth letter, which nothing else teaches.
+
+# %%
+#| export
+def _with_taught_letters(world, base, tokenizer): # two sources of about the same size
+    rows = _by_source(world, base, tokenizer)["digest"]
+    rng = random.Random(_prompt(rows[0]))                           # other prompts in another world
+    prompts = make_prompts(len(rows), "preference", rng, lengths=(7, 7))
+    taught = []
+    for prompt, written in zip(prompts, respond(base, tokenizer, prompts, seed=30_000)):
+        if written == answer(prompt): continue
+        taught.append(dict(
+            prompt=[dict(role="user", content=prompt)],
+            chosen=[dict(role="assistant", content=answer(prompt))],
+            rejected=[dict(role="assistant", content=written)],
+            flipped=False,
+        ))
+    return {"six letters": rows, "seven letters": _without_empty(taught)}
+
+TRAINING_DATA["taught letters"] = _with_taught_letters
+
+# %% [markdown]
+# How much does S like the chosen responses? In the first source more than half of them. And in the second?
+
+# %%
+taught = TRAINING_DATA["taught letters"](world, base, tokenizer)
+table = {}
+for name, rows in taught.items():
+    asked = tokenize_pairs(load_pairs(rows), tokenizer, "pairs", 64, 32).pairs
+    gamma = score_pairs(base, asked).gamma(asked)
+    letters = [len(_rejected(row)) for row in rows]
+    prefers = (gamma > 0).double().mean().item()
+    table[name] = {
+        "pairs": len(rows),
+        "S prefers chosen": prefers,
+        "mean gamma (nats)": gamma.mean().item(),
+        "longest rejected response (letters)": max(letters),
+    }
+assert table["six letters"]["S prefers chosen"] > 0.5
+assert table["seven letters"]["S prefers chosen"] < 0.1
+assert table["seven letters"]["mean gamma (nats)"] < -3
+pd.DataFrame(table).T.round(2)
+
+# %%
+for row in taught["seven letters"][:3]: print(f"{_prompt(row)}: {_chosen(row)} rather than {_rejected(row)}")
 
 # %% [markdown]
 # ## What is the same in all runs
@@ -521,7 +572,7 @@ pd.DataFrame(written).T.astype({"pairs": int})
 #
 # ## What you now have
 #
-# - `TRAINING_DATA`: nine kinds of pairs, by name.
+# - `TRAINING_DATA`: ten kinds of pairs, by name.
 # - `true_gap` and `pair_measure`: what a world knows of a pair that nobody else could know.
 # - A function that writes and labels pairs between stages.
 #
