@@ -124,6 +124,7 @@ def draw_contrasts(
 # %% ../nbs/experiments/known_truth.ipynb #c9c3c0cb
 CPU_ARMS = ("S", "DPO", "sDPO", "sDPO, hard first")
 CPU_BORROWED = ("sDPO at DPO's beta", "DPO at beta/T")
-CPU_QUESTIONS = QUESTIONS[QUESTIONS[["a", "b"]].isin(CPU_ARMS + CPU_BORROWED).all(axis=1)]
+_there = CPU_ARMS + CPU_BORROWED
+CPU_QUESTIONS = QUESTIONS[QUESTIONS["a"].isin(_there) & QUESTIONS["b"].isin(_there)]
 CPU_DRAWS = range(1, 9)
 CPU_SAMPLES = dict(n=20, tests=20, how=dict(precision="bf16"), settings=COMMON | dict(batch_size=16))

@@ -13,7 +13,7 @@ __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMAR
            'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body', 'which_architecture_grid',
            'top_of_ladder', 'Ladder', 'order_ladders', 'builds_on_ladders', 'elsewhere_ladders', 'ladder_cells',
            'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together',
-           'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid']
+           'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid', 'measured_on_ladders']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -409,14 +409,15 @@ def order_ladders() -> dict: # arm -> Ladder
     return ladders
 
 def builds_on_ladders() -> dict: # arm -> Ladder
-    "Orders and references, where the hard source builds on the easy one; two stages."
-    asked = dict(data=("taught letters",), split="up to seven letters")
-    ladders = {"all at once": Ladder("DPO", _betas(0.1), **asked)}
-    for name, order in ORDERS.items():
-        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.5), settings=dict(order=order, chunks=2), **asked)
-    for name in ("easy first", "hard first"):
-        fixed = dict(order=ORDERS[name], chunks=2, reference="fixed")
-        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.25), settings=fixed, **asked)
+    "Two sources in both orders with both references; and both orders where the taught strings are short."
+    rates, split = (1e-4, 3e-4), "up to seven letters"
+    given = dict(order="as_given")
+    fixed = given | dict(reference="fixed")
+    ladders = {"all at once": Ladder("DPO", _betas(0.1), rates, data=("taught letters", 7, 7), split=split)}
+    for name, kind in (("own first", "taught letters"), ("taught first", "taught letters first")):
+        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.5), rates, given, (kind, 7, 7), split)
+        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.25), rates, fixed, (kind, 7, 7), split)
+        ladders[f"{name}, moving, short"] = Ladder("sDPO", _betas(0.25), rates, given, (kind, 3, 6))
     return ladders
 
 def elsewhere_ladders() -> dict: # arm -> Ladder
@@ -499,10 +500,15 @@ ORDER_QUESTIONS = { # question -> arm -> weight
         {"easy first, moving": 1, "all at once": -1},
 }
 BUILDS_ON_QUESTIONS = { # question -> arm -> weight
-    "easy first against hard first": {"easy first, moving": 1, "hard first, moving": -1},
-    "easy first against random order": {"easy first, moving": 1, "random order, moving": -1},
-    "easy first against hard first, fixed reference": {"easy first, fixed": 1, "hard first, fixed": -1},
-    "stepwise, easy first, against all at once": {"easy first, moving": 1, "all at once": -1},
+    "own first against taught first":
+        {"own first, moving": 1, "taught first, moving": -1},
+    "the same, minus what it is with short strings":
+        {"own first, moving": 1, "taught first, moving": -1,
+         "own first, moving, short": -1, "taught first, moving, short": 1},
+    "own first against taught first, fixed reference":
+        {"own first, fixed": 1, "taught first, fixed": -1},
+    "stepwise, own first, against all at once":
+        {"own first, moving": 1, "all at once": -1},
 }
 ELSEWHERE_QUESTIONS = { # question -> arm -> weight
     "stepwise against plain": {"sDPO": 1, "DPO": -1},
@@ -623,3 +629,16 @@ def load_grid(
         raise ValueError(f"{grid}: {', '.join(doubled)} was run with more than one S; "
                          "delete the older rows and run them again")
     return found
+
+# %% ../nbs/experiments/questions.ipynb #2b1e56b0
+def measured_on_ladders(
+    grid: str, # of LADDERS
+) -> dict:     # arm -> rows of the table of runs; empty while some are missing
+    "What was measured at the settings that the ladders chose; prints how much there is."
+    there = {}
+    for what in (f"choose_{grid}", grid):
+        cells = all_cells_of(what)
+        there[what] = len(stored_rows(cells)), len(cells)
+        print(f"{what}: {there[what][0]} of {there[what][1]} cells have been run")
+    done, wanted = there[grid]
+    return load_grid(grid) if done == wanted > 0 else {}

@@ -250,7 +250,7 @@ def _beside(row, S):
         "prefers chosen": by_sum,
         "per token": by_token,
         "chosen - S (nats)": test["chosen"].mean(),
-        "KL (nats)": np.mean(row.get("kl", math.nan)),
+        "KL of 48 tokens (nats)": np.mean(row.get("kl", math.nan)),
         "forgotten": _forgotten(row, S),
         "loss sd": np.mean([stability(stage["losses"])["sd"] for stage in row["stages"]]),
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 from .logprobs import score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, sdpo
-from .world import World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
+from .world import ALPHABET, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
 
 # %% ../nbs/experiments/training_data.ipynb #e3ea3425
 def _prompt(row): return row["prompt"][-1]["content"]
@@ -115,11 +115,11 @@ def _with_graded_noise(world, base, tokenizer, *shares): # of pairs that are swa
 TRAINING_DATA["graded noise"] = _with_graded_noise
 
 # %% ../nbs/experiments/training_data.ipynb #cea7e838
-def _with_taught_letters(world, base, tokenizer): # two sources of about the same size
-    rows = _by_source(world, base, tokenizer)["digest"]
-    rng = random.Random(_prompt(rows[0]))                           # other prompts in another world
-    prompts = make_prompts(len(rows), "preference", rng, lengths=(7, 7))
-    taught = []
+def _with_taught_letters(world, base, tokenizer, *lengths): # shortest and longest taught string
+    own, taught = _by_source(world, base, tokenizer)["digest"], []
+    used = {_prompt(row) for row in own}
+    rng = random.Random(_prompt(own[0]))        # so that every world has prompts of its own
+    prompts = make_prompts(len(own), "preference", rng, lengths, keep=lambda prompt: prompt not in used)
     for prompt, written in zip(prompts, respond(base, tokenizer, prompts, seed=30_000)):
         if written == answer(prompt): continue
         taught.append(dict(
@@ -128,9 +128,12 @@ def _with_taught_letters(world, base, tokenizer): # two sources of about the sam
             rejected=[dict(role="assistant", content=written)],
             flipped=False,
         ))
-    return {"six letters": rows, "seven letters": _without_empty(taught)}
+    return dict(own=own, taught=_without_empty(taught))
+
+def _with_taught_first(*asked): return dict(reversed(_with_taught_letters(*asked).items()))
 
 TRAINING_DATA["taught letters"] = _with_taught_letters
+TRAINING_DATA["taught letters first"] = _with_taught_first
 
 # %% ../nbs/experiments/training_data.ipynb #b2e10ada
 COMMON_SETTINGS = dict( # of StepwiseConfig, in every run of the experiments unless a cell says otherwise

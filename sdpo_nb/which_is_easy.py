@@ -77,7 +77,7 @@ EASY_PRIMARY = pd.DataFrame([
 def one_by_one(
     sources: list, # names, in their order
 ) -> list:         # stages: (pairs, start, reference)
-    "A stage for each source; target and reference of the next one are the model that this one made."
+    "A stage for each source. The next stage starts at the model that this one made, and has it as its reference."
     first, *others = sources
     return [(first, "S", "S"), *((source, "before", "before") for source in others)]
 

@@ -84,10 +84,12 @@ def test_arms_of_a_ladder_differ_in_what_they_are_named_after_and_nothing_else()
     assert all(ladder.method == arm and not ladder.settings for arm, ladder in elsewhere.items() if arm != "DPO, six passes")
     assert elsewhere["DPO, six passes"].settings == dict(epochs=6)
     builds_on = questions.builds_on_ladders()
-    assert list(builds_on) == ["all at once", "easy first, moving", "random order, moving", "hard first, moving", "easy first, fixed", "hard first, fixed"]
+    assert len(builds_on) == 7 and builds_on.pop("all at once").data == ("taught letters", 7, 7)
     for arm, ladder in builds_on.items():
-        assert ladder.data == ("taught letters",) and ladder.split == "up to seven letters" == ladder.rung(1., 1e-4).split
-        assert ladder.settings == ({} if arm == "all at once" else dict(order=questions.ORDERS[arm.split(", ")[0]], chunks=2) | (dict(reference="fixed") if "fixed" in arm else {}))
+        assert ladder.data[0] == ("taught letters first" if arm.startswith("taught first") else "taught letters")
+        assert (ladder.data[1:], ladder.split) == (((3, 6), "test") if "short" in arm else ((7, 7), "up to seven letters")) and ladder.rates == (1e-4, 3e-4)
+        assert ladder.settings == dict(order="as_given") | (dict(reference="fixed") if "fixed" in arm else {})
+        assert ladder.rung(1., 1e-4).split == ladder.split
     for ladder in [*ladders.values(), *elsewhere.values(), *builds_on.values()]: assert len(ladder.betas) == 5 and np.allclose(np.diff(np.log2(ladder.betas)), 1)
 
 

@@ -1,18 +1,18 @@
 # %% [markdown]
 # # When a hard source builds on an easy one
-# > Six letters first or seven letters first, where S could not have written the answers of the hard source.
+# > Own pairs first or taught pairs first, where S could not have written the answers of the hard source.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/builds_on.ipynb)
 #
-# **Four questions, asked and not yet answered.** In the other worlds of this book the sources teach the same skills, and no order of them was better than another. Here the hard source needs what the easy one teaches, and its chosen responses come from a teacher. A small trial points to a large difference. Questions and tests were committed before any run that counts.
+# **Four questions, asked and not yet answered.** In the usual worlds of this book all sources teach the same skills, and no difference between their orders was found. Here a teacher wrote the hard source, and S could not have written it. In a small trial, one world and one seed, easy first was ahead of hard first by 0.04 to 0.05, and all at once was ahead of both. Questions and tests were committed before any run that counts.
 #
 # **You should know** what stepwise DPO does ([chapter 14](../14_stepwise.ipynb)), and the pairs called [taught letters](training_data.ipynb). **Time** 10 minutes to read, seconds to run.
 #
 # <details><summary>Words used on this page</summary>
 #
 # - **S** is the model before alignment. **DPO** trains it on all pairs at once, held by $\beta$ at a *reference*, which is S. **Stepwise DPO** trains in two stages here, one for each *source* of pairs; the reference is the model of the stage before (*moving*), or always S (*fixed*).
-# - **Easy** is a source where S often finds the chosen response the likelier one. The method measures that itself.
-# - An **arm** is one way to train. Its **ladder** is the same arm at several $\beta$.
+# - **Own** pairs are two answers of S, and are easy: S is on the side of the label in six of ten. **Taught** pairs are the right answer against one of S, and are hard where they have seven letters: S is on the side of the label in hardly any.
+# - An **arm** is one way to train. Its **ladder** is the same arm at several $\beta$ and learning rates.
 # - **Reward** is the true reward of a sampled answer, between 0 and 1; half of the test prompts have six letters at most, half have seven. **KL** is the distance from S in nats.
 # - **+0.011 [+0.003, +0.020]** is the mean of paired differences and its 95 % interval.
 #
@@ -32,63 +32,71 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 import pandas as pd
-from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import plot_contrasts
-from sdpo_nb.questions import BUILDS_ON_QUESTIONS, all_cells_of, answer_together, as_formula, ladder_cells
-from sdpo_nb.questions import load_grid, tuned_grid, untested_differences
+from sdpo_nb.evaluate import as_text, interval
+from sdpo_nb.questions import BUILDS_ON_QUESTIONS, answer_together, as_formula, measured_on_ladders
+from sdpo_nb.questions import untested_differences, weighted_sum
 
 # %% [markdown]
 # ## A source that builds on another
 #
-# Who sorts seven letters must know how to sort, and must not stop after the sixth letter. S has seen strings of three to six letters, so it often sorts by the wrong rule, and always stops too early: it never gives a right answer of seven letters. The *easy* source has pairs of three to six letters, two answers of S each, and teaches the rules. The *hard* source has seven letters; the chosen answer is right and a teacher wrote it, the rejected one is what S wrote.
+# To sort seven letters, a model must know how to sort, and must not stop after the sixth. S fails at both. Many of its demonstrations follow a wrong rule, and none is longer than six letters: [of 12,000 answers](new_domain.ipynb) to seven letters none was right. It is the same with the other three skills. The *own* source has pairs of three to six letters, and teaches the right rules. The *taught* source has seven letters.
 #
-# The two differ in a second way: S prefers the chosen response in six of ten easy pairs, and in hardly any hard one. In the [real data](which_is_easy.ipynb) of the paper such a source would come from a stronger model.
+# They differ in more than what they build on. S prefers the chosen response in six of ten own pairs, and in no taught one. A teacher wrote the chosen responses of the taught source. And all its labels are right, while own pairs are labelled by Bradley-Terry, which errs. So whoever ends on the taught source ends on clean labels, and that alone could make own pairs first better. Therefore both orders are also run with taught strings that are *short*: the same teacher and clean labels, and nothing that builds on the other source.
 #
 # What should we expect?
 #
-# - *By equation (2) of [finite data](finite_data.ipynb)*, that a moving reference adds what its stages learn, so order does not matter, as long as each stage reaches its optimum. But an optimum for these pairs lies far from S, and a stage ends long before it. So where a stage *starts* may matter.
-# - *Forgetting.* What was learned last is freshest. Hard first ends on short strings and may stop after the sixth letter again.
-# - *A small trial* in the world that travels with the package, one seed, each arm at three $\beta$, on validation prompts: with a moving reference easy first was better than hard first at every $\beta$, by 0.04 to 0.05, and all at once at its best $\beta$ was better than both. It is the reason for this page, and its runs were not kept.
+# - *By equation (2) of [finite data](finite_data.ipynb)* a moving reference adds what its stages learn, so order does not matter, if every stage reaches its optimum. Here none can: in the taught source the chosen response always wins, so its best reward is without end. Where a stage *starts* may then matter.
+# - *Forgetting.* Taught first ends on short strings, and may stop after the sixth letter again. Own first ends on seven letters, and may go on too long where six were asked for. Each order can forget one half of the test.
+# - *The trial* was made in the world that travels with the package, on 300 validation prompts and as many of seven letters. With a moving reference own first was better at each of three $\beta$. It is the reason for this page, and its runs were not kept.
+#
+# In real data, too, a stronger model often writes the chosen responses. That alone does not make a source hard: in [which is easy](which_is_easy.ipynb) Orca is such a source, and by the sum it is the easiest.
 #
 # ## Four questions
 
 # %%
-pd.DataFrame({question: {"which is": as_formula(arms)} for question, arms in BUILDS_ON_QUESTIONS.items()}).T
+formulas = {question: {"which is": as_formula(arms)} for question, arms in BUILDS_ON_QUESTIONS.items()}
+with pd.option_context("display.max_colwidth", None): display(pd.DataFrame(formulas).T)
 
 # %% [markdown]
-# Settings, worlds, tests and margin are those of [when order matters](when_order_matters.ipynb): each arm has a ladder of five $\beta$, run in worlds 11 to 15; the top of a parabola is measured in worlds 1 to 10 with two seeds; a difference needs a p-value below 0.05 by sign flips over worlds, equality one by two one-sided tests within $\pm 0.02$, both corrected for four questions by Holm's method.
+# The second question asks whether building on is the reason. Its two arms with short strings are asked the usual test prompts, which have three to six letters, so that all of them are about what both sources teach.
 #
-# Beside the answers, and without tests, stand all arms against all at once, and the two halves of the test by themselves.
+# Worlds, tests and margin are those of [when order matters](when_order_matters.ipynb). Each arm has a ladder of five $\beta$ at two learning rates, run in worlds 11 to 15; the better of two tops is measured in worlds 1 to 10 with two seeds. If a best rung is at an end, a rung is added there first. A difference needs a p-value below 0.05 by sign flips over worlds, and an interval without 0. Equality needs a p-value below 0.05 by two one-sided tests within $\pm 0.02$. Both are corrected for four questions by Holm's method. How much such differences vary from world to world is not known yet here.
+#
+# The outcome is a mean over two halves. A difference of 0.04 in one half alone is 0.02 in the mean, the margin; so *equal* does not say that both halves are. Beside the answers, and without tests, stand all arms against all at once, and the two halves by themselves.
 #
 # ## What came out
 #
 # `python -m sdpo_nb.experiments choose_builds_on` runs the ladders and writes what was chosen; `... builds_on` measures.
 
 # %%
-cells = ladder_cells("builds_on")
-print(f"{len(stored_rows(cells))} of {len(cells)} rungs have been run in the worlds of the choice")
-grid = tuned_grid("builds_on")
-if grid:
-    cells = all_cells_of("builds_on")
-    print(f"{len(stored_rows(cells))} of {len(cells)} cells have been run at the chosen settings")
-    complete = len(stored_rows(cells)) == len(cells)
-if grid and complete:
-    found = load_grid("builds_on")
+found = measured_on_ladders("builds_on")
+if found:
     answers = answer_together(BUILDS_ON_QUESTIONS, found)
     display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
     plot_contrasts(answers, sides=("better: the second", "better: the first"))
-    display(untested_differences(found, "all at once"))
+
+# %%
+HALVES = {"six letters at most": slice(None, 300), "seven letters": slice(300, None)}
+if found:
+    longer = {arm: rows for arm, rows in found.items() if not arm.endswith("short")}
+    beside = untested_differences(longer, "all at once")
+    for label, half in HALVES.items():
+        differences = {arm: weighted_sum({arm: 1, "all at once": -1}, found)[..., half] for arm in beside.index}
+        beside[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
+    display(beside)
 
 # %% [markdown]
 # ## What this does not show
 #
-# - **Which of three things makes the order matter**, if it does: that the hard source builds on the easy one, that S cannot write its answers, or that another writer wrote them.
+# - **That the hard source needs the easy one.** Its own pairs teach the rules, too. No arm here trains on one source alone.
+# - **Which of two things makes seven letters hard**: that they build on six, or that S cannot write their answers.
 # - **A source that is hard for other reasons.** [When order matters](when_order_matters.ipynb) has bad labels.
 # - **Larger models.** S has 340 thousand parameters, and seven letters are one letter more than it knows.
 #
 # ## What you now have
 #
-# - Worlds whose hard source builds on the easy one, and four questions with tests.
+# - Worlds whose hard source builds on the easy one, a control in which it does not, and four questions with tests.
 #
 # ## Questions to test yourself
 #
@@ -113,6 +121,6 @@ if grid and complete:
 #
 #   <details><summary>What you should see</summary>
 #
-#   Answers are cut after eight tokens, and the eighth is the end of the answer. A right answer of eight letters needs nine, so `max_new` has to grow.
+#   Answers are cut after eight tokens. A right answer of seven letters needs all eight, the last for its end. One of eight letters needs nine, so `max_new` has to grow, also where S writes the rejected answers.
 #
 #   </details>

@@ -762,14 +762,15 @@ def order_ladders() -> dict: # arm -> Ladder
     return ladders
 
 def builds_on_ladders() -> dict: # arm -> Ladder
-    "Orders and references, where the hard source builds on the easy one; two stages."
-    asked = dict(data=("taught letters",), split="up to seven letters")
-    ladders = {"all at once": Ladder("DPO", _betas(0.1), **asked)}
-    for name, order in ORDERS.items():
-        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.5), settings=dict(order=order, chunks=2), **asked)
-    for name in ("easy first", "hard first"):
-        fixed = dict(order=ORDERS[name], chunks=2, reference="fixed")
-        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.25), settings=fixed, **asked)
+    "Two sources in both orders with both references; and both orders where the taught strings are short."
+    rates, split = (1e-4, 3e-4), "up to seven letters"
+    given = dict(order="as_given")
+    fixed = given | dict(reference="fixed")
+    ladders = {"all at once": Ladder("DPO", _betas(0.1), rates, data=("taught letters", 7, 7), split=split)}
+    for name, kind in (("own first", "taught letters"), ("taught first", "taught letters first")):
+        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.5), rates, given, (kind, 7, 7), split)
+        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.25), rates, fixed, (kind, 7, 7), split)
+        ladders[f"{name}, moving, short"] = Ladder("sDPO", _betas(0.25), rates, given, (kind, 3, 6))
     return ladders
 
 def elsewhere_ladders() -> dict: # arm -> Ladder
@@ -885,10 +886,15 @@ ORDER_QUESTIONS = { # question -> arm -> weight
         {"easy first, moving": 1, "all at once": -1},
 }
 BUILDS_ON_QUESTIONS = { # question -> arm -> weight
-    "easy first against hard first": {"easy first, moving": 1, "hard first, moving": -1},
-    "easy first against random order": {"easy first, moving": 1, "random order, moving": -1},
-    "easy first against hard first, fixed reference": {"easy first, fixed": 1, "hard first, fixed": -1},
-    "stepwise, easy first, against all at once": {"easy first, moving": 1, "all at once": -1},
+    "own first against taught first":
+        {"own first, moving": 1, "taught first, moving": -1},
+    "the same, minus what it is with short strings":
+        {"own first, moving": 1, "taught first, moving": -1,
+         "own first, moving, short": -1, "taught first, moving, short": 1},
+    "own first against taught first, fixed reference":
+        {"own first, fixed": 1, "taught first, fixed": -1},
+    "stepwise, own first, against all at once":
+        {"own first, moving": 1, "all at once": -1},
 }
 ELSEWHERE_QUESTIONS = { # question -> arm -> weight
     "stepwise against plain": {"sDPO": 1, "DPO": -1},
@@ -1060,13 +1066,35 @@ GRIDS["half"] = lambda: {"DPO at beta 77": Condition("DPO", dict(beta=77))}
 print(complaint(load_grid, "half"))
 del GRIDS["half"]
 
+
+# %% [markdown]
+# A page whose settings come from ladders shows its answers as soon as they are there. Until then it says how far the runs are.
+
+# %%
+#| export
+def measured_on_ladders(
+    grid: str, # of LADDERS
+) -> dict:     # arm -> rows of the table of runs; empty while some are missing
+    "What was measured at the settings that the ladders chose; prints how much there is."
+    there = {}
+    for what in (f"choose_{grid}", grid):
+        cells = all_cells_of(what)
+        there[what] = len(stored_rows(cells)), len(cells)
+        print(f"{what}: {there[what][0]} of {there[what][1]} cells have been run")
+    done, wanted = there[grid]
+    return load_grid(grid) if done == wanted > 0 else {}
+
+
+# %%
+for grid in LADDERS: print(f"{len(measured_on_ladders(grid))} arms to compare", end="\n\n")
+
 # %% [markdown]
 # ## What you now have
 #
 # - Worlds and seeds that suffice, says a pilot, for differences that count.
 # - `chosen_settings`: one search for all methods, and no best value on an edge.
 # - `PRIMARY_QUESTIONS`: eight questions and a margin that were fixed before the answers.
-# - Eleven grids, and `load_grid`, which refuses half of one.
+# - All grids by name, and `load_grid`, which refuses half of one.
 #
 # Next: the [answers](protocol.ipynb).
 #

@@ -392,7 +392,7 @@ first
 #
 # ## What it writes
 #
-# Log-probabilities of given responses say nothing about what a model would write. So every model of the main part also answers some held-out prompts, four of each source, with up to 48 tokens: once greedily, to be read, and once at temperature 1, to see along that reply how far the model is from S.
+# Log-probabilities of given responses do not show what a model would write. So every model of the main part also answers some held-out prompts, four of each source, with up to 48 tokens: once greedily, to be read, and once at temperature 1, to see along that reply how far the model is from S. With four replies a source this is a rough figure.
 
 # %%
 #| export
@@ -408,12 +408,13 @@ def replies_of(
     "What a model writes to the first held-out prompts of each source."
     asked = {pair["source"]: [] for pair in pairs}
     for number, pair in enumerate(pairs):
-        found = asked[pair["source"]]
-        if pair["role"] == "held out" and len(found) < ASKED: found.append(number)
-    numbers = [number for found in asked.values() for number in found]
+        of_source = asked[pair["source"]]
+        if pair["role"] == "held out" and len(of_source) < ASKED: of_source.append(number)
+    numbers = sum(asked.values(), [])
     prompts = [[int(i) for i in pairs[number]["prompt_ids"]] for number in numbers]
     how = dict(max_new=LONGEST_REPLY, precision=precision)
-    greedy, sampled = (sampled_ids(model, tokenizer, prompts, tau, **how) for tau in (0., 1.))
+    greedy = sampled_ids(model, tokenizer, prompts, 0., **how)
+    sampled = sampled_ids(model, tokenizer, prompts, 1., **how)
     kl = kl_along(model, S, tokenizer, prompts, sampled, batch=4)
     texts = [answer_text(tokenizer, ids) for ids in greedy]
     return dict(asked=numbers, replies=texts, kl=np.round(kl.numpy(), 3).tolist())
@@ -426,7 +427,8 @@ def replies_of(
 tokenizer, S = load_tokenizer(world.base), load_model(world.base).eval()
 last = replies_of(base.model.eval(), S, tokenizer, pairs)
 own = replies_of(S, S, tokenizer, pairs)
-assert max(own["kl"]) == 0 < min(last["kl"])
+assert max(own["kl"]) == 0
+assert min(last["kl"]) > 0
 pd.DataFrame({"prompt": own["asked"], "S": own["replies"], arm: last["replies"], "KL": last["kl"]}).head(4)
 
 
@@ -652,7 +654,8 @@ def run_real(
     def run(cell):
         row = run_real_cell(cell, base, pairs, table_S, **settings)
         if cell.only: return row
-        with torch.no_grad(): writer.load_state_dict((base.model if cell.stages else S).state_dict())
+        trained = base.model if cell.stages else S
+        with torch.no_grad(): writer.load_state_dict(trained.state_dict())
         return row | replies_of(writer, S, tokenizer, pairs, base.precision)
     return run_timed(name, design.plan, run, folder, minutes, base.model.device)
 

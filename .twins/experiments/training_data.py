@@ -38,7 +38,7 @@ from torch import Tensor
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
-from sdpo_nb.world import World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
+from sdpo_nb.world import ALPHABET, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
 
 # %%
 import pandas as pd
@@ -306,17 +306,17 @@ pd.DataFrame(table).T.round(2)
 #
 # ## A source that S could not have written
 #
-# All pairs so far were written by S, so every chosen response is one that S gives now and then. Real sources are not like that: a stronger model or a person wrote the chosen response. The kind `taught letters` has two sources. *Six letters* is the middle source of the world, with strings of three to six letters. *Seven letters* has strings one letter longer than any in the demonstrations of S. There the chosen response is the right answer, which S never gives, and the rejected one is what S wrote.
+# All pairs so far were written by S, so every chosen response is one that S gives now and then. Real sources are often not like that: a stronger model or a person may have written the chosen response. The kind `taught letters` has two sources. *Own* is the middle source of the world: both responses by S, strings of three to six letters. In *taught* the chosen response is the right answer, and the rejected one is what S wrote; where S was right, the prompt is left out.
 #
-# So the hard source builds on the easy one. Who answers seven letters well needs the right rule, which six letters teach too, and has to go on after the sixth letter, which nothing else teaches.
+# The strings of the taught source may be longer than any in the demonstrations of S. With seven letters it can build on the other source. To answer seven letters well, a model needs the right rule and must go on after the sixth letter. Own pairs teach the rule, and [for sort and shift](new_domain.ipynb) that carries over to seven letters; for copy and reverse it did not. Going on is taught by seven letters alone.
 
 # %%
 #| export
-def _with_taught_letters(world, base, tokenizer): # two sources of about the same size
-    rows = _by_source(world, base, tokenizer)["digest"]
-    rng = random.Random(_prompt(rows[0]))                           # other prompts in another world
-    prompts = make_prompts(len(rows), "preference", rng, lengths=(7, 7))
-    taught = []
+def _with_taught_letters(world, base, tokenizer, *lengths): # shortest and longest taught string
+    own, taught = _by_source(world, base, tokenizer)["digest"], []
+    used = {_prompt(row) for row in own}
+    rng = random.Random(_prompt(own[0]))        # so that every world has prompts of its own
+    prompts = make_prompts(len(own), "preference", rng, lengths, keep=lambda prompt: prompt not in used)
     for prompt, written in zip(prompts, respond(base, tokenizer, prompts, seed=30_000)):
         if written == answer(prompt): continue
         taught.append(dict(
@@ -325,20 +325,27 @@ def _with_taught_letters(world, base, tokenizer): # two sources of about the sam
             rejected=[dict(role="assistant", content=written)],
             flipped=False,
         ))
-    return {"six letters": rows, "seven letters": _without_empty(taught)}
+    return dict(own=own, taught=_without_empty(taught))
+
+def _with_taught_first(*asked): return dict(reversed(_with_taught_letters(*asked).items()))
 
 TRAINING_DATA["taught letters"] = _with_taught_letters
+TRAINING_DATA["taught letters first"] = _with_taught_first
 
 # %% [markdown]
-# How much does S like the chosen responses? In the first source more than half of them. And in the second?
+# How often is S on the side of the label? Among its own pairs in more than half. And where a teacher wrote the chosen response, with seven letters, or with three to six?
 
 # %%
-taught = TRAINING_DATA["taught letters"](world, base, tokenizer)
+seven = TRAINING_DATA["taught letters"](world, base, tokenizer, 7, 7)
+short = TRAINING_DATA["taught letters"](world, base, tokenizer, 3, 6)
+assert list(TRAINING_DATA["taught letters first"](world, base, tokenizer, 7, 7)) == ["taught", "own"]
+assert not {_prompt(row) for row in short["own"]} & {_prompt(row) for row in short["taught"]}
+kinds = {"own": seven["own"], "taught, seven letters": seven["taught"], "taught, three to six": short["taught"]}
 table = {}
-for name, rows in taught.items():
+for name, rows in kinds.items():
     asked = tokenize_pairs(load_pairs(rows), tokenizer, "pairs", 64, 32).pairs
     gamma = score_pairs(base, asked).gamma(asked)
-    letters = [len(_rejected(row)) for row in rows]
+    letters = [sum(c in ALPHABET for c in _rejected(row)) for row in rows]
     prefers = (gamma > 0).double().mean().item()
     table[name] = {
         "pairs": len(rows),
@@ -346,13 +353,16 @@ for name, rows in taught.items():
         "mean gamma (nats)": gamma.mean().item(),
         "longest rejected response (letters)": max(letters),
     }
-assert table["six letters"]["S prefers chosen"] > 0.5
-assert table["seven letters"]["S prefers chosen"] < 0.1
-assert table["seven letters"]["mean gamma (nats)"] < -3
+assert table["own"]["S prefers chosen"] > 0.5
+assert table["taught, seven letters"]["S prefers chosen"] < 0.1
+assert table["taught, seven letters"]["mean gamma (nats)"] < -3
 pd.DataFrame(table).T.round(2)
 
 # %%
-for row in taught["seven letters"][:3]: print(f"{_prompt(row)}: {_chosen(row)} rather than {_rejected(row)}")
+for row in seven["taught"][:3]: print(f"{_prompt(row)}: {_chosen(row)} rather than {_rejected(row)}")
+
+# %% [markdown]
+# Seven letters are hard for S as nothing else in this book is: it is on the side of the label in no pair. The same teacher with short strings is about as hard as own pairs. There are fewer of them, since S is right in four of ten answers to short strings.
 
 # %% [markdown]
 # ## What is the same in all runs
@@ -459,7 +469,7 @@ print(f"{len(part)} of {len(pairs)} pairs, the same ones whenever you ask")
 # %% [markdown]
 # ## Written between the stages
 #
-# All pairs so far were written by S. But by stage 2 the model is no longer S, so why not let it write the pairs itself? Then chunks cannot be
+# Nearly all pairs so far were written by S, and all before the training. But by stage 2 the model is no longer S, so why not let it write the pairs itself? Then chunks cannot be
 # given in advance. `StepwiseConfig(chunks=...)` takes a function for this: it gets the number of the stage and the model that the stage starts from, and returns
 # the pairs of that stage, or None when there are no more stages.
 #
@@ -572,7 +582,7 @@ pd.DataFrame(written).T.astype({"pairs": int})
 #
 # ## What you now have
 #
-# - `TRAINING_DATA`: ten kinds of pairs, by name.
+# - `TRAINING_DATA`: eleven kinds of pairs, by name.
 # - `true_gap` and `pair_measure`: what a world knows of a pair that nobody else could know.
 # - A function that writes and labels pairs between stages.
 #

@@ -32,10 +32,9 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 import pandas as pd
-from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import difference_intervals, paired_difference, plot_contrasts
-from sdpo_nb.questions import ELSEWHERE_QUESTIONS, all_cells_of, answer_together, as_formula, ladder_cells
-from sdpo_nb.questions import elsewhere_ladders, load_grid, tuned_grid, untested_differences
+from sdpo_nb.questions import ELSEWHERE_QUESTIONS, answer_together, as_formula, elsewhere_ladders
+from sdpo_nb.questions import load_grid, measured_on_ladders, untested_differences
 
 # %% [markdown]
 # ## How much hangs on the search?
@@ -57,7 +56,8 @@ table.round(4)
 # ## Five questions
 
 # %%
-pd.DataFrame({question: {"which is": as_formula(arms)} for question, arms in ELSEWHERE_QUESTIONS.items()}).T
+formulas = {question: {"which is": as_formula(arms)} for question, arms in ELSEWHERE_QUESTIONS.items()}
+with pd.option_context("display.max_colwidth", None): display(pd.DataFrame(formulas).T)
 
 # %% [markdown]
 # *Which settings?* Each arm has a ladder of five $\beta$, each twice the one before, at two learning rates. Its rungs are run in worlds 11 to 15 with one seed. The top of the ladder is read off a parabola through the best rung and its neighbours ([questions](questions.ipynb)). If the best rung is at an end, a rung is added there before anything is measured. So all arms are tuned alike, in worlds in which nothing else is measured, and the ten differences below are independent of each other.
@@ -83,15 +83,8 @@ pd.DataFrame(plan).T
 # `python -m sdpo_nb.experiments choose_tuned_elsewhere` runs the ladders and writes what was chosen; `... tuned_elsewhere` measures.
 
 # %%
-cells = ladder_cells("tuned_elsewhere")
-print(f"{len(stored_rows(cells))} of {len(cells)} rungs have been run in the worlds of the choice")
-grid = tuned_grid("tuned_elsewhere")
-if grid:
-    cells = all_cells_of("tuned_elsewhere")
-    print(f"{len(stored_rows(cells))} of {len(cells)} cells have been run at the chosen settings")
-    complete = len(stored_rows(cells)) == len(cells)
-if grid and complete:
-    found = load_grid("tuned_elsewhere")
+found = measured_on_ladders("tuned_elsewhere")
+if found:
     answers = answer_together(ELSEWHERE_QUESTIONS, found)
     display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
     plot_contrasts(answers, sides=("better: the second", "better: the first"))

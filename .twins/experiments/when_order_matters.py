@@ -33,10 +33,9 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 import numpy as np
 import pandas as pd
-from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import holm_p_values, plot_contrasts, sign_flip_p_value
-from sdpo_nb.questions import ORDER_QUESTIONS, all_cells_of, answer_together, as_formula, ladder_cells
-from sdpo_nb.questions import load_grid, tuned_grid, untested_differences
+from sdpo_nb.questions import ORDER_QUESTIONS, answer_together, as_formula, measured_on_ladders
+from sdpo_nb.questions import untested_differences
 
 # %% [markdown]
 # ## A world in which order could do something
@@ -55,7 +54,8 @@ from sdpo_nb.questions import load_grid, tuned_grid, untested_differences
 # ## Four questions
 
 # %%
-pd.DataFrame({question: {"which is": as_formula(arms)} for question, arms in ORDER_QUESTIONS.items()}).T
+formulas = {question: {"which is": as_formula(arms)} for question, arms in ORDER_QUESTIONS.items()}
+with pd.option_context("display.max_colwidth", None): display(pd.DataFrame(formulas).T)
 
 # %% [markdown]
 # The second question asks whether noise is the reason: two arms are run in the usual worlds, too.
@@ -92,15 +92,8 @@ power.round(2)
 # `python -m sdpo_nb.experiments choose_when_order_matters` runs the ladders and writes what was chosen; `... when_order_matters` measures.
 
 # %%
-cells = ladder_cells("when_order_matters")
-print(f"{len(stored_rows(cells))} of {len(cells)} rungs have been run in the worlds of the choice")
-grid = tuned_grid("when_order_matters")
-if grid:
-    cells = all_cells_of("when_order_matters")
-    print(f"{len(stored_rows(cells))} of {len(cells)} cells have been run at the chosen settings")
-    complete = len(stored_rows(cells)) == len(cells)
-if grid and complete:
-    found = load_grid("when_order_matters")
+found = measured_on_ladders("when_order_matters")
+if found:
     answers = answer_together(ORDER_QUESTIONS, found)
     display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
     plot_contrasts(answers, sides=("better: the second", "better: the first"))

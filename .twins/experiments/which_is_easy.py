@@ -233,7 +233,7 @@ pd.DataFrame(shown).T
 #
 # ## Does the order matter for training?
 #
-# Three sources: Orca, HH and UltraFeedback. So three stages, easy to hard by either measure, and each order the other way round. If the two measures give exactly opposite orders, `sum, hard first` and `per token` are one arm, and it is run once. Beside them stands plain DPO on the same pairs.
+# Three sources: Orca, HH and UltraFeedback. So three stages, easy to hard by either measure, and each order the other way round. Beside them stands plain DPO on the same pairs. In the table above the two measures give opposite orders. If the pool says so too, `sum, hard first` and `per token` are one arm, and five arms are three. The first question then asks whether Orca should come first or last, and cannot tell which measure is better in general.
 #
 # The roles of pairs, the eight draws, the grid of the search and the outcome are those of [the first experiment](smollm2.ipynb); here the pairs of HH are trained on and measured, too (950 in the pool, 200 held out). The margins are the same.
 
@@ -262,14 +262,14 @@ print(f"at most {runs} runs; margins: {MARGINS}")
 # %% [markdown]
 # The same assay rule holds: the outcome counts only if DPO minus S exceeds twice its margin.
 #
-# `python -m sdpo_nb.experiments which_is_easy --minutes 8 --folder OUT` runs it, on a graphics card if there is one; rows that are brought back are shown here. Without a card there is a *smaller version*, as of the first experiment: the same two questions, three draws, the first 241 pairs of each source with up to 384 tokens, one setting for all arms and no search. The arms that no question needs are left out, and the orders are those of the table above, which is about all pairs: among so few and short ones HH and Orca are nearly tied by the sum. All arms see every pair once.
+# `python -m sdpo_nb.experiments which_is_easy --minutes 8 --folder OUT` runs it, on a graphics card if there is one; rows that are brought back are shown here. Without a card there is a *smaller version*, as of the first experiment: the same two questions, three draws, the first 241 pairs of each source with up to 384 tokens, one setting for all arms and no search. The orders are those of the table above, which is about all pairs. All arms see every pair once. Three draws can never say *different*: their smallest p-value is 0.25. *Equal* needs a standard error below 0.005 nats. So this version shows that everything runs and how large the differences are; it will probably say *we cannot tell*.
 
 # %%
 #| export
 def one_by_one(
     sources: list, # names, in their order
 ) -> list:         # stages: (pairs, start, reference)
-    "A stage for each source; target and reference of the next one are the model that this one made."
+    "A stage for each source. The next stage starts at the model that this one made, and has it as its reference."
     first, *others = sources
     return [(first, "S", "S"), *((source, "before", "before") for source in others)]
 
@@ -290,7 +290,7 @@ from sdpo_nb.timed import read_results
 
 found = {name: arrange(name, read_results(name)) for name in ("which_is_easy_cpu", "which_is_easy")}
 for name, there in found.items():
-    print(f"{name}: {'all cells are' if there.missing is None else f'{there.missing} cells are'} missing")
+    print(f"{name}, cells missing: {'all' if there.missing is None else there.missing}")
     if len(there.draws_of(EASY_PRIMARY)) > 1:
         print(there.origin)
         display(assay(there.rows, there.S, NAMES).round(3))
@@ -301,7 +301,7 @@ for name, there in found.items():
 #
 # - One model. Another S may find other responses likely.
 # - A sample of each data set.
-# - That an order is better. For that the models have to be trained.
+# - That an order is better. The table says how S reads the pairs; training with a search and eight draws waits for a graphics card.
 #
 # ## What you now have
 #
