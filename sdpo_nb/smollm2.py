@@ -68,7 +68,11 @@ PRIMARY = pd.DataFrame([
 ], columns=["question", "a", "b"])
 
 # %% ../nbs/experiments/smollm2.ipynb #990eff06
-MARGINS = {"gain": 0.02, "accuracy": 0.03} # nats a pair; share of pairs
+MARGINS = { # of an outcome: what is too small to count
+    "gain": 0.02,               # nats a pair; c from the validation pairs
+    "cross-fitted gain": 0.02,  # nats a pair; c from the other half of the pairs
+    "accuracy": 0.03,           # share of pairs
+}
 
 # %% ../nbs/experiments/smollm2.ipynb #dd9e4960
 CPU_ARMS = ("S", "DPO", "sDPO", "sDPO, random", "sDPO, fixed reference")
@@ -116,16 +120,23 @@ def fit_temperature(
 def outcome_of(
     row: dict,                  # of a model
     S: dict,                    # the row of S
-    outcome: str,               # gain or accuracy
+    outcome: str,               # of MARGINS
     sources = ("orca", "uf"),   # whose pairs count
     stage: int = -1,            # after which stage, from 0; -1: the last
 ) -> pd.Series:                 # number of the pair -> value
-    "One number for each pair that the model has not seen, the validation pairs left out."
+    "One number for each pair that the model has not seen; the validation pairs are left out but by the cross-fitted gain."
     pairs = added(row, S, stage)
-    test = pairs[(pairs["role"] != "validation") & pairs["source"].isin(sources)].set_index("number")
+    of_sources = pairs[pairs["source"].isin(sources)].set_index("number")
+    if outcome == "cross-fitted gain": return _cross_fitted(of_sources["delta"])
+    test = of_sources[of_sources["role"] != "validation"]
     if outcome == "accuracy": return 0.5 + 0.5 * np.sign(test["delta"])
     c = fit_temperature(pairs.loc[pairs["role"] == "validation", "delta"])
     return math.log(2) - pd.Series(log_losses(test["delta"], c), test.index)
+
+def _cross_fitted(delta): # by the number of the pair
+    odd, gain = delta.index.to_numpy() % 2 == 1, pd.Series(0., delta.index)
+    for half in (odd, ~odd): gain[half] = math.log(2) - log_losses(delta[half], fit_temperature(delta[~half]))
+    return gain
 
 # %% ../nbs/experiments/smollm2.ipynb #f7d8654a
 def validation_loss(
@@ -155,7 +166,7 @@ def difference_array(
     rows_a: dict,              # draw -> row
     rows_b: dict,              # draw -> row of another arm
     S: dict,                   # the row of S
-    outcome: str,              # gain or accuracy
+    outcome: str,              # of MARGINS
     sources = ("orca", "uf"),  # whose pairs count
 ) -> np.ndarray:               # (draws, pairs), NaN where a draw did not measure the pair
     "a minus b, in the draws that both have, pair by pair."
@@ -193,7 +204,7 @@ def answer_questions(
     rows: dict,                 # arm -> draw -> row
     S: dict,                    # the row of S
     asked: pd.DataFrame,        # question, a, b
-    outcome: str = "gain",      # or accuracy
+    outcome: str = "gain",      # of MARGINS
     sources = ("orca", "uf"),   # whose pairs count
 ) -> pd.DataFrame:              # question, draws, mean, low, high, p, holm, p_equal, holm_equal, word
     "Every question, with p-values that hold for all at once."
@@ -243,6 +254,7 @@ def _beside(row, S):
     test = pairs[(pairs["role"] != "validation") & pairs["source"].isin(["orca", "uf"])]
     by_sum, by_token = _absolute(row, S)
     return {
+        "gain, after stage 1": outcome_of(row, S, "gain", stage=0).mean(),
         "gain, Orca": outcome_of(row, S, "gain", ["orca"]).mean(),
         "gain, UF": outcome_of(row, S, "gain", ["uf"]).mean(),
         "accuracy": outcome_of(row, S, "accuracy").mean(),
@@ -259,8 +271,9 @@ def secondary_outcomes(
     rows: dict,        # arm -> draw -> row
     S: dict,           # the row of S
 ) -> pd.DataFrame:     # an arm a line
-    "Means over the draws of an arm, without intervals."
+    "Means over the draws of an arm, without intervals; NaN where a draw did not measure something."
     table = {}
     for arm, by_draw in rows.items():
-        if by_draw: table[arm] = pd.DataFrame([_beside(row, S) for row in by_draw.values()]).mean()
+        lines = [_beside(row, S) for row in by_draw.values()]
+        if lines: table[arm] = pd.DataFrame(lines).mean(skipna=False)
     return pd.DataFrame(table).T

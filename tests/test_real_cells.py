@@ -314,3 +314,14 @@ def test_the_small_version_of_which_is_easy_has_three_arms():
     planned = design.plan([dict(key=design.start.key)])
     assert [(cell.arm, cell.draw) for cell in planned[1:]] == [(arm, draw) for draw in range(3) for arm in ("DPO", "sum", "per token")]
     assert [len(cell.stages) for cell in planned[1:4]] == [1, 3, 3] and all(dict(cell.settings) == smollm2.CPU_SETTINGS for cell in planned[1:])
+
+
+def test_a_cross_fitted_gain_never_uses_a_temperature_that_saw_the_pair():
+    n, g = 200, np.random.default_rng(0)
+    S = dict(pairs=list(range(n)), source=["orca"] * n, role=["pool"] * (n - 20) + ["validation"] * 20, models=[dict(chosen=[0.] * n, rejected=[0.] * n)])
+    delta = g.normal(0.5, 1., n)
+    def gain(delta): return smollm2.outcome_of(S | dict(models=[dict(chosen=delta.tolist(), rejected=[0.] * n)]), S, "cross-fitted gain").to_numpy()
+    before, moved = gain(delta), delta.copy()
+    moved[10] += 5.
+    changed = np.flatnonzero(np.abs(gain(moved) - before) > 1e-9)
+    assert len(before) == n and set(changed) == {10, *range(1, n, 2)}, "the even half has its c from the odd one"

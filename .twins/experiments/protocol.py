@@ -56,7 +56,7 @@ from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, 
 from sdpo_nb.questions import primary_contrasts
 from sdpo_nb.graded_cells import PLANS, run_known_truth
 from sdpo_nb.real import ON_CPU, SMOLLM2, arrange, run_real
-from sdpo_nb.smollm2 import CPU_DRAWS, CPU_PRIMARY, DRAWS, LONGEST, PRIMARY, answer_questions
+from sdpo_nb.smollm2 import CPU_DRAWS, CPU_PRIMARY, DRAWS, LONGEST, PRIMARY, answer_questions, assay
 from sdpo_nb.timed import read_results
 from sdpo_nb.which_is_easy import EASY_PRIMARY, MEASURES, easy_table, with_gaps
 from sdpo_nb.world import load_base
@@ -435,34 +435,39 @@ def _how_sure(answer): # of a primary question
     return f"{word}, p = {answer['holm']:.2f} (sign flips, Holm)"
 
 REAL_CLAIMS = { # a primary question of smollm2 -> the claim
-    "stepwise against plain": "sDPO gains more than DPO (table 3)",
-    "easy first against random split": "Orca first gains more than a random split (table 3)",
+    "stepwise against plain": "sDPO gains more than DPO (the question of table 3)",
+    "easy first against random split": "Orca first gains more than a random split (the question of table 3)",
     "moving against fixed reference": "a reference that moves up gains more than a fixed one",
     "stepwise at beta against plain at beta/2": "sDPO at $\\beta$ gains more than DPO at $\\beta/2$ (not in the paper)",
     "easy first by sum against per token": "Orca first gains more than Orca last (three sources)",
     "easy first by sum against plain": "sDPO over three sources gains more than DPO",
 }
 TWO, ALL_THREE = ("orca", "uf"), ("orca", "uf", "hh")
-DESIGNS = { # name -> questions, draws, sources, page
-    "smollm2": (PRIMARY, DRAWS, TWO, "smollm2"),
-    "smollm2_cpu": (CPU_PRIMARY, CPU_DRAWS, TWO, "smollm2"),
-    "which_is_easy": (EASY_PRIMARY, DRAWS, ALL_THREE, "which_is_easy"),
-    "which_is_easy_cpu": (EASY_PRIMARY, CPU_DRAWS, ALL_THREE, "which_is_easy"),
+DESIGNS = { # name -> questions, draws, sources, outcome, page
+    "smollm2": (PRIMARY, DRAWS, TWO, "cross-fitted gain", "smollm2"),
+    "smollm2_cpu": (CPU_PRIMARY, CPU_DRAWS, TWO, "gain", "smollm2"),
+    "which_is_easy": (EASY_PRIMARY, DRAWS, ALL_THREE, "cross-fitted gain", "which_is_easy"),
+    "which_is_easy_cpu": (EASY_PRIMARY, CPU_DRAWS, ALL_THREE, "cross-fitted gain", "which_is_easy"),
 }
+
+def _how_sure_of_draws(answer, common, draws, questions): # of a question on real pairs
+    if common < draws: return f"not decided: {common} of {draws} draws"
+    if questions * 2 / 2 ** draws < 0.05: return f"{answer['word']}, {_both_p_values(answer)}"
+    return f"{answer['word']}, p = {answer['holm_equal']:.3f} (equal; Holm); {draws} draws cannot show a difference"
 
 def _answers_of(name):
     "What a design on real pairs has found: lines of the table of claims; none where fewer than two draws are there."
-    asked, draws, sources, page = DESIGNS[name]
+    asked, draws, sources, outcome, page = DESIGNS[name]
     found = arrange(name, read_results(name))
     common = len(found.draws_of(asked))
     if common < 2: return []
-    rows = []
-    for answer in answer_questions(found.rows, found.S, asked, sources=sources).to_dict("records"):
-        sure = f"{answer['word']}, {_both_p_values(answer)}"
-        if common < len(draws): sure = f"not decided: {common} of {len(draws)} draws"
+    rows, counts = [], assay(found.rows, found.S, sources).loc[outcome, "counts"]
+    for answer in answer_questions(found.rows, found.S, asked, outcome, sources).to_dict("records"):
+        sure = _how_sure_of_draws(answer, common, len(draws), len(asked))
+        if not counts: sure = "this outcome cannot tell"
         rows.append({
             "claim": REAL_CLAIMS[answer["question"]],
-            "model": f"135M, {common} draws" + (", one setting" if name in ON_CPU else ""),
+            "model": f"135M, {common} draws" + (", one setting, about 400 pairs" if name in ON_CPU else ""),
             "what we found": as_text((answer["mean"], answer["low"], answer["high"]), "+.3f") + " nats a pair",
             "how sure": sure,
             "where": page,

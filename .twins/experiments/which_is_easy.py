@@ -235,7 +235,7 @@ pd.DataFrame(shown).T
 #
 # Three sources: Orca, HH and UltraFeedback. So three stages, easy to hard by either measure, and each order the other way round. Beside them stands plain DPO on the same pairs. In the table above the two measures give opposite orders. If the pool says so too, `sum, hard first` and `per token` are one arm, and five arms are three. The first question then asks whether Orca should come first or last, and cannot tell which measure is better in general.
 #
-# The roles of pairs, the eight draws, the grid of the search and the outcome are those of [the first experiment](smollm2.ipynb); here the pairs of HH are trained on and measured, too (950 in the pool, 200 held out). The margins are the same.
+# The roles of pairs, the eight draws, the grid of the search and the outcome (the cross-fitted gain) are those of [the first experiment](smollm2.ipynb); here the pairs of HH are trained on and measured, too (950 in the pool, 200 held out). The margins are the same.
 
 # %%
 #| export
@@ -294,7 +294,7 @@ for name, there in found.items():
     if len(there.draws_of(EASY_PRIMARY)) > 1:
         print(there.origin)
         display(assay(there.rows, there.S, NAMES).round(3))
-        display(answer_questions(there.rows, there.S, EASY_PRIMARY, sources=NAMES).round(3))
+        display(answer_questions(there.rows, there.S, EASY_PRIMARY, "cross-fitted gain", NAMES).round(3))
 
 # %% [markdown]
 # ## What this does not show
