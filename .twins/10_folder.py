@@ -14,8 +14,11 @@
 # ```
 # run/config.yaml     what was asked for: settings, hashes of S and of the pairs, machine, versions
 #     partition.json  how the data was cut into chunks, and why
-#     base/logprobs/  what S says about every pair
-#     stage-1/        metrics.jsonl, checkpoint/, model/, logprobs/, stage.json
+#     base/           logprobs/: what S says about every pair; answers.json: what it answers
+#     stage-1/        metrics.jsonl  a line for each step
+#                     checkpoint/    to go on from; removed when no longer needed
+#                     logprobs/, answers.json, cost.json, model/
+#                     stage.json     the last file: the stage is finished
 #     stage-2/        the same for M_2, and so on
 #     report.md, figures/
 # ```
@@ -23,7 +26,7 @@
 # This chapter holds what keeps such a folder honest. It answers five questions, one a section: what does a file say? which stages are finished? is this the model that the stage
 # saved? is this the same run? is anybody else at work here?
 #
-# Each answer is a guard: some lines that stop a run, or say something, where it would otherwise go wrong in silence. So each section first lets it go wrong.
+# Each answer is a guard: some lines that stop a run, or say something, where it would otherwise go wrong in silence. So most sections first let it go wrong.
 
 # %%
 #| default_exp folder
@@ -88,7 +91,11 @@ print(inside(real))
 print(inside(real / "stage-1"))
 
 # %% [markdown]
-# Nothing else is needed: whoever has the folder can read the run, and go on with it. To break things, we take another folder, in which nothing is lost.
+# Where is `checkpoint/`? Both stages are finished, and their models lie on disk in fp32, so nothing would go on from a checkpoint. It has been removed.
+#
+# With this folder you can read the run. To go on with it, you also need S and the pairs: the folder holds their hashes, not always the things themselves.
+#
+# To break things, we take another folder, in which nothing is lost.
 
 # %%
 tmp = place / "run"
@@ -106,6 +113,8 @@ yaml.safe_load(twice)
 
 # %% [markdown]
 # YAML takes the second value and says nothing. Here that is an error, and it names the line.
+#
+# Look at `lr` too: `'1e-5'` came back as text, because YAML wants a point in such a number, `1.0e-5`. That is harmless here. The [plan](12_plan.ipynb) turns a text that means a number into one.
 
 # %%
 #| export
@@ -163,17 +172,19 @@ _CURES = {
 }
 
 def cure_of(
-    path: Path, # of a file or folder of a run
+    path: Path, # of a file or folder, of a run or not
 ) -> str:
     "What to do about a part of a run that cannot be used."
+    if path.name in _CURES: return _CURES[path.name]
     stage = path.parent.name
-    of_a_stage = (f"put it back, or remove {stage} and the stages after it, "
-                  "and run again: they are trained anew")
-    return _CURES.get(path.name) or of_a_stage
+    if not re.fullmatch(r"stage-[1-9]\d*", stage): return "put it back, or make it again"
+    return (f"put it back, or remove {stage} and the stages after it, "
+            "and run again: they are trained anew")
 
 
 # %%
 for name in ("answers.json", "stage.json"): print(name, "->", cure_of(real / "stage-2" / name))
+assert "remove" not in cure_of(Path("my_adapters/first")) # not a stage: nothing of yours is to be removed
 
 
 # %%
@@ -228,7 +239,7 @@ def read_part(
 
 
 # %% [markdown]
-# An empty file, a file without content, half a file, and one from something else:
+# Four bad files: an empty one, one that says `null`, half a file, and one without most of its entries. Which of them does `json.loads` alone accept?
 
 # %%
 stage = tmp / "stage-1"
@@ -238,9 +249,11 @@ for text in ("", "null", '{"stage": 1', '{"stage": 1, "chunk": "primer"}'):
     print(complaint(read_part, stage / "stage.json"))
 
 # %% [markdown]
+# `json.loads` accepts the second and the fourth. The error would come later, in another function, as a `TypeError` or a `KeyError` that names no file.
+#
 # ## Which stages are finished?
 #
-# `stage.json` is the last file that a stage writes. So a stage is finished when it is there, and only then. Here are some folders, the way users leave them. Counting them, or sorting their names, what would one take for the last stage?
+# `stage.json` is the last file that a stage writes. So a stage is finished when it is there, and only then. Here are some folders, the way users leave them. Which is the last finished stage? What would you get if you sorted the names, and what if you counted the folders?
 
 # %%
 for name in ("stage-2", "stage-10", "stage-1-before"):
@@ -251,7 +264,7 @@ inside(tmp)
 
 
 # %% [markdown]
-# By name, stage 3; by their number, stage 5. It is stage 10. So the number is read from the name, and a copy that you made, `stage-1-before`, is no stage.
+# Sorted by name, stage 3 comes last, and it is not finished. There are five folders, so counting says stage 5. The answer is stage 10. So the number is read from the name, and a copy that you made, `stage-1-before`, is no stage.
 
 # %%
 #| export
@@ -331,8 +344,9 @@ inside(tmp / "plain")
 
 
 # %% [markdown]
-# A model without a tokenizer, which looks like a whole one until somebody uses it. So `save_model` makes two promises. The folder appears under its name only when it is complete. And
-# it has the dtype of S: if you bring a model in bf16, you get one in bf16 back, although training keeps its weights in fp32.
+# A model without a tokenizer, which looks like a whole one until somebody uses it. So `save_model` lets the folder appear under its name only when it is complete.
+#
+# It can also save in another dtype. Training keeps its weights in fp32. If S came in bf16, a run saves its models in bf16 too, unless you set `save_dtype="fp32"`.
 
 # %%
 #| export
@@ -429,7 +443,9 @@ for dtype in (torch.float32, torch.bfloat16):
     print(f"{dtype}: {share_changed(grown, w.base, dtype):.0%} of the weights differ")
 
 # %% [markdown]
-# So a stage counts this share, and says so where most weights did not move.
+# Could you have known the 18 %? A weight moves by 0.1 %, and the neighbours are 0.4 to 0.8 % away. So one weight in eight to one in four crosses the middle between two neighbours.
+#
+# So where S is stored in another dtype than fp32, a stage counts this share. It says so where most weights did not move, and names the way out: `save_dtype="fp32"`.
 #
 # A file on disk may also have been *replaced*: a colleague copies a model into the folder, or a synchronised drive restores an old one. Its path stays the same, so nothing shows it:
 
@@ -479,8 +495,7 @@ assert weights_hash(load_stage(stage)) == ended["end"]
 
 
 # %% [markdown]
-# One more thing follows from the rounding. A run in bf16 that goes on from the file would start from rounded weights, and end in others than a run that was never interrupted. So the checkpoint of
-# the last stage, which holds the weights in fp32, is kept until the next stage is finished, and a run goes on from there.
+# One more thing follows from the rounding. Say S is stored in bf16, and the run stops after stage 1. If it went on from the file, it would start from rounded weights, and end in others than a run that was never interrupted. So the checkpoint of the last stage, which holds the weights in fp32, is kept until the next stage is finished, and the run goes on from there. This is about what lies on disk. `precision`, below, says how the training computes, and is another setting.
 
 # %%
 #| export
@@ -516,13 +531,15 @@ save_checkpoint(stage, grown, optimizer, scaler, dict(batch=0))
 assert weights_hash(load_stage(stage)) != weights_hash(grown)
 assert weights_hash(load_exactly(stage)) == weights_hash(grown)
 
-def rounded_away(p, q): return (p != q).float().mean().item()
-lost = map(rounded_away, load_stage(stage).parameters(), grown.parameters())
-print(f"of the weights on disk, up to {max(lost):.0%} of a matrix are not what the stage ended with")
+on_disk = torch.cat([p.flatten() for p in load_stage(stage).parameters()])
+ended_with = torch.cat([p.flatten() for p in grown.parameters()])
+differ = (on_disk != ended_with).float().mean()
+print(f"{differ:.0%} of the weights on disk are not what the stage ended with")
+
 
 
 # %% [markdown]
-# A stage that trains [adapters](09_lora.ipynb) saves an adapter in `model`, and not the weights beneath it, which are S's. What it ended with is *S with this adapter merged*, and from here on it is a model like any other. The adapter is kept in fp32, whatever the dtype of S, so nothing of it is rounded away.
+# A stage that trains [adapters](09_lora.ipynb) saves an adapter in `model`, and not the weights beneath it, which are S's. The adapter is kept in fp32, whatever the dtype of S, so nothing of it is rounded away.
 
 # %%
 #| export
@@ -541,6 +558,24 @@ def save_adapter(
         tokenizer.save_pretrained(tmp)
         _readable(tmp, "adapter_config.json")
 
+
+# %%
+shutil.rmtree(stage)
+stage.mkdir()
+base = tmp / "S"
+save_model(model, tokenizer, base)
+
+small = SimpleNamespace(lora_r=2, lora_alpha=0, lora_targets="q_proj", seed=0)
+adapted = add_adapter(load_model(base, "cpu"), small)
+save_adapter(adapter_of(adapted), tokenizer, stage / "model", str(base))
+inside(stage / "model")
+
+
+# %% [markdown]
+# That is half a model. The other half is S, and `config.yaml` holds the hash of S. What the stage ended with is *S with this adapter merged*, and from here on it is a model like any other.
+
+# %%
+#| export
 def load_base(
     folder, # of a run
 ):          # S in fp32, on the CPU
@@ -567,19 +602,27 @@ def _merged(base, folder, device):
     with naming(folder): merge_adapter(base, read_adapter(folder))
     return base.to(device or best_device(base))
 
-def load_saved_tokenizer(
-    folder, # in which a stage, or PEFT, saved a model or an adapter; or a hub id
-):
-    "The tokenizer that lies there; beside an adapter without one, that of its base."
-    if not is_adapter(folder): return load_tokenizer(str(folder))
-    if not (Path(folder) / "tokenizer_config.json").exists(): return load_tokenizer(*_base_of(folder))
-    with naming(Path(folder)): return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
-def _base_of(folder): # the model that an adapter names, and its revision or None
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    if named := config.get("base_model_name_or_path"): return named, config.get("revision")
-    raise ValueError(f"{folder}: the adapter does not name its base; write it into adapter_config.json")
+# %% [markdown]
+# Our adapter has learned nothing yet: its matrix $B$ starts at zero. Which model should `load_stage` give back? And what if somebody then exchanges S beneath the adapter?
 
+# %%
+write_json(stage / "stage.json", ended)
+nothing = dict(sources={}, settings={}, versions={}, pairs="", device="cpu")
+begun = nothing | dict(model=str(base), weights=weights_hash(model))
+(tmp / "config.yaml").write_text(yaml.safe_dump(begun))
+assert weights_hash(load_stage(stage)) == weights_hash(model) # S itself
+
+save_model(grown, tokenizer, base)                            # S is exchanged
+print(complaint(load_stage, stage))
+(tmp / "config.yaml").unlink()
+
+
+# %% [markdown]
+# Some adapters come from outside a run, made by PEFT. No `config.yaml` says which S they belong on, and all there is to follow is the name of the base that PEFT wrote beside the adapter. The other model still lies under that name. Will `load_any` notice?
+
+# %%
+#| export
 def load_any(
     place,            # folder or hub id of a model, or folder of an adapter, of a stage or by PEFT
     device: str=None, # as for `load_model`
@@ -589,30 +632,26 @@ def load_any(
     named, revision = _base_of(place)
     return _merged(load_model(named, "cpu", revision), Path(place), device)
 
+def _base_of(folder): # the model that an adapter names, and its revision or None
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    if named := config.get("base_model_name_or_path"): return named, config.get("revision")
+    raise ValueError(f"{folder}: the adapter does not name its base; write it into adapter_config.json")
 
-# %% [markdown]
-# A run with one stage of adapters, as far as it matters here. Then S is exchanged beneath it:
+def load_saved_tokenizer(
+    folder, # in which a stage, or PEFT, saved a model or an adapter; or a hub id
+):
+    "The tokenizer that lies there; beside an adapter without one, that of its base."
+    if not is_adapter(folder): return load_tokenizer(str(folder))
+    if not (Path(folder) / "tokenizer_config.json").exists(): return load_tokenizer(*_base_of(folder))
+    with naming(Path(folder)): return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
 
 # %%
-shutil.rmtree(stage)
-stage.mkdir()
-base = tmp / "S"
-save_model(model, tokenizer, base)
-write_json(stage / "stage.json", ended)
-nothing = dict(sources={}, settings={}, versions={}, pairs="", device="cpu")
-begun = nothing | dict(model=str(base), weights=weights_hash(model))
-(tmp / "config.yaml").write_text(yaml.safe_dump(begun))
-
-small = SimpleNamespace(lora_r=2, lora_alpha=0, lora_targets="q_proj", seed=0)
-adapted = add_adapter(load_model(base, "cpu"), small)
-save_adapter(adapter_of(adapted), tokenizer, stage / "model", str(base))
-assert weights_hash(load_stage(stage)) == ended["end"]         # B is zero: nothing was learned
+assert weights_hash(load_any(stage / "model", "cpu")) == weights_hash(grown) # the exchanged one, without a word
 assert len(load_saved_tokenizer(stage / "model")) == len(tokenizer)
 
-save_model(grown, tokenizer, base)
-print(complaint(load_stage, stage))
-(tmp / "config.yaml").unlink()
-inside(stage / "model")
+# %% [markdown]
+# It cannot notice: a name is all it has. So inside a run we use `load_stage`, and `load_any` only for models that no run has made.
 
 # %% [markdown]
 # S itself may come in as an object, not as a path. Some code then reloads "the" model by the name in its config. Does it get the same one?
@@ -668,20 +707,33 @@ shutil.rmtree(stage)
 # %% [markdown]
 # ## Is this the same run?
 #
-# A folder belongs to one run. Called again with the same settings, it goes on. Called with another $\beta$ it refuses, because half a run at one $\beta$ and half at another is no run. Three kinds of
-# things are told apart:
+# We call the run from the beginning of the chapter again, with another $\beta$. Without a guard, which $\beta$ would the report name, and what would its two stages have been trained with?
+
+# %%
+other_beta = StepwiseConfig(beta=0.2, lr=3e-4, precision="fp32")
+print(complaint(sdpo, w.base, few, other_beta, real))
+
+# %% [markdown]
+# It refuses, because half a run at one $\beta$ and half at another is no run. But not every change is a mistake. Say stage 1 is finished. Which of these should be refused: another `beta`; `bf16` for `fp32`; a checkpoint every 7 steps; two threads for one; the file of pairs in another place?
 #
-# - what changes the weights (`beta`, the pairs, S, ...): must be the same;
-# - how it is computed (`precision`, rows packed or padded, ...): may change as long as nothing has been trained, since there is nothing to protect yet;
-# - what changes nothing (how often a checkpoint is written, who is told of a step): may change at any time.
+# | what | for example | may it change? |
+# | --- | --- | --- |
+# | what the weights depend on | `beta`, the pairs, S | no |
+# | how it is computed | `precision`, rows packed or padded | until the first update is saved |
+# | what it is computed on | threads, card, versions | yes, and the run says so |
+# | what changes no weight | `save_every`, where S and the pairs lie | yes |
+#
+# The first two are refused. Where S and the pairs lie may change, since the hashes say what they are.
 #
 # `precision="auto"` is recorded as what it meant on this machine. Otherwise another machine would go on in another precision, and nobody would notice.
+#
+# `COMPUTED_ALIKE` comes from [chapter 6](06_trainer.ipynb): settings that change memory and speed, and the sums only in their last bits. `RECORDED` lists what a run writes down itself. You can give its `config.yaml` to `sdpo run --config` again, and then these lines are no settings.
 
 # %%
 #| export
 FREE = {"save_every", "log_with"} # may change at any time
 
-HOW = {"precision", "compile", "deterministic"} | COMPUTED_ALIKE - FREE # until the first update is saved
+HOW = {"precision", "compile", "deterministic"} | (COMPUTED_ALIKE - FREE) # until the first update is saved
 
 RECORDED = [ # in config.yaml, beside what was asked for
     "weights", "reference_weights", "pairs", "held_out_pairs", "base",
@@ -696,8 +748,37 @@ MAY_DIFFER = FREE | { # of config.yaml, between two calls
 assert "beta" not in FREE | HOW
 {"at any time": sorted(FREE), "until the first update": sorted(HOW)}
 
+
 # %% [markdown]
-# So two `config.yaml` are compared without what may differ, and what is left must agree. The first difference that is told is a setting, if there is one: `beta` says more than the hash that it changed.
+# So two `config.yaml` are compared without what may differ. Of the sources only the names are compared: where the data lie may change, and what they are is in the hash of the pairs.
+
+# %%
+#| export
+def _compared(config):
+    "What must agree between two calls on one folder."
+    flat = config | config["settings"]
+    compared = {name: value for name, value in flat.items() if name not in MAY_DIFFER}
+    return compared | dict(sources=list(config["sources"]))
+
+
+# %%
+def made_up(**changes):
+    "A config.yaml, as far as it matters here."
+    settings = dict(beta=0.3, save_every=50, precision="fp32") | changes
+    sources, versions = dict(riddle="riddle.jsonl"), dict(transformers="5.23")
+    return dict(sources=sources, settings=settings, weights="1f0c", device="cpu", versions=versions)
+
+moved = made_up() | dict(sources=dict(riddle="elsewhere/riddle.jsonl"))
+assert _compared(moved) == _compared(made_up())
+_compared(made_up())
+
+# %% [markdown]
+# What is left must agree. Two things need care:
+#
+# - The folder may be older than an entry. A setting that did not exist then had one value in every run, and `AS_BEFORE` lists these. An entry that an older folder could not have, like the hash of the held-out pairs, is not compared.
+# - `base` is a hash of S's config. Another version of transformers may give that config more fields, so then it is not compared.
+#
+# The first difference that is told is a setting, if there is one: `beta` says more than the hash that it changed.
 
 # %%
 #| export
@@ -709,35 +790,25 @@ AS_BEFORE = dict( # what every run did before one could choose, for older folder
     schedule="linear",
     order_by="gamma",
 )
-
-def _compared(config):
-    "What must agree between two calls on one folder."
-    flat = config | config["settings"]
-    compared = {name: value for name, value in flat.items() if name not in MAY_DIFFER}
-    names = list(config["sources"]) # where the data lie may change, what they are may not
-    return compared | dict(sources=names)
+NOT_IN_OLDER = "base", "held_out_pairs", "eval_share"
 
 def _differences(there, new) -> dict: # name -> (what it was, what it is now)
     "What differs and must not, the settings first: they say more than the hash that they changed."
     now = _compared(new)
-    not_in_older_folders = ("base", "held_out_pairs", "eval_share")
-    old = {name: now.get(name) for name in not_in_older_folders} | AS_BEFORE | _compared(there)
+    absent = {name: now.get(name) for name in NOT_IN_OLDER}
+    old = absent | AS_BEFORE | _compared(there)
     if there["versions"].get("transformers") != new["versions"]["transformers"]:
-        old["base"] = now["base"] # another version may give a config more fields
+        old["base"] = now.get("base")
     names = sorted(now, key=lambda name: name not in new["settings"])
     return {name: (old.get(name), now[name]) for name in names if old.get(name) != now[name]}
 
 
 # %%
-def made_up(**changes):
-    "A config.yaml, as far as it matters here."
-    settings = dict(beta=0.3, save_every=50, precision="fp32") | changes
-    sources, versions = dict(riddle="riddle.jsonl"), dict(transformers="5.23")
-    return dict(sources=sources, settings=settings, weights="1f0c", device="cpu", versions=versions)
-
 assert _differences(made_up(), made_up(save_every=7)) == {} # may change at any time
-assert _differences(made_up(), made_up(lora_r=0)) == {}       # a folder from before there were adapters
+assert _differences(made_up(), made_up(lora_r=0)) == {}     # a folder from before there were adapters
 assert _differences(made_up(), made_up(lora_r=8)) == dict(lora_r=(0, 8))
+updated = made_up() | dict(versions=dict(transformers="5.24"), base="77ab")
+assert _differences(made_up() | dict(base="1234"), updated) == {}
 _differences(made_up(), made_up(beta=0.2, precision="bf16"))
 
 
@@ -772,7 +843,7 @@ what_differs(here, there)
 
 
 # %% [markdown]
-# Where do these facts come from? The machine and the versions are asked, the commit too, where the package lies in a checkout.
+# Where do these facts come from? We ask torch for the machine and Python for the versions. If the package lies in a git checkout, we ask git for the commit.
 
 # %%
 #| export
@@ -800,6 +871,9 @@ def versions() -> dict[str, str]: # package -> its version
 list(machine_of(torch.device("cpu"))), list(versions())
 
 
+# %% [markdown]
+# `config.yaml` also says what was typed, so that you can type it again. Some settings are functions, and a YAML file cannot hold a function. It holds the name.
+
 # %%
 #| export
 def command() -> str: # as a shell takes it
@@ -823,7 +897,7 @@ said, recorded(0.3), recorded(made_up)
 
 
 # %% [markdown]
-# What decides whether a change of *how* it is computed is harmless? Whether an update has been saved. A stage that has only begun holds nothing that could be spoilt.
+# When is a change of *how* it is computed harmless? As long as no update has been saved. A stage that has only begun holds nothing that could be spoilt. `SAID` gives the two entries whose names say too little: `base`, the hash of S's config, and `held_out_pairs`.
 
 # %%
 #| export
@@ -885,7 +959,7 @@ def open_folder(
 
 
 # %% [markdown]
-# A made-up run is opened three times. The second call differs only in how often a checkpoint is written. The third changes the precision, before anything was trained.
+# A made-up run is opened three times. The second call differs only in how often a checkpoint is written. Will `config.yaml` have the new value? The third changes the precision, before anything was trained.
 
 # %%
 S_here = dict(
@@ -899,6 +973,8 @@ S_here = dict(
 )
 assert open_folder(tmp, TrainConfig(beta=0.3), "fp32", S_here) == ""
 assert open_folder(tmp, TrainConfig(beta=0.3, save_every=7), "fp32", S_here) == ""
+kept = read_part(tmp / "config.yaml")["settings"]["save_every"]
+assert kept == TrainConfig(beta=0.3).save_every # what the first call asked for
 with contextlib.redirect_stdout(io.StringIO()) as said:
     open_folder(tmp, TrainConfig(beta=0.3), "bf16", S_here)
 print(said.getvalue().replace(str(tmp), "run"))
@@ -916,7 +992,7 @@ elsewhere = S_here | dict(machine=dict(threads=2, cpu="AVX2"))
 print(open_folder(tmp, TrainConfig(beta=0.3), "bf16", elsewhere))
 
 # %% [markdown]
-# The guard keeps an honest user from a mistake. It is no seal: who changes `beta` in `config.yaml` *and* in the call is believed.
+# The guard keeps an honest user from a mistake. It is no seal: if you change `beta` in `config.yaml` *and* in the call, it believes you.
 
 # %%
 config = read_part(tmp / "config.yaml")
@@ -925,9 +1001,45 @@ config["settings"]["beta"] = 0.2
 assert open_folder(tmp, TrainConfig(beta=0.2), "bf16", S_here) == ""
 
 # %% [markdown]
+# One case is left: a folder with stages but without `config.yaml`, say because only some of it was copied. What would a run go on from?
+
+# %%
+shutil.copytree(real / "stage-1", tmp / "part/stage-1")
+finished_stages(tmp / "part")
+
+
+# %% [markdown]
+# From stage 1, and nobody knows with which settings that was trained. So nothing may go on from it.
+
+# %%
+#| export
+def check_fresh(
+    folder: Path, # that a run wants to work in
+):
+    """Raise ValueError for parts of a run without config.yaml.
+
+    A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written
+    anew.
+    """
+    if (folder / "config.yaml").exists(): return
+    parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
+    parts += folder.glob("partition.json")
+    parts += [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
+    if not parts: return
+    part = parts[0].relative_to(folder)
+    raise ValueError(f"{folder}: not empty and not a run, there is {part} but no config.yaml; "
+                     "use another folder")
+
+
+# %%
+check_fresh(tmp / "new") # not there yet
+check_fresh(real)        # a run
+print(complaint(check_fresh, tmp / "part"))
+
+# %% [markdown]
 # ## Is anybody else at work here?
 #
-# It happens quickly: a job seems to hang, one starts it again, and both go on. Here are two of them, as they write their steps.
+# A job seems to hang, you start it again, and both go on. Here two open files stand for the two jobs. Each writes steps 1, 2, 3. What will the file hold?
 
 # %%
 file = tmp / "metrics.jsonl"
@@ -984,40 +1096,22 @@ assert (tmp / "once/.lock").exists() # the file stays,
 with alone_in(tmp / "once"): pass     # the lock has been given back
 
 # %% [markdown]
-# The last guard is for a folder that holds stages but no `config.yaml`, say because only some of it was copied. What would a run go on from?
+# And if the process that holds the lock is killed? It gets no chance to clean up.
 
 # %%
-shutil.copytree(real / "stage-1", tmp / "part/stage-1")
-finished_stages(tmp / "part")
-
-
-# %% [markdown]
-# From stage 1, and nobody knows with which settings that was trained. So nothing may go on from it.
-
-# %%
-#| export
-def check_fresh(
-    folder: Path, # that a run wants to work in
-):
-    """Raise ValueError for parts of a run without config.yaml.
-
-    A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written
-    anew.
-    """
-    if (folder / "config.yaml").exists(): return
-    parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
-    parts += folder.glob("partition.json")
-    parts += [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
-    if not parts: return
-    part = parts[0].relative_to(folder)
-    raise ValueError(f"{folder}: not empty and not a run, there is {part} but no config.yaml; "
-                     "use another folder")
-
-
-# %%
-check_fresh(tmp / "once")
-check_fresh(real)
-print(complaint(check_fresh, tmp / "part"))
+hold = """
+import fcntl, sys, time
+file = open(sys.argv[1])
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(9)
+"""
+asked = [sys.executable, "-c", hold, tmp / "once/.lock"]
+with subprocess.Popen(asked, stdout=subprocess.PIPE) as job:
+    job.stdout.readline() # now it holds the lock
+    print(complaint(alone_in(tmp / "once").__enter__))
+    job.kill()
+with alone_in(tmp / "once"): pass # free again
 
 # %%
 #| hide
@@ -1034,8 +1128,8 @@ shutil.rmtree(place)
 # | `save_model` | half a model looks like a whole one |
 # | `load_stage`, `load_exactly`, `base_folder` | another model, or a rounded one, is trained on |
 # | `open_folder` | half a run at one $\beta$, half at another |
-# | `alone_in` | two processes write one file |
 # | `check_fresh` | a run goes on from a stage whose settings nobody knows |
+# | `alone_in` | two processes write one file |
 #
 # A folder that knows what it is. `read_part` reads each of its files or says what to do; `stage_folders` lists what is finished; `load_stage` gives you the model that a stage saved, and no other;
 # `open_folder` lets a run go on only as the run that it was; `alone_in` keeps a second process out. The [next chapter](11_report.ipynb) reads such a folder, and [14](14_stepwise.ipynb) writes one.
@@ -1058,7 +1152,7 @@ shutil.rmtree(place)
 #
 # </details>
 #
-# 3. A run in bf16 was stopped after stage 1 and goes on. Why does it read the checkpoint of stage 1, and not the model beside it?
+# 3. S is stored in bf16, and so are the models of its run, which was stopped after stage 1 and goes on. Why does it read the checkpoint of stage 1, and not the model beside it?
 #
 # <details><summary>Answer</summary>
 #
