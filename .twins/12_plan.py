@@ -7,11 +7,21 @@
 # **You should know** how [pairs are read](01_preferences.ipynb), and what [a partition](05_partition.ipynb) is. If you came to learn what stepwise DPO does, read [chapter 14](14_stepwise.ipynb) first: it needs nothing of
 # this one. **Time** an hour to read with its code, a few seconds to run.
 #
-# A run is asked for in three things: *settings* ($\beta$, the learning rate, how many stages), *sources* (named sets of preference pairs), and a *model*. People get all three wrong in ordinary ways. A setting is
-# misspelt, or has the name that another trainer gives it. A file is longer than the model's memory of positions. A source of pairs turns out to be half empty.
+# A run is asked for in three things: *settings* ($\beta$, the learning rate, how many stages), *sources* (named sets of preference pairs), and a *model*. People get all three wrong in ordinary ways. A setting is misspelt, or has the name that another trainer gives it. A source turns out to be half empty. A row has more tokens than the model has positions.
 #
-# Some of these mistakes end in an error after an hour. The others are worse: they end in a model. It was trained on half the data, or with a reference that reads other tokens, and nothing says so. So this chapter has one aim. **Whatever can be found out before the first step is found out
-# before the first step, and said in one line that names the place.** It goes through the three things in that order, and then joins them into *chunks*, what one stage trains on.
+# Some of these mistakes end in an error after an hour. The others are worse: they end in a model. It was trained on half the data, or with a reference that reads other tokens, and nothing says so. So this chapter has one aim. **Whatever can be found out before the first step is found out before the first step, and said in one line that names the place.**
+#
+# ```
+# what you write                                                     what is checked there
+#
+# settings --- make_config ---> StepwiseConfig                       names, bounds, what excludes what
+# sources ---- read_rows -----> rows, as text                        files, columns
+#         ---- load_sources --> Source, as ids                       what was dropped and cut (data_notes)
+#         ---- part_sources --> to train on | held out               prompts on both sides (check_held_out)
+#         ---- check_chunks --> D_1 ... D_T, by the partition (05)   names, enough pairs
+# model -------- extent ------> check_rows (02)                      ids, positions
+#         - foreign_weights --> the reference's hash                 the same vocabulary
+# ```
 
 # %%
 #| default_exp plan
@@ -45,7 +55,11 @@ from sdpo_nb.preferences import Source, hold_out, load_pairs, prompt_limit, toke
 from sdpo_nb.trainer import TrainConfig, setting
 
 # %%
+import json, shutil, tempfile
+
 from sdpo_nb.logprobs import check_rows
+from sdpo_nb.loss import dpo_loss
+from sdpo_nb.preferences import decoded
 from sdpo_nb.world import complaint, load_world
 
 torch.set_num_threads(1)
@@ -58,14 +72,49 @@ tok = load_tokenizer(w.base)
 # %% [markdown]
 # ## Settings
 #
-# A run has the settings of [one stage](06_trainer.ipynb), and a few of its own. Four of these are the switches that the paper's experiments turn:
+# A run has the settings of [one stage](06_trainer.ipynb), and a few of its own. Six of these say what the stages are:
 #
-# - `order`: which source comes first, and `order_by`: whether *easy* is measured [by sums over tokens or by means](05_partition.ipynb);
-# - `init_target`: where the policy of a stage starts, at $M_{t-1}$ or at S again;
-# - `reference`: which model is the reference, one that moves up, or a fixed one;
-# - `restart`: whether the optimizer and its schedule start anew in each stage.
+# | setting | the question | the paper's answer, the default |
+# |---|---|---|
+# | `chunks` | What does each stage train on? | one source |
+# | `order` | Which source comes first? | the easiest |
+# | `order_by` | What is [easy](05_partition.ipynb): sums over tokens, or means? | sums |
+# | `init_target` | Where does the policy of a stage start? | at $M_{t-1}$, the model of the stage before |
+# | `reference` | Which model is the reference? | $M_{t-1}$ too: it moves up |
+# | `restart` | When do the optimizer and its schedule start anew? | in each stage |
 #
-# The default of each is the paper's method. Every field carries its meaning, its bounds and its choices. From these the command line makes its options, `config.yaml` its lines, and the table below its rows, so they cannot say different things.
+# What one stage trains on is a *chunk*. You can ask for chunks in three ways: by their number, by lists of source names, or by a function that makes them on the way. The first cell brings the lists into one form, so that later code meets one form only.
+
+# %%
+#| export
+def _chunks_setting(chunks):
+    "None, a number or a function as it is; a list as lists of source names."
+    if chunks is None or callable(chunks): return chunks
+    if type(chunks) is int and chunks >= 1: return chunks
+    if not isinstance(chunks, (list, tuple)):
+        raise ValueError("chunks: must be a whole number from 1, a list of source names or a function, "
+                         f"got {chunks!r}")
+    groups = [_group(g) for g in chunks]
+    if not groups or not all(groups):
+        raise ValueError("chunks: a list must hold source names, or lists of them, "
+                         f"and none may be empty; got {chunks!r}")
+    return groups
+
+def _group(names):
+    "A name alone is a chunk of one; nothing, where it is no name and no list of names."
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)): return []
+    return list(names) if all(isinstance(n, str) for n in names) else []
+
+
+# %%
+assert _chunks_setting(3) == 3
+print(complaint(_chunks_setting, 0))
+_chunks_setting(["primer", ("digest", "riddle")])
+
+
+# %% [markdown]
+# Now the settings. Read the cell as a table: a name, a default, a meaning, bounds or choices. The command line makes its options from it, `config.yaml` its lines, and the table below its rows, so they cannot say different things.
 
 # %%
 #| export
@@ -136,78 +185,88 @@ class StepwiseConfig(TrainConfig):
         choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
-        self.lr_was_given = self.lr is not None
-        if not self.lr_was_given: self.lr = 5e-6 if self.lora_r else 5e-7
+        defaults = {f.name: f.default for f in fields(self)}
+        self.left_open = {name: defaults[name] for name in _FOLLOW if getattr(self, name) == defaults[name]}
+        if self.lr is None: self.lr = 5e-6 if self.lora_r else 5e-7
         super().__post_init__() # bounds and choices
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
         self.chunks = _chunks_setting(self.chunks)
-        self._check_chunks_and_order()
-        self._check_reference()
-        self._check_adapters()
+        _check_chunks_and_order(self)
+        _check_reference(self)
+        _check_adapters(self)
 
-    def _check_chunks_and_order(self):
-        "Chunks that are given have their own order; those that a function makes are not known beforehand."
-        if isinstance(self.chunks, list) or callable(self.chunks):
-            if self.order not in ("easy_to_hard", "as_given"):
-                raise ValueError("order: chunks that are given have their own order, "
-                                 f"so it cannot be {self.order}")
-            self.order = "as_given"
-        if callable(self.chunks) and self.restart == "never":
-            raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
+_FOLLOW = "lr", "order", "max_prompt_length" # where nobody gives them, they follow from other settings
 
-    def _check_reference(self):
-        if self.reference in ("moving", "fixed"): return
-        if not (Path(self.reference) / "config.json").is_file():
-            raise ValueError("reference: must be moving, fixed or the folder of a model; "
-                             f"there is no model in {self.reference!r}")
 
-    def _check_adapters(self):
-        "Settings of adapters that are not there, and ways of going on that exclude each other."
-        asked = self.lora_alpha, self.lora_targets, self.lora_stages
-        if not self.lora_r and asked != (0, "all-linear", "merge"):
-            raise ValueError("lora_r: is 0, so there are no adapters for lora_alpha, lora_targets "
-                             "or lora_stages; set lora_r, for example to 16")
-        if self.lora_stages == "same" and self.init_target == "S":
-            raise ValueError("lora_stages: 'same' goes on with the adapter of the stage before, "
-                             "and init_target = S begins anew; choose one of them")
-        if self.lora_r and self.lora_stages == "merge" and self.restart == "never":
-            raise ValueError("restart: 'never' needs weights that go on, and each stage has a new adapter; "
-                             "take lora_stages = same")
+# %% [markdown]
+# Bounds and choices look at one setting at a time. But some settings are good alone and wrong together. Chunks that you list have their own order, so an `order` beside them would be ignored. An optimizer that never restarts needs weights that go on, and a new adapter has new ones.
 
+# %%
+#| export
+def _check_chunks_and_order(config):
+    "Chunks that are given have their own order; those that a function makes are not known beforehand."
+    if isinstance(config.chunks, list) or callable(config.chunks):
+        if config.order not in ("easy_to_hard", "as_given"):
+            raise ValueError("order: chunks that are given have their own order, "
+                             f"so it cannot be {config.order}")
+        config.order = "as_given"
+    if callable(config.chunks) and config.restart == "never":
+        raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
+
+def _check_reference(config):
+    if config.reference in ("moving", "fixed"): return
+    if not (Path(config.reference) / "config.json").is_file():
+        raise ValueError("reference: must be moving, fixed or the folder of a model; "
+                         f"there is no model in {config.reference!r}")
+
+def _check_adapters(config):
+    "Settings of adapters that are not there, and ways of going on that exclude each other."
+    asked = config.lora_alpha, config.lora_targets, config.lora_stages
+    if not config.lora_r and asked != (0, "all-linear", "merge"):
+        raise ValueError("lora_r: is 0, so there are no adapters for lora_alpha, lora_targets "
+                         "or lora_stages; set lora_r, for example to 16")
+    if config.lora_stages == "same" and config.init_target == "S":
+        raise ValueError("lora_stages: 'same' goes on with the adapter of the stage before, "
+                         "and init_target = S begins anew; choose one of them")
+    if config.lora_r and config.lora_stages == "merge" and config.restart == "never":
+        raise ValueError("restart: 'never' needs weights that go on, and each stage has a new adapter; "
+                         "take lora_stages = same")
+
+
+# %% [markdown]
+# All of this runs when the settings are made, long before a model is loaded. Which of these five are wrong alone, and which only together?
+
+# %%
+mistakes = [
+    dict(order="easy"),
+    dict(reference="runs/nowhere"),
+    dict(chunks=["primer", []]),
+    dict(order="random", chunks=["primer", "riddle"]),
+    dict(lora_alpha=32), # and no lora_r
+]
+for wrong in mistakes: print(complaint(StepwiseConfig, **wrong))
+
+
+# %% [markdown]
+# Some settings follow from others where nobody gives them: the learning rate from `lora_r`, the longest prompt from `max_length`, the order from chunks that are given. What happens to them when you change the setting they came from? A plain copy would keep the old numbers, and nobody chose those. So a config remembers what was left open, and a changed copy fills it in anew. What you gave stays.
+
+# %%
+#| export
 def changed(
     config: StepwiseConfig,
     **settings, # that get another value
 ) -> StepwiseConfig: # a copy
-    "The same settings but for these; a learning rate that nobody gave is chosen anew."
-    if not config.lr_was_given: settings = dict(lr=None) | settings
-    return replace(config, **settings)
+    "The same settings but for these; what nobody gave is filled in anew."
+    return replace(config, **config.left_open | settings)
 
-def _chunks_setting(chunks):
-    "None, a number or a function as it is; a list as lists of source names."
-    if chunks is None or callable(chunks): return chunks
-    if type(chunks) is int and chunks >= 1: return chunks
-    if not isinstance(chunks, (list, tuple)):
-        raise ValueError("chunks: must be a whole number from 1, a list of source names or a function, "
-                         f"got {chunks!r}")
-    groups = [_group(g) for g in chunks]
-    if not groups or not all(groups):
-        raise ValueError("chunks: a list must hold source names, or lists of them, "
-                         f"and none may be empty; got {chunks!r}")
-    return groups
-
-def _group(names):
-    "A name alone is a chunk of one; nothing, where it is no name and no list of names."
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, (list, tuple)): return []
-    return list(names) if all(isinstance(n, str) for n in names) else []
-
-
-# %% [markdown]
-# Everything is checked when the settings are made, long before a model is loaded. An order that does not exist, a reference that is nowhere, a chunk without a source:
 
 # %%
-for wrong in (dict(order="easy"), dict(reference="runs/nowhere"), dict(chunks=["primer", []])):
-    print(complaint(StepwiseConfig, **wrong))
+small = StepwiseConfig(lora_r=16)
+full = changed(small, lora_r=0, max_length=256)
+assert (full.lr, full.max_prompt_length) == (5e-7, 128)
+assert changed(StepwiseConfig(lr=1e-4), lora_r=16).lr == 1e-4 # given, so it stays
+assert changed(StepwiseConfig(chunks=["riddle", "primer"]), chunks=2).order == "easy_to_hard"
+print(f"lr {small.lr} -> {full.lr}, max_prompt_length {small.max_prompt_length} -> {full.max_prompt_length}")
 
 
 # %% [markdown]
@@ -225,7 +284,7 @@ def defaults_table() -> pd.DataFrame: # setting: the index; default, meaning
 defaults_table()
 
 # %% [markdown]
-# Some thirty settings look like much. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
+# Thirty-five settings look like a lot. Most of them change no result, or are right as they are. These are the ones to think about, in this order:
 #
 # | setting | what to ask yourself |
 # |---|---|
@@ -248,8 +307,8 @@ CALLED = dict( # elsewhere
     num_epochs="epochs",
     max_grad_norm="clip",
     warmup_ratio="warmup",
-    per_device_train_batch_size="token_budget",
-    gradient_accumulation_steps="token_budget",
+    per_device_train_batch_size="batch_size",
+    gradient_accumulation_steps="batch_size",
     train_batch_size="batch_size",
     bf16="precision",
     fp16="precision",
@@ -278,10 +337,20 @@ def no_such_setting(
 # %%
 print(no_such_setting("bta"))
 print(no_such_setting("learning_rate"))
+print(no_such_setting("per_device_train_batch_size"))
+
+# %% [markdown]
+# The name is translated, and the value is yours to translate. Elsewhere 8 pairs per device and 4 accumulated steps make one optimizer step of 32 pairs; here that is `batch_size=32`.
+#
+# A settings file goes through the same checks, and has a trap. People write `1e-4`. What does YAML read?
+
+# %%
+import yaml
+for written in ("1e-4", "1.0e-4"): print(written, "is read as", repr(yaml.safe_load(written)))
 
 
 # %% [markdown]
-# A settings file goes through the same checks. There is one trap: YAML reads `1e-4` as text, since it wants a point in the number. People mean a number.
+# Without a point it is text. People mean a number, so text that means one becomes one, where a number is wanted.
 
 # %%
 #| export
@@ -311,7 +380,7 @@ make_config(dict(lr="1e-5")).lr
 #
 # A *source* is a named set of preference pairs. It may come as a path, a hub id, rows in memory, or a dict with the arguments of `load_pairs`, where columns need other names or a split is wanted. With `max_pairs` in its dict, a source gives its first rows only; each source has a number of its own.
 #
-# Reading has two halves: the rows, as texts, and their token ids. Training needs the ids. The rows are wanted again when somebody asks for the texts of a chunk, [to train elsewhere](14_stepwise.ipynb).
+# Reading has two halves: the rows, as texts, and their token ids. Rows are quick to read, and ids take long. So the rows of *all* sources are read before the first source is tokenised: a typing error in the last path is found in seconds. The rows are wanted again when somebody asks for the texts of a chunk, [to train elsewhere](14_stepwise.ipynb).
 
 # %%
 #| export
@@ -326,13 +395,16 @@ def load_sources(
     "Tokenise every source; raises ValueError naming the one that cannot be used."
     if not sources or not isinstance(sources, dict):
         raise ValueError(f"{called}: expected {{'name': 'file, folder or hub id'}}, with at least one name")
-    return [_load_source(name, what, tokenizer, config) for name, what in sources.items()]
+    # all are read before the first is tokenised
+    rows = {name: _rows_of(name, what) for name, what in sources.items()}
+    return [_tokenised(name, what, rows[name], tokenizer, config) for name, what in sources.items()]
 
-def _load_source(name, what, tokenizer, config):
+def _rows_of(name, what): return None if isinstance(what, Source) else read_rows(name, what)
+
+def _tokenised(name, what, rows, tokenizer, config):
     if isinstance(what, Source): return what
-    data = read_rows(name, what)
     chat = what.get("chat", False) if isinstance(what, dict) else False
-    return tokenize_pairs(data, tokenizer, name, config.max_length, config.max_prompt_length, chat)
+    return tokenize_pairs(rows, tokenizer, name, config.max_length, config.max_prompt_length, chat)
 
 def read_rows(
     name: str, # of the source, for messages
@@ -353,7 +425,7 @@ def _check_spec(name, spec):
         may, got = ", ".join(sorted(_SPEC - {"source"})), ", ".join(map(str, spec))
         raise ValueError(f"source '{name}': a dict needs 'source' and may have {may}; got {got}")
     share, chat, most = spec.get("eval_share", 0), spec.get("chat", False), spec.get("max_pairs")
-    if type(share) not in (int, float):
+    if type(share) not in (int, float) or not 0 <= share < 1:
         raise ValueError(f"source '{name}': eval_share must be a number from 0 to below 1, got {share!r}")
     if type(chat) is not bool:
         raise ValueError(f"source '{name}': chat must be true or false, got {chat!r}")
@@ -369,14 +441,30 @@ assert [len(s) for s in read[:2]] == [100, 20]
 few = read[0]
 print({s.name: len(s) for s in read})
 print("the first row of riddle:", read_rows("riddle", pairs)[0]["prompt"])
-print(complaint(load_sources, dict(riddle=pairs | dict(max_pairs=0)), tok, StepwiseConfig()))
+
+# %% [markdown]
+# Three mistakes: a row without `rejected`, a share above 1, and a source of no pairs. Each message names the source, and the row or the setting.
+
+# %%
+broken = [dict(prompt="copy ab", chosen="ab", rejected="ba"), dict(prompt="copy ab", chosen="ab")]
+for wrong in (broken, pairs | dict(eval_share=1.5), pairs | dict(max_pairs=0)):
+    print(complaint(load_sources, dict(riddle=pairs, mine=wrong), tok, StepwiseConfig()))
 
 
 # %% [markdown]
 # ### What was lost on the way?
 #
-# Pairs get lost between a file and a batch. A response may be empty. A prompt may fill the whole row, so that no token of the response is left to score. A response may be cut, and then the model learns from its beginning only. None of this is an error, and all of it changes
-# what is learned. So what was read, dropped and cut is said before anything is computed, and again in the report. A *warning* stands where more than a twentieth of the pairs is dropped, or three in ten are cut.
+# Pairs get lost between a file and a batch:
+#
+# | what happens | what the model learns then |
+# |---|---|
+# | a response is empty | nothing: the pair is dropped |
+# | two long responses differ only behind the cut (`no_room`) | nothing: the pair is dropped |
+# | a response is cut | from its beginning only |
+# | a prompt is cut | to answer a question whose beginning is gone |
+# | a pair occurs with the opposite label, too | two things that pull against each other |
+#
+# None of this is an error, and all of it changes what is learned. So it is said before anything is computed, and again in the report. There is a *warning* where more than 5 % of the rows are dropped, more than 30 % of the pairs lose the end of a response, more than 5 % lose the beginning of the prompt, or any pair has both labels. A *note* is worth a look, no more.
 
 # %%
 #| export
@@ -420,7 +508,7 @@ def _read_line(source):
 
 
 # %% [markdown]
-# Four rows, each with a fault or two: the second repeats the first, the third has an empty response, the fourth is too long for sixteen tokens.
+# Four rows, and room for sixteen tokens; a character is a token here. The first row is good. The second repeats it, the third has an empty response, the fourth is too long. Before you look: which rows are dropped, and which are only mentioned?
 
 # %%
 texts = (("copy ab", "ab"), ("copy ab", "ab"), ("copy ab", ""), ("copy abcdefghij", "abcdefghij"))
@@ -428,11 +516,19 @@ rows = [dict(prompt=prompt, chosen=chosen, rejected="ba") for prompt, chosen in 
 made_up, = load_sources(dict(made_up=rows), tok, StepwiseConfig(max_length=16))
 print("\n".join(data_notes(made_up, templated=True)))
 
+# %% [markdown]
+# Only the empty one is dropped. The long one stays, and this is what the model would learn from. Look at the last row:
+
+# %%
+pd.DataFrame(decoded(made_up, tok))
+
 
 # %% [markdown]
+# The word `copy` is gone, and the answer begins with letters that the prompt does not have. The pair counts as used. The two warnings about cuts are all that tells you.
+#
 # ### Is there room for the longest row?
 #
-# A model knows so many token ids, and some kinds of model know so many positions. One row that goes beyond stops a run when its turn comes: perhaps in the third hour. Two numbers of the whole data are enough to [ask the model](02_logprobs.ipynb) beforehand.
+# A model knows so many token ids. Some kinds of model also have a table of positions, and a row longer than the table stops a run when its turn comes: perhaps in the third hour. Two numbers of the whole data are enough to [ask the model](02_logprobs.ipynb) beforehand.
 
 # %%
 #| export
@@ -454,12 +550,21 @@ def extent(
 S = load_model(w.base, "cpu")
 longest, largest = extent(few.pairs)
 check_rows(S, longest, largest)
-print(f"longest row {longest} tokens, largest id {largest}; S knows {S.config.vocab_size} ids")
-print(complaint(check_rows, S, longest, S.config.vocab_size))
+positions, known = S.config.max_position_embeddings, S.config.vocab_size
+print(f"longest row: {longest} tokens of {positions}; largest id: {largest} of 0 to {known - 1}")
+
+# %% [markdown]
+# Now one position too many, and one id too many. Which of them is refused?
+
+# %%
+check_rows(S, positions + 1, largest)
+print(complaint(check_rows, S, longest, known))
 
 
 # %% [markdown]
-# The second number is there for a tokenizer that is newer than its model: somebody added a token and forgot the embedding. On a graphics card, such an id ends in an error far from its cause.
+# Only the id. S computes its positions, so it can go beyond what it was made for, and a line says so. A model with a table of positions, such as GPT-2, would refuse.
+#
+# The id is checked for a tokenizer that is newer than its model: somebody added a token and forgot the embedding. On a graphics card, such an id ends in an error far from its cause.
 #
 # ### Can its name be printed?
 #
@@ -489,8 +594,7 @@ print(complaint(check_names, {"two\nlines": []}))
 # %% [markdown]
 # ## Held-out pairs
 #
-# Some pairs may be kept aside: a share of each source ([by prompt](01_preferences.ipynb), so that no prompt is on both sides), or sources of their own. They are never trained on. Every model is measured on them after its stage, and they lead the report, because nothing else in it can show
-# that a model is *better* and not only well rehearsed.
+# Some pairs may be kept aside: a share of each source ([by prompt](01_preferences.ipynb), so that no prompt is on both sides), or sources of their own. They are never trained on. Every model is measured on them after its stage, and they lead the report, because nothing else in it can show that a model is *better* and not only well rehearsed. Each prompt draws its own lot, so a share of 0.1 gives about a tenth: here 54 of 507.
 
 # %%
 #| export
@@ -549,7 +653,7 @@ check_held_out([held], whole) # the source with the held-out pairs still in it
 
 
 # %% [markdown]
-# All sources of a run, in one call:
+# All sources of a run, in one call. It holds out, and it does not compare: that is left to `check_held_out`.
 
 # %%
 #| export
@@ -567,17 +671,23 @@ def read_sources(
     return train, held
 
 
+# %% [markdown]
+# We hold out a tenth of every source, and give all of `riddle` again as `mine`, a held-out source of our own. Before you look: for how many of the 507 pairs of `mine` is the prompt trained on?
+
 # %%
 train, held = read_sources(w.sources, dict(mine=w.sources["riddle"]), tok, StepwiseConfig(eval_share=0.1))
-pd.Series({"trained on": [f"{s.name} {len(s)}" for s in train],
-           "held out": [f"{s.name} {len(s)}" for s in held]}, name="pairs").to_frame()
+parts = {"trained on": train, "held out": held}
+sizes = pd.DataFrame({part: {s.name: len(s) for s in sources} for part, sources in parts.items()})
+sizes.fillna(0).astype(int)
+
+# %%
+print("\n".join(check_held_out(held, train)))
 
 
 # %% [markdown]
 # ## Chunks
 #
-# A *chunk* $D_t$ is what one stage trains on. Usually the [partition](05_partition.ipynb) decides: one chunk per source, or all rows in order of their sources, cut into $T$ equal parts. Every model is measured on a *probe* of each chunk: a
-# few hundred pairs, drawn once, the same for every model. Only then can two models be compared pair by pair.
+# A *chunk* $D_t$ is what one stage trains on. Usually the [partition](05_partition.ipynb) decides: one chunk per source, or all rows in order of their sources, cut into $T$ equal parts. Every model is measured on a *probe* of each chunk: a few hundred pairs, the same for every model. Only then can two models be compared pair by pair. The draw has its own seed, so nothing that a run draws elsewhere can change it.
 
 # %%
 #| export
@@ -599,12 +709,15 @@ class Chunk:
 
 # %%
 D_3 = Chunk("riddle", whole[0].pairs)
-assert D_3.probe(4)["key"][:] == D_3.probe(4)["key"][:]
-D_3.probe(4)["key"][:]
+first = D_3.probe(4)["row"][:]
+torch.manual_seed(1) # as if other code had drawn
+assert D_3.probe(4)["row"][:] == first
+assert set(first) <= set(D_3.probe(8)["row"][:]) # a larger probe holds the smaller one
+first
 
 
 # %% [markdown]
-# For experiments the chunks may also be given as lists of source names, or made on the way by a function that sees $M_{t-1}$, so that data can be generated between stages. Names are checked now; a function cannot be, it has nothing to say yet.
+# For experiments the chunks may also be given as lists of source names, or made on the way by a function that sees $M_{t-1}$, so that data can be generated between stages. Names are checked as soon as the sources are read; a function cannot be checked, it has made nothing yet.
 
 # %%
 #| export
@@ -668,17 +781,48 @@ assert foreign_weights(w.base, tok) == weights_hash(S)
 print(complaint(foreign_weights, w.base, wider).replace(w.base, "S"))
 
 # %% [markdown]
+# The dangerous case has the same tokens with other ids. We make a model like S, but exchange the ids of *a* and *b* in its tokenizer. What does it read when we ask about our ids?
+
+# %%
+other = Path(tempfile.mkdtemp()) / "other"
+shutil.copytree(w.base, other)
+file = other / "tokenizer.json"
+spec = json.loads(file.read_text())
+ids = spec["model"]["vocab"]
+ids["a"], ids["b"] = ids["b"], ids["a"]
+file.write_text(json.dumps(spec))
+
+# %%
+prompt = few.pairs[0]["prompt_ids"]
+print("we ask:  ", tok.decode(prompt))
+print("it reads:", load_tokenizer(str(other)).decode(prompt))
+print(complaint(foreign_weights, str(other), tok))
+shutil.rmtree(other.parent)
+
+# %% [markdown]
+# Would the loss show it? Take the worst reference there is, pure noise, and look at the [DPO loss](03_loss.ipynb) of a thousand pairs. Is there one pair whose loss does not fall as the policy's gamma rises?
+
+# %%
+gamma = torch.zeros(1000, requires_grad=True)
+noise = 5 * torch.randn(1000, generator=torch.Generator().manual_seed(0)) # the reference's gamma
+dpo_loss(gamma, noise, beta=0.1).sum().backward()
+assert (gamma.grad < 0).all()
+
+# %% [markdown]
+# None. Each pair's loss goes down, whatever the reference says. The reference only decides how hard each pair pulls. So a wrong one cannot be seen in the loss, and has to be found before.
+#
 # ## What was checked, and what it would have cost
 #
 # | what | where it is found out now | without the check |
 # |---|---|---|
-# | a setting that does not exist, or is out of its bounds | when the settings are made | the default is used, and nobody notices |
-# | a source that cannot be read, a column that is missing | `load_sources`, with file and row | an error after the sources before it were tokenised, perhaps after an hour |
+# | a setting that does not exist | `make_config` | the default is used, and nobody notices |
+# | a value out of its bounds, settings that exclude each other | when the settings are made | it is used, or ignored, and nobody notices |
+# | a source that cannot be read, a column that is missing | `load_sources`, with file and row, before anything is tokenised | an error after the sources before it were tokenised, perhaps after an hour |
 # | pairs that are dropped or cut | `data_notes` | a model that learned from half of the data |
-# | a prompt that is trained on and held out | `check_held_out` | held-out numbers that are too good |
-# | a row longer than the model's positions, an id without an embedding | `extent`, before the model reads anything | an error in the step in which that row comes |
-# | more chunks than pairs, a chunk of an unknown source | `check_chunks` | an error after S has read everything |
-# | a reference with another vocabulary | `foreign_weights` | a loss that falls, and a model that learned from noise |
+# | a prompt that is trained on and held out | `check_held_out`, in a warning | held-out numbers that are too good |
+# | a row longer than the table of positions, an id without an embedding | `check_rows`, with the two numbers of `extent` | an error in the step in which that row comes |
+# | more chunks than pairs, a chunk of an unknown source | `check_chunks` | an error when the chunks are made |
+# | a reference with another vocabulary | `foreign_weights` | a loss that falls, and pairs weighted by answers about other texts |
 #
 # ## What you now have
 #
@@ -687,11 +831,11 @@ print(complaint(foreign_weights, w.base, wider).replace(w.base, "S"))
 #
 # ## Questions to test yourself
 #
-# 1. A source has 1,000 rows, and 260 prompts fill the whole row. What would a run do that dropped them without a word?
+# 1. A source has 1,000 rows. In 260 of them the two responses are the same up to the cut. What would a run do that dropped these rows without a word?
 #
 # <details><summary>Answer</summary>
 #
-# It would train, and every number of it would look healthy. But it would have learned from the 740 shorter prompts only, and the order of the sources would have been decided on them. The line says `dropped: 260 no_room`, and a warning names `max_length`.
+# It would train, and every number of it would look healthy. But it would have learned from the other 740 only, and the order of the sources would have been decided on them. The line says `dropped: 260 no_room`, and a warning names `max_length`.
 #
 # </details>
 #

@@ -23,6 +23,26 @@ from .preferences import Source, hold_out, load_pairs, prompt_limit, tokenize_pa
 from .trainer import TrainConfig, setting
 
 # %% ../nbs/12_plan.ipynb #89dc83aa
+def _chunks_setting(chunks):
+    "None, a number or a function as it is; a list as lists of source names."
+    if chunks is None or callable(chunks): return chunks
+    if type(chunks) is int and chunks >= 1: return chunks
+    if not isinstance(chunks, (list, tuple)):
+        raise ValueError("chunks: must be a whole number from 1, a list of source names or a function, "
+                         f"got {chunks!r}")
+    groups = [_group(g) for g in chunks]
+    if not groups or not all(groups):
+        raise ValueError("chunks: a list must hold source names, or lists of them, "
+                         f"and none may be empty; got {chunks!r}")
+    return groups
+
+def _group(names):
+    "A name alone is a chunk of one; nothing, where it is no name and no list of names."
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)): return []
+    return list(names) if all(isinstance(n, str) for n in names) else []
+
+# %% ../nbs/12_plan.ipynb #47faca10
 @dataclass
 class StepwiseConfig(TrainConfig):
     "Settings of a run: those of a stage, and what the stages are."
@@ -90,70 +110,55 @@ class StepwiseConfig(TrainConfig):
         choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
-        self.lr_was_given = self.lr is not None
-        if not self.lr_was_given: self.lr = 5e-6 if self.lora_r else 5e-7
+        defaults = {f.name: f.default for f in fields(self)}
+        self.left_open = {name: defaults[name] for name in _FOLLOW if getattr(self, name) == defaults[name]}
+        if self.lr is None: self.lr = 5e-6 if self.lora_r else 5e-7
         super().__post_init__() # bounds and choices
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
         self.chunks = _chunks_setting(self.chunks)
-        self._check_chunks_and_order()
-        self._check_reference()
-        self._check_adapters()
+        _check_chunks_and_order(self)
+        _check_reference(self)
+        _check_adapters(self)
 
-    def _check_chunks_and_order(self):
-        "Chunks that are given have their own order; those that a function makes are not known beforehand."
-        if isinstance(self.chunks, list) or callable(self.chunks):
-            if self.order not in ("easy_to_hard", "as_given"):
-                raise ValueError("order: chunks that are given have their own order, "
-                                 f"so it cannot be {self.order}")
-            self.order = "as_given"
-        if callable(self.chunks) and self.restart == "never":
-            raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
+_FOLLOW = "lr", "order", "max_prompt_length" # where nobody gives them, they follow from other settings
 
-    def _check_reference(self):
-        if self.reference in ("moving", "fixed"): return
-        if not (Path(self.reference) / "config.json").is_file():
-            raise ValueError("reference: must be moving, fixed or the folder of a model; "
-                             f"there is no model in {self.reference!r}")
+# %% ../nbs/12_plan.ipynb #3c5f3db1
+def _check_chunks_and_order(config):
+    "Chunks that are given have their own order; those that a function makes are not known beforehand."
+    if isinstance(config.chunks, list) or callable(config.chunks):
+        if config.order not in ("easy_to_hard", "as_given"):
+            raise ValueError("order: chunks that are given have their own order, "
+                             f"so it cannot be {config.order}")
+        config.order = "as_given"
+    if callable(config.chunks) and config.restart == "never":
+        raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
 
-    def _check_adapters(self):
-        "Settings of adapters that are not there, and ways of going on that exclude each other."
-        asked = self.lora_alpha, self.lora_targets, self.lora_stages
-        if not self.lora_r and asked != (0, "all-linear", "merge"):
-            raise ValueError("lora_r: is 0, so there are no adapters for lora_alpha, lora_targets "
-                             "or lora_stages; set lora_r, for example to 16")
-        if self.lora_stages == "same" and self.init_target == "S":
-            raise ValueError("lora_stages: 'same' goes on with the adapter of the stage before, "
-                             "and init_target = S begins anew; choose one of them")
-        if self.lora_r and self.lora_stages == "merge" and self.restart == "never":
-            raise ValueError("restart: 'never' needs weights that go on, and each stage has a new adapter; "
-                             "take lora_stages = same")
+def _check_reference(config):
+    if config.reference in ("moving", "fixed"): return
+    if not (Path(config.reference) / "config.json").is_file():
+        raise ValueError("reference: must be moving, fixed or the folder of a model; "
+                         f"there is no model in {config.reference!r}")
 
+def _check_adapters(config):
+    "Settings of adapters that are not there, and ways of going on that exclude each other."
+    asked = config.lora_alpha, config.lora_targets, config.lora_stages
+    if not config.lora_r and asked != (0, "all-linear", "merge"):
+        raise ValueError("lora_r: is 0, so there are no adapters for lora_alpha, lora_targets "
+                         "or lora_stages; set lora_r, for example to 16")
+    if config.lora_stages == "same" and config.init_target == "S":
+        raise ValueError("lora_stages: 'same' goes on with the adapter of the stage before, "
+                         "and init_target = S begins anew; choose one of them")
+    if config.lora_r and config.lora_stages == "merge" and config.restart == "never":
+        raise ValueError("restart: 'never' needs weights that go on, and each stage has a new adapter; "
+                         "take lora_stages = same")
+
+# %% ../nbs/12_plan.ipynb #2d08ce43
 def changed(
     config: StepwiseConfig,
     **settings, # that get another value
 ) -> StepwiseConfig: # a copy
-    "The same settings but for these; a learning rate that nobody gave is chosen anew."
-    if not config.lr_was_given: settings = dict(lr=None) | settings
-    return replace(config, **settings)
-
-def _chunks_setting(chunks):
-    "None, a number or a function as it is; a list as lists of source names."
-    if chunks is None or callable(chunks): return chunks
-    if type(chunks) is int and chunks >= 1: return chunks
-    if not isinstance(chunks, (list, tuple)):
-        raise ValueError("chunks: must be a whole number from 1, a list of source names or a function, "
-                         f"got {chunks!r}")
-    groups = [_group(g) for g in chunks]
-    if not groups or not all(groups):
-        raise ValueError("chunks: a list must hold source names, or lists of them, "
-                         f"and none may be empty; got {chunks!r}")
-    return groups
-
-def _group(names):
-    "A name alone is a chunk of one; nothing, where it is no name and no list of names."
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, (list, tuple)): return []
-    return list(names) if all(isinstance(n, str) for n in names) else []
+    "The same settings but for these; what nobody gave is filled in anew."
+    return replace(config, **config.left_open | settings)
 
 # %% ../nbs/12_plan.ipynb #2c96d3d8
 def defaults_table() -> pd.DataFrame: # setting: the index; default, meaning
@@ -168,8 +173,8 @@ CALLED = dict( # elsewhere
     num_epochs="epochs",
     max_grad_norm="clip",
     warmup_ratio="warmup",
-    per_device_train_batch_size="token_budget",
-    gradient_accumulation_steps="token_budget",
+    per_device_train_batch_size="batch_size",
+    gradient_accumulation_steps="batch_size",
     train_batch_size="batch_size",
     bf16="precision",
     fp16="precision",
@@ -223,13 +228,16 @@ def load_sources(
     "Tokenise every source; raises ValueError naming the one that cannot be used."
     if not sources or not isinstance(sources, dict):
         raise ValueError(f"{called}: expected {{'name': 'file, folder or hub id'}}, with at least one name")
-    return [_load_source(name, what, tokenizer, config) for name, what in sources.items()]
+    # all are read before the first is tokenised
+    rows = {name: _rows_of(name, what) for name, what in sources.items()}
+    return [_tokenised(name, what, rows[name], tokenizer, config) for name, what in sources.items()]
 
-def _load_source(name, what, tokenizer, config):
+def _rows_of(name, what): return None if isinstance(what, Source) else read_rows(name, what)
+
+def _tokenised(name, what, rows, tokenizer, config):
     if isinstance(what, Source): return what
-    data = read_rows(name, what)
     chat = what.get("chat", False) if isinstance(what, dict) else False
-    return tokenize_pairs(data, tokenizer, name, config.max_length, config.max_prompt_length, chat)
+    return tokenize_pairs(rows, tokenizer, name, config.max_length, config.max_prompt_length, chat)
 
 def read_rows(
     name: str, # of the source, for messages
@@ -250,7 +258,7 @@ def _check_spec(name, spec):
         may, got = ", ".join(sorted(_SPEC - {"source"})), ", ".join(map(str, spec))
         raise ValueError(f"source '{name}': a dict needs 'source' and may have {may}; got {got}")
     share, chat, most = spec.get("eval_share", 0), spec.get("chat", False), spec.get("max_pairs")
-    if type(share) not in (int, float):
+    if type(share) not in (int, float) or not 0 <= share < 1:
         raise ValueError(f"source '{name}': eval_share must be a number from 0 to below 1, got {share!r}")
     if type(chat) is not bool:
         raise ValueError(f"source '{name}': chat must be true or false, got {chat!r}")
