@@ -14,7 +14,7 @@
 # - **Of another chunk.** The reference must have read the pairs of $D_t$. A table of $D_{t-1}$ has the right owner and the wrong rows.
 # - **After a crash.** A run that goes on must find the table, the chunk and the weights that it had, to the bit, or it is another run.
 #
-# This chapter builds the steps of a stage so that these mistakes cannot be made, and each step is tried before the next. They are, in order:
+# This chapter builds the steps of a stage in an order that avoids these mistakes. Each table carries the hash of its model, so a mistake that is made can be seen. The steps are:
 #
 # ```
 # ask         M_{t-1} reads D_t            the reference table, before anything is trained
@@ -78,9 +78,13 @@ from sdpo_nb.trainer import (
 )
 
 # %%
-import shutil, tempfile
+import io, shutil, tempfile
+from contextlib import redirect_stdout
+from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from sdpo_nb.folder import alone_in
 from sdpo_nb.logprobs import load_tokenizer
 from sdpo_nb.plan import load_sources
@@ -96,9 +100,31 @@ quick = dict(beta=0.3, lr=1e-4, epochs=2, precision="fp32")
 all_three = load_sources(w.sources, tok, StepwiseConfig())
 D_3 = Chunk("riddle", all_three[-1].pairs)
 
+# %% [markdown]
+# ## A stage by hand
+#
+# Without a folder, a stage is three calls. $M_0$ reads the pairs. It is trained against what it said, and is $M_1$ then. $M_1$ reads the same pairs again. For each pair, $\gamma$ is how much likelier the chosen response is than the rejected one, in nats. On what share of the pairs will it have risen: nearly all, or about three quarters?
+
+# %%
+sources = {s.name: s for s in all_three}
+D_1 = sources["primer"].pairs
+model = load_model(w.base, "cpu")
+how = choose_logprobs(model, [D_1[i] for i in range(64)]) # packed rows or padded ones
+budget = 4 * 4096                                         # tokens in a forward pass; a run takes the same
+
+said_before = score_pairs(model, D_1, logprobs=how, token_budget=budget)   # ask
+train_stage(model, D_1, said_before, TrainConfig(**quick), tmp / "alone")  # train
+said_after = score_pairs(model, D_1, logprobs=how, token_budget=budget)    # measure
+
+by_hand = weights_hash(model)
+change = said_after.gamma(D_1) - said_before.gamma(D_1)
+print(f"risen on {(change > 0).float().mean():.0%} of the pairs, by {change.mean():.2f} nats on average")
+
 
 # %% [markdown]
-# How many models are in memory? One, at any time. The line below follows it through two stages. Above it stands which model the weights are, below it what they are used for.
+# It rises on most pairs, not on all. Nothing else in this chapter changes what is learned. What it adds is that the table is the right one, that a crash costs little, and that everything is written down. At the end we compare `run_stage` with these three calls.
+#
+# How many models are in memory? One, while the stage asks, trains and measures. (When S is stored in bf16 or fp16, saving also loads the model before the stage on the CPU for a moment, to count the weights that changed.) The line below follows the one model through two stages. Above it stands which model the weights are, below it what they are used for.
 #
 # ```
 # weights    M_0 = S                M_0 ~> M_1            M_1                        M_1 ~> M_2           M_2
@@ -112,8 +138,16 @@ D_3 = Chunk("riddle", all_three[-1].pairs)
 #
 # ## One way to make a table
 #
-# A stage needs many things: settings, folder, device, tokenizer, the clock that knows how much of the run is left. They travel together, as a `Context`. What counts in it are the few methods. `at(t)` is the folder of $M_t$, where $M_0$ is S. `load(t)` is the model. And `score(t, model, pairs, what)` is **the
-# only way in which a table of log-probabilities is made in a run**: it takes the number of the model, so the table lands in that model's folder and nowhere else. It reads what is there, and computes what is missing.
+# A stage needs many things. They travel together, as a `Context`. Its fields are of four sorts:
+#
+# | fields | what for |
+# |---|---|
+# | `config`, `folder`, `base`, `revision`, `tokenizer`, `held` | what the user asked for; `held` are the sources that are only measured |
+# | `device`, `precision`, `dtype`, `logprobs`, `chosen` | how it is computed. `dtype` is that in which $M_t$ is saved. `chosen` remembers whether rows are [packed](04_packing.ipynb), because finding out costs some passes |
+# | `clock`, `before`, `otherwise` | where the run stands: tokens left, steps of finished stages, and what may change the last bits of a run that goes on, to be said once |
+# | `talks`, `tracker`, `on_step`, `on_stage` | who is told. `talks` is false for models of less than five million parameters |
+#
+# You need three of its methods to read on. `at(t)` is the folder of $M_t$, where $M_0$ is S. `load(t)` is the model. And `score(t, model, pairs, what)` is **the only way in which a table of log-probabilities is made in a run**: it takes the number of the model and puts the table into that model's folder. It reads what is there, and computes what is missing. That the model really is $M_t$ is up to the caller; further below we give it the wrong one.
 
 # %%
 #| export
@@ -221,20 +255,24 @@ class Context:
             self.tracker.log(numbers | dict(stage=t), step=self.before + row["step"])
         if self.on_step: self.on_step(dict(stage=t) | row)
 
-def _scoring_budget(config, logprobs, device):
-    """Tokens of a forward pass without gradients.
 
-    Nothing is kept for a backward pass, so a packed row may be longer than in training.
-    """
+# %% [markdown]
+# How many tokens go through the model at once when it only reads? Nothing is kept for a backward pass, so packed rows may be four times as long as in training.
+
+# %%
+#| export
+def _scoring_budget(config, logprobs, device):
+    "Tokens of a forward pass without gradients."
     usual = MOST // 4 if torch.device(device).type == "cuda" else 4096
     packed = getattr(logprobs, "attention", "") in ("packed", "flash")
     return (config.token_budget or usual) * (4 if packed else 1)
 
 
+# %%
+assert _scoring_budget(StepwiseConfig(), response_logprobs, "cpu") == 4096
+assert _scoring_budget(StepwiseConfig(token_budget=100), response_logprobs, "cpu") == 100
+
 # %% [markdown]
-# Four more of the fields need a word. `otherwise` is what may change the last bits of a run that goes on (another processor, another version), to be said once. `chosen` remembers for each kind of model whether rows are [packed](04_packing.ipynb), because the question costs some passes. `dtype` is that of S on disk, in which every $M_t$ is saved. And
-# `talks` is false for models of less than five million parameters.
-#
 # S reads 64 pairs of `riddle`. The second call finds nothing to do, and writes nothing:
 
 # %%
@@ -389,13 +427,12 @@ def _adapters(policy, ctx):
     millions = adapter_size(policy, ctx.config) / 1e6
     return f", {millions:.1f} million in adapters of rank {ctx.config.lora_r}"
 
-def _check_adapters(policy, config):
-    "Raise ValueError for adapters that cannot be had; say so where the learning rate is low for them."
-    if not config.lora_r: return
-    lora_config(config) # raises where PEFT is missing
-    adapter_size(policy, config)
-    if config.lr < 1e-6: print(f"  note: lr = {config.lr:g} is low for adapters; without lr they get 5e-6")
 
+# %% [markdown]
+# Which stages will come, and where are their steps written? A stage has as many steps as it has batches, times the epochs. `primer` has 492 pairs. In batches of 32, and twice over, how many steps is that?
+
+# %%
+#| export
 def _steps_of(chunk, config):
     "Optimizer steps of a stage."
     return config.epochs * math.ceil(len(chunk.pairs) / config.batch_size)
@@ -408,17 +445,10 @@ def _plan_line(chunks, ctx):
     where = f"{ctx.folder}/stage-1/metrics.jsonl"
     return f"stages: {', '.join(stages)}; each step becomes a line of {where}, and so on"
 
-def _not_deterministic(policy, loaded, ctx):
-    "What keeps a graphics card from computing the same bits again, if anything does and it matters."
-    if ctx.device.type == "cpu" or not ctx.config.deterministic or not loaded: return None
-    why = why_not_same_bits(policy.train(), ctx.how(policy, loaded[0].pairs), ctx.precision)
-    policy.eval()
-    if why: print(f"a run that is killed and goes on will not end in the same bits: {why}")
-    return why
-
 
 # %%
 ctx.config = StepwiseConfig(**quick)
+_say_model(S, parts[0].pairs, replace(ctx, base="S"))
 print(_plan_line(parts, ctx).replace(str(tmp), "runs"))
 
 
@@ -430,7 +460,7 @@ print(_plan_line(parts, ctx).replace(str(tmp), "runs"))
 def _tokens(pairs): return pair_tokens(pairs).sum()
 
 def _tokens_ahead(t, chunks, ctx) -> float:
-    "Tokens of forward passes from stage t to the end; training counts threefold."
+    "Tokens of forward passes from stage t to the end, for a moving reference; training counts threefold."
     every = [_tokens(d.pairs) for d in chunks]
     probed = [_tokens(d.probe(ctx.config.probe)) for d in chunks]
     first = max(t, 2) - 1 # the reference of stage 1 was computed for the partition
@@ -440,10 +470,22 @@ def _tokens_ahead(t, chunks, ctx) -> float:
     return reference + training + (len(chunks) - t + 1) * measured
 
 
+# %% [markdown]
+# We take small probes, so that every term counts. Which of the three will cost most?
+
 # %%
-ahead = [_tokens_ahead(t, parts, ctx) for t in (1, 2, 3, 4)]
-assert ahead[3] == 0
-[f"{n:,}" for n in ahead]
+ctx.config = StepwiseConfig(**quick, probe=64)
+all_tokens = [_tokens(d.pairs) for d in parts]
+probe_tokens = [_tokens(d.probe(64)) for d in parts]
+tokens = {
+    "reference tables": sum(all_tokens[1:]) - sum(probe_tokens[1:]), # D_2 and D_3, less their probes
+    "training": 3 * 2 * sum(all_tokens),                             # threefold, two epochs
+    "measuring": 3 * sum(probe_tokens),                              # after each of three stages
+}
+assert _tokens_ahead(1, parts, ctx) == sum(tokens.values())
+assert _tokens_ahead(4, parts, ctx) == 0
+ctx.config = StepwiseConfig(**quick)
+pd.Series(tokens, name="tokens of forward passes").to_frame()
 
 
 # %% [markdown]
@@ -496,6 +538,14 @@ print(complaint(tracking(StepwiseConfig(log_with="paper"), tmp).__enter__))
 
 # %%
 #| export
+def _not_deterministic(policy, loaded, ctx):
+    "What keeps a graphics card from computing the same bits again, if anything does and it matters."
+    if ctx.device.type == "cpu" or not ctx.config.deterministic or not loaded: return None
+    why = why_not_same_bits(policy.train(), ctx.how(policy, loaded[0].pairs), ctx.precision)
+    policy.eval()
+    if why: print(f"a run that is killed and goes on will not end in the same bits: {why}")
+    return why
+
 def _identity(policy, ctx, loaded, sources, reference_weights):
     "What a run is made of, beside its settings: for config.yaml."
     of_S = table_kind(policy, ctx.precision, response_logprobs)
@@ -541,7 +591,8 @@ sorted(name for name in whole if whole[name] != less[name])
 def _first_pass(loaded, policy, ctx):
     "M_0 reads everything that it must; the chunks, unless a function will make them."
     sets = [Chunk(s.name, s.pairs) for s in loaded]
-    ctx.clock.left = sum(_tokens(d.pairs) for d in sets) + _tokens_ahead(1, sets, ctx)
+    to_read = sum(_tokens(source.pairs) for source in [*loaded, *ctx.held])
+    ctx.clock.left = to_read + _tokens_ahead(1, sets, ctx)
     chunks = [] if callable(ctx.config.chunks) else _partitioned(loaded, policy, ctx)
     ctx.score_all(0, policy, [])
     path = ctx.folder / "held_out.json"
@@ -558,18 +609,25 @@ def _described(pairs):
 
 
 # %% [markdown]
-# Forty pairs of `riddle` are held out here. When the pass has ended, the clock has counted down what was read. What is left is the training and what comes after it.
+# Forty pairs of `riddle` are taken out and held out. S reads them too, so the clock must count them. When the pass has ended, what was read is gone from the clock. What is left is the training and what comes after it.
 
 # %%
 shutil.rmtree(ctx.folder)
 ctx.clock = Clock(0)
-ctx.held = [Source("unseen", all_three[-1].pairs.select(range(40)), {})]
-_first_pass(all_three, S, ctx)
-read = _tokens(concatenate_datasets([s.pairs for s in all_three])) + _tokens(ctx.held[0].pairs)
+riddle = all_three[-1].pairs
+ctx.held = [Source("unseen", riddle.select(range(40)), {})]
+rest = Source("riddle", riddle.select(range(40, len(riddle))), {})
+to_train = [*all_three[:2], rest]
+
+chunks = _first_pass(to_train, S, ctx)
 left = ctx.clock.left
-assert left == _tokens_ahead(1, parts, ctx)
+assert left == _tokens_ahead(1, chunks, ctx)
+assert not set(ctx.held[0].pairs["key"][:]) & set(rest.pairs["key"][:])
+
+read = sum(_tokens(s.pairs) for s in [*to_train, *ctx.held])
 print(f"read {read:,} tokens, {left:,.0f} to come")
 read_part(ctx.folder / "held_out.json")["unseen"]["tokens"]
+
 
 
 # %% [markdown]
@@ -635,6 +693,13 @@ def _unwrapped(model, config):
                          "set lora_r, or give get_peft_model(...), not both")
     return plain, changed(config, **asked)
 
+def _check_adapters(policy, config):
+    "Raise ValueError for adapters that cannot be had; say so where the learning rate is low for them."
+    if not config.lora_r: return
+    lora_config(config) # raises where PEFT is missing
+    adapter_size(policy, config)
+    if config.lr < 1e-6: print(f"  note: lr = {config.lr:g} is low for adapters; without lr they get 5e-6")
+
 
 # %% [markdown]
 # Now a run can begin. After this call, $M_0$ has read all pairs and the chunks are decided.
@@ -649,7 +714,7 @@ sorted(p.name for p in ctx.folder.iterdir())
 # %% [markdown]
 # ## Ask the reference
 #
-# Now the stage itself, and first its reference. The moment is the point. The table is computed while the policy in memory still *is* $M_{t-1}$: before it is reset to S, where a setting wants that, and before its first step. So there is never a second model in memory. A reference from elsewhere is loaded
+# Now the stage itself, and first its reference. The moment is the point. The table is computed while the policy in memory still *is* $M_{t-1}$: before it is reset to S, where a setting wants that, and before its first step. So asking never takes a second model. A reference from elsewhere is loaded
 # in the policy's place, asked, and given back.
 
 # %%
@@ -686,21 +751,41 @@ table, name, policy = _reference(1, parts, policy, ctx)
 assert table.kind["weights"] == weights_hash(policy)
 name, len(table.rows)
 
+# %% [markdown]
+# The name and the hash agree: the table is $M_0$'s, and $M_0$ is what the policy holds. Which pairs must each model read before it is gone? With three chunks and a moving reference:
+#
+# | table of | $D_1$ | $D_2$ | $D_3$ |
+# |---|---|---|---|
+# | $M_0$ | **all** | all | all |
+# | $M_1$ | probe | **all** | probe |
+# | $M_2$ | probe | probe | **all** |
+# | $M_3$ | probe | probe | probe |
+#
+# In bold stand the reference tables. $M_0$ reads everything because of the partition. A probe has at most 512 pairs. Our chunks are smaller, so here a probe is the whole chunk, and the table has all 1,508 rows. What if a stage takes the table of the chunk before? Say that $M_1$ has read the probes of $D_1$ only:
+
+# %%
+few = LogprobTable(table.kind, table.rows.loc[parts[0].pairs["key"][:]])
+print(complaint(few.gamma, parts[1].pairs))
+
 
 # %% [markdown]
-# The name and the hash agree: the table is $M_0$'s, and $M_0$ is what the policy holds. It has 1,508 rows, those of all three chunks, since $M_0$ had to read all of them for the partition. A later model reads its probes, at most 512 pairs of each chunk, and the whole of the chunk that comes next.
-#
-# What about the other two kinds? With `reference="fixed"` the table is S's in every stage, and S has read everything already: no pass at all. With the folder of another model, that model is loaded in each stage, reads the chunk and the probe of the next one, and is given back.
+# The pairs are not there, so it says so. What about the other two kinds of reference? With `reference="fixed"` the table is S's in every stage, and S has read everything already: no pass at all. With the folder of another model, that model is loaded in each stage, reads the chunk and the probe of the next one, and is given back.
 #
 # ## Measure
 #
-# After training, $M_t$ reads the probe of every chunk. What should be kept of that? Not the loss alone, which can fall while the model gets worse on some pairs. The numbers below are all on the probe of $D_t$:
+# After training, $M_t$ reads the probe of every chunk. What should be kept of that? Not the loss alone, which can fall while the model gets worse on some pairs.
 #
-# - $\gamma$ before and after, and its change with a *paired* interval, since the same pairs were read twice;
-# - the [certificate](03_loss.ipynb): the least mean $\gamma$ that the loss guarantees. It is computed from a pass of the finished $M_t$, not from the running loss of training;
-# - the share of pairs of which the certificate says nothing: those that fell below their reference.
+# | number | on which pairs | what it answers |
+# |---|---|---|
+# | `gamma_ref` | all of $D_t$ | how high is the bar of this stage? |
+# | `gamma_ref_next` | probe of $D_{t+1}$ | what does this reference say about the chunk that comes next? |
+# | `gamma`, `accuracy_before`, `accuracy` | probe of $D_t$ | where is the model, and how many chosen responses does it prefer, before and after? |
+# | `gamma_change` | the same | what did the stage change? The interval is *paired*: each pair is compared with itself |
+# | `loss` | the same | from a pass of the finished $M_t$, not the running loss of training |
+# | `certificate` | the same | the least mean $\gamma$ that this loss [guarantees](03_loss.ipynb), from the reference's mean on the probe |
+# | `below_reference` | the same | on what share of the pairs is $\gamma$ under its reference, although the mean is certified? |
 #
-# `stage_measures` needs no model, only what three models said. So anybody who has the tables can compute these numbers again, and [chapter 17](17_verify.ipynb) does.
+# `stage_measures` needs no model, only three tables. So anybody who has the tables can compute these numbers again, and [chapter 17](17_verify.ipynb) does.
 
 # %%
 #| export
@@ -750,7 +835,7 @@ assert still["gamma_change"] == (0, 0, 0)
 {name: still[name] for name in ("loss", "below_reference")}
 
 # %% [markdown]
-# That was a model measured against itself: nothing changed, and the loss is $\ln 2 = 0.693$. This is the right value for having done nothing, and the first loss of every stage.
+# That was a model measured against itself: nothing changed, and the loss is $\ln 2 = 0.693$. It is also the first loss of every stage whose policy starts as its own reference. With a fixed reference, or a start at S, this holds in stage 1 only.
 #
 # For the report, every model also answers a few prompts. Numbers say how far a model has moved; only its words say where to.
 
@@ -783,8 +868,12 @@ pd.Series(answers["answers"], index=answers["prompts"], name="answer of S").to_f
 # %% [markdown]
 # ## The stage
 #
-# Read it from top to bottom: ask, train, measure, save. Two lines need a word. What $M_{t-1}$ says about the probes was written down when its own stage ended; should that table be lost, or be of another kind on this machine, `score_all` makes it again. And `stage.json` comes last, because it is [the mark that the stage is
-# finished](10_folder.ipynb): whatever dies before it is done again.
+# The code has the four parts of the sketch above, and their names stand as comments.
+#
+# 1. **Ask.** First $M_{t-1}$ reads the probes, in case its own table is lost or of another kind on this machine. Then the reference reads $D_t$.
+# 2. **Train.** The policy stays $M_{t-1}$, or goes back to S where the setting says so. `own` is the table of the model as it came in; training compares its first batch with it. An adapter changes the hash of a model but not its numbers, so the hash is taken before.
+# 3. **Measure.** With adapters, $M_t$ is saved first and read again from the disk, so what is measured is what a later call will load.
+# 4. **Save.** `stage.json` comes last. It is [the mark that the stage is finished](10_folder.ipynb): whatever dies before it is done again.
 
 # %%
 #| export
@@ -798,13 +887,16 @@ def run_stage(
     config, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
     _begin(t, chunks, ctx)
     start = time.time()
+
+    # ask
     if t > 1:
         measured = chunks[:t-1] if callable(config.chunks) else chunks
         ctx.score_all(t-1, policy, measured)
-
     table, reference, policy = _reference(t, chunks, policy, ctx) # before the policy is reset or trained
-    ctx.score(t-1, policy, chunk.probe(config.probe), chunk.name)
+    ctx.score(t-1, policy, chunk.probe(config.probe), chunk.name) # for the change of gamma
     if t == 1: _answer(0, policy, chunks, ctx)
+
+    # train
     if config.init_target == "S" and t > 1:
         free_model(policy)
         policy = ctx.load(0)
@@ -818,10 +910,13 @@ def run_stage(
         on_step=lambda row: ctx.after_step(t, row),
         **_going_on(t, chunks, ctx))
 
-    if config.lora_r: policy = _merged(t, policy, ctx)
+    # measure
+    if config.lora_r: policy = _merged(t, policy, ctx)            # saves the adapter
     ctx.score_all(t, policy, chunks)
     _answer(t, policy, chunks, ctx)
     peak = peak_memory(ctx.device) / GIB
+
+    # save
     write_json(folder / "cost.json", dict(seconds=round(time.time() - start), peak_gib=round(peak, 2)))
     if not config.lora_r: save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     ended = dict(
@@ -844,6 +939,12 @@ def run_stage(
     if ctx.on_stage: ctx.on_stage(Run(ctx.folder))
     return policy
 
+
+# %% [markdown]
+# Where does this stage begin? The clock is set, and with `restart = never` the optimizer of the stage before goes on.
+
+# %%
+#| export
 def _begin(t, chunks, ctx):
     "Set the clock; say once what may change the last bits."
     if ctx.otherwise: print(f"{ctx.folder}: {ctx.otherwise}")
@@ -857,6 +958,12 @@ def _going_on(t, chunks, ctx):
     previous = ctx.at(t-1) if t > 1 else None
     return dict(previous=previous, schedule=(sum(steps[:t-1]), sum(steps)))
 
+
+# %% [markdown]
+# With [adapters](09_lora.ipynb), what is trained is small, and what is saved is one adapter on S.
+
+# %%
+#| export
 def _with_adapter(t, policy, ctx):
     "What stage t trains: a new adapter on M_{t-1}, or the one of the stage before, on S."
     if ctx.config.lora_stages == "merge" or t == 1: return add_adapter(policy, ctx.config, t)
@@ -873,6 +980,12 @@ def _merged(t, policy, ctx):
     save_adapter(adapter, ctx.tokenizer, where, ctx.base, ctx.revision)
     return load_merged(ctx.at(t), ctx.device)
 
+
+# %% [markdown]
+# In bf16 a small change of a weight can be lost when it is rounded. So the share of weights that changed is counted, and told where it is under one half.
+
+# %%
+#| export
 def _saved(t, policy, ctx):
     "What stage.json says about the model on disk."
     saved = dict(dtype=str(ctx.dtype).removeprefix("torch."), weights=weights_hash(policy, ctx.dtype))
@@ -899,16 +1012,56 @@ print(_stage_line(read_part(ctx.at(1) / "stage.json"), 3))
 sorted(p.name for p in ctx.at(1).iterdir())
 
 # %% [markdown]
-# The line is what a user sees when a stage ends, and each of its parts answers a question. *Against $M_0$, first loss 0.693*: was the reference the right one? *$\gamma$ changed by ...*: was anything learned, and is it more than noise? *Chosen preferred in 72 %, now 84 %*: on how many pairs does it show?
+# The line is what a user sees when a stage ends. *First loss 0.693*: does the table belong to the model that we train? *$\gamma$ changed by ...*: was anything learned, and is it more than noise? *Chosen preferred in 72 %, now 84 %*: on how many pairs does it show?
 #
-# Nothing of this machinery may change what is learned. So train once more without it: [chapter 06](06_trainer.ipynb) alone, with a table made by hand. The weights are the same, to the bit.
+# And the answers? Each prompt says what to do. Before you look: which of S's four answers were wrong?
 
 # %%
-alone = load_model(w.base, "cpu")
-by_hand = score_pairs(alone, parts[0].pairs, logprobs=ctx.how(alone, parts[0].pairs), token_budget=4 * 4096)
-train_stage(alone, parts[0].pairs, by_hand, TrainConfig(**quick), tmp / "alone")
-assert weights_hash(alone) == weights_hash(M_1)
-weights_hash(M_1)
+answers = {}
+for t, who in enumerate(("S", "M_1")): answers[who] = read_part(ctx.at(t) / "answers.json")
+pd.DataFrame({who: a["answers"] for who, a in answers.items()}, index=answers["S"]["prompts"])
+
+# %% [markdown]
+# Why is the change of $\gamma$ *paired*? Each dot is one pair. To the right, S prefers the chosen response; upward, $M_1$ does. Dots over the dashed line have risen. The pairs spread widely along the line, and less across it. The paired interval counts only the spread across.
+
+# %%
+before = ctx.table(0).gamma(parts[0].pairs)
+after = ctx.table(1).gamma(parts[0].pairs)
+fig, ax = plt.subplots(figsize=(4.2, 4.2))
+ax.plot(before, after, ".", ms=4)
+ends = [min(before.min(), after.min()), max(before.max(), after.max())]
+ax.plot(ends, ends, "--", color="grey")
+ax.set(xlabel="gamma under S (nats), right is better", ylabel="gamma under $M_1$ (nats), up is better")
+sns.despine()
+
+intervals = {
+    "gamma under S": mean_interval(before),
+    "gamma under M_1": mean_interval(after),
+    "change, paired": mean_interval(after - before),
+}
+pd.DataFrame(intervals, index=["mean", "low", "high"]).T.round(2)
+
+# %% [markdown]
+# Is this the stage that we made by hand? The weights are the same, to the bit:
+
+# %%
+assert weights_hash(M_1) == by_hand
+by_hand
+
+# %% [markdown]
+# The first loss says that the table belongs to the model that is trained. It cannot say *which* model that was. Suppose we ask too late: the policy has moved on to $M_1$, and we still call it $M_0$. Will `score` refuse?
+
+# %%
+wrong = replace(ctx, folder=tmp / "wrong")
+shutil.copytree(ctx.at(0), wrong.at(0))
+with redirect_stdout(io.StringIO()) as said: late = wrong.score(0, M_1, parts[0].pairs, parts[0].name)
+assert late.kind["weights"] == weights_hash(M_1)
+assert late.kind["weights"] != table.kind["weights"]
+print(said.getvalue().replace(str(tmp), "runs"))
+
+
+# %% [markdown]
+# It does not refuse. It sees a table of other weights, says so, and computes again. Training against this table would begin at 0.693 as well. Two things help: `run_stage` asks before anything moves, and `stage.json` keeps the hash of the table's model, which [chapter 17](17_verify.ipynb) compares.
 
 # %% [markdown]
 # ## Where can it die?
@@ -919,12 +1072,34 @@ weights_hash(M_1)
 # |---|---|---|
 # | S reads | `base/logprobs`, the pieces that were finished | reads the pairs that are missing |
 # | the chunks are decided | no `partition.json`, or a whole one | decides, or reads what was decided |
-# | stage $t$ trains | `stage-t/checkpoint`: weights, optimizer, schedule, place in the data | goes on from there; steps after it are done again |
-# | $M_t$ is measured or saved | the checkpoint of the last step, no `stage.json` | trains nothing, measures and saves again |
+# | stage $t$ trains | `stage-t/checkpoint`, once `save_every` steps are done (50 by default): weights, optimizer, place in the data | goes on from there; later steps are done again. With no checkpoint yet, the stage starts again |
+# | $M_t$ is measured or saved | the checkpoint of the last step, no `stage.json` | trains nothing, reads the pairs that are missing, saves again |
 # | `stage.json` is written | no `stage.json` (a file appears under its name only when it is whole) | the same |
 # | the report is written | all stages | writes the report |
 #
 # Nothing in this table is a special case in the code. Every line follows from three habits: a file is written under another name and then renamed; whatever is there and belongs to this run is read and not computed again; and the mark of completion comes last.
+#
+# We try the third row. A checkpoint is made every 8 steps, and the plug is pulled at step 20. How many steps are done twice?
+
+# %%
+def pulled(row):
+    if row["step"] == 20: raise RuntimeError("the plug was pulled at step 20")
+
+config = StepwiseConfig(**quick, save_every=8)
+killed = replace(ctx, folder=tmp / "killed", config=config, on_step=pulled)
+shutil.copytree(ctx.at(0), killed.at(0))
+print(complaint(run_stage, 1, parts, ctx.load(0), killed))
+sorted(p.name for p in killed.at(1).iterdir())
+
+# %%
+killed.on_step = None
+survivor = run_stage(1, parts, ctx.load(0), killed)
+steps = (killed.at(1) / "metrics.jsonl").read_text().splitlines()
+assert weights_hash(survivor) == weights_hash(M_1)
+assert len(steps) == 32
+
+# %% [markdown]
+# Four: the last checkpoint is that of step 16, and steps 17 to 20 are done again. Their lines in `metrics.jsonl` are cut off and written anew.
 
 # %%
 #| hide
@@ -953,17 +1128,23 @@ shutil.rmtree(tmp)
 #
 # </details>
 #
-# 3. Why is the interval of the change of $\gamma$ so much narrower than that of $\gamma$ itself?
+# 3. Under S, the mean $\gamma$ of `primer` is 1.68, with an interval of 0.37 to each side. Why has its change only 0.16?
 #
 # <details><summary>Answer</summary>
 #
-# It is paired. Pairs differ a lot from each other in $\gamma$, by tens of nats where responses are long. What one stage changes on one pair is small beside that, and the difference between the pairs drops out when each is compared with itself.
+# It is paired. Pairs differ in $\gamma$: their standard deviation is 4.2 nats here. That drops out when each pair is compared with itself. It helps as long as a stage changes all pairs by about the same amount. Where training has spread the pairs far apart, the change is as uncertain as $\gamma$ itself.
 #
 # </details>
 #
 # ## Try this
 #
-# Copy the folder of the finished stage, put `base/logprobs` in the place of `stage-1/logprobs`, and call `_measures(1, parts, table, ctx)` again.
+# The notebook removes its folder when it ends. So run it up to "Where can it die?", put S's table in the place of $M_1$'s, and measure again:
+#
+# ```python
+# shutil.rmtree(ctx.at(1) / "logprobs")
+# shutil.copytree(ctx.at(0) / "logprobs", ctx.at(1) / "logprobs")
+# _measures(1, parts, table, ctx)
+# ```
 #
 # <details><summary>What you should see</summary>
 #

@@ -44,7 +44,7 @@ from sdpo_nb.trainer import (
     train_stage, wants_compiling, why_not_same_bits
 )
 
-# %% ../nbs/13_stages.ipynb #a1021b27
+# %% ../nbs/13_stages.ipynb #ac29d898
 @dataclass
 class Context:
     "What every stage needs to know."
@@ -149,11 +149,9 @@ class Context:
             self.tracker.log(numbers | dict(stage=t), step=self.before + row["step"])
         if self.on_step: self.on_step(dict(stage=t) | row)
 
+# %% ../nbs/13_stages.ipynb #05222757
 def _scoring_budget(config, logprobs, device):
-    """Tokens of a forward pass without gradients.
-
-    Nothing is kept for a backward pass, so a packed row may be longer than in training.
-    """
+    "Tokens of a forward pass without gradients."
     usual = MOST // 4 if torch.device(device).type == "cuda" else 4096
     packed = getattr(logprobs, "attention", "") in ("packed", "flash")
     return (config.token_budget or usual) * (4 if packed else 1)
@@ -242,13 +240,7 @@ def _adapters(policy, ctx):
     millions = adapter_size(policy, ctx.config) / 1e6
     return f", {millions:.1f} million in adapters of rank {ctx.config.lora_r}"
 
-def _check_adapters(policy, config):
-    "Raise ValueError for adapters that cannot be had; say so where the learning rate is low for them."
-    if not config.lora_r: return
-    lora_config(config) # raises where PEFT is missing
-    adapter_size(policy, config)
-    if config.lr < 1e-6: print(f"  note: lr = {config.lr:g} is low for adapters; without lr they get 5e-6")
-
+# %% ../nbs/13_stages.ipynb #eaaf7c18
 def _steps_of(chunk, config):
     "Optimizer steps of a stage."
     return config.epochs * math.ceil(len(chunk.pairs) / config.batch_size)
@@ -261,19 +253,11 @@ def _plan_line(chunks, ctx):
     where = f"{ctx.folder}/stage-1/metrics.jsonl"
     return f"stages: {', '.join(stages)}; each step becomes a line of {where}, and so on"
 
-def _not_deterministic(policy, loaded, ctx):
-    "What keeps a graphics card from computing the same bits again, if anything does and it matters."
-    if ctx.device.type == "cpu" or not ctx.config.deterministic or not loaded: return None
-    why = why_not_same_bits(policy.train(), ctx.how(policy, loaded[0].pairs), ctx.precision)
-    policy.eval()
-    if why: print(f"a run that is killed and goes on will not end in the same bits: {why}")
-    return why
-
 # %% ../nbs/13_stages.ipynb #41c00705
 def _tokens(pairs): return pair_tokens(pairs).sum()
 
 def _tokens_ahead(t, chunks, ctx) -> float:
-    "Tokens of forward passes from stage t to the end; training counts threefold."
+    "Tokens of forward passes from stage t to the end, for a moving reference; training counts threefold."
     every = [_tokens(d.pairs) for d in chunks]
     probed = [_tokens(d.probe(ctx.config.probe)) for d in chunks]
     first = max(t, 2) - 1 # the reference of stage 1 was computed for the partition
@@ -315,6 +299,14 @@ def _tracker(config, folder):
     return accelerator
 
 # %% ../nbs/13_stages.ipynb #8c2c89a4
+def _not_deterministic(policy, loaded, ctx):
+    "What keeps a graphics card from computing the same bits again, if anything does and it matters."
+    if ctx.device.type == "cpu" or not ctx.config.deterministic or not loaded: return None
+    why = why_not_same_bits(policy.train(), ctx.how(policy, loaded[0].pairs), ctx.precision)
+    policy.eval()
+    if why: print(f"a run that is killed and goes on will not end in the same bits: {why}")
+    return why
+
 def _identity(policy, ctx, loaded, sources, reference_weights):
     "What a run is made of, beside its settings: for config.yaml."
     of_S = table_kind(policy, ctx.precision, response_logprobs)
@@ -342,7 +334,8 @@ def _written(source):
 def _first_pass(loaded, policy, ctx):
     "M_0 reads everything that it must; the chunks, unless a function will make them."
     sets = [Chunk(s.name, s.pairs) for s in loaded]
-    ctx.clock.left = sum(_tokens(d.pairs) for d in sets) + _tokens_ahead(1, sets, ctx)
+    to_read = sum(_tokens(source.pairs) for source in [*loaded, *ctx.held])
+    ctx.clock.left = to_read + _tokens_ahead(1, sets, ctx)
     chunks = [] if callable(ctx.config.chunks) else _partitioned(loaded, policy, ctx)
     ctx.score_all(0, policy, [])
     path = ctx.folder / "held_out.json"
@@ -413,6 +406,13 @@ def _unwrapped(model, config):
         raise ValueError("lora_r: the model carries an adapter already; "
                          "set lora_r, or give get_peft_model(...), not both")
     return plain, changed(config, **asked)
+
+def _check_adapters(policy, config):
+    "Raise ValueError for adapters that cannot be had; say so where the learning rate is low for them."
+    if not config.lora_r: return
+    lora_config(config) # raises where PEFT is missing
+    adapter_size(policy, config)
+    if config.lr < 1e-6: print(f"  note: lr = {config.lr:g} is low for adapters; without lr they get 5e-6")
 
 # %% ../nbs/13_stages.ipynb #f0e67b85
 def _reference(t, chunks, policy, ctx):
@@ -506,13 +506,16 @@ def run_stage(
     config, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
     _begin(t, chunks, ctx)
     start = time.time()
+
+    # ask
     if t > 1:
         measured = chunks[:t-1] if callable(config.chunks) else chunks
         ctx.score_all(t-1, policy, measured)
-
     table, reference, policy = _reference(t, chunks, policy, ctx) # before the policy is reset or trained
-    ctx.score(t-1, policy, chunk.probe(config.probe), chunk.name)
+    ctx.score(t-1, policy, chunk.probe(config.probe), chunk.name) # for the change of gamma
     if t == 1: _answer(0, policy, chunks, ctx)
+
+    # train
     if config.init_target == "S" and t > 1:
         free_model(policy)
         policy = ctx.load(0)
@@ -526,10 +529,13 @@ def run_stage(
         on_step=lambda row: ctx.after_step(t, row),
         **_going_on(t, chunks, ctx))
 
-    if config.lora_r: policy = _merged(t, policy, ctx)
+    # measure
+    if config.lora_r: policy = _merged(t, policy, ctx)            # saves the adapter
     ctx.score_all(t, policy, chunks)
     _answer(t, policy, chunks, ctx)
     peak = peak_memory(ctx.device) / GIB
+
+    # save
     write_json(folder / "cost.json", dict(seconds=round(time.time() - start), peak_gib=round(peak, 2)))
     if not config.lora_r: save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     ended = dict(
@@ -552,6 +558,7 @@ def run_stage(
     if ctx.on_stage: ctx.on_stage(Run(ctx.folder))
     return policy
 
+# %% ../nbs/13_stages.ipynb #f750002a
 def _begin(t, chunks, ctx):
     "Set the clock; say once what may change the last bits."
     if ctx.otherwise: print(f"{ctx.folder}: {ctx.otherwise}")
@@ -565,6 +572,7 @@ def _going_on(t, chunks, ctx):
     previous = ctx.at(t-1) if t > 1 else None
     return dict(previous=previous, schedule=(sum(steps[:t-1]), sum(steps)))
 
+# %% ../nbs/13_stages.ipynb #a43b0955
 def _with_adapter(t, policy, ctx):
     "What stage t trains: a new adapter on M_{t-1}, or the one of the stage before, on S."
     if ctx.config.lora_stages == "merge" or t == 1: return add_adapter(policy, ctx.config, t)
@@ -581,6 +589,7 @@ def _merged(t, policy, ctx):
     save_adapter(adapter, ctx.tokenizer, where, ctx.base, ctx.revision)
     return load_merged(ctx.at(t), ctx.device)
 
+# %% ../nbs/13_stages.ipynb #fcbba65f
 def _saved(t, policy, ctx):
     "What stage.json says about the model on disk."
     saved = dict(dtype=str(ctx.dtype).removeprefix("torch."), weights=weights_hash(policy, ctx.dtype))
