@@ -45,11 +45,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.folder import (
-    alone_in, folder_of, load_exactly, load_saved_tokenizer, load_stage, read_part, saved_as, versions
+    alone_in, folder_of, load_any, load_exactly, load_saved_tokenizer, load_stage, read_part, saved_as,
+    versions
 )
 from sdpo_nb.logprobs import (
     LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing,
@@ -57,7 +58,7 @@ from sdpo_nb.logprobs import (
 )
 from sdpo_nb.lora import is_adapter
 from sdpo_nb.loss import dpo_loss
-from sdpo_nb.plan import StepwiseConfig, check_chunks, check_names, load_sources, part_sources
+from sdpo_nb.plan import Chunk, StepwiseConfig, check_chunks, check_names, load_sources, part_sources
 from sdpo_nb.report import STAGE_ROWS, Run, as_markdown, escaped, held_out_table, stage_table
 from sdpo_nb.stages import partition_of, stage_measures
 from sdpo_nb.trainer import all_batches
@@ -100,7 +101,7 @@ print(f"claimed {claimed['accuracy']:.4f}, by the table {by_table:.4f}, of {len(
 
 
 # %% [markdown]
-# The number follows from the table, and no model was loaded. That is the whole idea, and the rest of the chapter does it for every claim. A table is a stronger witness than a number, because many numbers come from it. Whoever wants to raise this accuracy must change $\gamma$ of single pairs, and then the mean of $\gamma$ moves, and the certificate, and what the next stage says about its reference.
+# The number follows from the table, and no model was loaded. That is the whole idea, and the rest of the chapter does it for every claim. A table is a stronger witness than a number, because many numbers come from it. To raise this accuracy by hand, you must change $\gamma$ of single pairs, and then the mean of $\gamma$ moves, and the certificate, and what the next stage says about its reference.
 #
 # ## Reading a folder without trusting it
 #
@@ -245,7 +246,7 @@ def _row(check, ask, *args):
     "One row: `ask` returns True, False or None, where it cannot be checked, and a note."
     try: right, note = ask(*args)
     except KeyError as e: right, note = None, f"{e} was not written down"
-    except (ValueError, TypeError, AttributeError, IndexError, OSError) as e:
+    except (ValueError, TypeError, AttributeError, IndexError, OSError, ArithmeticError, RuntimeError) as e:
         first_line = str(e).split("\n")[0]
         right, note = False, first_line.split("; ")[0] or type(e).__name__
     return dict(check=check, result=_ANSWERS[right], note=note)
@@ -294,7 +295,7 @@ assert [row["result"] for row in rows] == [OK, DIFFERS, OK]
 pd.DataFrame(rows).set_index("check")
 
 # %% [markdown]
-# Only the row of the broken link differs. The reference and the table are what they were. That is wanted of every check here: a single fault, a single row, so that a reader sees at once where to look.
+# Only the row of the broken link differs. The reference and the table are what they were. That is wanted of every check here: a single fault, a single row, so that a reader sees at once where to look. A hash in the middle of the chain is the exception; question 2 asks about it.
 #
 # ## The numbers of a stage
 #
@@ -396,6 +397,30 @@ pd.DataFrame({"in the log": logged, "by the table": by_table}).round(4).T
 # %% [markdown]
 # This is a strong check for so little. The order of the pairs depends on seed, stage and epoch, and the mean of sixteen pairs on which sixteen they were. A log of another run, of another seed or of a chunk with one other pair does not pass it.
 #
+# There is a cheaper way to a better accuracy than to change a number: leave the bad pairs out of the probe. But nobody chooses the probe. A chunk of up to `probe` pairs is its own probe. Of a larger one a fixed draw is taken. The same function is called here.
+
+# %%
+#| export
+def _wrong_probe(t, ev):
+    "In words, where stage t was measured on other pairs than a run draws; nothing where that cannot be told."
+    stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
+    probe, most = stage["probes"][stage["chunk"]], ev.settings.probe
+    wanted = min(most, stage["pairs"])
+    if len(probe) != wanted: return f"measured on {len(probe)} pairs of the chunk, not on {wanted}"
+    if not keys: return None
+    drawn = Chunk(stage["chunk"], Dataset.from_dict(dict(key=keys))).probe(most)
+    if keys_of(drawn) != probe: return "measured on other pairs of the chunk than those that are drawn"
+
+
+# %%
+assert _wrong_probe(2, ev) is None
+ev.stages[1]["probes"]["digest"] = claimed["probes"]["digest"][1:]
+said = _wrong_probe(2, ev)
+ev = read_evidence(run.folder)
+said
+
+
+# %% [markdown]
 # A table may have been computed a second time on another machine, when a run went on there. Its numbers are then near, and not the same, and the check says that it cannot compare.
 
 # %%
@@ -410,14 +435,16 @@ def _other_machine(t, ev):
 
 def _numbers(t, ev):
     "Do the numbers of stage t follow from the tables?"
-    other = _other_machine(t, ev)
+    other, picked = _other_machine(t, ev), _wrong_probe(t, ev)
+    if picked: return False, picked
     if other: return None, other
     stage, found = ev.stages[t-1], recomputed(t, ev)
     wrong = [name for name, value in found.items() if not _close(stage.get(name), value)]
     if wrong: return False, _told(wrong, stage, found)
 
     lines, means = _whole_log(t, ev), _batch_means(t, ev)
-    if not lines or not means: return True, f"{len(found)} numbers"
+    if not means: return True, f"{len(found)} numbers; gamma_ref, the log and the choice of the probe need the data"
+    if not lines: return True, f"{len(found)} numbers"
     logged = [line["gamma_ref"] for line in lines]
     if not _close(logged, means):
         return False, "gamma_ref of the log is not that of these pairs in this order"
@@ -462,6 +489,7 @@ def _finished(ev):
     "Are all stages there, with the pairs of their chunks?"
     done = len(ev.stages)
     parted = _part(ev.folder, "partition.json")
+    if not parted and ev.config["sources"]: return False, "partition.json is missing"
     if not parted: return True, f"{done}, their chunks made by a function"
     sizes = [len(rows) for rows in parted["chunks"]]
     wanted = list(zip(parted["names"], sizes))
@@ -473,6 +501,7 @@ def _finished(ev):
 def _keys(ev):
     "Do the chunks hold the pairs of which config.yaml has a hash?"
     parted = _part(ev.folder, "partition.json")
+    if not parted and ev.config["sources"]: return None, "partition.json is missing"
     if not parted: return None, "the chunks were made by a function"
     chunks = [_chunk_keys(t, ev) for t in range(1, len(ev.stages) + 1)]
     if len(chunks) < len(parted["chunks"]) or not all(chunks):
@@ -518,14 +547,14 @@ _steps(2, ev)
 # The first loss is the best witness of all. Before its first step, the policy is the model that it starts from. If that is its own reference, the loss is $\ln 2$, whatever the data. If it is not, two tables say what it must be: softplus of $\beta\,(\gamma_{ref} - \gamma_{start})$, as a mean over the first batch. Three numbers must
 # then be one: what `stage.json` says, what the log says, and what the tables say.
 #
-# Of a loss of your own ([other losses](other_losses.ipynb)) only the name is in the folder, so what it must be is *not checked*. All other numbers are checked as ever: they are those of the DPO loss.
+# If $M_{t-1}$ has read only a part of the first batch, no table tells, and the first loss is *not checked*. Of a loss of your own ([other losses](other_losses.ipynb)) only the name is in the folder, so what it must be is *not checked*. All other numbers are checked as ever: they are those of the DPO loss.
 #
 # In half precision the policy and the table round in different ways. Half a nat of difference in $\gamma$ moves a loss near $\ln 2$ by $\beta/4$, and so much is allowed.
 
 # %%
 #| export
 def _implied(t, ev):
-    "The first loss that stage t must have, and why."
+    "The first loss that stage t must have, and why; None where no table here tells."
     stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
     start, ref = stage["start"], stage["reference_kind"]["weights"]
     if start == ref: return math.log(2), "ln 2"
@@ -534,7 +563,7 @@ def _implied(t, ev):
     for table in [ev.table(s) for s in range(t) if ev.ended(s) == start]:
         if batch and set(batch) <= set(table.rows.index): # it may have read a probe of D_t only
             return _loss_of(_as_pairs(batch), table, _reference_table(t, ev), ev.settings), "by the tables"
-    return stage["implied_first_loss"], "as the stage says itself"
+    return None, ""
 
 def _loss_of(batch, table, ref, config):
     "The loss of a policy that says what the table says."
@@ -545,14 +574,16 @@ def _first_loss(t, ev):
     "Is the first loss of stage t what it must be?"
     stage, lines = ev.stages[t-1], _whole_log(t, ev)
     said, own = stage["first_loss"], ev.settings.loss
-    must, why = (said, "") if own else _implied(t, ev)
-    near = NEAR * max(1, must)
-    if stage["precision"] != "fp32": near += ev.settings.beta / 4
-    told = f"{said:.4f}; it must be {must:.4f}, {why}"
+    must, why = (None, "") if own else _implied(t, ev)
+    told = f"{said:.4f}; the tables here do not tell what it must be"
     if own: told = f"{said:.4f}, of a loss of its own, {own}, which is not in the folder"
+    if must is not None: told = f"{said:.4f}; it must be {must:.4f}, {why}"
     if lines and not _close(said, lines[0]["loss"], 1e-6):
         return False, f"{told}; the log begins with {lines[0]['loss']:.4f}"
-    return None if own else abs(said - must) <= near, told
+    if must is None: return None, told
+    near = NEAR * max(1, must)
+    if stage["precision"] != "fp32": near += ev.settings.beta / 4
+    return abs(said - must) <= near, told
 
 
 # %% [markdown]
@@ -563,7 +594,7 @@ for t in (1, 2, 3): print(t, *_first_loss(t, ev))
 
 
 # %% [markdown]
-# All three are $\ln 2$. In the last section there is a run in which they are not, and the tables say what they must be.
+# All three are $\ln 2$. In *Seven who cheat* there is a run in which they are not, and the tables say what they must be.
 #
 # ## Held-out pairs
 #
@@ -589,9 +620,10 @@ def _trained_keys(ev):
 
 def _apart(ev):
     "Are the held-out pairs those that were held out, and was none of them trained on?"
-    held = _held_out_keys(ev)
-    if not held: return None, "no pairs are held out"
-    if pairs_hash(_as_pairs(held)) != ev.config["held_out_pairs"]:
+    held, said = _held_out_keys(ev), ev.config["held_out_pairs"]
+    if not held and not said: return None, "no pairs are held out"
+    if not held: return False, "held_out.json is missing or empty, but config.yaml has a hash of held-out pairs"
+    if pairs_hash(_as_pairs(held)) != said:
         return False, "held_out.json does not name the pairs with the hash of config.yaml"
     trained, whole = _trained_keys(ev)
     both = len(trained & set(held))
@@ -606,7 +638,7 @@ _apart(ev)
 # %% [markdown]
 # ## What the report says
 #
-# The report is what people read, and it is a text file: whoever wants a better number can type one. Each line with numbers of a stage, of the partition and of held-out pairs is compared with what can be computed now. If `stage.json` itself is wrong, this has been said in its own row. So a line is right if it agrees with `stage.json` *or* with the tables: each
+# The report is what people read, and it is a text file: whoever wants a better number can type one. Each line with numbers of a stage and of held-out pairs is compared with what can be computed now. Of the partition, the report is compared with `partition.json`; whether that follows from the table of S is asked where the data are. If `stage.json` itself is wrong, this has been said in its own row. So a line is right if it agrees with `stage.json` *or* with the tables: each
 # fault is then reported once, where it is.
 
 # %%
@@ -678,35 +710,41 @@ print(_lines(ev)[3][0])
 
 
 # %% [markdown]
-# The report is then searched by the label of a line. A line that is not in it is no fault, since a report may be shortened; a line that is there and says something else is one.
+# The report is then searched by the label of a line. Each line that is there must say what can be computed, and not only one of those with its label: otherwise a right line at the end would excuse a wrong one at the top. A line that is not there is no fault, since a report may be shortened. But then the report is *not checked*.
 
 # %%
 #| export
 def _label(line): return line.split(" | ")[0]
 
+def _agree(lines, wanted):
+    "Whether each line is one of those wanted, and each of those wanted is there."
+    def found(line, ways): return any(_alike(line, way) for way in ways)
+    known = all(any(found(line, ways) for ways in wanted) for line in lines)
+    return known and all(any(found(line, ways) for line in lines) for ways in wanted)
+
 def _report(ev):
     "Does report.md say what stage.json and the tables say?"
     path = ev.folder / "report.md"
     if not path.exists(): return None, "report.md is not here"
-    said = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        said.setdefault(_label(line), []).append(line)
+    said, wanted = {}, {}
+    for line in path.read_text(encoding="utf-8").splitlines(): said.setdefault(_label(line), []).append(line)
+    every = _lines(ev)
+    for ways in every: wanted.setdefault(_label(ways[0]), []).append(ways)
 
-    wanted = _lines(ev)
-    known = [ways for ways in wanted if _label(ways[0]) in said]
-    if not known: return None, "report.md has none of the usual lines"
-    wrong = []
-    for ways in known:
-        label = _label(ways[0])
-        agrees = any(_alike(line, way) for line in said[label] for way in ways)
-        if not agrees: wrong.append(label.strip("| "))
-    if not wrong: return True, f"{len(known)} of {len(wanted)} lines with numbers"
-    say = "line says" if len(wrong) == 1 else "lines say"
-    return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
+    there, wrong = [label for label in wanted if label in said], []
+    for label in there:
+        columns = wanted[label][0][0].count(" | ") # a setting may have the name of a source
+        lines = [line for line in said[label] if line.count(" | ") == columns]
+        if not _agree(lines, wanted[label]): wrong.append(label.strip("| "))
+    if wrong:
+        say = "line says" if len(wrong) == 1 else "lines say"
+        return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
+    known = sum(len(wanted[label]) for label in there)
+    return (True if known == len(every) else None), f"{known} of {len(every)} lines with numbers"
 
 
 # %% [markdown]
-# Somebody types 0.999 for the accuracy of stage 1. (The report is put back at the end of the cell.)
+# Somebody types 0.999 for the accuracy of stage 1. Somebody else puts such a line above the right one. (The report is put back at the end of the cell.)
 
 # %%
 report = run.folder / "report.md"
@@ -715,7 +753,12 @@ assert _report(ev)[0]
 
 report.write_text(honest.replace("| accuracy of M_t on D_t | 0.909", "| accuracy of M_t on D_t | 0.999"))
 edited = _report(ev)
+right = next(line for line in honest.splitlines() if line.startswith("| accuracy of M_t on D_t |"))
+report.write_text(honest.replace(right, right.replace("0.909", "0.999") + "\n" + right))
+doubled = _report(ev)
 report.write_text(honest)
+assert not edited[0]
+assert not doubled[0]
 edited
 
 
@@ -776,7 +819,7 @@ def _which(model, ev):
 
 def _given(ev):
     "Is the model that came beside the folder one of this run?"
-    ev.given_is = _which(load_model(ev.given, "cpu"), ev)
+    ev.given_is = _which(load_any(ev.given, "cpu"), ev)
     if ev.given_is is None: return False, f"{ev.given} has the weights of no model of this run"
     return True, f"it is M_{ev.given_is}"
 
@@ -793,7 +836,7 @@ ev = read_evidence(run.folder)
 # %% [markdown]
 # ## With the data
 #
-# Tables have keys, not texts. Which pairs stand behind the keys? A key is a hash of the token ids of a pair, so whoever has the data and the tokenizer computes the keys again. Split, columns and the other options of a source are taken from `config.yaml`; only where the data lie has to be said.
+# Tables have keys, not texts. Which pairs stand behind the keys? A key is a hash of the token ids of a pair, so whoever has the data and the tokenizer computes the keys again. Split, columns and the other options of a source are taken from `config.yaml`; only where the data lie has to be said. A held-out source of its own is not in `config.yaml`: give it with its options, as the run had them.
 
 # %%
 #| export
@@ -859,30 +902,41 @@ def _same_lengths(ev):
         lengths = zip(map(len, pairs["chosen_ids"]), map(len, pairs["rejected_ids"]))
         tokens |= zip(keys_of(pairs), lengths)
     for part in _part(ev.folder, "held_out.json").values():
-        if "lengths" not in part: continue
+        if "lengths" not in part or not set(part["keys"]) <= set(tokens): continue
         said = list(zip(part["lengths"]["chosen"], part["lengths"]["rejected"]))
         if said != [tokens[key] for key in part["keys"]]: return False
     return True
 
 def _held_out_pairs(ev):
-    "Are these the pairs that were held out?"
+    "Are these the pairs that were held out, of the sources that are given?"
+    said = _part(ev.folder, "held_out.json")
+    given = [*ev.config["sources"], *(source.name for source in ev.held)]
+    absent = [name for name in said if name not in given] # held-out sources of their own
+    held = {key for name, part in said.items() if name in given for key in part["keys"]}
     found = {key for source in ev.held for key in keys_of(source.pairs)}
-    held = set(_held_out_keys(ev))
-    if found == held and not _same_lengths(ev): return False, "held_out.json gives responses another length"
-    if found == held: return True, f"{len(held)} pairs"
-    return False, f"{len(found & held)} of the {len(held)} pairs that were held out"
+    if found != held: return False, f"{len(found & held)} of the {len(held)} pairs that were held out"
+    if not _same_lengths(ev): return False, "held_out.json gives responses another length"
+    if absent: return None, f"{len(held)} pairs; {', '.join(absent)}: not given"
+    return True, f"{len(held)} pairs"
 
 def _partition(ev):
-    "Do the chunks follow from what S said about the pairs?"
+    "Do the chunks, and what was measured of each source, follow from what S said about the pairs?"
     config, there = ev.settings, _part(ev.folder, "partition.json")
     mine = partition_of(ev.loaded, ev.table(0), config)
     if mine.names != there["names"]: return False, f"the order would be {', '.join(mine.names)}"
     if mine.chunks != there["chunks"]: return False, "the chunks would hold other pairs"
+    rows = mine.measures.to_dict("records")
+    if len(rows) != len(there["measures"]): return False, "partition.json measures another number of sources"
+    for row, said in zip(rows, there["measures"]):
+        wrong = [name for name in row if not _same(said.get(name), row[name])]
+        if wrong: return False, f"{wrong[0]} of {row['source']} is {said.get(wrong[0])}, by the table {row[wrong[0]]}"
     return True, f"{config.order}: {', '.join(mine.names)}"
+
+def _same(a, b): return a == b if isinstance(b, str) else _close(a, b)
 
 
 # %% [markdown]
-# The third of these is the interesting one. From the table of S and the settings it computes the partition once more: which source is easiest, and which rows make each chunk. A partition that was made by hand, to look better, is found here.
+# The third of these is the interesting one. From the table of S and the settings it computes the partition once more: which source is easiest, and which rows make each chunk. A partition that was made by hand, to look better, is found here, and so is an accuracy of S that was.
 
 # %%
 for ask in (_pairs, _held_out_pairs, _partition): print(*ask(ev))
@@ -892,7 +946,9 @@ for ask in (_pairs, _held_out_pairs, _partition): print(*ask(ev))
 #
 # One question is left, and it is the one that matters most. The tables are numbers in a file. Did *these models* say them? Somebody who makes up a table, computes everything else from it and writes it all down is consistent, and everything above says ok.
 #
-# Ask the model. Thirty-two pairs are enough, if nobody knows beforehand which: they are drawn anew at each call. They are read in fp32, padded, in the way of [chapter 02](02_logprobs.ipynb), which has the fewest tricks. The numbers must agree to a thousandth of a nat, and a hundred-thousandth of themselves; where the table or the model on disk is in half precision, to half a nat.
+# Ask the model about thirty-two pairs, drawn anew at each call. How likely is it that a made-up table is found? Guess first, for a table in which a tenth of the pairs is changed, and for one with a single changed pair of 180. None of 32 draws hits a tenth in $0.9^{32}$, so it is found in 97 % of the calls. The single pair is found in $32/180$, 18 %. So a table that gains ten points of accuracy is found almost surely, and one pair turned around is not; `verify` can be called again.
+#
+# They are read in fp32, padded, in the way of [chapter 02](02_logprobs.ipynb), which has the fewest tricks. The numbers must agree to a thousandth of a nat, and a hundred-thousandth of themselves; where the table or the model on disk is in half precision, to half a nat. (That is a constant, and [rounding grows with the length](06_trainer.ipynb) of a response. Of long ones in half precision a row may differ for no other reason.)
 
 # %%
 #| export
@@ -907,7 +963,7 @@ def _known_pairs(ev):
 
 def _load(t, ev):
     "M_t as exactly as it is there, or None. Raises ValueError where another model lies in its place."
-    if ev.given and ev.given_is == t: return load_model(ev.given, "cpu")
+    if ev.given and ev.given_is == t: return load_any(ev.given, "cpu")
     where = _path_of(t, ev)
     if where is None or _lacks_base(where, ev): return None
     if t: return load_exactly(ev.at(t), "cpu")
@@ -976,7 +1032,7 @@ def _files(folder):
         name = path.relative_to(folder)
         weights = LEFT_OUT & set(name.parts[:-1])
         # .db: every request of `sdpo eval`, kept to go on; the scores lie beside it
-        passing = name.name in (".lock", MANIFEST) or name.suffix in (".tmp", ".zip", ".db")
+        passing = name.name.startswith(".") or name.name == MANIFEST or name.suffix in (".tmp", ".zip", ".db")
         if path.is_file() and not weights and not passing: found[name.as_posix()] = path
     return found
 
@@ -1103,7 +1159,10 @@ def _rows_of_data(ev, seed):
         if same["result"] != OK: return # whatever else is asked would be asked about other pairs
         yield _row("data: partition", _partition, ev)
     if ev.held: yield _row("data: held-out pairs", _held_out_pairs, ev)
-    known = _known_pairs(ev)
+    try: known = _known_pairs(ev)
+    except (ValueError, OSError) as e:
+        yield dict(check="data", result=DIFFERS, note=str(e).split("\n")[0])
+        return
     if not known:
         yield _row("data", lambda: (None, "the pairs are not here; give the sources"))
         return
@@ -1123,7 +1182,7 @@ print(len(rows), "rows:", rows["result"].value_counts().to_dict())
 
 
 # %% [markdown]
-# `verify` is what people call. It opens the folder or the zip, reads the data where they are given, and makes a table of the rows. It raises only for what is no run at all. A run that does not hold together is an answer, and not an error.
+# `verify` is what people call. It opens the folder or the zip, reads the data where they are given, and makes a table of the rows. It raises for what is no run, and where `config.yaml`, `partition.json` or a `stage.json` cannot be read: without them there is nothing to ask. All else is an answer, and not an error.
 
 # %%
 #| export
@@ -1137,7 +1196,7 @@ def verify(
 
     Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
     """
-    if model: load_tokenizer(model) # raises where there is no such model
+    if model: load_saved_tokenizer(model) # raises where there is no such model
     with _opened(where) as folder:
         try: ev = read_evidence(folder)
         except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
@@ -1166,9 +1225,9 @@ handed_in[handed_in["result"] == NOT_CHECKED]
 
 
 # %% [markdown]
-# ## Five who cheat
+# ## Seven who cheat
 #
-# A check that never objects is worth nothing. So copy the run five times, and tamper with each copy in one way. One claims an accuracy of 0.95, and writes the report anew, so that the two agree. One puts S in the place of $M_3$. One leaves out the last line of a log. One turns a single pair around in a table. Which row will find it? Before you look: some of these change several files. Is each found exactly once?
+# A check that never objects is worth nothing. So make seven copies, and tamper with each in one way. Six are of this run. One claims an accuracy of 0.95, and writes the report anew, so that the two agree. One puts S in the place of $M_3$. One leaves out the last line of a log. One turns a single pair around in a table. One leaves the wrong pairs of stage 2 out of its probe, and computes all numbers anew. One takes the list of held-out pairs away. Which row will find it? Before you look: some of these change several files. Is each found exactly once?
 
 # %%
 def wrote(folder, t, **changes):
@@ -1202,8 +1261,21 @@ def better_pair(folder):
         rows.to_parquet(path, write_page_checksum=True)
 
 
+# %%
+def picked_probe(folder):
+    "Only the pairs that M_2 gets right are left in the probe of stage 2."
+    probes = read_part(folder / "stage-2/stage.json")["probes"]
+    gamma = read_table(folder / "stage-2/logprobs").gamma(_as_pairs(probes["digest"]))
+    right = [key for key, value in zip(probes["digest"], gamma.tolist()) if value > 0]
+    wrote(folder, 2, probes=probes | dict(digest=right))
+    wrote(folder, 2, **recomputed(2, read_evidence(folder)))
+    Run(folder).report()
+
+def left_out(folder): (folder / "held_out.json").unlink()
+
+
 # %% [markdown]
-# The fifth is a run of two stages that had S as its reference in both, and says that its reference moved. It changes the setting, and the name of the reference in each stage:
+# The seventh is a run of two stages that had S as its reference in both, and says that its reference moved. It changes the setting, and the name of the reference in each stage:
 
 # %%
 fixed = StepwiseConfig(**settings, reference="fixed")
@@ -1237,7 +1309,7 @@ def differs(cheat, start="run"):
     found = verify(copy)
     return found[found["result"] == DIFFERS].reset_index()
 
-cheats = better_accuracy, foreign_weights, cut_log, better_pair
+cheats = better_accuracy, foreign_weights, cut_log, better_pair, picked_probe, left_out
 found = {cheat.__name__: differs(cheat) for cheat in cheats}
 found["says_it_moved"] = differs(says_it_moved, "fixed")
 
@@ -1246,13 +1318,16 @@ for name, rows in found.items(): assert len(rows) == 1, name
 pd.concat(found, names=["who", None]).droplevel(1)[["check", "note"]]
 
 # %% [markdown]
-# Each is found once. Look at the fourth: one value in a table, and the whole row of numbers moves. And look at what did *not* fire for the fifth: its numbers are right, since they were computed from the table that the stage really had. Only its story is wrong, and the hash of the reference tells.
+# Each is found once. Look at the fourth: one pair is turned around, and five of the ten numbers of the stage move. And look at what did *not* fire for the last: its numbers are right, since they were computed from the table that the stage really had. Only its story is wrong, and the hash of the reference tells.
 #
 # ## What this does not show
 #
 # - *That the numbers mean something.* They follow from the tables. Whether the comparison is fair is a question for a reader.
-# - *Anything about weights that are not there.* Without them, a student with patience can make up tables that are consistent with each other. So ask for the weights of the last stage, or a hub id: `model=` then finds out whether they are $M_T$, and asks them.
+# - *Anything about weights that are not there.* Without them, a student with patience can make up tables that are consistent with each other. So ask for the weights of the last stage, or a hub id, and give the data too: `model=` then finds out whether they are $M_T$, and asks them.
 # - *What no table holds.* The losses of the log after the first, the answers in the report, the figures, seconds and gigabytes.
+# - *Whether a rounded copy is that of $M_t$.* Where models are saved in half precision, the hash of the copy is one more claim: it cannot be computed from the hash of $M_t$. Only asking it again, with the data, tells them apart, and only as far as rounding allows.
+# - *The table of a reference from elsewhere.* It is found by its hash, but its model is not asked again.
+# - *Numbers of a table from another device.* They are not compared, and one word in `kind.json` says so. Read the rows that are *not checked* as carefully as those that differ.
 # - *How the weights were made.* A hash says that two files are the same, not that gradient descent led from one to the other. Training again is the only proof, and [on the same machine](14_stepwise.ipynb) it gives the same bits.
 # - *Who changed a file.* The manifest finds accidents. Somebody who can edit a file can write its new hash as well.
 
@@ -1279,7 +1354,7 @@ shutil.rmtree(tmp)
 #
 # <details><summary>Answer</summary>
 #
-# Several. The table of $M_1$ has another hash, the weights on disk have another one, stage 2 started from a model that is now "not of this run", and so is its reference. A hash stands in the middle of the chain, and everything that is tied to it speaks.
+# Four: the table of $M_1$ has another hash, the weights on disk have another one, stage 2 started from a model that is now "not of this run", and so is its reference. A hash stands in the middle of the chain, and everything that is tied to it speaks.
 #
 # </details>
 #

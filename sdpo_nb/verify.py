@@ -15,11 +15,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from .evaluate import as_text
 from sdpo_nb.folder import (
-    alone_in, folder_of, load_exactly, load_saved_tokenizer, load_stage, read_part, saved_as, versions
+    alone_in, folder_of, load_any, load_exactly, load_saved_tokenizer, load_stage, read_part, saved_as,
+    versions
 )
 from sdpo_nb.logprobs import (
     LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing,
@@ -27,7 +28,7 @@ from sdpo_nb.logprobs import (
 )
 from .lora import is_adapter
 from .loss import dpo_loss
-from .plan import StepwiseConfig, check_chunks, check_names, load_sources, part_sources
+from .plan import Chunk, StepwiseConfig, check_chunks, check_names, load_sources, part_sources
 from .report import STAGE_ROWS, Run, as_markdown, escaped, held_out_table, stage_table
 from .stages import partition_of, stage_measures
 from .trainer import all_batches
@@ -128,7 +129,7 @@ def _row(check, ask, *args):
     "One row: `ask` returns True, False or None, where it cannot be checked, and a note."
     try: right, note = ask(*args)
     except KeyError as e: right, note = None, f"{e} was not written down"
-    except (ValueError, TypeError, AttributeError, IndexError, OSError) as e:
+    except (ValueError, TypeError, AttributeError, IndexError, OSError, ArithmeticError, RuntimeError) as e:
         first_line = str(e).split("\n")[0]
         right, note = False, first_line.split("; ")[0] or type(e).__name__
     return dict(check=check, result=_ANSWERS[right], note=note)
@@ -209,6 +210,17 @@ def _batch_means(t, ev):
     gamma_ref = _reference_table(t, ev).gamma(_as_pairs(keys))
     return [gamma_ref[rows].mean().item() for _, rows in all_batches(len(keys), ev.settings, t)]
 
+# %% ../nbs/17_verify.ipynb #7fc00b28
+def _wrong_probe(t, ev):
+    "In words, where stage t was measured on other pairs than a run draws; nothing where that cannot be told."
+    stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
+    probe, most = stage["probes"][stage["chunk"]], ev.settings.probe
+    wanted = min(most, stage["pairs"])
+    if len(probe) != wanted: return f"measured on {len(probe)} pairs of the chunk, not on {wanted}"
+    if not keys: return None
+    drawn = Chunk(stage["chunk"], Dataset.from_dict(dict(key=keys))).probe(most)
+    if keys_of(drawn) != probe: return "measured on other pairs of the chunk than those that are drawn"
+
 # %% ../nbs/17_verify.ipynb #e5e8731c
 def _other_machine(t, ev):
     "In words, where a table was computed otherwise than when stage t was measured."
@@ -220,14 +232,16 @@ def _other_machine(t, ev):
 
 def _numbers(t, ev):
     "Do the numbers of stage t follow from the tables?"
-    other = _other_machine(t, ev)
+    other, picked = _other_machine(t, ev), _wrong_probe(t, ev)
+    if picked: return False, picked
     if other: return None, other
     stage, found = ev.stages[t-1], recomputed(t, ev)
     wrong = [name for name, value in found.items() if not _close(stage.get(name), value)]
     if wrong: return False, _told(wrong, stage, found)
 
     lines, means = _whole_log(t, ev), _batch_means(t, ev)
-    if not lines or not means: return True, f"{len(found)} numbers"
+    if not means: return True, f"{len(found)} numbers; gamma_ref, the log and the choice of the probe need the data"
+    if not lines: return True, f"{len(found)} numbers"
     logged = [line["gamma_ref"] for line in lines]
     if not _close(logged, means):
         return False, "gamma_ref of the log is not that of these pairs in this order"
@@ -249,6 +263,7 @@ def _finished(ev):
     "Are all stages there, with the pairs of their chunks?"
     done = len(ev.stages)
     parted = _part(ev.folder, "partition.json")
+    if not parted and ev.config["sources"]: return False, "partition.json is missing"
     if not parted: return True, f"{done}, their chunks made by a function"
     sizes = [len(rows) for rows in parted["chunks"]]
     wanted = list(zip(parted["names"], sizes))
@@ -260,6 +275,7 @@ def _finished(ev):
 def _keys(ev):
     "Do the chunks hold the pairs of which config.yaml has a hash?"
     parted = _part(ev.folder, "partition.json")
+    if not parted and ev.config["sources"]: return None, "partition.json is missing"
     if not parted: return None, "the chunks were made by a function"
     chunks = [_chunk_keys(t, ev) for t in range(1, len(ev.stages) + 1)]
     if len(chunks) < len(parted["chunks"]) or not all(chunks):
@@ -283,7 +299,7 @@ def _steps(t, ev):
 
 # %% ../nbs/17_verify.ipynb #b3501734
 def _implied(t, ev):
-    "The first loss that stage t must have, and why."
+    "The first loss that stage t must have, and why; None where no table here tells."
     stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
     start, ref = stage["start"], stage["reference_kind"]["weights"]
     if start == ref: return math.log(2), "ln 2"
@@ -292,7 +308,7 @@ def _implied(t, ev):
     for table in [ev.table(s) for s in range(t) if ev.ended(s) == start]:
         if batch and set(batch) <= set(table.rows.index): # it may have read a probe of D_t only
             return _loss_of(_as_pairs(batch), table, _reference_table(t, ev), ev.settings), "by the tables"
-    return stage["implied_first_loss"], "as the stage says itself"
+    return None, ""
 
 def _loss_of(batch, table, ref, config):
     "The loss of a policy that says what the table says."
@@ -303,14 +319,16 @@ def _first_loss(t, ev):
     "Is the first loss of stage t what it must be?"
     stage, lines = ev.stages[t-1], _whole_log(t, ev)
     said, own = stage["first_loss"], ev.settings.loss
-    must, why = (said, "") if own else _implied(t, ev)
-    near = NEAR * max(1, must)
-    if stage["precision"] != "fp32": near += ev.settings.beta / 4
-    told = f"{said:.4f}; it must be {must:.4f}, {why}"
+    must, why = (None, "") if own else _implied(t, ev)
+    told = f"{said:.4f}; the tables here do not tell what it must be"
     if own: told = f"{said:.4f}, of a loss of its own, {own}, which is not in the folder"
+    if must is not None: told = f"{said:.4f}; it must be {must:.4f}, {why}"
     if lines and not _close(said, lines[0]["loss"], 1e-6):
         return False, f"{told}; the log begins with {lines[0]['loss']:.4f}"
-    return None if own else abs(said - must) <= near, told
+    if must is None: return None, told
+    near = NEAR * max(1, must)
+    if stage["precision"] != "fp32": near += ev.settings.beta / 4
+    return abs(said - must) <= near, told
 
 # %% ../nbs/17_verify.ipynb #bb0a1f69
 def _held_out_keys(ev):
@@ -329,9 +347,10 @@ def _trained_keys(ev):
 
 def _apart(ev):
     "Are the held-out pairs those that were held out, and was none of them trained on?"
-    held = _held_out_keys(ev)
-    if not held: return None, "no pairs are held out"
-    if pairs_hash(_as_pairs(held)) != ev.config["held_out_pairs"]:
+    held, said = _held_out_keys(ev), ev.config["held_out_pairs"]
+    if not held and not said: return None, "no pairs are held out"
+    if not held: return False, "held_out.json is missing or empty, but config.yaml has a hash of held-out pairs"
+    if pairs_hash(_as_pairs(held)) != said:
         return False, "held_out.json does not name the pairs with the hash of config.yaml"
     trained, whole = _trained_keys(ev)
     both = len(trained & set(held))
@@ -387,25 +406,31 @@ def _lines(ev):
 # %% ../nbs/17_verify.ipynb #96bb2ce1
 def _label(line): return line.split(" | ")[0]
 
+def _agree(lines, wanted):
+    "Whether each line is one of those wanted, and each of those wanted is there."
+    def found(line, ways): return any(_alike(line, way) for way in ways)
+    known = all(any(found(line, ways) for ways in wanted) for line in lines)
+    return known and all(any(found(line, ways) for line in lines) for ways in wanted)
+
 def _report(ev):
     "Does report.md say what stage.json and the tables say?"
     path = ev.folder / "report.md"
     if not path.exists(): return None, "report.md is not here"
-    said = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        said.setdefault(_label(line), []).append(line)
+    said, wanted = {}, {}
+    for line in path.read_text(encoding="utf-8").splitlines(): said.setdefault(_label(line), []).append(line)
+    every = _lines(ev)
+    for ways in every: wanted.setdefault(_label(ways[0]), []).append(ways)
 
-    wanted = _lines(ev)
-    known = [ways for ways in wanted if _label(ways[0]) in said]
-    if not known: return None, "report.md has none of the usual lines"
-    wrong = []
-    for ways in known:
-        label = _label(ways[0])
-        agrees = any(_alike(line, way) for line in said[label] for way in ways)
-        if not agrees: wrong.append(label.strip("| "))
-    if not wrong: return True, f"{len(known)} of {len(wanted)} lines with numbers"
-    say = "line says" if len(wrong) == 1 else "lines say"
-    return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
+    there, wrong = [label for label in wanted if label in said], []
+    for label in there:
+        columns = wanted[label][0][0].count(" | ") # a setting may have the name of a source
+        lines = [line for line in said[label] if line.count(" | ") == columns]
+        if not _agree(lines, wanted[label]): wrong.append(label.strip("| "))
+    if wrong:
+        say = "line says" if len(wrong) == 1 else "lines say"
+        return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
+    known = sum(len(wanted[label]) for label in there)
+    return (True if known == len(every) else None), f"{known} of {len(every)} lines with numbers"
 
 # %% ../nbs/17_verify.ipynb #485333fb
 def _weights(t, ev):
@@ -447,7 +472,7 @@ def _which(model, ev):
 
 def _given(ev):
     "Is the model that came beside the folder one of this run?"
-    ev.given_is = _which(load_model(ev.given, "cpu"), ev)
+    ev.given_is = _which(load_any(ev.given, "cpu"), ev)
     if ev.given_is is None: return False, f"{ev.given} has the weights of no model of this run"
     return True, f"it is M_{ev.given_is}"
 
@@ -499,26 +524,37 @@ def _same_lengths(ev):
         lengths = zip(map(len, pairs["chosen_ids"]), map(len, pairs["rejected_ids"]))
         tokens |= zip(keys_of(pairs), lengths)
     for part in _part(ev.folder, "held_out.json").values():
-        if "lengths" not in part: continue
+        if "lengths" not in part or not set(part["keys"]) <= set(tokens): continue
         said = list(zip(part["lengths"]["chosen"], part["lengths"]["rejected"]))
         if said != [tokens[key] for key in part["keys"]]: return False
     return True
 
 def _held_out_pairs(ev):
-    "Are these the pairs that were held out?"
+    "Are these the pairs that were held out, of the sources that are given?"
+    said = _part(ev.folder, "held_out.json")
+    given = [*ev.config["sources"], *(source.name for source in ev.held)]
+    absent = [name for name in said if name not in given] # held-out sources of their own
+    held = {key for name, part in said.items() if name in given for key in part["keys"]}
     found = {key for source in ev.held for key in keys_of(source.pairs)}
-    held = set(_held_out_keys(ev))
-    if found == held and not _same_lengths(ev): return False, "held_out.json gives responses another length"
-    if found == held: return True, f"{len(held)} pairs"
-    return False, f"{len(found & held)} of the {len(held)} pairs that were held out"
+    if found != held: return False, f"{len(found & held)} of the {len(held)} pairs that were held out"
+    if not _same_lengths(ev): return False, "held_out.json gives responses another length"
+    if absent: return None, f"{len(held)} pairs; {', '.join(absent)}: not given"
+    return True, f"{len(held)} pairs"
 
 def _partition(ev):
-    "Do the chunks follow from what S said about the pairs?"
+    "Do the chunks, and what was measured of each source, follow from what S said about the pairs?"
     config, there = ev.settings, _part(ev.folder, "partition.json")
     mine = partition_of(ev.loaded, ev.table(0), config)
     if mine.names != there["names"]: return False, f"the order would be {', '.join(mine.names)}"
     if mine.chunks != there["chunks"]: return False, "the chunks would hold other pairs"
+    rows = mine.measures.to_dict("records")
+    if len(rows) != len(there["measures"]): return False, "partition.json measures another number of sources"
+    for row, said in zip(rows, there["measures"]):
+        wrong = [name for name in row if not _same(said.get(name), row[name])]
+        if wrong: return False, f"{wrong[0]} of {row['source']} is {said.get(wrong[0])}, by the table {row[wrong[0]]}"
     return True, f"{config.order}: {', '.join(mine.names)}"
+
+def _same(a, b): return a == b if isinstance(b, str) else _close(a, b)
 
 # %% ../nbs/17_verify.ipynb #342d7be0
 ROWS = 32 # that a model is asked about again
@@ -532,7 +568,7 @@ def _known_pairs(ev):
 
 def _load(t, ev):
     "M_t as exactly as it is there, or None. Raises ValueError where another model lies in its place."
-    if ev.given and ev.given_is == t: return load_model(ev.given, "cpu")
+    if ev.given and ev.given_is == t: return load_any(ev.given, "cpu")
     where = _path_of(t, ev)
     if where is None or _lacks_base(where, ev): return None
     if t: return load_exactly(ev.at(t), "cpu")
@@ -571,7 +607,7 @@ def _files(folder):
         name = path.relative_to(folder)
         weights = LEFT_OUT & set(name.parts[:-1])
         # .db: every request of `sdpo eval`, kept to go on; the scores lie beside it
-        passing = name.name in (".lock", MANIFEST) or name.suffix in (".tmp", ".zip", ".db")
+        passing = name.name.startswith(".") or name.name == MANIFEST or name.suffix in (".tmp", ".zip", ".db")
         if path.is_file() and not weights and not passing: found[name.as_posix()] = path
     return found
 
@@ -670,7 +706,10 @@ def _rows_of_data(ev, seed):
         if same["result"] != OK: return # whatever else is asked would be asked about other pairs
         yield _row("data: partition", _partition, ev)
     if ev.held: yield _row("data: held-out pairs", _held_out_pairs, ev)
-    known = _known_pairs(ev)
+    try: known = _known_pairs(ev)
+    except (ValueError, OSError) as e:
+        yield dict(check="data", result=DIFFERS, note=str(e).split("\n")[0])
+        return
     if not known:
         yield _row("data", lambda: (None, "the pairs are not here; give the sources"))
         return
@@ -694,7 +733,7 @@ def verify(
 
     Raises ValueError for what is no run, for a source that the run does not know, and where one is missing.
     """
-    if model: load_tokenizer(model) # raises where there is no such model
+    if model: load_saved_tokenizer(model) # raises where there is no such model
     with _opened(where) as folder:
         try: ev = read_evidence(folder)
         except ValueError as e: raise ValueError(str(e).replace(str(folder), str(where))) from e
