@@ -20,8 +20,7 @@
 # | `sdpo verify` | checks that what a run says follows from what its folder, or such a file, holds |
 # | `sdpo demo` | the [tiny world](demo.ipynb), from partition to true reward |
 #
-# A command line is a way in and nothing more, so it has no settings of its own. Every setting of a run becomes an option, generated from `StepwiseConfig`, with its meaning, its bounds and its default. Whoever adds a setting in [chapter 12](12_plan.ipynb) has added the option. The few
-# options that are written by hand here say where the model, the data and the run are. And because a wrong option is what people meet first, bad input ends in one line that says what to do.
+# A command line is a way in and nothing more, so it has no settings of its own. Every setting of a run becomes an option, generated from `StepwiseConfig`, with its meaning, its choices and its default. Its bounds are checked where a Python call's are, in `StepwiseConfig`. A setting that is added in [chapter 12](12_plan.ipynb) is an option at once. The few options that are written by hand here say where the model, the data and the run are. And because a wrong option is what people meet first, bad input ends in one line that says what to do.
 
 # %%
 #| default_exp cli
@@ -102,6 +101,8 @@ print(text)
 
 # %% [markdown]
 # ## Settings become options
+#
+# `max_length` becomes `--max-length`. A setting that is true or false becomes two options, `--shuffle` and `--no-shuffle`. No option has a default of its own: what nobody types is None, so that a file, and after it `StepwiseConfig`, can say it.
 
 # %%
 #| export
@@ -123,36 +124,72 @@ def _add_settings(parser, only=None):
 
 
 # %%
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser("sdpo run")
 _add_settings(parser)
 given = parser.parse_args(["--beta", "0.3", "--init-target", "S"])
 {name: value for name, value in vars(given).items() if value is not None}
 
-
 # %% [markdown]
 # ## A run as one file
 #
-# A run is a model, sources, settings and a folder. All of it can stand in one YAML file, where each source may have its own split and columns. The `config.yaml` that a run writes into its folder is such a file, too: what it adds (weights, versions, ...) is skipped.
+# A run is a model, sources, settings and a folder. All of it can stand in one YAML file, where each source may have its own split and columns. `revision` there is the commit of the model; a source has its own inside its braces. A line that is no setting is answered with the name of the file, and with what was probably meant.
 
 # %%
 #| export
+PLACES = "model", "revision", "sources", "held_out", "folder" # lines of a run's file that are no settings
+
+def _check_line(name, path):
+    "Raise ValueError for a line that is no setting: the file, and what was probably meant."
+    from dataclasses import fields
+    from difflib import get_close_matches
+    from sdpo_nb.plan import StepwiseConfig, no_such_setting
+    known = [f.name for f in fields(StepwiseConfig)]
+    if name in known: return
+    if name in ("split", "columns", "chat", "max_pairs"):
+        raise ValueError(f"{path}: {name}: belongs to one source; "
+                         f"write NAME: {{source: DATA, {name}: ...}} under sources")
+    near = get_close_matches(str(name), [*known, *PLACES], 1)
+    if near and near[0] in PLACES:
+        raise ValueError(f"{path}: unknown line '{name}'; did you mean '{near[0]}'?")
+    raise ValueError(f"{path}: {no_such_setting(name)}")
+
+
+# %%
+for name in ("bta", "modle", "model_revision", "max_pairs"): print(complaint(_check_line, name, "run.yaml"))
+
+
+# %% [markdown]
+# The `config.yaml` that a run writes into its folder is such a file, too. What it adds (weights, versions, ...) is skipped. And one thing more: a run also writes down what it filled in itself, such as the learning rate that follows from `lora_r`. If we took that as given, `--lora-r 16` would train adapters with the learning rate for all weights. So what a run would have filled in is left open again.
+
+# %%
+#| export
+def _left_open(settings):
+    "The settings of a run without those that it would fill in itself, so that they follow the options again."
+    from sdpo_nb.plan import make_config
+    given = {name: settings[name] for name in ("lora_r", "max_length") if name in settings}
+    filled = make_config(given)
+    follow = dict(lr=filled.lr, max_prompt_length=filled.max_prompt_length)
+    if isinstance(settings.get("chunks"), list): follow["order"] = "as_given"
+    return {name: value for name, value in settings.items() if name not in follow or value != follow[name]}
+
 def _run_file(path) -> dict:
     "model, revision, sources, held_out, folder and settings from a YAML file, as far as they are there."
     from sdpo_nb.folder import RECORDED, read_yaml
     if path is None: return dict(settings={})
     given = read_yaml(path) or {}
     if not isinstance(given, dict): raise ValueError(f"{path}: expected lines of the form 'setting: value'")
-    places = ("model", "revision", "sources", "held_out", "folder")
-    found = {name: given.pop(name) for name in places if name in given}
+    found = {name: given.pop(name) for name in PLACES if name in given}
     for name in ("model", "revision", "folder"):
         if not isinstance(found.get(name) or "", str):
             raise ValueError(f"{path}: {name}: must be text, got {found[name]!r}")
     nested = given.pop("settings", None) or {}
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: settings: expected lines of the form 'setting: value'")
-    written = RECORDED if "versions" in given else () # a device that somebody else wrote is a setting
-    own = {name: value for name, value in given.items() if name not in written}
-    return found | dict(settings=nested | own)
+    of_a_run = "versions" in given
+    written = RECORDED if of_a_run else () # a device that somebody else wrote is a setting
+    settings = nested | {name: value for name, value in given.items() if name not in written}
+    for name in settings: _check_line(name, path)
+    return found | dict(settings=_left_open(settings) if of_a_run else settings)
 
 
 # %%
@@ -184,9 +221,20 @@ def _config(args, settings):
 config = _config(given, dict(beta=0.2, lr=1e-5))
 config.beta, config.lr, config.init_target
 
+# %% [markdown]
+# A run trained all weights with the defaults, so its file says `lr: 5e-07`. Somebody repeats it with `--lora-r 16`. Which learning rate should that be?
+
+# %%
+old = dict(lora_r=0, max_length=1024, lr=5e-7, max_prompt_length=512, beta=0.2)
+again = _left_open(old)
+typed = parser.parse_args(["--lora-r", "16"])
+assert again == dict(lora_r=0, max_length=1024, beta=0.2)
+assert _config(typed, again).lr == 5e-6
+_config(typed, old).lr, _config(typed, again).lr
+
 
 # %% [markdown]
-# On the command line a source is `name=data`, or data alone, which is then called by its own name. A split, column renames and the rest apply to all sources given there.
+# On the command line a source is `name=data`, or data alone, which is then called by its own name. `Qwen/Qwen2.5-0.5B` is `Qwen2.5-0.5B`, so a name does not end at its first dot. And every stage keeps its model in a folder `model`, so there the two folders above give the name. A split, column renames and the rest apply to all sources given there.
 
 # %%
 #| export
@@ -196,10 +244,24 @@ def _pairs_of(words, option) -> dict:
         if not all(word.partition("=")): raise ValueError(f"{option}: expected NAME=VALUE, got '{word}'")
     names = [word.split("=", 1)[0] for word in words]
     for name in names:
-        if names.count(name) > 1: raise ValueError(f"{option}: '{name}' is given twice")
+        if names.count(name) > 1:
+            raise ValueError(f"{option}: '{name}' is given twice; give each a name of its own, NAME=VALUE")
     return dict(word.split("=", 1) for word in words)
 
-def _stem(data): return Path(data).name.split(".")[0]
+ENDINGS = ".gz", ".jsonl", ".json", ".parquet", ".arrow", ".csv" # of data files
+
+def _own_name(place):
+    "What comes without a name is called this: runs/a/stage-2/model is a-stage-2."
+    parts = Path(place).resolve().parts
+    if parts[-1] == "model": return "-".join(parts[-3:-1])
+    name = parts[-1]
+    for ending in ENDINGS: name = name.removesuffix(ending)
+    return name
+
+def _places(words, option) -> dict:
+    "Name -> data or model. Those without a name have their own."
+    named = [word if "=" in word else f"{_own_name(word)}={word}" for word in words]
+    return _pairs_of(named, option)
 
 def _sources(args, words, option) -> dict:
     "What `sdpo` takes as sources, from the words after an option."
@@ -213,11 +275,14 @@ def _sources(args, words, option) -> dict:
     how = {name: value for name, value in asked.items() if value is not None}
     return {name: dict(source=data, **how) for name, data in _places(words, option).items()}
 
-def _places(words, option) -> dict:
-    "Name -> data. Data without a name have their own."
-    named = [word if "=" in word else f"{_stem(word)}={word}" for word in words]
-    return _pairs_of(named, option)
 
+# %% [markdown]
+# Which names do these four get?
+
+# %%
+words = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "runs/a/stage-1/model", "a.jsonl.gz"]
+print(list(_places(words, "--models")))
+print(complaint(_places, ["a/train.jsonl", "b/train.jsonl"], "--sources"))
 
 # %%
 args = argparse.Namespace(columns=["question=prompt"], split=None, revision=None, chat=True, max_pairs=None)
@@ -227,15 +292,17 @@ _sources(args, ["orca=a.jsonl", "trl-lib/ultrafeedback_binarized"], "--sources")
 # %% [markdown]
 # ## What was asked
 #
-# File and options together are what `sdpo` takes. One function gathers them for all three commands that read data, and says what is missing.
+# File and options together are what `sdpo` takes. One function gathers them for `run`, `partition` and `data`, and says what is missing. It also refuses what would be ignored: `--max-pairs` says how the sources *of the command line* are read, so beside a file's sources it would do nothing, and a trial on 24 pairs would become the whole run. And another model than the file's does not take over the commit of the file's.
 
 # %%
 #| export
 def _what(args, needed=("model", "sources", "folder")) -> dict:
     "What `sdpo` takes, from the file and the options: model, sources, config, folder, ..."
     given = _run_file(args.config)
+    if args.model and args.model != given.get("model"): given.pop("revision", None)
     for name in ("model", "folder", "model_revision"):
         if getattr(args, name, None): given[name.removeprefix("model_")] = getattr(args, name)
+    _check_reading(args)
     if args.sources: given["sources"] = _sources(args, args.sources, "--sources")
     if args.held_out: given["held_out"] = _sources(args, args.held_out, "--held-out")
     for name in needed:
@@ -250,6 +317,14 @@ def _what(args, needed=("model", "sources", "folder")) -> dict:
         held_out=given.get("held_out"),
     )
 
+def _check_reading(args):
+    "Raise ValueError for an option about reading where nothing is read that it counts for."
+    if args.sources or args.held_out: return
+    for name in ("columns", "chat", "split", "revision", "max_pairs"):
+        if not getattr(args, name, None): continue
+        raise ValueError(f"--{name.replace('_', '-')}: counts for --sources and --held-out, and neither is given; "
+                         "in the file of --config it belongs to each source")
+
 
 # %% [markdown]
 # The file from above names a model and a source, but no folder, so one is given as an option. `--beta 0.3` wins over the file's 0.2.
@@ -260,7 +335,9 @@ args = argparse.Namespace(**vars(given) | dict(
 asked = _what(args)
 print(asked["model"], asked["sources"], asked["config"].beta)
 
-args.folder = None
+args.max_pairs = 24
+print(complaint(_what, args))
+args.max_pairs, args.folder = None, None
 print(complaint(_what, args))
 
 
@@ -391,7 +468,7 @@ def _eval(args):
     from sdpo_nb.report import as_markdown
     how = dict(tasks=args.tasks, limit=args.limit, data=args.data)
     if bool(args.run) == bool(args.models):
-        raise ValueError("eval: give the folder of a run, or --models A B; one of them")
+        raise ValueError("eval: give the folder of a run, before all options, or --models A B; one of them")
     if args.run: where, found = Path(args.run) / "eval", evaluate_run(args.run, **how)
     else: where, found = Path(args.out), evaluate_folders(_places(args.models, "--models"), args.out, **how)
     print(f"Points, and their standard errors\n\n{as_markdown(_with_errors(found.table()))}\n")
@@ -412,16 +489,18 @@ def _with_errors(table):
 
 
 # %% [markdown]
-# Without a run and without models there is nothing to ask:
+# An option such as `--tasks` takes every word behind it. So the folder of a run comes first. Behind `--tasks` it would be one task more, and no run would be left:
 
 # %%
-status, text = sdpo_says("eval")
-assert status == 2
-print(text)
+for line in ("eval", "eval --tasks arc_challenge runs/mine"):
+    status, text = sdpo_says(line)
+    assert status == 2
+    print(text)
+
 
 
 # %% [markdown]
-# `sdpo measure` asks [models from elsewhere](14_stepwise.ipynb). A model is a folder or a hub id, with a name before it where that is too long for a table. What was printed lies in the folder, too, and with it a figure.
+# `sdpo measure` asks [models from elsewhere](14_stepwise.ipynb). A model is a folder or a hub id, with a name before it where that is too long for a table. What was printed lies in the folder, too, and with two models or more also a figure.
 #
 # Look at *change of gamma*, which is paired, and whether its interval holds 0. The first model is what the others are compared with, so let it be S, or whatever you would use if you did not train. And take pairs that none of the models was trained on: on its own pairs, every model looks good. The same call again reads nothing anew, also with one model more.
 
@@ -430,6 +509,7 @@ print(text)
 def _measure(args):
     import matplotlib.pyplot as plt
     from sdpo_nb.figures import plot_models
+    from sdpo_nb.logprobs import replacing
     from sdpo_nb.report import as_markdown
     from sdpo_nb.stepwise import changes_of, measure_models
     models = _pairs_of([word if "=" in word else f"{word}={word}" for word in args.models], "--models")
@@ -439,11 +519,15 @@ def _measure(args):
     measured.index = [f"{source}, {model}" for source, model in measured.index]
     table = as_markdown(_in_words(measured.rename_axis("source, model"), ".2f"))
     print(f"{table}\n")
-    (folder / "measure.md").write_text(table + "\n")
-    if len(models) > 1:
-        figure = plot_models(changes, next(iter(models)))
-        figure.savefig(folder / "measure.png", dpi=120)
-        plt.close(figure)
+    with replacing(folder / "measure.md") as tmp: tmp.write_text(table + "\n", encoding="utf-8")
+    picture = folder / "measure.png"
+    if len(models) == 1:
+        picture.unlink(missing_ok=True) # that of an earlier call shows other models
+        print(f"table: {folder}")
+        return
+    figure = plot_models(changes, next(iter(models)))
+    with replacing(picture) as tmp: figure.savefig(tmp, format="png", dpi=120)
+    plt.close(figure)
     print(f"table and figure: {folder}")
 
 def _in_words(frame, digits=".1f"):
@@ -494,7 +578,7 @@ print(text.replace(str(tmp), "."))
 
 
 # %% [markdown]
-# Two commands are for handing a run in, and for whoever gets it: `sdpo pack` and `sdpo verify`, which call [chapter 17](17_verify.ipynb). The second must be of use in a script that grades fifty runs. So its exit status is 1 if anything differs, and 0 if nothing does; what could not be checked is counted, and is no fault.
+# Two commands are for handing a run in, and for whoever gets it: `sdpo pack` and `sdpo verify`, which call [chapter 17](17_verify.ipynb). The second must be of use in a script that grades fifty runs. Its exit status is 0 if nothing differs, 1 if anything does, and 2 if what was handed in is no run or cannot be opened. A fault of the program is 1 as well. So before you call a run false, look at the standard output: a run that differs has a table there with DIFFERS in it, and a fault has none. What could not be checked is counted, and is no fault; a run of which little can be checked passes, so read the counts, too.
 
 # %%
 #| export
@@ -537,7 +621,40 @@ print(text.replace(str(tmp), "."))
 # %% [markdown]
 # ## The way in
 #
-# What is left is the parser: a command, where its model, data and run are, and the settings. An unknown option is answered like [an unknown setting](12_plan.ipynb), with what was probably meant.
+# What is left is the parser: a command, where its model, data and run are, and the settings. An unknown option is answered with the option *of this command* that was probably meant. It may have the name that [another trainer](12_plan.ipynb) gives it, or a `_` in place of a `-`.
+
+# %%
+#| export
+def _no_such_option(word, command):
+    "The option of this command that is nearest to a word, or where all of them stand."
+    from difflib import get_close_matches
+    from sdpo_nb.plan import CALLED
+    name = word.removeprefix("--").split("=")[0].replace("-", "_")
+    meant = "--" + CALLED.get(name, name).replace("_", "-")
+    known = list(command._option_string_actions)
+    near = [meant] if meant in known else get_close_matches(meant, known, 1, cutoff=0.7)
+    if near: return f"did you mean '{near[0]}'?"
+    return f"{command.prog} has no such option; '{command.prog} --help' shows all"
+
+class _Parser(argparse.ArgumentParser):
+    "Says in one line what is wrong; of an unknown option, which one was probably meant."
+    asked = None # the parser of the command that was typed
+
+    def error(self, message):
+        words = message.removeprefix("unrecognized arguments: ").split()
+        unknown = [word for word in words if word.startswith("--")]
+        if message.startswith("unrecognized arguments: ") and unknown and self.asked:
+            message += f"; {_no_such_option(unknown[0], self.asked)}"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+# %%
+for word in ("--max_length", "--learning-rate", "--betta", "--output_dir"):
+    print(f"{word:16} {_no_such_option(word, parser)}")
+
+
+# %% [markdown]
+# `sdpo --version` says what computes: it is the first thing to copy into a question to us.
 
 # %%
 #| export
@@ -549,15 +666,12 @@ class _Version(argparse.Action):
         print(", ".join(f"{p} {version(p)}" for p in packages))
         parser.exit()
 
-class _Parser(argparse.ArgumentParser):
-    "Suggests the nearest known option for an unknown one."
-    def error(self, message):
-        if message.startswith("unrecognized arguments: --"):
-            from sdpo_nb.plan import no_such_setting
-            word = message.split("--", 1)[1].split()[0].split("=")[0]
-            message += "; " + no_such_setting(word.replace("-", "_"))
-        super().error(message)
 
+# %% [markdown]
+# Three commands take the same words: where model, data and folder are, how data are read, and the settings. The settings come from `StepwiseConfig`, which imports torch. So they are added only for the command that was typed; that is why `_parser` gets `argv` to see.
+
+# %%
+#| export
 COMMANDS = { # those that take settings
     "run": "partition the sources, then train one DPO stage per chunk",
     "partition": "only measure and partition; `run` with the same options goes on",
@@ -583,7 +697,9 @@ def _parser(argv):
     _add_eval(sub)
     _add_hand_in(sub)
     demo = sub.add_parser("demo", help="the tiny world, from partition to true reward, in a minute or two")
-    demo.add_argument("--folder", default="runs/demo")
+    demo.add_argument("--folder", default="runs/demo",
+                      help="for its runs; the same call on it continues (default: runs/demo)")
+    p.asked = sub.choices.get(argv[0]) if argv else None
     return p
 
 def _add_places(command):
@@ -613,6 +729,12 @@ def _add_export(partition):
     about = "write the chunks there, too: chunk-1.jsonl, ..., which TRL reads as they are"
     partition.add_argument("--export", metavar="FOLDER", help=about)
 
+
+# %% [markdown]
+# `measure` trains nothing, so it takes only the settings that say how pairs are read. `mt-bench` takes none: its words are those of FastChat.
+
+# %%
+#| export
 READING = "max_length", "max_prompt_length", "precision", "packing", "token_budget", "device" # settings
 
 def _add_measure(sub, argv):
@@ -643,8 +765,15 @@ def _add_mt_bench(sub):
     add("--limit", type=int, metavar="N", help="so many questions, of the categories in turn")
     add("--name", help="of the model in the files (default: made of its path)")
     add("--max-new", type=int, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="of the forward pass (default: auto)")
 
+
+# %% [markdown]
+# The rest begins with a finished run. `push` must be told where to, and either of its two answers excludes the other.
+
+# %%
+#| export
 def _add_push(sub):
     about = "Upload the model of the last stage, with a card that says what it was made of and what came out."
     short = "upload the model of the last stage with a model card"
@@ -661,7 +790,8 @@ def _add_eval(sub):
     about = f"{short.capitalize()}. The same command goes on where it stopped. Needs lm_eval."
     command = sub.add_parser("eval", help=short, description=about)
     add = command.add_argument
-    add("run", nargs="?", help="folder of a run; S and every M_t are asked, and scores are kept in its folder eval")
+    add("run", nargs="?", 
+        help="folder of a run, before all options; S and every M_t are asked, and scores are kept in its folder eval")
     add("--models", nargs="+", default=[], metavar="[NAME=]MODEL",
         help="folders or hub ids; the others are compared with the first")
     add("--tasks", nargs="+", default=["h4"], metavar="TASK",
@@ -670,6 +800,12 @@ def _add_eval(sub):
     add("--data", metavar="FOLDER", help="local files of the benchmarks; default: from the hub")
     add("--out", default="runs/eval", metavar="FOLDER", help="with --models: where scores are kept (default: runs/eval)")
 
+
+# %% [markdown]
+# And the two for handing in, each with what its exit status means in its help.
+
+# %%
+#| export
 def _add_hand_in(sub):
     "To pack a run, and to check one."
     short = "make one file of a run, without its weights, to hand in"
@@ -680,11 +816,14 @@ def _add_hand_in(sub):
     answers = "Each check is ok, DIFFERS or not checked; the exit status is 1 if any DIFFERS."
     about = f"{short.capitalize()}. {answers}"
     check = sub.add_parser("verify", help=short, description=about)
-    check.add_argument("run", help="folder of a run, or what `sdpo pack` made of it")
+    check.add_argument("run", help="folder of a run, or what `sdpo pack` made of it; before all options")
     check.add_argument("--sources", nargs="+", default=[], metavar="NAME=DATA",
                        help="where the pairs of the run lie; their other options are those of the run")
     check.add_argument("--model", help="folder or hub id of any model of the run, which is asked again")
 
+
+# %% [markdown]
+# Two sources, one with a name and one without. Does `--beta` end the list of sources?
 
 # %%
 words = ["run", "--model", "S", "--sources", "a.jsonl", "b=c.jsonl", "--beta", "0.3"]
@@ -726,6 +865,9 @@ def main(
         logging.disable_progress_bar() # those of every file read; the bars of long work stay
         if not sys.stderr.isatty(): _as_a_log()
         commands[args.command](args)
+    except BrokenPipeError: # sdpo data ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # nothing more is written
+        sys.exit(141)
     except (Exception, KeyboardInterrupt) as e:
         if os.environ.get("SDPO_TRACEBACK"): raise
         status, said = _last_words(e)
@@ -754,8 +896,11 @@ def _last_words(e) -> tuple[int, str]:
 # |---|---|---|
 # | 0 | all is done | read the report |
 # | 2 | the input cannot work, a file is missing, the disk is full | read the line; the same command, mended, goes on |
-# | 1 | a fault of the program | `SDPO_TRACEBACK=1` shows where; the folder is as it was after the last file that was written |
+# | 1 | of `sdpo verify`: something DIFFERS | read the table |
+# | 1 | of any command: a fault of the program | `SDPO_TRACEBACK=1` shows where; the folder is as it was after the last file that was written |
 # | 130 | stopped with Ctrl-C | the same command goes on |
+# | 137, 143 | killed from outside: by the scheduler, or because the memory was full. No line is printed | the same command goes on, from the last checkpoint (`--save-every`) |
+# | 141 | whoever read the output has read enough, as in `sdpo data ... \| head` | nothing |
 
 # %%
 for e in (ValueError("beta: must be above 0, got 0.0"), KeyError("gamma"), KeyboardInterrupt()):
@@ -768,7 +913,7 @@ if __name__ == "__main__" and __spec__: main() # not in a notebook
 # %% [markdown]
 # ## Six mistakes
 #
-# These are the mistakes that people meet first. Each ends in one line, and the trainer has not been started.
+# These are the mistakes that people meet first. Before you run the cell: which of them can be seen without reading the pairs, and which not? Each must end in one line, and must leave no run in the folder, so that the corrected call can use it.
 
 # %%
 (tmp / "settings.yaml").write_text("bta: 0.2\n")
@@ -787,7 +932,12 @@ data = str(Path(w.base).parent)
 for what, line in wrong.items():
     status, text = sdpo_says(line)
     assert status == 2
-    print(f"{what:20} {text.splitlines()[-1].replace(data, 'data').replace(str(tmp), '.')}")
+    assert len(text.splitlines()) == 1
+    assert not (tmp / "other" / "config.yaml").exists()
+    print(f"{what:20} {text.replace(data, 'data').replace(str(tmp), '.')}")
+
+# %% [markdown]
+# Only *too many stages* needs the pairs: how many are left depends on how many were dropped.
 
 # %%
 #| hide
@@ -808,11 +958,19 @@ import shutil; shutil.rmtree(tmp)
 #
 # </details>
 #
-# 2. What would the table of the demo look like if alignment were only sharpening?
+# 2. `sdpo run --config runs/mine/config.yaml --folder runs/other --lora-r 16`: the file says `lr: 5e-07`. With which learning rate are the adapters trained, and why?
 #
 # <details><summary>Answer</summary>
 #
-# The trained models would be no better than *S at its best temperature*, and greedy answers, which need no sharpening, would be no better than those of S.
+# With 5e-6. The run had filled in 5e-7 itself, because it had no adapters. What a run filled in is left open again, and follows from the new options. Had somebody asked for `--lr 1e-5`, the file would say so, and it would stay.
+#
+# </details>
+#
+# 3. A script grades by the exit status of `sdpo verify` alone. When is it unfair?
+#
+# <details><summary>Answer</summary>
+#
+# When the program fails: that is status 1, too. A run that differs has a table on the standard output, and a fault has none. And status 0 with many *not checked* is no praise: the counts say how much was looked at.
 #
 # </details>
 #

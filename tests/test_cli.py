@@ -121,10 +121,26 @@ def test_data_shows_what_is_scored(sdpo, tmp_path):
     assert out.count(">>> chosen: ") == 3 and rows("primer", 1)[0]["chosen"][0]["content"] in out and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("typed, meant", [("--learning-rate", "lr"), ("--num_train_epochs", "epochs"), ("--max-grad-norm", "clip"), ("--betta", "beta")])
+@pytest.mark.parametrize("typed, meant", [("--learning-rate", "lr"), ("--num_train_epochs", "epochs"), ("--max-grad-norm", "clip"), ("--betta", "beta"), ("--max_length", "max-length"), ("--heldout", "held-out")])
 def test_options_that_others_have_are_understood(sdpo, tmp_path, typed, meant):
     status, _, err = sdpo("run", "--model", BASE, "--sources", "a=a.jsonl", "--folder", tmp_path / "run", typed, "1")
-    assert status == 2 and f"did you mean '{meant}'" in err
+    assert status == 2 and f"did you mean '--{meant}'" in err and len(err.splitlines()) == 1
+
+
+def test_an_option_of_another_command_is_not_suggested(sdpo):
+    status, _, err = sdpo("measure", "--models", BASE, "--sources", "a.jsonl", "--beta", "0.3")
+    assert status == 2 and "did you mean" not in err and "sdpo measure --help" in err
+
+
+def test_a_file_of_a_run_leaves_open_what_the_run_filled_in(sdpo, tmp_path):
+    a = write_jsonl(tmp_path / "a.jsonl", rows("primer", 8))
+    assert sdpo("partition", "--model", BASE, "--sources", a, "--folder", tmp_path / "run")[0] == 0
+    again = cli._run_file(tmp_path / "run/config.yaml")["settings"]
+    parser = cli._parser(words := ["run", "--lora-r", "4", "--max-length", "256"])
+    config = cli._config(parser.parse_args(words), again)
+    assert (config.lr, config.max_prompt_length) == (5e-6, 128)
+    status, _, err = sdpo("run", "--config", tmp_path / "run/config.yaml", "--folder", tmp_path / "other", "--max-pairs", "4")
+    assert status == 2 and "--max-pairs: counts for --sources" in err and not (tmp_path / "other").exists()
 
 
 def test_version(sdpo):
