@@ -44,7 +44,7 @@ class Run:
         return [read_part(folder / "stage.json") for folder in stage_folders(self.folder)]
 
     @property
-    def metrics(self) -> pd.DataFrame: # one row per optimizer step of a finished stage
+    def metrics(self) -> pd.DataFrame: # one row per optimizer step of a finished stage, taken or skipped
         self.model_folder() # there must be one
         steps = [_steps(folder).assign(stage=t) for t, folder in enumerate(stage_folders(self.folder), 1)]
         return pd.concat(steps, ignore_index=True)
@@ -66,6 +66,7 @@ class Run:
         finished = finished_stages(self.folder)
         if t is None and not finished:
             raise ValueError(f"{self.folder}: no stage is finished, so there is no model yet")
+        if t and t not in finished: raise ValueError(f"{self.folder}: stage {t} is not finished")
         return self.folder / f"stage-{t or finished[-1]}" / "model"
 
     def partition(self) -> pd.DataFrame:
@@ -97,7 +98,8 @@ def escaped(
     "Text in one line, in which nothing ends a cell, begins a tag or a picture, or changes the type."
     printed = f"{value:.3f}" if isinstance(value, float) else str(value)
     text = " ".join(printed.splitlines())
-    for mark in ("|", "<", "*", "`"): text = text.replace(mark, "\\" + mark)
+    for mark in ("\\", "|", "<", "*", "`", "~", "$"): text = text.replace(mark, "\\" + mark)
+    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text) # within a word, as in both_labels, it is no mark
     return text.replace("![", r"!\[")
 
 # %% ../nbs/11_report.ipynb #c678dd65
@@ -119,10 +121,12 @@ def held_out_table(
 
     Empty where no pairs are held out.
     """
-    tables = [read_table(folder / "logprobs") for folder in _model_folders(run)]
+    folders = _model_folders(run)
+    tables = [read_table(folder / "logprobs") for folder in folders]
     beta = run.config["settings"]["beta"]
     found = {}
     for source, held in _held(run).items():
+        for m, table in enumerate(tables): _check_table(folders[m], m, table.rows, held["keys"], source)
         pairs = [dict(key=key) for key in held["keys"]]
         tokens = _lengths(held)
         of_S = held_out(tables[0], tables[0], pairs, beta, tokens)
@@ -142,18 +146,41 @@ def _model_folders(run):
 def _lengths(held):
     "Tokens of the responses of held-out pairs, (n, 2); nothing in a folder that does not say them."
     if "lengths" not in held: return None
-    both = [held["lengths"][side] for side in ("chosen", "rejected")]
-    if any(len(side) != len(held["keys"]) for side in both):
-        raise ValueError("held_out.json: it needs the lengths of both responses of every pair")
-    return torch.tensor(both).T
+    return torch.tensor([held["lengths"][side] for side in ("chosen", "rejected")]).T
 
-def _held(run) -> dict: # name -> keys, tokens, lengths
-    path = run.folder / "held_out.json"
-    return read_part(path) if path.exists() else {}
+def _check_table(folder, m, rows, keys, chunk):
+    "Raise ValueError where M_m has not read all of these pairs."
+    absent = set(keys) - set(rows.index)
+    if not absent: return
+    path = folder / "logprobs"
+    cure = cure_of(path) if m else "run again: they are computed anew"
+    raise ValueError(f"{path}: the table of M_{m} lacks {len(absent)} pairs of '{chunk}'; {cure}")
 
 def _in_words(found):
     "The same table with text in its cells; nothing where a model is compared with itself."
     return found.map(lambda cell: as_text(cell) if isinstance(cell, tuple) else "")
+
+# %% ../nbs/11_report.ipynb #582480d9
+def _held(run) -> dict: # name -> keys, tokens, lengths
+    "held_out.json; nothing where no pairs are held out."
+    path = run.folder / "held_out.json"
+    if not path.exists(): return {}
+    held = read_part(path)
+    with naming(path):
+        for name, part in held.items(): _check_held(name, part)
+    return held
+
+def _check_held(name, part):
+    "Raise ValueError for a source that does not say what the report needs."
+    if not isinstance(part, dict): raise ValueError(f"{name} holds no names and values")
+    absent = {"keys", "tokens"} - set(part)
+    if absent: raise ValueError(f"{name} lacks {', '.join(sorted(absent))}")
+    sides = "chosen", "rejected"
+    if not set(sides) <= set(part["tokens"]): raise ValueError(f"{name} lacks the tokens of a side")
+    lengths = part.get("lengths")
+    if lengths is None: return # an older folder
+    if any(len(lengths.get(side, [])) != len(part["keys"]) for side in sides):
+        raise ValueError(f"{name}: it needs the lengths of both responses of every pair")
 
 # %% ../nbs/11_report.ipynb #8e2f4b26
 FEW = 20 # held-out pairs of a source; with fewer, a report warns of its intervals
@@ -173,7 +200,7 @@ def _held_out_text(run):
     if found.empty:
         return [title, NOTHING_HELD_OUT]
     sizes = ", ".join(_size(name, part) for name, part in held.items())
-    text = [title, f"Never trained on: {sizes}. {HELD_OUT_TEXT}", *_few_text(held)]
+    text = [title, f"Never trained on: {sizes}. {HELD_OUT_TEXT}", *_few_text(held), *_seen_text(held)]
 
     shown = _in_words(found).reset_index()
     shown["model"] = shown["source"] + ", " + shown["model"]
@@ -183,6 +210,12 @@ def _held_out_text(run):
         table = rows.drop(columns=["source", "against"]).set_index("model")
         text += [f"### {heading}", as_markdown(table)]
     return text
+
+def _seen_text(held):
+    "One sentence, where prompts of held-out pairs are trained on as well."
+    seen = [f"{part['seen']} of {escaped(name)}" for name, part in held.items() if part.get("seen")]
+    if not seen: return []
+    return [f"Of these pairs, some have a prompt that was trained on: {', '.join(seen)}. They say less."]
 
 NOTHING_HELD_OUT = (
     "None: everything below is about pairs that were trained on. "
@@ -206,7 +239,11 @@ def _answers_text(run):
     parts = {}
     for t, folder in enumerate(_model_folders(run)):
         file = folder / "answers.json"
-        if file.exists(): parts[f"after stage {t}" if t else "S"] = read_part(file)
+        if not file.exists(): continue
+        part = read_part(file)
+        with naming(file):
+            if len(part["answers"]) != len(part["prompts"]): raise ValueError("it needs one answer for each prompt")
+        parts[f"after stage {t}" if t else "S"] = part
     if not parts: return []
     text = ["## Answers", ANSWERS_TEXT]
     prompts = next(iter(parts.values()))["prompts"]
@@ -329,19 +366,11 @@ def gamma_table(
             parts.append(pd.DataFrame(dict(model=f"M_{m}", chunk=chunk, gamma=gammas.to_numpy())))
     return pd.concat(parts, ignore_index=True)
 
-def _check_table(folder, m, rows, keys, chunk):
-    "Raise ValueError where M_m has not read all of these pairs."
-    absent = set(keys) - set(rows.index)
-    if not absent: return
-    path = folder / "logprobs"
-    cure = cure_of(path) if m else "run again: they are computed anew"
-    raise ValueError(f"{path}: the table of M_{m} lacks {len(absent)} pairs of '{chunk}'; {cure}")
-
 # %% ../nbs/11_report.ipynb #8840e802
 def _signs_text(run):
     "What the rules have found, and how far they can be trusted."
     signs = [f"- {escaped(sign)}" for sign in run.signs()]
-    found = "\n".join(signs) or "None of forgetting, instability, minimal improvement."
+    found = "\n".join(signs) or "None of minimal improvement, made worse, forgetting, instability."
     return ["## Signs of failure", found, FALSE_ALARMS]
 
 # %% ../nbs/11_report.ipynb #a2fadc8f
@@ -351,14 +380,16 @@ def _costs(run):
     costs = [read_part(file) for file in files if file.exists()]
     seconds = sum(cost["seconds"] for cost in costs)
     peak = max((cost["peak_gib"] for cost in costs), default=0)
-    took = f"{seconds // 60} min {seconds % 60} s (of a stage that was interrupted, of its last call)"
+    took = (f"{seconds // 60} min {seconds % 60} s (without the first pass of S over all pairs; "
+            "of a stage that was interrupted, of its last call)")
     return {"time of the stages": took if costs else "unknown",
             "peak memory": f"{peak:.1f} GiB" if peak else "unknown"}
 
 # %% ../nbs/11_report.ipynb #f70dd3c8
 def _run_text(run):
     "The command, versions, tokens, time and memory; then all settings."
-    config, metrics = run.config, run.metrics
+    config, metrics, stages = run.config, run.metrics, run.stages
+    made, skipped = (sum(stage[what] for stage in stages) for what in ("steps", "skipped"))
     sources = [f"{name}: {what or 'from memory'}" for name, what in config["sources"].items()]
     facts = {
         "command": config.get("command", "unknown"),
@@ -370,8 +401,8 @@ def _run_text(run):
         "device": config["device"],
         **{f"version of {name}": number for name, number in config["versions"].items()},
         **config.get("machine", {}),
-        "tokens trained on": f"{metrics['tokens'].sum():,}",
-        "optimizer steps": f"{len(metrics):,}",
+        "tokens read in training": f"{metrics['tokens'].sum():,} (every epoch; each response with its prompt)",
+        "optimizer steps": f"{made:,}" + (f", and {skipped:,} that were skipped" if skipped else ""),
         **_costs(run),
     }
     settings = _values(config["settings"], "setting")
@@ -388,6 +419,7 @@ INTERVALS_TEXT = "Intervals are 95 % intervals: Student's for means, Wilson's fo
 STAGES_TEXT = (
     "Stage t trains on the chunk D_t and ends in the model M_t; M_0 is S. "
     "Gamma is how much more likely the chosen response is than the rejected one, in nats. "
+    "The first gamma_ref is a mean over the whole chunk, the rest are means over a probe of it. "
     "All of it is measured on pairs that were trained on: a check of the training, not of its success."
 )
 
@@ -408,7 +440,7 @@ def _in_stages(run):
 def _where_text(run):
     "Where the trained model lies, or how it is made."
     model = run.model_folder().relative_to(run.folder) # there must be one
-    if not is_adapter(run.folder / model): return f"The trained model lies in `{model}`."
+    if not run.config["settings"].get("lora_r"): return f"The trained model lies in `{model}`."
     return (f"The trained model is S with the adapter in `{model}`; "
             "`sdpo push --export` writes it as a whole model.")
 
@@ -458,8 +490,9 @@ class Report:
         return re.sub(r"!\[\]\((figures/\w+\.png)\)", self._embedded, self.path.read_text(encoding="utf-8"))
 
     def _embedded(self, match):
-        picture = (self.path.parent / match[1]).read_bytes()
-        return f"![](data:image/png;base64,{base64.b64encode(picture).decode()})"
+        picture = self.path.parent / match[1]
+        if not picture.exists(): return f"({match[1]}: not there)"
+        return f"![](data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()})"
 
 # %% ../nbs/11_report.ipynb #03e47530
 def write_report(
@@ -490,8 +523,11 @@ def _hub_ids(config):
     base = config["model"] if _on_hub(config["model"]) else None
     return base, [source for source in sources if _on_hub(source)]
 
+_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".gz", ".zst"}
+
 def _on_hub(name):
-    return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return False
+    return Path(name).suffix not in _FILES and not Path(name).exists()
 
 # %% ../nbs/11_report.ipynb #b81fabfb
 def model_card(
@@ -509,19 +545,27 @@ def model_card(
     text = [
         f"# {escaped(Path(config['model']).name)}, aligned by stepwise DPO",
         _method_text(run),
+        INTERVALS_TEXT,
         *_loss_text(run),
         *_held_out_text(run),
-        "## Stages", as_markdown(run.table()), "![](figures/change.png)",
+        "## Stages", STAGES_TEXT, as_markdown(run.table()), "![](figures/change.png)",
+        *_signs_text(run),
         *_data_text(run),
     ]
     return ModelCard(f"---\n{about.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n")
 
+_REFERENCES = dict(
+    moving="the model that a stage leaves behind is the reference of the next",
+    fixed="the base model is the reference of every stage",
+)
+
 def _method_text(run):
     c = run.config["settings"]
+    reference = _REFERENCES.get(c["reference"], "the reference of every stage is a model of its own")
+    start = "Every stage starts at the base model. " if c["init_target"] == "S" else ""
     return (
         "Trained by stepwise DPO (sDPO, [arXiv 2403.19270](https://arxiv.org/abs/2403.19270)) "
-        f"in {_in_stages(run)} with [sdpo_nb](https://github.com/sdpo-nb/sdpo_nb): "
-        "the model that a stage leaves behind is the reference of the next. "
+        f"in {_in_stages(run)} with [sdpo_nb](https://github.com/sdpo-nb/sdpo_nb): {reference}. {start}"
         f"beta = {c['beta']}, learning rate {c['lr']}, {c['batch_size']} pairs a step, "
         f"{c['epochs']} epoch(s) a stage, {c['precision']}{_adapters_text(c)}."
     )
@@ -545,13 +589,14 @@ def export_model(
     for there in (folder, folder.with_suffix(".tmp")): # the second is where `replacing` makes it
         if there.exists(): raise ValueError(f"{there}: is there already; give a folder that does not exist")
     model = load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
-    run.report()
+    drawn = _drawn(run)
     with replacing(folder) as tmp:
         if is_adapter(run.model_folder()): _write_merged(model, run, tmp)
         else: shutil.copytree(run.model_folder(), tmp)
         (tmp / "figures").mkdir()
-        shutil.copy(run.folder / "figures/change.png", tmp / "figures/change.png")
+        drawn["change"].savefig(tmp / "figures/change.png", dpi=110, bbox_inches="tight")
         model_card(run).save(tmp / "README.md")
+    for fig in drawn.values(): plt.close(fig)
     return folder
 
 def _write_merged(model, run, folder):

@@ -340,15 +340,18 @@ def _first_pass(loaded, policy, ctx):
     ctx.score_all(0, policy, [])
     path = ctx.folder / "held_out.json"
     if ctx.held and not path.exists():
-        write_json(path, {s.name: _described(s.pairs) for s in ctx.held})
+        trained = {tuple(ids) for s in loaded for ids in s.pairs["prompt_ids"]}
+        write_json(path, {s.name: _described(s.pairs, trained) for s in ctx.held})
     if ctx.talks and chunks: print(_plan_line(chunks, ctx))
     return chunks
 
-def _described(pairs):
-    "Held-out pairs as held_out.json has them: their keys, the tokens of their responses, and the means of these."
+def _described(pairs, trained):
+    """Held-out pairs as held_out.json has them: keys, tokens of their responses and the means of these,
+    and how many have a prompt that is trained on."""
     lengths = {side: list(map(len, pairs[f"{side}_ids"])) for side in ("chosen", "rejected")}
     means = {side: sum(tokens) / len(pairs) for side, tokens in lengths.items()}
-    return dict(keys=pairs["key"][:], tokens=means, lengths=lengths)
+    seen = sum(tuple(ids) in trained for ids in pairs["prompt_ids"])
+    return dict(keys=pairs["key"][:], tokens=means, lengths=lengths, seen=seen)
 
 # %% ../nbs/13_stages.ipynb #19605c05
 def prepare_run(

@@ -73,12 +73,11 @@ def quick(monkeypatch):
 # ---- the three answers
 
 def refused(*parts, anyway=()):
-    "Status 2 and one line with all of these in it; TMP is the case's folder. argparse says how a command is used, too."
+    "Status 2 and one line with all of these in it; TMP is the case's folder."
     def want(tmp, status, out, err):
         assert status == 2, f"status {status}"
         lines = [line for line in err.splitlines() if line.strip()]
-        if lines[0].startswith("usage: "): assert lines[-1].startswith("sdpo") and ": error: " in lines[-1]
-        else: assert len(lines) == 1 and lines[0].startswith("sdpo: "), f"{len(lines)} lines"
+        assert len(lines) == 1 and (lines[0].startswith("sdpo: ") or lines[0].startswith("sdpo ") and ": error: " in lines[0]), f"{len(lines)} lines"
         for part in parts:
             some = part if isinstance(part, tuple) else (part,)
             assert any(p.replace("TMP", str(tmp)) in lines[-1] for p in some), f"{' or '.join(some)} is not named"

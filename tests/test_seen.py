@@ -167,8 +167,8 @@ def test_every_model_answers_the_same_prompts(held):
 
 def test_the_report_says_how_it_was_run(held):
     text = (held.run.folder / "report.md").read_text()
-    for what in ("command", "version of sdpo_nb", "version of torch", "tokens trained on", "time of the stages", "peak memory", "threads"): assert f"| {what} |" in text
-    assert f"| tokens trained on | {held.run.metrics['tokens'].sum():,} |" in text
+    for what in ("command", "version of sdpo_nb", "version of torch", "tokens read in training", "time of the stages", "peak memory", "threads"): assert f"| {what} |" in text
+    assert f"| tokens read in training | {held.run.metrics['tokens'].sum():,} (" in text
 
 
 def test_a_part_that_is_gone_is_left_out(held, tmp_path):
@@ -225,3 +225,14 @@ def test_a_card_names_what_others_can_find(held, monkeypatch):
     monkeypatch.setattr(Run, "config", config)
     about = model_card(held.run).data
     assert about.base_model == "some/model" and about.datasets == ["some/data", "other/data"]
+
+
+def test_a_report_says_where_held_out_prompts_were_trained_on():
+    assert report._seen_text(dict(mine=dict(seen=3), other=dict(seen=0), old=dict())) == ["Of these pairs, some have a prompt that was trained on: 3 of mine. They say less."]
+
+
+@pytest.mark.parametrize("part, told", [
+    ([], "holds no names"), (dict(keys=["a"]), "lacks tokens"), (dict(keys=["a"], tokens=dict(chosen=1)), "lacks the tokens of a side"),
+    (dict(keys=["a"], tokens=dict(chosen=1, rejected=1), lengths=dict(chosen=[1])), "the lengths of both")])
+def test_a_damaged_list_of_held_out_pairs_is_named(part, told):
+    with pytest.raises(ValueError, match=told): report._check_held("mine", part)
