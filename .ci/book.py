@@ -112,10 +112,17 @@ def check():
         if found and found != [want]:
             extra.append(f"{nb}: its Colab badge should open {want}")
     errors = [f"{p}: would change (make sync)" for p in wrong] + [f"{p}: belongs to no notebook" if p.endswith(".py") else p for p in extra]
-    errors += [error for nb in notebooks() for error in wrong_pins(nb, ini["version"])]
+    errors += [error for nb in notebooks() for error in [*wrong_pins(nb, ini["version"]), *lost_words(nb)]]
     errors += [f"pyproject.toml says {a!r}, settings.ini {b!r}" for a, b in same if a != b]
     print("\n".join(errors) if errors else f"check: {len(before)} files in step")
     sys.exit(bool(errors))
+
+
+def lost_words(nb):
+    "Cells that print and end in a semicolon: execnb keeps nothing of what such a cell prints."
+    cells = [text(cell["source"]) for cell in json.loads(nb.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [f"{nb}: the output of a cell is lost, it prints and ends in ';': {source.splitlines()[-1]}"
+            for source in cells if "print(" in source and source.rstrip().endswith(";")]
 
 
 def wrong_pins(nb, version):
