@@ -78,7 +78,7 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 #
 # In tiny worlds, each method at its own best settings, sampled rewards are equal: sDPO gains +1.6 [-3.1, +5.8] % more than DPO does (in the paper's one run, 52 %). At settings that are best for DPO, sDPO is worse (-0.052), at those best for sDPO it is better (+0.041): a reference that moves up lets a model go farther, as a smaller $\beta$ does. A stage that starts at S again loses 0.062, first of all because only the last chunk trains the model.
 #
-# The tiny worlds have models of 340 thousand parameters, and all their sources share all skills. That the order of *such* sources does not matter says nothing of sources that build on each other. On a real model of 135 million parameters the questions are [fixed](experiments/smollm2.ipynb) and not yet answered; what is easy for it is [known](experiments/which_is_easy.ipynb).
+# The tiny worlds have models of 340 thousand parameters, and all their sources share all skills. That the order of *such* sources does not matter says nothing of sources that build on each other. On a real model of 135 million parameters the questions are [fixed](experiments/smollm2.ipynb): a smaller version for a processor (three draws, one setting, about 400 pairs) has been run and can show no difference, the large one has not been run. What is easy for that model is [known](experiments/which_is_easy.ipynb).
 #
 # Numbers are differences of mean true reward (0 to 1) if nothing else is said, with 95 % intervals; "equal" and "little" mean within $\pm 0.02$ (on the 135M model of nats a pair); $\beta$ says how tightly a model is held to its reference. Comparisons with a p-value were fixed before their results were seen; in the tiny worlds the tests of being equal came later. Both are corrected for the number of comparisons (Holm's method). The others are *exploratory*.
 
@@ -107,7 +107,7 @@ said = { # claim -> what the text above says of it
 for claim, number in said.items(): assert table.set_index("claim").loc[claim, "what we found"].startswith(number), claim
 found = pd.concat([table[real].set_index("claim"), table[~real].set_index("claim").loc[tiny]])
 pages = found["where"].map("[{0}](experiments/{0}.ipynb)".format)
-Markdown(as_markdown(found.assign(where=pages)))
+Markdown(as_markdown(found.assign(where=pages), formulas=True))
 
 # %% [markdown]
 # All of it is on the page of the [protocol](experiments/protocol.ipynb), and the [demo](demo.ipynb) shows one world step by step. TR-DPO, Curri-DPO, Pre-DPO and eleven other papers, and which line of the loop each changes: [relatives](related.ipynb).
@@ -214,7 +214,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 #
 # | question | on a real model, SmolLM2-135M-Instruct |
 # |---|---|
-# | [smollm2](experiments/smollm2.ipynb) | the paper's first experiment, to be repeated in draws: questions and margins fixed; a smaller version for a processor has begun |
+# | [smollm2](experiments/smollm2.ipynb) | the paper's first experiment, repeated in draws: a smaller version for a processor has been run and cannot decide, the large one waits for a card |
 # | [which_is_easy](experiments/which_is_easy.ipynb) | easy to hard, by the sum of log-probabilities or per token? The two orders differ |
 # | [known_truth](experiments/known_truth.ipynb) | the eight questions of the tiny worlds, where a program grades and hard builds on easy: fixed, not yet answered |
 # | how it is done | [one run on real pairs](experiments/real_cells.ipynb), [tasks that a program grades](experiments/graded_tasks.ipynb), [one run on them](experiments/graded_cells.ipynb), [runs in eight minutes](experiments/timed.ipynb) |

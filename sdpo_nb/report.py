@@ -94,23 +94,26 @@ def _steps(folder):
 # %% ../nbs/11_report.ipynb #d9b54540
 def escaped(
     value, # anything that can be printed; a float gets three digits
+    formulas: bool=False, # whether $...$ is one, and stays
 ) -> str:
-    "Text in one line, in which nothing ends a cell, begins a tag or a picture, or changes the type."
+    "Text in one line, in which nothing ends a cell, begins a tag, a picture or a formula, or changes the type."
     printed = f"{value:.3f}" if isinstance(value, float) else str(value)
     text = " ".join(printed.splitlines())
-    for mark in ("\\", "|", "<", "*", "`", "~", "$"): text = text.replace(mark, "\\" + mark)
-    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text) # within a word, as in both_labels, it is no mark
+    marks = ("|", "<", "*", "`") if formulas else ("\\", "|", "<", "*", "`", "~", "$")
+    for mark in marks: text = text.replace(mark, "\\" + mark)
+    if not formulas: text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text) # within a word, as in both_labels, it is no mark
     return text.replace("![", r"!\[")
 
 # %% ../nbs/11_report.ipynb #c678dd65
 def as_markdown(
     frame: pd.DataFrame, # its index becomes the first column
+    formulas: bool=False, # as for `escaped`
 ) -> str:
     "A data frame as a markdown table."
     head = [frame.index.name or "", *frame.columns]
     rule = ["---"] * len(head)
     body = [[name, *row] for name, row in zip(frame.index, frame.to_numpy(dtype=object))]
-    rows = [" | ".join(map(escaped, row)) for row in [head, rule, *body]]
+    rows = [" | ".join(escaped(cell, formulas) for cell in row) for row in [head, rule, *body]]
     return "\n".join(f"| {row} |" for row in rows)
 
 # %% ../nbs/11_report.ipynb #de04cbf3

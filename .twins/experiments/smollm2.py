@@ -1,10 +1,10 @@
 # %% [markdown]
 # # The paper's first experiment, on a real model
-# > Stepwise against plain DPO on SmolLM2-135M-Instruct, in eight draws: what is asked, with which margins, fixed before there is an answer.
+# > Stepwise against plain DPO on SmolLM2-135M-Instruct, in draws: what is asked, with which margins, fixed before there is an answer.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/smollm2.ipynb)
 #
-# **There are no answers yet.** This page says what is asked and how it will be decided. Questions, margins, arms and the rule of the search were committed before anything was run (commit `198a5e2`). A smaller version, for two processor cores, has begun (fixed in commit `48ef080`); what is there of it is shown below, and decides nothing until it is whole.
+# **A smaller version has been run, and cannot decide; the large one waits for a graphics card.** In three draws, at one setting, sDPO minus DPO is -0.006 [-0.032, +0.019] nats a pair, Orca first minus a random split +0.002 [-0.020, +0.024], a moving minus a fixed reference -0.008 [-0.020, +0.004]. Three draws can show no difference, and none of these is narrow enough to be called equal. Nearly all of the gain is on Orca: on UltraFeedback no arm knows more than S. Questions, margins, arms and the rule of the search were committed before any run of the designs, after a pilot of one seed (commit `198a5e2`; the smaller version in `48ef080`; that *different* needs the interval, too, in `739b16e`).
 #
 # **You should know** [stepwise DPO](../14_stepwise.ipynb) and the [protocol](protocol.ipynb) of the tiny worlds. **Time** 35 minutes to read, a few seconds to run.
 #
@@ -577,7 +577,7 @@ for name, seen, asked in (("the smaller version", small, CPU_PRIMARY), ("the lar
 # %% [markdown]
 # ### The smaller version
 #
-# How much does each arm gain, draw by draw? Without any training a model gains nothing. Look first how far the draws of one arm lie apart.
+# How much does each arm gain, draw by draw? S itself gains nothing. Look first how far the draws of one arm lie apart.
 
 # %%
 sides = ("better: the second", "better: the first")
@@ -600,6 +600,10 @@ if len(small.draws_of(CPU_PRIMARY)) > 1:
 
 
 # %% [markdown]
+# *We cannot tell*, three times, as was to be expected. It is evidence neither for a difference nor against one. What can be read off: the intervals are about as wide as the margin, and the paper's effect, half of what DPO gains, would be 0.12 here. It is outside of all three.
+#
+# Draws of one arm differ by 0.06, and differences between arms by less, since all arms share a draw. (Draw 0, but for the fixed reference, was run on another kind of processor, which rounds otherwise: what S says there differs by 0.45 nats of $\gamma$ from pair to pair. Measured against the other S, no difference of arms in draw 0 moves by more than 0.001.)
+#
 # The same with $c$ from the other half of the pairs, and by source. Neither was planned, and both came after draw 0 had been seen.
 
 # %%
@@ -619,6 +623,14 @@ if len(small.draws_of(CPU_PRIMARY)) > 1:
         "cross-fitted, UltraFeedback alone": ("cross-fitted gain", ["uf"]),
     }
     display(pd.DataFrame({way: DPO_over_S(*asked) | differences(*asked) for way, asked in ways.items()}).T)
+    by_source = {source: assay(small.rows, small.S, [source]).loc["cross-fitted gain"] for source in ("orca", "uf")}
+    assert by_source["orca"]["mean"] > 0.3
+    assert not by_source["uf"]["counts"]
+
+# %% [markdown]
+# Where $c$ comes from does not matter much. But look at the last two lines. Nearly all of the gain is on Orca. On UltraFeedback the outcome does not pass its own assay: no arm there knows more than S. So the words above are about Orca, and say nothing about pairs as hard as those of UltraFeedback. In Orca the chosen responses are those of a stronger model. In UltraFeedback a judge prefers one of two, and 200 such pairs have not taught the model what it prefers.
+#
+# Beside the answers stand the secondary outcomes, as means of the draws; the KL is missing where draw 0 did not measure it.
 
 # %%
 if small.rows: display(secondary_outcomes(small.rows, small.S).round(3).T)
@@ -658,11 +670,12 @@ if len(found.draws_of(PRIMARY)) > 1:
     display(secondary_outcomes(found.rows, found.S).round(3))
 
 # %% [markdown]
-# To run the smaller version: `python -m sdpo_nb.experiments smollm2_cpu --folder OUT --data DIR --model DIR --precision bf16`, some 45 minutes a draw on two cores that multiply in bf16, and it goes on where it was stopped. To run the large one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder OUT --data DIR --model DIR`, again and again, until no cell is left. On an H100 a run took 12 to 13 seconds in the pilot, with pairs twice as long as here. Then `OUT/smollm2.jsonl` belongs into `data/results`, and this page is run again.
+# To run the smaller version: `python -m sdpo_nb.experiments smollm2_cpu --folder OUT --data DIR --model DIR --precision bf16`, an hour and three quarters a draw on one core that multiplies in bf16, and it goes on where it was stopped. To run the large one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder OUT --data DIR --model DIR`, again and again, until no cell is left. On an H100 a run took 12 to 13 seconds in the pilot, with pairs twice as long as here. Then `OUT/smollm2.jsonl` belongs into `data/results`, and this page is run again.
 #
 # ## What this does not show
 #
-# - **The large design has not been run**, and the smaller one only in part.
+# - **The large design has not been run.** The smaller one has three draws and one setting.
+# - **What a second stage does when it learns something.** In stage 2, 12 steps on UltraFeedback, the losses stay near $\ln 2$, and the gain hardly moves. So a moving and a fixed reference had little to do, and finding them alike says little about longer training.
 # - One base model, with 135 million parameters, and 1,165 pairs or so in the pool. The paper's has 10.7 billion and 72,000.
 # - One pool of pairs. Its luck is in every draw, and in no interval.
 # - One pass, as in the paper. Three passes may be another matter.
