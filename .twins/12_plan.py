@@ -626,6 +626,14 @@ data_notes(train)
 
 # %%
 #| export
+def seen_in_training(
+    held: list[Source],   # held out
+    loaded: list[Source], # trained on
+) -> list[int]:           # a number for each held-out source
+    "How many pairs of each held-out source have a prompt that is trained on."
+    trained = {tuple(ids) for s in loaded for ids in s.pairs["prompt_ids"]}
+    return [sum(tuple(ids) in trained for ids in s.pairs["prompt_ids"]) for s in held]
+
 def check_held_out(
     held: list[Source],   # held out
     loaded: list[Source], # trained on
@@ -637,10 +645,8 @@ def check_held_out(
         if names.count(name) > 1:
             raise ValueError(f"held_out: '{name}' is also the name of a source of which a share is held out; "
                              "give it another name")
-    trained = {tuple(ids) for s in loaded for ids in s.pairs["prompt_ids"]}
     lines = []
-    for s in held:
-        seen = sum(tuple(ids) in trained for ids in s.pairs["prompt_ids"])
+    for s, seen in zip(held, seen_in_training(held, loaded)):
         if not seen: continue
         lines.append(f"  warning: {seen} of the {len(s)} held-out pairs of {s.name} "
                      "have a prompt that is trained on")

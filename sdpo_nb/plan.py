@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CALLED', 'StepwiseConfig', 'changed', 'defaults_table', 'no_such_setting', 'make_config', 'load_sources', 'read_rows',
-           'data_notes', 'extent', 'check_names', 'part_sources', 'check_held_out', 'read_sources', 'Chunk',
-           'check_chunks', 'foreign_weights']
+           'data_notes', 'extent', 'check_names', 'part_sources', 'seen_in_training', 'check_held_out', 'read_sources',
+           'Chunk', 'check_chunks', 'foreign_weights']
 
 # %% ../nbs/12_plan.ipynb #9061831f
 import difflib, unicodedata
@@ -348,6 +348,14 @@ def part_sources(
     return train, held
 
 # %% ../nbs/12_plan.ipynb #0f76822b
+def seen_in_training(
+    held: list[Source],   # held out
+    loaded: list[Source], # trained on
+) -> list[int]:           # a number for each held-out source
+    "How many pairs of each held-out source have a prompt that is trained on."
+    trained = {tuple(ids) for s in loaded for ids in s.pairs["prompt_ids"]}
+    return [sum(tuple(ids) in trained for ids in s.pairs["prompt_ids"]) for s in held]
+
 def check_held_out(
     held: list[Source],   # held out
     loaded: list[Source], # trained on
@@ -359,10 +367,8 @@ def check_held_out(
         if names.count(name) > 1:
             raise ValueError(f"held_out: '{name}' is also the name of a source of which a share is held out; "
                              "give it another name")
-    trained = {tuple(ids) for s in loaded for ids in s.pairs["prompt_ids"]}
     lines = []
-    for s in held:
-        seen = sum(tuple(ids) in trained for ids in s.pairs["prompt_ids"])
+    for s, seen in zip(held, seen_in_training(held, loaded)):
         if not seen: continue
         lines.append(f"  warning: {seen} of the {len(s)} held-out pairs of {s.name} "
                      "have a prompt that is trained on")

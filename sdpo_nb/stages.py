@@ -35,7 +35,7 @@ from .packing import choose_logprobs
 from .partition import mean_interval, partition
 from sdpo_nb.plan import (
     Chunk, StepwiseConfig, changed, check_chunks, check_held_out, check_names, data_notes, extent,
-    foreign_weights, read_sources
+    foreign_weights, read_sources, seen_in_training
 )
 from .preferences import Source, counts_table, load_pairs, tokenize_pairs
 from .report import Run
@@ -340,18 +340,16 @@ def _first_pass(loaded, policy, ctx):
     ctx.score_all(0, policy, [])
     path = ctx.folder / "held_out.json"
     if ctx.held and not path.exists():
-        trained = {tuple(ids) for s in loaded for ids in s.pairs["prompt_ids"]}
-        write_json(path, {s.name: _described(s.pairs, trained) for s in ctx.held})
+        seen = seen_in_training(ctx.held, loaded)
+        write_json(path, {s.name: _described(s.pairs) | dict(seen=n) for s, n in zip(ctx.held, seen)})
     if ctx.talks and chunks: print(_plan_line(chunks, ctx))
     return chunks
 
-def _described(pairs, trained):
-    """Held-out pairs as held_out.json has them: keys, tokens of their responses and the means of these,
-    and how many have a prompt that is trained on."""
+def _described(pairs):
+    "Held-out pairs as held_out.json has them: their keys, the tokens of their responses, and the means of these."
     lengths = {side: list(map(len, pairs[f"{side}_ids"])) for side in ("chosen", "rejected")}
     means = {side: sum(tokens) / len(pairs) for side, tokens in lengths.items()}
-    seen = sum(tuple(ids) in trained for ids in pairs["prompt_ids"])
-    return dict(keys=pairs["key"][:], tokens=means, lengths=lengths, seen=seen)
+    return dict(keys=pairs["key"][:], tokens=means, lengths=lengths)
 
 # %% ../nbs/13_stages.ipynb #19605c05
 def prepare_run(

@@ -55,8 +55,8 @@ from sdpo_nb.questions import GRIDS, LADDERS, SEARCHES, WORLDS
 from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
 from sdpo_nb.questions import primary_contrasts
 from sdpo_nb.graded_cells import PLANS, run_known_truth
-from sdpo_nb.real import ON_CPU, SMOLLM2, arrange, run_real
-from sdpo_nb.smollm2 import CPU_DRAWS, CPU_PRIMARY, DRAWS, LONGEST, PRIMARY, answer_questions, assay
+from sdpo_nb.real import ON_CPU, SMOLLM2, arrange, design_of, run_real
+from sdpo_nb.smollm2 import CPU_PRIMARY, LONGEST, PRIMARY, answer_questions, assay
 from sdpo_nb.timed import read_results
 from sdpo_nb.which_is_easy import EASY_PRIMARY, MEASURES, easy_table, with_gaps
 from sdpo_nb.world import load_base
@@ -442,12 +442,11 @@ REAL_CLAIMS = { # a primary question of smollm2 -> the claim
     "easy first by sum against per token": "Orca first gains more than Orca last (three sources)",
     "easy first by sum against plain": "sDPO over three sources gains more than DPO",
 }
-TWO, ALL_THREE = ("orca", "uf"), ("orca", "uf", "hh")
-DESIGNS = { # name -> questions, draws, sources, outcome, page
-    "smollm2": (PRIMARY, DRAWS, TWO, "cross-fitted gain", "smollm2"),
-    "smollm2_cpu": (CPU_PRIMARY, CPU_DRAWS, TWO, "gain", "smollm2"),
-    "which_is_easy": (EASY_PRIMARY, DRAWS, ALL_THREE, "cross-fitted gain", "which_is_easy"),
-    "which_is_easy_cpu": (EASY_PRIMARY, CPU_DRAWS, ALL_THREE, "cross-fitted gain", "which_is_easy"),
+DESIGNS = { # of `design_of` -> questions, outcome, page
+    "smollm2": (PRIMARY, "cross-fitted gain", "smollm2"),
+    "smollm2_cpu": (CPU_PRIMARY, "gain", "smollm2"),
+    "which_is_easy": (EASY_PRIMARY, "cross-fitted gain", "which_is_easy"),
+    "which_is_easy_cpu": (EASY_PRIMARY, "cross-fitted gain", "which_is_easy"),
 }
 
 def _how_sure_of_draws(answer, common, draws, questions): # of a question on real pairs
@@ -457,13 +456,13 @@ def _how_sure_of_draws(answer, common, draws, questions): # of a question on rea
 
 def _answers_of(name):
     "What a design on real pairs has found: lines of the table of claims; none where fewer than two draws are there."
-    asked, draws, sources, outcome, page = DESIGNS[name]
-    found = arrange(name, read_results(name))
+    asked, outcome, page = DESIGNS[name]
+    found, design = arrange(name, read_results(name)), design_of(name, "")
     common = len(found.draws_of(asked))
     if common < 2: return []
-    rows, counts = [], assay(found.rows, found.S, sources).loc[outcome, "counts"]
-    for answer in answer_questions(found.rows, found.S, asked, outcome, sources).to_dict("records"):
-        sure = _how_sure_of_draws(answer, common, len(draws), len(asked))
+    rows, counts = [], assay(found.rows, found.S, design.sources).loc[outcome, "counts"]
+    for answer in answer_questions(found.rows, found.S, asked, outcome, design.sources).to_dict("records"):
+        sure = _how_sure_of_draws(answer, common, len(design.draws), len(asked))
         if not counts: sure = "this outcome cannot tell"
         rows.append({
             "claim": REAL_CLAIMS[answer["question"]],
