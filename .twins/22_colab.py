@@ -42,6 +42,7 @@ from huggingface_hub import constants
 from sdpo_nb.evaluate import as_text, greedy_answers
 from sdpo_nb.figures import plot_gamma
 from sdpo_nb.logprobs import load_config, load_model, load_tokenizer
+from sdpo_nb.lora import lora_config
 from sdpo_nb.report import Run, gamma_table
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.trainer import GIB, TrainConfig, memory_plan, read_checkpoint
@@ -100,7 +101,7 @@ else:
 folder = home / Path(model).name
 
 # %% [markdown]
-# To take a model of your own, change the id. All of its parameters are trained, so on a T4 it may have about half a billion of them. With `lora_r=16` in `own`, and no `lr` or a larger one, [adapters](09_lora.ipynb) are trained in their place, and a model of 1.2 billion parameters fits. Each model gets a folder of its own. If you change the sources or the settings after a run has begun, give the folder another name as well.
+# To take a model of your own, change the id. All of its parameters are trained, so on a T4 it may have about half a billion of them. With `lora_r=16` in `own` (and `%pip install peft`), and no `lr` or a larger one, [adapters](09_lora.ipynb) are trained in their place, and a model of 1.2 billion parameters fits. Each model gets a folder of its own. If you change the sources or the settings after a run has begun, give the folder another name as well.
 #
 # ## Will it fit?
 #
@@ -125,7 +126,8 @@ card = 15 * GIB if tiny else torch.cuda.get_device_properties(0).total_memory
 
 def plan_of(precision, recomputed):
     train = TrainConfig(token_budget=4096, gradient_checkpointing=recomputed)
-    return memory_plan(shape, train, precision, "padded", card // 16)
+    adapters = lora_config(StepwiseConfig(**own)) # None: all weights are trained
+    return memory_plan(shape, train, precision, "padded", card // 16, adapters)
 
 
 # %%
@@ -140,7 +142,7 @@ assert plans.loc["fp16, recomputed", "all"] < 0.85 * card / GIB
 plans.round(1).rename_axis("GiB").style.format("{:.1f}")
 
 # %% [markdown]
-# Weights, gradients and the two moments of AdamW stay as they are: 16 bytes a parameter, whatever you do. Only the activations shrink. If the second `assert` stops you, the model is too large for this card; [Your model](your_model.ipynb) has a table of what fits where. You need not choose the tokens of a forward pass: on a card the package takes as many as fit.
+# Weights, gradients and the two moments of AdamW stay as they are: 16 bytes a parameter that is trained, and 4 for one that is not (`lora_r`). Only the activations shrink. If the second `assert` stops you, the model is too large for this card; [Your model](your_model.ipynb) has a table of what fits where. You need not choose the tokens of a forward pass: on a card the package takes as many as fit.
 #
 # The disk needs a plan, too. A checkpoint holds weights and moments. Drive has 15 GB for nothing, and a file that is deleted or replaced there may go to the **bin**, where it still counts. So the run should not save too often:
 
@@ -355,7 +357,7 @@ if tiny and not on_colab: shutil.rmtree(home)
 #
 # <details><summary>Answer</summary>
 #
-# Trained weights stay in fp32. Added to a weight in fp16, a step of $5\cdot10^{-6}$ would be rounded away: of the weights of SmolLM2-135M, 92 % would stay what they are. Only the forward and backward passes compute in fp16.
+# Trained weights stay in fp32. Added to a weight in fp16, a step of $5\cdot10^{-6}$ would be rounded away: of the weights of SmolLM2-135M, 92 % would stay what they are (we added it to each and counted). Only the forward and backward passes compute in fp16.
 #
 # </details>
 #

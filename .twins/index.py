@@ -11,7 +11,7 @@
 #
 # ## What it does
 #
-# A [tiny world](00_world.ipynb) with four skills on short strings, and a start model S that learned the wrong rule for half of the prompts. Three stages on preference pairs, then both models answer test prompts.
+# A [tiny world](00_world.ipynb) with four skills on short strings, and a start model S that learned the wrong rule for half of the prompts. Three stages on preference pairs, at $\beta = 0.9$, three times what is best for plain DPO; then both models answer test prompts. (At 0.3, in the [demo](demo.ipynb), fewer of these answers come out right.)
 
 # %%
 #| hide
@@ -66,13 +66,13 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 # ## Your model, your pairs
 #
 # ```
-# pip install git+https://github.com/sdpo-nb/sdpo_nb
-# sdpo run --model HuggingFaceTB/SmolLM2-135M-Instruct --sources orca=Intel/orca_dpo_pairs uf=trl-lib/ultrafeedback_binarized \
-#          --columns question=prompt --lr 5e-6 --eval-share 0.05 --folder runs/first
+# pip install "sdpo_nb[peft,eval] @ git+https://github.com/sdpo-nb/sdpo_nb"   # the extras are for adapters and for benchmarks
+# sdpo run --model HuggingFaceTB/SmolLM2-135M-Instruct --folder runs/first --lr 5e-6 --eval-share 0.05 --columns question=prompt \
+#          --sources orca=Intel/orca_dpo_pairs uf=argilla/ultrafeedback-binarized-preferences-cleaned
 # ```
 #
-# Files, folders or hub ids, each with a `max_pairs` of its own where you want one; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: on the same kind of machine the result is the same, bit for bit. How, with which settings, and what fits on which card:
-# [your model, your pairs](your_model.ipynb). Another loss than that of DPO is a function of a few lines: [other losses](other_losses.ipynb). `--lora-r 16` trains [adapters](09_lora.ipynb) in place of all weights (install the extra `peft`), and `sdpo eval runs/first --tasks h4` asks [public benchmarks](15_benchmarks.ipynb) of S and of every stage (the extra `eval`). If you train with TRL and want to stay there: [the same loop with TRL](with_trl.ipynb), from the chunks to the gamma table.
+# Files, folders or hub ids, each with a `max_pairs` of its own where you want one; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: on the same kind of CPU, with the same versions, the result is the same, bit for bit; on a graphics card the run says where it is not. How, with which settings, and what fits on which card:
+# [your model, your pairs](your_model.ipynb). Another loss than that of DPO is a function of a few lines: [other losses](other_losses.ipynb). `--lora-r 16` trains [adapters](09_lora.ipynb) in place of all weights, and `sdpo eval runs/first --tasks h4` asks [public benchmarks](15_benchmarks.ipynb) of S and of every stage. If you train with TRL and want to stay there: [the same loop with TRL](with_trl.ipynb), from the chunks to the gamma table.
 #
 # ## Does it help?
 #
@@ -80,7 +80,7 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 #
 # The tiny worlds have models of 340 thousand parameters, and all their sources share all skills. That the order of *such* sources does not matter says nothing of sources that build on each other. On a real model of 135 million parameters the questions are [fixed](experiments/smollm2.ipynb): a smaller version for a processor (three draws, one setting, about 400 pairs) has been run and can show no difference, the large one has not been run. What is easy for that model is [known](experiments/which_is_easy.ipynb).
 #
-# Numbers are differences of mean true reward (0 to 1) if nothing else is said, with 95 % intervals; "equal" and "little" mean within $\pm 0.02$ (on the 135M model of nats a pair); $\beta$ says how tightly a model is held to its reference. Comparisons with a p-value were fixed before their results were seen; in the tiny worlds the tests of being equal came later. Both are corrected for the number of comparisons (Holm's method). The others are *exploratory*.
+# Numbers are differences of mean true reward (0 to 1) if nothing else is said, with 95 % intervals; "equal" and "little" mean that the interval lies within $\pm 0.02$ (on the 135M model, in nats a pair, "equal" also wants a p-value of being equal below 0.05); $\beta$ says how tightly a model is held to its reference. Comparisons with a p-value were fixed before their results were seen; in the tiny worlds the tests of being equal came later. Both are corrected for the number of comparisons (Holm's method). The others are *exploratory*.
 
 # %%
 #| echo: false
@@ -163,7 +163,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # %% [markdown]
 # ## The chapters
 #
-# New to DPO? [Start here](welcome.ipynb): what alignment is for, what each symbol means, and what to read in four hours. To use the package: [your model](your_model.ipynb), then 01, 05, 08, 10. A number is a place in the reading order and a floor of the code: modules import only from lower numbers (the command line also imports the demo).
+# New to DPO? [Start here](welcome.ipynb): what alignment is for, what each symbol means, and what to read in four and a half hours. To use the package: [your model](your_model.ipynb), then 01, 05, 08, 10. A number is a place in the reading order and a floor of the code: modules import only from lower numbers (the command line also imports the demo).
 #
 # | chapter | the idea |
 # |---|---|

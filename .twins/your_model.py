@@ -10,8 +10,8 @@
 #
 # ```
 # pip install git+https://github.com/sdpo-nb/sdpo_nb
-# sdpo run --model HuggingFaceTB/SmolLM2-135M-Instruct --sources orca=Intel/orca_dpo_pairs uf=trl-lib/ultrafeedback_binarized \
-#          --columns question=prompt --lr 5e-6 --eval-share 0.05 --folder runs/first
+# sdpo run --model HuggingFaceTB/SmolLM2-135M-Instruct --folder runs/first --lr 5e-6 --eval-share 0.05 --columns question=prompt \
+#          --sources orca=Intel/orca_dpo_pairs uf=argilla/ultrafeedback-binarized-preferences-cleaned
 # ```
 #
 # or, in Python,
@@ -23,7 +23,7 @@
 #     model="HuggingFaceTB/SmolLM2-135M-Instruct",
 #     sources={
 #         "orca": dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}),
-#         "uf": dict(source="trl-lib/ultrafeedback_binarized", max_pairs=5000),  # its first 5,000 rows
+#         "uf": dict(source="argilla/ultrafeedback-binarized-preferences-cleaned", max_pairs=5000),  # its first 5,000 rows
 #     },
 #     config=StepwiseConfig(beta=0.1, lr=5e-6, eval_share=0.05),
 #     folder="runs/first",
@@ -36,7 +36,7 @@
 # **Sources** are files (JSONL, Parquet, ...), folders or hub ids, in [any of the usual formats](01_preferences.ipynb). Look before you train: `sdpo data`, with the same options, shows what would be read, dropped and scored. Plain text stays plain text; `--chat` sends it through the
 # model's chat template.
 #
-# **The learning rate.** The default, $5\cdot10^{-7}$, is for models of billions of parameters and tens of thousands of pairs. A small model and a few thousand pairs want ten times as much; with a few hundred pairs the default changes nothing, and the report says so.
+# **The learning rate.** The default, $5\cdot10^{-7}$ (ten times that with adapters), is for models of billions of parameters and tens of thousands of pairs. A small model and a few thousand pairs want ten times as much; with a few hundred pairs the default changes nothing, and the report says so.
 #
 # **Held-out pairs.** `eval_share=0.05` keeps the pairs of a twentieth of the prompts aside. Every stage is measured on them, and they lead the report. Without them you only know that the model learned its training pairs.
 #
@@ -50,14 +50,14 @@
 #
 # ## A run as one file
 #
-# The same run can stand in one YAML file, where each source may have a split, columns and a `max_pairs` of its own (its first so many rows; `--max-pairs` on the command line is for all sources alike):
+# The same run can stand in one YAML file, where each source may have a split, columns and a `max_pairs` of its own (its first so many rows; `--columns` and `--max-pairs` on the command line are for all sources alike, and each source must have the old or the new name of a column):
 #
 # ```yaml
 # model: HuggingFaceTB/SmolLM2-135M-Instruct
 # folder: runs/first
 # sources:
 #   orca: {source: Intel/orca_dpo_pairs, columns: {question: prompt}, max_pairs: 2000}
-#   uf: {source: trl-lib/ultrafeedback_binarized, split: train, max_pairs: 5000}
+#   uf: {source: argilla/ultrafeedback-binarized-preferences-cleaned, split: train, max_pairs: 5000}
 # lr: 5.0e-6
 # eval_share: 0.05
 # ```
@@ -89,7 +89,7 @@ from transformers import LlamaConfig
 # ## All settings
 
 # %%
-pd.set_option("display.max_colwidth", 100)
+pd.set_option("display.max_colwidth", None)
 defaults_table()
 
 
@@ -127,7 +127,8 @@ def fitting(model, gib, precision, kernel):
     "Tokens of a forward pass, in words."
     kept = tokens_that_fit(model, gib * 2**30, precision, kernel, False)
     recomputed = tokens_that_fit(model, gib * 2**30, precision, kernel, True)
-    return f"{kept:,} ({recomputed:,} recomputed)" if recomputed else "does not fit"
+    if not recomputed: return "does not fit"
+    return f"{kept:,} ({recomputed:,} recomputed)" if kept else f"only recomputed: {recomputed:,}"
 
 
 # %%
@@ -148,8 +149,8 @@ pd.DataFrame(rows).rename_axis("tokens in a forward pass")
 #
 # | it says | what to do |
 # |---|---|
-# | out of memory, or "does not fit" | `--lora-r 16` ([adapters](09_lora.ipynb)), `--gradient-checkpointing`, a smaller `--max-length`, a smaller `--token-budget` (the gradient stays the same) |
+# | out of memory, or *memory: training needs about ...* | `--lora-r 16` ([adapters](09_lora.ipynb)), `--gradient-checkpointing`, a smaller `--max-length`, a smaller `--token-budget` (the gradient stays the same) |
 # | many pairs dropped or cut | a larger `--max-length`; see `sdpo data` |
 # | minimal improvement | a larger `--lr` |
 # | this run was started with beta = 0.1, not 0.2 | another `--folder`: half a run at each is no run |
-# | packed rows are not used | the model does not give its own numbers in packed rows; padded batches are slower and right |
+# | *packing is off: ...* | the model does not give its own numbers in packed rows; padded batches are slower and right |

@@ -395,7 +395,7 @@ def _add_reading(command):
     "How sources are read."
     add = command.add_argument
     add("--columns", nargs="+", default=[], metavar="THEIRS=OURS",
-        help="columns that have another name in the data")
+        help="columns that have another name in the data; for all sources alike, in --config for each")
     add("--chat", action="store_true", help="read string fields as turns of a chat")
     add("--split", help="of hub data (default: train)")
     add("--revision", help="commit of hub data")
