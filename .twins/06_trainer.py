@@ -65,7 +65,7 @@ try: import resource
 except ImportError: resource = None # Windows
 
 from sdpo_nb.logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, has_adapter
-from sdpo_nb.logprobs import micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress
+from sdpo_nb.logprobs import micro_batches, padded_tokens, pair_tokens, pairs_hash, pick_precision, prepared, progress
 from sdpo_nb.logprobs import replacing, response_logprobs, same_bits, weights_hash
 from sdpo_nb.loss import dpo_loss, follow, reward, reward_accuracy
 from sdpo_nb.packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack
@@ -105,7 +105,7 @@ table.rows.head(3).round(3)
 # %% [markdown]
 # Why a table, and not a second model? Because a frozen model says the same about a pair every time: asked once, it need not be asked again, and its memory is free.
 #
-# Each row is a pair, and its name is a hash of the pair's texts. Each number is a log-probability: the reference gives the chosen response of the first pair a probability of $e^{-0.544}$, more than one half, and the rejected one next to nothing.
+# Each row is a pair, and its name is a hash of the pair's tokens. Each number is a log-probability: the reference gives the chosen response of the first pair a probability of $e^{-0.544}$, more than one half, and the rejected one next to nothing.
 #
 # Here is the trainer that everything below has to agree with. The six lines are the body of the loop: take a batch, ask the policy for its log-probabilities, compute the loss against the table, go backwards, let the optimizer step, and clear the gradients.
 
@@ -317,7 +317,7 @@ assert sums["logratio_chosen"] == 3 - 2
 # %% [markdown]
 # ## Half precision, full weights
 #
-# Can we compute in 16 bits, and what goes wrong? A forward pass in 16 bits needs half the memory for its activations and, on a graphics card, a fraction of the time. Two formats are used:
+# Can we compute in 16 bits, and what goes wrong? A forward pass in 16 bits needs less memory for its activations, three quarters for the small model that is planned below. On a graphics card it takes a fraction of the time. Two formats are used:
 #
 # | format | bits of precision | smallest number above zero | what goes wrong |
 # |---|---|---|---|
@@ -365,7 +365,7 @@ moved.map("{:.2g}".format)
 # %% [markdown]
 # It is rounded back to where it was, ten times. In bf16 only weights up to $2.4\cdot10^{-4}$ could move, 0.5 % of all: their neighbours are near enough. The loss starts at $\ln 2$, and everything looks well.
 #
-# Hence a rule: **trained weights are fp32, whatever the folder says**. Only the forward pass is done in half precision. Dropout is off, too. With dropout, policy and reference would differ before the
+# Hence a rule: **trained weights are fp32, whatever the folder says**. Only the matrix products, of the forward and of the backward pass, are done in half precision. Dropout is off, too. With dropout, policy and reference would differ before the
 # first step.
 
 # %%
@@ -1023,7 +1023,7 @@ simple_metrics[["loss", "reward_accuracy", "margin", "lr", "grad_norm"]].round(5
 #
 # (Why not `score_pairs` of chapter 02? It keeps a table, cuts pairs in its own way, and refuses numbers that are not finite. Here the micro-batches must be those of training, or the roundings would differ.)
 #
-# **Is the model the same twice?** Score the batch once more: by the same function, in the same micro-batches, but without gradients and in eval mode. The shapes are equal, so the roundings are equal, and the loss must be *exactly* the same, in any precision. If it is not, something in
+# **Is the model the same twice?** Score the batch once more: by the same function, in the same micro-batches, but without gradients and in eval mode. The shapes are equal, so the roundings are equal, and the loss must be the same to $10^{-4}$, in any precision. If it is not, something in
 # the model is random in training: dropout under a name that we did not know, or noise in a router.
 
 # %%
@@ -1073,13 +1073,17 @@ def check_same_twice(
     precision: str="fp32", # of both
     near: float=1e-4,      # how far they may be apart; times the loss, where that is above 1
 ):
-    "Raise ValueError unless a batch has the same loss twice."
+    "Raise ValueError unless a batch has the same loss twice, and a finite one."
+    twice = (f"the first batch has a loss of {loss:.5f} in training "
+             f"and of {again:.5f} when it is scored once more, both in {precision}")
+    if not math.isfinite(loss) or not math.isfinite(again):
+        raise ValueError(f"{twice}: nothing can be learned from it. "
+                         "Look at this batch, and at a loss of your own; in fp16, try bf16 or fp32")
     allowed = near * max(1, abs(again))  # a large beta makes a large loss, whose last digits are larger, too
     if abs(loss - again) <= allowed: return
-    raise ValueError(f"the first batch has a loss of {loss:.5f} in training "
-                     f"and of {again:.5f} when it is scored once more, both in {precision}: "
-                     "something in this model is random in training mode. "
-                     "Look for dropout or noise in its config")
+    raise ValueError(f"{twice}: something in this model is random in training mode. "
+                     "Look for dropout or noise in its config. "
+                     "And a loss of your own must look at each pair alone, as a batch is cut")
 
 
 # %% [markdown]
@@ -1162,7 +1166,7 @@ pd.Series(limits, name="limit, nats per root of a token").map("{:.1e}".format)
 
 
 # %% [markdown]
-# For these pairs, a table in bf16 may be 36 times as far off as one in fp32. Now the check:
+# For these pairs, a table in bf16 may be some thirty times as far off as one in fp32. Now the check:
 
 # %%
 #| export
@@ -1611,7 +1615,8 @@ measured.rename_axis("model, tokens, precision, recomputed").style.format("{:.2f
 
 # %%
 #| export
-MOST = 65_536 # tokens in a forward pass; more are not faster
+MOST = 65_536   # tokens in a forward pass; more are not faster
+_PLANNED = 0.85 # the share of a card's memory that a plan may fill
 
 def tokens_that_fit(
     config,                # of a transformers model
@@ -1627,7 +1632,7 @@ def tokens_that_fit(
         return GIB * sum(memory_plan(config, train, precision, kernel, memory // 16, lora).values())
     few, many = need(2048), need(4096)
     each = (many - few) / 2048
-    room = 0.85 * memory - few
+    room = _PLANNED * memory - few
     thousands = (2048 + room / each) // 1024
     return min(MOST, max(0, 1024 * int(thousands)))
 
@@ -1662,22 +1667,25 @@ fits
 # %% [markdown]
 # Zero says that not even the parameters fit: 1.2 billion of them, trained in full, want 20 GB. The way out is [LoRA](09_lora.ipynb), or a smaller model.
 #
-# `fit` sets the token budget of a stage in this way. If not even the longest pair would fit, activations are recomputed. On a CPU it changes nothing. There, longer passes are no faster: one of 1,536 tokens took 1.01 [0.92, 1.04] times as long for the same pairs as one of 2,048. And with 1,536 a whole run needs less memory than TRL with one pair at a time ([chapter 04](04_packing.ipynb)).
+# `fit` sets the token budget of a stage in this way. If not even the longest pair would fit, activations are recomputed; and if that does not help either, it says so. On a CPU it changes nothing. There, longer passes are no faster: one of 1,536 tokens took 1.01 [0.92, 1.04] times as long for the same pairs as one of 2,048. And with 1,536 a whole run needs less memory than TRL with one pair at a time ([chapter 04](04_packing.ipynb)).
 
 # %%
 #| export
 def fit(
     model,               # causal LM on its device
-    pairs,               # tokenised pairs of the chunk; the first 256 are looked at
+    pairs,               # tokenised pairs of the chunk
     config: TrainConfig, # its token_budget is kept, if there is one
     precision: str,      # of the forward pass: fp32, bf16 or fp16
     logprobs,            # the function that will read the pairs
 ) -> TrainConfig:
-    "The config with a token budget, if the card is to choose it; says so if activations must be recomputed."
+    """The config with a token budget, if the card is to choose it.
+
+    Prints a line if activations must be recomputed, and one if the longest pair may not fit even then."""
     if config.token_budget or model.device.type != "cuda": return config
     memory = torch.cuda.get_device_properties(model.device).total_memory
-    some = [pairs[i] for i in range(min(len(pairs), 256))]
-    longest = pair_tokens(some).max()
+    tokens = getattr(logprobs, "tokens", padded_tokens)   # a budget counts padding where there is some
+    long = pair_tokens(pairs).argsort()[-64:].tolist()
+    longest = max(tokens([pairs[i]]) for i in long)
     kernel = "flash" if getattr(logprobs, "attention", "") == "flash" else "padded"
     lora = getattr(model, "peft_config", {}).get("default")
     ways = [True] if config.gradient_checkpointing else [False, True]
@@ -1687,6 +1695,9 @@ def fit(
     if recompute and not config.gradient_checkpointing:
         print(f"activations are recomputed: without that, {memory / GIB:.0f} GiB do not hold "
               f"the longest pair, {longest} tokens")
+    if budget < longest:
+        print(f"memory may not be enough: {memory / GIB:.0f} GiB hold {budget} tokens of a forward pass, "
+              f"and the longest pair has {longest}. Take shorter pairs, adapters or a smaller model")
     return replace(config, token_budget=max(budget, 1), gradient_checkpointing=recompute)
 
 
@@ -1703,7 +1714,9 @@ def free_memory(
     device, # of the model
 ) -> int:   # bytes
     "What a process could still have: of a card, or of the machine and its container."
-    if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) # PyTorch keeps it for reuse
+        return torch.cuda.mem_get_info(device)[0] + held
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     limit = group / "memory.max"
@@ -1740,11 +1753,16 @@ def plan_for(
     device,             # of the model
     lora=None,          # the LoraConfig of adapters, if these are trained
 ) -> dict:              # name -> GiB
-    "The memory plan on this device. On a card that chooses its token budget itself, that of the usual one."
+    """The memory plan on this device. On a card that chooses its token budget itself, that of the usual one,
+    with activations recomputed where `fit` would recompute them."""
     if torch.device(device).type != "cuda": return memory_plan(config, train, precision, lora=lora)
     new_card = torch.cuda.get_device_capability(device) >= (8, 0)
     kernel = "flash" if precision != "fp32" and new_card else "padded"
-    return memory_plan(config, train, precision, kernel, piece_bytes(device), lora)
+    def plan(train): return memory_plan(config, train, precision, kernel, piece_bytes(device), lora)
+    kept = plan(train)
+    room = _PLANNED * torch.cuda.get_device_properties(device).total_memory / GIB
+    if train.token_budget or sum(kept.values()) <= room: return kept
+    return plan(replace(train, gradient_checkpointing=True))
 
 def as_line(
     plan: dict, # name -> GiB
@@ -1917,15 +1935,20 @@ def read_checkpoint(
 
 @contextmanager
 def _saying_what_to_do(path):
-    "Any exception means that the checkpoint cannot be used."
+    "An exception means that the checkpoint cannot be used, unless memory or the right to read it is missing."
     try: yield
+    except (MemoryError, torch.OutOfMemoryError, PermissionError): raise
     except Exception as e:
+        if "can't allocate memory" in str(e): raise       # of a CPU, for which PyTorch has no exception
         why = str(e).strip().splitlines() or [type(e).__name__]
-        end = path.parent.parent / "stage.json"
-        also = f" and {end.name} beside its folder" if end.exists() else ""
         raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); "
-                         f"remove it{also}, and run again: "
-                         "the stage is trained anew, to the same bits") from e
+                         f"{_train_anew('it', path.parent.parent)}") from e
+
+def _train_anew(what, folder):
+    "What to do about a stage that cannot go on."
+    end = Path(folder) / "stage.json"
+    also = f" and {end}" if end.exists() else ""
+    return f"remove {what}{also}, and run again: the stage is trained anew, to the same bits"
 
 
 # %% [markdown]
@@ -2028,8 +2051,9 @@ class MetricsLog:
         found = self.size
         if found < size:
             self.close()
-            raise ValueError(f"{path}: {found} bytes, but {size} at the checkpoint; "
-                             "lines were lost, use another folder")
+            folder = Path(path).parent
+            raise ValueError(f"{path}: {found} bytes, but {size} at the checkpoint; lines were lost; "
+                             f"{_train_anew(folder / 'checkpoint', folder)}")
         self.file.truncate(size)
 
     def add(self, row: dict):
@@ -2160,8 +2184,9 @@ _line(state, 0, batch, dict(loss=0.69), seconds=0.5)
 # Now the stage itself, which you can read from top to bottom. Before the loop stands what a stage decides once:
 #
 # 1. which batches there are, and at which step of the schedule it begins;
-# 2. in which precision, and by which function, pairs are read;
-# 3. what its checkpoint must agree with, and whether there is one to go on from.
+# 2. that weights are fp32 and dropout is off, before anything is asked of the model;
+# 3. in which precision, and by which function, pairs are read;
+# 4. what its checkpoint must agree with, and whether there is one to go on from.
 #
 # Each turn of the loop is one optimizer step:
 #
@@ -2192,13 +2217,15 @@ def train_stage(
 ) -> dict:                    # steps, skipped, first loss, the loss it had to be, precision
     """Train one stage of DPO against a table of reference log-probabilities.
 
-    Raises ValueError for a folder of another stage, a wrong first loss or a gradient that is not finite."""
+    Raises ValueError for a folder of another stage, a wrong table or first loss, or a gradient that is not finite."""
     if not len(pairs): raise ValueError("pairs: none; a stage needs at least one")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     batches = all_batches(len(pairs), config, stage)
     before, total = schedule or (0, len(batches))
 
+    _check_weights(model, table)
+    trainable(model).eval()
     precision = pick_precision(config.precision, model.device)
     if not logprobs:
         first = [pairs[i] for i in batches[0][1]]
@@ -2230,8 +2257,10 @@ def train_stage(
             began = time.perf_counter()
             metrics = trainer.gradients(batch, parts)              # forward and backward
             if state["batch"] == 0:                                # nothing has been changed yet: look
+                looked = time.perf_counter()
                 implied = _first_look(trainer, metrics["loss"], batch, pairs, start)
                 state.update(first_loss=metrics["loss"], implied=implied)
+                began += time.perf_counter() - looked              # a look is no training
             lr = learning_rate(before + state["step"], total, config)
             metrics = trainer.update(metrics, lr)                  # clip and step
             seconds = time.perf_counter() - began
@@ -2256,6 +2285,13 @@ def train_stage(
         implied_first_loss=state["implied"],
         precision=precision,
     )
+
+def _check_weights(model, table):
+    "Raise ValueError for a table of this model's weights as they are before `trainable` makes them fp32."
+    half = any(p.dtype != torch.float32 for p in model.parameters())
+    if half and weights_hash(model) == table.kind["weights"]:
+        raise ValueError("table: it is of this model with weights in half precision, but a stage trains weights "
+                         "in fp32; call trainable(model) first, and score the pairs after that")
 
 def _show(bar, row, clock):
     learned = f"loss {row['loss']:.3f}, accuracy {row['reward_accuracy']:.2f}, margin {row['margin']:+.2f}"
@@ -2309,6 +2345,15 @@ assert "other weights" in message
 assert abs(passed["first_loss"] - math.log(2)) > 0.05
 first_losses = {name: round(passed[name], 5) for name in ("first_loss", "implied_first_loss")}
 {"hash of this model": message, "another hash": first_losses}
+
+# %% [markdown]
+# One table looks like another model's and is not: it was scored while this model's weights were in half precision. transformers 5 leaves them so if you call `from_pretrained` yourself. A stage makes the weights fp32, which changes their hash, and nothing would be compared. So a stage asks for this first.
+
+# %%
+in_half = start_model().bfloat16()
+message = complaint(run, model=in_half, table=score_pairs(in_half, pairs))
+assert {p.dtype for p in in_half.parameters()} == {torch.bfloat16}  # it is refused before it is changed
+message
 
 
 # %% [markdown]
@@ -2403,7 +2448,7 @@ shares.rename_axis("lambda").round(2)
 # - A look at the first batch, before anything is changed: the model must say the same twice, and a table that claims to be this model's must hold what it says, as near as rounding allows.
 # - `memory_plan`, which knows what fits before a weight is loaded.
 #
-# **What it leaves out.** It trains in one process and on one device. It trains all weights of the model. It looks at no held-out pairs: that is [chapter 08](08_evaluate.ipynb). And it does not know where its table comes from: that is [chapter 14](14_stepwise.ipynb).
+# **What it leaves out.** It trains in one process and on one device. It makes no adapters: it trains what wants a gradient, and [chapter 09](09_lora.ipynb) says what that is. It looks at no held-out pairs: that is [chapter 08](08_evaluate.ipynb). And it does not know where its table comes from: that is [chapter 14](14_stepwise.ipynb).
 #
 # ## Questions to test yourself
 #
@@ -2419,7 +2464,7 @@ shares.rename_axis("lambda").round(2)
 #
 # <details><summary>Answer</summary>
 #
-# Under fp16 the gradient is multiplied by the scale, up to $2^{16}$. Its norm would be far above `clip` in every step, and each step would be clipped to a norm that depends on the scale, not on the gradient.
+# Under fp16 the gradient is multiplied by the scale, which begins at $2^{16}$ and doubles after every 2,000 steps without an overflow. Its norm would be far above `clip` in every step, and each step would be clipped to a norm that depends on the scale, not on the gradient.
 #
 # </details>
 #
@@ -2461,6 +2506,6 @@ shares.rename_axis("lambda").round(2)
 #
 # <details><summary>What you should see</summary>
 #
-# From the first step. Three lines were written, but no checkpoint: so the file is cut back to nothing, and the stage begins anew. It ends in the same bits, `ebb023d8b2ee80d4`.
+# From the first step. Three lines were written, but no checkpoint: so the file is cut back to nothing, and the stage begins anew. It ends in the same bits: `straight` and `continued` are equal.
 #
 # </details>

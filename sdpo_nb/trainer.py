@@ -30,7 +30,7 @@ try: import resource
 except ImportError: resource = None # Windows
 
 from .logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, has_adapter
-from .logprobs import micro_batches, pair_tokens, pairs_hash, pick_precision, prepared, progress
+from .logprobs import micro_batches, padded_tokens, pair_tokens, pairs_hash, pick_precision, prepared, progress
 from .logprobs import replacing, response_logprobs, same_bits, weights_hash
 from .loss import dpo_loss, follow, reward, reward_accuracy
 from .packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack
@@ -396,13 +396,17 @@ def check_same_twice(
     precision: str="fp32", # of both
     near: float=1e-4,      # how far they may be apart; times the loss, where that is above 1
 ):
-    "Raise ValueError unless a batch has the same loss twice."
+    "Raise ValueError unless a batch has the same loss twice, and a finite one."
+    twice = (f"the first batch has a loss of {loss:.5f} in training "
+             f"and of {again:.5f} when it is scored once more, both in {precision}")
+    if not math.isfinite(loss) or not math.isfinite(again):
+        raise ValueError(f"{twice}: nothing can be learned from it. "
+                         "Look at this batch, and at a loss of your own; in fp16, try bf16 or fp32")
     allowed = near * max(1, abs(again))  # a large beta makes a large loss, whose last digits are larger, too
     if abs(loss - again) <= allowed: return
-    raise ValueError(f"the first batch has a loss of {loss:.5f} in training "
-                     f"and of {again:.5f} when it is scored once more, both in {precision}: "
-                     "something in this model is random in training mode. "
-                     "Look for dropout or noise in its config")
+    raise ValueError(f"{twice}: something in this model is random in training mode. "
+                     "Look for dropout or noise in its config. "
+                     "And a loss of your own must look at each pair alone, as a batch is cut")
 
 # %% ../nbs/06_trainer.ipynb #2e0b83dd
 def per_root_token(
@@ -614,7 +618,8 @@ def memory_plan(
     return {name: size / GIB for name, size in found.items()}
 
 # %% ../nbs/06_trainer.ipynb #f50cf914
-MOST = 65_536 # tokens in a forward pass; more are not faster
+MOST = 65_536   # tokens in a forward pass; more are not faster
+_PLANNED = 0.85 # the share of a card's memory that a plan may fill
 
 def tokens_that_fit(
     config,                # of a transformers model
@@ -630,23 +635,26 @@ def tokens_that_fit(
         return GIB * sum(memory_plan(config, train, precision, kernel, memory // 16, lora).values())
     few, many = need(2048), need(4096)
     each = (many - few) / 2048
-    room = 0.85 * memory - few
+    room = _PLANNED * memory - few
     thousands = (2048 + room / each) // 1024
     return min(MOST, max(0, 1024 * int(thousands)))
 
 # %% ../nbs/06_trainer.ipynb #f1c428d0
 def fit(
     model,               # causal LM on its device
-    pairs,               # tokenised pairs of the chunk; the first 256 are looked at
+    pairs,               # tokenised pairs of the chunk
     config: TrainConfig, # its token_budget is kept, if there is one
     precision: str,      # of the forward pass: fp32, bf16 or fp16
     logprobs,            # the function that will read the pairs
 ) -> TrainConfig:
-    "The config with a token budget, if the card is to choose it; says so if activations must be recomputed."
+    """The config with a token budget, if the card is to choose it.
+
+    Prints a line if activations must be recomputed, and one if the longest pair may not fit even then."""
     if config.token_budget or model.device.type != "cuda": return config
     memory = torch.cuda.get_device_properties(model.device).total_memory
-    some = [pairs[i] for i in range(min(len(pairs), 256))]
-    longest = pair_tokens(some).max()
+    tokens = getattr(logprobs, "tokens", padded_tokens)   # a budget counts padding where there is some
+    long = pair_tokens(pairs).argsort()[-64:].tolist()
+    longest = max(tokens([pairs[i]]) for i in long)
     kernel = "flash" if getattr(logprobs, "attention", "") == "flash" else "padded"
     lora = getattr(model, "peft_config", {}).get("default")
     ways = [True] if config.gradient_checkpointing else [False, True]
@@ -656,6 +664,9 @@ def fit(
     if recompute and not config.gradient_checkpointing:
         print(f"activations are recomputed: without that, {memory / GIB:.0f} GiB do not hold "
               f"the longest pair, {longest} tokens")
+    if budget < longest:
+        print(f"memory may not be enough: {memory / GIB:.0f} GiB hold {budget} tokens of a forward pass, "
+              f"and the longest pair has {longest}. Take shorter pairs, adapters or a smaller model")
     return replace(config, token_budget=max(budget, 1), gradient_checkpointing=recompute)
 
 # %% ../nbs/06_trainer.ipynb #227722d9
@@ -663,7 +674,9 @@ def free_memory(
     device, # of the model
 ) -> int:   # bytes
     "What a process could still have: of a card, or of the machine and its container."
-    if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if torch.device(device).type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) # PyTorch keeps it for reuse
+        return torch.cuda.mem_get_info(device)[0] + held
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     limit = group / "memory.max"
@@ -690,11 +703,16 @@ def plan_for(
     device,             # of the model
     lora=None,          # the LoraConfig of adapters, if these are trained
 ) -> dict:              # name -> GiB
-    "The memory plan on this device. On a card that chooses its token budget itself, that of the usual one."
+    """The memory plan on this device. On a card that chooses its token budget itself, that of the usual one,
+    with activations recomputed where `fit` would recompute them."""
     if torch.device(device).type != "cuda": return memory_plan(config, train, precision, lora=lora)
     new_card = torch.cuda.get_device_capability(device) >= (8, 0)
     kernel = "flash" if precision != "fp32" and new_card else "padded"
-    return memory_plan(config, train, precision, kernel, piece_bytes(device), lora)
+    def plan(train): return memory_plan(config, train, precision, kernel, piece_bytes(device), lora)
+    kept = plan(train)
+    room = _PLANNED * torch.cuda.get_device_properties(device).total_memory / GIB
+    if train.token_budget or sum(kept.values()) <= room: return kept
+    return plan(replace(train, gradient_checkpointing=True))
 
 def as_line(
     plan: dict, # name -> GiB
@@ -793,15 +811,20 @@ def read_checkpoint(
 
 @contextmanager
 def _saying_what_to_do(path):
-    "Any exception means that the checkpoint cannot be used."
+    "An exception means that the checkpoint cannot be used, unless memory or the right to read it is missing."
     try: yield
+    except (MemoryError, torch.OutOfMemoryError, PermissionError): raise
     except Exception as e:
+        if "can't allocate memory" in str(e): raise       # of a CPU, for which PyTorch has no exception
         why = str(e).strip().splitlines() or [type(e).__name__]
-        end = path.parent.parent / "stage.json"
-        also = f" and {end.name} beside its folder" if end.exists() else ""
         raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); "
-                         f"remove it{also}, and run again: "
-                         "the stage is trained anew, to the same bits") from e
+                         f"{_train_anew('it', path.parent.parent)}") from e
+
+def _train_anew(what, folder):
+    "What to do about a stage that cannot go on."
+    end = Path(folder) / "stage.json"
+    also = f" and {end}" if end.exists() else ""
+    return f"remove {what}{also}, and run again: the stage is trained anew, to the same bits"
 
 # %% ../nbs/06_trainer.ipynb #96c05af6
 COMPUTED_ALIKE = {"save_every", "token_budget", "packing", "gradient_checkpointing"}
@@ -868,8 +891,9 @@ class MetricsLog:
         found = self.size
         if found < size:
             self.close()
-            raise ValueError(f"{path}: {found} bytes, but {size} at the checkpoint; "
-                             "lines were lost, use another folder")
+            folder = Path(path).parent
+            raise ValueError(f"{path}: {found} bytes, but {size} at the checkpoint; lines were lost; "
+                             f"{_train_anew(folder / 'checkpoint', folder)}")
         self.file.truncate(size)
 
     def add(self, row: dict):
@@ -952,13 +976,15 @@ def train_stage(
 ) -> dict:                    # steps, skipped, first loss, the loss it had to be, precision
     """Train one stage of DPO against a table of reference log-probabilities.
 
-    Raises ValueError for a folder of another stage, a wrong first loss or a gradient that is not finite."""
+    Raises ValueError for a folder of another stage, a wrong table or first loss, or a gradient that is not finite."""
     if not len(pairs): raise ValueError("pairs: none; a stage needs at least one")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     batches = all_batches(len(pairs), config, stage)
     before, total = schedule or (0, len(batches))
 
+    _check_weights(model, table)
+    trainable(model).eval()
     precision = pick_precision(config.precision, model.device)
     if not logprobs:
         first = [pairs[i] for i in batches[0][1]]
@@ -990,8 +1016,10 @@ def train_stage(
             began = time.perf_counter()
             metrics = trainer.gradients(batch, parts)              # forward and backward
             if state["batch"] == 0:                                # nothing has been changed yet: look
+                looked = time.perf_counter()
                 implied = _first_look(trainer, metrics["loss"], batch, pairs, start)
                 state.update(first_loss=metrics["loss"], implied=implied)
+                began += time.perf_counter() - looked              # a look is no training
             lr = learning_rate(before + state["step"], total, config)
             metrics = trainer.update(metrics, lr)                  # clip and step
             seconds = time.perf_counter() - began
@@ -1016,6 +1044,13 @@ def train_stage(
         implied_first_loss=state["implied"],
         precision=precision,
     )
+
+def _check_weights(model, table):
+    "Raise ValueError for a table of this model's weights as they are before `trainable` makes them fp32."
+    half = any(p.dtype != torch.float32 for p in model.parameters())
+    if half and weights_hash(model) == table.kind["weights"]:
+        raise ValueError("table: it is of this model with weights in half precision, but a stage trains weights "
+                         "in fp32; call trainable(model) first, and score the pairs after that")
 
 def _show(bar, row, clock):
     learned = f"loss {row['loss']:.3f}, accuracy {row['reward_accuracy']:.2f}, margin {row['margin']:+.2f}"

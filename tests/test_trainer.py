@@ -1,6 +1,7 @@
 """One stage: every precision, from every kind of folder, interrupted anywhere."""
-import math, resource
+import math, resource, shutil, time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from transformers import AutoConfig
 from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.trainer import TrainConfig, all_batches, check_memory, fit, learning_rate, memory_plan, per_root_token, rounding_limit, tokens_that_fit, train_stage
+from sdpo_nb import trainer
+from sdpo_nb.trainer import MOST, TrainConfig, all_batches, check_memory, check_same_twice, fit, free_memory, learning_rate, memory_plan, per_root_token, plan_for, rounding_limit, tokens_that_fit, train_stage, trainable
 from sdpo_nb.world import load_world
 from tiny import perturbed
 
@@ -32,6 +34,11 @@ def stage(folder, pairs, model=None, table=None, logprobs=response_logprobs, **k
     table = table or score_pairs(model, pairs, precision=config.precision)
     summary = train_stage(model, pairs, table, config, folder, logprobs=logprobs)
     return model, summary, pd.read_json(folder / "metrics.jsonl", lines=True)
+
+
+def with_dropout(model):
+    for layer in model.model.layers: layer.self_attn.attention_dropout = 0.1
+    return model.train()
 
 
 class Stop(Exception): pass
@@ -179,6 +186,45 @@ def test_a_model_that_is_random_in_training_is_stopped(pairs, tmp_path, precisio
     with pytest.raises(ValueError, match=f"both in {precision}: something in this model is random"): stage(tmp_path, pairs, logprobs=noisy, precision=precision)
 
 
+def test_a_table_of_weights_in_half_precision_is_refused(pairs, tmp_path):
+    "Its hash is not that of the fp32 weights which are trained, so nobody would compare a number of it."
+    model = load_model(load_world().base, "cpu").bfloat16()
+    table = score_pairs(model, pairs)
+    for _ in range(2):                               # the refused call changed nothing, or the second one would pass
+        with pytest.raises(ValueError, match="^table: .*half precision.*trainable"): stage(tmp_path, pairs, model=model, table=table)
+    before = weights_hash(trainable(model))
+    swapped = LogprobTable(table.kind | dict(weights=before), table.rows.rename(columns={"chosen": "rejected", "rejected": "chosen"}))
+    with pytest.raises(ValueError, match="other weights"): stage(tmp_path, pairs, model=model.bfloat16(), table=swapped)
+    assert weights_hash(model) == before
+
+
+@pytest.mark.parametrize("change", [lambda model: model.bfloat16(), with_dropout], ids=["bf16", "dropout"])
+def test_pairs_are_packed_for_a_model_that_is_not_trainable_yet(pairs, tmp_path, capsys, change):
+    model = change(load_model(load_world().base, "cpu"))
+    stage(tmp_path, pairs.select(range(8)), model=model, table=score_pairs(load_model(load_world().base, "cpu"), pairs), logprobs=None)
+    assert "packing is off" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss, again", [(math.nan, math.nan), (0.7, math.inf), (math.inf, 0.7)])
+def test_a_loss_that_is_not_finite_is_not_blamed_on_dropout(loss, again):
+    with pytest.raises(ValueError, match="nothing can be learned") as e: check_same_twice(loss, again, "fp16")
+    assert "dropout" not in str(e.value)
+
+
+def test_a_loss_that_looks_at_its_micro_batch_is_told_so(pairs, tmp_path):
+    def centred(c, r, rc, rr, beta, pairs): return F.softplus(-beta * (c - r - (c - r).mean()))
+    with pytest.raises(ValueError, match="each pair alone"): stage(tmp_path, pairs, loss=centred)
+
+
+def test_the_first_look_is_no_training_time(pairs, tmp_path, monkeypatch):
+    def slow(*args):
+        time.sleep(1)
+        return math.log(2)
+    monkeypatch.setattr(trainer, "_first_look", slow)
+    row = stage(tmp_path, pairs.select(range(8)))[2].iloc[0]
+    assert row["tokens"] / row["tokens_per_second"] < 1
+
+
 def test_the_limit_by_hand():
     batch = [dict(chosen_ids=[1] * 4, rejected_ids=[1] * 16), dict(chosen_ids=[1] * 9, rejected_ids=[1] * 25)]
     off = torch.tensor([[2.0, -4.0], [3.0, 5.0]])            # one nat per root of a token, everywhere
@@ -222,6 +268,54 @@ def test_more_memory_holds_more_tokens():
 def test_on_a_cpu_the_budget_is_left_alone(pairs):
     config = TrainConfig()
     assert fit(load_model(load_world().base, "cpu"), pairs, config, "fp32", packed_logprobs) is config
+
+
+@pytest.fixture
+def card(monkeypatch):
+    "What is asked of a graphics card of `card.memory` bytes, of which `card.free` are free."
+    card = SimpleNamespace(memory=2**30, free=2**29, reserved=0, allocated=0)
+    for name, answer in dict(
+        is_available=lambda: True,
+        get_device_capability=lambda device: (7, 5),
+        get_device_properties=lambda device: SimpleNamespace(total_memory=card.memory),
+        mem_get_info=lambda device: (card.free, card.memory),
+        memory_reserved=lambda device: card.reserved,
+        memory_allocated=lambda device: card.allocated,
+    ).items(): monkeypatch.setattr(torch.cuda, name, answer)
+    return card
+
+
+def of_length(x, c, r): return dict(prompt_ids=[1] * x, chosen_ids=[1] * c, rejected_ids=[1] * r)
+
+
+@pytest.mark.parametrize("logprobs", [packed_logprobs, response_logprobs])
+def test_the_longest_pair_decides_wherever_it_stands(card, capsys, logprobs):
+    "On a card that holds more tokens if they are recomputed. A budget counts padded cells where there are any."
+    config = load_model(load_world().base, "cpu").config
+    card.memory = 2**27
+    kept, most = (tokens_that_fit(config, card.memory, "fp32", "padded", recompute) for recompute in (False, True))
+    def asked(long):
+        fitted = fit(SimpleNamespace(device=torch.device("cuda"), config=config), [of_length(9, 9, 9)] * 300 + [long], TrainConfig(), "fp32", logprobs)
+        return fitted.token_budget, fitted.gradient_checkpointing, capsys.readouterr().out.splitlines()
+    assert 1024 < kept < most < MOST
+    padded = logprobs is response_logprobs
+    assert asked(of_length(kept - 300, 100, 100))[:2] == ((most, True) if padded else (kept, False))
+    assert asked(of_length(kept, 100, 100))[:2] == (most, True)
+    _, recomputed, (first, second) = asked(of_length(most, 100, 100))
+    assert recomputed and first.startswith("activations are recomputed") and second.startswith("memory may not be enough") and str(most) in second
+
+
+def test_a_plan_recomputes_where_the_card_would(card):
+    config = load_model(load_world().base, "cpu").config
+    def plan(**changes): return plan_for(config, TrainConfig(**changes), "fp32", "cuda")
+    kept, card.memory = plan(), 2**24
+    assert plan(token_budget=1536)["activations"] == kept["activations"]
+    assert plan() == plan(gradient_checkpointing=True) != kept
+
+
+def test_what_pytorch_holds_for_reuse_is_free(card):
+    card.reserved, card.allocated = 2**28, 2**27
+    assert free_memory("cuda") == 2**29 + 2**27
 
 
 # ---- gradients that are not finite
@@ -279,10 +373,14 @@ def test_a_finished_folder_is_found_finished(pairs, tmp_path, other):
 
 def test_a_log_that_lost_lines_is_refused(pairs, tmp_path):
     some = pairs.select(range(16))
-    stage(tmp_path, some)
+    model, *_ = stage(tmp_path, some)
     (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(ValueError, match="lines were lost"): stage(tmp_path, some)
+    (tmp_path / "stage.json").touch()
+    with pytest.raises(ValueError, match=f"lines were lost; remove {tmp_path / 'checkpoint'} and {tmp_path / 'stage.json'}, and run again"): stage(tmp_path, some)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"{}\n"
+    shutil.rmtree(tmp_path / "checkpoint")
+    again, _, m = stage(tmp_path, some)
+    assert weights_hash(again) == weights_hash(model) and len(m) == 2
 
 
 def test_the_scaler_goes_on_with_the_optimizer(pairs, tmp_path):
@@ -315,6 +413,15 @@ def test_a_broken_checkpoint_is_one_line_and_can_be_removed(pairs, tmp_path, cha
     assert str(path) in str(e.value) and len(str(e.value).splitlines()) == 1
     path.unlink()
     assert weights_hash(stage(tmp_path / "s", pairs)[0]) == weights_hash(stage(tmp_path / "alone", pairs)[0])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError(), PermissionError(13, "denied")])
+def test_a_checkpoint_is_not_blamed_for_what_the_machine_lacks(pairs, tmp_path, monkeypatch, error):
+    interrupted(tmp_path, pairs)
+    def refuse(*args): raise error
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", refuse)
+    with pytest.raises(type(error)) as e: stage(tmp_path, pairs)
+    assert e.value is error
 
 
 def test_weights_that_are_not_those_of_the_checkpoint(pairs, tmp_path):
