@@ -1616,8 +1616,8 @@ def uncompile(
 def _as_reason(e):
     """What an exception says, shortly. That memory ended is no reason, and is raised again:
     what would be done instead needs more of it."""
-    ended = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-    if ended: raise e
+    ended = any(words in str(e) for words in ("out of memory", "can't allocate memory"))
+    if ended or isinstance(e, (MemoryError, torch.OutOfMemoryError)): raise e
     said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
     return " ".join(said[:2]) if said[0].endswith(":") else said[0]
 
@@ -1973,7 +1973,8 @@ def why_not_packed(
     model,        # a causal LM
     pairs: list,  # some of those that will be scored; the longest and the shortest are looked at
 ) -> str|None:    # a reason, or None
-    "Why packed log-probabilities cannot be used for this model. Looks without autocast. Raises ValueError for no pairs."
+    """Why packed log-probabilities cannot be used for this model. Looks without autocast.
+    Raises ValueError where there is no pair to look at."""
     if not pairs: raise ValueError("pairs: none; the guard looks at some of those that will be scored")
     dtype = str(model.dtype).removeprefix("torch.")
     if model.dtype.itemsize < 4: return f"its weights are {dtype}, and the check needs fp32"
