@@ -165,9 +165,12 @@ def fp32_logits(
         logits = _WideLinear.apply(rows, head.weight, half, factor)
         logits = logits.unflatten(0, hidden.shape[:-1])
         return logits if head.bias is None else logits + head.bias
+    own = {k: f for k, f in vars(head).items() if k == "forward"}    # a hook may have set one on this object
     head.forward = forward
     try: yield
-    finally: del head.forward
+    finally:
+        del head.forward
+        vars(head).update(own)
 
 # %% ../nbs/02_logprobs.ipynb #56ffbe16
 def _configs(config):

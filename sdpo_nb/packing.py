@@ -10,7 +10,7 @@ __all__ = ['PARTS', 'PIECE', 'KNOWN', 'BACKENDS', 'REFUSED', 'Row', 'pack', 'vis
            'why_not_packed', 'why_not_flash', 'choose_logprobs']
 
 # %% ../nbs/04_packing.ipynb #141c247f
-import contextlib, inspect
+import contextlib, functools, inspect
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .logprobs import autocast, check_prompts, fp32_logits, half_weight, is_plain, must_read_alone
-from .logprobs import response_logprobs, token_logprobs
+from .logprobs import padded_tokens, response_logprobs, token_logprobs
 
 # %% ../nbs/04_packing.ipynb #92f59c74
 @dataclass
@@ -66,7 +66,7 @@ def pack(
         position.append(np.arange(x + c))             # prompt and chosen run on;
         position.append(np.arange(x, x + r))          # rejected starts again after the prompt
         read.append(np.arange(last, last + c))        # each token is read one place before it;
-        read.append([last])                           # the first rejected one at the prompt's end, again
+        read.append([last][:r])                       # the first rejected one at the prompt's end, again
         read.append(np.arange(last + c + 1, last + c + r))
         sizes.append(size)
 
@@ -196,9 +196,13 @@ def piece_bytes(
 def _answering(decoder, hidden):
     "For a while, a decoder that answers with these hidden states."
     answer = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+    answer.router_logits = answer.shared_kv_states = None            # some models hand these on
+    own = {k: f for k, f in vars(decoder).items() if k == "forward"} # a hook may have set one on this object
     decoder.forward = lambda *args, **kwargs: answer
     try: yield
-    finally: del decoder.forward
+    finally:
+        del decoder.forward
+        vars(decoder).update(own)
 
 def _head(model, hidden, ids, known=None):
     with fp32_logits(model, known), _answering(model.get_decoder(), hidden[None]):
@@ -215,7 +219,7 @@ def head_logprobs(
     size = max(1, piece_bytes(hidden.device) // (4 * vocabulary))
     if len(ids) <= size: return _head(model, hidden, ids)
     known = half_weight(model)                           # once, and not in every piece
-    pieces = zip(hidden.split(size), ids.split(size))
+    pieces = zip(hidden.split(size), ids.split(size), strict=True)
     return torch.cat([checkpoint(_head, model, h, t, known, use_reentrant=False) for h, t in pieces])
 
 # %% ../nbs/04_packing.ipynb #fa175ad8
@@ -407,7 +411,6 @@ def flash_logprobs(
 flash_logprobs.tokens = packed_tokens
 flash_logprobs.attention = "flash"
 flash_logprobs.prepare = flash_row
-flash_logprobs.exact = packed_logprobs    # the same in fp32
 
 # %% ../nbs/04_packing.ipynb #c921efa2
 # without cuDNN, which would plan anew for every new length
@@ -498,6 +501,17 @@ def padded_plan(
     there = copies(places, len(position))
     return PaddedPlan(chosen, rejected, copies(there.first.numpy(), len(places)))
 
+# %% ../nbs/04_packing.ipynb #03f27c25
+def _tokens_on_card(pairs):
+    "Tokens of the packed row; or the cells that attention pads them to, if these are more."
+    return max(packed_tokens(pairs), padded_tokens(pairs) // 2)
+
+@functools.wraps(packed_logprobs)
+def _packed_on_card(model, pairs): return packed_logprobs(model, pairs)
+
+_packed_on_card.tokens = _tokens_on_card
+flash_logprobs.exact = _packed_on_card    # the same in fp32
+
 # %% ../nbs/04_packing.ipynb #99593119
 def try_out(
     model,           # a causal LM
@@ -524,8 +538,11 @@ def uncompile(
     for layer in _layers(model):
         for module in (layer, *layer.children()): module._compiled_call_impl = None
 
-def _first_line(e):
-    "What an exception says, shortly."
+def _as_reason(e):
+    """What an exception says, shortly. That memory ended is no reason, and is raised again:
+    what would be done instead needs more of it."""
+    ended = any(words in str(e) for words in ("out of memory", "can't allocate memory"))
+    if ended or isinstance(e, (MemoryError, torch.OutOfMemoryError)): raise e
     said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
     return " ".join(said[:2]) if said[0].endswith(":") else said[0]
 
@@ -546,7 +563,7 @@ def compile_layers(
         for training in (False, True): try_out(model.train(training), logprobs, precision)
     except Exception as e:                               # whatever a compiler may raise
         uncompile(model)
-        return _first_line(e)
+        return _as_reason(e)
     finally: model.train(was_training)
     model._compiled_for = wanted
 
@@ -570,8 +587,9 @@ def _window(config):
 def _plain(model, x, y):
     "(|y|,) log-probabilities by the model's own logits of one plain row."
     ids = torch.tensor([[*x, *y]], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(x)-1:-1]
-    return token_logprobs(logits, torch.tensor(y, device=model.device))
+    keep = len(y) + 1                                    # the prompt makes no logits, but for its last token
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, -keep:-1]
+    return token_logprobs(logits, ids[0, len(x):])
 
 def _plain_pairs(model, pairs):
     "Both responses of each pair by the model's own logits, row by row."
@@ -579,12 +597,12 @@ def _plain_pairs(model, pairs):
     return sums("chosen_ids"), sums("rejected_ids")
 
 def _gradient(model, logprobs, pair):
-    """Of the chosen response, for one weight of the model; None where nothing is trained.
+    """Of the chosen and of the rejected response, for one weight of the decoder; None where nothing is trained.
     The first weight of a new adapter has none, so the next one is asked."""
+    def of_side(side, weight): return torch.autograd.grad(logprobs(model, [pair])[side].sum(), weight)[0]
     gradient = None
-    for weight in [p for p in model.parameters() if p.requires_grad][:2]:
-        chosen, _ = logprobs(model, [pair])
-        gradient = torch.autograd.grad(chosen.sum(), weight)[0]
+    for weight in [p for p in model.get_decoder().parameters() if p.requires_grad][:2]:
+        gradient = torch.stack([of_side(side, weight) for side in (0, 1)])
         if gradient.any(): break
     return gradient
 
@@ -615,16 +633,30 @@ def _extremes(pairs):
     by_length = sorted(pairs, key=lambda p: packed_tokens([p]))
     return [by_length[-1], by_length[0]]
 
+@contextlib.contextmanager
+def _not_compiled(model):
+    "For a while, every module as it was before it was compiled."
+    compiled = {module: module._compiled_call_impl for module in model.modules()}
+    for module in compiled: module._compiled_call_impl = None
+    try: yield
+    finally:
+        for module, call in compiled.items(): module._compiled_call_impl = call
+
 def why_not_packed(
     model,        # a causal LM
     pairs: list,  # some of those that will be scored; the longest and the shortest are looked at
 ) -> str|None:    # a reason, or None
-    "Why packed log-probabilities cannot be used for this model. Looks without autocast."
+    """Why packed log-probabilities cannot be used for this model. Looks without autocast.
+    Raises ValueError where there is no pair to look at."""
+    if not pairs: raise ValueError("pairs: none; the guard looks at some of those that will be scored")
+    dtype = str(model.dtype).removeprefix("torch.")
+    if model.dtype.itemsize < 4: return f"its weights are {dtype}, and the check needs fp32"
     if refused := _config_refuses(model): return refused
     if must_read_alone(model, pairs): return "its rotary positions depend on the longest row of a batch"
     try:
-        with torch.autocast(model.device.type, enabled=False): return _numbers_refuse(model, _extremes(pairs))
-    except REFUSED as e: return f"a packed row cannot be computed: {_first_line(e)}"
+        with _not_compiled(model), torch.autocast(model.device.type, enabled=False):
+            return _numbers_refuse(model, _extremes(pairs))
+    except REFUSED as e: return f"a packed row cannot be computed: {_as_reason(e)}"
 
 # %% ../nbs/04_packing.ipynb #0fd4cc41
 def _flash_numbers_refuse(model, probe, precision):
@@ -640,7 +672,7 @@ def _flash_numbers_refuse(model, probe, precision):
             off = {f: ask(f) - value for f in ways}
         with autocast(model.device, precision):
             apart = {f: distance(f) for f in ways}
-    except REFUSED as e: return f"it cannot be computed: {_first_line(e)}"
+    except REFUSED as e: return f"it cannot be computed: {_as_reason(e)}"
 
     exact, flashed = (off[f].square().mean().sqrt() for f in ways)
     if not flashed <= 1.5 * exact + 0.05:
@@ -659,7 +691,7 @@ def why_not_flash(
     if model.device.type != "cuda": return "there is no graphics card"
     if not {"scale", "window_size"} <= set(KNOWN): return "this version of PyTorch does not have it"
     if torch.cuda.get_device_capability(model.device) < (8, 0): return "this graphics card does not have it"
-    return _flash_numbers_refuse(model, _extremes(pairs), precision)
+    with _not_compiled(model): return _flash_numbers_refuse(model, _extremes(pairs), precision)
 
 # %% ../nbs/04_packing.ipynb #41423c96
 def choose_logprobs(
@@ -678,4 +710,4 @@ def choose_logprobs(
     if why is None: return flash_logprobs
     if model.device.type == "cuda" and precision != "fp32":
         print(f"the flash kernel is not used: {why}; attention is padded instead, which is slower")
-    return packed_logprobs
+    return _packed_on_card if model.device.type == "cuda" else packed_logprobs

@@ -1,5 +1,6 @@
 "Packed rows give the numbers of the padded path, or the guard refuses."
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sdpo_nb.packing as packing
-from sdpo_nb.logprobs import freeze_dropout, micro_batches, response_logprobs, table_kind
+from sdpo_nb import logprobs
+from sdpo_nb.logprobs import autocast, freeze_dropout, micro_batches, response_logprobs, table_kind
 from sdpo_nb.packing import choose_logprobs, compile_layers, pack, packed_logprobs, packed_tokens, visible, why_not_packed
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
@@ -17,6 +19,7 @@ from tiny import SETTINGS, rows
 
 USUAL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=0)
 WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 
 
 def model_of(kind, **kw):
@@ -52,6 +55,7 @@ def assert_same(model, pairs=PAIRS, logprobs=packed_logprobs):
 
 @pytest.mark.parametrize("kind, bites, without", [
     ("mistral", dict(sliding_window=4), dict(sliding_window=None)),
+    ("mixtral", EXPERTS | dict(sliding_window=4), EXPERTS | dict(sliding_window=None)),
     ("qwen2", WINDOW, dict(use_sliding_window=False)),
     ("qwen3", WINDOW | dict(head_dim=8), dict(use_sliding_window=False, head_dim=8)),
     ("phi3", dict(sliding_window=4), dict(sliding_window=None)),
@@ -104,6 +108,113 @@ def test_wrong_numbers_are_caught(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(packing, "packed_logprobs", lambda m, pairs, f=packed_logprobs: tuple(x * 1.01 for x in f(m, pairs)))
     assert "gradient differs" in why_not_packed(model, PAIRS)
+    monkeypatch.undo()
+    for side in (0, 1): # one response gives no gradient, or a wrong one
+        for share in (0, 1.01):
+            def wrong(m, pairs, f=packed_logprobs): return tuple(x.detach() * (1 - share) + share * x if i == side else x for i, x in enumerate(f(m, pairs)))
+            monkeypatch.setattr(packing, "packed_logprobs", wrong)
+            assert "gradient differs" in why_not_packed(model, PAIRS), (side, share)
+            monkeypatch.undo()
+
+
+def test_gradients_that_cancel_are_not_taken_for_wrong_ones():
+    "All tokens alike: the gradient of two of them is twice that of one."
+    model, alike = model_of("llama"), dict(prompt_ids=[5, 5], chosen_ids=[5, 5], rejected_ids=[5])
+    gradient = packing._gradient(model, response_logprobs, alike)
+    assert (gradient[0] - 2 * gradient[1]).norm() < 1e-4 * gradient.norm()
+    assert why_not_packed(model, [alike]) is None
+
+
+def test_experts_that_are_balanced_in_training():
+    "Neither path computes the loss that balances them, which is not asked for."
+    model = model_of("mixtral", output_router_logits=True, router_aux_loss_coef=100.0, **EXPERTS).train()
+    assert why_not_packed(model, PAIRS) is None
+    assert_same(model)
+    alone = model_of("mixtral", **EXPERTS)
+    for f in (response_logprobs, packed_logprobs):
+        for a, b in zip(both(alone, PAIRS, f)[1].values(), both(model, PAIRS, f)[1].values()): assert torch.equal(a, b)
+
+
+def test_a_model_that_begins_with_a_tower_for_images():
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    text = USUAL | dict(vocab_size=99, head_dim=8, sliding_window=4)
+    model = model_of("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=96, boi_token_index=97, eoi_token_index=98)
+    assert "vision" in next(iter(dict(model.named_parameters())))
+    assert why_not_packed(model, PAIRS) is None
+    assert_same(model)
+
+
+def test_half_weights_and_no_pairs_are_told_in_words():
+    for dtype in ("bfloat16", "float16"): assert why_not_packed(model_of("llama").to(getattr(torch, dtype)), PAIRS) == f"its weights are {dtype}, and the check needs fp32"
+    with pytest.raises(ValueError, match="pairs: none"): choose_logprobs(model_of("llama"), [])
+
+
+def too_much(*args): torch.empty(2**60)
+def card_is_full(*args): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 GiB.")
+
+@pytest.mark.parametrize("ends", [too_much, card_is_full])
+def test_memory_that_ends_is_no_reason_not_to_pack(monkeypatch, ends):
+    "The way out would need more of it."
+    model = model_of("llama")
+    with pytest.raises(RuntimeError, match="allocate"): compile_layers(model, ends)
+    assert all(m._compiled_call_impl is None for m in model.modules())
+    monkeypatch.setattr(packing, "_gradient", ends)
+    with pytest.raises(RuntimeError, match="allocate"): packing._flash_numbers_refuse(model, PAIRS[:2], "bf16")
+    with pytest.raises(RuntimeError, match="allocate"): choose_logprobs(model, PAIRS)
+
+
+def test_the_guard_makes_no_logits_for_prompts():
+    model, sizes = model_of("llama"), []
+    model.lm_head.register_forward_hook(lambda module, given, logits: sizes.append(logits.numel() // 96))
+    plain = packing._plain_pairs(model, PAIRS)
+    assert max(sizes) == 40 + 1                  # of the longest response, and one that is not read
+    assert_close(plain, response_logprobs(model, PAIRS))
+
+
+def test_the_guard_sees_the_windows_of_compiled_layers():
+    model = model_of("mistral", sliding_window=4)
+    for layer in packing._layers(model): layer.compile(backend="eager", dynamic=True)
+    packed_logprobs(model, PAIRS[:4])
+    assert why_not_packed(model, PAIRS[:4]) is None
+    assert all(layer._compiled_call_impl for layer in packing._layers(model))
+
+
+def test_a_forward_of_its_own_is_given_back():
+    "As hooks set it, on the decoder and on the output layer."
+    model, calls = model_of("llama"), []
+    for module in (model.get_decoder(), model.lm_head):
+        def hooked(*args, usual=module.forward, **kw): calls.append(usual); return usual(*args, **kw)
+        module.forward = hooked
+    with autocast("cpu", "bf16"): packed_logprobs(model, PAIRS[:2])
+    for module in (model.get_decoder(), model.lm_head): assert vars(module)["forward"].__name__ == "hooked"
+    assert calls
+
+
+@pytest.mark.parametrize("piece", [4 * 96 * 4, 2**26])
+def test_an_empty_response_says_nothing(monkeypatch, piece):
+    monkeypatch.setattr(packing, "PIECE", piece)
+    for module in (packing, logprobs): monkeypatch.setattr(module, "check_prompts", lambda pairs: None)
+    pairs = [dict(pair(5, 3, 4), rejected_ids=[]), pair(6, 4, 5, seed=1), dict(pair(5, 3, 4), chosen_ids=[])]
+    for f in (packed_logprobs, by_plan(packing.padded_plan)): assert_same(model_of("llama"), pairs, f)
+
+
+def test_places_and_tokens_of_unequal_number():
+    "In pieces, too, a place more than there are tokens is an error."
+    model, size = model_of("llama"), packing.PIECE
+    for packing.PIECE in (4 * 96 * 4, size):
+        with pytest.raises(ValueError): packing.head_logprobs(model, torch.zeros(13, 32), torch.zeros(12, dtype=torch.long))
+
+
+def test_a_card_without_flash_counts_the_cells_that_attention_pads(monkeypatch):
+    monkeypatch.setattr(packing, "why_not_packed", lambda *args: None)
+    on_card = choose_logprobs(SimpleNamespace(device=torch.device("cuda")), PAIRS)
+    skewed = [pair(600, 300, 300)] + [pair(14, 7, 7, seed=i) for i in range(101)]
+    def cells(f): return max(packing.padded_plan(pack(part)).chosen.queries.take.numel() for part in micro_batches(skewed, 4096, f))
+    assert cells(packed_logprobs) > 20 * 4096 > 20 * cells(on_card)
+    assert len(micro_batches([pair(64, 32, 32)] * 32, 4096, on_card)) == 1     # alike pairs share a row, as before
+    model = model_of("llama")
+    assert table_kind(model, "fp32", on_card) == table_kind(model, "fp32", packed_logprobs)
+    assert packing.flash_logprobs.exact is on_card
 
 
 def test_no_weight_that_trains_and_no_state_left():
