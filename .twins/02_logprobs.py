@@ -205,8 +205,8 @@ def check_prompts(
     if not all(len(p["prompt_ids"]) for p in pairs):
         raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
     if not all(len(p["chosen_ids"]) and len(p["rejected_ids"]) for p in pairs):
-        raise ValueError("a pair with a response of no tokens: nothing of it can be scored, "
-                         "and a sum of nothing would be the log-probability of certainty, 0")
+        raise ValueError("a pair with an empty response: the sum over its tokens would be 0, "
+                         "the log-probability of certainty")
 
 def collate(
     pairs: list,   # n pairs with prompt_ids, chosen_ids, rejected_ids
@@ -2483,7 +2483,7 @@ table.rows.head(3).round(3)
 # %%
 off = gamma(*response_logprobs(half_S.requires_grad_(False), pairs)) - table.gamma(pairs)
 assert off.abs().max() > 0.1
-print(f"gamma off by up to {off.abs().max():.2f} nats")
+print(f"gamma is off by up to {off.abs().max():.1f} nats")
 print(complaint(score_pairs, half_S, pairs))
 
 # %% [markdown]

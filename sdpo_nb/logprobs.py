@@ -40,8 +40,8 @@ def check_prompts(
     if not all(len(p["prompt_ids"]) for p in pairs):
         raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
     if not all(len(p["chosen_ids"]) and len(p["rejected_ids"]) for p in pairs):
-        raise ValueError("a pair with a response of no tokens: nothing of it can be scored, "
-                         "and a sum of nothing would be the log-probability of certainty, 0")
+        raise ValueError("a pair with an empty response: the sum over its tokens would be 0, "
+                         "the log-probability of certainty")
 
 def collate(
     pairs: list,   # n pairs with prompt_ids, chosen_ids, rejected_ids

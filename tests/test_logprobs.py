@@ -96,7 +96,7 @@ def test_nothing_to_score(model, f):
     "A sum of nothing would be 0, the log-probability of certainty."
     with pytest.raises(ValueError, match="pairs: none"): f(model, [])
     for side in ("chosen_ids", "rejected_ids"):
-        with pytest.raises(ValueError, match="a response of no tokens"): f(model, make_pairs(2) + [make_pairs(1)[0] | {side: []}])
+        with pytest.raises(ValueError, match="with an empty response"): f(model, make_pairs(2) + [make_pairs(1)[0] | {side: []}])
 
 
 def test_bf16_logits_are_summed_in_fp32():
