@@ -67,6 +67,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 import transformers
 from torch.testing import assert_close
+from tqdm.std import tqdm as text_bar
 from transformers import LlamaConfig
 
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
@@ -197,18 +198,22 @@ assert forgotten < 10 * shifted
 # %%
 #| export
 def check_prompts(
-    pairs: list,  # n pairs with prompt_ids
+    pairs: list,  # n pairs with prompt_ids, chosen_ids, rejected_ids
 ):
-    "Raise ValueError for a pair without a prompt."
+    "Raise ValueError for no pairs, for a pair without a prompt, and for one with an empty response."
+    if not pairs: raise ValueError("pairs: none")
     if not all(len(p["prompt_ids"]) for p in pairs):
         raise ValueError("a pair without a prompt token: nothing predicts the first token of its responses")
+    if not all(len(p["chosen_ids"]) and len(p["rejected_ids"]) for p in pairs):
+        raise ValueError("a pair with an empty response: the sum over its tokens would be 0, "
+                         "the log-probability of certainty")
 
 def collate(
     pairs: list,   # n pairs with prompt_ids, chosen_ids, rejected_ids
     device="cpu",  # where the three tensors go
 ) -> tuple[Tensor, Tensor, Tensor]:  # each (2n, L), chosen rows first: ids, attention mask, response mask
     """Right-padded rows. Padding is known by length, never by token id.
-    Raises ValueError for a pair without a prompt."""
+    Raises ValueError for no pairs, and for a pair without a prompt or with an empty response."""
     check_prompts(pairs)
     chosen = [(list(p["prompt_ids"]), list(p["chosen_ids"])) for p in pairs]
     rejected = [(list(p["prompt_ids"]), list(p["rejected_ids"])) for p in pairs]
@@ -244,11 +249,13 @@ names = [f"{side} {i}" for side in ("chosen", "rejected") for i in range(3)]
 pd.DataFrame(drawn, index=names, columns=["p prompt, R response, . padding"])
 
 # %% [markdown]
-# What if a prompt is empty? Then nothing stands before the first response token, and nothing predicts it. (`complaint`, of
+# What if a prompt is empty? Then nothing stands before the first response token, and nothing predicts it. And an empty response? A sum
+# of nothing is 0, a valid log-probability, that of certainty; nobody would notice. (`complaint`, of
 # [chapter 00](00_world.ipynb), makes a call that must refuse, and returns the message. We shall break many things here.)
 
 # %%
-complaint(collate, [pair | dict(prompt_ids=[])])
+print(complaint(collate, [pair | dict(prompt_ids=[])]))
+print(complaint(collate, [pair | dict(chosen_ids=[])]))
 
 
 # %% [markdown]
@@ -884,7 +891,7 @@ def response_logprobs(
     pairs: list,  # n pairs with prompt_ids, chosen_ids, rejected_ids
 ) -> tuple[Tensor, Tensor]:  # (n,) log pi(y_w|x) and (n,) log pi(y_l|x), nats, fp32
     """Summed log-probabilities of both responses of each pair: the padded version that everybody can read.
-    Source: equation (1). Raises ValueError for a pair without a prompt."""
+    Source: equation (1). Raises ValueError for no pairs, and for a pair without a prompt or with an empty response."""
     batch = collate(pairs, model.device)
     parts = _one_by_one(model, pairs, *batch) if must_read_alone(model, pairs) else [batch]
     with fp32_logits(model):
@@ -948,13 +955,13 @@ where.round(3).to_frame("random Llama (nats)")
 
 # %% [markdown]
 # Here fp32 logits buy nothing, because a random model's logits are small. A trained model is sure of itself: its logits are large, and
-# so is their rounding. Real pairs, cut at two lengths:
+# so is their rounding. Real pairs, their rows (a prompt with one response) cut at two lengths:
 
 # %%
 #| slow
 with skipped_without(
     "SmolLM2-135M-Instruct and pairs of Orca (from the hub, or SDPO_MODEL and SDPO_DATA)",
-    "in bf16, a response of at most 256 tokens is off by 0.35 nats, with logits in fp32 by 0.27",
+    "in bf16, a response in a row of at most 256 tokens is off by 0.35 nats, with logits in fp32 by 0.27",
 ):
     torch.set_num_threads(os.cpu_count())
     by_cut = {n: where_from(real, real_pairs(40, max_length=n)[:12]) for n in (256, 768)}
@@ -965,8 +972,9 @@ with skipped_without(
 
 
 # %% [markdown]
-# Errors that are independent of each other add up in squares. So the longer a response, the further off it is, by the square root of
-# its length. With the logits in fp32 a part of the error is gone; the part of weights and activations stays.
+# Errors that are independent of each other add up in squares. So the longer a response, the further off it is, roughly by the square
+# root of its length: rows of three times the length are off 2.0, 1.56 and 1.26 times as far. With the logits in fp32 a part of the error
+# is gone; the part of weights and activations stays.
 #
 # Two passes that must agree (reference and trained model before the first step) agree only as well as that. [Chapter
 # 06](06_trainer.ipynb) measures how well, before it calls a table wrong. Hence two rules: logits, softmax and sum are always
@@ -1174,11 +1182,21 @@ _find_model("somebody/some-model")                       # may be a hub id
 
 # %% [markdown]
 # Much can be wrong with a folder. Where a file is to blame, we look for it: one that Git LFS never fetched (LFS keeps large files
-# elsewhere and leaves a *pointer*, a text of three lines), half a file, broken JSON.
+# elsewhere and leaves a *pointer*, a text of three lines), half a file, broken JSON. But only among those that were read. A folder
+# holds many others, such as a trainer's log, and if we blamed one of these, nobody would hear what is really wrong.
 
 # %%
 #| export
-WEIGHTS = ".safetensors", ".bin"
+OF_TOKENIZER = "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"
+
+def _files_read(folder, kind):
+    "The files of a folder that a class of transformers reads."
+    names = ["config.json"]
+    if kind is AutoTokenizer: names += OF_TOKENIZER
+    if kind is AutoModelForCausalLM:
+        safe = any(folder.glob("model*.safetensors*"))   # then no other format is read
+        names += ["model*.safetensors*"] if safe else ["pytorch_model*.bin*"]
+    return sorted(p for name in names for p in folder.glob(name) if p.is_file())
 
 def _is_pointer(path):
     "Whether a file is what Git LFS leaves in the place of a large one."
@@ -1191,10 +1209,9 @@ def _read_whole(path):
         with safe_open(path, "pt"): pass
     if path.suffix == ".bin": torch.load(path, "meta", weights_only=True)
 
-def _broken_file(folder, weights):
-    "What is wrong with the first broken file of a folder, or None; weights only where they were wanted."
-    files = [p for p in Path(folder).glob("*") if p.is_file()]
-    for path in sorted(p for p in files if weights or p.suffix not in WEIGHTS):
+def _broken_file(folder, kind):
+    "What is wrong with the first broken file of those that a class of transformers reads, or None."
+    for path in _files_read(Path(folder), kind):
         try:
             if _is_pointer(path):
                 return f"{path.name} is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"
@@ -1219,10 +1236,11 @@ spoil("cut", "tokenizer.json", "{")
 spoil("other-sizes", "config.json", vocab_size=56)
 spoil("own-code", "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"})
 
-assert _broken_file(world.base, weights=True) is None
-assert _broken_file(home / "not-fetched", weights=False) is None
-print(_broken_file(home / "not-fetched", weights=True))
-print(_broken_file(home / "cut", weights=False))
+assert _broken_file(world.base, AutoModelForCausalLM) is None
+assert _broken_file(home / "not-fetched", AutoTokenizer) is None   # which reads no weights
+assert _broken_file(home / "cut", AutoModelForCausalLM) is None    # which reads no tokenizer
+print(_broken_file(home / "not-fetched", AutoModelForCausalLM))
+print(_broken_file(home / "cut", AutoTokenizer))
 
 
 # %% [markdown]
@@ -1250,7 +1268,7 @@ def _reason(e):
     return f"cannot be loaded ({type(e).__name__}: {_one_line(said)})"
 
 @contextlib.contextmanager
-def _loading(model, weights):
+def _loading(model, kind):
     """What the libraries throw, as a ValueError of one line that begins with the model;
     their own report is silent meanwhile."""
     report = logging.getLogger("transformers.modeling_utils")
@@ -1258,7 +1276,7 @@ def _loading(model, weights):
     try: yield
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
-        why = _broken_file(Path(model).expanduser(), weights) or _reason(e)
+        why = _broken_file(Path(model).expanduser(), kind) or _reason(e)
         raise ValueError(f"{model}: {why}") from e
     finally: report.disabled = before
 
@@ -1273,7 +1291,7 @@ def read_config(name, context):
 
 own_code = home / "own-code"
 theirs = complaint(read_config, own_code, contextlib.nullcontext())
-ours = complaint(read_config, own_code, _loading(own_code, weights=False))
+ours = complaint(read_config, own_code, _loading(own_code, AutoConfig))
 print("The library:", theirs, sep="\n", end="\n\n")
 print("Here:", ours, sep="\n")
 
@@ -1323,7 +1341,7 @@ def _from_pretrained(kind, model, revision, **kw):
     "Never with code that comes from the model."
     found = _find_model(model)
     if revision and not Path(found).is_dir(): kw["revision"] = revision
-    with _loading(model, kind is AutoModelForCausalLM), _no_bar(hide=Path(found).is_dir()):
+    with _loading(model, kind), _no_bar(hide=Path(found).is_dir()):
         return kind.from_pretrained(found, trust_remote_code=False, **kw)
 
 @contextlib.contextmanager
@@ -1632,12 +1650,14 @@ def check_rows(
     """Raise ValueError for rows longer than the model's table of positions, and for a token that its
     embedding lacks; print a line for rows beyond its context."""
     tokens = model.get_input_embeddings().weight.shape[0]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    ends = config.model_type == "mpt"                    # adds its positions to the attention, from a table
+    limit = config.max_seq_len if ends else getattr(config, "max_position_embeddings", None)
     if largest_id >= tokens:
         raise ValueError(f"model: token {largest_id} is in the pairs, but the embedding has {tokens} rows; "
                          "take the model's own tokenizer, or resize_token_embeddings(len(tokenizer))")
     if not limit or longest <= limit: return
-    if _has_position_table(model, limit):
+    if ends or _has_position_table(model, limit):
         raise ValueError(f"model: rows of up to {longest} tokens, but it has {limit} positions; "
                          f"set max_length={limit}")
     print(f"model: rows of up to {longest} tokens go beyond the {limit} that it was made for; "
@@ -1832,7 +1852,10 @@ pd.DataFrame(kinds_of)
 # ### What if the disk is full?
 #
 # Whatever a run writes, it writes under another name and renames it at the end. The system renames a file in one step, and there is no
-# moment in between. So a kill leaves the old file or the new one, never half of one.
+# moment in between. So a kill leaves the old file or the new one, never half of one. Before the renaming we wait until the file lies
+# on the disk (`fsync`). Otherwise the power might go while the new name stands over a file whose contents the system still holds back.
+#
+# A folder cannot be renamed over another one. So the old one is put aside, the new one takes its place, and only then the old one goes.
 #
 # Every library reports a full disk in its own way; here it becomes one line. The other name is not trusted: whatever lies there
 # goes first, so that nobody can make us write through a link.
@@ -1856,6 +1879,12 @@ def _remove(path):
     if path.is_symlink() or path.is_file(): path.unlink()
     elif path.is_dir(): shutil.rmtree(path)
 
+def _to_disk(path):
+    "Wait until a file, or what is in a folder, lies on the disk."
+    for p in [path, *path.rglob("*")]:
+        if p.is_file() and os.access(p, os.W_OK):        # a copy may be read-only; Windows wants it open for writing
+            with open(p, "r+b") as f: os.fsync(f.fileno())
+
 @contextlib.contextmanager
 def replacing(
     path,  # of a file or a folder
@@ -1863,12 +1892,17 @@ def replacing(
     """Write a file or folder under another name; it then takes the place of the old one.
     Raises OSError where it cannot be written, and leaves nothing half-written."""
     path = Path(path)
-    tmp = path.with_suffix(".tmp")
+    tmp = path.with_suffix(".tmp" if path.suffix != ".tmp" else ".tmp.tmp")
+    aside = path.with_suffix(".old.tmp")
     try:
         _remove(tmp)
         yield tmp
-        if path.is_dir(): _remove(path)                  # a folder cannot be renamed over another one
+        _to_disk(tmp)
+        if path.is_dir():
+            _remove(aside)
+            os.replace(path, aside)
         os.replace(tmp, path)
+        _remove(aside)
     except (OSError, RuntimeError, SafetensorError) as e:
         raise OSError(f"{tmp}: could not be written ({_why(e)})") from e
     finally: _remove(tmp)
@@ -1920,7 +1954,8 @@ def write_lines(
 
 def _write_piece(folder, rows):
     "One file more, with a number that no other piece has."
-    numbers = [int(p.stem.split("-")[1]) for p in Path(folder).glob("logprobs-*.parquet")]
+    found = [re.match(r"logprobs-(\d+)", p.name) for p in Path(folder).glob("logprobs-*.parquet")]
+    numbers = [int(m[1]) for m in found if m]
     path = Path(folder) / f"logprobs-{max(numbers, default=-1) + 1:05}.parquet"
     with replacing(path) as tmp: rows.to_parquet(tmp, write_page_checksum=True)
 
@@ -1981,7 +2016,7 @@ _read_pieces(folder)
 def _read_kind(folder):
     "The kind of a table; empty where none can be read."
     try: kind = json.loads((Path(folder) / "kind.json").read_text())
-    except (FileNotFoundError, ValueError): return {}
+    except (FileNotFoundError, NotADirectoryError, ValueError): return {}
     return kind if isinstance(kind, dict) else {}
 
 def read_table(
@@ -2290,7 +2325,8 @@ said
 #
 # A bar draws itself by returning to the beginning of its line. In a file, where the log of a night's run goes, nothing returns: all the
 # bars stand one behind the other, in a line of some kilobytes. So where the output is no terminal, each state becomes a line of its own,
-# one every half a minute. And a pass that has nothing to do shows no bar.
+# one every half a minute. And a pass that has nothing to do shows no bar. (The lines go where the error output went when the bar was
+# made. While the harness of [chapter 15](15_benchmarks.ipynb) is silenced, it goes nowhere.)
 #
 # The bar itself is tqdm's. `progress` only chooses among four shapes: nothing, a terminal, a notebook, a log.
 
@@ -2298,9 +2334,10 @@ said
 #| export
 class _Lines:
     "A file that tqdm writes to where there is no terminal: each state that it shows becomes a line."
+    def __init__(self): self.out = sys.stderr            # of now: later it may be sent elsewhere for a while
     def write(self, text):
-        if text := text.replace("\r", "").strip(): print(text, file=sys.stderr, flush=True)
-    def flush(self): sys.stderr.flush()
+        if text := text.replace("\r", "").strip(): print(text, file=self.out, flush=True)
+    def flush(self): self.out.flush()
 
 EVERY = 30  # seconds between two lines of a log
 
@@ -2328,16 +2365,19 @@ def progress(
 # The same bar, in a terminal and in a log. Every `\r` is a return to the beginning of the line.
 
 # %%
-def heard(file=None):
+def heard(lines):
     log = io.StringIO()
+    shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
     with contextlib.redirect_stderr(log):
-        bar = tqdm(range(2), "S reads digest", file=file, mininterval=0, ncols=60, disable=False)
-        for _ in bar: time.sleep(0.01)
-    return re.sub(r"\[.*\]", "[...]", log.getvalue())
+        how = dict(file=_Lines() if lines else log, mininterval=0, ncols=40, bar_format=shape, disable=False)
+        for _ in text_bar(range(2), "S reads digest", **how): time.sleep(0.01)
+    return log.getvalue()
 
-assert "\r" not in heard(_Lines())
+in_terminal, in_log = heard(lines=False), heard(lines=True)
+assert in_terminal.count("\r") > 2
+assert "\r" not in in_log
 assert progress(7, "S reads digest", "pair", done=7).disable
-print("terminal:", repr(heard()), heard(_Lines()), sep="\n")
+print("terminal:", repr(in_terminal), "log:", in_log, sep="\n")
 
 
 # %% [markdown]
@@ -2395,8 +2435,12 @@ def score_pairs(
     clock: Clock=None, # of the work that this pass is a part of; None: this pass alone
 ) -> LogprobTable:     # these pairs, and whatever else the folder holds
     """One pass of a model over pairs. A folder that holds a table of another kind is computed again,
-    saying so. Raises ValueError for a number that is not finite."""
+    saying so. Raises ValueError for a number that is not finite, and for fp32 with weights that are not."""
     precision = pick_precision(precision, model.device)
+    half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+    if half and precision == "fp32":
+        raise ValueError(f"precision: fp32, but the model has weights in {half.pop()} and computes in it; "
+                         "load it with load_model, or call model.float()")
     kind = table_kind(model, precision, logprobs)
     rows = _open_table(folder, kind)
     keys = pd.Index(keys_of(pairs))
@@ -2434,6 +2478,16 @@ table = score_pairs(S, pairs)
 assert_close(table.lookup(pairs), (chosen, rejected))
 assert_close(table.lookup(mixed), by_rows(S, mixed))
 table.rows.head(3).round(3)
+
+# %% [markdown]
+# A table must not say fp32 where the model computed in bf16. Our copy of S still has its weights in bf16, as `from_pretrained` leaves
+# them. What would be off, and who says so?
+
+# %%
+off = gamma(*response_logprobs(half_S.requires_grad_(False), pairs)) - table.gamma(pairs)
+assert off.abs().max() > 0.1
+print(f"gamma is off by up to {off.abs().max():.1f} nats")
+print(complaint(score_pairs, half_S, pairs))
 
 # %% [markdown]
 # How much smaller is the table than the model it replaces? Eight bytes a pair, whatever the size of the model. The same table also tells how
@@ -2527,9 +2581,9 @@ tmp.cleanup()
 #
 # <details><summary>Answer</summary>
 #
-# The pair stood beside other pairs: another token budget, another size of the pieces, or a pass that was killed and continued, which
-# cuts its batches elsewhere. Or the table was made on another card or with another version of PyTorch, which
-# multiplies in another order: the kind names the type of device and no more.
+# The pair stood beside other pairs: another token budget, another size of the pieces, or a pass over other pairs. (Not a pass that was
+# killed and continued: only whole pieces survive, so its batches are the same.) Or the table was made on another card or with another
+# version of PyTorch, which multiplies in another order: the kind names the type of device and no more.
 # </details>
 #
 # 5. The reference of the second stage must be the model after the first. By mistake it was loaded from the folder of the model before

@@ -589,8 +589,8 @@ round(by_function.item(), 4)
 dpo_loss(torch.tensor([5000., -5000.]), torch.zeros(2), 1.)
 
 # %% [markdown]
-# A policy that equals its reference has gain 0, hence a loss of exactly $\ln 2$. Data, $\beta$ and smoothing do not matter. Look for 0.6931 in the first
-# line of any log.
+# A policy that equals its reference has gain 0, hence a loss of exactly $\ln 2$. Data, $\beta$ and smoothing do not matter. Look for 0.693 in the first
+# line of the log of every DPO run that starts at its own reference. (In half precision the third digit may differ.)
 
 # %%
 g = torch.tensor([-38.6, 0.0, 12.5])
@@ -1039,24 +1039,24 @@ certificates.rename_axis("loss L").round(1).to_frame("certified mean gain, nats 
 # %%
 shift = torch.empty(500, 1, dtype=torch.float64).uniform_(-30, 30)
 spread = torch.empty(500, 1, dtype=torch.float64).uniform_(0, 40)
-gamma_ref = -38.6 + 20 * torch.randn(500, 64, dtype=torch.float64)
-gamma_theta = gamma_ref + shift + spread * torch.randn(500, 64, dtype=torch.float64)
+gammas_ref = -38.6 + 20 * torch.randn(500, 64, dtype=torch.float64)
+gammas_theta = gammas_ref + shift + spread * torch.randn(500, 64, dtype=torch.float64)
 
 def bounds(losses):
     "The certificate of each data set."
-    pairs = zip(losses.tolist(), gamma_ref.mean(1).tolist())
+    pairs = zip(losses.tolist(), gammas_ref.mean(1).tolist())
     return torch.tensor([certificate(loss, ref, 0.1) for loss, ref in pairs], dtype=torch.float64)
 
 
 # %%
-L = dpo_loss(gamma_theta, gamma_ref, 0.1).mean(1)
+L = dpo_loss(gammas_theta, gammas_ref, 0.1).mean(1)
 sets = pd.DataFrame({
     "loss": L,
-    "gain": (gamma_theta - gamma_ref).mean(1),
-    "below": (gamma_theta < gamma_ref).double().mean(1),       # share of pairs under their bar
+    "gain": (gammas_theta - gammas_ref).mean(1),
+    "below": (gammas_theta < gammas_ref).double().mean(1),     # share of pairs under their bar
 })
 certified = sets[sets["loss"] < math.log(2)]
-assert (gamma_theta.mean(1) >= bounds(L) - 1e-9).all()         # (10)
+assert (gammas_theta.mean(1) >= bounds(L) - 1e-9).all()        # (10)
 assert (certified["gain"] > 0).all()
 
 # %%
@@ -1106,14 +1106,14 @@ pd.Series({
 # %%
 given = {
     "plain, same pairs": L,
-    "smoothed, ε = 0.1": dpo_loss(gamma_theta, gamma_ref, 0.1, 0.1).mean(1),
-    "smoothed, ε = 0.3": dpo_loss(gamma_theta, gamma_ref, 0.1, 0.3).mean(1),
+    "smoothed, ε = 0.1": dpo_loss(gammas_theta, gammas_ref, 0.1, 0.1).mean(1),
+    "smoothed, ε = 0.3": dpo_loss(gammas_theta, gammas_ref, 0.1, 0.3).mean(1),
     "plain, other pairs": L.roll(1),
 }
-no_gain = gamma_theta.mean(1) <= gamma_ref.mean(1)
+no_gain = gammas_theta.mean(1) <= gammas_ref.mean(1)
 broken = {}
 for name, losses in given.items():
-    too_low = gamma_theta.mean(1) < bounds(losses) - 1e-9
+    too_low = gammas_theta.mean(1) < bounds(losses) - 1e-9
     misleading = (losses < math.log(2)) & no_gain
     broken[name] = {
         "inequality (10) is false": too_low.sum().item(),
@@ -1391,7 +1391,7 @@ losses = (right, swapped, no_beta, mean_of_tokens, mask_late, moving_reference)
 
 
 # %% [markdown]
-# Chosen and rejected exchanged; $\beta$ forgotten; the mean over tokens instead of the sum; a mask that begins one token late; and the policy as its own reference, at every step.
+# Chosen and rejected exchanged; $\beta$ forgotten; the mean over tokens instead of the sum; a mask that begins, and ends, one token late; and the policy as its own reference, at every step.
 #
 # Now seven checks. Each is about one property that the loss must have. The first is the one that everybody makes:
 

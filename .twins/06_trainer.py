@@ -231,7 +231,7 @@ def pair_losses(
         return dpo_loss(gamma_theta, gamma_ref, config.beta, config.label_smoothing)
     references = follow(ref_chosen, chosen), follow(ref_rejected, rejected)
     losses = config.loss(chosen, rejected, *references, config.beta, pairs)
-    shape, wanted = getattr(losses, "shape", type(losses).__name__), chosen.shape
+    shape, wanted = losses.shape if isinstance(losses, Tensor) else type(losses).__name__, chosen.shape
     if shape != wanted:
         raise ValueError(f"loss: {config.loss.__name__} must return one number per pair, "
                          f"a tensor of shape {tuple(wanted)}; it returned {shape}")
@@ -831,7 +831,7 @@ def _check_loss(loss, label_smoothing):
     if getattr(loss, "__name__", "<lambda>") == "<lambda>":
         raise ValueError("loss: must be a function with a name, made by def; its name goes into config.yaml")
     try: inspect.signature(loss).bind(*range(6))
-    except TypeError as e: raise ValueError(f"loss: {loss.__name__} must take {takes}") from e
+    except (TypeError, ValueError) as e: raise ValueError(f"loss: {loss.__name__} must take {takes}") from e
     if label_smoothing:
         raise ValueError("label_smoothing: belongs to the DPO loss; with a loss of your own, leave it at 0")
 

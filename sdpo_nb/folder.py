@@ -498,7 +498,7 @@ def check_fresh(
     if (folder / "config.yaml").exists(): return
     parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
     parts += folder.glob("partition.json")
-    parts += [p for p in (folder / "base").glob("*") if p.name not in ("model", "model.tmp")]
+    parts += [p for p in (folder / "base").glob("*") if p.name != "model" and p.suffix != ".tmp"]
     if not parts: return
     part = parts[0].relative_to(folder)
     raise ValueError(f"{folder}: not empty and not a run, there is {part} but no config.yaml; "

@@ -56,7 +56,8 @@ def _blocks(lengths, merge_up_to=256):
 def pack(
     pairs: list,   # n pairs with prompt_ids, chosen_ids, rejected_ids
 ) -> Row:          # on the CPU
-    "One row: prompt, chosen, rejected, next pair. Raises ValueError for a pair without a prompt."
+    """One row: prompt, chosen, rejected, next pair.
+    Raises ValueError for no pairs, and for a pair without a prompt or with an empty response."""
     check_prompts(pairs)
     ids, position, read, sizes = [], [], [], []
     for p in pairs:

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM, set_seed
 
 from sdpo_nb import logprobs
+from sdpo_nb.benchmarks import quiet
 from sdpo_nb.logprobs import (LogprobTable, autocast, check_model, check_rows, collate, dropouts, freeze_dropout, gamma, load_config, load_model, load_tokenizer,
-                              must_read_alone, pick_precision, read_table, response_logprobs, score_pairs, stored_dtype, table_kind, token_logprobs, weights_hash, write_json)
+                              must_read_alone, pick_precision, read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind, token_logprobs, weights_hash, write_json)
 from sdpo_nb.packing import choose_logprobs, packed_logprobs
 from sdpo_nb.world import load_world
 
@@ -88,6 +89,14 @@ def test_collate_reads_lengths_not_ids():
     ids, seen, scored = collate([dict(prompt_ids=[0, 0], chosen_ids=[0], rejected_ids=[0, 0, 0])])
     assert ids.sum() == 0 and seen.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert scored.tolist() == [[False, False, True, False, False], [False, False, True, True, True]]
+
+
+@pytest.mark.parametrize("f", [response_logprobs, packed_logprobs])
+def test_nothing_to_score(model, f):
+    "A sum of nothing would be 0, the log-probability of certainty."
+    with pytest.raises(ValueError, match="pairs: none"): f(model, [])
+    for side in ("chosen_ids", "rejected_ids"):
+        with pytest.raises(ValueError, match="with an empty response"): f(model, make_pairs(2) + [make_pairs(1)[0] | {side: []}])
 
 
 def test_bf16_logits_are_summed_in_fp32():
@@ -234,6 +243,25 @@ def test_weights_that_no_checkpoint_holds(broken, tmp_path):
     (tmp_path / "broken" / "pytorch_model.bin").write_text("hello")
     assert "pytorch_model.bin is broken" in refused(load_model, folder)
 
+@pytest.mark.parametrize("settings, words", [(dict(hidden_act="none such"), "none such"), (dict(model_type="none such"), "does not recognize")])
+def test_files_that_nobody_reads_are_not_blamed(broken, settings, words):
+    "A trainer's settings, which are a pickle; a log of lines; the pointer of a format that is not taken; a tokenizer, for the model."
+    folder = Path(broken("config.json", **settings))
+    for name, content in {"training_args.bin": b"\x80\x04", "trainer_log.json": b"{}\n{}\n", "pytorch_model.bin": POINTER.encode(), "tokenizer.json": b"{"}.items(): (folder / name).write_bytes(content)
+    assert words in refused(load_model, str(folder))
+    (folder / "model.safetensors").unlink(); (folder / "pytorch_model.bin").unlink()
+    shutil.copy(f"{load_world().base}/config.json", folder)
+    assert "no file named model.safetensors" in refused(load_model, str(folder))
+    (folder / "tokenizer.json").unlink(); (folder / "tokenizer_config.json").unlink()
+    assert "has no tokenizer" in refused(load_tokenizer, str(folder))
+
+def test_half_of_a_sharded_checkpoint(broken):
+    folder = Path(broken("model.safetensors"))
+    load_model(load_world().base).save_pretrained(folder, max_shard_size="500KB")
+    for name, content, said in (("model.safetensors.index.json", "{", "broken or not complete"), ("model-00002-of-00003.safetensors", POINTER, "a Git-LFS pointer")):
+        (folder / name).write_text(content)
+        assert refused(load_model, str(folder)).startswith(f"{name} is {said}")
+
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_a_hub_that_cannot_be_reached(load, monkeypatch):
     "trust F7"
@@ -349,10 +377,13 @@ def test_a_model_that_reads_the_answer(kind):
 
 def test_rows_beyond_the_positions(capsys):
     "bugs F18, trust F4: a table ends, rotation does not"
-    for model in (make("gpt2", n_positions=32), make("opt", max_position_embeddings=32)):
+    rows = [dict(prompt_ids=[5] * n, chosen_ids=[6], rejected_ids=[7]) for n in (31, 46)]
+    for model in (make("gpt2", n_positions=32), make("opt", max_position_embeddings=32), make("mpt", max_seq_len=32)):
         check_rows(model, 32, 63)
+        response_logprobs(model, rows[:1])
+        with pytest.raises((IndexError, RuntimeError)): response_logprobs(model, rows[1:])
         with pytest.raises(ValueError, match="rows of up to 47 tokens, but it has 32 positions; set max_length=32"): check_rows(model, 47, 63)
-    for model in (make("bloom"), make("mpt")): check_rows(model, 4000, 63)
+    check_rows(make("bloom"), 4000, 63)
     assert capsys.readouterr().out == ""
     S = load_model(load_world().base)
     check_rows(S, 128, 49)
@@ -520,7 +551,9 @@ def test_missing_pair_is_named(model):
 
 
 def test_unreadable_tables_are_named(model, tmp_path):
-    with pytest.raises(ValueError, match="no table"): read_table(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for name in ("nowhere", "file"):
+        with pytest.raises(ValueError, match="no table"): read_table(tmp_path / name)
     score_pairs(model, make_pairs(3), tmp_path)
     (tmp_path / "logprobs-00000.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="logprobs-00000.parquet: cannot be read"): read_table(tmp_path)
@@ -536,6 +569,20 @@ def test_a_bit_that_flipped_in_a_table_is_noticed(tmp_path):
     piece.write_bytes(flipped)
     assert pd.read_parquet(piece)["rejected"].tolist() == [-4.03125, -1.]     # without the checksum nothing is said
     with pytest.raises(ValueError, match="logprobs-00000.parquet: cannot be read .*delete this file and run again"): logprobs._read_pieces(tmp_path)
+
+
+def test_half_precision_is_not_called_fp32():
+    model, pairs = make().bfloat16(), make_pairs(3)
+    with pytest.raises(ValueError, match=r"fp32, but the model has weights in torch.bfloat16 .* call model.float\(\)"): score_pairs(model, pairs)
+    assert score_pairs(model, pairs, precision="bf16").kind["precision"] == "bf16"
+    assert score_pairs(model.float(), pairs).kind["precision"] == "fp32"
+
+
+def test_a_copy_that_something_else_made_is_no_reason_to_stop(model, asked, tmp_path):
+    score_pairs(model, make_pairs(5), tmp_path); asked.clear()
+    for name in ("logprobs-00000 (1).parquet", "logprobs-copy.parquet"): shutil.copy(tmp_path / "logprobs-00000.parquet", tmp_path / name)
+    table = score_pairs(model, make_pairs(5) + make_pairs(3, seed=1), tmp_path)
+    assert sum(asked) == 3 and len(table.rows) == len(read_table(tmp_path).rows) == 8 and (tmp_path / "logprobs-00001.parquet").exists()
 
 
 def test_weights_that_are_not_numbers(tmp_path):
@@ -569,6 +616,52 @@ def test_a_full_disk_is_told_from_other_errors():
 def test_write_json_leaves_no_temporary_file(tmp_path):
     write_json(tmp_path / "a.json", {"x": 1}); write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def fill(folder, text):
+    (folder / "inner").mkdir(parents=True)
+    for name in ("a", "inner/b"): (folder / name).write_text(text)
+
+def read_all(folder): return sorted((p.name, p.read_text()) for p in folder.rglob("*") if p.is_file())
+
+def test_a_kill_while_the_old_folder_goes(tmp_path, monkeypatch):
+    "Whichever of the two is there, it is whole."
+    path = tmp_path / "model"
+    fill(path, "old")
+    def killed(folder): next(p for p in folder.rglob("*") if p.is_file()).unlink(); raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        with replacing(path) as tmp: fill(tmp, "new")
+    assert read_all(path) == [("a", "new"), ("b", "new")]
+    with replacing(path) as tmp: fill(tmp, "newer")
+    assert read_all(path) == [("a", "newer"), ("b", "newer")] and list(tmp_path.iterdir()) == [path]
+
+
+def test_it_lies_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    "A power cut must not leave a name without contents."
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("renamed"), replace(old, new)))
+    write_json(tmp_path / "x.json", 1)
+    assert done == [(tmp_path / "x.json").stat().st_ino, "renamed"]
+    done.clear()
+    with replacing(tmp_path / "model") as tmp: fill(tmp, "new")
+    assert set(done[:-1]) == {(tmp_path / "model" / name).stat().st_ino for name in ("a", "inner/b")} and done[-1] == "renamed"
+
+
+def test_a_name_that_ends_like_a_temporary_one(tmp_path):
+    path = tmp_path / "notes.tmp"
+    path.write_text("old")
+    with pytest.raises(OSError, match="disk full"), replacing(path) as tmp: raise OSError(errno.ENOSPC, "")
+    assert tmp != path and path.read_text() == "old"
+    with replacing(tmp_path / "model.tmp") as tmp: fill(tmp, "new")
+    assert read_all(tmp_path / "model.tmp") == [("a", "new"), ("b", "new")] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_log_goes_on_while_the_harness_is_silenced(capsys):
+    lines = logprobs._Lines()
+    with quiet(): lines.write("\r1 of 2 options, 00:07 left")
+    assert capsys.readouterr().err == "1 of 2 options, 00:07 left\n"
 
 
 def test_reading_a_folder_shows_no_bar():

@@ -8,7 +8,7 @@ import torch, yaml
 import sdpo_nb, sdpo_nb.folder, sdpo_nb.report, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, weights_hash
 from sdpo_nb.packing import packed_logprobs
-from sdpo_nb.folder import alone_in
+from sdpo_nb.folder import alone_in, check_fresh
 from sdpo_nb.report import Run, gamma_table
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_world
@@ -234,6 +234,11 @@ def test_parts_of_a_run_without_its_settings(alone, tmp_path, left):
     shutil.copytree(alone.folder, folder, ignore=lambda path, names: [n for n in names if Path(path) == alone.folder and n != left])
     said = complaint(run, folder, lr=1e-2)
     assert f"{folder}: not empty and not a run, there is {left}" in said and not (folder / "config.yaml").exists()
+
+
+def test_what_a_kill_leaves_of_a_base_is_no_part_of_a_run(tmp_path):
+    for name in ("model", "model.tmp", "model.old.tmp"): (tmp_path / "base" / name).mkdir(parents=True)
+    check_fresh(tmp_path)
 
 
 def test_another_config_of_the_base(alone, tmp_path):

@@ -489,6 +489,7 @@ def ipo(c, r, rc, rr, beta, pairs): return (gain(c, r, rc, rr) - 1 / (2 * beta))
 def with_sft(c, r, rc, rr, beta, pairs): return written_out(c, r, rc, rr, beta, pairs) - c / torch.tensor([len(p["chosen_ids"]) for p in pairs])
 def one_number(c, r, rc, rr, beta, pairs): return (r - c).mean()
 def a_list(c, r, rc, rr, beta, pairs): return [0.0] * len(c)
+def in_numpy(c, r, rc, rr, beta, pairs): return (r - c).detach().numpy()
 def detached(c, r, rc, rr, beta, pairs): return (r - c).detach()
 def four(c, r, rc, rr): return r - c
 
@@ -526,12 +527,13 @@ def test_ipo_starts_at_one_over_four_beta_squared(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("loss, said", [(one_number, r"one_number must return one number per pair, a tensor of shape \(\d,\); it returned torch.Size\(\[\]\)"),
-                                        (a_list, "it returned list"), (detached, "what detached returns has no gradient")])
+                                        (a_list, "it returned list"), (in_numpy, "it returned ndarray"), (detached, "what detached returns has no gradient")])
 def test_a_function_that_returns_something_else_is_named(pairs, tmp_path, loss, said):
     with pytest.raises(ValueError, match=said): stage(tmp_path, pairs, loss=loss)
 
 
-@pytest.mark.parametrize("loss, said", [("ipo", "which only Python can give; got 'ipo'"), (lambda *six: six, "with a name"), (four, r"four must take \(chosen, rejected"), (7, "got 7")])
+@pytest.mark.parametrize("loss, said", [("ipo", "which only Python can give; got 'ipo'"), (lambda *six: six, "with a name"), (four, r"four must take \(chosen, rejected"), (7, "got 7"),
+                                        (torch.add, r"add must take \(chosen, rejected")])
 def test_what_cannot_be_a_loss_is_refused_beforehand(loss, said):
     with pytest.raises(ValueError, match=f"loss: .*{said}"): TrainConfig(loss=loss)
 
