@@ -1564,7 +1564,9 @@ for name, logprobs in (("packed", packed_logprobs), ("packed, on such a card", _
 assert max(cuts["packed"]["cells in attention"]) > 20 * 4096
 assert max(cuts["packed, on such a card"]["cells in attention"]) <= 4096
 pd.DataFrame(cuts).T
-#
+
+
+# %% [markdown]
 # ### Compiled layers
 #
 # Where does the card still wait? What is left between the large products (norms, rotations, activations, changes of precision) is a dozen small calls for each layer. `torch.compile` turns them into a few. Layers are compiled one by one. They are all alike, so one compilation serves all. The
