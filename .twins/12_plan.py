@@ -842,6 +842,7 @@ assert (gamma.grad < 0).all()
 # | a prompt that is trained on and held out | `check_held_out`, in a warning | held-out numbers that are too good |
 # | a row longer than the table of positions, an id without an embedding | `check_rows`, with the two numbers of `extent` | an error in the step in which that row comes |
 # | more chunks than pairs, a chunk of an unknown source | `check_chunks` | an error when the chunks are made |
+# | a source that no chunk names | `prepare_run`, in a warning | it is not trained on, and nobody notices |
 # | a reference with another vocabulary | `foreign_weights` | a loss that falls, and pairs weighted by answers about other texts |
 #
 # ## What you now have

@@ -63,8 +63,9 @@ class Run:
     ) -> Path:
         "Where a model lies, as `from_pretrained` reads it. Raises ValueError where no stage is finished."
         if t == 0:
-            kept = self.folder / "base" / "model" # of a loaded model; the run may have been moved since
-            return kept if kept.exists() else Path(self.config["model"])
+            named, kept = Path(self.config["model"]), self.folder / "base" / "model"
+            loaded = named.parts[-2:] == ("base", "model") # it lies in the run, which may have been moved
+            return kept if loaded and kept.exists() else named
         finished = finished_stages(self.folder)
         if t is None and not finished:
             raise ValueError(f"{self.folder}: no stage is finished, so there is no model yet")

@@ -114,6 +114,8 @@ def test_after_the_run_was_moved(tmp_path, monkeypatch):
     sdpo_partition(load_model(BASE), sources, config(), "runs/a", tokenizer=load_tokenizer(BASE))
     moved = Run((tmp_path / "runs/a").rename(tmp_path / "runs/b"))
     assert len(lines(export_chunks(moved, "out", sources)[0])) == 6 and moved.model_folder(0) == tmp_path / "runs/b/base/model"
+    (tmp_path / "named/base/model").mkdir(parents=True)                     # as a refused call with a loaded model leaves it
+    assert str(sdpo_partition(BASE, sources, config(), tmp_path / "named").model_folder(0)) == BASE
 
 
 def test_a_tokenizer_of_ones_own(tmp_path):
