@@ -81,7 +81,7 @@ class Run:
 
     def held_out(self) -> pd.DataFrame: return held_out_table(self)
     def table(self) -> pd.DataFrame: return stage_table(self)
-    def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics)
+    def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics, _from_S(self))
     def report(self): return write_report(self)
     def export(self, folder) -> Path: return export_model(self, folder)
     def push(self, repo_id: str, private: bool=True) -> str: return push_model(self, repo_id, private)
