@@ -40,6 +40,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 #| export
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -319,8 +320,8 @@ pd.DataFrame({name: column.int() for name, column in zip(names, lengths_and_flag
 #
 # - `ties`: how many pairs are ties;
 # - `accuracy_per_token`: the same accuracy, with every log-probability divided by the number of its tokens;
-# - `decided_by_length`: in how many pairs the two verdicts differ;
-# - `truncated`: in how many pairs a response was cut;
+# - `decided_by_length`: in which share of the pairs the two verdicts differ;
+# - `truncated`: in which share of the pairs a response was cut;
 # - `mean_gamma`: how large $\gamma$ is, and not only on which side of 0.
 
 # %%
@@ -648,7 +649,7 @@ def partition(
     if not sources: raise ValueError("sources: at least one is needed")
     pairs = concatenate_datasets([s.pairs for s in sources])
     T = len(sources) if chunks is None else chunks
-    if not isinstance(T, int) or not 1 <= T <= len(pairs):
+    if not isinstance(T, Integral) or isinstance(T, bool) or not 1 <= T <= len(pairs):
         raise ValueError(f"chunks: {T!r} is not a whole number from 1 to {len(pairs)}, the number of pairs")
 
     measures = pd.DataFrame([measure_source(s, table, reference) for s in sources])
@@ -775,9 +776,11 @@ checked
 # %% [markdown]
 # ## Another reference
 #
-# Now (1), with a reference that is not S. A natural choice is the model *before* it was fine-tuned on demonstrations.
-# The accuracy then asks what the fine-tuning has taught. The world has no such model, so we train one that has read
-# only 2000 demonstrations.
+# Now (1), with a reference that is not S: the argument `reference` of `partition`. A run has a *setting* of that name,
+# and it is another thing. It says which model the loss compares with. The order of a run is always that of (2).
+#
+# A natural choice is the model *before* it was fine-tuned on demonstrations. The accuracy then asks what the fine-tuning
+# has taught. The world has no such model, so we train one that has read only 2000 demonstrations.
 
 # %%
 rng = random.Random(0)

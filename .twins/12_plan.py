@@ -42,6 +42,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 #| export
 import difflib, unicodedata
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 
 import pandas as pd
@@ -90,7 +91,7 @@ tok = load_tokenizer(w.base)
 def _chunks_setting(chunks):
     "None, a number or a function as it is; a list as lists of source names."
     if chunks is None or callable(chunks): return chunks
-    if type(chunks) is int and chunks >= 1: return chunks
+    if isinstance(chunks, Integral) and type(chunks) is not bool and chunks >= 1: return int(chunks)
     if not isinstance(chunks, (list, tuple)):
         raise ValueError("chunks: must be a whole number from 1, a list of source names or a function, "
                          f"got {chunks!r}")
@@ -212,6 +213,9 @@ def _check_chunks_and_order(config):
         config.order = "as_given"
     if callable(config.chunks) and config.restart == "never":
         raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
+    if callable(config.chunks) and config.eval_share:
+        raise ValueError("eval_share: of chunks that a function makes nothing is held out; "
+                         "give held_out a source of its own")
 
 def _check_reference(config):
     if config.reference in ("moving", "fixed"): return
@@ -724,6 +728,8 @@ first
 
 # %% [markdown]
 # For experiments the chunks may also be given as lists of source names, or made on the way by a function that sees $M_{t-1}$, so that data can be generated between stages. Names are checked as soon as the sources are read; a function cannot be checked, it has made nothing yet.
+#
+# A list may name a source twice, to train on it again. Tables and figures go by the names of chunks, so the second time gets a name of its own. And it may leave a source out. Then no stage trains on it, and [the run says so](13_stages.ipynb), because somebody may have forgotten a name.
 
 # %%
 #| export
@@ -740,17 +746,25 @@ def check_chunks(
     for name in sum(chunks, []):
         if name not in by_name:
             raise ValueError(f"chunks: there is no source '{name}'; sources are {', '.join(by_name)}")
-    joined = []
+    joined = {}
     for group in chunks:
         pairs = concatenate_datasets([by_name[name].pairs for name in group])
-        joined.append(Source("+".join(group), pairs, {}))
-    return joined
+        name = _new_name("+".join(group), joined)
+        joined[name] = Source(name, pairs, {})
+    return list(joined.values())
+
+def _new_name(name, taken):
+    "The name, with a number where it is taken."
+    new, n = name, 2
+    while new in taken: new, n = f"{name} ({n})", n + 1
+    return new
 
 
 # %%
 all_three = load_sources(w.sources, tok, StepwiseConfig())
 two = StepwiseConfig(chunks=["riddle", ["primer", "digest"]]).chunks
-print([(s.name, len(s)) for s in check_chunks(two, all_three)])
+twice = StepwiseConfig(chunks=["primer", "riddle", "primer"]).chunks
+for chunks in (two, twice): print([(s.name, len(s)) for s in check_chunks(chunks, all_three)])
 print(complaint(check_chunks, [["ridle"]], all_three))
 
 
@@ -828,6 +842,7 @@ assert (gamma.grad < 0).all()
 # | a prompt that is trained on and held out | `check_held_out`, in a warning | held-out numbers that are too good |
 # | a row longer than the table of positions, an id without an embedding | `check_rows`, with the two numbers of `extent` | an error in the step in which that row comes |
 # | more chunks than pairs, a chunk of an unknown source | `check_chunks` | an error when the chunks are made |
+# | a source that no chunk names | `prepare_run`, in a warning | it is not trained on, and nobody notices |
 # | a reference with another vocabulary | `foreign_weights` | a loss that falls, and pairs weighted by answers about other texts |
 #
 # ## What you now have

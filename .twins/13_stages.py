@@ -68,9 +68,9 @@ from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import mean_interval, partition
 from sdpo_nb.plan import (
     Chunk, StepwiseConfig, changed, check_chunks, check_held_out, check_names, data_notes, extent,
-    foreign_weights, read_sources, seen_in_training
+    foreign_weights, load_sources, read_sources, seen_in_training
 )
-from sdpo_nb.preferences import Source, counts_table, load_pairs, tokenize_pairs
+from sdpo_nb.preferences import counts_table
 from sdpo_nb.report import Run
 from sdpo_nb.trainer import (
     GIB, MOST, TRAINING, as_line, check_memory, compile_for, free_memory, peak_memory, plan_for,
@@ -87,7 +87,7 @@ import pandas as pd
 import seaborn as sns
 from sdpo_nb.folder import alone_in
 from sdpo_nb.logprobs import load_tokenizer
-from sdpo_nb.plan import load_sources
+from sdpo_nb.preferences import Source
 from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.world import complaint, load_world
 
@@ -353,27 +353,36 @@ print(complaint(_partitioned, all_three, S, ctx))
 
 
 # %% [markdown]
-# A chunk that a function makes is kept in its stage's folder, for the same reason. The function may let the model write answers, and a second call would make other ones.
+# A chunk that a function makes is kept in its stage's folder, for the same reason. The function may let the model write answers, and a second call would make other ones. It may return whatever [a source](12_plan.ipynb) may be: rows, a file, or a dict with `chat=True`.
 
 # %%
 #| export
 def made_chunk(
     t: int, # the stage
-    policy, # M_{t-1}, which the function may ask
+    policy, # M_{t-1}, which the function may ask; None: the chunk must be there
     ctx: Context, # of the run
 ) -> Chunk: # D_t, or None where the function has no more
-    "The chunk that the user's function makes for stage t; kept in the stage's folder."
+    """The chunk that the user's function makes for stage t; kept in the stage's folder.
+
+    Raises ValueError for pairs that cannot be used, and for a kept chunk that is missing or damaged.
+    """
     path = ctx.at(t) / "chunk"
-    if not path.exists():
+    if not path.exists() and policy is not None:
         got = ctx.config.chunks(t, policy)
         if got is None: return None
-        if not isinstance(got, Source):
-            lengths = ctx.config.max_length, ctx.config.max_prompt_length
-            got = tokenize_pairs(load_pairs(got), ctx.tokenizer, f"chunk {t}", *lengths)
-        check_rows(policy, *extent(got.pairs))
-        _say_data(data_notes(got, bool(ctx.tokenizer.chat_template)), ctx.talks)
-        with replacing(path) as tmp: got.pairs.save_to_disk(str(tmp))
-    return Chunk(f"chunk {t}", load_from_disk(str(path)))
+        made = _checked(t, got, policy, ctx)
+        with replacing(path) as tmp: made.save_to_disk(str(tmp))
+    with naming(path): return Chunk(f"chunk {t}", load_from_disk(str(path)))
+
+def _checked(t, got, policy, ctx):
+    "What the function returned for stage t, as tokenised pairs; what is worth a look is said."
+    try:
+        if isinstance(got, dict) and "eval_share" in got: raise ValueError("nothing is held out of it")
+        made, = load_sources({f"chunk {t}": got}, ctx.tokenizer, ctx.config)
+        check_rows(policy, *extent(made.pairs))
+    except ValueError as e: raise ValueError(f"chunks, stage {t}: {e}") from e
+    _say_data(data_notes(made, bool(ctx.tokenizer.chat_template)), ctx.talks)
+    return made.pairs
 
 def _say_data(notes, always):
     "Print them. Of the sources of a tiny model, which come by the hundred, only those with a warning."
@@ -643,7 +652,7 @@ def prepare_run(
     sources,  # as for `load_sources`; none where a function makes the chunks
     config,   # StepwiseConfig, or None for all defaults
     folder,   # of the run
-    tokenizer=None, # of a loaded model
+    tokenizer=None, # of a loaded model; of one that is named, in place of its own
     logprobs=None,  # (model, pairs) -> (chosen, rejected); None: chosen for the model
     revision=None,  # commit of a model on the hub
     held_out=None,  # sources that are only measured
@@ -682,6 +691,7 @@ def prepare_run(
     ctx.otherwise = open_folder(folder, config, precision, _identity(policy, ctx, loaded, written, theirs))
     own = [s for s in held if s.counts] # of a source that was parted, the counts are told once
     for s in read + own: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=ctx.talks)
+    _say_data(_left_out(config.chunks, read), always=True)
     _say_data(check_held_out(held, loaded), always=True)
     if ctx.talks and loaded: _say_model(policy, loaded[0].pairs, ctx)
     return ctx, _first_pass(loaded, policy, ctx), policy
@@ -693,6 +703,11 @@ def _unwrapped(model, config):
         raise ValueError("lora_r: the model carries an adapter already; "
                          "set lora_r, or give get_peft_model(...), not both")
     return plain, changed(config, **asked)
+
+def _left_out(chunks, read):
+    "A line for each source that a list of chunks does not name."
+    named = sum(chunks, []) if isinstance(chunks, list) else [s.name for s in read]
+    return [f"  warning: no chunk names {s.name}, so it is not trained on" for s in read if s.name not in named]
 
 def _check_adapters(policy, config):
     "Raise ValueError for adapters that cannot be had; say so where the learning rate is low for them."
@@ -786,13 +801,13 @@ print(complaint(few.gamma, parts[1].pairs))
 # | `certificate` | the same | the least mean $\gamma$ that this loss [guarantees](03_loss.ipynb), from the reference's mean on the probe |
 # | `below_reference` | the same | on what share of the pairs is $\gamma$ under its reference, although the mean is certified? |
 #
-# `stage_measures` needs no model, only three tables. So anybody who has the tables can compute these numbers again, and [chapter 17](17_verify.ipynb) does.
+# *Before* is the model that the stage starts at, $M_{t-1}$, or S with `init_target = S`. `stage_measures` needs no model, only three tables. So anybody who has the tables can compute these numbers again, and [chapter 17](17_verify.ipynb) does.
 
 # %%
 #| export
 def stage_measures(
     ref: LogprobTable,    # of the reference of stage t
-    before: LogprobTable, # of M_{t-1}
+    before: LogprobTable, # of the model that the stage starts at: M_{t-1}, or S
     after: LogprobTable,  # of M_t
     probe,                # pairs of D_t, with keys, that all three have read
     chunk,                # all pairs of D_t, which the reference has read
@@ -817,12 +832,16 @@ def stage_measures(
         accuracy=mean(reward_accuracy(gamma_after)),
     )
 
+def _start_of(t, config):
+    "The number of the model that stage t starts at."
+    return 0 if config.init_target == "S" else t - 1
+
 def _measures(t, chunks, table, ctx):
     "The measures of stage t of a run that is going on."
     n = ctx.config.probe
     probe = chunks[t-1].probe(n)
     coming = chunks[t].probe(n) if t < len(chunks) else None
-    tables = table, ctx.table(t-1), ctx.table(t)
+    tables = table, ctx.table(_start_of(t, ctx.config)), ctx.table(t)
     return stage_measures(*tables, probe, chunks[t-1].pairs, coming, ctx.config.beta)
 
 
@@ -872,7 +891,7 @@ pd.Series(answers["answers"], index=answers["prompts"], name="answer of S").to_f
 # The code has the four parts of the sketch above, and their names stand as comments.
 #
 # 1. **Ask.** First $M_{t-1}$ reads the probes, in case its own table is lost or of another kind on this machine. Then the reference reads $D_t$.
-# 2. **Train.** The policy stays $M_{t-1}$, or goes back to S where the setting says so. `own` is the table of the model as it came in; training compares its first batch with it. An adapter changes the hash of a model but not its numbers, so the hash is taken before.
+# 2. **Train.** The policy stays $M_{t-1}$, or goes back to S where the setting says so. Before it moves, it reads the probe of $D_t$: from here the change of $\gamma$ is counted. `own` is the table of the model as it came in; training compares its first batch with it. An adapter changes the hash of a model but not its numbers, so the hash is taken before.
 # 3. **Measure.** With adapters, $M_t$ is saved first and read again from the disk, so what is measured is what a later call will load.
 # 4. **Save.** `stage.json` comes last. It is [the mark that the stage is finished](10_folder.ipynb): whatever dies before it is done again.
 
@@ -894,13 +913,14 @@ def run_stage(
         measured = chunks[:t-1] if callable(config.chunks) else chunks
         ctx.score_all(t-1, policy, measured)
     table, reference, policy = _reference(t, chunks, policy, ctx) # before the policy is reset or trained
-    ctx.score(t-1, policy, chunk.probe(config.probe), chunk.name) # for the change of gamma
     if t == 1: _answer(0, policy, chunks, ctx)
 
     # train
-    if config.init_target == "S" and t > 1:
+    start = _start_of(t, config)
+    if start != t - 1:
         free_model(policy)
-        policy = ctx.load(0)
+        policy = ctx.load(start)
+    ctx.score(start, policy, chunk.probe(config.probe), chunk.name) # for the change of gamma
     came_in = weights_hash(policy)
     own = table if table.kind["weights"] == came_in else None
     if config.lora_r: policy = _with_adapter(t, policy, ctx)

@@ -59,7 +59,7 @@ from sdpo_nb.logprobs import (
 from sdpo_nb.lora import is_adapter
 from sdpo_nb.loss import dpo_loss
 from sdpo_nb.plan import Chunk, StepwiseConfig, check_chunks, check_names, load_sources, part_sources
-from sdpo_nb.report import STAGE_ROWS, Run, as_markdown, escaped, held_out_table, stage_table
+from sdpo_nb.report import Run, as_markdown, escaped, held_out_table, stage_table
 from sdpo_nb.stages import partition_of, stage_measures
 from sdpo_nb.trainer import all_batches
 
@@ -269,10 +269,12 @@ def _reference(t, ev):
     if stage["reference"] != name: return False, f"{which} means {name}; the stage names {stage['reference']}"
     return True, f"{which}: {name}, {weights}"
 
+def _before(t, ev): # the number of the model that stage t should start at
+    return 0 if ev.settings.init_target == "S" else t - 1
+
 def _start(t, ev):
     "Did stage t start where the settings say?"
-    before = 0 if ev.settings.init_target == "S" else t - 1
-    found = ev.stages[t-1]["start"]
+    before, found = _before(t, ev), ev.stages[t-1]["start"]
     if found == ev.ended(before): return True, f"M_{before}"
     return False, f"started from {ev.whose(found)}, not from M_{before}"
 
@@ -299,7 +301,7 @@ pd.DataFrame(rows).set_index("check")
 #
 # ## The numbers of a stage
 #
-# [Chapter 13](13_stages.ipynb) computes the numbers of a stage from three tables: that of the reference, of $M_{t-1}$ and of $M_t$. The same function is called here, so nobody can say that we measure otherwise. They must agree to 1e-4: another processor may add in another order.
+# [Chapter 13](13_stages.ipynb) computes the numbers of a stage from three tables: that of the reference, of the model that the stage started at and of $M_t$. The same function is called here, so nobody can say that we measure otherwise. They must agree to 1e-4: another processor may add in another order.
 #
 # `_close` compares single numbers and lists, and is strict about what is missing: a number that is not there is close to nothing, except to another one that is not there. NaN is close to NaN.
 
@@ -329,7 +331,7 @@ assert not _close(None, 1.0)
 #| export
 def _as_pairs(keys): return [dict(key=key) for key in keys]
 
-def _three_tables(t, ev): return _reference_table(t, ev), ev.table(t-1), ev.table(t)
+def _three_tables(t, ev): return _reference_table(t, ev), ev.table(_before(t, ev)), ev.table(t)
 
 def recomputed(
     t: int, # the stage
@@ -668,12 +670,10 @@ assert not _alike("| gamma | 8.463 |", "| loss | 8.463 |")
 
 # %%
 #| export
-def _stage_lines(stages):
+def _stage_lines(stages, ev):
     "The lines of the table of stages that hold measured numbers."
-    plain = ("chunk", "pairs", "steps", "reference")
-    labels = [label for label, name in STAGE_ROWS.items() if name not in plain]
-    table = stage_table(SimpleNamespace(stages=stages))
-    return as_markdown(table.loc[labels]).splitlines()[2:]
+    table = stage_table(SimpleNamespace(stages=stages, config=ev.config))
+    return as_markdown(table.drop(index=["chunk", "pairs", "steps", "reference"])).splitlines()[2:]
 
 def _by_tables(t, ev):
     "stage.json as the tables and the log would have it, as far as they can be read."
@@ -695,7 +695,7 @@ def _held_out_lines(ev):
 def _lines(ev):
     "Lines that the report must have: of each, the ways in which it may read."
     stages = [_by_tables(t, ev) for t in range(1, len(ev.stages) + 1)]
-    lines = list(zip(_stage_lines(ev.stages), _stage_lines(stages)))
+    lines = list(zip(_stage_lines(ev.stages, ev), _stage_lines(stages, ev)))
     for line in _held_out_lines(ev): lines.append((line,))
     if not (ev.folder / "partition.json").exists(): return lines
     measures = as_markdown(Run(ev.folder).partition())

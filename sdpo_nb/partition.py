@@ -8,6 +8,7 @@ __all__ = ['ORDERS', 'ORDER_BY', 'wilson', 'mean_interval', 'measure_source', 'P
 # %% ../nbs/05_partition.ipynb #2603340d
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -165,7 +166,7 @@ def partition(
     if not sources: raise ValueError("sources: at least one is needed")
     pairs = concatenate_datasets([s.pairs for s in sources])
     T = len(sources) if chunks is None else chunks
-    if not isinstance(T, int) or not 1 <= T <= len(pairs):
+    if not isinstance(T, Integral) or isinstance(T, bool) or not 1 <= T <= len(pairs):
         raise ValueError(f"chunks: {T!r} is not a whole number from 1 to {len(pairs)}, the number of pairs")
 
     measures = pd.DataFrame([measure_source(s, table, reference) for s in sources])

@@ -10,6 +10,7 @@ __all__ = ['CALLED', 'StepwiseConfig', 'changed', 'defaults_table', 'no_such_set
 # %% ../nbs/12_plan.ipynb #9061831f
 import difflib, unicodedata
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 
 import pandas as pd
@@ -26,7 +27,7 @@ from .trainer import TrainConfig, setting
 def _chunks_setting(chunks):
     "None, a number or a function as it is; a list as lists of source names."
     if chunks is None or callable(chunks): return chunks
-    if type(chunks) is int and chunks >= 1: return chunks
+    if isinstance(chunks, Integral) and type(chunks) is not bool and chunks >= 1: return int(chunks)
     if not isinstance(chunks, (list, tuple)):
         raise ValueError("chunks: must be a whole number from 1, a list of source names or a function, "
                          f"got {chunks!r}")
@@ -132,6 +133,9 @@ def _check_chunks_and_order(config):
         config.order = "as_given"
     if callable(config.chunks) and config.restart == "never":
         raise ValueError("restart: 'never' needs all chunks beforehand, so chunks cannot be a function")
+    if callable(config.chunks) and config.eval_share:
+        raise ValueError("eval_share: of chunks that a function makes nothing is held out; "
+                         "give held_out a source of its own")
 
 def _check_reference(config):
     if config.reference in ("moving", "fixed"): return
@@ -418,11 +422,18 @@ def check_chunks(
     for name in sum(chunks, []):
         if name not in by_name:
             raise ValueError(f"chunks: there is no source '{name}'; sources are {', '.join(by_name)}")
-    joined = []
+    joined = {}
     for group in chunks:
         pairs = concatenate_datasets([by_name[name].pairs for name in group])
-        joined.append(Source("+".join(group), pairs, {}))
-    return joined
+        name = _new_name("+".join(group), joined)
+        joined[name] = Source(name, pairs, {})
+    return list(joined.values())
+
+def _new_name(name, taken):
+    "The name, with a number where it is taken."
+    new, n = name, 2
+    while new in taken: new, n = f"{name} ({n})", n + 1
+    return new
 
 # %% ../nbs/12_plan.ipynb #c315aba5
 def foreign_weights(

@@ -62,7 +62,10 @@ class Run:
         t: int=None, # of M_t; 0: S, perhaps a hub id; none: of the last finished stage
     ) -> Path:
         "Where a model lies, as `from_pretrained` reads it. Raises ValueError where no stage is finished."
-        if t == 0: return Path(self.config["model"])
+        if t == 0:
+            named, kept = Path(self.config["model"]), self.folder / "base" / "model"
+            loaded = named.parts[-2:] == ("base", "model") # it lies in the run, which may have been moved
+            return kept if loaded and kept.exists() else named
         finished = finished_stages(self.folder)
         if t is None and not finished:
             raise ValueError(f"{self.folder}: no stage is finished, so there is no model yet")
@@ -71,14 +74,25 @@ class Run:
 
     def partition(self) -> pd.DataFrame:
         "What was measured of each source under S, in the order of training."
-        return pd.DataFrame(read_part(self.folder / "partition.json")["measures"]).set_index("source")
+        path = self.folder / "partition.json"
+        if not path.exists():
+            raise ValueError(f"{path}: there is none: S has not read all pairs yet, or chunks is a function")
+        return pd.DataFrame(read_part(path)["measures"]).set_index("source")
 
     def held_out(self) -> pd.DataFrame: return held_out_table(self)
     def table(self) -> pd.DataFrame: return stage_table(self)
-    def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics)
+    def signs(self) -> list[str]: return failure_signs(gamma_table(self), self.metrics, _from_S(self))
     def report(self): return write_report(self)
     def export(self, folder) -> Path: return export_model(self, folder)
     def push(self, repo_id: str, private: bool=True) -> str: return push_model(self, repo_id, private)
+
+def _from_S(run): # whether every stage starts at S
+    return run.config["settings"].get("init_target") == "S"
+
+def _trained_on(config): # the sources of config.yaml, but for those that a list of chunks leaves out
+    chunks, sources = config["settings"].get("chunks"), config["sources"]
+    named = sum(chunks, []) if isinstance(chunks, list) else sources
+    return {name: what for name, what in sources.items() if name in named}
 
 def _steps(folder):
     "metrics.jsonl of a finished stage as a data frame."
@@ -337,7 +351,8 @@ def stage_table(
     for stage in run.stages:
         column = {label: _shown(stage.get(name)) for label, name in STAGE_ROWS.items()}
         columns[f"stage {stage['stage']}"] = column
-    return pd.DataFrame(columns, dtype=object)
+    table = pd.DataFrame(columns, dtype=object)
+    return table.rename({"accuracy of M_t-1 on D_t": "accuracy of S on D_t"}) if _from_S(run) else table
 
 def _shown(value):
     "A number of stage.json as a reader wants it."
@@ -358,7 +373,8 @@ def gamma_table(
     rows = [read_table(folder / "logprobs").rows for folder in folders]
     probes = stages[-1]["probes"]
     for t, stage in enumerate(stages, 1):
-        for m in (t - 1, t, len(stages)): # what the signs of failure compare
+        start = 0 if _from_S(run) else t - 1
+        for m in (start, t, len(stages)): # what the signs of failure compare
             _check_table(folders[m], m, rows[m], probes[stage["chunk"]], stage["chunk"])
 
     parts = []
@@ -393,7 +409,7 @@ def _run_text(run):
     "The command, versions, tokens, time and memory; then all settings."
     config, metrics, stages = run.config, run.metrics, run.stages
     made, skipped = (sum(stage[what] for stage in stages) for what in ("steps", "skipped"))
-    sources = [f"{name}: {what or 'from memory'}" for name, what in config["sources"].items()]
+    sources = [f"{name}: {what or 'from memory'}" for name, what in _trained_on(config).items()]
     facts = {
         "command": config.get("command", "unknown"),
         "model": config["model"],
@@ -522,7 +538,8 @@ def write_report(
 # %% ../nbs/11_report.ipynb #6149a6ab
 def _hub_ids(config):
     "What a run used that others can find by name: the base model, the data sets."
-    sources = [what.get("source") if isinstance(what, dict) else what for what in config["sources"].values()]
+    sources = _trained_on(config).values()
+    sources = [what.get("source") if isinstance(what, dict) else what for what in sources]
     base = config["model"] if _on_hub(config["model"]) else None
     return base, [source for source in sources if _on_hub(source)]
 
@@ -606,7 +623,8 @@ def _write_merged(model, run, folder):
     "A whole model, its adapter merged, in the dtype of S or in fp32, as save_dtype says."
     config = run.config
     rounded = config["settings"]["save_dtype"] == "S"
-    dtype = stored_dtype(config["model"], config.get("revision")) if rounded else torch.float32
+    S = run.model_folder(0).as_posix()
+    dtype = stored_dtype(S, config.get("revision")) if rounded else torch.float32
     folder.mkdir()
     write_model(model, run.tokenizer, folder, dtype)
 

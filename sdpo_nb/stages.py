@@ -35,9 +35,9 @@ from .packing import choose_logprobs
 from .partition import mean_interval, partition
 from sdpo_nb.plan import (
     Chunk, StepwiseConfig, changed, check_chunks, check_held_out, check_names, data_notes, extent,
-    foreign_weights, read_sources, seen_in_training
+    foreign_weights, load_sources, read_sources, seen_in_training
 )
-from .preferences import Source, counts_table, load_pairs, tokenize_pairs
+from .preferences import counts_table
 from .report import Run
 from sdpo_nb.trainer import (
     GIB, MOST, TRAINING, as_line, check_memory, compile_for, free_memory, peak_memory, plan_for,
@@ -194,21 +194,30 @@ def _decide(loaded, table, config):
 # %% ../nbs/13_stages.ipynb #3c257bf6
 def made_chunk(
     t: int, # the stage
-    policy, # M_{t-1}, which the function may ask
+    policy, # M_{t-1}, which the function may ask; None: the chunk must be there
     ctx: Context, # of the run
 ) -> Chunk: # D_t, or None where the function has no more
-    "The chunk that the user's function makes for stage t; kept in the stage's folder."
+    """The chunk that the user's function makes for stage t; kept in the stage's folder.
+
+    Raises ValueError for pairs that cannot be used, and for a kept chunk that is missing or damaged.
+    """
     path = ctx.at(t) / "chunk"
-    if not path.exists():
+    if not path.exists() and policy is not None:
         got = ctx.config.chunks(t, policy)
         if got is None: return None
-        if not isinstance(got, Source):
-            lengths = ctx.config.max_length, ctx.config.max_prompt_length
-            got = tokenize_pairs(load_pairs(got), ctx.tokenizer, f"chunk {t}", *lengths)
-        check_rows(policy, *extent(got.pairs))
-        _say_data(data_notes(got, bool(ctx.tokenizer.chat_template)), ctx.talks)
-        with replacing(path) as tmp: got.pairs.save_to_disk(str(tmp))
-    return Chunk(f"chunk {t}", load_from_disk(str(path)))
+        made = _checked(t, got, policy, ctx)
+        with replacing(path) as tmp: made.save_to_disk(str(tmp))
+    with naming(path): return Chunk(f"chunk {t}", load_from_disk(str(path)))
+
+def _checked(t, got, policy, ctx):
+    "What the function returned for stage t, as tokenised pairs; what is worth a look is said."
+    try:
+        if isinstance(got, dict) and "eval_share" in got: raise ValueError("nothing is held out of it")
+        made, = load_sources({f"chunk {t}": got}, ctx.tokenizer, ctx.config)
+        check_rows(policy, *extent(made.pairs))
+    except ValueError as e: raise ValueError(f"chunks, stage {t}: {e}") from e
+    _say_data(data_notes(made, bool(ctx.tokenizer.chat_template)), ctx.talks)
+    return made.pairs
 
 def _say_data(notes, always):
     "Print them. Of the sources of a tiny model, which come by the hundred, only those with a warning."
@@ -357,7 +366,7 @@ def prepare_run(
     sources,  # as for `load_sources`; none where a function makes the chunks
     config,   # StepwiseConfig, or None for all defaults
     folder,   # of the run
-    tokenizer=None, # of a loaded model
+    tokenizer=None, # of a loaded model; of one that is named, in place of its own
     logprobs=None,  # (model, pairs) -> (chosen, rejected); None: chosen for the model
     revision=None,  # commit of a model on the hub
     held_out=None,  # sources that are only measured
@@ -396,6 +405,7 @@ def prepare_run(
     ctx.otherwise = open_folder(folder, config, precision, _identity(policy, ctx, loaded, written, theirs))
     own = [s for s in held if s.counts] # of a source that was parted, the counts are told once
     for s in read + own: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=ctx.talks)
+    _say_data(_left_out(config.chunks, read), always=True)
     _say_data(check_held_out(held, loaded), always=True)
     if ctx.talks and loaded: _say_model(policy, loaded[0].pairs, ctx)
     return ctx, _first_pass(loaded, policy, ctx), policy
@@ -407,6 +417,11 @@ def _unwrapped(model, config):
         raise ValueError("lora_r: the model carries an adapter already; "
                          "set lora_r, or give get_peft_model(...), not both")
     return plain, changed(config, **asked)
+
+def _left_out(chunks, read):
+    "A line for each source that a list of chunks does not name."
+    named = sum(chunks, []) if isinstance(chunks, list) else [s.name for s in read]
+    return [f"  warning: no chunk names {s.name}, so it is not trained on" for s in read if s.name not in named]
 
 def _check_adapters(policy, config):
     "Raise ValueError for adapters that cannot be had; say so where the learning rate is low for them."
@@ -445,7 +460,7 @@ def free_model(
 # %% ../nbs/13_stages.ipynb #1af44782
 def stage_measures(
     ref: LogprobTable,    # of the reference of stage t
-    before: LogprobTable, # of M_{t-1}
+    before: LogprobTable, # of the model that the stage starts at: M_{t-1}, or S
     after: LogprobTable,  # of M_t
     probe,                # pairs of D_t, with keys, that all three have read
     chunk,                # all pairs of D_t, which the reference has read
@@ -470,12 +485,16 @@ def stage_measures(
         accuracy=mean(reward_accuracy(gamma_after)),
     )
 
+def _start_of(t, config):
+    "The number of the model that stage t starts at."
+    return 0 if config.init_target == "S" else t - 1
+
 def _measures(t, chunks, table, ctx):
     "The measures of stage t of a run that is going on."
     n = ctx.config.probe
     probe = chunks[t-1].probe(n)
     coming = chunks[t].probe(n) if t < len(chunks) else None
-    tables = table, ctx.table(t-1), ctx.table(t)
+    tables = table, ctx.table(_start_of(t, ctx.config)), ctx.table(t)
     return stage_measures(*tables, probe, chunks[t-1].pairs, coming, ctx.config.beta)
 
 # %% ../nbs/13_stages.ipynb #112431cd
@@ -513,13 +532,14 @@ def run_stage(
         measured = chunks[:t-1] if callable(config.chunks) else chunks
         ctx.score_all(t-1, policy, measured)
     table, reference, policy = _reference(t, chunks, policy, ctx) # before the policy is reset or trained
-    ctx.score(t-1, policy, chunk.probe(config.probe), chunk.name) # for the change of gamma
     if t == 1: _answer(0, policy, chunks, ctx)
 
     # train
-    if config.init_target == "S" and t > 1:
+    start = _start_of(t, config)
+    if start != t - 1:
         free_model(policy)
-        policy = ctx.load(0)
+        policy = ctx.load(start)
+    ctx.score(start, policy, chunk.probe(config.probe), chunk.name) # for the change of gamma
     came_in = weights_hash(policy)
     own = table if table.kind["weights"] == came_in else None
     if config.lora_r: policy = _with_adapter(t, policy, ctx)

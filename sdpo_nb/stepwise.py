@@ -16,7 +16,9 @@ import torch
 from datasets import concatenate_datasets
 
 from .evaluate import held_out
-from .folder import alone_in, finished_stages, load_any, load_saved_tokenizer, read_part, stage_folders
+from sdpo_nb.folder import (
+    alone_in, cure_of, finished_stages, load_any, load_saved_tokenizer, read_part, stage_folders
+)
 from sdpo_nb.logprobs import (
     Clock, check_model, check_rows, load_tokenizer, pair_tokens, pairs_hash, pick_precision, weights_hash,
     write_lines
@@ -33,7 +35,7 @@ def sdpo(
     sources: dict=None, # name -> data, as for `load_sources`; none where `chunks` is a function
     config: StepwiseConfig=None, # default: all defaults
     folder="runs/sdpo", # the run's; the same call on the same folder goes on where it stopped
-    tokenizer=None,     # of a loaded model
+    tokenizer=None,     # of a loaded model; of one that is named, in place of its own
     logprobs=None,      # (model, pairs) -> (chosen, rejected); None: packed where the guard agrees
     revision: str=None, # commit of a model on the hub
     held_out: dict=None, # sources of their own that are measured after every stage and never trained on
@@ -56,7 +58,7 @@ def sdpo(
 def _all_stages(ctx, chunks, policy):
     "From the last finished stage to the end."
     made = callable(ctx.config.chunks)
-    t = len(stage_folders(ctx.folder))
+    t = begun = len(stage_folders(ctx.folder))
     if t:
         free_model(policy)
         policy = ctx.load(t)
@@ -65,8 +67,9 @@ def _all_stages(ctx, chunks, policy):
     while True:
         new = made_chunk(t + 1, policy, ctx) if made else None
         if new: chunks.append(new)
-        _drop_checkpoints(ctx, last=t == len(chunks))
+        _drop_checkpoints(ctx, last=t == len(chunks) and not made) # a function may have more pairs later
         if t == len(chunks): break
+        if t and t == begun: _check_exact(t, policy, ctx)
         t += 1
         policy = run_stage(t, chunks, policy, ctx)
     if not t: raise ValueError("chunks: the function returned no pairs for stage 1")
@@ -83,13 +86,21 @@ def _drop_checkpoints(ctx, last):
     if ctx.dtype != torch.float32 and not last: finished = finished[:-1]
     for t in finished: shutil.rmtree(ctx.at(t) / "checkpoint", ignore_errors=True)
 
+def _check_exact(t, policy, ctx):
+    "Raise ValueError where M_t was loaded rounded, since the checkpoint with its exact weights is gone."
+    found, ended = weights_hash(policy), read_part(ctx.at(t) / "stage.json")["end"]
+    if found == ended: return
+    path = ctx.at(t) / "checkpoint"
+    raise ValueError(f"{path}: is missing, and the model beside it is rounded: it has weights {found}, and stage {t} "
+                     f"ended with {ended}, where stage {t+1} must begin; {cure_of(path)}")
+
 # %% ../nbs/14_stepwise.ipynb #abd1fb49
 def sdpo_partition(
     model,              # as for `sdpo`, and so are all others
     sources: dict=None, # name -> data
     config: StepwiseConfig=None, # default: all defaults
     folder="runs/sdpo", # of the run
-    tokenizer=None,     # of a loaded model
+    tokenizer=None,     # of a loaded model; of one that is named, in place of its own
     logprobs=None,      # (model, pairs) -> (chosen, rejected)
     revision: str=None, # commit of a model on the hub
     held_out: dict=None, # sources that are only measured
@@ -105,10 +116,10 @@ def _settings_of(run):
     defaults = {f.name: f.default for f in fields(StepwiseConfig)}
     return SimpleNamespace(**defaults | run.config["settings"])
 
-def _texts_of(run, settings, sources):
+def _texts_of(run, settings, sources, tokenizer=None):
     "A function: the number of a pair in partition.json -> the pair as texts or messages."
     sources = _same_names(run.config["sources"], sources)
-    tokenizer = load_tokenizer(run.config["model"], run.config.get("revision"))
+    tokenizer = tokenizer or load_tokenizer(run.model_folder(0).as_posix(), run.config.get("revision"))
     read = load_sources(sources, tokenizer, settings)
     trained = {s.name: s for s in part_sources(read, sources, settings)[0]}
 
@@ -116,7 +127,7 @@ def _texts_of(run, settings, sources):
     places = [(name, row) for name in sum(groups, []) for row in trained[name].pairs["row"]]
     found = pairs_hash(*(trained[name].pairs for name in sum(groups, [])))
     if found != run.config["pairs"]:
-        raise ValueError(f"{run.folder}: its sources hold other pairs now (their hash is {found}, "
+        raise ValueError(f"{run.folder}: its sources, or its tokenizer, give other pairs now (their hash is {found}, "
                          f"and was {run.config['pairs']}), so its chunks cannot be written")
     rows = {name: read_rows(name, what) for name, what in sources.items()}
 
@@ -144,6 +155,7 @@ def export_chunks(
     run: Run, # whose sources are partitioned; no stage need be finished
     out,      # folder for chunk-1.jsonl, chunk-2.jsonl, ...
     sources: dict=None, # as the run was given them; none: from where its config.yaml says that they lie
+    tokenizer=None, # where the run was given one of its own
 ) -> list[Path]: # the files, in the order of training
     """Each chunk as a file that TRL reads: prompt, chosen and rejected as text or as messages.
 
@@ -155,12 +167,12 @@ def export_chunks(
     if not path.exists(): raise ValueError(f"{path}: there is none, so there are no chunks to write")
     chunks, settings = read_part(path)["chunks"], _settings_of(run)
     _check_no_other_chunks(out, len(chunks))
-    texts = _texts_of(run, settings, sources)
-    files = []
-    for t, rows in enumerate(chunks, 1):
+    texts = _texts_of(run, settings, sources, tokenizer)
+    files = [out / f"chunk-{t}.jsonl" for t in range(1, len(chunks) + 1)]
+    for file in files: file.unlink(missing_ok=True) # or a call that dies leaves some of these and some older ones
+    for t, (file, rows) in enumerate(zip(files, chunks), 1):
         order = epoch_order(len(rows), settings.seed, t, 0, settings.shuffle)
-        files.append(out / f"chunk-{t}.jsonl")
-        write_lines(files[-1], (texts(rows[i]) for i in order))
+        write_lines(file, (texts(rows[i]) for i in order))
     return files
 
 def _check_no_other_chunks(out, T):
@@ -173,6 +185,7 @@ def _check_no_other_chunks(out, T):
 # %% ../nbs/14_stepwise.ipynb #55f094d4
 def _check_same_tokens(models):
     "The first model's tokenizer. Raises ValueError for a model in whose vocabulary a token has another id."
+    if not models: raise ValueError("models: none; expected {'name': 'folder or hub id'}")
     first = next(iter(models))
     tokenizer = load_saved_tokenizer(models[first])
     for name, place in list(models.items())[1:]:

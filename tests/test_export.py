@@ -4,10 +4,11 @@ import json
 import pytest
 from datasets import load_dataset
 
-from sdpo_nb.logprobs import load_tokenizer
+import sdpo_nb.stepwise as stepwise
+from sdpo_nb.logprobs import load_model, load_tokenizer, write_lines
 from sdpo_nb.plan import StepwiseConfig
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.stepwise import export_chunks, sdpo, sdpo_partition
+from sdpo_nb.stepwise import Run, export_chunks, sdpo, sdpo_partition
 from sdpo_nb.trainer import epoch_order
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, rows, write_jsonl
@@ -97,13 +98,45 @@ def test_what_cannot_be_written_is_said(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows("primer", 8))
     run = sdpo_partition(BASE, dict(a=str(path)), config(), tmp_path / "run")
     write_jsonl(path, rows("primer", 8, start=3))
-    with pytest.raises(ValueError, match="hold other pairs now"): export_chunks(run, tmp_path / "out")
+    with pytest.raises(ValueError, match="give other pairs now"): export_chunks(run, tmp_path / "out")
     with pytest.raises(ValueError, match="the run has a, and b are given"): export_chunks(run, tmp_path / "out", dict(b=str(path)))
     memory = sdpo_partition(BASE, dict(a=rows("primer", 8)), config(), tmp_path / "memory")
     with pytest.raises(ValueError, match="give the sources"): export_chunks(memory, tmp_path / "out")
     made = sdpo(BASE, None, config(chunks=lambda t, model: rows("primer", 8) if t == 1 else None), tmp_path / "made")
     with pytest.raises(ValueError, match="partition.json"): export_chunks(made, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_after_the_run_was_moved(tmp_path, monkeypatch):
+    "config.yaml names base/model as the run was called; its tokenizer lies in the folder."
+    monkeypatch.chdir(tmp_path)
+    sources = dict(a=rows("primer", 6))
+    sdpo_partition(load_model(BASE), sources, config(), "runs/a", tokenizer=load_tokenizer(BASE))
+    moved = Run((tmp_path / "runs/a").rename(tmp_path / "runs/b"))
+    assert len(lines(export_chunks(moved, "out", sources)[0])) == 6 and moved.model_folder(0) == tmp_path / "runs/b/base/model"
+    (tmp_path / "named/base/model").mkdir(parents=True)                     # as a refused call with a loaded model leaves it
+    assert str(sdpo_partition(BASE, sources, config(), tmp_path / "named").model_folder(0)) == BASE
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    own = load_tokenizer(BASE)
+    own.chat_template = own.chat_template.replace("{{", '{{ "a" }}{{', 1)
+    sources = dict(a=rows("primer", 6))
+    run = sdpo_partition(BASE, sources, config(), tmp_path / "run", tokenizer=own)
+    with pytest.raises(ValueError, match="or its tokenizer"): export_chunks(run, tmp_path / "out", sources)
+    assert len(lines(export_chunks(run, tmp_path / "out", sources, tokenizer=own)[0])) == 6
+
+
+def test_a_call_that_dies_leaves_no_mix_of_two_exports(tmp_path, monkeypatch):
+    sources = {n: rows(n, 6) for n in ("primer", "digest")}
+    run = sdpo_partition(BASE, sources, config(), tmp_path / "run")
+    export_chunks(run, tmp_path / "out", sources)
+    def dies(path, rows):
+        if path.name == "chunk-2.jsonl": raise KeyboardInterrupt
+        write_lines(path, rows)
+    monkeypatch.setattr(stepwise, "write_lines", dies)
+    with pytest.raises(KeyboardInterrupt): export_chunks(run, tmp_path / "out", sources)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["chunk-1.jsonl"]
 
 
 def with_history(r):

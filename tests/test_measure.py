@@ -74,6 +74,7 @@ def test_another_vocabulary_is_refused(tmp_path, other):
     tok.add_tokens(["zebra"]); tok.save_pretrained(wider)
     with pytest.raises(ValueError, match="'S' has another vocabulary than 'wider': 1 tokens"):
         measure_models(dict(wider=wider, S=BASE), dict(a=rows("primer", 8)), FP32, tmp_path / "m")
+    with pytest.raises(ValueError, match="models: none"): measure_models({}, dict(a=rows("primer", 8)), FP32, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

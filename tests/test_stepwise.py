@@ -8,13 +8,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sdpo_nb.report as report, sdpo_nb.plan as plan, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
 from sdpo_nb import cli
-from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
+from sdpo_nb.logprobs import load_model, load_tokenizer, read_table, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo_partition, sdpo
 from sdpo_nb.trainer import train_stage
 from sdpo_nb.world import load_base, load_world
-from tiny import SETTINGS, gammas, metrics, perturbed, rows
+from tiny import SETTINGS, gammas, metrics, perturbed, rows, write_jsonl
 
 BASE, LN2 = load_world().base, math.log(2)
 SOURCES = {"digest": rows("digest", 16), "riddle": rows("riddle", 8), "primer": rows("primer", 24)}   # neither order given is an order of difficulty
@@ -139,6 +139,18 @@ def test_each_stage_starts_from_the_base(tmp_path, S_hash):
     assert abs(metrics(folder / "stage-2")[0]["loss"] - want) < 1e-4
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_what_a_stage_changed_is_counted_from_where_it_starts(tmp_path, made):
+    "From S, also where S has not read the pairs before, since a function made them."
+    data = list(TWO.values())
+    chunks = (lambda t, model: data[t-1] if t <= 2 else None) if made else ["primer", "digest"]
+    got = run(tmp_path / "run", init_target="S", chunks=chunks)
+    S, M_2 = (gammas(got.folder / f / "logprobs").loc[keys(data[1])] for f in ("base", "stage-2"))
+    assert got.stages[1]["gamma_change"][0] == pytest.approx((M_2 - S).mean(), abs=1e-4)
+    assert got.table().loc["accuracy of S on D_t", "stage 2"] == round((S > 0).mean(), 3)
+    assert "accuracy of M_t-1 on D_t" not in got.table().index
+
+
 def test_fixed_reference(tmp_path, S_hash):
     got = run(tmp_path / "run", reference="fixed", beta=0.5, **WHOLE); one, two = got.stages; folder = tmp_path / "run"
     assert two["reference_kind"]["weights"] == S_hash and two["start"] == one["end"] != S_hash
@@ -234,6 +246,29 @@ def test_lists_of_source_names(tmp_path, trained):
     got = run(tmp_path / "run", SOURCES, chunks=[["primer"], ["riddle", "digest"]])
     assert trained == [keys(SOURCES["primer"]), keys(SOURCES["riddle"]) + keys(SOURCES["digest"])] and len(got.stages) == 2
     with pytest.raises(ValueError, match="primr"): run(tmp_path / "wrong", SOURCES, chunks=[["primr"]])
+
+
+def test_a_source_that_is_named_twice(tmp_path, trained):
+    "Its second chunk has a name of its own, or tables, signs and probes would go by the first."
+    got = run(tmp_path / "run", chunks=["primer", "primer", ["digest", "primer"]])
+    names = ["primer", "primer (2)", "digest+primer"]
+    assert [s["chunk"] for s in got.stages] == list(got.stages[-1]["probes"]) == list(got.partition().index) == names
+    assert trained == [keys(TWO["primer"]), keys(TWO["primer"]), keys(TWO["digest"]) + keys(TWO["primer"])]
+    mean = report.gamma_table(got).groupby(["chunk", "model"])["gamma"].mean()
+    for t, s in enumerate(got.stages, 1):
+        assert mean[s["chunk"], f"M_{t}"] - mean[s["chunk"], f"M_{t-1}"] == pytest.approx(s["gamma_change"][0], abs=1e-4)
+    def named(chunks): return [s.name for s in plan.check_chunks(chunks, plan.load_sources({"a": TWO["primer"], "a (2)": TWO["digest"]}, load_tokenizer(BASE), StepwiseConfig(**SETTINGS)))]
+    assert named([["a"], ["a (2)"], ["a"], ["a"]]) == ["a", "a (2)", "a (3)", "a (4)"]
+
+
+def test_a_source_that_no_chunk_names_is_told(tmp_path, capsys):
+    "Nothing trains on it, so neither report nor card name it."
+    sources = {n: str(write_jsonl(tmp_path / f"{n}.jsonl", d)) for n, d in TWO.items()}
+    got = run(tmp_path / "run", sources, chunks=["primer"])
+    assert "warning: no chunk names digest, so it is not trained on" in capsys.readouterr().out
+    assert "primer.jsonl" in report._report_text(got) and "digest" not in report._report_text(got)
+    hub = dict(model="m", sources=dict(a="me/a", b="me/b"), settings=dict(chunks=[["b"]]))
+    assert report._hub_ids(hub)[1] == ["me/b"]
 
 
 @pytest.mark.parametrize("chunks", [[], (), [[]], [1], [("a", 2)], ["a", None], [{"a": 1}], "two", True, 0, 1.5])
@@ -352,8 +387,30 @@ def test_a_function_is_not_asked_twice_for_a_chunk(tmp_path):
     assert asked == [3, 4] and [s["end"] for s in got.stages][:2] == first and len(got.stages) == 3
 
 
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda chunk: (chunk / "state.json").unlink()], ids=["missing", "damaged"])
+def test_a_chunk_of_a_finished_stage_is_not_made_again(tmp_path, damage):
+    def chunks(t, model):
+        assert model is not None
+        return rows("primer", 8) if t == 1 else None
+    got = run(tmp_path / "run", chunks=chunks)
+    chunk = got.folder / "stage-1" / "chunk"
+    damage(chunk)
+    with pytest.raises(ValueError, match=f"^{chunk}: cannot be used.*remove stage-1"): run(tmp_path / "run", chunks=chunks)
+
+
 def test_a_function_without_pairs(tmp_path):
     with pytest.raises(ValueError, match="chunks"): run(tmp_path / "run", chunks=lambda t, model: None)
+    with pytest.raises(ValueError, match="^chunks, stage 1: .*no rows"): run(tmp_path / "run", chunks=lambda t, model: [])
+    with pytest.raises(ValueError, match="eval_share"): StepwiseConfig(chunks=lambda t, model: None, eval_share=0.1)
+    with pytest.raises(ValueError, match="^chunks, stage 1: nothing is held out"): run(tmp_path / "run", chunks=lambda t, model: dict(source=rows("primer", 8), eval_share=0.1))
+    with pytest.raises(ValueError, match="there is none: .*a function"): sdpo_partition(BASE, None, StepwiseConfig(**SETTINGS, chunks=lambda t, model: None), tmp_path / "looked").partition()
+
+
+def test_a_function_returns_what_a_source_may_be(tmp_path, trained):
+    "With chat = True in a dict, plain rows get the chat template, as the note advises."
+    plain = [dict(prompt=r["prompt"][0]["content"], chosen=r["chosen"][0]["content"], rejected=r["rejected"][0]["content"]) for r in rows("primer", 8)]
+    run(tmp_path / "run", chunks=lambda t, model: dict(source=plain, chat=True) if t == 1 else None)
+    assert trained == [keys(rows("primer", 8))]
 
 
 def test_a_function_and_one_schedule_do_not_go_together(tmp_path):
@@ -475,6 +532,35 @@ def test_a_bf16_run_that_goes_on_starts_from_the_exact_weights(tmp_path, half, m
     assert (tmp_path / "killed/stage-1/checkpoint/state.pt").exists()
     again = sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "killed")
     assert [s["end"] for s in again.stages] == [s["end"] for s in whole.stages]
+
+
+def test_a_bf16_run_does_not_go_on_from_rounded_weights(tmp_path, half, monkeypatch):
+    "The exact ones lie in the checkpoint of the last stage; where it is gone, no table is overwritten."
+    real = stepwise.run_stage
+    def stops(t, *args):
+        if t == 2: raise KeyboardInterrupt
+        return real(t, *args)
+    monkeypatch.setattr(stepwise, "run_stage", stops)
+    with pytest.raises(KeyboardInterrupt): sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
+    monkeypatch.setattr(stepwise, "run_stage", real)
+    stage = tmp_path / "run" / "stage-1"
+    table = read_table(stage / "logprobs").kind
+    shutil.rmtree(stage / "checkpoint")
+    with pytest.raises(ValueError, match=f"{stage / 'checkpoint'}: is missing.* remove stage-1"): sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
+    assert read_table(stage / "logprobs").kind == table
+    shutil.rmtree(stage)                                                      # as the message says
+    again = sdpo(half, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run").stages
+    assert again[0]["end"] == again[1]["start"] == again[1]["reference_kind"]["weights"] == table["weights"]
+
+
+def test_a_bf16_run_whose_function_has_more_pairs_later(tmp_path, half):
+    n = 1
+    def more(t, model): return rows("primer", 8, 8 * t) if t <= n else None
+    config = StepwiseConfig(**SETTINGS, chunks=more)
+    sdpo(half, None, config, tmp_path / "run")
+    n = 2
+    one, two = sdpo(half, None, config, tmp_path / "run").stages
+    assert one["end"] == two["start"] == two["reference_kind"]["weights"]
 
 
 @pytest.mark.parametrize("other", ["model", "checkpoint"])

@@ -69,7 +69,7 @@ def test_a_fixed_reference_is_no_fault(runs):
 
 @pytest.mark.parametrize("settings", [
     dict(reference="fixed", init_target="S"), dict(init_target="S", label_smoothing=0.1), dict(chunks=1, order="as_given"), dict(chunks=3, order="random"),
-    dict(epochs=2, restart="never"), dict(chunks=[["digest"], ["primer"]]), dict(probe=10, eval_share=0.2)])
+    dict(epochs=2, restart="never"), dict(chunks=[["digest"], ["primer"], ["digest"]]), dict(probe=10, eval_share=0.2)])
 def test_every_kind_of_run(tmp_path, settings):
     train(BASE, SOURCES, StepwiseConfig(**SETTINGS | settings), tmp_path / "run")
     found = verify(tmp_path / "run", SOURCES)
