@@ -731,7 +731,7 @@ memory.rename_axis("GiB, a row of 2,048 tokens").style.format("{:.2f}")
 four = {}
 for model, key in (("135 million parameters", "plan"), ("1.2 billion parameters", "larger")):
     for side, name in sides.items(): four[f"{model}, {name}"] = results[f"{key} {side}"]["parts"]
-bars = pd.DataFrame(four).T[::-1]
+bars = pd.DataFrame(four).T[::-1].rename(columns=dict(output_gradient="gradient of the output layer"))
 ax = bars.plot.barh(stacked=True, figsize=(8, 2.6), width=0.75, colormap="viridis")
 ax.set_xlabel("GiB planned for a row of 2,048 tokens in fp32 (less is better)")
 ax.legend(frameon=False, ncols=2, loc="upper right")
