@@ -100,7 +100,7 @@ metrics.groupby(["stage", "epoch"])[columns].mean().round(3)
 # ## Colours
 #
 # In every figure of a run two colours mean two sides: blue is chosen, orange is rejected. Green and red would say it louder, but not to readers
-# who cannot tell them apart. Models are a scale from dark to light, and stage $t$ has the colour of the model it makes.
+# who cannot tell them apart. Models are a scale from dark to light. Stage $t$ has the colour of the model it makes, and so has its chunk.
 
 # %%
 #| export
@@ -108,7 +108,7 @@ CHOSEN, REJECTED = sns.color_palette("colorblind")[:2]
 NEUTRAL = "0.75"
 
 def _model_colors(T):
-    "M_0 ... M_T; stage t has the colour of M_t."
+    "M_0 ... M_T; stage t and its chunk have the colour of M_t."
     return sns.color_palette("viridis", T + 1)
 
 
@@ -174,7 +174,9 @@ plot_partition(with_wordy);
 # %%
 #| export
 def _whole_run(metrics):
-    "Optimizer steps counted over the whole run; the window of running averages, a quarter of a stage."
+    """Optimizer steps counted over the whole run; the window of running averages, a quarter of a stage.
+    Raises ValueError where there are none."""
+    if metrics.empty: raise ValueError("metrics: no optimizer steps")
     steps = metrics.sort_values("stage", kind="stable").reset_index(drop=True)
     steps.index += 1
     stages = steps["stage"].nunique()
@@ -339,7 +341,7 @@ def plot_change(
         gamma_of[key] = rows["gamma"].to_numpy()
 
     fig, ax = plt.subplots(figsize=(6.5, 3))
-    colors = sns.color_palette("colorblind", len(chunks))
+    colors = _model_colors(max(len(models) - 1, len(chunks)))[1:]
     ends = []
     for t, (chunk, color) in enumerate(zip(chunks, colors), 1):
         x, changes = [], []
@@ -391,7 +393,7 @@ def plot_models(
     for ax, source in zip(axes.flat, sources):
         rows = changes[changes["source"] == source].set_index("model").reindex(models)
         y, mean = range(len(models)), rows["mean"]
-        ax.errorbar(mean, y, xerr=[mean - rows["low"], rows["high"] - mean], fmt="o", color=CHOSEN, capsize=3)
+        ax.errorbar(mean, y, xerr=[mean - rows["low"], rows["high"] - mean], fmt="o", color="black", capsize=3)
         ax.axvline(0, color="black", lw=1, ls=":")
         ax.set(title=source, yticks=list(y), yticklabels=models, ylim=(len(models) - 0.5, -0.5))
     fig.supxlabel(f"change of $\\gamma$ since {first} (nats)\nbetter  →", fontsize="medium")
@@ -496,7 +498,7 @@ changed.round(2)
 #
 # ## What you now have
 #
-# - Six functions, each from one data frame to one figure. The report of every run calls the first five.
+# - Six functions, each from one data frame to one figure. The report of a run draws four of them: partition, loss, change and drift.
 # - One meaning for each colour: two sides, and a scale of models.
 # - An answer to "why is chosen falling?", and the figure that shows whether it is.
 #

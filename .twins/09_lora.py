@@ -400,14 +400,42 @@ def is_adapter(
     "Whether a folder holds an adapter, and not a whole model."
     return (Path(folder) / CONFIG_FILE).exists()
 
+TAKEN = ["r", "lora_alpha", "target_modules"]
+HARMLESS = [ # of a LoraConfig: changes no number here
+    "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "fan_in_fan_out", "lora_dropout", "runtime_config", "megatron_core",
+]
+SEEN = [ # of one on disk: what it did shows in the matrices, or it is a detail of something that is off
+    "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "qalora_group_size",
+]
+AS_IT_WAS = [True, False, "gaussian", "orthogonal"] # `init_lora_weights` that leave the weight beneath as it is
+
 def read_adapter(
     folder, # with the two files
 ) -> Adapter:
-    "What `write_adapter` wrote."
+    "What `write_adapter`, or PEFT, wrote. Raises ValueError for an adapter that is not as in (1)."
     config = json.loads((Path(folder) / CONFIG_FILE).read_text())
     state = load_file(Path(folder) / WEIGHTS_FILE)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    return Adapter(config["r"], config["lora_alpha"], sorted(config["target_modules"]), state)
+    _check_read(config, state)
+    targets = config["target_modules"]
+    targets = [targets] if isinstance(targets, str) else sorted(targets)
+    return Adapter(config["r"], config["lora_alpha"], targets, state)
+
+def _check_read(config, state):
+    merged = "merge it with PEFT's merge_and_unload(), and give the merged model"
+    kind = config.get("peft_type")
+    if kind != "LORA": raise ValueError(f"adapter: it is of {kind}, and only LoRA is known here; {merged}")
+    for name, value in config.items():
+        if name in TAKEN + HARMLESS + SEEN or not value: continue
+        if name == "init_lora_weights" and value in AS_IT_WAS: continue
+        raise ValueError(f"adapter: {CONFIG_FILE} has {name} = {value!r}, which is not known here; {merged}")
+    if not state: raise ValueError(f"adapter: {WEIGHTS_FILE} holds nothing")
+    for name, tensor in state.items():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ValueError(f"adapter: {WEIGHTS_FILE} holds {name}, which is no matrix of (1); {merged}")
+        rank = tensor.shape[0 if "lora_A" in name else 1]
+        if rank != config["r"]: raise ValueError(f"adapter: {name} is of rank {rank}, not {config['r']}")
 
 
 # %% [markdown]
@@ -424,6 +452,14 @@ back = read_adapter(tmp / "adapter")
 assert all(torch.equal(back.state[name], tensor) for name, tensor in first.state.items())
 assert_close(says(theirs), says(policy), **near)
 sorted(p.name for p in (tmp / "adapter").iterdir())
+
+# %% [markdown]
+# PEFT knows many more ways than (1): scales of another form, matrices that are decomposed, layers that are trained in full. Their files look much the same. In the file of *rank-stabilised* LoRA even the matrices have the same names and shapes, and only the scale is another one, $\alpha/\sqrt r$. Read as plain LoRA it would be a wrong model, and nothing would say so. So whatever we would drop is refused by its name. The cure is to let PEFT merge what PEFT has made.
+
+# %%
+rooted = get_peft_model(load_model(w.base, "cpu"), LoraConfig(r=4, target_modules=["q_proj"], use_rslora=True))
+rooted.save_pretrained(tmp / "rooted")
+print(complaint(read_adapter, tmp / "rooted"))
 
 
 # %% [markdown]
@@ -545,21 +581,16 @@ on = train_stage(policy, pairs, table_1, config, tmp / "same", stage=2, start=ta
 assert abs(on["first_loss"] - math.log(2)) < 1e-5
 {"first loss": round(on["first_loss"], 4), "rank": adapter_of(policy).r}
 
+
 # %% [markdown]
 # ## A model that somebody has wrapped
 #
 # Users of PEFT come with a model that carries an adapter already: `get_peft_model(model, LoraConfig(...))`. If the adapter is fresh, it says two things, which model is S and what the settings are, and no more. So both are read off it. The model of the user stays as it is: S is made of the same tensors in new modules.
 #
-# PEFT knows many more ways than (1): scales of another form, matrices that are decomposed, layers that are trained in full. Every field of a `LoraConfig` that is not at its default, and that we would drop without a word, is refused by its name. And an adapter that has been trained is a model of its own: merge it first, and that is S.
+# Here, too, every field of a `LoraConfig` that is not at its default, and that we would drop without a word, is refused by its name. So is a layer that can have no adapter here. And an adapter that has been trained is a model of its own: merge it first, and that is S.
 
 # %%
 #| export
-TAKEN = ["r", "lora_alpha", "target_modules"]
-HARMLESS = [ # of a LoraConfig: changes no number here
-    "task_type", "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision",
-    "inference_mode", "fan_in_fan_out", "lora_dropout", "runtime_config", "megatron_core",
-]
-
 def is_wrapped(
     model, # anything
 ) -> bool:
@@ -575,10 +606,11 @@ def unwrapped(
     dropout = config.lora_dropout
     if dropout: print(f"lora_dropout = {dropout} is not used: a policy is trained without dropout")
     plain = _without(model)
-    every = set(target_layers(plain, "all-linear"))
-    names = sorted(config.target_modules)
-    found = {layer for layer in every if any(_fits(layer, name) for name in names)}
-    targets = "all-linear" if found == every else ",".join(names)
+    carry = {name for name, m in model.get_base_model().named_modules() if hasattr(m, "base_layer")}
+    every = carry == set(target_layers(plain, "all-linear"))
+    targets = "all-linear" if every else ",".join(sorted(config.target_modules))
+    odd = carry ^ set(target_layers(plain, targets))
+    if odd: raise ValueError(f"model: {sorted(odd)[0]} cannot have its adapter here; leave it out of target_modules")
     return plain, dict(lora_r=config.r, lora_alpha=config.lora_alpha, lora_targets=targets)
 
 def _check_wrapped(model):
@@ -630,6 +662,7 @@ asked
 for changes in (dict(use_dora=True), dict(use_rslora=True), dict(bias="all")):
     print(complaint(unwrapped, wrapped(**changes)))
 print(complaint(unwrapped, moved(wrapped())))
+print(complaint(unwrapped, wrapped(target_modules=["q_proj", "embed_tokens"])))
 
 # %% [markdown]
 # ## In a run
@@ -698,7 +731,7 @@ memory.rename_axis("GiB, a row of 2,048 tokens").style.format("{:.2f}")
 four = {}
 for model, key in (("135 million parameters", "plan"), ("1.2 billion parameters", "larger")):
     for side, name in sides.items(): four[f"{model}, {name}"] = results[f"{key} {side}"]["parts"]
-bars = pd.DataFrame(four).T[::-1].drop(columns="output_gradient")
+bars = pd.DataFrame(four).T[::-1].rename(columns=dict(output_gradient="gradient of the output layer"))
 ax = bars.plot.barh(stacked=True, figsize=(8, 2.6), width=0.75, colormap="viridis")
 ax.set_xlabel("GiB planned for a row of 2,048 tokens in fp32 (less is better)")
 ax.legend(frameon=False, ncols=2, loc="upper right")
@@ -737,7 +770,7 @@ pd.Series({
     "a checkpoint, MB": lora["checkpoint_mb"],
     "the adapter of stage 1 on disk, MB": lora["model_mb"][0],
     "the adapter of stage 2 on disk, MB": lora["model_mb"][1],
-    "S on disk, MB": memory.loc["all weights", "weights"] * 2**30 / 1e6,
+    "S in fp32, as planned, MB": memory.loc["all weights", "weights"] * 2**30 / 1e6,
 }, name="SmolLM2-135M-Instruct").to_frame().style.format("{:.4g}")
 
 # %% [markdown]
@@ -783,7 +816,7 @@ print(f"logits at most {lora['logits_off']:.1g} apart; {same} of {asked} answers
 #
 # <details><summary>Answer</summary>
 #
-# No. The gradient of $A$ is exactly zero, so its moments stay zero, and zero divided by a small constant is zero. From the second step on $B$ is different from zero, and $A$ moves.
+# No. The gradient of $A$ is exactly zero, so its moments stay zero, and zero divided by a small constant is zero. And there is no weight decay here, which would shrink $A$ without any gradient. From the second step on $B$ is different from zero, and $A$ moves.
 #
 # </details>
 #

@@ -32,7 +32,7 @@ def greedy_answers(
     max_new: int=64,       # longest answer, in tokens
     precision: str="fp32", # fp32, bf16 or fp16, as in chapter 02
 ) -> list[str]:            # one answer per prompt, without special tokens
-    "The greedy answer to each prompt. The model stays in the mode it was in."
+    "The greedy answer to each prompt, whatever the model's own settings of generation. It stays as it was."
     also = model.generation_config.eos_token_id             # none, one or several
     also = also if isinstance(also, list) else [also]
     ends = {tokenizer.eos_token_id, *also} - {None}
@@ -43,7 +43,8 @@ def greedy_answers(
         pad_token_id=tokenizer.eos_token_id,
     )
     answers = []
-    was_training = model.training
+    was_training, own = model.training, model.generation_config
+    model.generation_config = how                           # or its own would fill in what `how` leaves open
     model.eval()
     try:
         for ids in prompts:
@@ -53,7 +54,9 @@ def greedy_answers(
                 out = model.generate(input_ids=row, attention_mask=seen, generation_config=how)
             new = out[0, len(ids):]
             answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
-    finally: model.train(was_training)
+    finally:
+        model.train(was_training)
+        model.generation_config = own
     return answers
 
 # %% ../nbs/08_evaluate.ipynb #6d7a6d02
@@ -109,12 +112,11 @@ def interval(
     draws: int=2000, # of the bootstrap
     seed: int=0,     # of the draws
 ) -> tuple[float, float, float]: # mean, low, high
-    "Mean of values and its 95 % percentile interval; of one number, no interval (NaN)."
+    """Mean of values and its 95 % percentile interval; of one number, no interval (NaN).
+    Raises ValueError as `bootstrap` does."""
     v = np.asarray(values, "float64")
-    low, high = math.nan, math.nan
-    if v.size > 1:
-        means = bootstrap(v, draws, seed)
-        low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    means = bootstrap(v, draws, seed)
+    low, high = np.quantile(means, [0.025, 0.975]).tolist() if v.size > 1 else (math.nan, math.nan)
     return float(v.mean()), low, high
 
 def as_text(
@@ -124,6 +126,12 @@ def as_text(
     "mean [low, high]"
     mean, low, high = (format(number, digits) for number in cell)
     return f"{mean} [{low}, {high}]"
+
+# %% ../nbs/08_evaluate.ipynb #5ef3bf05
+def _share(right): # n numbers from 0 to 1
+    "Their mean and Wilson's interval."
+    p = float(right.mean())
+    return p, *wilson(p, len(right))
 
 # %% ../nbs/08_evaluate.ipynb #3201f15e
 def held_out(
@@ -140,10 +148,6 @@ def held_out(
     g, g_0 = gamma(chosen, rejected), gamma(chosen_0, rejected_0)
     loss, low, high = mean_interval(dpo_loss(g, g_0, beta))
 
-    def share(right):
-        p = right.mean().item()
-        return p, *wilson(p, len(right))
-
     per_token = {}
     if tokens is not None:
         chosen_tokens, rejected_tokens = tokens.to(g).T
@@ -151,10 +155,10 @@ def held_out(
 
     return {
         "gamma": mean_interval(g),
-        "prefers chosen": share(reward_accuracy(g)),
+        "prefers chosen": _share(reward_accuracy(g)),
         **per_token,
         "loss": (loss, max(low, 0.0), high),
-        "reward accuracy": share(reward_accuracy(g, g_0)),
+        "reward accuracy": _share(reward_accuracy(g, g_0)),
         "change of gamma": mean_interval(g - g_0),
         "log-ratio of chosen": mean_interval(chosen - chosen_0),
         "log-ratio of rejected": mean_interval(rejected - rejected_0),
@@ -306,8 +310,9 @@ def win_rate(
     ours: list,    # n answers of the model we ask about
     theirs: list,  # n answers of the other
 ) -> dict:         # wins: (mean, low, high), ties one half; ties, contradicted: shares of prompts
-    """How often ours is better, asked in both orders.
-    Raises ValueError for a verdict outside [0, 1], naming the prompt."""
+    """How often ours is better, asked in both orders; Wilson's interval, wide where there are many ties.
+    Raises ValueError for no prompts, and for a verdict outside [0, 1], naming the prompt."""
+    if not len(prompts): raise ValueError("win_rate: no prompts")
     if not len(prompts) == len(ours) == len(theirs):
         raise ValueError(f"win_rate: {len(prompts)} prompts, "
                          f"{len(ours)} of our answers, {len(theirs)} of theirs")
@@ -326,9 +331,9 @@ def win_rate(
     back = 1 - verdicts(theirs, ours)
     tie = (there == 0.5) & (back == 0.5)
     return dict(
-        wins=interval((there + back) / 2),
+        wins=_share((there + back) / 2),
         ties=float(tie.mean()),
-        contradicted=float((there != back).mean()),
+        contradicted=float((~np.isclose(there, back)).mean()),
     )
 
 # %% ../nbs/08_evaluate.ipynb #4fb74162
@@ -343,7 +348,8 @@ def stability(
     losses,         # of the optimizer steps of one stage, in order
     window: int=9,  # of the running median, in steps
 ) -> dict:          # sd of the residual; robust_sd; spikes: steps above 4 robust sd
-    "Residual of the loss about its running median. Compare runs at one beta, on the same batches where you can."
+    """Residual of the loss about its running median. Compare runs at one beta, on the same batches where you can.
+    Where half of the residuals are equal, as in a loss without noise, there is no scale, and no spike."""
     loss = pd.Series(np.asarray(losses, "float64"))
     residual = loss - loss.rolling(window, center=True, min_periods=1).median()
     deviation = (residual - residual.median()).abs()
@@ -359,17 +365,20 @@ def stability(
 def ends_above(
     loss: pd.Series, # of the optimizer steps of one stage, in order
 ) -> tuple|None:     # (mean, low, high) of the last quarter; None where all is well
-    "Whether the losses of a stage end above the one that it began with, by more than chance."
+    "Whether the losses of a stage end above the one that it began with, by more than chance, or as no numbers."
+    if loss.empty: return None
     last = loss.iloc[-max(3, len(loss) // 4):]
     end = mean_interval(last.tolist())
-    return end if end[1] > loss.iloc[0] else None
+    lost = not math.isfinite(end[0])
+    return end if lost or end[1] > loss.iloc[0] else None
 
 # %% ../nbs/08_evaluate.ipynb #b20d7147
 def failure_signs(
     gammas: pd.DataFrame,  # model, chunk, gamma: one pair a row; chunks in the order of training
     metrics: pd.DataFrame, # stage, loss: one optimizer step a row
+    from_S: bool=False,    # every stage began at M_0, and not at the model before
 ) -> list[str]:            # one sentence per sign; none where all is well
-    """Forgetting, instability and stages that changed nothing, as sentences.
+    """Forgetting, instability, and stages that changed nothing or made it worse, as sentences.
     `gammas` has models from M_0 on, and for every model the same pairs in the same order."""
     gamma_of = {}
     for key, rows in gammas.groupby(["model", "chunk"], sort=False):
@@ -381,13 +390,14 @@ def failure_signs(
 
     signs = []
     for t, (before, after, chunk) in enumerate(zip(models, models[1:], chunks), 1):
+        if from_S: before = models[0]
         gain = mean_interval(gamma_of[after, chunk] - gamma_of[before, chunk])
         said = f"stage {t} changed gamma on {chunk} by {as_text(gain)} nats"
         if gain[2] < 0: signs.append(f"made worse: {said}")
         elif gain[1] <= 0.01: signs.append(f"minimal improvement: {said}")
 
         lost = mean_interval(right(after, chunk) - right(last, chunk))
-        if lost[1] > 0:
+        if lost[1] > 0 and not from_S:
             signs.append(f"forgetting: {last} prefers the chosen response of {chunk} "
                          f"less often than {after}, by {as_text(lost)}")
 
@@ -398,9 +408,10 @@ def failure_signs(
                          f"and its last quarter is at {as_text(end)}")
     return signs
 
-# %% ../nbs/08_evaluate.ipynb #61d632ca
+# %% ../nbs/08_evaluate.ipynb #1b755dbe
 FALSE_ALARMS = (
     "How far to trust these signs. *Instability*: in the tiny world it appeared in 2 of 2,630 runs that ended well, "
-    "and in 19 of 136 that ended badly. *Forgetting*, *made worse* and *minimal improvement* are comparisons at 2.5 %: "
-    "with nothing wrong, chance shows one in every fortieth chunk. No sign is no proof that all is well."
+    "and in 19 of 136 that ended badly. *Forgetting* and *made worse* are comparisons at 2.5 %: "
+    "with nothing wrong, chance shows each of them in one chunk of forty. *Minimal improvement* says that no gain "
+    "could be shown; with few pairs a real gain gets this sign, too. No sign is no proof that all is well."
 )

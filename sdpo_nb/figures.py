@@ -21,7 +21,7 @@ CHOSEN, REJECTED = sns.color_palette("colorblind")[:2]
 NEUTRAL = "0.75"
 
 def _model_colors(T):
-    "M_0 ... M_T; stage t has the colour of M_t."
+    "M_0 ... M_T; stage t and its chunk have the colour of M_t."
     return sns.color_palette("viridis", T + 1)
 
 # %% ../nbs/07_figures.ipynb #b9f493da
@@ -47,7 +47,9 @@ def plot_partition(
 
 # %% ../nbs/07_figures.ipynb #a1aed657
 def _whole_run(metrics):
-    "Optimizer steps counted over the whole run; the window of running averages, a quarter of a stage."
+    """Optimizer steps counted over the whole run; the window of running averages, a quarter of a stage.
+    Raises ValueError where there are none."""
+    if metrics.empty: raise ValueError("metrics: no optimizer steps")
     steps = metrics.sort_values("stage", kind="stable").reset_index(drop=True)
     steps.index += 1
     stages = steps["stage"].nunique()
@@ -150,7 +152,7 @@ def plot_change(
         gamma_of[key] = rows["gamma"].to_numpy()
 
     fig, ax = plt.subplots(figsize=(6.5, 3))
-    colors = sns.color_palette("colorblind", len(chunks))
+    colors = _model_colors(max(len(models) - 1, len(chunks)))[1:]
     ends = []
     for t, (chunk, color) in enumerate(zip(chunks, colors), 1):
         x, changes = [], []
@@ -187,7 +189,7 @@ def plot_models(
     for ax, source in zip(axes.flat, sources):
         rows = changes[changes["source"] == source].set_index("model").reindex(models)
         y, mean = range(len(models)), rows["mean"]
-        ax.errorbar(mean, y, xerr=[mean - rows["low"], rows["high"] - mean], fmt="o", color=CHOSEN, capsize=3)
+        ax.errorbar(mean, y, xerr=[mean - rows["low"], rows["high"] - mean], fmt="o", color="black", capsize=3)
         ax.axvline(0, color="black", lw=1, ls=":")
         ax.set(title=source, yticks=list(y), yticklabels=models, ylim=(len(models) - 0.5, -0.5))
     fig.supxlabel(f"change of $\\gamma$ since {first} (nats)\nbetter  →", fontsize="medium")

@@ -234,6 +234,7 @@ def sampled_ids(
     luck = torch.rand(len(prompts), max_new, dtype=torch.float64, generator=g).to(model.device)
     eos, out, was_training = tokenizer.eos_token_id, [None] * len(prompts), model.training
     how = GenerationConfig(do_sample=False, max_new_tokens=max_new, eos_token_id=eos, pad_token_id=eos)
+    own, model.generation_config = model.generation_config, how # or its own would fill in what `how` leaves open
     model.eval()
     try:
         for rows in _batches(prompts, batch):
@@ -247,7 +248,9 @@ def sampled_ids(
                 new = model.generate(**asked, generation_config=how, logits_processor=choose)
             for i, y in zip(rows, new[:, width:].tolist()):
                 out[i] = y[:y.index(eos) + 1] if eos in y else y
-    finally: model.train(was_training)
+    finally:
+        model.train(was_training)
+        model.generation_config = own
     return out
 
 # %% ../nbs/experiments/graded_tasks.ipynb #afe8f41b

@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from sdpo_nb import evaluate as ev
+from transformers import GenerationConfig
+
+from sdpo_nb import evaluate as ev, graded
 from sdpo_nb.logprobs import LogprobTable, response_logprobs
 from sdpo_nb.world import load_base, load_world, prompt_ids, respond, respond_ids
 
@@ -18,9 +20,10 @@ def base():
     return *load_base(w), w.test[:40]
 
 
-@pytest.mark.parametrize("values", [[], [1, math.nan], [[1, 2], [3, 4]]])
+@pytest.mark.parametrize("values", [[], [math.nan], [1, math.nan], [[1, 2], [3, 4]]])
 def test_bootstrap_refuses(values):
-    with pytest.raises(ValueError, match="bootstrap: needs finite numbers"): ev.bootstrap(values)
+    for asked in (ev.bootstrap, ev.interval):
+        with pytest.raises(ValueError, match="bootstrap: needs finite numbers"): asked(values)
 
 
 def test_bootstrap_of_equal_numbers_does_not_wander():
@@ -72,12 +75,30 @@ def test_excess_is_a_difference_at_equal_kl():
 def test_win_rate_refuses():
     with pytest.raises(ValueError, match="judge: 2.0 for prompt 0"): ev.win_rate(lambda p, a, b: 2, ["x"], ["a"], ["b"])
     with pytest.raises(ValueError, match="2 prompts, 1 of our answers"): ev.win_rate(lambda p, a, b: 1, ["x", "y"], ["a"], ["b", "c"])
+    with pytest.raises(ValueError, match="no prompts"): ev.win_rate(lambda p, a, b: 1, [], [], [])
 
 
 def test_win_rate_counts():
     def longer(p, a, b): return 0.5 + 0.5 * np.sign(len(a) - len(b))
     got = ev.win_rate(longer, ["p"] * 4, ["aa", "a", "a", "aaa"], ["b", "bb", "b", "b"])
     assert got["wins"][0] == 0.625 and got["ties"] == 0.25 and got["contradicted"] == 0
+    always = ev.win_rate(lambda p, a, b: 0.9 if a == "w" else 0.1, ["p"] * 20, ["w"] * 20, ["l"] * 20) # 1 - 0.1 is not quite 0.9
+    assert always["wins"][0] == pytest.approx(0.9) and always["contradicted"] == 0
+    assert ev.win_rate(lambda p, a, b: float(a == "w"), ["p"] * 20, ["w"] * 20, ["l"] * 20)["wins"] == pytest.approx((1, 0.8389, 1), abs=1e-4)
+
+
+@pytest.mark.parametrize("own", [dict(repetition_penalty=5.0), dict(no_repeat_ngram_size=1), dict(suppress_tokens=[5, 6, 7, 8]), dict(num_beams=4)])
+def test_answers_are_those_of_the_model_alone(own, base):
+    "Whatever its own settings of generation are; they stay."
+    model, tok, prompts = base
+    ids = [prompt_ids(tok, p) for p in prompts[:12]]
+    def said(): return ev.greedy_answers(model, tok, ids, 8), graded.sampled_ids(model, tok, ids, 0., max_new=8), graded.sampled_ids(model, tok, ids, 1., max_new=8)
+    want, before = said(), model.generation_config
+    try:
+        model.generation_config = GenerationConfig(**own)
+        assert said() == want
+        assert all(getattr(model.generation_config, name) == value for name, value in own.items())
+    finally: model.generation_config = before
 
 
 def test_held_out_names_columns_and_pairs(base):
@@ -97,6 +118,24 @@ def test_held_out_names_columns_and_pairs(base):
 def test_signs_of_a_run_with_one_stage_and_one_pair():
     gammas = pd.DataFrame(dict(model=["M_0", "M_1"], chunk="a", gamma=[0., 1.]))
     assert ev.failure_signs(gammas, pd.DataFrame(dict(stage=[1], loss=[0.7]))) == []
+
+
+def test_signs_where_every_stage_began_at_S():
+    "Stage 2 has made its own chunk better than S, though the model of stage 1 was better there; it never learned the chunk of stage 1."
+    of_S = np.random.default_rng(0).normal(size=200)
+    models = dict(M_0=(of_S, of_S), M_1=(of_S + 2, of_S + 3), M_2=(of_S - 1, of_S + 2))
+    gammas = pd.concat([pd.DataFrame(dict(model=m, chunk=c, gamma=v)) for m, both in models.items() for c, v in zip("ab", both)])
+    metrics = pd.DataFrame(dict(stage=[1, 1, 2, 2], loss=[0.69, 0.5, 0.69, 0.5]))
+    assert [s.split(":")[0] for s in ev.failure_signs(gammas, metrics)] == ["forgetting", "made worse"]
+    assert ev.failure_signs(gammas, metrics, from_S=True) == []
+    assert ev.failure_signs(gammas, metrics[metrics["stage"] == 1], from_S=True) == [] # nothing kept of stage 2
+
+
+def test_a_loss_that_is_no_number_is_no_good_end():
+    loss = pd.Series([0.69, 0.5] + [math.nan] * 6)
+    assert math.isnan(ev.ends_above(loss)[0]) and ev.ends_above(pd.Series([0.69, math.inf, 0.5, 0.4, 0.3])) is None and ev.ends_above(loss[:0]) is None
+    gammas = pd.DataFrame(dict(model=["M_0", "M_1"], chunk="a", gamma=[0., 1.]))
+    assert [s.split(":")[0] for s in ev.failure_signs(gammas, pd.DataFrame(dict(stage=1, loss=loss)))] == ["instability"]
 
 
 def test_forgetting_is_counted_from_the_best_so_far():

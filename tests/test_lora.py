@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sdpo_nb.folder import load_exactly, load_stage
 from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
@@ -428,6 +428,51 @@ def test_a_fresh_one_says_what_is_wanted(two, tmp_path, pairs):
 def test_targets_of_a_wrapped_model(changes, want):
     plain, found = unwrapped(wrapped(**changes))
     assert found["lora_targets"] == want and weights_hash(plain) == weights_hash(S())
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+
+def untied():
+    "A model whose output layer is not its embedding."
+    shape = S().config.to_dict() | dict(tie_word_embeddings=False)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**shape)).eval()
+
+def test_no_target_of_a_wrapped_model_is_dropped():
+    "All linear layers and one more are not all-linear."
+    user = wrapped(untied(), target_modules=[*SEVEN, "lm_head"])
+    plain, found = unwrapped(user)
+    wanted = sum(p.numel() for n, p in user.named_parameters() if ".lora_" in n)
+    assert adapter_size(plain, SimpleNamespace(**found)) == wanted > adapter_size(plain, asked())
+    for model, names, why in ((untied(), [*SEVEN, "embed_tokens"], "no linear layer is called 'embed_tokens'"), (S(), [*SEVEN, "lm_head"], "also its embedding")):
+        with pytest.raises(ValueError, match=why): unwrapped(wrapped(model, target_modules=names))
+
+def made_by_peft(folder, config):
+    "Files of an adapter that has learned something, and the model that they make."
+    user = moved(peft.get_peft_model(untied(), config))
+    user.save_pretrained(folder)
+    return user.eval()
+
+@pytest.mark.parametrize("changes", [{}, dict(target_modules=r".*layers\.[01]\.self_attn\.q_proj"), dict(layers_to_transform=[1], bias="lora_only"), dict(init_lora_weights="gaussian", lora_alpha=5)])
+def test_an_adapter_of_peft_is_read(changes, tmp_path, pairs):
+    theirs = made_by_peft(tmp_path, peft.LoraConfig(**dict(r=4, target_modules=["q_proj", "v_proj"]) | changes))
+    assert_close(says(merge_adapter(untied(), read_adapter(tmp_path)), pairs), says(theirs, pairs), **NEAR)
+
+@pytest.mark.parametrize("changes, why", [(dict(use_rslora=True), "use_rslora = True, .*merge_and_unload"), (dict(use_dora=True), "use_dora"), (dict(rank_pattern={"q_proj": 2}), "rank_pattern"), (dict(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+                                          (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"), (dict(target_modules=["q_proj", "embed_tokens"]), "holds .*embed_tokens")])
+def test_an_adapter_of_another_form_is_not_read(changes, why, tmp_path):
+    made_by_peft(tmp_path, peft.LoraConfig(**dict(r=4, target_modules=["q_proj", "v_proj"]) | changes))
+    with pytest.raises(ValueError, match=why): read_adapter(tmp_path)
+
+def test_files_that_are_no_lora(tmp_path):
+    from safetensors.torch import load_file, save_file
+    made_by_peft(tmp_path / "ia3", peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="is of IA3, and only LoRA"): read_adapter(tmp_path / "ia3")
+    made_by_peft(tmp_path, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    for wrong, why in (({}, "holds nothing"), (state | dict(other=torch.zeros(1)), "holds other, which is no matrix"), ({n: t[:2] if "lora_A" in n else t for n, t in state.items()}, "is of rank 2, not 4")):
+        save_file({n: t.contiguous() for n, t in wrong.items()}, file)
+        with pytest.raises(ValueError, match=why): read_adapter(tmp_path)
 
 def test_tied_weights_stay_tied():
     plain, _ = unwrapped(wrapped())
