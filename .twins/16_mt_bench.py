@@ -338,7 +338,7 @@ def judge_messages(
         places[f"question_{i+1}"], places[f"answer_{i+1}"] = question["turns"][i], answers[i]
     for i, text in enumerate(reference or []): places[f"ref_answer_{i+1}"] = text
     try: asked = prompts[name]["prompt_template"].format(**places)
-    except KeyError as e:
+    except (KeyError, IndexError) as e:
         what = f"question {question.get('question_id')}: nothing for the place {e} of the judge prompt '{name}'"
         raise ValueError(f"{what}; it has {len(question['turns'])} turns and {len(reference or [])} references") from e
     told = dict(system=prompts[name]["system_prompt"], user=asked)
@@ -610,7 +610,9 @@ def mt_bench(
     if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
     if references is None and questions == QUESTIONS and judge: references = REFERENCES
     asked = _some(_with_references(_questions(questions), references), limit)
-    if judge: prompts, file = _prompts(judge_prompts, asked), f"{_file_name(_judge_name(judge))}_single.jsonl"
+    if judge:
+        file = f"{_file_name(_judge_name(judge))}_single.jsonl"
+        prompts = _prompts(judge_prompts, asked)
     with alone_in(out):
         loaded, tokenizer = load_model(str(model)), load_tokenizer(str(model))
         path = out / f"model_answer/{name}.jsonl"

@@ -186,6 +186,7 @@ def test_a_reference_that_is_missing_is_said_before_anything_is_answered(tmp_pat
     one = [q | dict(reference=["R1"]) if "reference" in q else q for q in ASKED]
     with pytest.raises(ValueError, match="question 1: nothing for the place 'ref_answer_2' of the judge prompt 'single-math-v1-multi-turn'.* 1 references"):
         mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(questions=one))
+    with pytest.raises(ValueError, match="question 0: nothing for the place"): mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(judge_prompts=[t | dict(prompt_template="{}") for t in TOLD]))
     with pytest.raises(ValueError, match="judge: has no __name__"): mt_bench(BASE, tmp_path, judge=functools.partial(seven), **HOW)
     with pytest.raises(ValueError, match="questions: there are none"): mt_bench(BASE, tmp_path, **HOW | dict(questions=[]))
     assert not list(tmp_path.iterdir())
