@@ -35,7 +35,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import json, os, re, time, urllib.error, urllib.request, uuid
+import hashlib, http.client, json, os, re, time, urllib.error, urllib.request, uuid
 from pathlib import Path
 
 import pandas as pd
@@ -91,6 +91,7 @@ asked[1]
 _FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data"
 QUESTIONS = f"{_FASTCHAT}/mt_bench/question.jsonl"
 JUDGE_PROMPTS = f"{_FASTCHAT}/judge_prompts.jsonl"
+REFERENCES = f"{_FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl"
 
 def read_lines(
     place, # a path or an address of lines of JSON; or a list of them
@@ -136,7 +137,7 @@ def _generation(model, tokenizer, temperature, max_new):
     "How tokens are drawn, and where an answer ends."
     also = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
-    drawn = dict(do_sample=True, temperature=temperature, top_k=50) # 50: where nobody says, as FastChat
+    drawn = dict(do_sample=True, temperature=temperature) # the rest is the model's own, as with FastChat
     return GenerationConfig(
         max_new_tokens=max_new,
         eos_token_id=sorted(ends),
@@ -202,13 +203,36 @@ pd.DataFrame(rows, columns=["turn", "answer of S", "right"]).set_index("turn")
 #
 # The format is FastChat's: an answer has an id of its own, the name of the model, and a list of choices with their turns. (FastChat can ask several times and keep several choices; one is usual.)
 #
-# There is a trap in going on: the file is called by the *name* of the model. After another training run the name is the same, and the weights are not. So each line also says which weights answered, and with how many tokens at most. FastChat does not mind a field more. Lines of another model are written anew.
+# There is a trap in going on: the file is called by the *name* of the model. After another training run the name is the same, and the weights are not. And a translated question has the *number* of the English one. So each line also says which weights answered, with which chat template and how many tokens at most, and what was asked. FastChat does not mind a few fields more. Lines that do not fit
+# are moved to a file beside it, `NAME.jsonl.old`, and their questions are answered anew.
 
 # %%
 #| export
 def _read(path):
-    if not path.exists(): return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    "The rows of a file of ours, if it is there. Raises ValueError with the line that cannot be read."
+    rows = []
+    for i, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
+        if not line.strip(): continue
+        try: rows.append(json.loads(line))
+        except ValueError as e:
+            what = f"{path}: line {i} cannot be read ({e})"
+            raise ValueError(f"{what}; remove this line, and what it held is asked again") from e
+    return rows
+
+def _keep(path, fits, what):
+    "The rows of a file that fit. The others are moved to a file beside it, and a line says so."
+    rows = _read(path)
+    kept = [row for row in rows if fits(row)]
+    gone = [row for row in rows if not fits(row)]
+    if gone:
+        old = Path(f"{path}.old")
+        write_lines(old, _read(old) + gone)
+        write_lines(path, kept)
+        said = f"{path.parent.name}/{path.name}: {len(gone)} of {len(rows)} lines were {what}"
+        print(f"{said}; they are in {old.name} now")
+    return kept
+
+def _hash(what): return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 def write_answers(
     model,          # a causal language model
@@ -220,8 +244,17 @@ def write_answers(
 ) -> list[dict]:    # the lines for these questions, in FastChat's format
     "Answer what is not answered yet; the file is whole after every question."
     path, precision = Path(path), pick_precision(precision, model.device)
-    how = dict(weights=weights_hash(model), max_new_token=max_new, precision=precision)
-    there = {row["question_id"]: row for row in _read(path) if row.get("generate_params") == how}
+    template = _hash(tokenizer.chat_template)
+    how = dict(weights=weights_hash(model), max_new_token=max_new, precision=precision, template=template)
+    asked = {q["question_id"]: _hash([q["category"], q["turns"]]) for q in questions}
+
+    def fits(row):
+        made = dict(row.get("generate_params", {}))
+        question = made.pop("question", None)
+        return made == how and asked.get(row["question_id"], question) == question
+
+    kept = _keep(path, fits, "answers of other weights, settings or questions")
+    there = {row["question_id"]: row for row in kept}
     todo = [q for q in questions if q["question_id"] not in there]
     with progress(len(questions), f"{path.stem} answers", "question", len(questions) - len(todo)) as bar:
         for q in todo:
@@ -232,7 +265,7 @@ def write_answers(
                 model_id=path.stem,
                 choices=[dict(index=0, turns=turns)],
                 tstamp=time.time(),
-                generate_params=how,
+                generate_params=how | dict(question=asked[q["question_id"]]),
             )
             write_lines(path, sorted(there.values(), key=lambda row: row["question_id"]))
             bar.update()
@@ -251,6 +284,14 @@ assert answers[:2] == first_two
 assert [row["choices"][0]["turns"] for row in answers] == said
 {name: value for name, value in answers[1].items() if name not in ("answer_id", "tstamp")}
 
+# %% [markdown]
+# Now somebody takes a first look with shorter answers, and forgets to give it a name of its own. What happens to the long ones?
+
+# %%
+write_answers(S, tok, asked[:1], file, max_new=4, precision="fp32")
+assert len(_read(file)) == 1
+assert _read(Path(f"{file}.old")) == answers
+
 
 # %% [markdown]
 # ## What the judge is told
@@ -259,7 +300,8 @@ assert [row["choices"][0]["turns"] for row in answers] == said
 #
 # FastChat's prompts are in a file, one for each of four cases: first or second turn, with or without a reference answer. In mathematics, reasoning and coding a judge makes mistakes of its own, so it gets the right answer to compare with. The second turn is judged with the whole conversation before it.
 #
-# One of the eighty, question 123, needs a reference and brings none; FastChat has it in a file of GPT-4's answers, `references` below. Without that file the question is judged by the prompt without a reference, and its judgment says which prompt it was.
+# Where do right answers come from? FastChat takes those of GPT-4, which lie in a file of their own (`REFERENCES`), for all thirty questions of these categories. With FastChat's questions from their address we take this file from its address, too. The questions also bring a `reference`, which FastChat's judge never sees: short notes like "Uncertain.", three of them empty, and none in question 123. They are used where the questions
+# are a file of yours and no file of references is given with it. Marks of these categories can then not be compared with those of others. A question without any reference is judged by the prompt without one, and its judgment says which prompt it was.
 #
 # Prompts have places in braces, such as `{question}` and `{answer_2}`. Here are four short ones with the names and places of FastChat's.
 
@@ -287,6 +329,7 @@ def judge_messages(
     """What a judge is told about one answer.
 
     A question of a category that needs a reference and has none is judged without, as the name then says.
+    Raises ValueError for a prompt with a place that nothing fills.
     """
     reference = question.get("reference") if question["category"] in NEED_REFERENCE else None
     name = f"single{'-math' if reference else ''}-v1{'-multi-turn' if turn == 2 else ''}"
@@ -294,8 +337,12 @@ def judge_messages(
     for i in range(turn):
         places[f"question_{i+1}"], places[f"answer_{i+1}"] = question["turns"][i], answers[i]
     for i, text in enumerate(reference or []): places[f"ref_answer_{i+1}"] = text
-    told = prompts[name]["system_prompt"], prompts[name]["prompt_template"].format(**places)
-    return name, [dict(role=role, content=text) for role, text in zip(("system", "user"), told)]
+    try: asked = prompts[name]["prompt_template"].format(**places)
+    except (KeyError, IndexError) as e:
+        what = f"question {question.get('question_id')}: nothing for the place {e} of the judge prompt '{name}'"
+        raise ValueError(f"{what}; it has {len(question['turns'])} turns and {len(reference or [])} references") from e
+    told = dict(system=prompts[name]["system_prompt"], user=asked)
+    return name, [dict(role=role, content=text) for role, text in told.items()]
 
 
 # %%
@@ -303,6 +350,7 @@ prompts = {line["name"]: line for line in told}
 name, messages = judge_messages(asked[1], said[1], 2, prompts)
 assert name == "single-math-v1-multi-turn"
 print(name, messages[1]["content"], sep="\n")
+print(complaint(judge_messages, asked[1] | dict(reference=["one"]), said[1], 2, prompts))
 
 
 # %% [markdown]
@@ -329,7 +377,7 @@ for text, mark in cases.items(): assert rating_of(text) == mark
 #
 # A judge is a function: it gets messages and returns text. FastChat's is GPT-4. Servers of open models (vLLM, llama.cpp, Ollama) speak the same protocol, so one small function is enough for all of them. The address and the key come from the environment variables `OPENAI_BASE_URL` and `OPENAI_API_KEY`, as they do in OpenAI's own package.
 #
-# A request holds the name of the judge and the messages. The temperature is zero, so that a judge asked twice says nearly the same. Busy endpoints answer "429 Too Many Requests" or with a number from 500; that means *later*, and we ask again, four times, with pauses that double. Any other refusal is final: a wrong key does not become right by waiting.
+# A request holds the name of the judge and the messages. The temperature is zero, so that a judge asked twice says nearly the same. Busy endpoints answer "429 Too Many Requests" or with a number from 500; that means *later*, and so does an answer that is cut in the middle. Then we ask again, four times, with pauses that double. Any other refusal is final: a wrong key does not become right by waiting.
 #
 # Whichever judge you take, name it: marks of two judges cannot be compared. A small open model is a judge that you can run for nothing, and it agrees less with people than a large one does. Before you believe its marks, read twenty of its judgments.
 
@@ -342,8 +390,12 @@ def openai_judge(
     pause: float=2.,     # seconds before a second try; doubled each time
 ):                       # a judge: messages -> text
     "A judge behind an endpoint with OpenAI's protocol: temperature 0, at most 2048 tokens, as in FastChat."
-    base = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    key = api_key or os.environ.get("OPENAI_API_KEY")
+    base = (base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
+    key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
+    if not re.fullmatch(r"https?://\S+", base):
+        raise ValueError(f"judge: an address begins with http:// or https:// and has no blanks; got {base!r}")
+    if re.search("[^!-~]", key): # not shown: it is a secret
+        raise ValueError("judge: the key holds a character that no key has, such as a blank or a long dash")
     url = f"{base.rstrip('/')}/chat/completions"
 
     def judge(messages):
@@ -365,8 +417,8 @@ def _post(url, body, key, pause, tries=5):
         except urllib.error.HTTPError as e:
             why = f"{e.code} {e.reason}: {e.read(200).decode(errors='replace')}"
             again = e.code in (408, 429) or e.code >= 500
-        except (OSError, ValueError) as e:
-            why, again = f"{type(e).__name__}: {e}", isinstance(e, OSError)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            why, again = f"{type(e).__name__}: {e}", not isinstance(e, (ValueError, http.client.InvalidURL))
         if not again or i + 1 == tries: break
         time.sleep(pause * 2**i)
     raise OSError(f"judge: {url} answers {' '.join(why.split())}; what is judged already is kept")
@@ -424,7 +476,9 @@ refused.split(" answers ")[1][:17]
 # %% [markdown]
 # ## Marks in a file
 #
-# Judgments cost money, so each is written down as soon as it is there. FastChat has one file for each judge, with the judgments of all models. A judgment belongs to *an answer*, not to a question: when a model has answered anew, the old mark is another answer's. So each line has the `answer_id` as well, and one with another is judged anew.
+# Judgments cost money, so each is written down as soon as it is there. FastChat has one file for each judge, with the judgments of all models. A judgment belongs to *an answer*, not to a question: when a model has answered anew, the old mark is another answer's. So each line has the `answer_id` as well. And it belongs to a prompt: with another reference or other words, the judge would have been asked something else. Where one of these has changed, the answer is judged anew, and the old line is moved to a file beside it.
+#
+# All prompts are made before the first is sent. A reference that is missing should be noticed before anybody is paid.
 
 # %%
 #| export
@@ -438,30 +492,38 @@ def write_judgments(
     prompts: dict,   # name -> a line of the file of judge prompts
 ) -> list[dict]:     # the lines for these answers, in FastChat's format
     "Judge what is not judged yet; the file is whole after every answer."
-    path = Path(path)
-    there = {(row["model"], row["question_id"], row["turn"]): row for row in _read(path)}
-
-    def place(q, a, turn): return a["model_id"], q["question_id"], turn
-    both = [(q, a, turn) for turn in (1, 2) for q, a in zip(questions, answers) if len(q["turns"]) >= turn]
-    todo = [some for some in both if there.get(place(*some), {}).get("answer_id") != some[1]["answer_id"]]
-    with progress(len(both), f"{judge.__name__} judges", "answer", len(both) - len(todo)) as bar:
-        for q, a, turn in todo:
+    path, wanted = Path(path), {}
+    for turn in (1, 2):
+        for q, a in zip(questions, answers):
+            if len(q["turns"]) < turn: continue
             name, messages = judge_messages(q, a["choices"][0]["turns"], turn, prompts)
-            said = judge(messages)
-            there[place(q, a, turn)] = dict(
+            line = dict(
                 question_id=q["question_id"],
                 model=a["model_id"],
                 judge=[judge.__name__, name],
                 user_prompt=messages[1]["content"],
-                judgment=said,
-                score=rating_of(said),
                 turn=turn,
-                tstamp=time.time(),
                 answer_id=a["answer_id"],
             )
+            wanted[_place(line)] = line, messages
+
+    def fits(row):
+        line, _ = wanted.get(_place(row), (row, None))
+        return row | line == line | row # what both say is the same; FastChat's own lines have no answer_id
+
+    kept = _keep(path, fits, "marks of other answers or prompts")
+    there = {_place(row): row for row in kept}
+    todo = [place for place in wanted if place not in there]
+    with progress(len(wanted), f"{judge.__name__} judges", "answer", len(wanted) - len(todo)) as bar:
+        for place in todo:
+            line, messages = wanted[place]
+            said = judge(messages)
+            there[place] = line | dict(judgment=said, score=rating_of(said), tstamp=time.time())
             write_lines(path, there.values())
             bar.update()
-    return [there[place(*some)] for some in both]
+    return [there[place] for place in wanted]
+
+def _place(row): return row["model"], row["question_id"], row["turn"]
 
 
 # %%
@@ -522,7 +584,7 @@ table.map(lambda cell: as_text(cell, ".1f") if isinstance(cell, tuple) else cell
 #
 # A `limit` takes some of the questions, for a first look. The file is sorted by category, so its first ten are all about writing. We take the first of every category, then the second, and so on: eight questions are one of each.
 #
-# What cannot work, a file of other questions or a judge prompt that is missing, is said before the model is loaded.
+# What cannot work, a file of other questions, a judge prompt that is missing or one that cannot be filled, is said before the model is loaded.
 #
 # Without a judge it stops after the answers, and says so. They are worth something alone: FastChat's scripts can judge them, or you read them.
 
@@ -536,7 +598,7 @@ def mt_bench(
     limit: int=None,   # so many questions, taken from the categories in turn; none: all
     name: str=None,    # of the model, in files; none: made of its path
     judge_prompts=JUDGE_PROMPTS, # FastChat's judge_prompts.jsonl
-    references=None,   # FastChat's reference_answer/gpt-4.jsonl; none: the references that questions bring
+    references=None,   # FastChat's reference_answer/gpt-4.jsonl; none: its own, or what other questions bring
     max_new: int=1024, # longest answer, in tokens
     precision: str="auto", # fp32, bf16, fp16, or auto
 ) -> pd.DataFrame:     # as `mt_bench_table`; empty without a judge
@@ -546,41 +608,60 @@ def mt_bench(
     """
     out, name = Path(out), _file_name(name or _name_of(model))
     if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
+    if references is None and questions == QUESTIONS and judge: references = REFERENCES
     asked = _some(_with_references(_questions(questions), references), limit)
-    prompts = _prompts(judge_prompts) if judge else {}
+    if judge:
+        file = f"{_file_name(_judge_name(judge))}_single.jsonl"
+        prompts = _prompts(judge_prompts, asked)
     with alone_in(out):
         loaded, tokenizer = load_model(str(model)), load_tokenizer(str(model))
         path = out / f"model_answer/{name}.jsonl"
         answers = write_answers(loaded, tokenizer, asked, path, max_new, precision)
+        marks = out / "model_judgment"
+        _drop_marks(marks, path)
         if judge is None:
             print(f"questions answered: {len(answers)}, in {path}. "
                   "There are no marks, because no judge was given.")
             return pd.DataFrame()
-        path = out / f"model_judgment/{_file_name(judge.__name__)}_single.jsonl"
-        return mt_bench_table(write_judgments(judge, asked, answers, path, prompts), asked)
+        return mt_bench_table(write_judgments(judge, asked, answers, marks / file, prompts), asked)
 
 def _name_of(model):
     "The last part of a path that says something: runs/first/stage-2/model is first-stage-2."
-    parts = Path(str(model)).parts
-    if parts[-1] != "model": return parts[-1]
-    return "-".join(parts[-3:-1]) or "model"
+    path = Path(str(model))
+    if path.name in ("", ".."): path = path.resolve() # of . and .. the folder's own name
+    if path.name != "model": return path.name
+    return "-".join(path.parts[-3:-1]) or "model"
+
+def _drop_marks(folder, path):
+    "Every judge's marks of answers of this file that are not there any more are moved away."
+    ids = {row["answer_id"] for row in _read(path)} | {None} # FastChat's own marks have no answer_id
+    def fits(row): return row.get("model") != path.stem or row.get("answer_id") in ids
+    for file in sorted(folder.glob("*_single.jsonl")): _keep(file, fits, "marks of answers that are gone")
+
+def _judge_name(judge):
+    try: return judge.__name__
+    except AttributeError as e:
+        raise ValueError("judge: has no __name__, which its file is called by; give it one") from e
 
 def _questions(place):
     "Questions with the fields of FastChat's. Raises ValueError for other lines, before a model is loaded."
     lines = read_lines(place)
+    if not lines: raise ValueError("questions: there are none")
     for i, line in enumerate(lines):
         absent = {"question_id", "category", "turns"} - set(line)
         if not absent: continue
         raise ValueError(f"questions: line {i + 1} has no {', '.join(sorted(absent))}; it has {sorted(line)}")
     return lines
 
-def _prompts(place):
-    "Name -> judge prompt. Raises ValueError where one of the four is missing."
+def _prompts(place, questions):
+    "Name -> judge prompt. Raises ValueError where one of the four is missing, or a place in it cannot be filled."
     prompts = {line.get("name"): line for line in read_lines(place)}
     for kind in ("", "-math"):
         for turn in ("", "-multi-turn"):
             name = f"single{kind}-v1{turn}"
             if name not in prompts: raise ValueError(f"judge prompts: there is none called '{name}'")
+    for q in questions:
+        for turn in (1, 2)[:len(q["turns"])]: judge_messages(q, [""] * turn, turn, prompts)
     return prompts
 
 def _with_references(questions, references):
@@ -713,7 +794,7 @@ shutil.rmtree(tmp)
 #
 # <details><summary>Answer</summary>
 #
-# It answers all questions anew. Each line says which weights wrote it, and those are not the weights that lie there now. The marks of the old answers go as well, because each belongs to an `answer_id`.
+# It answers all questions anew. Each line says which weights wrote it, and those are not the weights that lie there now. The old lines are moved to a file that ends in `.old`, and the marks of the old answers go the same way, because each belongs to an `answer_id`.
 #
 # </details>
 #

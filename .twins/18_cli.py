@@ -761,7 +761,7 @@ def _add_mt_bench(sub):
     add("--questions", metavar="FILE", help="FastChat's question.jsonl (default: from GitHub)")
     add("--judge-prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl (default: from GitHub)")
     add("--references", metavar="FILE",
-        help="FastChat's reference_answer/gpt-4.jsonl (default: those of the questions)")
+        help="FastChat's reference_answer/gpt-4.jsonl (default: from GitHub, or what --questions bring)")
     add("--limit", type=int, metavar="N", help="so many questions, of the categories in turn")
     add("--name", help="of the model in the files (default: made of its path)")
     add("--max-new", type=int, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")

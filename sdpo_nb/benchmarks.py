@@ -9,7 +9,7 @@ __all__ = ['BENCHMARKS', 'H4', 'LOCAL', 'harness', 'quiet', 'ask_harness', 'plai
            'plot_benchmarks', 'evaluate_run', 'evaluate_folders']
 
 # %% ../nbs/15_benchmarks.ipynb #d6243519
-import contextlib, gzip, hashlib, importlib, inspect, io, json, logging, math, sys, tempfile
+import contextlib, gzip, hashlib, importlib, inspect, io, json, logging, math, os, sqlite3, sys, tempfile
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +27,9 @@ from transformers import DynamicCache
 from .evaluate import bootstrap, interval
 from .folder import alone_in, folder_of, load_stage, saved_as
 from sdpo_nb.logprobs import (
-    load_model, load_tokenizer, must_read_alone, progress, replacing, weights_hash, write_json
+    FULL, load_model, load_tokenizer, must_read_alone, progress, replacing, weights_hash, write_json
 )
+from .preferences import _backend
 from .report import Run
 
 # %% ../nbs/15_benchmarks.ipynb #1c494b7b
@@ -270,9 +271,9 @@ class Benchmark:
     title: str       # for people
     definition: str  # its file: relative to the tasks of the harness, or absolute; * for a group of files
     shots: int       # solved examples before each question
-    metric: str      # the number that is reported
+    metric: str      # the number that is reported; "NAME,FILTER" where a task has several filters
     scale: float = 100. # what turns it into points
-    files: dict = field(default_factory=dict)    # part of the data -> local file, .jsonl.gz
+    files: dict = field(default_factory=dict)    # of those below: part of the data -> local file, .jsonl.gz
     fields: dict = field(default_factory=dict)   # field of the task -> of a local row: a name, or a function
     settings: dict = field(default_factory=dict) # of the definition, that local files need otherwise
 
@@ -356,11 +357,16 @@ def local_dataset(
 # %% ../nbs/15_benchmarks.ipynb #5aa38e4f
 LOCAL = "custom_dataset: !function sdpo_nb.benchmarks.local_dataset\n"
 
-def _definitions(benchmark):
-    "Name of each task of a benchmark -> its definition in the harness."
-    tasks = Path(harness("lm_eval.tasks").__file__).parent
-    if "*" not in benchmark.definition: return {benchmark.task: tasks / benchmark.definition}
-    return {path.stem: path for path in sorted(tasks.glob(benchmark.definition))}
+def _definitions(b):
+    "Name of each task of a benchmark -> its definition. Raises ValueError where there is none."
+    where = Path(harness("lm_eval.tasks").__file__).parent / b.definition # an absolute path stays what it is
+    if "*" not in where.name: found = {b.task: where}
+    else: found = {path.stem: path for path in sorted(where.parent.glob(where.name))}
+    if not found or not all(path.is_file() for path in found.values()):
+        raise ValueError(f"{b.task}: there is no definition {where}")
+    if "*" in where.name and b.task in found:
+        raise ValueError(f"{b.task}: one of the tasks of this group has its name; give the group another one")
+    return found
 
 def _there(b, found, data):
     "Those of the definitions of a group whose subject is in the local files."
@@ -390,7 +396,7 @@ def write_tasks(
             text = yaml.safe_dump(told, sort_keys=False) + (LOCAL if local else "")
             (folder / f"{name}.yaml").write_text(text)
         if "*" in b.definition:
-            over_questions = [dict(metric=b.metric, weight_by_size=True)]
+            over_questions = [dict(metric=b.metric.split(",")[0], weight_by_size=True)]
             group = dict(group=b.task, task=list(found), aggregate_metric_list=over_questions)
             (folder / f"{b.task}.yaml").write_text(yaml.safe_dump(group, sort_keys=False))
     return [b.task for b in benchmarks]
@@ -412,15 +418,25 @@ class Score:
 def _score(found, b, asked):
     "A Score of what `simple_evaluate` returned."
     result = (found.get("groups", {}) | found["results"])[b.task]
+    metric, filtered = _reported(result, b)
     items = []
     for name in _definitions(b):
         for s in found["samples"].get(name, []):
+            if s["filter"] != filtered: continue
             question = f"{s['doc_hash']}{s['prompt_hash']}"
             short = hashlib.sha256(question.encode()).hexdigest()[:16]
-            items.append(dict(task=name, number=s["doc_id"], hash=short, score=float(s[b.metric])))
-    error = result.get(f"{b.metric}_stderr,none")
+            items.append(dict(task=name, number=s["doc_id"], hash=short, score=float(s[metric])))
+    error = result.get(f"{metric}_stderr,{filtered}")
     stderr = float(error) if isinstance(error, (int, float)) else math.nan
-    return Score(b.task, float(result[f"{b.metric},none"]), stderr, items, asked)
+    return Score(b.task, float(result[f"{metric},{filtered}"]), stderr, items, asked)
+
+def _reported(result, b):
+    "Metric and filter, by which the harness calls a number. Raises ValueError where it is not one of them."
+    names = [name for name in result if "," in name and "_stderr," not in name]
+    meant = [name for name in names if b.metric in (name, name.split(",")[0])]
+    if len(meant) == 1: return meant[0].split(",")
+    raise ValueError(f"{b.task}: its metric is called {b.metric!r}, and the harness reports {', '.join(names)}; "
+                     "name one of these, and the answers, which are kept, are counted again")
 
 def read_score(
     path,             # of a file that `score_model` wrote
@@ -436,19 +452,54 @@ def read_score(
 
 # %% ../nbs/15_benchmarks.ipynb #1aff21be
 def _fingerprint(b, data):
-    "What the questions are made of: a hash of the local files, or the hub."
-    if data is None or not b.files: return "hub"
+    "What the questions are made of: a hash of the local files, or of a definition of one's own, or the hub."
+    if data is not None and b.files: paths = _local_files(b, data)
+    elif Path(b.definition).is_absolute(): paths = [file for path in _definitions(b).values() for file in _made_of(path)]
+    else: return "hub"
     h = hashlib.sha256()
-    for name in b.files.values():
-        path = Path(data) / f"{name}.jsonl.gz"
-        if not path.exists():
-            raise ValueError(f"{path}: is missing; without --data, benchmarks are read from the hub")
-        h.update(path.read_bytes())
+    for path in paths: h.update(path.read_bytes())
     return h.hexdigest()[:16]
 
+def _local_files(b, data):
+    "Those of a benchmark of the table. Raises ValueError for another benchmark, and where one is missing."
+    if (b.files, b.fields) not in [(known.files, known.fields) for known in BENCHMARKS if known.task == b.task]:
+        raise ValueError(f"{b.task}: files and fields are for {', '.join(known.task for known in BENCHMARKS)}; "
+                         "data of one's own are named in the definition (dataset_kwargs: data_files)")
+    paths = [Path(data) / f"{name}.jsonl.gz" for name in b.files.values()]
+    for path in paths:
+        if path.exists(): continue
+        raise ValueError(f"{path}: is missing; without --data, benchmarks are read from the hub")
+    return paths
+
+def _made_of(path):
+    "The files of a definition: itself, the functions beside it, and those that it names."
+    words = [token.value for token in yaml.scan(path.read_text()) if isinstance(token, yaml.ScalarToken)]
+    named = [folder / word for word in words for folder in (path.parent, Path.cwd())]
+    return [path, *sorted(path.parent.glob("*.py")), *filter(os.path.isfile, named)]
+
+def _hash_of(tokenizer):
+    "Of what decides the ids of a text."
+    decides = [_backend(tokenizer), tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+@contextlib.contextmanager
+def _explained(requests, data):
+    "What goes wrong while the harness reads questions and keeps answers, in one line."
+    try: yield
+    except sqlite3.DatabaseError as e:
+        what = f"{requests}_rank0.db: answers cannot be kept there ({e})"
+        if isinstance(e, sqlite3.OperationalError): raise OSError(what) from e # full, locked, read-only
+        raise ValueError(f"{what}; remove this file, and they are computed again") from e
+    except OSError as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        if e.errno in FULL: raise OSError(f"{requests.parent}: disk full? ({reason})") from e
+        cure = "" if data is not None else "; --data FOLDER reads local files"
+        raise ValueError(f"questions cannot be read ({reason}){cure}") from e
+
 def score_model(
-    load,            # nothing -> (model, tokenizer); called where something is left to ask
-    weights: str,    # hash of the weights of this model
+    load,            # nothing -> model; called where something is left to ask
+    tokenizer,       # of this model
+    weights: str,    # hash of its weights
     folder,          # where its scores are kept
     benchmarks=BENCHMARKS, # which
     limit: int=None, # so many questions of each task, the first ones; None: all
@@ -457,21 +508,21 @@ def score_model(
 ) -> dict[str, Score]: # by task
     "Ask one model, go on where an earlier call stopped, and keep what it scored."
     folder = Path(folder)
-    version = harness().__version__
-    same = dict(weights=weights, limit=limit, harness=version)
-    asked = {b.task: same | dict(shots=b.shots, data=_fingerprint(b, data)) for b in benchmarks}
+    ids, version = _hash_of(tokenizer), harness().__version__
+    asked = {}
+    for b in benchmarks:
+        how = dict(limit=limit, shots=b.shots, metric=b.metric, data=_fingerprint(b, data))
+        asked[b.task] = dict(weights=weights, tokenizer=ids, harness=version) | how
     found = {task: read_score(folder / f"{task}.json", what) for task, what in asked.items()}
     left = [b for b in benchmarks if found[b.task] is None]
     if not left: return found
 
-    lm = sharing_lm(*load(), desc)
+    lm = sharing_lm(load(), tokenizer, desc)
     folder.mkdir(parents=True, exist_ok=True)
+    requests = folder / f"requests-{weights}-{ids}"
     with tempfile.TemporaryDirectory() as tasks:
         names = write_tasks(tasks, data, left)
-        try: answers = ask_harness(lm, names, tasks, limit, folder / f"requests-{weights}")
-        except OSError as e:
-            reason = str(e).splitlines()[0]
-            raise ValueError(f"questions cannot be read ({reason}); --data FOLDER reads local files") from e
+        with _explained(requests, data): answers = ask_harness(lm, names, tasks, limit, requests)
     for b in left:
         found[b.task] = _score(answers, b, asked[b.task])
         write_json(folder / f"{b.task}.json", vars(found[b.task]))
@@ -479,15 +530,18 @@ def score_model(
 
 # %% ../nbs/15_benchmarks.ipynb #03d310b1
 def find_benchmarks(
-    names: list, # of benchmarks; "h4" stands for four
+    names: list, # of benchmarks, or benchmarks; "h4" stands for four
 ) -> list[Benchmark]:
     "Benchmarks by name. Raises ValueError for a name that is none."
-    known = {b.task: b for b in BENCHMARKS}
-    wanted = [task for name in names for task in (H4 if name == "h4" else [name])]
-    for name in wanted:
-        if name in known: continue
-        raise ValueError(f"tasks: {name!r} is not known; known are h4, {', '.join(known)}")
-    return [known[task] for task in dict.fromkeys(wanted)]
+    known, found = {b.task: b for b in BENCHMARKS}, {}
+    for name in names:
+        for b in H4 if name == "h4" else [name]:
+            if not isinstance(b, Benchmark):
+                if b not in known: raise ValueError(f"tasks: {b!r} is not known; known are h4, {', '.join(known)}")
+                b = known[b]
+            if found.setdefault(b.task, b) != b: raise ValueError(f"tasks: two of them are called {b.task!r}")
+    if not found: raise ValueError("tasks: there are none")
+    return list(found.values())
 
 # %% ../nbs/15_benchmarks.ipynb #b2a8f3f5
 def question_differences(
@@ -534,6 +588,10 @@ class Evaluation:
         "Paired difference in points, with its 95 % interval."
         ours, theirs = self.scores[model], self.scores[against]
         parts = self._by_name()[name]
+        for who in (model, against):
+            for b in parts:
+                if np.isfinite(self.scores[who][b.task].scores).all(): continue
+                raise ValueError(f"{who}: a score of {b.title} is not a number, so it cannot be compared")
         differences = [b.scale * question_differences(ours[b.task], theirs[b.task]) for b in parts]
         if len(parts) == 1: return interval(differences[0])
         mean = float(np.mean([d.mean() for d in differences]))
@@ -580,14 +638,14 @@ def plot_benchmarks(
 
 # %% ../nbs/15_benchmarks.ipynb #ffea1626
 def _evaluate(models, folder, tasks, limit, data):
-    "models: name -> (load, weights)."
-    benchmarks = tasks if isinstance(tasks[0], Benchmark) else find_benchmarks(tasks)
+    "models: name -> (load, tokenizer, weights)."
+    benchmarks = find_benchmarks(tasks)
     if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
     folder = Path(folder)
     with alone_in(folder):
         asked = dict(benchmarks=benchmarks, limit=limit, data=data)
-        scores = {name: score_model(load, weights, folder / name, desc=name, **asked)
-                  for name, (load, weights) in models.items()}
+        scores = {name: score_model(*model, folder / name, desc=name, **asked)
+                  for name, model in models.items()}
         found = Evaluation(scores, benchmarks)
         with replacing(folder / "benchmarks.csv") as tmp: found.table().to_csv(tmp)
         if len(models) > 1:
@@ -610,17 +668,17 @@ def evaluate_run(
     if not run.stages: raise ValueError(f"{folder}: no finished stage of a run in this folder")
     config = run.config
     where, revision = str(config["model"]), config.get("revision")
+    tokenizer = load_tokenizer(where, revision)
 
-    def load(t):
-        tokenizer = load_tokenizer(where, revision)
-        if t: return load_stage(folder_of(run.folder, t)), tokenizer
+    def load_S():
         model = load_model(where, None, revision)
         if weights_hash(model) != config["weights"]: raise ValueError(f"{where}: is not the S of this run")
-        return model, tokenizer
+        return model
 
-    ends = [saved_as(stage)["weights"] for stage in run.stages]
-    models = {"S": (lambda: load(0), config["weights"])}
-    models |= {f"M_{t}": (lambda t=t: load(t), end) for t, end in enumerate(ends, 1)}
+    models = {"S": (load_S, tokenizer, config["weights"])}
+    for t, stage in enumerate(run.stages, 1):
+        load = lambda t=t: load_stage(folder_of(run.folder, t))
+        models[f"M_{t}"] = load, tokenizer, saved_as(stage)["weights"]
     return _evaluate(models, run.folder / "eval", tasks, limit, data)
 
 def evaluate_folders(
@@ -630,12 +688,9 @@ def evaluate_folders(
     limit: int=None,    # so many questions of each task, the first ones; None: all
     data=None,          # folder with local files; None: the hub
 ) -> Evaluation:
-    "Score models that lie anywhere. Each is loaded once to know its weights."
-    @lru_cache(1)
-    def load(where): return load_model(where), load_tokenizer(where)
-
+    "Score models that lie anywhere, one in memory at a time. Each is loaded once more to know its weights."
     found = {}
     for name, where in models.items():
-        model, _ = load(where)
-        found[name] = (lambda where=where: load(where)), weights_hash(model)
+        load = lambda where=where: load_model(where)
+        found[name] = load, load_tokenizer(where), weights_hash(load())
     return _evaluate(found, folder, tasks, limit, data)

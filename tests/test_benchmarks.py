@@ -1,5 +1,6 @@
 "Benchmarks: the numbers of the harness's own class to rounding, nothing asked twice, errors that name file and field."
-import gzip, inspect, json, math, os
+import gc, gzip, inspect, json, math, os, weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,12 +158,13 @@ def strings(tmp_path):
     "A benchmark of twelve questions of the tiny world."
     told = dict(task="strings", dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(question_file(tmp_path / "q.jsonl")))), output_type="multiple_choice",
                 test_split="test", target_delimiter="", doc_to_text="{{question}}", doc_to_choice="{{choices}}", doc_to_target="{{label}}",
-                metric_list=[dict(metric="acc", aggregation="mean", higher_is_better=True)])
+                metric_list=[dict(metric=m, aggregation="mean", higher_is_better=True) for m in ("acc", "acc_norm")])
     (tmp_path / "strings.yaml").write_text(yaml.safe_dump(told))
     return B.Benchmark("strings", "Strings", str(tmp_path / "strings.yaml"), shots=0, metric="acc")
 
 
 BASE = load_world().base
+TOK = load_tokenizer(BASE)
 
 
 class Counted:
@@ -176,42 +178,113 @@ class Counted:
             return forward(*args, **kw)
         counted.__signature__ = inspect.signature(forward)
         self.model.forward = counted
-    def __call__(self): return self.model, load_tokenizer(BASE)
+    def __call__(self): return self.model
 
 
 def test_a_killed_evaluation_goes_on(strings, tmp_path, monkeypatch):
     monkeypatch.setattr(B, "why_not_shared", lambda *a: None)
     whole = Counted()
-    once = B.score_model(whole, "w", tmp_path / "a", [strings])["strings"]
+    once = B.score_model(whole, TOK, "w", tmp_path / "a", [strings])["strings"]
     killed = Counted(fails_after=10)
-    with pytest.raises(KeyboardInterrupt): B.score_model(killed, "w", tmp_path / "b", [strings])
+    with pytest.raises(KeyboardInterrupt): B.score_model(killed, TOK, "w", tmp_path / "b", [strings])
     rest = Counted()
-    again = B.score_model(rest, "w", tmp_path / "b", [strings])["strings"]
+    again = B.score_model(rest, TOK, "w", tmp_path / "b", [strings])["strings"]
     assert whole.passes == 24 and rest.passes == 24 - 10         # two passes a question: its prompt, its options
     assert [i["score"] for i in again.items] == [i["score"] for i in once.items] and again.value == once.value
     never = lambda: pytest.fail("nothing is left to ask")
-    assert B.score_model(never, "w", tmp_path / "b", [strings])["strings"].items == again.items
+    assert B.score_model(never, TOK, "w", tmp_path / "b", [strings])["strings"].items == again.items
 
 
 def test_what_is_asked_again_and_what_is_not(strings, tmp_path, monkeypatch):
     monkeypatch.setattr(B, "why_not_shared", lambda *a: None)
-    B.score_model(Counted(), "w", tmp_path / "a", [strings], limit=4)
+    B.score_model(Counted(), TOK, "w", tmp_path / "a", [strings], limit=4)
     more = Counted()
-    assert len(B.score_model(more, "w", tmp_path / "a", [strings], limit=6)["strings"].items) == 6
+    assert len(B.score_model(more, TOK, "w", tmp_path / "a", [strings], limit=6)["strings"].items) == 6
     assert more.passes == 2 * 2                                  # the first four are known
     other = Counted()
-    B.score_model(other, "of other weights", tmp_path / "a", [strings], limit=6)
+    B.score_model(other, TOK, "of other weights", tmp_path / "a", [strings], limit=6)
     assert other.passes == 2 * 6
 
 
+def test_another_metric_definition_or_tokenizer_is_another_question(strings, tmp_path, monkeypatch):
+    "Answers that are known stay known; a score is of this metric, these questions and these ids."
+    monkeypatch.setattr(B, "why_not_shared", lambda *a: None)
+    def ask(b=strings, tokenizer=TOK):
+        counted = Counted()
+        return B.score_model(counted, tokenizer, "w", tmp_path / "a", [b])["strings"], counted.passes
+    made = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    def write(rows): (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write([row | dict(choices=[row["choices"][0], row["choices"][0][:-1]], label=0) for row in made])
+    by_sum, passes = ask()
+    by_mean, again = ask(replace(strings, metric="acc_norm"))
+    assert (passes, again) == (24, 0) and by_sum.value == 0 and by_mean.value > 0.5
+    write([row | dict(choices=[row["choices"][0], row["choices"][0][:-1]], label=1) for row in made])
+    assert ask()[0].value == 1
+    defined = Path(strings.definition)
+    defined.write_text(defined.read_text().replace("{{label}}", "{{1 - label}}"))
+    assert ask()[0].value == 0 and ask()[1] == 0
+    (tmp_path / "base.yaml").write_text(defined.read_text())
+    defined.write_text("include: base.yaml\ntask: strings\n")
+    assert ask()[0].value == 0
+    (tmp_path / "base.yaml").write_text((tmp_path / "base.yaml").read_text().replace("{{1 - label}}", "{{label}}"))
+    assert ask()[0].value == 1
+    other = load_tokenizer(BASE)
+    other.add_tokens(["zz"])
+    assert ask(tokenizer=other)[1] == 24 and len(list((tmp_path / "a").glob("requests-*.db"))) == 2
+
+
+def test_own_groups_and_filters(strings, tmp_path):
+    told = yaml.safe_load(Path(strings.definition).read_text())
+    filters = [dict(name=name, filter=[dict(function="take_first")]) for name in ("strict", "loose")]
+    told |= dict(output_type="generate_until", doc_to_choice=None, doc_to_target="{{choices[label]}}", metric_list=[dict(metric="exact_match", aggregation="mean", higher_is_better=True)],
+                 generation_kwargs=dict(max_gen_toks=4, until=["b"], do_sample=False))
+    for name, of in ("part_1", filters[:1]), ("part_2", filters[:1]), ("both", filters):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(told | dict(task=name, filter_list=of)))
+    def ask(b): return B.score_model(Counted(), TOK, "w", tmp_path / "a", [b], limit=3)[b.task]
+    def own(task, file, metric="exact_match"): return B.Benchmark(task, task, str(tmp_path / file), shots=0, metric=metric)
+    group = ask(own("group", "part_*.yaml"))
+    assert len(group.items) == 6 and {i["task"] for i in group.items} == {"part_1", "part_2"} and math.isclose(group.value, group.scores.mean())
+    with pytest.raises(ValueError, match="both: its metric is called 'exact_match', and the harness reports exact_match,strict, exact_match,loose"): ask(own("both", "both.yaml"))
+    assert len(ask(own("both", "both.yaml", "exact_match,loose")).items) == 3
+    for task, file, said in ("x", "nowhere.yaml", "x: there is no definition"), ("x", "nowhere_*.yaml", "x: there is no definition"), ("part_1", "part_*.yaml", "part_1: one of the tasks"):
+        with pytest.raises(ValueError, match=said): B.score_model(lambda: pytest.fail("loaded"), TOK, "w", tmp_path / "a", [own(task, file)])
+    with pytest.raises(ValueError, match="strings: files and fields are for arc_challenge"):
+        B.score_model(lambda: pytest.fail("loaded"), TOK, "w", tmp_path / "a", [replace(strings, files=dict(test="mine"))], data=tmp_path)
+
+
+def test_names_and_benchmarks_together(strings):
+    assert [b.task for b in B.find_benchmarks(["mmlu", strings, "h4"])] == ["mmlu", "strings", "arc_challenge", "hellaswag", "truthfulqa_mc2"]
+    with pytest.raises(ValueError, match="tasks: there are none"): B.find_benchmarks([])
+    with pytest.raises(ValueError, match="two of them are called 'strings'"): B.find_benchmarks([strings, replace(strings, metric="acc_norm")])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whose_fault_it_is(strings, tmp_path, monkeypatch):
+    "A full disk, a hub without words, files of the user's own, a data base that is none: each is named."
+    def ask(error=None, data=None):
+        def fails(*a): raise error
+        with monkeypatch.context() as m:
+            if error: m.setattr(B, "ask_harness", fails)
+            B.score_model(Counted(), TOK, "w", tmp_path / "a", [strings], limit=2, data=data)
+    with pytest.raises(OSError, match=f"{tmp_path}/a: disk full?"): ask(OSError(28, "No space left on device"))
+    with pytest.raises(ValueError, match=r"questions cannot be read \(ConnectionError\); --data"): ask(ConnectionError())
+    with pytest.raises(ValueError, match=r"questions cannot be read \(gone\)$"): ask(FileNotFoundError("gone"), data=tmp_path)
+    ask()
+    (tmp_path / "a/strings.json").unlink()
+    kept, = (tmp_path / "a").glob("requests-*.db")
+    kept.write_bytes(b"garbage" * 100)
+    with pytest.raises(ValueError, match=f"{kept}: .*not a database.*remove this file"): ask()
+    kept.unlink(); ask()
+
+
 def test_a_cut_file_says_what_to_do(strings, tmp_path):
-    B.score_model(Counted(), "w", tmp_path / "a", [strings], limit=2)
+    B.score_model(Counted(), TOK, "w", tmp_path / "a", [strings], limit=2)
     (tmp_path / "a/strings.json").write_text('{"task": "str')
-    with pytest.raises(ValueError, match="strings.json: cannot be read.*remove it"): B.score_model(Counted(), "w", tmp_path / "a", [strings], limit=2)
+    with pytest.raises(ValueError, match="strings.json: cannot be read.*remove it"): B.score_model(Counted(), TOK, "w", tmp_path / "a", [strings], limit=2)
 
 
 def test_value_and_standard_error_are_those_of_the_items(strings, tmp_path):
-    found = B.score_model(Counted(), "w", tmp_path / "a", [strings])["strings"]
+    found = B.score_model(Counted(), TOK, "w", tmp_path / "a", [strings])["strings"]
     assert len(found.items) == 12 and 0 < found.value < 1
     assert math.isclose(found.value, found.scores.mean()) and math.isclose(found.stderr, found.scores.std(ddof=1) / 12**0.5)
 
@@ -266,6 +339,26 @@ def test_one_question_has_no_interval():
         mean, low, high = found.difference("M_1", "S", name)
         assert mean > 0 and math.isnan(low) and math.isnan(high)
     found.figure()
+
+
+def test_a_score_that_is_no_number_is_named():
+    found = evaluation(S=[[0, 1]] * 4, M_1=[[0, 1]] * 3 + [[math.nan, 1]])
+    assert found.difference("M_1", "S", "MMLU")[0] == 0
+    for name in ("TruthfulQA", "H4"):
+        with pytest.raises(ValueError, match="M_1: a score of TruthfulQA is not a number"): found.difference("M_1", "S", name)
+
+
+def test_one_model_at_a_time(strings, tmp_path, monkeypatch):
+    alive, before = [], []
+    def counted(where):
+        gc.collect()
+        before.append(sum(model() is not None for model in alive))
+        model = load_model(where, "cpu")
+        alive.append(weakref.ref(model))
+        return model
+    monkeypatch.setattr(B, "load_model", counted)
+    B.evaluate_folders({"a": BASE, "b": BASE, "c": BASE}, tmp_path / "o", [strings], limit=2)
+    assert before == [0] * 6                                     # each to be hashed, then to be asked
 
 
 def test_limit_must_be_positive(strings, tmp_path):
@@ -324,7 +417,7 @@ def mmlu(tmp_path):
 def test_mmlu_counts_questions_and_not_subjects(mmlu, tmp_path):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, length=2048)
-    found = B.score_model(lambda: (model, tokenizer), "w", tmp_path / "s", B.find_benchmarks(["mmlu"]), data=mmlu)["mmlu"]
+    found = B.score_model(lambda: model, tokenizer, "w", tmp_path / "s", B.find_benchmarks(["mmlu"]), data=mmlu)["mmlu"]
     assert len(found.items) == 7 and {i["task"] for i in found.items} == {"mmlu_anatomy", "mmlu_virology"}
     assert math.isclose(found.value, found.scores.mean())
 
@@ -332,7 +425,7 @@ def test_mmlu_counts_questions_and_not_subjects(mmlu, tmp_path):
 def test_other_files_are_asked_again(mmlu, tmp_path):
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, length=2048)
-    def asked(): return B.score_model(lambda: (model, tokenizer), "w", tmp_path / "s", B.find_benchmarks(["mmlu"]), data=mmlu)["mmlu"]
+    def asked(): return B.score_model(lambda: model, tokenizer, "w", tmp_path / "s", B.find_benchmarks(["mmlu"]), data=mmlu)["mmlu"]
     before = asked()
     gz(mmlu / "mmlu_test.jsonl.gz", [dict(subject="anatomy", question="Another?", choices=["a", "b", "c", "d"], label=1)] * 3)
     B._rows.cache_clear()
@@ -353,13 +446,13 @@ def test_errors_name_file_row_and_field(tmp_path, task, file):
 
 def test_a_missing_file_is_said_before_a_model_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="arc_challenge_test.jsonl.gz: is missing"):
-        B.score_model(lambda: pytest.fail("loaded"), "w", tmp_path / "s", B.find_benchmarks(["h4"]), data=tmp_path)
+        B.score_model(lambda: pytest.fail("loaded"), TOK, "w", tmp_path / "s", B.find_benchmarks(["h4"]), data=tmp_path)
 
 
 def test_without_a_connection(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="questions cannot be read.*arc.*--data"):
-        B.score_model(Counted(), "w", tmp_path / "s", B.find_benchmarks(["arc_challenge"]), limit=1)
+        B.score_model(Counted(), TOK, "w", tmp_path / "s", B.find_benchmarks(["arc_challenge"]), limit=1)
 
 
 def test_the_hub_stays_where_it_was(tmp_path):

@@ -1,5 +1,5 @@
 "MT-Bench: FastChat's files, one question at a time, a judge behind an endpoint, and what goes wrong in one line."
-import json, math, os, sys, threading
+import functools, json, math, os, sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -41,7 +41,10 @@ def endpoint():
             server.asked.append((self.path, self.headers.get("Authorization"), body))
             answer = server.answers.pop(0) if server.answers else "fine [[6]]"
             if isinstance(answer, int): return self.send_error(answer)
-            self.send_response(200); self.end_headers()
+            self.send_response(200)
+            if answer is None: self.send_header("Content-Length", "400")             # cut: none of them comes
+            self.end_headers()
+            if answer is None: return
             self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(dict(choices=[dict(message=dict(content=answer))])).encode())
         def log_message(self, *args): pass
     server = HTTPServer(("127.0.0.1", 0), Handler)
@@ -122,6 +125,118 @@ def test_answers_of_other_weights_are_written_anew(tmp_path):
     assert lines(tmp_path / "model_judgment/seven_single.jsonl")[:12] == by_another
 
 
+def folder_of(tmp_path, rows, name="model_answer/tiny.jsonl"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(tmp_path / name, rows)
+    return tmp_path / name
+
+
+def test_what_no_longer_fits_is_moved_beside(tmp_path, capsys):
+    "A first look under the same name loses nothing: answers and their marks, of every judge, lie in files beside; marks of others stay."
+    mt_bench(BASE, tmp_path, judge=seven, **HOW)
+    answers, marks = tmp_path / "model_answer/tiny.jsonl", tmp_path / "model_judgment/seven_single.jsonl"
+    old, judged = lines(answers), lines(marks)
+    by_fastchat = [{k: v for k, v in j.items() if k != "answer_id"} for j in judged]
+    stay = by_fastchat + [judged[0] | dict(model="another")]
+    folder_of(tmp_path, judged + stay, "model_judgment/another-judge_single.jsonl")
+    capsys.readouterr()
+    mt_bench(BASE, tmp_path, limit=1, **HOW | dict(max_new=2))
+    assert len(lines(answers)) == 1 and lines(f"{answers}.old") == old
+    assert not lines(marks) and lines(f"{marks}.old") == judged and lines(tmp_path / "model_judgment/another-judge_single.jsonl") == stay
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "model_answer/tiny.jsonl: 6 of 6 lines were answers of other weights, settings or questions; they are in tiny.jsonl.old now"
+    assert len(rest) == 3 and all("12 of " in line and "marks of answers that are gone" in line for line in rest[:2])
+    mt_bench(BASE, tmp_path, **HOW)
+    assert len(lines(f"{answers}.old")) == 7 and [a["choices"] for a in lines(answers)] == [a["choices"] for a in old]
+
+
+def test_marks_that_fastchat_made_of_our_answers_count(tmp_path):
+    mt_bench(BASE, tmp_path, judge=seven, **HOW)
+    marks = tmp_path / "model_judgment/seven_single.jsonl"
+    write_jsonl(marks, [{k: v for k, v in j.items() if k != "answer_id"} for j in lines(marks)])
+    def never(messages): pytest.fail("asked again")
+    never.__name__ = "seven"
+    assert mt_bench(BASE, tmp_path, judge=never, **HOW).loc["all", "both"][0] == 7
+
+
+def test_other_questions_references_and_prompts_are_asked_anew(tmp_path, monkeypatch):
+    calls = []
+    def judge(messages): return calls.append(messages[1]["content"]) or "[[3]]"
+    def visits(**other):
+        calls.clear()
+        mt_bench(BASE, tmp_path, judge=judge, **HOW | other)
+        return len(calls)
+    assert (visits(), visits()) == (12, 0)
+    translated = [ASKED[0] | dict(turns=W.test[50:52]), *ASKED[1:]]
+    assert visits(questions=translated) == 2 and calls[0].startswith(W.test[50])
+    assert visits(references=[dict(question_id=1, choices=[dict(turns=["A1", "A2"])])]) == 2 + 2     # the first question is the old one again
+    assert visits(judge_prompts=[line | dict(prompt_template="NEW " + line["prompt_template"]) for line in TOLD]) == 12
+    true = module.load_tokenizer
+    def other_template(place):
+        tok = true(place)
+        tok.chat_template = tok.chat_template + " "
+        return tok
+    monkeypatch.setattr(module, "load_tokenizer", other_template)
+    assert visits() == 12
+    assert visits(questions=ASKED[:2]) == 0 and visits() == 0                    # what is not asked now, stays
+
+
+def test_a_reference_that_is_missing_is_said_before_anything_is_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    one = [q | dict(reference=["R1"]) if "reference" in q else q for q in ASKED]
+    with pytest.raises(ValueError, match="question 1: nothing for the place 'ref_answer_2' of the judge prompt 'single-math-v1-multi-turn'.* 1 references"):
+        mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(questions=one))
+    with pytest.raises(ValueError, match="question 0: nothing for the place"): mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(judge_prompts=[t | dict(prompt_template="{}") for t in TOLD]))
+    with pytest.raises(ValueError, match="judge: has no __name__"): mt_bench(BASE, tmp_path, judge=functools.partial(seven), **HOW)
+    with pytest.raises(ValueError, match="questions: there are none"): mt_bench(BASE, tmp_path, **HOW | dict(questions=[]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_references_come_from_where_the_questions_come_from(tmp_path, monkeypatch):
+    there = {module.QUESTIONS: ASKED, module.REFERENCES: [dict(question_id=i, choices=[dict(turns=["A1", "A2"])]) for i in (1, 4)], module.JUDGE_PROMPTS: TOLD}
+    read = []
+    def reads(place): return read.append(place) or (place if isinstance(place, list) else there[place])
+    monkeypatch.setattr(module, "read_lines", reads)
+    mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(questions=module.QUESTIONS, judge_prompts=module.JUDGE_PROMPTS))
+    assert {j["user_prompt"].split("|")[0] for j in lines(tmp_path / "model_judgment/seven_single.jsonl") if "math" in j["judge"][1]} == {"A1"}
+    mt_bench(BASE, tmp_path / "own", judge=seven, **HOW)
+    assert read.count(module.REFERENCES) == 1
+
+
+def test_ends_of_lines_that_json_leaves_as_they_are(tmp_path, monkeypatch):
+    odd = "one\u2028two\u2029three\u0085four\x0b"
+    monkeypatch.setattr(module, "answer_turns", lambda *a: [odd, odd])
+    calls = []
+    def judge(messages): return calls.append(1) or f"{odd} [[4]]"
+    for _ in range(2): assert mt_bench(BASE, tmp_path, judge=judge, **HOW).loc["all", "both"][0] == 4
+    assert len(calls) == 12
+
+
+@pytest.mark.parametrize("damage", ['{"question_id": 81, "gen', b"\xff"])
+def test_a_damaged_line_is_named(tmp_path, damage):
+    path = folder_of(tmp_path, [dict(question_id=1)])
+    with open(path, "ab") as f: f.write(b"\n" + (damage if isinstance(damage, bytes) else damage.encode()))
+    with pytest.raises(ValueError, match="tiny.jsonl: line 3 cannot be read .*; remove this line"): mt_bench(BASE, tmp_path, **HOW)
+
+
+def test_a_models_own_way_of_drawing_stays(monkeypatch):
+    "FastChat says the temperature, and nothing else."
+    model, seen = load_model(BASE, "cpu"), []
+    model.generation_config.top_k = 20
+    true = model._get_logits_processor
+    def spied(generation_config, *a, **kw):
+        seen.append((generation_config.top_k, generation_config.temperature))
+        return true(generation_config, *a, **kw)
+    monkeypatch.setattr(model, "_get_logits_processor", spied)
+    answer_turns(model, load_tokenizer(BASE), dict(category="writing", turns=W.test[:1]), 2)
+    assert seen == [(20, 0.7)]
+
+
+def test_names_of_folders(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir(); monkeypatch.chdir(tmp_path / "mine")
+    assert [module._name_of(place) for place in (".", "..", "org/name", "first/stage-2/model", "model")] == ["mine", tmp_path.name, "name", "first-stage-2", "model"]
+
+
 def test_turns_are_a_conversation_and_seeded():
     "The second turn sees the first; hot answers vary with the seed only, and the global random state is left alone."
     model, tok = load_model(BASE, "cpu"), load_tokenizer(BASE)
@@ -189,6 +304,8 @@ def test_a_busy_endpoint_is_asked_again_and_a_closed_one_is_not(endpoint):
     assert len(endpoint.asked) == 9
     endpoint.answers[:] = [b'{"error": "no model"}']
     with pytest.raises(ValueError, match="no model"): ask([])
+    endpoint.answers[:] = [None, "cut before [[5]]"]
+    assert ask([]) == "cut before [[5]]" and len(endpoint.asked) == 12
     endpoint.answers[:] = [b"<html>"]
     with pytest.raises(OSError, match="judge"): ask([])
 
@@ -197,6 +314,17 @@ def test_address_and_key_from_the_environment(endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url + "/"); monkeypatch.setenv("OPENAI_API_KEY", "secret")
     assert openai_judge("m")([]) == "fine [[6]]"
     assert endpoint.asked[0][:2] == ("/v1/chat/completions", "Bearer secret")
+
+
+def test_addresses_and_keys_that_cannot_be(endpoint):
+    "Said at once; and what is wrong with a key is said without the key."
+    assert openai_judge("m", f" {endpoint.url}\n", "secret\n")([]) == "fine [[6]]" and endpoint.asked[0][1] == "Bearer secret"
+    for key in ("sec\nret", "sec\u2013ret"):
+        with pytest.raises(ValueError, match="judge: the key holds a character") as e: openai_judge("m", endpoint.url, key)
+        assert "sec" not in str(e.value)
+    for address in ("localhost:8000/v1", "http://127.0.0.1:1/v1 x"):
+        with pytest.raises(ValueError, match=f"begins with http:// or https://.*{address}"): openai_judge("m", address)
+    with pytest.raises(OSError, match="InvalidURL"): openai_judge("m", "http://127.0.0.1:eighty/v1", pause=60)([])
 
 
 def test_nobody_there():
