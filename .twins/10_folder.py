@@ -193,8 +193,10 @@ assert "remove" not in cure_of(Path("my_adapters/first")) # not a stage: nothing
 def naming(
     path: Path, # of a file of a run
 ):              # a context, for as long as it is read
-    "Whatever goes wrong in reading a file says which file it was, and what to do. Raises ValueError."
+    """Whatever goes wrong in reading a file says which file it was, and what to do. Raises ValueError,
+    but for what says nothing about the file: memory that ends, a right to read that is missing."""
     try: yield
+    except (MemoryError, PermissionError): raise
     except Exception as e:
         told = str(e).removeprefix(f"{path}: ").split("\n")[0]
         why = getattr(e, "strerror", None) or told or type(e).__name__
@@ -897,7 +899,7 @@ said, recorded(0.3), recorded(made_up)
 
 
 # %% [markdown]
-# When is a change of *how* it is computed harmless? As long as no update has been saved. A stage that has only begun holds nothing that could be spoilt. `SAID` gives the two entries whose names say too little: `base`, the hash of S's config, and `held_out_pairs`.
+# When is a change of *how* it is computed harmless? As long as no update has been saved. A stage that has only begun holds nothing that could be spoilt. `SAID` gives the three entries whose names say too little: `base`, the hash of S's config, `pairs`, which are other ones after a change of the sources or of the tokenizer, and `held_out_pairs`.
 
 # %%
 #| export
@@ -908,6 +910,7 @@ def _has_trained(folder):
 
 SAID = { # names shown in messages
     "base": "a config of S with the hash",
+    "pairs": "pairs (sources and tokenizer) with the hash",
     "held_out_pairs": "held-out pairs with the hash",
 }
 

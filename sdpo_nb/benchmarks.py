@@ -667,7 +667,7 @@ def evaluate_run(
     run = Run(folder)
     if not run.stages: raise ValueError(f"{folder}: no finished stage of a run in this folder")
     config = run.config
-    where, revision = str(config["model"]), config.get("revision")
+    where, revision = run.model_folder(0).as_posix(), config.get("revision") # the run may have been moved
     tokenizer = load_tokenizer(where, revision)
 
     def load_S():

@@ -81,8 +81,10 @@ def cure_of(
 def naming(
     path: Path, # of a file of a run
 ):              # a context, for as long as it is read
-    "Whatever goes wrong in reading a file says which file it was, and what to do. Raises ValueError."
+    """Whatever goes wrong in reading a file says which file it was, and what to do. Raises ValueError,
+    but for what says nothing about the file: memory that ends, a right to read that is missing."""
     try: yield
+    except (MemoryError, PermissionError): raise
     except Exception as e:
         told = str(e).removeprefix(f"{path}: ").split("\n")[0]
         why = getattr(e, "strerror", None) or told or type(e).__name__
@@ -449,6 +451,7 @@ def _has_trained(folder):
 
 SAID = { # names shown in messages
     "base": "a config of S with the hash",
+    "pairs": "pairs (sources and tokenizer) with the hash",
     "held_out_pairs": "held-out pairs with the hash",
 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .logprobs import LogprobTable, ahead, autocast, load_model, pair_tokens, pick_precision
+from .logprobs import LogprobTable, ahead, autocast, load_model, pick_precision
 from .logprobs import same_bits, score_pairs, weights_hash
 from .packing import choose_logprobs
 from .trainer import TrainConfig, Trainer, activation_checkpointing, all_batches, compile_for
@@ -57,8 +57,7 @@ def load_S(
     weights = _copied(loaded)
     precision = pick_precision(precision, loaded.device)
     logprobs = choose_logprobs(loaded, pairs[:64], "auto", precision)
-    longest = sorted(pairs, key=lambda pair: -pair_tokens([pair])[0])[:64]
-    fitted = fit(loaded, longest, TrainConfig(compile=compile), precision, logprobs)
+    fitted = fit(loaded, pairs, TrainConfig(compile=compile), precision, logprobs)
     if wants_compiling(fitted, loaded.device): compile_for(loaded, logprobs, precision, fitted)
     strict = why_not_same_bits(loaded, logprobs, precision) is None
     return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict, fitted)

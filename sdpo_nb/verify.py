@@ -607,8 +607,9 @@ def _files(folder):
         name = path.relative_to(folder)
         weights = LEFT_OUT & set(name.parts[:-1])
         # .db: every request of `sdpo eval`, kept to go on; the scores lie beside it
-        passing = name.name.startswith(".") or name.name == MANIFEST or name.suffix in (".tmp", ".zip", ".db")
-        if path.is_file() and not weights and not passing: found[name.as_posix()] = path
+        passing = name.name.startswith(".") or name.name == MANIFEST or name.suffix in (".zip", ".db")
+        unfinished = any(part.endswith(".tmp") for part in name.parts) # what a kill left, weights among it
+        if path.is_file() and not weights and not passing and not unfinished: found[name.as_posix()] = path
     return found
 
 def _sha256(path): return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -431,3 +431,8 @@ def test_a_folder_from_before_there_were_schedules_has_the_old_one(tmp_path):
     for wrong in (dict(schedule="cosine"), dict(order_by="gamma_per_token"), dict(loss=ipo)):
         with pytest.raises(ValueError, match=f"started with {list(wrong)[0]} ="): stepwise.sdpo_partition(load_world().base, SOURCES, StepwiseConfig(**CONFIG | wrong), tmp_path)
     stepwise.sdpo_partition(load_world().base, SOURCES, StepwiseConfig(**CONFIG), tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError, PermissionError(13, "Permission denied", "a")])
+def test_what_says_nothing_about_a_file_is_not_blamed_on_it(error):
+    with pytest.raises((MemoryError, PermissionError)), sdpo_nb.folder.naming(Path("stage.json")): raise error

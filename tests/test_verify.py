@@ -261,7 +261,10 @@ def rewritten(packed, out, name, text):
 
 
 def test_the_zip_has_no_weights_and_no_lock(runs, tmp_path):
-    with zipfile.ZipFile(pack_run(runs / "good", tmp_path / "a.zip")) as z: names = z.namelist()
+    folder = shutil.copytree(runs / "good", tmp_path / "good")
+    for left in ("model.tmp", "model.old.tmp"): shutil.copytree(folder / "stage-1" / "model", folder / "stage-1" / left) # by a kill
+    with zipfile.ZipFile(pack_run(folder, tmp_path / "a.zip")) as z: names = z.namelist()
+    assert not [name for name in names if ".tmp/" in name]
     assert not [name for name in names if "/model/" in name or "/checkpoint/" in name or name.endswith((".lock", ".tmp"))]
     assert {"good/MANIFEST.json", "good/config.yaml", "good/stage-2/metrics.jsonl", "good/report.md"} <= set(names)
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from sdpo_nb.logprobs import LogprobTable, ahead, autocast, load_model, pair_tokens, pick_precision
+from sdpo_nb.logprobs import LogprobTable, ahead, autocast, load_model, pick_precision
 from sdpo_nb.logprobs import same_bits, score_pairs, weights_hash
 from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.trainer import TrainConfig, Trainer, activation_checkpointing, all_batches, compile_for
@@ -94,8 +94,7 @@ def load_S(
     weights = _copied(loaded)
     precision = pick_precision(precision, loaded.device)
     logprobs = choose_logprobs(loaded, pairs[:64], "auto", precision)
-    longest = sorted(pairs, key=lambda pair: -pair_tokens([pair])[0])[:64]
-    fitted = fit(loaded, longest, TrainConfig(compile=compile), precision, logprobs)
+    fitted = fit(loaded, pairs, TrainConfig(compile=compile), precision, logprobs)
     if wants_compiling(fitted, loaded.device): compile_for(loaded, logprobs, precision, fitted)
     strict = why_not_same_bits(loaded, logprobs, precision) is None
     return Base(loaded, weights, weights_hash(loaded), precision, logprobs, strict, fitted)
