@@ -1098,8 +1098,9 @@ endings
 #
 # A template may also drop a part of what it is given, and say nothing. Some keep only what stands after `</think>`:
 # they are made for earlier turns, whose thoughts a model is not shown again. In a pair the thought is a part of the
-# answer that was judged. So we look whether the text has all that was said. White space apart, which many templates
-# trim, and the earlier answers apart.
+# answer that was judged. Others write the system message only where a question comes last, and so not above an answer.
+# We therefore look whether the text has all that was said. White space does not count, since many templates trim it, and
+# earlier answers are not looked at.
 
 # %%
 #| export
@@ -1130,13 +1131,13 @@ complaint(_check_written, _render(toy_tokenizer(LINES, forgetful), thinking), th
 def _chat_ids(pair, tokenizer, end):
     "Ids of the prompt, and of the two full rows; a chat."
     end = end or turn_end(tokenizer)
-    prompt = _render(tokenizer, pair["prompt"], add_generation_prompt=True)
-    _check_written(prompt, [m for m in pair["prompt"] if m["role"] != "assistant"])
+    asked = [m for m in pair["prompt"] if m["role"] != "assistant"]
     full = []
     for side in _SIDES:
         text = _render(tokenizer, pair["prompt"] + [pair[side]])
-        _check_written(text, [pair[side]])
+        _check_written(text, [*asked, pair[side]])
         full.append(_ended_ids(tokenizer, text, end))
+    prompt = _render(tokenizer, pair["prompt"], add_generation_prompt=True)
     return _rendered_ids(tokenizer, prompt), full
 
 
@@ -1287,11 +1288,11 @@ def _json_rows(path):
             rows = _parsed(f.read(), path)
             for i, row in enumerate(rows): yield f"{path}, row {i}", row
             return
+        expected = "; expected one object a line, or one list of objects in a .json file"
         i = 0
         for n, line in enumerate(f, 1):
             if not line.strip(): continue
             where = f"{path}, row {i} (line {n})"
-            expected = "; expected one object a line, or one list of objects in a .json file"
             yield where, _parsed(line.rstrip("\n"), where, expected)
             i += 1
 
@@ -1589,7 +1590,7 @@ def load_pairs(
     source,              # file (see _READERS; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
     split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
     revision: str=None,  # hub ids: a commit, so that the data cannot change under you
-    columns: dict=None,  # renames, e.g. {"question": "prompt"}; a "prompt" stays where it is alone, and goes where both are
+    columns: dict=None,  # renames, e.g. {"question": "prompt"}; where a source has both, its "question" wins
 ) -> Dataset:            # raw rows, memory-mapped: prompt, chosen, rejected, system, messages
     "Preference rows, checked. Raises ValueError naming file, row and field, and FileNotFoundError."
     columns = columns or {}
@@ -1991,7 +1992,7 @@ pd.DataFrame(firsts)
 # falls on the same side in every source, and rows that are added to a file later move no other row.
 #
 # This holds for prompts that are written out. Where the prompt is only the common beginning of two texts (part two), it
-# ends where the two happen to part. Two pairs of one question may then have two prompts, and nobody can know.
+# ends where the two happen to part. Two pairs of one question may then have two prompts, and nobody can tell.
 
 # %%
 #| export

@@ -439,13 +439,13 @@ def _check_written(text, messages):
 def _chat_ids(pair, tokenizer, end):
     "Ids of the prompt, and of the two full rows; a chat."
     end = end or turn_end(tokenizer)
-    prompt = _render(tokenizer, pair["prompt"], add_generation_prompt=True)
-    _check_written(prompt, [m for m in pair["prompt"] if m["role"] != "assistant"])
+    asked = [m for m in pair["prompt"] if m["role"] != "assistant"]
     full = []
     for side in _SIDES:
         text = _render(tokenizer, pair["prompt"] + [pair[side]])
-        _check_written(text, [pair[side]])
+        _check_written(text, [*asked, pair[side]])
         full.append(_ended_ids(tokenizer, text, end))
+    prompt = _render(tokenizer, pair["prompt"], add_generation_prompt=True)
     return _rendered_ids(tokenizer, prompt), full
 
 # %% ../nbs/01_preferences.ipynb #410af910
@@ -528,11 +528,11 @@ def _json_rows(path):
             rows = _parsed(f.read(), path)
             for i, row in enumerate(rows): yield f"{path}, row {i}", row
             return
+        expected = "; expected one object a line, or one list of objects in a .json file"
         i = 0
         for n, line in enumerate(f, 1):
             if not line.strip(): continue
             where = f"{path}, row {i} (line {n})"
-            expected = "; expected one object a line, or one list of objects in a .json file"
             yield where, _parsed(line.rstrip("\n"), where, expected)
             i += 1
 
@@ -707,7 +707,7 @@ def load_pairs(
     source,              # file (see _READERS; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
     split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
     revision: str=None,  # hub ids: a commit, so that the data cannot change under you
-    columns: dict=None,  # renames, e.g. {"question": "prompt"}; a "prompt" stays where it is alone, and goes where both are
+    columns: dict=None,  # renames, e.g. {"question": "prompt"}; where a source has both, its "question" wins
 ) -> Dataset:            # raw rows, memory-mapped: prompt, chosen, rejected, system, messages
     "Preference rows, checked. Raises ValueError naming file, row and field, and FileNotFoundError."
     columns = columns or {}
