@@ -589,7 +589,7 @@ tok.batch_decode(new)
 
 
 # %% [markdown]
-# `respond_ids` draws the luck before anything else, so it depends on the seed only. Prompts of equal length go through the model together, so nothing has to be padded.
+# `respond_ids` draws the luck before anything else. It depends on the seed, on the place of a prompt in the list and on `max_new`, and never on the model. So models are compared on one list of prompts. Prompts of equal length go through the model together, so nothing has to be padded.
 
 # %%
 #| export

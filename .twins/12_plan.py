@@ -635,8 +635,8 @@ def seen_in_training(
     loaded: list[Source], # trained on
 ) -> list[int]:           # a number for each held-out source
     "How many pairs of each held-out source have a prompt that is trained on."
-    trained = {tuple(ids) for s in loaded for ids in s.pairs["prompt_ids"]}
-    return [sum(tuple(ids) in trained for ids in s.pairs["prompt_ids"]) for s in held]
+    trained = {name for s in loaded for name in s.asked()}
+    return [sum(name in trained for name in s.asked()) for s in held]
 
 def check_held_out(
     held: list[Source],   # held out

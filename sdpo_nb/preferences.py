@@ -7,7 +7,7 @@ __all__ = ['DROPPED', 'prompt_limit', 'encode', 'normalise', 'turn_end', 'load_p
            'decoded', 'hold_out']
 
 # %% ../nbs/01_preferences.ipynb #a95ddeea
-import glob, gzip, hashlib, json, os, re
+import csv, glob, gzip, hashlib, json, os, re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -60,7 +60,7 @@ def _shared(a, b) -> int:
 # %% ../nbs/01_preferences.ipynb #92170ff4
 def prompt_limit(
     max_length: int,    # longest prompt + response, in tokens; at least 2
-    given: int=None,    # longest prompt, in tokens, if somebody named it; below max_length
+    given: int=None,    # longest prompt, in tokens, below max_length; None or 0: nobody named it
 ) -> int:               # longest prompt, in tokens; half of max_length where nobody named it
     "The longest prompt. Raises ValueError where it could fill the row and leave nothing to score."
     if max_length < 2: raise ValueError(f"max_length: must be at least 2, got {max_length}")
@@ -79,7 +79,6 @@ def _why_dropped(texts, prompt, whole, kept) -> str:
     if not all(text.strip() for text in texts): return "empty"
     if whole[0] == whole[1]: return "equal"
     if not prompt: return "no_prompt"
-    if not all(kept): return "no_room"
     if kept[0] == kept[1]: return "no_room"
     return ""
 
@@ -88,8 +87,9 @@ def _spelled(pair, tokenizer):
     "The three lists of ids of a pair as text."
     return {field: tokenizer.decode(pair[f"{field}_ids"]) for field in ("prompt", *_SIDES)}
 
-def _key(prompt, first, second):
-    return hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
+def _hash(ids): return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+def _key(prompt, first, second): return _hash([prompt, first, second])
 
 def _said_by(pair, tokenizer):
     "The two responses as text, without end tokens."
@@ -100,9 +100,9 @@ def encode(
     pair: dict,                  # what `normalise` returns: chat, prompt, chosen, rejected
     tokenizer,                   # a transformers tokenizer
     max_length: int=1024,        # longest prompt + response, in tokens; the response's tail is cut
-    max_prompt_length: int=None, # longest prompt, in tokens, its end is kept; None: half of max_length
+    max_prompt_length: int=None, # longest prompt, in tokens, its end is kept; None or 0: half of max_length
     end: tuple=None,             # `turn_end(tokenizer)`, for chats; asked for where it is not given
-) -> dict:                       # key, swapped, prompt_ids, chosen_ids, rejected_ids, and what was done
+) -> dict:                       # key, swapped, asked, prompt_ids, chosen_ids, rejected_ids, and what was done
     "Token ids of one pair. Its prompt is what the prompt's ids and both full rows begin with (1)."
     if pair["chat"]: prompt, full = _chat_ids(pair, tokenizer, end)
     else: prompt, full = _text_ids(pair, tokenizer)
@@ -117,6 +117,7 @@ def encode(
     return dict(
         key=_key(kept, chosen, rejected),
         swapped=_key(kept, rejected, chosen),
+        asked=_hash(prompt[-longest:]),
         prompt_ids=kept,
         chosen_ids=chosen,
         rejected_ids=rejected,
@@ -188,9 +189,11 @@ def _check_prompt(row, where, chat):
 
 # %% ../nbs/01_preferences.ipynb #4786e4a1
 _FOR_THE_MODEL = dict(
-    row="tools functions images image videos video audios audio chat_template_kwargs".split(),
+    row="tools functions images image videos video audios audio documents history chat_template_kwargs".split(),
     message="tool_calls tool_call_id function_call reasoning_content reasoning thinking images".split(),
 )
+
+_SYSTEM_TOO = "system_prompt", "system_message" # other names of `system`
 
 def _for_the_model(row):
     "(name, value) of every field that is meant for the model and cannot be rendered here."
@@ -207,6 +210,9 @@ def _check_lost(row, where):
         raise _wrong(where, field,
                      "is meant for the model and cannot be rendered here; "
                      f"write it into the text, or remove it; got {_short(value)}")
+    for field in _SYSTEM_TOO:
+        if not row.get(field) or row.get("system") is not None: continue
+        raise _wrong(where, field, f"is meant for the model; columns={{'{field}': 'system'}} renames it")
     extra, prompt = row.get("input"), row.get("prompt")
     if not isinstance(extra, str) or not isinstance(prompt, str): return
     if extra.strip() not in prompt:
@@ -285,20 +291,35 @@ def _without_answer(before, turns, sides, where):
                      "leave the two out of it")
     return before[:-1]
 
+def _without_both(before, turns):
+    "Earlier turns, without those that the prompt's own turns hold as well."
+    said = [[(m["role"], m["content"].strip()) for m in some] for some in (before, turns)]
+    n = len(before)
+    if any(said[1][i:i+n] == said[0] for i in range(len(turns))): return []
+    both = next((k for k in range(n, 0, -1) if said[0][-k:] == said[1][:k]), 0)
+    return before[:n - both]
+
 def _context(row, turns, sides, where):
     "System message, earlier turns, then the prompt's own."
     before = _without_answer(_messages(row.get("messages") or []), turns, sides, where)
+    before = _without_both(before, turns)
     if before and before[-1]["role"] == "user":
-        if turns and before[-1]["content"].strip() not in turns[-1]["content"]:
+        copied = len(turns) == 1 and before[-1]["content"].strip() in turns[0]["content"]
+        if turns and not copied:
             raise _wrong(where, "messages",
-                         "ends with a user turn that 'prompt' does not repeat; "
+                         "ends with a user turn, and 'prompt' is no copy of that; "
                          "end it with the assistant turn before the prompt")
         turns = []
     elif not turns:
         raise _wrong(where, "prompt",
                      "expected a string or messages, got nothing, and the two sides share no turn")
     system = [_turn("system", row["system"])] if row.get("system") else []
-    return system + [m for m in before + turns if m not in system]
+    first = [part[0] for part in (system, before, turns) if part and part[0]["role"] == "system"]
+    for m in first:
+        if m == first[0]: continue
+        raise _wrong(where, "system" if system else "messages",
+                     f"two system messages, {_short(first[0]['content'])} and {_short(m['content'])}; keep one")
+    return first[:1] + [m for m in before + turns if m not in first]
 
 # %% ../nbs/01_preferences.ipynb #c93f8c7f
 def normalise(
@@ -333,28 +354,32 @@ def _without_clock(template):
     day = datetime(2024, 7, 26)
     return _CLOCK.sub(lambda found: found[1] + day.strftime(found[2]) + found[1], template)
 
-def _render(tokenizer, messages, **kw):
-    "Ids of a conversation. Raises ValueError without a template, TemplateError where it fails."
+def _render(tokenizer, messages, **kw) -> str:
+    "Text of a conversation. Raises ValueError without a template, TemplateError where it fails."
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, "
                          "or give prompt, chosen and rejected as plain strings")
     if "strftime_now" in tokenizer.chat_template:
         kw["chat_template"] = _without_clock(tokenizer.chat_template)
-    try: return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kw)
+    try: return tokenizer.apply_chat_template(messages, tokenize=False, **kw)
     except (ValueError, jinja2.TemplateError): raise
     except Exception as e:                                    # a template may do anything that Python can
         raise jinja2.TemplateError(f"{type(e).__name__}: {e}") from e
 
+def _rendered_ids(tokenizer, text):
+    "Ids of what a template has written; BOS and the like are in it already."
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
 # %% ../nbs/01_preferences.ipynb #cf285e35
-def _after_answer(tokenizer, later=()):
-    "Ids that follow an assistant's turn, whatever it says. Raises ValueError for an unusable template."
-    def rows(before):
+def _after_answer(tokenizer, later=()) -> str:
+    "Text that follows an assistant's turn, whatever it says. Raises ValueError for an unusable template."
+    def texts(before):
         asked = [*before, _turn("user", "x")]
         return [_render(tokenizer, [*asked, _turn("assistant", said), *later]) for said in ("a", "b b")]
 
-    try: a, b = rows([])
+    try: a, b = texts([])
     except jinja2.TemplateError:         # it may insist on a system message
-        try: a, b = rows([_turn("system", "x")])
+        try: a, b = texts([_turn("system", "x")])
         except jinja2.TemplateError as e:
             raise ValueError(f"the chat template cannot be rendered ({e})") from e
     if a == b:
@@ -364,33 +389,64 @@ def _after_answer(tokenizer, later=()):
     return a[len(a) - tail:]
 
 # %% ../nbs/01_preferences.ipynb #c7b06254
+def _end_tokens(tokenizer) -> set:
+    "The tokens, as text, that may end a turn."
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+    return added | set(tokenizer.all_special_tokens)
+
 def turn_end(
     tokenizer,          # a tokenizer with a chat template
-) -> tuple[list[int], int]: # ids to append, number of ids to cut, after a rendered assistant turn
+) -> tuple[list[int], str]: # ids to append, and before that the text to cut, after a rendered assistant turn
     "How a rendered turn is mended to end with its end token. Raises ValueError for an unusable template."
     tail = _after_answer(tokenizer)
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    ends = added | set(tokenizer.all_special_ids)
-    ends -= {tokenizer.unk_token_id}
+    longest_first = sorted(_end_tokens(tokenizer), key=len, reverse=True)
+    an_end = re.compile("|".join(map(re.escape, longest_first)))
 
-    places = [i for i, token in enumerate(tail) if token in ends]
-    if not places: return [tokenizer.eos_token_id], len(tail)
-    n = places[0] + 1
-    if n < len(tail) and tail[n] in ends:    # the turn's, if it stands between two turns as well
+    found = an_end.search(tail)
+    if not found: return [tokenizer.eos_token_id], tail
+    n = found.end()
+    found = an_end.match(tail, n)
+    if found:                                # the turn's, if it stands between two turns as well
         between = _after_answer(tokenizer, [_turn("user", "y")])
         as_between = _shared(tail, between)
-        while n < as_between and tail[n] in ends: n += 1
-    return [], len(tail) - n
+        while found and found.end() <= as_between:
+            n = found.end()
+            found = an_end.match(tail, n)
+    return [], tail[n:]
+
+# %% ../nbs/01_preferences.ipynb #0a874bd1
+def _ended_ids(tokenizer, text, end):
+    "Ids of a rendered conversation, up to and with the one token that ends its last turn."
+    add, cut = end
+    ids = _rendered_ids(tokenizer, text.removesuffix(cut)) + add
+    def ends(i): return tokenizer.convert_ids_to_tokens(i) in _end_tokens(tokenizer)
+    while ids[-2:] == ids[-1:] * 2 and ends(ids[-1]): ids.pop()
+    return ids
+
+# %% ../nbs/01_preferences.ipynb #14d116a4
+def _check_written(text, messages):
+    "Raise ValueError where a template has left out a part of what these messages say."
+    def close(x): return "".join(x.split())
+    written = None
+    for m in messages:
+        if m["content"] in text: continue
+        written = written or close(text)
+        if close(m["content"]) in written: continue
+        raise ValueError(f"the chat template leaves out a part of what '{m['role']}' says, "
+                         f"{_short(m['content'])}; take another template, or leave that part out of the data")
 
 # %% ../nbs/01_preferences.ipynb #9d9d59d1
 def _chat_ids(pair, tokenizer, end):
     "Ids of the prompt, and of the two full rows; a chat."
-    add, cut = end or turn_end(tokenizer)
+    end = end or turn_end(tokenizer)
+    asked = [m for m in pair["prompt"] if m["role"] != "assistant"]
     full = []
     for side in _SIDES:
-        row = _render(tokenizer, pair["prompt"] + [pair[side]])
-        full.append(row[:len(row) - cut] + add)
-    return _render(tokenizer, pair["prompt"], add_generation_prompt=True), full
+        text = _render(tokenizer, pair["prompt"] + [pair[side]])
+        _check_written(text, [*asked, pair[side]])
+        full.append(_ended_ids(tokenizer, text, end))
+    prompt = _render(tokenizer, pair["prompt"], add_generation_prompt=True)
+    return _rendered_ids(tokenizer, prompt), full
 
 # %% ../nbs/01_preferences.ipynb #410af910
 def _check_columns(columns, names, where):
@@ -398,7 +454,9 @@ def _check_columns(columns, names, where):
     there = {*names, *(columns[c] for c in columns if c in names)}
     absent = [c for c in columns if c not in names and columns[c] not in there]
     if absent:
-        raise ValueError(f"{where}: columns= names {sorted(absent)}, but the rows have {sorted(names)}")
+        raise ValueError(f"{where}: columns= names {sorted(absent)}, but the rows have {sorted(names)}; "
+                         "--columns goes to every source, and in sources= or the file of --config "
+                         "each source may have columns of its own")
 
 def _rename(columns, names, where):
     "Old name -> new name, for the columns that stay. Raises ValueError where two would get one name."
@@ -443,6 +501,10 @@ def _suffix(path):
     path = Path(str(path).lower())
     return Path(path.stem if path.suffix == ".gz" else path).suffix
 
+def _opened(path, **kw):
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    return opened(path, "rt", encoding="utf-8-sig", **kw)
+
 def _once(pairs):
     "An object of JSON. A name that is given twice is an error; json lets the later value win."
     names = [name for name, _ in pairs]
@@ -450,45 +512,71 @@ def _once(pairs):
         if names.count(name) > 1: raise ValueError(f"'{name}' is given twice")
     return dict(pairs)
 
-def _parsed(text, where):
+def _parsed(text, where, expected=""):
     try: return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
         why = str(e).splitlines()[0]
-        raise ValueError(f"{where}: not JSON ({why})") from None
+        if not isinstance(e, json.JSONDecodeError): expected = ""
+        raise ValueError(f"{where}: not JSON ({why}){expected}") from None
 
 def _json_rows(path):
     "(where, row): one object a line, or, in a .json file, one list of objects."
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig") as f:
-        is_list = _suffix(path) == ".json" and f.read(1000).lstrip().startswith("[")
+    with _opened(path) as f:
+        first = next((line for line in f if line.strip()), "") if _suffix(path) == ".json" else ""
         f.seek(0)
-        if is_list:
+        if first.lstrip().startswith("["):
             rows = _parsed(f.read(), path)
             for i, row in enumerate(rows): yield f"{path}, row {i}", row
             return
+        expected = "; expected one object a line, or one list of objects in a .json file"
         i = 0
         for n, line in enumerate(f, 1):
             if not line.strip(): continue
             where = f"{path}, row {i} (line {n})"
-            yield where, _parsed(line, where)
+            yield where, _parsed(line.rstrip("\n"), where, expected)
             i += 1
 
 # %% ../nbs/01_preferences.ipynb #71788157
+def _csv_rows(path):
+    "(where, row): every cell is text, and an empty one is nothing."
+    csv.field_size_limit(2**31 - 1)                         # an answer may be longer than csv expects
+    names, i, n = None, 0, 1
+    with _opened(path, newline="") as f:
+        lines = csv.reader(f, strict=True)
+        try:
+            for cells in lines:
+                where = f"{path}, row {i} (line {n})"
+                n = lines.line_num + 1
+                if not cells: continue                      # a blank line
+                if names is None:
+                    names = cells
+                    twice = [name for name in names if name and names.count(name) > 1]
+                    if twice: raise ValueError(f"{path}: the first line gives '{twice[0]}' twice")
+                    continue
+                if len(cells) > len(names):
+                    raise ValueError(f"{where}: {len(cells)} cells, but the first line has {len(names)} names; "
+                                     'a text with a comma in it stands in quotes: "one, two"')
+                filled = {name: cell or None for name, cell in zip(names, cells)}
+                yield where, dict.fromkeys(names) | filled
+                i += 1
+        except csv.Error as e: raise ValueError(f"{path}, row {i} (line {n}): not CSV ({e})") from None
+
+# %% ../nbs/01_preferences.ipynb #7fdd15a2
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
 def _file_rows(path: Path):
     "(where, row) of every row of a file."
     kind = _READERS[_suffix(path)]
-    if kind == "json":
-        yield from _json_rows(path)
+    own = dict(json=_json_rows, csv=_csv_rows).get(kind)
+    if own:
+        yield from own(path)
         return
     if kind == "parquet" and not pq.read_metadata(path).num_rows: return
-    how = dict(keep_default_na=False, na_values=[""]) if kind == "csv" else {}
-    rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **how)
+    rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
     for i, row in enumerate(rows): yield f"{path}, row {i}", row
 
 # %% ../nbs/01_preferences.ipynb #8a0fb900
-_VERSION = 4 # of what is cached: raise it when the same file or row would give something else
+_VERSION = 5 # of what is cached: raise it when the same file or row would give something else
 
 def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
 
@@ -519,6 +607,10 @@ def _table_of(path, columns):
     with _no_bar(): return Dataset.from_generator(_generate, features=_features(first), gen_kwargs=decides)
 
 # %% ../nbs/01_preferences.ipynb #a59051c6
+def _why(e) -> str:
+    "What an error says, in one line."
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
 def _read_file(path: Path, columns: dict) -> Dataset:
     "The checked rows of one file, memory-mapped. Raises ValueError naming the file or the cache."
     if _suffix(path) not in _READERS:
@@ -527,7 +619,7 @@ def _read_file(path: Path, columns: dict) -> Dataset:
     try: return _table_of(path, columns)
     except Exception as e:
         e = e.__cause__ or e # datasets wraps what the generator raises
-        why = (str(e) or repr(e)).splitlines()[0]
+        why = _why(e)
         elsewhere = isinstance(e, OSError) and e.filename and str(e.filename) != str(path)
         if isinstance(e, json.JSONDecodeError) or elsewhere:  # of the cache: this file has been read by then
             cache = datasets.config.HF_DATASETS_CACHE
@@ -541,17 +633,23 @@ def _pick(splits, split, where):
     if split not in splits: raise ValueError(f"{where}: no split '{split}', only {sorted(splits)}")
     return splits[split]
 
+def _remedy(why):
+    "What helps where an error says that one of several configurations must be named."
+    if "Config name is missing" not in why: return ""
+    return ("; datasets.load_dataset(name, configuration) reads one of them: "
+            "give what it returns, or the folder of its save_to_disk")
+
 def _files_of(path):
     "{split: files}, as `datasets` sorts them; prints what it leaves aside."
     try: found = load_dataset_builder(str(path)).config.data_files
     except Exception as e:
-        why = " ".join(str(e).split())[:300]
-        raise ValueError(f"{path}: no files in this folder that datasets can read ({why})") from e
+        why = _why(e)
+        raise ValueError(f"{path}: cannot be read as a folder of data ({why}){_remedy(why)}") from e
     files = {str(split): names for split, names in found.items()}
-    used = {Path(name) for names in files.values() for name in names}
+    used = {Path(name).resolve() for names in files.values() for name in names}
     aside = []
     for f in path.rglob("*"):
-        if _suffix(f) not in _READERS or f in used or f.name.startswith("."): continue
+        if _suffix(f) not in _READERS or f.resolve() in used or f.name.startswith("."): continue
         aside.append(str(f.relative_to(path)))
     left = ", ".join(sorted(aside))
     if left: print(f"{path}: not read, as the folder's data are of another kind: {left}")
@@ -575,7 +673,7 @@ def _from_dataset(data, split, columns, where):
     data = data.with_format(None).select_columns(list(names)).rename_columns(new_names)
 
     if len(data): _check(data[0], f"{where}, row 0")
-    may_matter = [*_SCHEMA, *_FOR_THE_MODEL["row"], "input"]
+    may_matter = [*_SCHEMA, *_FOR_THE_MODEL["row"], *_SYSTEM_TOO, "input"]
     looked_at = data.select_columns([c for c in may_matter if c in data.column_names])
     rows = ((f"{where}, row {i}", row) for i, row in enumerate(looked_at))
     for _ in _checked(rows, {}): pass                           # read for its errors
@@ -585,8 +683,7 @@ def _from_dataset(data, split, columns, where):
 def _from_disk(path):
     try: return load_from_disk(str(path))
     except Exception as e:
-        why = (str(e) or "empty").splitlines()[0]
-        what = f"{type(e).__name__}: {why}"
+        what = f"{type(e).__name__}: {_why(e)}"
         raise ValueError(f"{path}: what save_to_disk wrote here cannot be read ({what})") from e
 
 def _from_hub(name, split, revision):
@@ -595,8 +692,9 @@ def _from_hub(name, split, revision):
     if like_a_path or _suffix(path) in _READERS: raise FileNotFoundError(f"{name}: no such file or folder")
     try: return load_dataset(name, split=split, revision=revision)
     except Exception as e:
-        why = str(e).splitlines()[0]
-        raise ValueError(f"{name}: neither a local path nor a hub data set that could be read ({why})") from e
+        why = _why(e)
+        raise ValueError(f"{name}: neither a local path nor a hub data set that could be read "
+                         f"({why}){_remedy(why)}") from e
 
 # %% ../nbs/01_preferences.ipynb #73ccc9de
 def _from_list(source, columns):
@@ -609,7 +707,7 @@ def load_pairs(
     source,              # file (see _READERS; also .gz), folder, hub id, list of rows, Dataset or DatasetDict
     split: str="train",  # of a hub id, folder or DatasetDict; a single file has none
     revision: str=None,  # hub ids: a commit, so that the data cannot change under you
-    columns: dict=None,  # renames, e.g. {"question": "prompt"}; a source that says "prompt" is left as it is
+    columns: dict=None,  # renames, e.g. {"question": "prompt"}; where a source has both, its "question" wins
 ) -> Dataset:            # raw rows, memory-mapped: prompt, chosen, rejected, system, messages
     "Preference rows, checked. Raises ValueError naming file, row and field, and FileNotFoundError."
     columns = columns or {}
@@ -631,8 +729,8 @@ def load_pairs(
 class Source:
     "A named preference dataset, tokenised."
     name: str      # what the partition and the report call it
-    pairs: Dataset # a usable pair a row: row (its place in the data), key, prompt_ids, chosen_ids, rejected_ids,
-                   # truncated; memory-mapped
+    pairs: Dataset # a usable pair a row: row (its place in the data), key, asked, prompt_ids, chosen_ids,
+                   # rejected_ids, truncated; memory-mapped
     counts: dict   # rows read, dropped by reason, truncated, ...
 
     def __len__(self): return len(self.pairs)
@@ -640,6 +738,12 @@ class Source:
     def dropped(self) -> dict:
         "Reason -> rows, for the reasons that occurred."
         return {why: self.counts[why] for why in DROPPED if self.counts[why]}
+
+    def asked(self) -> list[str]:
+        "A name for the prompt of each pair, made of `prompt_ids` where a pair has none."
+        ids = self.pairs["prompt_ids"]
+        known = self.pairs["asked"] if "asked" in self.pairs.column_names else [None] * len(self)
+        return [name or _hash(prompt) for name, prompt in zip(known, ids)]
 
 def counts_table(
     sources, # several `Source`s
@@ -688,7 +792,7 @@ def _usable(name, out):
     if not is_usable.any():
         dropped = kept["drop"].value_counts().to_dict()
         raise ValueError(f"source '{name}': no usable pair among {len(kept)} rows, dropped {dropped}")
-    pairs = out.select_columns(["row", "key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
+    pairs = out.select_columns(["row", "key", "asked", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"])
     if not is_usable.all(): pairs = pairs.select(is_usable.to_numpy().nonzero()[0])
     return Source(name, pairs, _counts(kept))
 
@@ -742,7 +846,7 @@ def _encoder(data, name, tokenizer, max_length, max_prompt_length, chat):
 # %% ../nbs/01_preferences.ipynb #bbbba85a
 _TEXT, _IDS = datasets.Value("string"), datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features(
-    dict(row=datasets.Value("int64"), key=_TEXT, swapped=_TEXT)
+    dict(row=datasets.Value("int64"), key=_TEXT, swapped=_TEXT, asked=_TEXT)
     | dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids"], _IDS)
     | dict(drop=_TEXT)
     | dict.fromkeys(_FLAGS, datasets.Value("bool"))
@@ -755,7 +859,7 @@ def tokenize_pairs(
     tokenizer,            # a transformers tokenizer
     name: str="pairs",    # of the source
     max_length: int=1024, # longest prompt + response, in tokens; the response's tail is cut
-    max_prompt_length: int=None, # longest prompt, in tokens, its end is kept; None: half of max_length
+    max_prompt_length: int=None, # longest prompt, in tokens, its end is kept; None or 0: half of max_length
     chat: bool=False,     # read string fields as turns of a chat, also where nothing in the data says so
     num_proc: int=None,   # processes; None: one for every 10,000 rows, at most one a core
 ) -> Source:              # usable pairs, with counts of the others
@@ -794,10 +898,9 @@ def decoded(
     return [_spelled(pair, tokenizer) for pair in first]
 
 # %% ../nbs/01_preferences.ipynb #43ea27a9
-def _lot(ids) -> float:
-    "A number from 0 to 1 that only these ids have."
-    digits = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
-    return int(digits, 16) / 16**12
+def _lot(name) -> float:
+    "A hash as a number from 0 to 1."
+    return int(name[:12], 16) / 16**12
 
 def hold_out(
     source: Source,  # tokenised pairs
@@ -807,7 +910,7 @@ def hold_out(
     if not 0 <= share < 1:
         raise ValueError(f"source '{source.name}': eval_share must be from 0 to below 1, got {share}")
     if not share: return source, None
-    held = np.array([_lot(ids) < share for ids in source.pairs["prompt_ids"]])
+    held = np.array([_lot(name) < share for name in source.asked()])
     if held.all():
         raise ValueError(f"source '{source.name}': eval_share = {share} holds out all of its {len(held)} "
                          "pairs; a smaller one leaves some to train on")

@@ -1,5 +1,5 @@
 "Guards of chapter 01: bad input, every format, boundaries, cuts, the cache, and equality with TRL."
-import gzip, json, os, random
+import gzip, hashlib, json, os, random
 from pathlib import Path
 
 import datasets
@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import sdpo_nb.preferences as P
+from sdpo_nb.plan import seen_in_training
 from sdpo_nb.preferences import counts_table, encode, load_pairs, normalise, tokenize_pairs, turn_end
 from sdpo_nb.world import load_world
 
@@ -107,7 +108,7 @@ def test_bad_files(tmp_path):
         with pytest.raises(ValueError) as e: load_pairs(tmp_path / name)
         assert str(e.value).startswith(str(tmp_path / name)) and len(str(e.value).splitlines()) == 1
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="folder: no files"): load_pairs(tmp_path / "folder")
+    with pytest.raises(ValueError, match="folder: cannot be read as a folder of data"): load_pairs(tmp_path / "folder")
     with pytest.raises(ValueError, match="no rows"): load_pairs([])
 
 
@@ -217,6 +218,27 @@ def test_messages_before_or_whole():
     assert normalise(dict(chosen="xy", rejected="xz", messages=before + [user("c")]))["chosen"] == assistant("xy") # no implicit prompt here
 
 
+@pytest.mark.parametrize("messages, prompt, want", [
+    ("q1 a1", "q1 a1 q2", "q1 a1 q2"), ("q2", "q1 a1 q2", "q1 a1 q2"), ("q1 a1 q2", "q1 a1 q2", "q1 a1 q2"), ("q1 a1", "s q1 a1 q2", "s q1 a1 q2"),
+    ("q1 a1", "q2", "q1 a1 q2"), ("q0 a0 q1 a1", "q1 a1 q2", "q0 a0 q1 a1 q2"), ("s q1 a1", "s q2", "s q1 a1 q2"), ("q1 a1", "s q2", "s q1 a1 q2"), ("q1 a1 q2 x", "q1 a1 q2", "q1 a1 q2")])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_messages_and_prompt_share_is_said_once(messages, prompt, want, whole):
+    turn = lambda word: dict(role=dict(q="user", a="assistant", x="assistant", s="system")[word[0]], content=word + " " * (word == "q2"))
+    messages, prompt, want = ([turn(word) for word in words.split()] for words in (messages, prompt, want))
+    chosen, rejected = [assistant("x")], [assistant("y")]
+    row = dict(chosen=prompt + chosen, rejected=prompt + rejected) if whole else dict(prompt=prompt, chosen=chosen, rejected=rejected)
+    assert normalise(row | dict(messages=messages))["prompt"] == want
+
+
+@pytest.mark.parametrize("row, field", [
+    (dict(system="be brief", prompt=[dict(role="system", content="be long"), user("a")]), "system"),
+    (dict(system="be brief", messages=[dict(role="system", content="be long"), user("b"), assistant("c")], prompt=[user("a")]), "system"),
+    (dict(messages=[dict(role="system", content="s"), user("b"), assistant("c")], prompt=[dict(role="system", content="t"), user("a")]), "messages"),
+    (dict(messages=[user("b"), assistant("c"), user("a")], prompt=[user("b"), assistant("d"), user("a")]), "messages")])    # two histories
+def test_two_that_contradict_each_other_are_refused(row, field):
+    with pytest.raises(ValueError, match=f"row, field '{field}'"): normalise(row | dict(chosen=[assistant("x")], rejected=[assistant("y")]))
+
+
 def test_arrow_structs_with_extra_keys_and_gaps():
     rows = [dict(prompt=[user("a") | {"name": "joe"}], chosen=[assistant("b")], rejected=[assistant("c")], messages=None),
             dict(prompt=[user("a")], chosen=[assistant("b") | {"tool": None}], rejected=[assistant("c")], messages=[user("x"), assistant("y")])]
@@ -257,6 +279,23 @@ def test_folder_of_files(tmp_path):
     with pytest.raises(ValueError, match=r"train-1.jsonl, row 1 \(line 2\), field 'chosen'"): load_pairs(folder)
 
 
+def test_a_folder_by_another_path(tmp_path, monkeypatch, capsys):
+    write((tmp_path / "set").mkdir() or tmp_path / "set" / "train.jsonl", [TEXT]); (tmp_path / "link").symlink_to(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    for path in ("set", "./link", tmp_path / "link"): assert len(load_pairs(path)) == 1
+    assert not capsys.readouterr().out
+
+
+def test_configurations_are_named_with_their_remedy(tmp_path, monkeypatch):
+    for name in "ab": write(tmp_path / f"{name}.jsonl", [TEXT])
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n- config_name: two\n  data_files: b.jsonl\n---\n")
+    with pytest.raises(ValueError, match="cannot be read as a folder of data.*'one', 'two'.*load_dataset.name, configuration"): load_pairs(tmp_path)
+    for said, match in ((ValueError("Config name is missing.\nPick one of ['one', 'two']"), "'one', 'two'.*load_dataset.name, configuration"), (ConnectionError(), r"\(ConnectionError\)$")):
+        def hub(*a, said=said, **k): raise said
+        monkeypatch.setattr(P, "load_dataset", hub)
+        with pytest.raises(ValueError, match=f"someone/pairs: neither a local path.*{match}"): load_pairs("someone/pairs")
+
+
 def test_columns(tmp_path):
     row = dict(question="q", prompt="other", good="g", rejected="r")
     path, names = write(tmp_path / "q.jsonl", [row]), {"question": "prompt", "good": "chosen"}
@@ -264,6 +303,7 @@ def test_columns(tmp_path):
         assert {k: v for k, v in load_pairs(source, columns=names)[0].items() if v} == dict(prompt="q", chosen="g", rejected="r")
         with pytest.raises(ValueError, match="'chosen': .*the row has"): load_pairs(source, columns={"question": "prompt"})
         with pytest.raises(ValueError, match=r"columns= names \['nope'\]"): load_pairs(source, columns=names | {"nope": "system"})
+        with pytest.raises(ValueError, match="each source may have columns of its own"): load_pairs(source, columns=names | {"nope": "system"})
     for other in ([TEXT], Dataset.from_list([TEXT]), write(tmp_path / "p.jsonl", [TEXT])): # renamed already: nothing to do
         assert load_pairs(other, columns={"question": "prompt"}).to_list() == load_pairs(other).to_list()
     swapped = load_pairs([TEXT], columns={"chosen": "rejected", "rejected": "chosen"})[0]
@@ -302,7 +342,7 @@ def test_blank_that_a_tokenizer_adds_in_front():
 
 
 def test_turn_end():
-    for template, end in ((CHATML, ([], 1)), (LLAMA3, ([], 0)), (NO_END, ([1], 1)), (CHATML.replace("<|im_end|>\n", " </s>\n\n"), ([], 2))):
+    for template, end in ((CHATML, ([], "\n")), (LLAMA3, ([], "")), (NO_END, ([1], "\n")), (CHATML.replace("<|im_end|>\n", " </s>\n\n"), ([], "\n\n"))):
         assert turn_end(toy(template)) == end
     for template, last in ((CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (NO_END, "</s>")):
         t = toy(template, byte_level=True)
@@ -316,7 +356,35 @@ def test_turn_end_with_unknown_characters():
     t.pre_tokenizer = pre_tokenizers.Whitespace()
     t = PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", eos_token="<e>", additional_special_tokens=["<u>"],
                                 chat_template="{% for m in messages %}<u> {{ m.content }} <e> {% endfor %}")
-    assert turn_end(t) == ([], 0)
+    assert turn_end(t) == ([], " ")
+
+
+def test_what_follows_an_answer_is_cut_as_text():
+    "A full stop and the two line feeds after it may be one token, and the full stop is the answer's."
+    t = toy(NO_END.replace("m.content }}", "m.content }}\n"), byte_level=True)
+    t.add_tokens(".\n\n")                    # stands for a merge
+    e = encode(normalise(dict(prompt=[user("is it")], chosen=[assistant("it is.")], rejected=[assistant("it is")])), t)
+    assert [t.decode(e[s]) for s in ("chosen_ids", "rejected_ids")] == ["it is.</s>", "it is</s>"] and not e["drop"]
+
+
+@pytest.mark.parametrize("template, end", [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (NO_END, "</s>")])
+def test_an_end_token_in_the_answer_is_there_once(template, end):
+    t = toy(template, byte_level=True)
+    said = lambda answer: t.decode(encode(normalise(dict(prompt="a", chosen=answer, rejected="no"), chat=True), t)["chosen_ids"])
+    for answer in ("yes", "yes" + end, "yes" + end * 2): assert said(answer) == "yes" + end
+    assert said("yess") == "yess" + end     # a letter is no end token
+
+
+def test_a_template_that_leaves_out_a_part_is_refused():
+    def rows(**kw): return load_pairs([dict(dict(prompt=[user("1+1"), assistant("<think>2</think>2"), user(" and? ")], chosen=[assistant("<think>so </think>\n\n3")], rejected=[assistant("4")]), **kw)])
+    keeps = CHATML.replace("m.content", "m.content | trim")
+    forgets = CHATML.replace("m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)")
+    spaced = CHATML.replace("m.content", "m.content.replace('<think>', '<think>\n').replace('</think>\n\n', '\n</think>\n\n')")
+    no_system = CHATML.replace("{{ m.content }}", "{% if m.role != 'system' or messages[-1].role == 'user' %}{{ m.content }}{% endif %}")   # not above an answer
+    for template in (keeps, spaced): assert len(tokenize_pairs(rows(), toy(template, byte_level=True))) == 1
+    with pytest.raises(ValueError, match="source 's', row 0: the chat template leaves out.*'assistant'.*<think>so"): tokenize_pairs(rows(), toy(forgets), "s")
+    assert len(tokenize_pairs(rows(chosen=[assistant("3")]), toy(forgets, byte_level=True))) == 1       # thoughts of earlier turns may go
+    with pytest.raises(ValueError, match="source 's', row 0: the chat template leaves out.*'system'.*be brief"): tokenize_pairs(rows(system="be brief"), toy(no_system), "s")
 
 
 # ---- cuts and drops
@@ -337,7 +405,7 @@ def test_drops_are_counted():
     s = tokenize_pairs(load_pairs(rows), toy(), "s", max_length=8)
     assert s.counts == dict(rows=8, usable=2, empty=3, equal=1, no_prompt=1, no_room=1, chat=0, truncated=1, prompt_truncated=0, boundary_moved=0, duplicates=0, both_labels=0)
     assert len(s) == 2 and s.pairs["truncated"][:] == [False, True]
-    assert s.pairs.column_names == ["row", "key", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"]
+    assert s.pairs.column_names == ["row", "key", "asked", "prompt_ids", "chosen_ids", "rejected_ids", "truncated"]
     assert counts_table([s]).loc["s", "empty"] == 3 and json.dumps(s.counts)
     with pytest.raises(ValueError, match="source 's': no usable pair among 1 rows.*empty"): tokenize_pairs(load_pairs(rows[1:2]), toy(), "s")
     assert tokenize_pairs(load_pairs([row("x", "y", "")]), toy(bos=True)).counts["usable"] == 1 # BOS is a prompt
@@ -452,6 +520,15 @@ def test_conversations_equal_trl(template, tail, byte_level):
     assert our_ids(implicit, t) == our_ids(rows, t)
 
 
+def test_ends_that_trl_leaves_as_they_are():
+    "Differences on purpose: no end token gets EOS here and none there; an end token that an answer has is doubled there."
+    row = dict(prompt=[user("is it")], chosen=[assistant("yes")], rejected=[assistant("no")])
+    t = toy(NO_END, byte_level=True)
+    assert [t.decode(ids(([row]), t)[0]["chosen_ids"]) for ids in (trl_ids, our_ids)] == ["yes\n", "yes</s>"]
+    t, ended = toy(LLAMA3, byte_level=True), row | dict(chosen=[assistant("yes<|eot_id|>")])
+    assert [t.decode(ids(([ended]), t)[0]["chosen_ids"]) for ids in (trl_ids, our_ids)] == ["yes<|eot_id|><|eot_id|>", "yes<|eot_id|>"]
+
+
 def test_what_trl_keeps_and_we_drop():
     rows = [TEXT, dict(TEXT, chosen="no", rejected="no"), dict(TEXT, chosen="", rejected="no"), dict(TEXT, prompt="", chosen="so", rejected="no")]
     assert len(trl_ids(rows, toy())) == 4 and len(our_ids(rows, toy())) == 1
@@ -498,6 +575,10 @@ LOST = {
     "tool call before": (dict(prompt=[user("a"), assistant("") | {"tool_calls": [TOOL]}], chosen=[assistant("b")], rejected=[assistant("c")]), "prompt[1].tool_calls"),
     "tool call chosen": (dict(prompt=[user("a")], chosen=[assistant("") | {"tool_calls": [TOOL]}], rejected=[assistant("c")]), "chosen[0].tool_calls"),
     "reasoning": (dict(prompt=[user("a")], chosen=[assistant("4") | {"reasoning_content": "so"}], rejected=[assistant("4")]), "chosen[0].reasoning_content"),
+    "documents": (dict(TEXT, documents=["a text"]), "documents"),
+    "history": (dict(TEXT, history=[["q", "a"]]), "history"),
+    "system_prompt": (dict(TEXT, system_prompt="be brief"), "system_prompt"),
+    "system_message": (dict(TEXT, system_message="be brief", system=None), "system_message"),
     "surrogate": (dict(TEXT, chosen="b \ud83d"), "chosen"),
     "messages as text": (dict(TEXT, chosen=str([assistant("b")]), rejected=str([assistant("c")])), "chosen"),
 }
@@ -512,8 +593,9 @@ def test_what_a_model_should_read_is_not_lost(tmp_path, name):
     for source in sources:
         with pytest.raises(ValueError) as e: load_pairs(source)
         assert "row 1" in str(e.value) and f"field '{field}'" in str(e.value), e.value
-    harmless = dict(first, tools=None, images=[], input="see ", id=3, score_chosen=None)
+    harmless = dict(first, tools=None, images=[], input="see ", id=3, score_chosen=None, system_prompt="", history=[])
     if first is TEXT: assert len(load_pairs([harmless])) == 1
+    if name == "system_prompt": assert load_pairs([row], columns=dict(system_prompt="system"))[0]["system"] == "be brief"
 
 
 @pytest.mark.parametrize("sides", ["turns", "strings"])
@@ -541,11 +623,11 @@ def test_a_source_is_a_chat_or_it_is_not(tmp_path):
 
 def test_a_turn_may_end_with_two_tokens():
     t = toy(TWO_ENDS)
-    assert turn_end(t) == ([], 0)
+    assert turn_end(t) == ([], "")
     pair = tokenize_pairs(load_pairs([dict(prompt=[user("a")], chosen=[assistant("b")], rejected=[assistant("c")])]), t).pairs[0]
     assert t.decode(pair["chosen_ids"]) == "b<|eot_id|><|im_end|>"
     phi = toy(CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add"))   # the end of the text is no end of a turn
-    assert turn_end(phi) == ([], 2)
+    assert turn_end(phi) == ([], "\n</s>")
 
 
 def test_templates_that_cannot_be_asked(tmp_path):
@@ -584,6 +666,41 @@ def test_words_that_a_csv_reader_takes_for_nothing(tmp_path):
     assert [r["chosen"] for r in load_pairs(tmp_path / "p.csv")] == ["None", "NA"]
 
 
+def test_a_cell_of_a_csv_is_text(tmp_path):
+    long = "x" * 200_000
+    words = ["3", "007", "True", "2024-01-01", "1e5", "Yes, it is", "two\nlines", 'a "word"', long] 
+    words = (words + ["word"] * 10_000)[:10_000] + ["007", "42"]            # a reader that takes 10,000 rows at once would make numbers of these
+    cells = ['"' + word.replace('"', '""') + '"' for word in words]
+    for name, opened in (("p.csv", open), ("p.csv.gz", gzip.open)):
+        with opened(tmp_path / name, "wt") as f: f.write("prompt,chosen,rejected,\n\n" + "".join(f"is it?,{cell},no\n" for cell in cells))
+        assert load_pairs(tmp_path / name)["chosen"][:] == words
+
+
+@pytest.mark.parametrize("text, said", [
+    ('is it?,"two\nlines",no\nis it?,Yes, it is,no\n', r"row 1 \(line 4\): 4 cells"),
+    ("is it?,yes,no,more\n" * 2, r"row 0 \(line 2\): 4 cells"),       # a reader that guesses takes the first column for row numbers
+    ('\nis it?,yes,no\n\nis it?,"yes,no\n', r"row 1 \(line 5\): not CSV"),
+    ('is it?,"yes" or,no\n', r"row 0 \(line 2\): not CSV"),
+    ("is it?,yes\n", r"row 0 \(line 2\), field 'rejected'"),
+])
+def test_a_csv_whose_cells_do_not_fit_names_row_and_line(tmp_path, text, said):
+    (tmp_path / "p.csv").write_text("prompt,chosen,rejected\n" + text)
+    with pytest.raises(ValueError, match="^" + str(tmp_path / "p.csv") + ", " + said): load_pairs(tmp_path / "p.csv")
+
+
+def test_a_csv_that_gives_a_name_twice(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(ValueError, match="p.csv: the first line gives 'chosen' twice"): load_pairs(tmp_path / "p.csv")
+
+
+def test_json_in_the_wrong_file(tmp_path):
+    for name, rows in (("p.jsonl", [TEXT]), ("p.json", TEXT)):
+        (tmp_path / name).write_text(json.dumps(rows, indent=1))
+        with pytest.raises(ValueError, match=r"row 0 \(line 1\): not JSON .*line 1 .*expected one object a line, or one list of objects in a .json file"): load_pairs(tmp_path / name)
+    (tmp_path / "blanks.json").write_text(" \n" * 1_000 + json.dumps([TEXT]))
+    assert len(load_pairs(tmp_path / "blanks.json")) == 1
+
+
 def test_columns_that_get_one_name():
     row = dict(question="a", instruction="b", chosen="c", rejected="d")
     for source in ([row], Dataset.from_list([row])):
@@ -619,8 +736,30 @@ def test_the_prompt_leaves_room(tiny):
     s = tokenize_pairs(load_pairs(rows), tiny, "s", max_length=32)
     assert s.counts["usable"] == 1 and s.counts["prompt_truncated"] == 1 and s.dropped() == dict(no_room=1)
     assert len(s.pairs[0]["prompt_ids"]) == 16 and len(s.pairs[0]["chosen_ids"]) == 3
-    for given in (32, 40):
+    for given in (32, 40, -1):
         with pytest.raises(ValueError, match="max_prompt_length.*below max_length = 32"): tokenize_pairs(load_pairs(rows), tiny, "s", 32, given)
+
+
+def test_pairs_of_one_prompt_fall_on_one_side():
+    "Wherever the boundary (1) moves. A prompt at whose end nothing merges has the lot of its ids, as it always had."
+    t, sides = toy(), [("//a.org", "//b.org"), ("//a.org", " or not?"), ("42", " or not?"), ("so", "no")]
+    moving = [dict(prompt=f"is it {i} http:", chosen=c, rejected=r) for i in range(12) for c, r in sides]
+    s = tokenize_pairs(load_pairs(moving), t, "moving")
+    assert s.counts["boundary_moved"] == 24 and len({tuple(ids) for ids in s.pairs["prompt_ids"]}) == 24
+    train, held = P.hold_out(s, 0.5)
+    asked = [{moving[i]["prompt"] for i in part.pairs["row"]} for part in (train, held)]
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
+    assert seen_in_training([held], [train]) == [0] and seen_in_training([held], [s]) == [len(held)]
+    odd = P.Source("odd", s.pairs.select(range(0, 48, 4)), {})                # of every prompt the pair in which it is read in another way
+    assert seen_in_training([P.Source("other", s.pairs.select(range(2, 48, 4)), {})], [odd]) == [12]
+
+    still = tokenize_pairs(load_pairs([dict(prompt="see " + "a" * i, chosen="b", rejected="c") for i in range(9)]), t, "still", 16, 6)
+    assert still.counts["prompt_truncated"] and not still.counts["boundary_moved"]
+    by_hand = P.Source("by hand", still.pairs.remove_columns("asked"), {})   # as somebody makes it who has ids
+    lots = [int(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12], 16) / 16**12 for ids in still.pairs["prompt_ids"]]
+    for source in (still, by_hand): assert [P._lot(name) for name in source.asked()] == lots
+    both = datasets.concatenate_datasets([still.pairs, by_hand.pairs])
+    assert P.Source("both", both, {}).asked() == still.asked() * 2 and seen_in_training([by_hand], [still]) == [9]
 
 
 def test_duplicates_and_both_labels_are_counted(tiny):
