@@ -2351,7 +2351,7 @@ first_losses = {name: round(passed[name], 5) for name in ("first_loss", "implied
 
 # %%
 in_half = start_model().bfloat16()
-message = complaint(run, model=in_half, table=score_pairs(in_half, pairs))
+message = complaint(run, model=in_half, table=score_pairs(in_half, pairs, precision="bf16"))
 assert {p.dtype for p in in_half.parameters()} == {torch.bfloat16}  # it is refused before it is changed
 message
 

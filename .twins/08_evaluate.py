@@ -351,7 +351,7 @@ coverage.map("{:.1%}".format).to_frame()
 #| export
 def _share(right): # n numbers from 0 to 1
     "Their mean and Wilson's interval."
-    p = float(right.mean())
+    p = right.mean().item()
     return p, *wilson(p, len(right))
 
 

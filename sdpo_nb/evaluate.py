@@ -130,7 +130,7 @@ def as_text(
 # %% ../nbs/08_evaluate.ipynb #5ef3bf05
 def _share(right): # n numbers from 0 to 1
     "Their mean and Wilson's interval."
-    p = float(right.mean())
+    p = right.mean().item()
     return p, *wilson(p, len(right))
 
 # %% ../nbs/08_evaluate.ipynb #3201f15e

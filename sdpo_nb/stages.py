@@ -532,7 +532,6 @@ def run_stage(
         measured = chunks[:t-1] if callable(config.chunks) else chunks
         ctx.score_all(t-1, policy, measured)
     table, reference, policy = _reference(t, chunks, policy, ctx) # before the policy is reset or trained
-    if t == 1: _answer(0, policy, chunks, ctx)
 
     # train
     start = _start_of(t, config)
@@ -540,6 +539,7 @@ def run_stage(
         free_model(policy)
         policy = ctx.load(start)
     ctx.score(start, policy, chunk.probe(config.probe), chunk.name) # for the change of gamma
+    if t == 1: _answer(0, policy, chunks, ctx)
     came_in = weights_hash(policy)
     own = table if table.kind["weights"] == came_in else None
     if config.lora_r: policy = _with_adapter(t, policy, ctx)

@@ -189,7 +189,7 @@ def test_a_model_that_is_random_in_training_is_stopped(pairs, tmp_path, precisio
 def test_a_table_of_weights_in_half_precision_is_refused(pairs, tmp_path):
     "Its hash is not that of the fp32 weights which are trained, so nobody would compare a number of it."
     model = load_model(load_world().base, "cpu").bfloat16()
-    table = score_pairs(model, pairs)
+    table = score_pairs(model, pairs, precision="bf16")
     for _ in range(2):                               # the refused call changed nothing, or the second one would pass
         with pytest.raises(ValueError, match="^table: .*half precision.*trainable"): stage(tmp_path, pairs, model=model, table=table)
     before = weights_hash(trainable(model))
