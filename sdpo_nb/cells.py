@@ -58,19 +58,19 @@ class Cell:
     method: str                                  # of METHODS, RELATIVES or BASELINES
     settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over those of the method
     split: str = "test"                          # prompts it is measured on; see `prompts_of_split`
-    pairs: int = None                            # of each source; None: all
+    pairs: int = None                            # of each source; None: all, or chunks are made on the way
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
     body: str = "llama"                          # or a name in BODIES
 
     @property
     def config(self) -> dict:
-        "Every setting that is not the default of StepwiseConfig."
+        "The settings as they are written down: the common ones, those of the method, those of the cell."
         of_method = METHODS.get(self.method, {}) | RELATIVES.get(self.method, {})
         return COMMON_SETTINGS | of_method | self.settings
 
     @property
     def key(self) -> str:
-        "A hash of all that makes the cell: equal cells have equal keys."
+        "A hash of all that makes the cell, as it is written: a default of StepwiseConfig, spelt out, makes another key."
         parts = [self.world, self.seed, self.method, self.config, self.split, self.pairs, self.data]
         if self.body != "llama": parts.append(self.body)    # keys are older than other bodies
         return content_hash(parts)
@@ -288,7 +288,8 @@ def run_cell(
     cell: Cell,              # what to run
     worlds = "runs/worlds",  # folder that keeps worlds
 ) -> dict:                   # results, what else is kept, stages (JSON), tokens, seconds, weights (hash of S)
-    "Train and measure one cell, with one thread; the run itself is thrown away."
+    """Train and measure one cell, with one thread; the run itself is thrown away.
+    Raises ValueError for a number of pairs where chunks are made on the way."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     world = build_world(cell.world, worlds, cell.body)
@@ -296,7 +297,8 @@ def run_cell(
 
     name, *asked = cell.data
     sources = TRAINING_DATA[name](world, base, tokenizer, *asked)
-    if cell.pairs and not callable(sources):
+    if cell.pairs:
+        if callable(sources): raise ValueError(f"pairs: {cell.pairs}, but {name!r} makes its own chunks; None is right")
         sources = {source: rows[:cell.pairs] for source, rows in sources.items()}
 
     exam = Exam(base, tokenizer, prompts_of_split(cell.world, cell.split), luck=1 + cell.world)

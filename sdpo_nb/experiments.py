@@ -224,7 +224,8 @@ def claims_table() -> pd.DataFrame: # claim, model, what we found, how sure, whe
 def small_cells() -> list[Cell]:
     "Every method, every kind of data and every kind of prompts once, in world 0 with few pairs."
     def cell(method="sDPO", split="validation", data=("sources",), **settings):
-        return Cell(0, 0, method, dict(epochs=1) | settings, split, 32, data)
+        pairs = None if data[0] == "new" else 32            # chunks that are made on the way
+        return Cell(0, 0, method, dict(epochs=1) | settings, split, pairs, data)
 
     cells = [cell(method) for method in (*METHODS, *BASELINES)]
     cells += [cell(split=split) for split in ("seven letters", "other letters")]

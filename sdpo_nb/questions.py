@@ -66,7 +66,8 @@ def choose_settings(
     rows: pd.DataFrame, # of a search
 ) -> dict:              # method -> settings
     """The settings with the highest mean true reward, sampled on validation prompts.
-    Raises ValueError where they lie on the edge of what was tried."""
+    Raises ValueError where they lie on the edge of what was tried, or where not all were tried in the same worlds."""
+    check_same_draws({" ".join(run): tried for run, tried in rows.groupby(["method", "settings"])})
     rewards = rows.assign(reward=rows["sampled"].map(np.mean))
     rewards = rewards.groupby(["method", "settings"])["reward"].mean()
     best = {}
@@ -342,10 +343,12 @@ def start_cells(
 def chosen_for_body(
     body: str, # llama, or a name in BODIES
 ) -> dict:     # method -> settings
-    "What the search chose for a body."
+    "What the search chose for a body. Raises ValueError for half a search."
     if body == "llama": return chosen_settings()
     cells = [cell for cell in body_search_cells() if cell.body == body]
-    return choose_settings(stored_rows(cells))
+    rows = stored_rows(cells)
+    if len(rows) < len(cells): raise ValueError(f"{body}: {len(rows)} of {len(cells)} cells of its search have been run")
+    return choose_settings(rows)
 
 def which_architecture_grid() -> dict: # name -> Condition
     "S, DPO and stepwise DPO in worlds whose S has another body."
@@ -523,7 +526,9 @@ def weighted_sum(
     found: dict,           # arm -> rows of the table of runs
     what: str = "sampled", # of OUTCOMES, or another column with a number per prompt
 ) -> np.ndarray:           # (worlds, seeds, prompts)
-    "A sum of arms, each with its weight, where all were asked the same."
+    """A sum of arms, each with its weight.
+    Raises ValueError unless their rows come from the same worlds (the same weights of S) and seeds."""
+    check_same_draws({arm: found[arm] for arm in arms})
     return np.sum([weight * outcome_values(found[arm], what) for arm, weight in arms.items()], axis=0)
 
 def answer_together(
@@ -611,10 +616,12 @@ def load_grid(
     grid: str, # of GRIDS
 ) -> dict:     # name of a row -> rows of the table of runs
     """What was run of a grid.
-    Raises ValueError where cells are missing, or where a world was run with two S
+    Raises ValueError where cells are missing or no settings were chosen yet, or where a world was run with two S
     (built anew, on another machine), so that rows of one grid are always about the same worlds and seeds."""
+    asked = grid_cells(grid)
+    if not asked: raise ValueError(f"{grid}: no settings yet; `python -m sdpo_nb.experiments choose_{grid}` chooses them")
     table, found, missing = read_runs(), {}, {}
-    for name, cells in grid_cells(grid).items():
+    for name, cells in asked.items():
         found[name] = rows_of_cells(table, cells)
         if len(found[name]) < len(cells): missing[name] = len(cells) - len(found[name])
     if missing:

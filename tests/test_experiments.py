@@ -25,6 +25,17 @@ def test_outcome_refuses_a_hole():
     with pytest.raises(ValueError, match="5 rows for 3 worlds and 2 seeds"): compare.outcome_values(r.iloc[1:], "sampled")
 
 
+def test_a_difference_is_of_runs_that_were_asked_the_same():
+    one, other = rows(np.ones((3, 2, 5))), rows(np.zeros((3, 2, 5)))
+    assert (compare.paired_difference(one, other) == 1).all()
+    apart = (one.assign(world=one["world"] + 3), one[one["world"] == 2], one[one["seed"] == 0], one.assign(weights="another"))
+    for unlike in apart:
+        with pytest.raises(ValueError, match="'rows_b' was run in other worlds"): compare.paired_difference(unlike, other)
+        with pytest.raises(ValueError, match="'b' was run in other worlds"): questions.weighted_sum({"a": 1, "b": -1}, dict(a=unlike, b=other, c=one))
+    with pytest.raises(ValueError, match="1 of rows_a and 5 of rows_b"): compare.paired_difference(rows(np.ones((3, 2, 1))), other)
+    assert (questions.weighted_sum({"a": 1, "c": -1}, dict(a=one, b=apart[0], c=other)) == 1).all()      # b was not asked for
+
+
 def test_a_ladder_is_read_between_its_steps():
     ladder = [rows(np.full((2, 1, 3), v)) for v in (0.5, 0.2, 0.4)]       # kl is ten times the reward
     assert compare.reward_at_kl(ladder, np.array([[[3.0]], [[4.5]]])).ravel().round(6).tolist() == [0.3, 0.45]
@@ -204,9 +215,11 @@ def test_variances_are_told_apart():
     g = np.random.default_rng(0)
     v = compare.standard_deviations(g.normal(0, 0.3, (200, 1, 1)) + g.normal(0, 0.1, (200, 6, 1)) + np.zeros((1, 1, 3)))
     assert abs(v["worlds"] - 0.3) < 0.03 and abs(v["seeds"] - 0.1) < 0.01
+    for shape in ((10, 1, 50), (1, 2, 50)):
+        with pytest.raises(ValueError, match="two or more of each"): compare.standard_deviations(g.normal(size=shape))
 
 
-def invented_search(*tried): return pd.DataFrame([dict(method=m, settings=json.dumps(dict(beta=b)), sampled=[x]) for m, b, x in tried])
+def invented_search(*tried, world=0): return pd.DataFrame([dict(method=m, settings=json.dumps(dict(beta=b)), sampled=[x], world=world, seed=0, weights=f"w{world}") for m, b, x in tried])
 
 
 def test_choose_takes_the_best_of_each_method():
@@ -216,6 +229,25 @@ def test_choose_takes_the_best_of_each_method():
 
 def test_choose_refuses_the_edge():
     with pytest.raises(ValueError, match="b: its best beta, 3, is on the edge"): questions.choose_settings(invented_search(("b", 1, 0.5), ("b", 2, 0.6), ("b", 3, 0.7)))
+
+
+def test_half_a_search_chooses_nothing(monkeypatch):
+    tried = ("a", 1, 0.2), ("a", 2, 0.4), ("a", 3, 0.1)
+    easier = invented_search(("a", 1, 0.5), ("a", 3, 0.4), world=1)               # the mean of 2 would lack the easy world
+    with pytest.raises(ValueError, match=r"'a ..beta.: 2.' was run in other worlds"): questions.choose_settings(pd.concat([invented_search(*tried), easier]))
+    stored = questions.stored_rows
+    monkeypatch.setattr(questions, "stored_rows", lambda cells: stored(cells).iloc[1:])
+    with pytest.raises(ValueError, match="gpt2: 47 of 48 cells of its search"): questions.chosen_for_body("gpt2")
+
+
+def test_a_grid_without_settings_is_refused_in_words(monkeypatch):
+    monkeypatch.setitem(questions.GRIDS, "tuned_elsewhere", dict)
+    with pytest.raises(ValueError, match="tuned_elsewhere: no settings yet; .* choose_tuned_elsewhere"): questions.load_grid("tuned_elsewhere")
+
+
+def test_a_number_of_pairs_is_refused_where_chunks_are_made_on_the_way():
+    cell = cells.Cell(0, 0, "sDPO", dict(epochs=1, order="as_given"), "validation", 16, ("new", "S", "implicit"))
+    with pytest.raises(ValueError, match="pairs: 16, but 'new' makes its own chunks"): cells.run_cell(cell)
 
 
 def test_every_method_runs_and_a_second_call_adds_nothing(tmp_path):

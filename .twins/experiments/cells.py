@@ -106,39 +106,41 @@ class Cell:
     method: str                                  # of METHODS, RELATIVES or BASELINES
     settings: dict = field(default_factory=dict) # of StepwiseConfig; they win over those of the method
     split: str = "test"                          # prompts it is measured on; see `prompts_of_split`
-    pairs: int = None                            # of each source; None: all
+    pairs: int = None                            # of each source; None: all, or chunks are made on the way
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
     body: str = "llama"                          # or a name in BODIES
 
     @property
     def config(self) -> dict:
-        "Every setting that is not the default of StepwiseConfig."
+        "The settings as they are written down: the common ones, those of the method, those of the cell."
         of_method = METHODS.get(self.method, {}) | RELATIVES.get(self.method, {})
         return COMMON_SETTINGS | of_method | self.settings
 
     @property
     def key(self) -> str:
-        "A hash of all that makes the cell: equal cells have equal keys."
+        "A hash of all that makes the cell, as it is written: a default of StepwiseConfig, spelt out, makes another key."
         parts = [self.world, self.seed, self.method, self.config, self.split, self.pairs, self.data]
         if self.body != "llama": parts.append(self.body)    # keys are older than other bodies
         return content_hash(parts)
 
 
 # %% [markdown]
-# Which of these three cells are one and the same?
+# Which of these four cells have one key?
 
 # %%
 usual = Cell(world=1, seed=0, method="sDPO")
 spelt_out = Cell(world=1, seed=0, method="sDPO", settings=dict(beta=0.3))   # as in COMMON_SETTINGS
 larger_beta = Cell(world=1, seed=0, method="sDPO", settings=dict(beta=0.6))
+a_default = Cell(world=1, seed=0, method="sDPO", settings=dict(order="easy_to_hard"))   # of StepwiseConfig
 
 assert usual.key == spelt_out.key
 assert usual.key != larger_beta.key
-{"usual": usual.key, "spelt out": spelt_out.key, "larger beta": larger_beta.key}
+assert usual.key != a_default.key
+{"usual": usual.key, "spelt out": spelt_out.key, "larger beta": larger_beta.key, "a default": a_default.key}
 
 
 # %% [markdown]
-# The first two. The key is made of what a cell *does*, not of how it was written. Two experiments that need the same run find it under the same key.
+# The first two. What is spelt as in `COMMON_SETTINGS`, or as the method has it, makes no difference. The last cell does the same as the first and has a key of its own, since `StepwiseConfig` knows its defaults and the key does not. So two experiments that need the same run find one row if they spell it alike. Where they did not, the run was made twice; that costs time and changes no result.
 #
 # ## The exam
 #
@@ -562,7 +564,8 @@ def run_cell(
     cell: Cell,              # what to run
     worlds = "runs/worlds",  # folder that keeps worlds
 ) -> dict:                   # results, what else is kept, stages (JSON), tokens, seconds, weights (hash of S)
-    "Train and measure one cell, with one thread; the run itself is thrown away."
+    """Train and measure one cell, with one thread; the run itself is thrown away.
+    Raises ValueError for a number of pairs where chunks are made on the way."""
     torch.set_num_threads(1)
     start = time.perf_counter()
     world = build_world(cell.world, worlds, cell.body)
@@ -570,7 +573,8 @@ def run_cell(
 
     name, *asked = cell.data
     sources = TRAINING_DATA[name](world, base, tokenizer, *asked)
-    if cell.pairs and not callable(sources):
+    if cell.pairs:
+        if callable(sources): raise ValueError(f"pairs: {cell.pairs}, but {name!r} makes its own chunks; None is right")
         sources = {source: rows[:cell.pairs] for source, rows in sources.items()}
 
     exam = Exam(base, tokenizer, prompts_of_split(cell.world, cell.split), luck=1 + cell.world)
@@ -598,7 +602,7 @@ def short(value): # the first three of a long list, the first letters of a long 
 # %% [markdown]
 # ## The table of runs
 #
-# The experiments ran for 12.6 core hours, and a machine may stop at any time. So a finished row is written at once, and a grid that is stopped goes on where it was. All experiments share one table, `runs.parquet`, and
+# The experiments run for many hours (the [protocol](protocol.ipynb) adds them up), and a machine may stop at any time. So a finished row is written at once, and a grid that is stopped goes on where it was. All experiments share one table, `runs.parquet`, and
 # a row is found by the key of its cell. The table is written under another name and then renamed: nobody ever reads half of it.
 
 # %%
@@ -803,7 +807,7 @@ gammas.pivot_table("gamma", ["world", "model"], "chunk").round(1)
 #
 # ## What you now have
 #
-# - `Cell`: one run, with a key that says what it does.
+# - `Cell`: one run, with a key by which it is found.
 # - `Exam`: the same questions and the same luck for all methods of a world.
 # - `run_cell` and `run_grid`: any setting of stepwise DPO in any world, measured, one row each, and a table that goes on after a stop.
 #
@@ -811,11 +815,11 @@ gammas.pivot_table("gamma", ["world", "model"], "chunk").round(1)
 #
 # ## Questions to test yourself
 #
-# 1. Why does the key of a cell hash the settings that result, and not those that were written down?
+# 1. Why does the key of a cell hash the settings together with those that all cells have in common, and not only what makes this one different?
 #
 #    <details><summary>Answer</summary>
 #
-#    The same run can be written in several ways, with a default spelt out or not. Two experiments that need the same run should find one row.
+#    The same run can be written in several ways, with a common setting spelt out or not. Two experiments that need the same run should find one row. (They still find two where one of them spells out a default of `StepwiseConfig`.)
 #
 #    </details>
 # 2. Why do all methods of a world get the same luck?

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/how_to_partition.ipynb)
 #
-# **The order of these sources does not matter. Ending on the pairs that S contradicts does, and the more the smaller $\beta$ is.** Easy source first minus hard source first is +0.004 [-0.011, +0.020] of true reward. Pairs sorted one by one by $\gamma$, easy first, are worse than a random split by 0.104 [0.080, 0.130] at the settings that are best for DPO. At the settings that are best for stepwise DPO they are worse than the sources by only 0.014 [0.003, 0.027].
+# **The order of these sources does not matter. Ending on the pairs that S contradicts does, at the settings that are best for DPO.** Easy source first minus hard source first is +0.004 [-0.011, +0.020] of true reward. Pairs sorted one by one by $\gamma$, easy first, are worse there than a random split by 0.104 [0.080, 0.130]. At the settings that are best for stepwise DPO, with a larger $\beta$ and a smaller learning rate, they are worse than the sources by only 0.014 [0.003, 0.027].
 #
 # Hard pairs are mislabelled more often than easy ones, but most of their labels are right. Two ways of selecting pairs by difficulty did worse, at one $\beta$, than as many pairs at random. All numbers of trained models are from ten worlds with two seeds each, in three chunks.
 #
@@ -153,7 +153,7 @@ plot_contrasts(order, "true reward minus that of a random split (grey: equal)",
 
 
 # %% [markdown]
-# No sorted split is better than a random one. Four of the ten are worse by a little, and one is worse by a tenth: by $\gamma$, easy first. In which stage is that lost?
+# Of no sorted split can we say that it is better than a random one. (By $\gamma$, hard first, we cannot tell.) Four of the ten are worse by 0.02 to 0.03, and one is worse by a tenth: by $\gamma$, easy first. In which stage is that lost?
 
 # %%
 def on_the_way(row):
@@ -193,7 +193,7 @@ assert last_stage_tuned > 0
 # %% [markdown]
 # $M_t$ is the model after stage $t$. The harm is done in the last stage, which sees nothing but pairs that contradict S. Its model runs off, three nats in one stage, and no later stage brings it back. *Hard first* goes through the same stage, as its first, and recovers.
 #
-# The dashed lines have the settings that are best for stepwise DPO: twice the $\beta$ and a third of the learning rate. There nothing runs off, and little is left of the harm. At these settings each is compared with stepwise DPO by *sources*, easy source first:
+# The dashed lines have the settings that are best for stepwise DPO: twice the $\beta$ and a third of the learning rate. There nothing runs off, and little is left of the harm. (Which of the two settings helps, we did not ask.) At these settings each is compared with stepwise DPO by *sources*, easy source first:
 
 # %%
 by_sources = load_grid("primary")["sDPO"]
@@ -249,7 +249,7 @@ plot_contrasts(kept, "true reward minus that of two thirds at random",
 # ## What you now have
 #
 # - Shares of wrong labels by measure, since this world knows them.
-# - Ten sorted splits and a random one. What harms is the *last* chunk, where it is one-sided and $\beta$ is small.
+# - Ten sorted splits and a random one. What harms is the *last* chunk, where it is one-sided, at the settings of DPO.
 #
 # ## Questions to test yourself
 #
