@@ -200,7 +200,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [why_it_works](experiments/why_it_works.ipynb) | reference, order and schedule, each switched alone |
 # | [smaller_beta](experiments/smaller_beta.ipynb) | are $T$ stages at $\beta$ one stage at $\beta/T$? |
 # | [finite_data](experiments/finite_data.ipynb) | how many pairs a stage needs for that: a law, derived and simulated |
-# | [finite_data_tested](experiments/finite_data_tested.ipynb) | its predictions for these worlds: they hold where pairs are passed three times, and fail where they are known by heart |
+# | [finite_data_tested](experiments/finite_data_tested.ipynb) | its predictions for these worlds: they fail where pairs are known by heart; with three passes two of them hold, but restarts could do that, too |
 # | [tuned_elsewhere](experiments/tuned_elsewhere.ipynb) | DPO, stepwise DPO, TR-DPO and Pre-DPO at settings that were chosen in other worlds: five questions, asked and not yet answered |
 # | [when_order_matters](experiments/when_order_matters.ipynb) | easy or hard first where hard sources have bad labels: four questions, asked and not yet answered |
 # | [builds_on](experiments/builds_on.ipynb) | which source first, where one builds on the other and a teacher wrote it: four questions, asked and not yet answered |

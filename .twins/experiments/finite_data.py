@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/finite_data.ipynb)
 #
-# **A law, derived and simulated.** A reward that is fitted to few comparisons is too large. DPO at $\beta/T$ fits one reward to all pairs. $T$ stages fit $T$ rewards, each to a $T$-th of the pairs, and add them. So they go too far: by a share $(1 - 1/T)\, c/n$, where $n$ is the number of pairs of a stage and $c$ a constant, here about five pairs. Its predictions for the tiny worlds, written down before the runs, [hold](finite_data_tested.ipynb) with three passes over the pairs, and fail where the model knows its pairs by heart: this is a law for models with fewer features than pairs.
+# **A law, derived and simulated.** A reward that is fitted to few comparisons is too large. DPO at $\beta/T$ fits one reward to all pairs. $T$ stages fit $T$ rewards, each to a $T$-th of the pairs, and add them. So they go too far: by a share $(1 - 1/T)\, c/n$, where $n$ is the number of pairs of a stage and $c$ a constant, here about five pairs. Its predictions for the tiny worlds, written down before the runs, [fail](finite_data_tested.ipynb) where the model knows its pairs by heart: this is a law for models with fewer features than pairs. With three passes over the pairs two of them hold, which restarts of the schedule could do as well.
 #
 # **You should know** the [DPO loss](../03_loss.ipynb) with its closed form, and [smaller beta](smaller_beta.ipynb), which left the question open. **Time** 55 minutes to read, a minute to run.
 #
