@@ -1363,7 +1363,7 @@ for wrong in ((), ("direct",)):
     print(wrong, _watch_step(partial(_fp16_step, wrong=wrong), inputs))
 
 # %% [markdown]
-# The right step first: after the third loss the weights are where they were, and the scale has gone from 16 to 8. `direct` calls the optimizer and not the scaler. It is right twice. Then something overflows, and two weights are NaN. From here on every loss is NaN, so in a real run the mistake is found a long time after the line that made it.
+# The right step first: after the third loss the weights are where they were, and the scale has gone from 16 to 8. `direct` calls the optimizer and not the scaler. It is right twice. Then something overflows, and four of the five weights are NaN. From here on every loss is NaN, so in a real run the mistake is found a long time after the line that made it.
 
 # %%
 #| export
