@@ -462,31 +462,38 @@ _dpo_loss(*inputs), _dpo_loss(*inputs, wrong=["swapped"])
 #
 # Three mistakes do not show in random batches, or not always.
 #
-# - `unstable`: `log(sigmoid(z))` is right until $z$ is below about $-700$ (fp64). There the sigmoid becomes zero, its logarithm minus infinity, and the first such pair fills all weights with NaN.
+# - `unstable`: `log(sigmoid(z))` is right until $z$ is below about $-700$ (fp64). There the sigmoid becomes zero, its logarithm minus infinity, and the first such pair fills all weights with NaN. A `torch.where` or a `nan_to_num` around it mends the loss, and its gradient is NaN all the same.
 # - `clamped`: who mends this with `.clamp(1e-8)` has a loss that stops growing at 18. A pair beyond that no longer pulls, though it is the one that is most wrong.
-# - `detached`: a `.detach()` in the wrong place leaves the value right and kills the gradient.
+# - `detached`: a `.detach()` in the wrong place leaves the value right and kills the gradient, of both responses or of one.
 #
 # For these an exercise has *edges*: functions that go to the extreme case and say whether the mistake is there.
 
 # %%
 #| export
 def _dies_far_away(f, g):
-    "A policy that is 9000 nats behind its reference."
-    near, far = torch.zeros(2).double(), torch.tensor([-9000., 9000.]).double()
-    return not f(far, near, near, near, 0.1).isfinite().all()
+    "A policy that is 9000 nats behind its reference: its loss, and the gradient of it."
+    near, far = torch.zeros(2).double(), torch.tensor([-9000., 9000.]).double().requires_grad_()
+    loss = f(1 * far, near, near, near, 0.1)
+    if not loss.isfinite().all(): return True
+    if not loss.requires_grad: return False
+    (slope,) = torch.autograd.grad(loss.sum(), far, allow_unused=True)
+    return slope is not None and not slope.isfinite().all()
 
 def _stops_growing(f, g):
-    "Policies that are 50, 6000 and 9000 nats behind their reference."
+    "Policies that are 50, 20,000 and 30,000 nats behind their reference."
     zero = torch.zeros(1).double()
     def loss_at(gain): return f(zero + gain, zero, zero, zero, 0.1).item()
-    near, far, farther = map(loss_at, (-50, -6000, -9000))
+    near, far, farther = map(loss_at, (-50, -20_000, -30_000))
     return near < far == farther < math.inf
 
 def _has_no_gradient(f, g):
-    "Whether nothing flows back to the policy."
+    "Whether nothing flows back to one of the two log-probabilities of the policy."
     *logps, beta = _draw_logps(g, 3, 0.1)
-    for logp in logps[:2]: logp.requires_grad_()
-    return not f(*logps, beta).requires_grad
+    policy = [logp.requires_grad_() for logp in logps[:2]]
+    loss = f(*(1 * logp for logp in logps), beta)        # 1 *: a leaf may not be changed in place, this may
+    if not loss.requires_grad: return True
+    slopes = torch.autograd.grad(loss.sum(), policy, allow_unused=True)
+    return any(slope is None or not slope.any() for slope in slopes)
 
 
 # %%
@@ -499,7 +506,7 @@ for wrong in ((), *((mistake,) for mistake in edges)):
 pd.DataFrame(fires).T
 
 # %% [markdown]
-# Read it by rows: each mistake sets off its own edge and no other, and the right loss none. `_stops_growing` needs its three distances for that. A log of a sigmoid in fp32 is infinite at 6000 and at 9000 nats, and equal there, so it asks for a finite loss; and a loss that does not depend on the gain at all is equal everywhere, so it asks that the loss has grown before.
+# Read it by rows: each mistake sets off its own edge and no other, and the right loss none. `_stops_growing` needs its three distances for that. A log of a sigmoid is infinite at 20,000 and at 30,000 nats, and equal there, so it asks for a finite loss; and a loss that does not depend on the gain at all is equal everywhere, so it asks that the loss has grown before.
 #
 # Now the exercise in full. A sentence says what was done and, where there is room, why it is wrong or what to write. It does not say "error in line 3": the student finds the line.
 
@@ -523,8 +530,8 @@ DPO_LOSS = Exercise(
         one_beta="only the policy is multiplied by beta; put brackets around the gain.",
         rejected_added="the rejected answer counts with the wrong sign; write (c - rc) - (r - rr).",
         clamped="it stops growing at some gain: it is clamped. Use F.logsigmoid(z).",
-        unstable="it is infinite at a gain of -9000 nats; F.logsigmoid(z) is not.",
-        detached="no gradient reaches the policy: something is detached.",
+        unstable="at a gain of -9000 nats it or its gradient is infinite or NaN; F.logsigmoid(z) is not.",
+        detached="no gradient reaches chosen, rejected or both: something is detached.",
     ),
     edges=dict(unstable=_dies_far_away, clamped=_stops_growing, detached=_has_no_gradient),
     telling=("clamped",),
@@ -796,12 +803,20 @@ def _empty(exercise, f=None):
     what = exercise.idle if begun else "returns nothing yet: replace the `...` by your code"
     return _failed(exercise, "empty", f" {what}")
 
+def _in_words(e) -> str: return f"{type(e).__name__}: {e}".splitlines()[0][:90].rstrip(": ")
+
 def _stopped(exercise, inputs, e):
     "The exception for a function that stops with an error."
-    what = f"{type(e).__name__}: {e}".splitlines()[0][:90].removesuffix(": ")
+    what = _in_words(e)
     if "bitwise_xor" in what or "for ^" in what: what += " (in Python, a power is `**`)"
     called = f"It was called with {_shapes(inputs)}"[:100]
     return _failed(exercise, "stopped", f" stops with {what}. {called}")
+
+def _stopped_at_edge(exercise, mistake, e):
+    "The exception for a function that stops, or returns another kind of thing, in an extreme case only."
+    if isinstance(e, WrongForm): return _failed(exercise, "form", f": {e}", mistake)
+    tried = exercise.says[mistake].removesuffix(".")
+    return _failed(exercise, "stopped", f" stops with {_in_words(e)}. It was tried for this: {tried}", mistake)
 
 def _run(exercise, f, inputs):
     "The answer of a student's function to one batch. Raises CheckFailed where there is none."
@@ -833,15 +848,17 @@ for f in (words, power, stub, kept_for_itself):
 # All together, in the order in which a student should hear of it: is there an answer, is it the student's own, has it the right form, are the numbers right, and what happens at the edges? What comes earlier would make nonsense of what comes later: there is no use in comparing the numbers of a function that stops with an error, and none in trying the edge of a function whose ordinary numbers are wrong. One exception to the last: a clamped loss may show in the batches with numbers that fit no
 # switch, since we do not know where the student has cut. So edges that are `telling` are looked at, too, before a check says that it does not know.
 #
+# A function may stop with an error at an edge, and nowhere else. That need not be the mistake that the edge looks for: NumPy, for example, has no bf16. So the student hears the error, and what was tried.
+#
 # `diagnose` does this without asking whose function it is. Not asking is useful: the crooked functions can be diagnosed, too, and so the checks themselves be tested.
 
 # %%
 #| export
-def _is_at_edge(test, f, seed) -> bool:
-    "Whether f makes a mistake in an extreme case; stopping there counts."
+def _is_at_edge(test, f, seed) -> bool|BaseException:
+    "Whether f makes a mistake in an extreme case; the error, where it stops there."
     g = torch.Generator().manual_seed(seed)
     try: return bool(test(f, g))
-    except Exception: return True
+    except (Exception, SystemExit) as e: return e
 
 @contextlib.contextmanager
 def _one_thread():
@@ -867,10 +884,12 @@ def diagnose(
         if wrong is None:
             for mistake in exercise.telling:
                 makes_it = _is_at_edge(exercise.edges[mistake], f, seed)
-                if makes_it: raise _diagnosis(exercise, [mistake], seed, exactly=False)
+                if makes_it is True: raise _diagnosis(exercise, [mistake], seed, exactly=False)
             raise _unknown(exercise, batches, seen, seed)
-    made = [mistake for mistake, test in exercise.edges.items() if _is_at_edge(test, f, seed)]
+    found = {mistake: _is_at_edge(test, f, seed) for mistake, test in exercise.edges.items()}
+    made = [mistake for mistake in found if found[mistake]]
     if not made: return
+    if found[made[0]] is not True: raise _stopped_at_edge(exercise, made[0], found[made[0]])
     also = [part for part in exercise.parts if part in made and not made[0].startswith(part)]
     raise _diagnosis(exercise, made[:1], seed, exactly=False, also=also)
 

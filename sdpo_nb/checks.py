@@ -10,7 +10,7 @@ __all__ = ['EXERCISES', 'PREDICTIONS', 'COLUMNS', 'STAGES', 'one_number', 'whole
            'difference_interval', 'check_experiment', 'report']
 
 # %% ../nbs/20_checks.ipynb #5ea33064
-import contextlib, copy, dataclasses, inspect, io, itertools, math, operator, random, re
+import contextlib, copy, dataclasses, io, itertools, math, operator, random, re
 from functools import partial
 
 import pandas as pd
@@ -37,7 +37,7 @@ def one_number(
     if isinstance(answer, Tensor) and answer.numel() != 1:
         raise WrongForm(f"it returns shape {tuple(answer.shape)}, not one number")
     if isinstance(answer, Tensor): answer = answer.detach()
-    try: return float(answer)
+    try: return float(None if isinstance(answer, (str, bytes)) else answer)      # float("0.5") is one half
     except (TypeError, ValueError): raise WrongForm(f"it returns {kind_of(answer)}, not a number") from None
 
 def whole_number(
@@ -70,12 +70,14 @@ EXERCISES = {DPO_LOSS.name: DPO_LOSS}
 def _sequence_logps(logits, ids, mask, wrong=()):
     if "all_tokens" in wrong: mask = torch.ones_like(mask)
     if "no_eos" in wrong: mask = mask & mask.roll(-1, 1)
+    if "no_first" in wrong: mask = mask & mask.roll(1, 1)
     if "detached" in wrong: logits = logits.detach()
     if logits.dtype == torch.bfloat16 and "half" not in wrong: logits = logits.float()
 
     dim = 1 if "vocab_dim" in wrong else -1
     scores = logits.log_softmax(dim)
     if "unstable" in wrong: scores = logits.softmax(dim).log()
+    if "floored" in wrong: scores = (logits.softmax(dim) + 1e-10).log()
     if "probs" in wrong: scores = logits.softmax(dim)
     if "raw" in wrong: scores = logits
 
@@ -111,11 +113,16 @@ def _sums_in_half(f, g):
 
 def _logps_have_no_gradient(f, g):
     logits, ids, mask = _draw_rows(g, 3, 0.1)
-    return not f(logits.requires_grad_(), ids, mask).requires_grad
+    return not f(1 * logits.requires_grad_(), ids, mask).requires_grad        # 1 *: it may be changed in place
 
 def _logps_die_far_away(f, g):
     logits, ids, mask = _draw_rows(g, 3, 0.1)
     return not f(1000 * logits, ids, mask).isfinite().all()
+
+def _logps_stop_falling(f, g):
+    logits, ids, mask = _draw_rows(g, 8, 0.1)
+    near, far, farther = (f(times * logits, ids, mask) for times in (1, 1000, 2000))
+    return ((far < near - 1) & torch.isclose(far, farther) & farther.isfinite()).any()
 
 # %% ../nbs/20_checks.ipynb #7ebc3b2f
 EXERCISES["sequence_logps"] = Exercise(
@@ -134,14 +141,22 @@ EXERCISES["sequence_logps"] = Exercise(
         mean="it is the mean over tokens; the log-probability is the sum.",
         all_tokens="prompt and padding are counted, too; the mask says which count.",
         no_eos="the last response token is left out; to stop is an answer, too.",
+        no_first="the first response token is left out; logits at the last prompt token score it.",
         probs="probabilities are added; add their logarithms.",
         raw="raw logits are added; take log_softmax first.",
         vocab_dim="the softmax runs over positions; it must run over the vocabulary.",
         half="with bf16 logits it loses digits: compute in fp32.",
         detached="no gradient reaches the logits: something is detached.",
         unstable="log(softmax) is -inf for unlikely tokens; log_softmax is not.",
+        floored="all very unlikely tokens count the same: clamped, or something is added. Use log_softmax.",
     ),
-    edges=dict(half=_sums_in_half, detached=_logps_have_no_gradient, unstable=_logps_die_far_away),
+    edges=dict(
+        half=_sums_in_half,
+        detached=_logps_have_no_gradient,
+        unstable=_logps_die_far_away,
+        floored=_logps_stop_falling,
+    ),
+    telling=("floored",),
     elsewhere=dict(
         mean=("02", "Sum or mean?"),
         half=("02", "Why is the sum made in fp32?"),
@@ -168,7 +183,7 @@ def _gradient(gamma_theta, gamma_ref, beta, wrong=()):
     slope = -weight if "no_beta" in wrong else -beta * weight
     if "no_minus" in wrong: slope = -slope
     if "mean" in wrong: slope = slope / len(z)
-    if "autograd" in wrong and torch.is_inference_mode_enabled(): raise RuntimeError("no gradients here")
+    if "autograd" in wrong: torch.ones(1, requires_grad=True).exp()              # keeps a tensor
     return slope
 
 def _draw_gammas(g, n, beta):
@@ -176,8 +191,11 @@ def _draw_gammas(g, n, beta):
 
 # %% ../nbs/20_checks.ipynb #23c329d6
 def _needs_autograd(f, g):
-    with torch.inference_mode(): f(*_draw_gammas(g, 3, 0.1))
-    return False                                         # to stop counts
+    def refuse(tensor): raise RuntimeError("no gradients here")
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(refuse, refuse): f(*_draw_gammas(g, 3, 0.1))
+    except RuntimeError: return True
+    return False
 
 # %% ../nbs/20_checks.ipynb #e328e7dd
 EXERCISES["gradient"] = Exercise(
@@ -208,6 +226,7 @@ def check_gradient(
 
 # %% ../nbs/20_checks.ipynb #63e5326e
 def _ipo(gamma_theta, gamma_ref, beta, wrong=()):
+    if "detached" in wrong: gamma_theta = gamma_theta.detach()
     gain = gamma_theta if "no_ref" in wrong else gamma_theta - gamma_ref
     if "dpo" in wrong: return F.softplus(-beta * gain)
     goal = 1 / (2 * beta)
@@ -220,6 +239,10 @@ def _ipo(gamma_theta, gamma_ref, beta, wrong=()):
     return off.abs() if "abs" in wrong else off ** 2
 
 # %% ../nbs/20_checks.ipynb #ed195be5
+def _ipo_has_no_gradient(f, g):
+    gamma_theta, *others = _draw_gammas(g, 3, 0.1)
+    return not f(1 * gamma_theta.requires_grad_(), *others).requires_grad
+
 EXERCISES["ipo"] = Exercise(
     name="ipo",
     crooked=_ipo,
@@ -235,7 +258,9 @@ EXERCISES["ipo"] = Exercise(
         no_ref="the reference is not used.",
         abs="it is the distance; IPO takes its square.",
         dpo="this is the loss of DPO.",
+        detached="no gradient reaches gamma_theta: something is detached.",
     ),
+    edges=dict(detached=_ipo_has_no_gradient),
 )
 
 def check_ipo(
@@ -362,6 +387,7 @@ def _boundary(prompt, chosen, rejected, wrong=()):
     if "no_break" in wrong: n = sum(len(set(ids)) == 1 for ids in zip(prompt, chosen, rejected))
     if "prompt_length" in wrong: n = len(prompt)
     if "chosen_only" in wrong: n = _common(prompt, chosen)
+    if "rejected_only" in wrong: n = _common(prompt, rejected)
     if "responses_only" in wrong: n = _common(chosen, rejected)
     if "characters" in wrong: n = _common(*map(str, (prompt, chosen, rejected)))
     if "off_by_one" in wrong: return n - 1
@@ -369,10 +395,10 @@ def _boundary(prompt, chosen, rejected, wrong=()):
 
 def _draw_ids(g, n, beta):
     """A prompt, one of whose tokens is another one in both rows, or in one of them: there it is 50.
-    Behind it, the ids are those of the prompt again."""
+    Behind it, the ids are those of the prompt again. In one batch it is the last token of the prompt."""
     prompt = torch.randint(10, 50, (n + 4,), generator=g).tolist()
-    k = int(torch.randint(1, len(prompt) - 1, (1,), generator=g))
     whole = len(prompt)
+    k = whole - 1 if n == 6 else int(torch.randint(1, whole - 1, (1,), generator=g))
     kept = {2: (whole, k), 4: (k, whole), 1: (whole, whole)}.get(n, (k, k))
     ends = [[50, *prompt[end + 1:]] for end in kept]
     chosen, rejected = ([*prompt[:end], *rest, *range(side, side + n)] for end, rest, side in zip(kept, ends, (60, 70)))
@@ -391,6 +417,7 @@ EXERCISES["boundary"] = Exercise(
         larger="it is the longer of the two common beginnings; take the shorter.",
         prompt_length="it is the length of the prompt; its last tokens may merge with a response.",
         chosen_only="only the chosen row is compared; the boundary must serve both.",
+        rejected_only="only the rejected row is compared; the boundary must serve both.",
         responses_only="the two rows are compared with each other, not with the prompt.",
         characters="characters are counted; count tokens.",
         off_by_one="it is one token too few.",
@@ -422,7 +449,7 @@ def _draw_whole_gammas(g, n, beta):
 
 # %% ../nbs/20_checks.ipynb #20080cec
 def _judges_nan(f, g):
-    gamma, gamma_ref = torch.tensor([[math.nan, 1., 1.], [0., math.nan, 0.]])
+    gamma, gamma_ref = torch.tensor([[math.nan, 1., 1.], [0., math.nan, 0.]], dtype=torch.float64)
     return not f(gamma, gamma_ref).isnan().tolist() == [True, True, False]
 
 def _calls_near_a_tie(f, g):
@@ -601,6 +628,8 @@ def _accumulation(model, pairs, loss_of, size, wrong=()):
         losses = loss_of(model, part)
         share = losses.sum() / n
         if "mean_of_means" in wrong: share = losses.mean() / len(parts)
+        if "full_parts" in wrong: share = losses.mean() / (n // size)
+        if "by_size" in wrong: share = losses.sum() / size
         if "sum_of_means" in wrong: share = losses.mean()
         if "sum" in wrong or "scaled_old" in wrong: share = losses.sum()
         if "last_only" in wrong: model.zero_grad()
@@ -623,12 +652,14 @@ def _watch_accumulation(f, inputs):
     model = torch.nn.Linear(3, 1, bias=False).double()
     model.weight.data = start.clone()
     model.weight.grad = torch.ones_like(start)
-    asked, done, waiting = [], [], []
+    asked, graphs, done, waiting = [], [], [], []
 
     def loss_of(model, part):
-        waiting.append(len(asked) - len(done))
         asked.append(len(part))
         losses = F.softplus(-model(torch.stack(list(part)))[:, 0])
+        if not losses.requires_grad: return losses       # no graph, so nothing waits
+        waiting.append(len(graphs) - len(done))
+        graphs.append(1)
         losses.register_hook(lambda grad: done.append(1))
         return losses
 
@@ -638,7 +669,7 @@ def _watch_accumulation(f, inputs):
     return dict(
         grad=torch.zeros_like(start) if grad is None else grad,
         too_many=max(asked) > size,
-        kept=max(waiting) > 0,
+        kept=max(waiting, default=0) > 0,
         moved=not torch.equal(model.weight, start),
     )
 
@@ -654,6 +685,8 @@ EXERCISES["accumulation"] = Exercise(
     read=("06", "Accumulation: divide by pairs"),
     says=dict(
         mean_of_means="it is the mean of means; a pair of a short part counts more.",
+        full_parts="means are divided by the number of full parts; divide sums by all pairs.",
+        by_size="sums are divided by `size`; divide by the number of all pairs.",
         sum_of_means="the means of the parts are added; divide sums by all pairs.",
         sum="the losses are added; divide by the number of pairs.",
         last_only="gradients are cleared between parts, so only the last part counts.",
@@ -739,11 +772,11 @@ def _watch_scoring(f, inputs):
 def _two_numbers(key, row) -> list:
     "A row of the table. Raises WrongForm, with its key, where it is something else."
     if isinstance(row, Tensor): row = row.tolist()
-    kind = kind_of(row)
-    if isinstance(row, (dict, str)) or not hasattr(row, "__len__"):
-        raise WrongForm(f"each row must be (chosen, rejected), two numbers; that of {key!r} is {kind}")
-    if len(row) != 2: raise WrongForm(f"each row must be (chosen, rejected); that of {key!r} has {len(row)} numbers")
-    return [one_number(value, ()) for value in row]
+    wanted = f"each row must be (chosen, rejected), two numbers; that of {key!r}"
+    if isinstance(row, (dict, str)) or not hasattr(row, "__len__"): raise WrongForm(f"{wanted} is {kind_of(row)}")
+    if len(row) != 2: raise WrongForm(f"{wanted} has {len(row)}")
+    try: return [one_number(value, ()) for value in row]
+    except WrongForm as e: raise WrongForm(f"{wanted} holds {str(e).removeprefix('it returns ')}") from None
 
 def _is_rounded(row, right) -> bool:
     "Whether a row is right to four digits, but not as the model gave it."
@@ -800,6 +833,7 @@ def check_reference_table(
 
 # %% ../nbs/20_checks.ipynb #0f873355
 def _fp16_step(loss, parameters, optimizer, scaler, clip, wrong=()):
+    if "no_scaler" in wrong: scaler = torch.amp.GradScaler("cpu", enabled=False)
     (loss if "no_scale" in wrong else scaler.scale(loss)).backward()
     if "clip_scaled" not in wrong: scaler.unscale_(optimizer)
     together = [parameters]
@@ -819,20 +853,21 @@ def _draw_slopes(g, n, beta):
     return 5 * slope, 0.3 * slope.flip(0), 1e38 * slope, 1.0
 
 def _watch_step(f, inputs):
-    "Where the weights are after each step, and what became of the scale."
+    "By what the loss was multiplied, where the weights are after each step, and what became of the scale."
     *slopes, clip = inputs
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 2)]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    places, scales = [], []
+    factors, places, scales = [], [], []
     for slope in slopes:
         scaler = torch.amp.GradScaler("cpu", init_scale=16.)
         scaler.scale(torch.zeros(1))                     # or unscale_ stops where no loss was scaled
         loss = (torch.cat(parameters) * slope).sum()
+        loss.register_hook(lambda grad: factors.append(grad.item()))
         f(loss, list(parameters), optimizer, scaler, clip)
         places.append(torch.cat(parameters).detach().clone())
         scales.append(scaler.get_scale())
     untouched = not torch.stack(places).any() and all(p.grad is None for p in parameters)
-    return None if untouched else dict(places=places, scales=scales)
+    return None if untouched else dict(factors=factors, places=places, scales=scales)
 
 # %% ../nbs/20_checks.ipynb #ead3d8cb
 EXERCISES["fp16_step"] = Exercise(
@@ -845,6 +880,7 @@ EXERCISES["fp16_step"] = Exercise(
     idle="does nothing: no weight moved, and there is no gradient",
     read=("06", "Half precision, full weights"),
     says=dict(
+        no_scaler="the scaler is not used: call scale, unscale_, step and update.",
         no_scale="the loss is not scaled before the backward pass.",
         clip_scaled="it clips before unscaling, or never unscales: the norm is that of the scaled gradient.",
         clip_each="each parameter is clipped by itself; clip the norm of all together.",
@@ -854,7 +890,12 @@ EXERCISES["fp16_step"] = Exercise(
         no_clip="the gradient is not clipped.",
         no_zero_grad="the gradient is not cleared, so steps add up.",
     ),
-    names={"places[][]": "weight {1} after loss {0}", "scales[]": "the scale after loss {}"},
+    names={
+        "factors": "backward passes",
+        "factors[]": "factor of loss {}",
+        "places[][]": "weight {1} after loss {0}",
+        "scales[]": "the scale after loss {}",
+    },
     elsewhere=dict(
         clip_scaled=("06", "One step"),
         clip_each=("06", "One step"),
@@ -1150,7 +1191,8 @@ def _draw_loss(g, n, beta):
 
 # %% ../nbs/20_checks.ipynb #5a9ca30a
 def _dies_of_a_large_loss(f, g):
-    return not math.isfinite(one_number(f(5000., -38.6, 0.1), ()))
+    try: return not math.isfinite(one_number(f(5000., -38.6, 0.1), ()))
+    except OverflowError: return True
 
 def _cuts_a_large_loss(f, g):
     return not math.isclose(one_number(f(5000., -38.6, 0.1), ()), -50038.6, rel_tol=1e-6)
@@ -1362,15 +1404,14 @@ def _choices(runs, inputs) -> pd.DataFrame|dict:
     return dict(first=first, second=betas.get(1, first), rewards=_measured_on(runs, *inputs))
 
 # %% ../nbs/20_checks.ipynb #b844af36
-def _takes_measure(f) -> bool:
-    "Whether it is a function that can be given a `measure`; a table is not."
-    if not callable(f) or getattr(f, "func", None) is copy.deepcopy: return False
-    return bool(inspect.signature(f).parameters)
+def _is_a_table(f) -> bool:
+    "Whether it is a table that somebody has at hand, or one that `run_check` has made a function of."
+    return not callable(f) or getattr(f, "func", None) is copy.deepcopy
 
 def _on_a_table(test):
     "A test of a table as a test of whoever makes it."
     def edge(f, g):
-        inputs = _draw_measure(g, 3, 0.1) if _takes_measure(f) else ()
+        inputs = () if _is_a_table(f) else _draw_measure(g, 3, 0.1)
         return test(_table_of_runs(f(*inputs), inputs))
     return edge
 
@@ -1390,12 +1431,12 @@ def _has_one_seed(runs): return any(rows["seed"].nunique() < 2 for _, rows in ru
 
 def _never_looks(f, g) -> bool:
     "Whether the same beta is picked, whatever was measured."
-    if not _takes_measure(f): return False
+    if _is_a_table(f): return False
     picked = [_choices(f(*inputs), inputs) for inputs in (_draw_measure(g, n, 0.1) for n in SIZES)]
     return len({(*choice["first"], *choice["second"]) for choice in picked}) == 1
 
 def _interval_is(wrong, runs) -> bool:
-    "Whether all intervals are right but for these mistakes, to a thousandth of their width."
+    "Whether all intervals are right but for these mistakes, to a thousandth of their width or to 0.0001."
     base = runs[runs["method"] == "S"].set_index("seed")["rewards"]
     for run in runs[runs["method"] != "S"].itertuples():
         n = len(run.rewards)
@@ -1405,7 +1446,7 @@ def _interval_is(wrong, runs) -> bool:
         for z in (1.96, student_t.ppf(0.975, n - 1)):
             wide = z / 1.96 * half
             low, high = _intervals_as(middle - wide, middle + wide, n, wrong)
-            fits |= max(abs(run.low - low), abs(run.high - high)) <= 0.002 * half
+            fits |= max(abs(run.low - low), abs(run.high - high)) <= max(0.002 * half, 1e-4)
         if not fits: return False
     return True
 
@@ -1474,10 +1515,10 @@ def check_experiment(
     seed: int=None, # of the made-up rewards; None: fresh ones
 ) -> int:           # the seed
     """Check that sDPO was compared fairly. Raises CheckFailed for a table that is not enough to say so.
-    measure(method, beta, stages, seed, split) returns a list of rewards. Only a function that takes it can be
-    asked how beta was picked; of a table, `picked_on` is believed."""
+    measure(method, beta, stages, seed, split) returns a list of rewards. Only a function can be asked how beta
+    was picked; of a table, `picked_on` is believed."""
     exercise = EXERCISES["experiment"]
-    if not _takes_measure(runs): exercise = dataclasses.replace(exercise, draw=None)
+    if _is_a_table(runs): exercise = dataclasses.replace(exercise, draw=None)
     return run_check(exercise, runs, seed)
 
 # %% ../nbs/20_checks.ipynb #56ceb689

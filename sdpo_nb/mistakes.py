@@ -211,22 +211,29 @@ def _dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, wrong=()):
 
 # %% ../nbs/19_mistakes.ipynb #f6d31631
 def _dies_far_away(f, g):
-    "A policy that is 9000 nats behind its reference."
-    near, far = torch.zeros(2).double(), torch.tensor([-9000., 9000.]).double()
-    return not f(far, near, near, near, 0.1).isfinite().all()
+    "A policy that is 9000 nats behind its reference: its loss, and the gradient of it."
+    near, far = torch.zeros(2).double(), torch.tensor([-9000., 9000.]).double().requires_grad_()
+    loss = f(1 * far, near, near, near, 0.1)
+    if not loss.isfinite().all(): return True
+    if not loss.requires_grad: return False
+    (slope,) = torch.autograd.grad(loss.sum(), far, allow_unused=True)
+    return slope is not None and not slope.isfinite().all()
 
 def _stops_growing(f, g):
-    "Policies that are 50, 6000 and 9000 nats behind their reference."
+    "Policies that are 50, 20,000 and 30,000 nats behind their reference."
     zero = torch.zeros(1).double()
     def loss_at(gain): return f(zero + gain, zero, zero, zero, 0.1).item()
-    near, far, farther = map(loss_at, (-50, -6000, -9000))
+    near, far, farther = map(loss_at, (-50, -20_000, -30_000))
     return near < far == farther < math.inf
 
 def _has_no_gradient(f, g):
-    "Whether nothing flows back to the policy."
+    "Whether nothing flows back to one of the two log-probabilities of the policy."
     *logps, beta = _draw_logps(g, 3, 0.1)
-    for logp in logps[:2]: logp.requires_grad_()
-    return not f(*logps, beta).requires_grad
+    policy = [logp.requires_grad_() for logp in logps[:2]]
+    loss = f(*(1 * logp for logp in logps), beta)        # 1 *: a leaf may not be changed in place, this may
+    if not loss.requires_grad: return True
+    slopes = torch.autograd.grad(loss.sum(), policy, allow_unused=True)
+    return any(slope is None or not slope.any() for slope in slopes)
 
 # %% ../nbs/19_mistakes.ipynb #17d44076
 DPO_LOSS = Exercise(
@@ -247,8 +254,8 @@ DPO_LOSS = Exercise(
         one_beta="only the policy is multiplied by beta; put brackets around the gain.",
         rejected_added="the rejected answer counts with the wrong sign; write (c - rc) - (r - rr).",
         clamped="it stops growing at some gain: it is clamped. Use F.logsigmoid(z).",
-        unstable="it is infinite at a gain of -9000 nats; F.logsigmoid(z) is not.",
-        detached="no gradient reaches the policy: something is detached.",
+        unstable="at a gain of -9000 nats it or its gradient is infinite or NaN; F.logsigmoid(z) is not.",
+        detached="no gradient reaches chosen, rejected or both: something is detached.",
     ),
     edges=dict(unstable=_dies_far_away, clamped=_stops_growing, detached=_has_no_gradient),
     telling=("clamped",),
@@ -424,12 +431,20 @@ def _empty(exercise, f=None):
     what = exercise.idle if begun else "returns nothing yet: replace the `...` by your code"
     return _failed(exercise, "empty", f" {what}")
 
+def _in_words(e) -> str: return f"{type(e).__name__}: {e}".splitlines()[0][:90].rstrip(": ")
+
 def _stopped(exercise, inputs, e):
     "The exception for a function that stops with an error."
-    what = f"{type(e).__name__}: {e}".splitlines()[0][:90].removesuffix(": ")
+    what = _in_words(e)
     if "bitwise_xor" in what or "for ^" in what: what += " (in Python, a power is `**`)"
     called = f"It was called with {_shapes(inputs)}"[:100]
     return _failed(exercise, "stopped", f" stops with {what}. {called}")
+
+def _stopped_at_edge(exercise, mistake, e):
+    "The exception for a function that stops, or returns another kind of thing, in an extreme case only."
+    if isinstance(e, WrongForm): return _failed(exercise, "form", f": {e}", mistake)
+    tried = exercise.says[mistake].removesuffix(".")
+    return _failed(exercise, "stopped", f" stops with {_in_words(e)}. It was tried for this: {tried}", mistake)
 
 def _run(exercise, f, inputs):
     "The answer of a student's function to one batch. Raises CheckFailed where there is none."
@@ -443,11 +458,11 @@ def _run(exercise, f, inputs):
     except (Exception, SystemExit) as e: raise _stopped(exercise, inputs, e) from None
 
 # %% ../nbs/19_mistakes.ipynb #b247d050
-def _is_at_edge(test, f, seed) -> bool:
-    "Whether f makes a mistake in an extreme case; stopping there counts."
+def _is_at_edge(test, f, seed) -> bool|BaseException:
+    "Whether f makes a mistake in an extreme case; the error, where it stops there."
     g = torch.Generator().manual_seed(seed)
     try: return bool(test(f, g))
-    except Exception: return True
+    except (Exception, SystemExit) as e: return e
 
 @contextlib.contextmanager
 def _one_thread():
@@ -473,10 +488,12 @@ def diagnose(
         if wrong is None:
             for mistake in exercise.telling:
                 makes_it = _is_at_edge(exercise.edges[mistake], f, seed)
-                if makes_it: raise _diagnosis(exercise, [mistake], seed, exactly=False)
+                if makes_it is True: raise _diagnosis(exercise, [mistake], seed, exactly=False)
             raise _unknown(exercise, batches, seen, seed)
-    made = [mistake for mistake, test in exercise.edges.items() if _is_at_edge(test, f, seed)]
+    found = {mistake: _is_at_edge(test, f, seed) for mistake, test in exercise.edges.items()}
+    made = [mistake for mistake in found if found[mistake]]
     if not made: return
+    if found[made[0]] is not True: raise _stopped_at_edge(exercise, made[0], found[made[0]])
     also = [part for part in exercise.parts if part in made and not made[0].startswith(part)]
     raise _diagnosis(exercise, made[:1], seed, exactly=False, also=also)
 

@@ -336,6 +336,7 @@ def test_an_experiment_of_another_form_is_told_what_is_wanted():
     assert "for seed 0 there are 2 runs of S" in told(lambda measure: pd.concat([by_the_book(measure)] * 2))
     assert "picked_on must be" in told(but(picked_on=lambda runs: runs["picked_on"].where(runs["method"] != "S", None)))
     assert "It was called with measure" in told(lambda measure: {}["S"])
+    assert re.search("stops with TypeError: .*It was called with measure", told(lambda: by_the_book(max)))      # nobody could see what it did
     assert 'not \'valid\'' in told(lambda measure: by_the_book(measure, split="valid"))
 
 
@@ -350,14 +351,15 @@ def test_right_predictions_and_experiments_in_four_ways():
     half *= {9: 2.306}[len(runs["rewards"][0])] / 1.96         # of 8 degrees of freedom
     t_interval["low"], t_interval["high"] = middle - half, middle + half
     arrays = runs.assign(rewards=[torch.tensor(r) for r in runs["rewards"]])
-    for answer in (runs, swapped, t_interval, arrays, lambda: runs):
+    for answer in (runs, swapped, t_interval, arrays):
         assert heard(checks.check_experiment, answer) is None
     def of_a_function(measure):
         "The same four ways, and S measured in any way."
         runs = by_the_book(measure)
         for way in (runs, runs.sample(frac=1, random_state=1), runs.assign(rewards=[torch.tensor(r) for r in runs["rewards"]])): yield way
         yield by_the_book(measure, s=("S", 0.0, 0))
-    for way, seed in itertools.product(range(4), range(3)):
+        yield by_the_book(measure, digits=4)
+    for way, seed in itertools.product(range(5), range(5)):
         assert heard(checks.check_experiment, lambda measure: list(of_a_function(measure))[way], seed) is None
 
 
@@ -614,6 +616,24 @@ def ceil_chunks(accuracy, sizes, T):
 def floor_chunks(accuracy, sizes, T):
     per = part_b(accuracy, sizes, len(sizes)); rows = sum(per, []); N = len(rows)
     return per if T == len(sizes) else [rows[N * i // T:N * (i + 1) // T] for i in range(T)]
+def within_the_response(logits, ids, mask):
+    return torch.stack([-F.cross_entropy(x[m][:-1].float(), t[m][1:], reduction="sum") for x, t, m in zip(logits, ids, mask)])
+def floored(logits, ids, mask, log=lambda p: (p + 1e-10).log()):
+    return (log(logits[:, :-1].float().softmax(-1)).gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1)
+def from_z(loss): return lambda c, r, rc, rr, beta: loss(beta * (c - r - rc + rr))
+def torch_func(t, r, beta): return torch.func.grad(lambda x: F.softplus(-beta * (x - r)).sum())(t)
+def grad_enabled(t, r, beta):
+    with torch.inference_mode(False), torch.enable_grad():
+        x = t.clone().requires_grad_()
+        return torch.autograd.grad(F.softplus(-beta * (x - r.clone())).sum(), x)[0]
+def ipo_of_numbers(t, r, beta): return torch.tensor([(a - b - 1 / (2 * beta)) ** 2 for a, b in zip(t.tolist(), r.tolist())])
+def last_that_agrees(p, c, r): return max(i for i, ids in enumerate(zip(p, c, r)) if len(set(ids)) == 1) + 1
+def no_scaler(loss, parameters, optimizer, scaler, clip):
+    loss.backward(); nn.utils.clip_grad_norm_(parameters, clip); optimizer.step(); optimizer.zero_grad()
+def grad_by(share):
+    def f(model, pairs, loss_of, size):
+        for i in range(0, len(pairs), size): share(loss_of(model, pairs[i:i + size]), len(pairs), size).backward()
+    return f
 def after_sorting(accuracy, sizes, T):
     order = sorted(range(len(sizes)), key=lambda i: -accuracy[i])
     return part_a(sorted(accuracy, reverse=True), [sizes[i] for i in order], T)
@@ -629,6 +649,15 @@ def after_sorting(accuracy, sizes, T):
     ("certificate", lambda loss, ref, beta: (ref - math.log(math.exp(min(loss, 30)) - 1)) / beta, "brackets"),
     ("certificate", lambda loss, ref, beta: ref - math.log(math.exp(min(loss, 30)) - 1) / beta, "capped"),
     ("first_loss", lambda s, r, beta: -torch.sigmoid(beta * (s - r)).mean().log(), "log_of_mean"),
+    ("sequence_logps", within_the_response, "no_first"), ("sequence_logps", floored, "floored"), ("sequence_logps", partial(floored, log=lambda p: (p + 1e-6).log()), "floored"),
+    ("sequence_logps", partial(floored, log=lambda p: p.clamp(min=1e-12).log()), "floored"),
+    ("dpo_loss", from_z(lambda z: torch.where(z > 0, torch.log1p(torch.exp(-z)), torch.log1p(torch.exp(z)) - z)), "unstable"),
+    ("dpo_loss", from_z(lambda z: -torch.sigmoid(z).log().nan_to_num()), "unstable"),
+    ("dpo_loss", from_z(lambda z: -torch.sigmoid(z).clamp(min=torch.finfo(z.dtype).tiny).log()), "clamped"), ("dpo_loss", from_z(lambda z: -F.logsigmoid(z.clamp(-1000, 1000))), "clamped"),
+    ("dpo_loss", lambda c, r, rc, rr, beta: dpo_a(c.detach(), r, rc, rr, beta), "detached"), ("dpo_loss", lambda c, r, rc, rr, beta: dpo_a(c, r.detach(), rc, rr, beta), "detached"),
+    ("gradient", torch_func, "autograd"), ("gradient", grad_enabled, "autograd"), ("ipo", ipo_of_numbers, "detached"),
+    ("boundary", lambda p, c, r: checks._common(p, r), "rejected_only"), ("boundary", last_that_agrees, "unknown"), ("fp16_step", no_scaler, "no_scaler"),
+    ("accumulation", grad_by(lambda losses, n, size: losses.mean() / (n // size)), "full_parts"), ("accumulation", grad_by(lambda losses, n, size: losses.sum() / size), "by_size"),
 ], ids=lambda x: getattr(x, "__name__", str(x)[:9]))
 def test_wrong_answers_that_once_passed_or_had_no_name(name, f, mistake):
     for seed in range(30):
@@ -636,6 +665,47 @@ def test_wrong_answers_that_once_passed_or_had_no_name(name, f, mistake):
         with pytest.raises(CheckFailed) as e: diagnose(EXERCISES[name], f, seed)
         assert e.value.mistakes == (mistake,), e.value
         assert_can_be_read(str(e.value))
+
+
+def in_place(logits, ids, mask):
+    logits = logits.double(); logits -= logits.logsumexp(-1, keepdim=True)
+    return (logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1)
+def dpo_in_place(c, r, rc, rr, beta): c -= r; rc -= rr; c -= rc; return F.softplus(-beta * c)
+def acc_put(g, r):
+    gain = g - r; verdict = torch.zeros(len(g), dtype=torch.float64)
+    verdict[gain > 0] = 1.; verdict[gain == 0] = 0.5; verdict[gain.isnan()] = gain[gain.isnan()]
+    return verdict
+def looks_first(model, pairs, loss_of, size):
+    with torch.no_grad(): sum(loss_of(model, pairs[i:i + size]).sum() for i in range(0, len(pairs), size))
+    acc_grad_a(model, pairs, loss_of, size)
+
+
+@pytest.mark.parametrize("name,f", [("sequence_logps", in_place), ("dpo_loss", dpo_in_place), ("accuracy", acc_put), ("accumulation", looks_first)])
+def test_right_answers_that_once_were_accused(name, f):
+    for seed in range(30): assert heard(check_of(name), f, seed) is None
+
+
+def test_a_function_that_stops_at_an_edge_hears_the_error_and_what_was_tried():
+    def by_numpy(logits, ids, mask): return logps_ce(torch.from_numpy(logits.detach().numpy()), ids, mask)
+    def refuses_nan(g, r):
+        if (g - r).isnan().any(): raise ValueError("NaN")
+        return acc_b(g, r)
+    def leaves(loss, ref, beta): return bound_a(loss, ref, beta) if loss < 100 else exit()
+    def silent(loss, ref, beta): return bound_a(loss, ref, beta) if loss < 100 else "too large"
+    for name, f, kind, words in (
+        ("sequence_logps", by_numpy, "stopped", "stops with TypeError: Got unsupported ScalarType BFloat16. It was tried for this: with bf16 logits"),
+        ("accuracy", refuses_nan, "stopped", "stops with ValueError: NaN. It was tried for this: NaN in gamma or gamma_ref gets a verdict"),
+        ("certificate", leaves, "stopped", "stops with SystemExit"), ("certificate", silent, "form", "it returns a str, not a number")):
+        e = heard(check_of(name), f)
+        assert e.mistakes == (kind,) and words in str(e), e
+        assert_can_be_read(str(e))
+    for exercise in EXERCISES.values():
+        for mistake in exercise.edges: assert_can_be_read(str(mistakes._stopped_at_edge(exercise, mistake, ValueError("x" * 200))))
+
+
+def test_a_text_is_no_number():
+    for name in ("first_loss", "by_prompt", "certificate"): assert "it returns a str, not a number" in str(heard(check_of(name), lambda *all: str(float(WAYS[name][0](*all)))))
+    assert "first_loss is a str, not a number; leave out the quotes" in str(heard(checks.check_predictions, PREDICTIONS | dict(first_loss="0.693")))
 
 
 def a_stage(gain=lambda c, r, rc, rr: c - r - (rc - rr), rows=lambda table, part, i, batch: [table[p["key"]] for p in part], beside=lambda model: model, loss_of=lambda beta, gain: -F.logsigmoid(beta * gain).mean(), end=lambda model: None, **settings):
@@ -688,6 +758,8 @@ def test_the_first_difference_is_a_thing_with_a_name():
 def test_a_table_is_told_what_is_wrong_with_it():
     def told(**what): return heard(checks.check_reference_table, table_but(**what))
     assert "two numbers; that of 'pair-" in str(told(row=lambda a, b: a - b)) and told(row=lambda a, b: a - b).mistakes == ("form",)
+    assert re.search(r"two numbers; that of 'pair-\d+' holds shape \(2,\), not one number", str(told(row=lambda a, b: (torch.zeros(2), torch.zeros(2)))))
+    assert re.search(r"two numbers; that of 'pair-\d+' has 3", str(told(row=lambda a, b: (a, b, a))))
     assert "it is a dict" in str(told(row=lambda a, b: dict(chosen=a, rejected=b))) or "is a dict" in str(told(row=lambda a, b: dict(chosen=a, rejected=b)))
     assert told(row=lambda a, b: (round(a, 4), round(b, 4))).mistakes == ("rounded",)
     assert told(after=lambda model: model.requires_grad_(False)).mistakes == ("frozen",)
