@@ -36,9 +36,9 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import argparse, ast, copy, csv, faulthandler, importlib, importlib.util, json, os, re
-import subprocess, sys, tempfile, time, zipfile
-from contextlib import contextmanager
+import argparse, ast, copy, csv, faulthandler, importlib, importlib.util, inspect, io, json, os, re, shlex, signal
+import subprocess, sys, tempfile, threading, time, unicodedata, zipfile
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,20 +166,25 @@ def text_of(
     "The text of a cell, which a file may hold as a list of lines."
     return "".join(cell["source"])
 
-_ASKED = re.compile(r"^#\| question (\w+) (\d+) (\w+) (\w+)$|^<!-- question (\w+) (\d+) manual -->$", re.M)
+_ASKED = re.compile(r"#\| question (\w+) (\d+) (\w+) (\w+)|<!-- question (\w+) (\d+) manual -->")
+_ALIKE = re.compile(r"^[ \t]*(?:#[ \t]*\||<!--)[ \t]*question\b.*", re.M | re.I)
+_FORMS = "'#| question q1 4 check_it it' or '<!-- question q2 3 manual -->'"
 
 def _questions(master):
     "The questions of a notebook, in order."
     found = []
     for cell in master["cells"]:
-        for q, points, check, target, by_hand, marks in _ASKED.findall(text_of(cell)):
+        for line in _ALIKE.findall(text_of(cell)):
+            asked = _ASKED.fullmatch(line)
+            if not asked: raise ValueError(f"{line!r} is no question; write it exactly as {_FORMS}, with whole points")
+            q, points, check, target, by_hand, marks = asked.groups(default="")
             found.append(Question(q or by_hand, int(points or marks), check, target))
     return found
 
 def questions(
     master: dict, # a notebook
 ) -> list[Question]:
-    "The questions of a master, in order. Raises ValueError where two have one name, or where there is none."
+    "The questions of a master, in order. Raises ValueError for a line that is nearly one, for two of one name, for none."
     found = _questions(master)
     names = [q.name for q in found]
     for name in names:
@@ -197,6 +202,12 @@ for q in questions(master): print(q)
 # %%
 twice = notebook(code(check_cell), code(check_cell))
 print(complaint(questions, twice))
+
+# %% [markdown]
+# A line that is only nearly a question, with half a point or a blank too many, must not be passed over either: nobody would miss the question until the points do not add up.
+
+# %%
+print(complaint(questions, notebook(prose(words_cell.replace("3", "2.5")))))
 
 # %% [markdown]
 # ## The student's version
@@ -253,7 +264,7 @@ cut_off = loss_cell.replace("    ### END SOLUTION", "")
 print(complaint(split_solution, cut_off))
 
 # %% [markdown]
-# Now the whole notebook: solutions out, teacher's cells out, outputs out. An output may tell a solution, too: the value of `first_loss` under a cell is the answer to the question above it. The metadata stay, so that Colab opens the notebook with the same kernel.
+# Now the whole notebook: solutions out, teacher's cells out, outputs out. An output may tell a solution, too: the value of `first_loss` under a cell is the answer to the question above it. The metadata stay as they are: a kernel that the master names, the student's version names, too. (The masters of this book name none. Colab and Jupyter take Python then.)
 
 # %%
 #| export
@@ -349,15 +360,16 @@ def read_notebook(
     path, # of an .ipynb file
 ) -> dict:
     "A notebook. Raises ValueError, with the path, for a file that is none."
-    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
+    try: found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError: raise ValueError(f"{path}: there is no such file") from None
-    except (ValueError, OSError) as e: raise ValueError(f"{path}: is no notebook ({e})") from e
+    except (ValueError, OSError, RecursionError) as e: raise ValueError(f"{path}: is no notebook ({e})") from e
     cells = found.get("cells") if isinstance(found, dict) else None
     if not isinstance(cells, list): raise ValueError(f"{path}: is no notebook (it has no cells)")
     for cell in cells:
         whole = isinstance(cell, dict) and "cell_type" in cell
-        if not whole or not isinstance(cell.get("source"), (str, list)):
-            raise ValueError(f"{path}: is no notebook (a cell has no text)")
+        lines = cell.get("source") if whole else None
+        is_text = isinstance(lines, (str, list)) and all(isinstance(line, str) for line in lines)
+        if not is_text: raise ValueError(f"{path}: is no notebook (a cell has no text)")
     return found
 
 
@@ -445,15 +457,18 @@ assert not (tmp / "nowhere").exists()
 # the top costs all points below it. But what a question asks for is a *function*. So the grader reads a submission and keeps only what defines something: functions, classes, constants,
 # and some imports. The rest is never run.
 #
-# A constant is kept, since a function may use it. But `model = train(...)` is an assignment, too, and takes an hour. How can one tell, without running it? By its form: numbers, words, containers, arithmetic, and calls of a handful of harmless functions. Everything else on the right of `=` is left out. (A `lambda` is a function, and is kept. To look something up, as `model.forward` does, is harmless.)
+# A constant is kept, since a function may use it. But `model = train(...)` is an assignment, too, and takes an hour. How can one tell, without running it? By its form: numbers, words, containers, arithmetic, and calls of a handful of harmless functions, such as `log`, `np.log` and `torch.log`. Everything else on the right of `=` is left out. (A `lambda` is a function, and is kept. To look something up, as `model.forward` does, is harmless.)
 
 # %%
 #| export
 IMPORTS = (
     "torch", "math", "random", "numpy", "itertools", "dataclasses", "collections", "functools",
+    "typing", "copy", "operator", "statistics", "bisect", "heapq", "time",
     "sdpo_nb.world", "sdpo_nb.mistakes", "sdpo_nb.checks",
 )
 _CALLS = {"dict", "float", "int", "list", "tuple", "set", "round", "abs", "min", "max", "sum", "len", "range"}
+_CALLS |= {"log", "log2", "log10", "log1p", "exp", "expm1", "sqrt"}                 # of math, numpy or torch
+_CALLS |= {"tensor", "item", "sigmoid", "logsigmoid", "softplus"}
 _PLAIN = (
     ast.Constant, ast.Name, ast.Load, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.BinOp, ast.UnaryOp,
     ast.operator, ast.unaryop, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.Slice,
@@ -465,12 +480,12 @@ def _is_constant(value):
         if not isinstance(node, _PLAIN): return False
         if not isinstance(node, ast.Call): continue
         called = ast.unparse(node.func)
-        if called not in _CALLS and not called.startswith("math."): return False
+        if called.split(".")[-1] not in _CALLS and not called.startswith("math."): return False
     return True
 
 
 # %%
-for line in ("0.1", "{'first': -math.log(0.5)}", "train(model)", "model.forward"):
+for line in ("0.1", "{'first': -math.log(0.5)}", "torch.tensor(0.5).log()", "train(model)", "model.forward"):
     value = ast.parse(line).body[0].value
     print(f"{line:28} {_is_constant(value)}")
 
@@ -514,16 +529,45 @@ def _is_named(target):
 # %% [markdown]
 # Each statement of a notebook is now kept or dropped by its form alone. `ast` gives the statements, and writes them as text again, so comments and odd spacing are gone on the way.
 #
-# Cells are parsed one by one. Lines that are magic to Jupyter (`%pip`, `!ls`) are no Python, and are dropped. If a cell still cannot be parsed, it is skipped, and the report names it.
+# A rule about forms is sometimes wrong. A student who writes `predictions["loss"] = 0.127` into a later cell, or a function under `if True:`, has answered: in the notebook the check passes, and here the answer is dropped. So a dropped statement that would give or change something that is *asked for* must not vanish silently. These are the names that a statement touches:
 
 # %%
 #| export
+def _base(node):
+    "The name that `a`, `a.b` or `a['b'].c` begins with; empty where it begins with something else."
+    while isinstance(node, (ast.Attribute, ast.Subscript)): node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+def _touched(statement):
+    "The names that a statement would give or change: `a` in `a = f()`, `a['b'] = 1`, `a.update(b=1)`, `if c: a = 1`."
+    names = set()
+    for node in ast.walk(statement):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names.add(node.name)
+        elif isinstance(getattr(node, "ctx", None), ast.Store): names.add(_base(node))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
+            names.add(_base(node.value.func))
+    return names
+
+
+# %%
+for line in ("a = f(b)", "a['b'] = 1", "a.update(b=1)", "if c: a = 1", "print(a)"):
+    print(f"{line:28} {_touched(ast.parse(line))}")
+
+# %% [markdown]
+# Cells are parsed one by one. What is meant for Jupyter (`%pip`, `!ls`, `torch.gather?`) is no Python, and is dropped; a `%%time` on top of a cell is taken off, because the cell under it is Python. If a cell still cannot be parsed, it is skipped, and the report names it.
+
+# %%
+#| export
+_TIMED = re.compile(r"\A(\s*)%%(?:time|capture)\b.*")
+_MAGIC = re.compile(r"^([ \t]*)(?:(?:\w+ *= *)?[%!].*|\?.*|[\w.]+\?\??[ \t]*)$", re.M)
+
 def _parse(text):
-    "The statements of a cell, with magic lines dropped."
+    "The statements of a cell, without what is meant for Jupyter."
+    text = _TIMED.sub(r"\1", text)
     try: return ast.parse(text).body
     except SyntaxError: pass
     if text.lstrip().startswith("%%"): return []
-    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", text, flags=re.M)).body
+    return ast.parse(_MAGIC.sub(r"\1pass", text)).body
 
 def _code_of(nb): return [text_of(cell) for cell in nb["cells"] if cell["cell_type"] == "code"]
 
@@ -538,18 +582,23 @@ def given_imports(
 def definitions(
     submission: dict, # a notebook
     given: set=frozenset(), # of `given_imports`
+    asked: set=frozenset(), # names that questions ask for
 ) -> tuple[list[str], list[str]]: # one definition each; one remark each
     "What a submission defines and may import, and what was left out that may matter."
     kept, remarks, dropped = [], [], []
     for i, text in enumerate(_code_of(submission), 1):
-        try: nodes = _parse(text)
-        except (SyntaxError, ValueError) as e:
+        try:
+            for node in _parse(text):
+                good = _kept(node, given, dropped)
+                if good:
+                    kept.append(ast.unparse(good))
+                    continue
+                for name in sorted(_touched(node) & asked):
+                    line = " ".join(ast.unparse(node).split())
+                    remarks.append(f"code cell {i}: a line about {name} was not read: {line[:80]}")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             where = f"line {getattr(e, 'lineno', 1)}: {getattr(e, 'msg', e)}"
             remarks.append(f"code cell {i} does not parse ({where}) and was skipped")
-            continue
-        for node in nodes:
-            node = _kept(node, given, dropped)
-            if node: kept.append(ast.unparse(node))
     remarks += [f"the import of {module} was left out" for module in dict.fromkeys(dropped)]
     return kept, remarks
 
@@ -581,9 +630,10 @@ messy = answered(
         "raise SystemExit",
         "def unfinished(:",
         "import sdpo_nb.checks\nsdpo_nb.checks.check_dpo_loss = print",
+        "dpo_loss = torch.compile(dpo_loss)",
     ),
 )
-kept, remarks = definitions(messy, given_imports(master))
+kept, remarks = definitions(messy, given_imports(master), asked={"dpo_loss"})
 print("\n".join(kept))
 
 # %% [markdown]
@@ -613,12 +663,13 @@ def _define(code, space) -> str:
         except Exception as e: trouble = trouble or f" ({type(e).__name__} in '{part.splitlines()[0]}': {e})"
     return trouble
 
+STOPPED = "the check stopped with"
+
 def _passes(check, value, seed=None) -> tuple[bool, str]:
     "Whether a check accepts, and what it says."
     try: seed = check(value, seed)
-    except Exception as e:
-        told = str(e) if isinstance(e, AssertionError) else f"{type(e).__name__}: {e}"
-        return False, told or type(e).__name__
+    except AssertionError as e: return False, str(e) or "the check objects, and does not say to what"
+    except Exception as e: return False, f"{STOPPED} {type(e).__name__}: {e}"
     return True, f"passed (seed {seed})"
 
 
@@ -641,29 +692,38 @@ print(_passes(lambda value, seed: value + 1, "seven"))
 
 # %% [markdown]
 # A student's function could also change the check while it is being checked. Two guards stand against it, after a pass. The first is a *canary*, the bird that miners took along: the check must still refuse a function that returns
-# nothing. The second compares: no function of the package, of torch or of Python may have been replaced.
+# nothing. The second compares: no function of the package, of torch, of `math` or of Python itself may have been replaced, no method of a tensor, and no part of an exercise.
 
 # %%
 #| export
 PATCHED = "something in this notebook changes the check, or what it computes with"
 _WATCHED = {"sdpo_nb", "torch", "math", "builtins"}
 
-def functions_of_modules() -> dict: # (module, name) -> the function and its code
-    "All functions and classes that a check computes with, as they are now."
-    found = {}
+def _spaces():
+    "Where the things stand that a check computes with: the name of a place, and what has a name there."
     for home, module in list(sys.modules.items()):
         if home.split(".")[0] not in _WATCHED: continue
-        for name, thing in list(vars(module).items()):
-            if callable(thing): found[home, name] = thing, getattr(thing, "__code__", None)
-    return found
+        yield home, {name: thing for name, thing in list(vars(module).items()) if callable(thing)}
+    torch, checks = sys.modules.get("torch"), sys.modules.get("sdpo_nb.checks")
+    if torch:
+        classes = reversed(torch.Tensor.__mro__)     # a method may be new in Tensor and hide one that it inherits
+        yield "torch.Tensor", {name: thing for c in classes for name, thing in vars(c).items()}
+    if checks:
+        for name, exercise in checks.EXERCISES.items(): yield f"exercise {name}", vars(exercise) | exercise.edges
+
+def functions_of_modules() -> dict: # (place, name) -> the thing and its code
+    "All that a check computes with, as it is now: functions and classes, methods of tensors, parts of exercises."
+    things = [(home, name, thing) for home, space in _spaces() for name, thing in space.items()]
+    return {(home, name): (thing, getattr(thing, "__code__", None)) for home, name, thing in things}
 
 def was_patched(
     before: dict, # of `functions_of_modules`
 ) -> bool:
-    "Whether a function has been replaced. What was added does not count: modules load their parts late."
-    for (module, name), (thing, code) in before.items():
-        now = vars(sys.modules[module]).get(name)
-        if now is not thing or getattr(now, "__code__", None) is not code: return True
+    "Whether something has been replaced. What was added does not count: modules load their parts late."
+    after = functions_of_modules()
+    for place, (thing, code) in before.items():
+        now, now_code = after.get(place, (None, None))
+        if now is not thing or now_code is not code: return True
     return False
 
 
@@ -676,6 +736,17 @@ math.isclose = lambda *a, **k: True         # all numbers are equal now
 assert was_patched(before)
 math.isclose = isclose
 was_patched(before)
+
+# %% [markdown]
+# A method that tensors inherit is replaced by adding one: `torch.Tensor.double = mine` hides the old one. So for tensors the comparison goes through all classes they inherit from:
+
+# %%
+import torch
+
+torch.Tensor.double = lambda self: self.new_zeros(self.shape)       # all answers are 0 now, and so are the right ones
+assert was_patched(before)
+del torch.Tensor.double
+assert not was_patched(before)
 
 
 # %% [markdown]
@@ -725,7 +796,7 @@ math.isclose = isclose
 
 # %% [markdown]
 # `honest` passes. `wrong` is told at which number it fails. `sly` empties the list of numbers that the check tries, while it is being checked; it is refused by the canary. `slier` makes all numbers equal, which would help it in the next question; it is refused by the comparison. This catches a trick, not every trick: a student's code runs in
-# the same process as the check. If you grade people whom you do not trust, grade them in a container.
+# the same process as the check, and a function that writes the answer file of the next section itself passes. If you grade people whom you do not trust, look at their code, and grade them in a container.
 #
 # Now the process around it. Starting Python and importing torch takes seconds, so it is done once: a *server* imports the checks, and for each question it makes a copy of itself (`os.fork`). The copy answers and ends, and whatever the student's function has done to it ends with it. The next copy is as fresh as the first.
 #
@@ -742,6 +813,10 @@ def load_checks(
     spec = importlib.util.spec_from_file_location("extra_checks", extra)
     own = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(own)
+    for name, check in vars(own).items():
+        if not name.startswith("check_"): continue
+        try: inspect.signature(check).bind("value", "seed")
+        except TypeError as e: raise ValueError(f"{extra}: {name} is called as {name}(value, seed): {e}") from None
     return checks, own
 
 
@@ -755,19 +830,23 @@ def check_double(f, seed=None):
 public, private = load_checks(tmp / "mine.py")
 for value in (7, 8): print(_passes(private.check_double, lambda x: value))
 
+# %% [markdown]
+# A private check has the signature of the others: it takes what the student wrote and a seed, raises an `AssertionError` with a sentence, and returns the seed. One that cannot be called like this would refuse everybody, so it is refused itself:
+
+# %%
+(tmp / "seedless.py").write_text("def check_double(f): assert f(4) == 8")
+print(complaint(load_checks, tmp / "seedless.py").replace(str(tmp), ""))
+
 
 # %% [markdown]
-# A private check has the signature of the others: it takes what the student wrote and a seed, raises an `AssertionError` with a sentence, and returns the seed.
-#
-# The server speaks a small language. It says which checks it knows; then each line that it reads is a job, and the line that it writes says that the job is over. The answer itself goes through a file, because a student's `print` would end up among the answers: so the copy closes its output first.
+# The server speaks a small language. It says which checks it knows; then each line that it reads is a job, and the line that it writes says that the job is over. The answer itself goes through a file, because a student's `print` would end up among the answers: so the copy closes its output first. It closes its input, too, or `input()` would wait for somebody to type.
 
 # %%
 #| export
 def _answer_job(job, modules):
     "Answer one question, silently, and write what came out into a file."
-    nowhere = open(os.devnull, "w")
-    os.dup2(nowhere.fileno(), 1)
-    os.dup2(nowhere.fileno(), 2)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2): os.dup2(nowhere, stream)
     faulthandler.dump_traceback_later(job["limit"], exit=True, file=nowhere)
     found = [getattr(m, job["check"], None) for m in modules]
     good, told = answer(job["code"], job["target"], [check for check in found if check], job["seed"])
@@ -775,8 +854,9 @@ def _answer_job(job, modules):
 
 def _serve(extra="", ready=()):
     "Answer questions from stdin, one a line, each in a process of its own; without fork, one and no more."
-    modules = load_checks(extra)
-    for name in ready: importlib.import_module(name)
+    with redirect_stdout(sys.stderr):       # a print in a teacher's file is no answer
+        modules = load_checks(extra)
+        for name in ready: importlib.import_module(name)
     known = [name for m in modules if m for name in vars(m) if name.startswith("check_")]
     print(json.dumps(known), flush=True)
     for line in sys.stdin:
@@ -790,36 +870,45 @@ def _serve(extra="", ready=()):
 
 
 # %% [markdown]
-# `dump_traceback_later` is the time limit. It is a thread of its own, written in C: it ends the process even if Python is stuck in an endless loop. Where there is no `fork`, as on Windows, the server answers one question and ends; the next one starts another server, which is slower and gives the same grades.
+# `dump_traceback_later` is the time limit. It is a thread of its own, written in C: it ends the process even if Python is stuck in an endless loop. A student's code could switch it off, but not the second clock, which comes below. Where there is no `fork`, as on Windows, the server answers one question and ends; the next one starts another server, which is slower and gives the same grades.
 #
 # This is how a server is started, and what it says first:
 
 # %%
 #| export
+class NoCheck(ValueError):
+    "A check that is not there or cannot be loaded: a mistake of the teacher's, and not of a student."
+
 def _start(extra, ready):
-    "A server with one thread, which does not load anything from the internet."
+    "A server with one thread, which does not load anything from the internet; with its copies it is a group."
     calm = dict(OMP_NUM_THREADS="1", TQDM_DISABLE="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
     command = [sys.executable, "-m", "sdpo_nb.course", "serve", extra, *ready]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | calm)
+    how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, env=os.environ | calm, **how)
 
 def _hello(server):
     "The checks that a new server knows."
     line = server.stdout.readline()
-    if not line: raise ValueError("the checks could not be loaded; what Python said stands above")
+    if not line: raise NoCheck("the checks could not be loaded; what Python said stands above")
     return json.loads(line)
+
+def _kill(server):
+    "End a server, and its copies with it."
+    if not hasattr(os, "killpg"): return server.kill()
+    try: os.killpg(server.pid, signal.SIGKILL)
+    except OSError: pass        # it has ended already
 
 
 # %%
 server = _start("", ())
 known = _hello(server)
-server.kill()
+_kill(server)
 server.communicate()
 print(len(known), "checks, from", known[0], "to", known[-1])
 
 
 # %% [markdown]
-# `asking` keeps such a server, and gives a function that asks it. It has to expect the worst. A submission may kill not only its own copy but the server as well: then no line comes back, this question has no answer, and the next one wakes a new server. A server that is woken only when there is a question also costs nothing where there is none.
+# `asking` keeps such a server, and gives a function that asks it. It has to expect the worst. A submission may kill not only its own copy but the server as well: then no line comes back, this question has no answer, and the next one wakes a new server. A submission may also switch the time limit off, or stop the server without ending it. So whoever asks has a clock, too: five seconds after the limit it ends the server and everything that the server has started. A server that is woken only when there is a question also costs nothing where there is none.
 
 # %%
 #| export
@@ -843,14 +932,22 @@ def asking(
         known.update(_hello(server[-1]))
 
     def send(job):
-        server[-1].stdin.write(json.dumps(job) + "\n")
-        server[-1].stdin.flush()
-        if not server[-1].stdout.readline(): server.pop().wait()
+        late = threading.Timer(limit + 5, _kill, [server[-1]])
+        late.start()
+        try:
+            server[-1].stdin.write(json.dumps(job) + "\n")
+            server[-1].stdin.flush()
+            said = server[-1].stdout.readline()
+        except OSError: said = ""       # it has just ended
+        finally: late.cancel()
+        if said: return
+        _kill(server[-1])
+        server.pop().wait()
 
     def ask(code, question):
         result.unlink(missing_ok=True)
         wake()
-        if question.check not in known: raise ValueError(f"there is no check of the name {question.check}")
+        if question.check not in known: raise NoCheck(f"there is no check of the name {question.check}")
         begun = time.monotonic()
         asked = dict(check=question.check, target=question.target, limit=limit, seed=seed)
         send(dict(asked, code=code, result=str(result)))
@@ -861,7 +958,7 @@ def asking(
     with folder:
         try: yield ask
         finally:
-            if alive(): server[-1].kill()
+            if alive(): _kill(server[-1])
             for started in server: started.communicate()
 
 
@@ -1009,7 +1106,7 @@ def grade_one(
     ask,              # of `asking`
 ) -> Grade:
     "Points and sentences for one submission."
-    code, remarks = definitions(submission, assignment.imports)
+    code, remarks = definitions(submission, assignment.imports, {q.target for q in assignment.asked if q.target})
     grade = Grade(student, flags=remarks)
     if _is_another(code, assignment.asked):
         grade.flags.append(f"it defines nothing that is asked for: is it '{assignment.title}'?")
@@ -1021,8 +1118,8 @@ def grade_one(
             continue
         good, told = ask(code, q)
         grade.points[q.name], grade.said[q.name] = q.points if good else 0, told
-        strange = told == PATCHED or told.startswith(("no answer", "Python ended"))
-        if strange: grade.flags.append(f"{q.name}: {told}")
+        strange = told == PATCHED or told.startswith((STOPPED, "no answer", "Python ended"))
+        if strange or "NameError" in told: grade.flags.append(f"{q.name}: {told}")
     return grade
 
 
@@ -1040,19 +1137,36 @@ alice
 
 # %%
 #| export
-def _number(text): return int(text) if text.isdigit() else float(text)
+def _number(text): return int(text) if text.isdigit() else float(text.replace(",", "."))
+
+def _plain_name(text):
+    "A student's name in one spelling: `ü` may be one character or two, and a zip may hold bytes that are no text."
+    readable = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", readable).strip()
+
+def _table(path):
+    "Names and rows of a CSV file, without blanks around the fields; with semicolons where Excel writes semicolons."
+    try: text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError: raise ValueError(f"{path}: is not UTF-8; in Excel, save it as 'CSV UTF-8'") from None
+    delimiter = ";" if ";" in text.partition("\n")[0] else ","
+    rows = [[field.strip() for field in row] for row in csv.reader(io.StringIO(text), delimiter=delimiter) if any(row)]
+    return (rows[0], rows[1:]) if rows else ([], [])
 
 def read_marks(
     path, # of a CSV file: student, and any questions
 ) -> dict[str, dict[str, int|float]]: # points by student and question
     "Points that a person gave."
-    with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
+    names, rows = _table(path)
+    if "student" not in names: raise ValueError(f"{path}: has no column 'student'")
     marks = {}
     for row in rows:
-        given = {q: text for q, text in row.items() if q != "student" and text}
-        try: marks[row["student"]] = {q: _number(text) for q, text in given.items()}
-        except KeyError: raise ValueError(f"{path}: has no column 'student'") from None
-        except ValueError as e: raise ValueError(f"{path}: student {row['student']}: {e}") from None
+        given = dict(zip(names, row))
+        student = _plain_name(given.pop("student", ""))
+        if student in marks: raise ValueError(f"{path}: student {student} is there twice")
+        if any(row[len(names):]):
+            raise ValueError(f"{path}: student {student}: more fields than columns; write 2.5, not 2,5")
+        try: marks[student] = {q: _number(text) for q, text in given.items() if text}
+        except ValueError as e: raise ValueError(f"{path}: student {student}: {e}") from None
     return marks
 
 
@@ -1063,6 +1177,14 @@ def wrote_marks(text):
     return read_marks(tmp / "marks.csv")
 
 wrote_marks("student,q1,q2\nalice,,2\nbob,4,1.5\n")
+
+# %% [markdown]
+# Spreadsheets have their own ideas of such a file. In many countries it has semicolons, and `1,5` for one and a half. That is read as it is meant. What can be meant in two ways is an error:
+
+# %%
+assert wrote_marks("student;q1; q2\nalice;;2\nbob;4;1,5\n") == dict(alice=dict(q2=2), bob=dict(q1=4, q2=1.5))
+for text in ("student,q2\nalice,2,5\n", "student,q2\nalice,2\nalice,3\n"):
+    print(complaint(wrote_marks, text).replace(str(tmp), ""))
 
 
 # %% [markdown]
@@ -1112,13 +1234,14 @@ def write_grades(
     asked: list,       # of Questions
 ):
     "A table: student, one column a question, total, flags. A question that nobody has marked is empty."
-    names = [q.name for q in asked]
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        table = csv.writer(f)
-        table.writerow(["student", *names, "total", "flags"])
-        for g in grades:
-            points = [g.points.get(q) for q in names]
-            table.writerow([g.student, *points, g.total, "; ".join(g.flags)])
+    names, text = [q.name for q in asked], io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["student", *names, "total", "flags"])
+    for g in grades:
+        points = [g.points.get(q) for q in names]
+        table.writerow([g.student, *points, g.total, "; ".join(g.flags)])
+    # Excel knows by the mark of utf-8-sig how the letters are to be read
+    Path(path).write_text(text.getvalue(), encoding="utf-8-sig", errors="replace", newline="")
 
 def feedback(
     grade: Grade, # of one submission
@@ -1143,20 +1266,25 @@ print(feedback(alice, [q1, q2]))
 
 
 # %% [markdown]
-# So far one notebook; a class has thirty. What can be read anew for each of them is read once: the master, the marks, and the server with its imports. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. A file that is no notebook gets 0 and a flag. It must not stop the other thirty. A wrong name in the teacher's own table of marks, however, is told at once, and not after an hour of grading.
+# So far one notebook; a class has thirty. What can be read anew for each of them is read once: the master, the marks, and the server with its imports. Every learning platform names the files it collects in its own way, so a student's name is the path of the file inside the folder. Two files that would get one name are an error, because one of them would vanish. A file that is no notebook, or that the grader stumbles over, gets 0 and a flag. It must not stop the other thirty. A wrong name in the teacher's own table of marks, however, is told at once, and not after an hour of grading.
 
 # %%
 #| export
 def _students(folder):
     "{name: path} of the submissions in a folder or of one file, and the other files of the folder."
     folder = Path(folder)
-    if folder.is_file(): return {folder.stem: folder}, []
+    if folder.is_file(): return {_plain_name(folder.stem): folder}, []
     if not folder.exists(): raise ValueError(f"{folder}: there is no such file or folder")
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
     paths = [p for p in files if p.suffix == ".ipynb"]
     if not paths: raise ValueError(f"{folder}: there is no notebook here")
-    others = [str(p.relative_to(folder)) for p in files if p not in paths]
-    return {"_".join(p.relative_to(folder).with_suffix("").parts): p for p in paths}, others
+    others = [_plain_name(str(p.relative_to(folder))) for p in files if p not in paths]
+    found = {}
+    for p in paths:
+        name = _plain_name("_".join(p.relative_to(folder).with_suffix("").parts))
+        if name in found: raise ValueError(f"{found[name]} and {p} would both be '{name}'; rename one of them")
+        found[name] = p
+    return found, others
 
 def _is_hidden(path): return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
@@ -1181,10 +1309,10 @@ def grade(
     with asking(extra, limit, seed, ready) as ask:
         for i, (student, path) in enumerate(students.items(), 1):
             begun = time.monotonic()
-            try: submission = read_notebook(path)
-            except ValueError as e:
-                one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be read: {e}"])
-            else: one = grade_one(student, submission, assignment, ask)
+            try: one = grade_one(student, read_notebook(path), assignment, ask)
+            except NoCheck: raise
+            except Exception as e:      # whatever it is, it is this student's alone
+                one = Grade(student, {q.name: 0 for q in asked}, flags=[f"cannot be graded: {e}"])
             grades.append(one)
             say(f"{i}/{len(students)} {student}: {one.total} of {most} ({time.monotonic() - begun:.1f} s)")
     add_marks(grades, marks, asked)
@@ -1211,7 +1339,7 @@ grades = grade(tmp / "masters/a0.ipynb", tmp / "handed_in", limit=5, seed=1, say
 write_grades(grades, tmp / "grades.csv", [q1, q2])
 
 # %% [markdown]
-# One of seven. Each of the others has its own sentence, and nobody's mistake cost anybody else a point. `patched` did what was asked of a cheat: in its process, every function is right. But that process has ended, and only its answer was left, which the canary refused:
+# One of seven. Each of the others has its own sentence, and nobody's mistake cost anybody else a point. `patched` did what was asked of a cheat: in its process, every function that returns numbers is right. A canary that returns nothing is still refused, so the canary saw nothing. The comparison saw it, because `find_mistakes` had become another function:
 
 # %%
 import pandas as pd
@@ -1227,7 +1355,7 @@ told.replace(str(tmp), "", regex=True)
 #
 # ## Gradescope
 #
-# Many universities collect work with Gradescope. It runs a *zip* for each submission, in a container of its own: `setup.sh` installs, `run_autograder` grades and leaves `results.json`. Its fields are few, so we write them directly. Two things are worth knowing. The version of the package is pinned, so that the grades of a term do not change in the middle of it. And the master lies in the zip with its solutions, so the zip is for the teacher and not for students.
+# Many universities collect work with Gradescope. It runs a *zip* for each submission, in a container of its own: `setup.sh` installs, `run_autograder` grades and leaves `results.json`. Its fields are few, so we write them directly. Three things are worth knowing. The version of the package is pinned, so that the grades of a term do not change in the middle of it. The Python of Gradescope's machine may be older than the 3.11 that the package needs, so `setup.sh` brings one along. And the master lies in the zip with its solutions, so the zip is for the teacher and not for students.
 
 # %%
 #| export
@@ -1244,12 +1372,16 @@ def gradescope_results(
     return dict(tests=tests, output="\n".join(grade.flags))
 
 _SETUP = """#!/usr/bin/env bash
-apt-get install -y python3 python3-pip git
-pip3 install --break-system-packages "sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v{version}"
+set -e
+apt-get update
+apt-get install -y curl git
+curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR=/usr/local/bin sh
+uv venv --python 3.11 /opt/grader
+uv pip install --python /opt/grader/bin/python "sdpo_nb @ git+https://github.com/sdpo-nb/sdpo_nb@v{version}"
 """
 _RUN = """#!/usr/bin/env bash
 cd /autograder
-python3 -m sdpo_nb.course grade source/{name} submission --results results/results.json{extra}
+/opt/grader/bin/python -m sdpo_nb.course grade source/{name} submission --results results/results.json{extra}
 """
 
 def gradescope(
@@ -1260,7 +1392,8 @@ def gradescope(
     "The zip that Gradescope wants."
     from sdpo_nb import __version__
     master = Path(master)
-    run = _RUN.format(name=master.name, extra=f" --extra source/{Path(extra).name}" if extra else "")
+    own = f" --extra source/{shlex.quote(Path(extra).name)}" if extra else ""
+    run = _RUN.format(name=shlex.quote(master.name), extra=own)
     with zipfile.ZipFile(out, "w") as z:
         z.writestr("setup.sh", _SETUP.format(version=__version__))
         z.writestr("run_autograder", run)
@@ -1325,10 +1458,19 @@ args.verb, args.limit
 
 
 # %% [markdown]
-# What `grade` leaves behind is what was asked for: a table with `--csv`, pages with `--feedback`, and `results.json` only for Gradescope. A file that cannot be used ends in one line and status 1, so a script that grades at night can notice.
+# What `grade` leaves behind is what was asked for: a table with `--csv`, pages with `--feedback`, and `results.json` only for Gradescope. A file that cannot be used ends in one line and status 1, so a script that grades at night can notice. Whether the files can be written is tried before the slow part. And Gradescope hears of a failure, too, as a result with 0 points and the reason.
 
 # %%
 #| export
+def _try_places(args):
+    "Make the folders that `grade` writes into, and open its files once. Raises OSError where that cannot be."
+    if args.feedback: Path(args.feedback).mkdir(parents=True, exist_ok=True)
+    for path in (Path(name) for name in (args.csv, args.results) if name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        open(path, "a").close()
+        if new: path.unlink()
+
 def _write_all(args, grades):
     "What `grade` leaves behind, where it was asked for."
     asked = questions(read_notebook(args.master))
@@ -1337,9 +1479,9 @@ def _write_all(args, grades):
         results = gradescope_results(grades[-1], asked)
         Path(args.results).write_text(json.dumps(results, indent=1))
     if not args.feedback: return
-    folder = Path(args.feedback)
-    folder.mkdir(parents=True, exist_ok=True)
-    for g in grades: (folder / f"{g.student}.md").write_text(feedback(g, asked), encoding="utf-8")
+    for g in grades:
+        page = Path(args.feedback) / f"{g.student}.md"
+        page.write_text(feedback(g, asked), encoding="utf-8", errors="replace")
 
 def main(
     argv: list=None, # words of the command line; default: those of this process
@@ -1351,9 +1493,13 @@ def main(
         if args.verb == "build": print(*build(args.masters, args.out, args.repository), sep="\n")
         elif args.verb == "gradescope": print(gradescope(args.master, args.out, args.extra))
         else:
+            _try_places(args)
             how = dict(extra=args.extra, limit=args.limit, manual=args.manual, seed=args.seed)
             _write_all(args, grade(args.master, args.submissions, **how))
-    except (ValueError, OSError) as e: sys.exit(f"{e}")
+    except (ValueError, OSError) as e:
+        if getattr(args, "results", None) and Path(args.results).parent.is_dir():
+            Path(args.results).write_text(json.dumps(dict(score=0, output=f"could not be graded: {e}")))
+        sys.exit(f"{e}")
 
 
 # %%
@@ -1423,12 +1569,12 @@ shutil.rmtree(tmp)
 #    ```
 #    python -m sdpo_nb.course build nbs/course nbs/assignments --repository YOU/YOURS
 #    ```
-# 3. **Collect** the notebooks into one folder, and grade them:
+# 3. **Collect** the notebooks into one folder, one file a student, and grade them:
 #
 #    ```
 #    python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
 #    ```
-#    A question that a check grades gives all its points or none. Look at the column `flags`: there stands what a person should see, such as a cell that could not be read, an answer in the wrong place, or an endless loop, which costs the time limit. Files that are no `.ipynb` are named and left out.
+#    A question that a check grades gives all its points or none. Look at the column `flags`: there stands what a person should see, such as a cell or a line that could not be read, a name that is not defined, an answer in the wrong place, or an endless loop, which costs the time limit. Files that are no `.ipynb` are named and left out.
 # 4. **Mark by hand** what is left: each page in `out/` holds the student's text. Write the points into `marks.csv` (columns `student`, `q6`), and grade once more with `--manual marks.csv`. Until then the total is without these questions.
 #
 # *Private checks.* The solutions of the masters are public, like everything here. The checks draw new numbers at each call, so a table of answers passes none of them, but a copied solution does. If points matter, change a

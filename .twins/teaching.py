@@ -43,14 +43,14 @@
 # You need the repository: clone it, run `make demo` once, and give the commands below with `.venv/bin/python`. The solved masters are in `nbs/course`, with model answers and points for the questions in words.
 #
 # 1. **Hand out.** Send the link behind a notebook's Colab badge. Students save a copy, and download the notebook when they have finished.
-# 2. **Grade.** Put what comes back into one folder:
+# 2. **Grade.** Put what comes back into one folder, one file a student:
 #
 #    ```
 #    python -m sdpo_nb.course grade nbs/course/a1.ipynb submissions/ --csv grades.csv --feedback out/
 #    ```
 #
 #    Expect less than ten seconds for each submission. A function with an endless loop costs the time limit (60 seconds for each question, `--limit`). Files that are not `.ipynb` are named and left out; unpack a zip first.
-# 3. **Look at the column `flags`** of `grades.csv`: cells that could not be read, answers out of place, a notebook that belongs to another assignment, functions that never ended.
+# 3. **Look at the column `flags`** of `grades.csv`: cells and lines that could not be read, names that are not defined, answers out of place, a notebook that belongs to another assignment, functions that never ended.
 # 4. **Mark the words.** Each page in `out/` holds a student's text. Until you have marked it, its question is empty in the table, and the total is without it. Write your points into a file `marks.csv`:
 #
 #    ```

@@ -1,5 +1,5 @@
 "Assignments: what students get is committed, complete and without solutions; what they hand in gets the points it should."
-import csv, json, re, subprocess, sys, time, zipfile
+import csv, json, os, re, subprocess, sys, time, unicodedata, zipfile
 from pathlib import Path
 
 import pytest
@@ -7,8 +7,9 @@ import pytest
 from sdpo_nb import __version__
 from sdpo_nb.checks import check_dpo_loss, report
 from sdpo_nb.course import (
-    asking, assignment_of, build, definitions, feedback, given_imports, grade, grade_one, gradescope, leaks, main,
-    questions, read_marks, read_notebook, split_solution, student_version, text_of, try_check, write_grades
+    Grade, Question, asking, assignment_of, build, check_marks, definitions, feedback, given_imports, grade,
+    grade_one, gradescope, leaks, load_checks, main, questions, read_marks, read_notebook, split_solution, student_version,
+    text_of, try_check, write_grades
 )
 
 ROOT = Path(__file__).parent.parent
@@ -213,7 +214,7 @@ def test_submissions_of_all_kinds(tmp_path):
     print(done.stdout)
     assert len(done.stdout.splitlines()) == len(expected) # one line a student
 
-    with open(tmp_path / "grades.csv", newline="") as f: rows = {row["student"]: row for row in csv.DictReader(f)}
+    with open(tmp_path / "grades.csv", newline="", encoding="utf-8-sig") as f: rows = {row["student"]: row for row in csv.DictReader(f)}
     assert list(rows["right"]) == ["student", "q1", "q2", "q3", "q4", "q5", "q6", "total", "flags"]
     assert rows.keys() == expected.keys()
     for name, (_, points, told) in expected.items():
@@ -273,7 +274,7 @@ def test_the_table_can_be_read_again_as_marks(tmp_path, ask):
     one = grade_one("a,b \"c\"", notebook(*solved_a1(dpo_loss=BETA_LESS)), assignment_of(master_of("a1")), ask)
     one.points["q6"] = 3
     write_grades([one], tmp_path / "grades.csv", asked)
-    with open(tmp_path / "grades.csv", newline="") as f: rows = list(csv.DictReader(f))
+    with open(tmp_path / "grades.csv", newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
     for row in rows: del row["total"], row["flags"]
     with open(tmp_path / "marks.csv", "w", newline="") as f:
         table = csv.DictWriter(f, rows[0])
@@ -308,7 +309,7 @@ def test_what_is_kept_of_a_submission():
     given = given_imports(master_of("a4"))
     kept, remarks = definitions(notebook(
         "%matplotlib inline\n!pip install x\nimport torch, os\nfrom torch import nn\nimport torch.nn.functional as F",
-        "%%time\nthis is no Python",
+        "%%bash\nthis is no Python",
         "x = 3; y: float = -math.log(2); z = train(); a.b = 1; d = dict(q=[1, 2 * x]); u, v = 1, 2; u, a.b = 1, 2; w = lambda z: z",
         "print(1)\nclass A: pass\nwith open('f') as f: pass",
         "from sdpo_nb.stepwise import sdpo\nfrom sdpo_nb.loss import dpo_loss",
@@ -346,13 +347,23 @@ def test_gradescope(tmp_path):
     assert f"sdpo_nb@v{__version__}" in (tmp_path / "source/setup.sh").read_text()
     save(notebook(*solved_a1(dpo_loss=BETA_LESS)), tmp_path / "submission/a1.ipynb")
     (tmp_path / "results").mkdir()
-    run = run.replace("cd /autograder", f"cd {tmp_path}").replace("python3", sys.executable)
-    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True)
+    run = run.replace("cd /autograder", f"cd {tmp_path}").replace("/opt/grader/bin/python", sys.executable)
+    def ran():
+        done = subprocess.run(["bash", "-c", run], capture_output=True, text=True)
+        return done, json.loads((tmp_path / "results/results.json").read_text())
+    done, results = ran()
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results/results.json").read_text())
     assert [test["score"] for test in results["tests"]] == [4, 0, 2, 3, 4]
     assert [test["max_score"] for test in results["tests"]] == [4, 4, 2, 3, 4]
     assert "beta is missing" in results["tests"][1]["output"]
+    (tmp_path / "submission/a1.ipynb").rename(tmp_path / "submission/a1.pdf")
+    done, results = ran()
+    assert done.returncode == 1 and results == dict(score=0, output="could not be graded: submission: there is no notebook here")
+
+
+def test_a_name_with_a_blank_reaches_gradescope_whole(tmp_path):
+    master = save(master_of("a1"), tmp_path / "my a1.ipynb")
+    with zipfile.ZipFile(gradescope(master, tmp_path / "a1.zip")) as z: assert "source/'my a1.ipynb' " in z.read("run_autograder").decode()
 
 
 def test_try_check_prints_and_goes_on(capsys):
@@ -360,3 +371,201 @@ def test_try_check_prints_and_goes_on(capsys):
     assert capsys.readouterr().out.rstrip().endswith("seed=77. Try: gain 0.6, beta 0.5 give 0.554.")
     try_check(check_dpo_loss, lambda *all: None)
     assert "nothing yet" in capsys.readouterr().out
+
+
+def code_cell(text): return dict(cell_type="code", metadata={}, outputs=[], source=text)
+
+SEVEN = "predictions = dict(first_loss={}, loss=0.127, weight=0.119, settles=4.39, nearer=4, farther_sgd=4, farther_adam=0)"
+
+@pytest.mark.parametrize("before,value", [
+    ("from math import log", "log(2)"), ("import numpy as np", "np.log(2)"), ("import torch", "torch.log(torch.tensor(2.)).item()"),
+    ("import torch.nn.functional as F, torch", "-F.logsigmoid(torch.tensor(0.)).item()"),
+])
+def test_right_answers_in_other_words_are_read(before, value, ask):
+    if "numpy" in before: pytest.importorskip("numpy")
+    assignment = assignment_of(master_of("a1"))
+    got = grade_one("x", notebook(before, SEVEN.format(value)), assignment, ask)
+    assert got.points["q5"] == 4, got.said["q5"]
+    assert not any("predictions" in flag for flag in got.flags)
+
+
+def test_what_is_meant_for_jupyter_takes_nothing_along():
+    for text in ("%%time\n{}", "\n%%capture out\n{}", "torch.gather?\n{}", "?torch.gather\n{}", "files = !ls\n{}", "%time f()\n{}", "!ls\n{}"):
+        assert definitions(notebook(text.format("x = 1\ndef f(x): return 1"))) == (["x = 1", "def f(x):\n    return 1"], []), text
+    for text in ("%%writefile f.py\ndef f(): pass", "%%timeit\ndef f(): pass"): assert definitions(notebook(text)) == ([], [])
+
+
+@pytest.mark.parametrize("line", [
+    "f['a'] = 0.693", "f.update(a=1)", "f |= dict(a=1)", "f = train()", "if True:\n    def f(): pass", "for i in g: f[i] = 1", "f.a = 2", "f, g = h()",
+])
+def test_no_line_about_an_answer_is_lost_without_a_word(line):
+    kept, remarks = definitions(notebook("f = dict(a=...)", line), asked={"f"})
+    assert kept == ["f = dict(a=...)"]
+    (remark,) = remarks
+    assert remark == f"code cell 2: a line about f was not read: {' '.join(line.split())}"
+    assert definitions(notebook("print(f)", "try_check(check, f)", line), asked={"g_"})[1] == []
+    assert definitions(notebook("print(f)", "try_check(check, f)"), asked={"f"})[1] == []
+
+
+def test_a_name_that_is_missing_is_flagged(ask):
+    no_imports = [text for text in solved_a1() if "import" not in text]
+    got = grade_one("x", notebook(*no_imports), assignment_of(master_of("a1")), ask)
+    assert got.points["q2"] == 0 and any(flag.startswith("q2: ") and "NameError" in flag for flag in got.flags)
+
+
+BROKEN = dict(
+    deep=json.dumps(notebook("x = " + " + ".join(["1"] * 5000))),
+    minus=json.dumps(notebook("x = " + "-" * 3000 + "1")),
+    null=json.dumps(dict(cells=[code_cell([None])])),
+    number=json.dumps(dict(cells=[code_cell([1])])),
+    brackets="[" * 200_000,
+)
+
+def test_a_broken_submission_costs_nobody_else_a_point(tmp_path):
+    for name, text in BROKEN.items(): (tmp_path / f"{name}.ipynb").write_text(text)
+    (tmp_path / "mark.ipynb").write_text(json.dumps(notebook(*solved_a1())), encoding="utf-8-sig")
+    grades = {g.student: g for g in grade(MASTERS / "a1.ipynb", tmp_path, limit=LIMIT, say=lambda line: None)}
+    assert grades["mark"].total == 17
+    for name in BROKEN: assert grades[name].total == 0 and grades[name].flags, name
+    for name in ("null", "number"): assert grades[name].flags == [f"cannot be graded: {tmp_path}/{name}.ipynb: is no notebook (a cell has no text)"]
+
+
+def test_what_nobody_has_foreseen_costs_nobody_else_a_point(tmp_path, monkeypatch):
+    def stumbles(student, *all):
+        if student == "a": raise IndexError("list index out of range")
+        return Grade(student, dict(q1=4))
+    monkeypatch.setattr("sdpo_nb.course.grade_one", stumbles)
+    for name in "ab": save(notebook("x = 1"), tmp_path / f"{name}.ipynb")
+    a, b = grade(MASTERS / "a1.ipynb", tmp_path, say=lambda line: None)
+    assert (a.total, a.flags, b.total) == (0, ["cannot be graded: list index out of range"], 4)
+
+
+def test_names_of_all_spellings(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sdpo_nb.course.grade_one", lambda student, *all: Grade(student, flags=["x = '\ud800'"]))
+    (tmp_path / "in").mkdir()
+    two_signs = unicodedata.normalize("NFD", "Zo\u00eb")
+    for name in (b"M\x81ller.ipynb", f"{two_signs}.ipynb".encode(), b"M\x81.txt"):
+        try: save(notebook("x = 1"), tmp_path / "in" / os.fsdecode(name))
+        except OSError: pytest.skip("this file system has no such names")
+    (tmp_path / "marks.csv").write_text("student,q5\nZo\u00eb,1\n", encoding="utf-8")
+    files = ["--csv", str(tmp_path / "new/g.csv"), "--feedback", str(tmp_path / "out/pages"), "--manual", str(tmp_path / "marks.csv")]
+    main(["grade", str(MASTERS / "a2.ipynb"), str(tmp_path / "in"), *files])
+    capsys.readouterr().out.encode("utf-8")
+    text = (tmp_path / "new/g.csv").read_text(encoding="utf-8-sig")
+    assert [line.split(",")[0] for line in text.splitlines()] == ["student", r"M\x81ller", "Zo\u00eb"]
+    assert len(list((tmp_path / "out/pages").glob("*.md"))) == 2
+
+
+def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdpo_nb.course.asking", no_server)
+    for place in ("anna/a1.ipynb", "anna_a1.ipynb"): save(notebook("x = 1"), tmp_path / place)
+    with pytest.raises(ValueError, match="anna/a1.ipynb and .*anna_a1.ipynb would both be 'anna_a1'"): grade(MASTERS / "a1.ipynb", tmp_path)
+
+
+@pytest.mark.parametrize("text,marks", [
+    ("student, q6\nalice, 2\n", dict(alice=dict(q6=2))),
+    ("student;q6\nalice;2,5\nbob;\n;\n", dict(alice=dict(q6=2.5), bob={})),
+    ('student,q6,\nalice,"2,5",\n', dict(alice=dict(q6=2.5))),
+    ("student,q6\n" + unicodedata.normalize("NFD", "Zo\u00eb") + ",2\n", {"Zo\u00eb": dict(q6=2)}),
+    ("student,q6\nalice,2,5\n", "student alice: more fields than columns; write 2.5, not 2,5"),
+    ("student,q6\nalice,2\nalice,\n", "student alice is there twice"),
+    ("student,q6\nalice,nan\n", "alice, q6: nan is not between 0 and 3"),
+    ("name,q6\nalice,2\n", "m.csv: has no column 'student'"), ("\n", "m.csv: has no column 'student'"),
+    ("student,q6\nM\u00fcller,2\n".encode("cp1252"), "m.csv: is not UTF-8; in Excel, save it as 'CSV UTF-8'"),
+])
+def test_marks_as_spreadsheets_write_them(text, marks, tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(marks, dict): assert read_marks(path) == marks
+    else:
+        with pytest.raises(ValueError, match=re.escape(marks)): check_marks(read_marks(path), ["alice"], [Question("q6", 3)])
+
+
+@pytest.mark.parametrize("line", [
+    "#| question q1 4 check_it it ", "#| question q1  4 check_it it", "#| question q1 2.5 check_it it", "#|question q1 4 check_it it",
+    "<!-- question q6 2.5 manual -->", "<!-- question q6 3 manual-->", "  #| question q1 4 check_it it", "#| Question q1 4 check_it it",
+])
+def test_what_is_nearly_a_question_is_an_error(line):
+    master = notebook("#| question q9 1 check_z z", f"import math\n{line}\nmath")
+    for reads in (questions, student_version):
+        with pytest.raises(ValueError, match=re.escape(repr(line)) + " is no question; write it exactly as '#. question .*' or '<!-- question"): reads(master)
+
+
+TENSORS = """
+def ipo(gt, gr, beta):
+    import torch
+    torch.Tensor.double = lambda s, *a, **k: torch.zeros(s.shape, dtype=torch.float64)
+    return 0 * gt
+"""
+CROOKED = """
+def ipo(gt, gr, beta):
+    import sys
+    exercise = sys.modules["sdpo_nb." + "checks"].EXERCISES["ipo"]
+    exercise.crooked = lambda gt, gr, beta, wrong=(): 0 * gt
+    return 0 * gt
+"""
+NO_EDGES = """
+def predictions():
+    import sys
+    sys.modules["sdpo_nb." + "checks"].EXERCISES["predictions"].edges.clear()
+    return dict.fromkeys(("first_loss", "loss", "weight", "settles", "nearer", "farther_sgd", "farther_adam"), 1)
+"""
+
+@pytest.mark.parametrize("text,name", [(TENSORS, "q4"), (CROOKED, "q4"), (NO_EDGES, "q5")])
+def test_tools_of_a_check_are_watched(text, name, ask):
+    got = grade_one("x", notebook(text), assignment_of(master_of("a1")), ask)
+    assert got.points[name] == 0 and "changes the check" in got.said[name]
+
+
+STOPS_THE_CLOCK = """
+def sequence_logps(*all):
+    import faulthandler
+    faulthandler.cancel_dump_traceback_later()
+    while True: pass
+"""
+STOPS_THE_SERVER = """
+def sequence_logps(*all):
+    import faulthandler, os, signal, time
+    faulthandler.cancel_dump_traceback_later()
+    os.kill(os.getppid(), signal.SIGSTOP)
+    time.sleep(10**6)
+"""
+
+@pytest.mark.parametrize("text", [STOPS_THE_CLOCK, STOPS_THE_SERVER])
+def test_grading_goes_on_whatever_a_submission_does_to_the_clock(text):
+    q1, *_, q5, _ = questions(master_of("a1"))
+    with asking(limit=3) as ask:
+        ask([], q1)                     # wakes the server
+        begun = time.monotonic()
+        assert ask([text], q1) == (False, "no answer within 3 seconds")
+        assert time.monotonic() - begun < 20
+        assert ask([SEVEN.format(0.693)], q5)[0]
+
+
+def test_nobody_waits_for_input(ask):
+    begun = time.monotonic()
+    _, told = ask(["def ipo(*all): return input()"], questions(master_of("a1"))[3])
+    assert "EOFError" in told and time.monotonic() - begun < LIMIT / 2
+
+
+def test_a_teachers_own_check_that_cannot_be_called(tmp_path, capfd):
+    own, handed_in = tmp_path / "own.py", save(with_words(notebook(*solved_a1())), tmp_path / "in/x.ipynb")
+    own.write_text("def check_ipo(f): assert callable(f)\n")
+    with pytest.raises(ValueError, match=r"own.py: check_ipo is called as check_ipo\(value, seed\): too many"): load_checks(str(own))
+    with pytest.raises(ValueError, match="the checks could not be loaded"): grade(MASTERS / "a1.ipynb", handed_in, str(own), LIMIT, say=lambda line: None)
+    assert "check_ipo is called as" in capfd.readouterr().err
+    own.write_text("print('hello')\ndef check_ipo(f, seed=None): return f.nothing\n")
+    (got,) = grade(MASTERS / "a1.ipynb", handed_in, str(own), LIMIT, say=lambda line: None)
+    assert got.total == 14
+    assert got.flags == ["q4: the check stopped with AttributeError: 'function' object has no attribute 'nothing'"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_graded(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdpo_nb.course.asking", no_server)
+    handed_in = save(notebook(*solved_a1()), tmp_path / "in/x.ipynb")
+    (tmp_path / "file").write_text("")
+    for option in ("--csv", "--results", "--feedback"):
+        with pytest.raises(SystemExit, match="file"): main(["grade", str(MASTERS / "a1.ipynb"), str(handed_in), option, str(tmp_path / "file/g.csv")])
+    with pytest.raises(SystemExit, match="in"): main(["grade", str(MASTERS / "a1.ipynb"), str(handed_in), "--csv", str(tmp_path / "in")])
+    with pytest.raises(AssertionError, match="nothing should"): main(["grade", str(MASTERS / "a1.ipynb"), str(handed_in), "--csv", str(tmp_path / "deep/er/g.csv")])
+    assert (tmp_path / "deep/er").is_dir() and not (tmp_path / "deep/er/g.csv").exists()

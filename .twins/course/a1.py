@@ -181,6 +181,7 @@ try_check(check_ipo, ipo)
 # ## Question 5. Say it before you see it (4 points)
 #
 # Whoever trains models looks at a log and must know what is normal. Seven predictions; work them out with paper and a calculator, and write numbers with three digits, or expressions such as `math.log(3)`.
+# The grader reads what stands in this cell, and does not call functions of your own: write the numbers here, and not into a later cell.
 #
 # - `first_loss`: the loss in the first step, if the policy begins as a copy of the reference. (It does not depend on $\beta$.)
 # - `loss` and `weight`: a pair has reached a gain of 20 nats at $\beta = 0.1$. What is its loss? And its weight $\lambda = \sigma(-\beta\Delta)$, which says how hard it still pulls?

@@ -143,7 +143,8 @@ try_check(check_by_prompt, by_prompt)
 # Now the partition. There are several sources, with `sizes[i]` pairs each. Their rows are numbered through: source 0 has the rows 0 to `sizes[0] - 1`, source 1 the next ones, and so on. Sort the *sources* from easy to hard, that is, by falling accuracy; equal
 # accuracies keep the order in which they were given. Put their rows one source after the other. Now cut. If `T` is the number of sources, each source is a part, whatever its size. Otherwise cut the whole into `T` parts that are as equal as possible: sizes differ by one at most, and the larger parts come first.
 #
-# *By hand.* `accuracy = [0.6, 0.9]`, `sizes = [3, 2]`: source 1 comes first, its rows are 3 and 4; then the rows 0, 1, 2. For `T = 3` this is `[[3, 4], [0, 1], [2]]`, for `T = 2` it is `[[3, 4], [0, 1, 2]]`.
+# *By hand.* Two sources with the accuracies 0.6 and 0.9, and 3 and 2 pairs: source 1 comes first, its rows are 3 and 4; then the rows 0, 1, 2. So `partition([0.6, 0.9], [3, 2], 3)` is `[[3, 4], [0, 1], [2]]`, and
+# `partition([0.6, 0.9], [3, 2], 2)` is `[[3, 4], [0, 1, 2]]`.
 
 # %%
 def partition(
