@@ -713,17 +713,19 @@ def _spaces():
 
 def functions_of_modules() -> dict: # (place, name) -> the thing and its code
     "All that a check computes with, as it is now: functions and classes, methods of tensors, parts of exercises."
-    things = [(home, name, thing) for home, space in _spaces() for name, thing in space.items()]
-    return {(home, name): (thing, getattr(thing, "__code__", None)) for home, name, thing in things}
+    found = {}
+    for home, space in _spaces():
+        for name, thing in space.items(): found[home, name] = thing, getattr(thing, "__code__", None)
+    return found
 
 def was_patched(
     before: dict, # of `functions_of_modules`
 ) -> bool:
     "Whether something has been replaced. What was added does not count: modules load their parts late."
-    after = functions_of_modules()
-    for place, (thing, code) in before.items():
-        now, now_code = after.get(place, (None, None))
-        if now is not thing or now_code is not code: return True
+    spaces = dict(_spaces())
+    for (home, name), (thing, code) in before.items():
+        now = spaces.get(home, {}).get(name)
+        if now is not thing or getattr(now, "__code__", None) is not code: return True
     return False
 
 
@@ -1531,7 +1533,9 @@ files = ["--csv", tmp / "grades.csv", "--feedback", tmp / "out", "--manual", tmp
 how = ["--limit", 5, "--seed", 1]
 status, text = course_says("grade", tmp / "masters/a0.ipynb", tmp / "handed_in", *how, *files)
 assert status == 0, text
-pd.read_csv(tmp / "grades.csv", dtype=str, keep_default_na=False)[["student", "q1", "q2", "total"]]
+table = pd.read_csv(tmp / "grades.csv", dtype=str, keep_default_na=False)[["student", "q1", "q2", "total"]]
+assert table.set_index("student").loc["right"].to_list() == ["4", "3", "7"]
+table
 
 # %% [markdown]
 # And the page that the student without $\beta$ gets back. The first section is the sentence of the check, with the section of the book and the seed. The second is what stands in the notebook under question 2: the question, and no answer.
