@@ -51,7 +51,7 @@ from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
 from sdpo_nb.cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, loss_roughness, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
-from sdpo_nb.questions import GRIDS, LADDERS, SEARCHES, WORLDS
+from sdpo_nb.questions import GRIDS, LADDERS, ORDER_QUESTIONS, SEARCHES, WORLDS, answer_together
 from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
 from sdpo_nb.questions import primary_contrasts
 from sdpo_nb.graded_cells import PLANS, run_known_truth
@@ -337,7 +337,7 @@ print(f"stepwise minus plain at the same rate, at the KL of plain: {as_text(leve
 #
 # ## Claim by claim
 #
-# What the paper says or asks, and what the experiments found. First come the rows of a real model, as far as they have been run ([smollm2](smollm2.ipynb), [which_is_easy](which_is_easy.ipynb)); *gains* are nats a pair of log-loss there. In the tiny worlds a number is a difference of mean true reward if nothing else is said. Their first eight claims are the primary questions: they count as different by their p-value. The others are exploratory, and count as different where
+# What the paper says or asks, and what the experiments found. First come the rows of a real model, as far as they have been run ([smollm2](smollm2.ipynb), [which_is_easy](which_is_easy.ipynb)); *gains* are nats a pair of log-loss there. In the tiny worlds a number is a difference of mean true reward if nothing else is said. Their first eight claims are the primary questions, the next four those of [when order matters](when_order_matters.ipynb): they count as different by their p-value. The others are exploratory, and count as different where
 # the interval leaves out 0. Each of them has a page with its figures.
 
 # %%
@@ -359,6 +359,18 @@ PRIMARY_CLAIMS = { # claim -> the primary question
         "target from M_{t-1} against from S",
     "sDPO at $\\beta$ is better than DPO at $\\beta/T$ (not in the paper)":
         "stepwise at beta against plain at beta/T",
+}
+LADDER_CLAIMS = { # grid -> its questions, and the claim that each of them is about
+    "when_order_matters": (ORDER_QUESTIONS, {
+        "easy first against hard first":
+            "easy to hard is better than hard to easy, where hard sources have bad labels",
+        "the same, minus what it is without noise":
+            "it is better by more than where all labels are equally good",
+        "easy first against hard first, fixed reference":
+            "easy to hard is better than hard to easy, where hard sources have bad labels; with a fixed reference",
+        "stepwise, easy first, against all at once":
+            "sDPO is better than DPO, where hard sources have bad labels",
+    }),
 }
 EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled, stages; {}: all bodies but the Llama
     "sDPO gives better greedy answers than DPO, at the same rate":
@@ -432,8 +444,7 @@ _NO_REWARDS = { # outcome -> words for less and for more of it, unit; none has a
 def _both_p_values(answer):
     return f"p = {answer['holm']:.2f} and {answer['holm_equal']:.3f} (different, equal; Holm)"
 
-def _how_sure(answer): # of a primary question
-    word = _verdict(answer["mean"], answer["low"], answer["high"], answer["holm"] < 0.05)
+def _how_sure(answer, word): # of a question with p-values
     if word == "equal": return f"equal, p = {answer['holm_equal']:.3f} (two one-sided tests, Holm)"
     if word == "we cannot tell": return f"{word}, {_both_p_values(answer)}"
     return f"{word}, p = {answer['holm']:.2f} (sign flips, Holm)"
@@ -510,7 +521,13 @@ def claims_table() -> pd.DataFrame: # claim, model, what we found, how sure, whe
     answers = primary_contrasts(grids["primary"]).set_index("question")
     for claim, question in PRIMARY_CLAIMS.items():
         answer = answers.loc[question]
-        add(claim, "protocol", answer["worlds"], as_text(answer[["mean", "low", "high"]], "+.3f"), _how_sure(answer))
+        mean, low, high = answer[["mean", "low", "high"]]
+        word = _verdict(mean, low, high, answer["holm"] < 0.05)
+        add(claim, "protocol", answer["worlds"], as_text((mean, low, high), "+.3f"), _how_sure(answer, word))
+    for grid, (questions, claims) in LADDER_CLAIMS.items():
+        for _, answer in answer_together(questions, load_grid(grid)).iterrows():
+            found = as_text(answer[["mean", "low", "high"]], "+.3f")
+            add(claims[answer["question"]], grid, answer["worlds"], found, _how_sure(answer, answer["verdict"]))
     for claim, (page, grid, a, b, *what) in EXPLORATORY_CLAIMS.items():
         difference = _mean_difference(grids[grid], a, b, *what)
         mean, low, high = interval(difference)
