@@ -68,7 +68,7 @@ def test_wheel_contains_the_modules_and_the_world_and_nothing_else(wheel):
     want |= {f"{about}/{f}" for f in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE")}
     assert names == want, f"missing: {sorted(want - names)}; unexpected: {sorted(names - want)}"
     assert {"sdpo_nb/cli.py", "sdpo_nb/data/__init__.py", "sdpo_nb/data/world/S/model.safetensors", "sdpo_nb/data/world/manifest.json"} <= names
-    assert sum(wheel.getinfo(n).file_size for n in names) < 1e7      # the results are most of it
+    assert sum(wheel.getinfo(n).file_size for n in names) < 1.5e7    # the results are most of it, 2 KB for each of four thousand runs
 
 
 def test_wheel_carries_the_world_byte_for_byte(wheel):
