@@ -1657,9 +1657,8 @@ class Source:
 
     def asked(self) -> list[str]:
         "A name for the prompt of each pair, made of `prompt_ids` where a pair has none."
-        ids = self.pairs["prompt_ids"]
         known = self.pairs["asked"] if "asked" in self.pairs.column_names else [None] * len(self)
-        return [name or _hash(prompt) for name, prompt in zip(known, ids)]
+        return [name or _hash(self.pairs[i]["prompt_ids"]) for i, name in enumerate(known)]
 
 def counts_table(
     sources, # several `Source`s

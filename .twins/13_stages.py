@@ -832,8 +832,11 @@ def stage_measures(
         accuracy=mean(reward_accuracy(gamma_after)),
     )
 
-def _start_of(t, config):
-    "The number of the model that stage t starts at."
+def start_of(
+    t: int, # the stage
+    config, # has init_target
+) -> int:   # s of M_s
+    "The number of the model that a stage starts at."
     return 0 if config.init_target == "S" else t - 1
 
 def _measures(t, chunks, table, ctx):
@@ -841,7 +844,7 @@ def _measures(t, chunks, table, ctx):
     n = ctx.config.probe
     probe = chunks[t-1].probe(n)
     coming = chunks[t].probe(n) if t < len(chunks) else None
-    tables = table, ctx.table(_start_of(t, ctx.config)), ctx.table(t)
+    tables = table, ctx.table(start_of(t, ctx.config)), ctx.table(t)
     return stage_measures(*tables, probe, chunks[t-1].pairs, coming, ctx.config.beta)
 
 
@@ -915,7 +918,7 @@ def run_stage(
     table, reference, policy = _reference(t, chunks, policy, ctx) # before the policy is reset or trained
 
     # train
-    start = _start_of(t, config)
+    start = start_of(t, config)
     if start != t - 1:
         free_model(policy)
         policy = ctx.load(start)

@@ -35,7 +35,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import hashlib, http.client, json, os, re, time, urllib.error, urllib.request, uuid
+import http.client, json, os, re, time, urllib.error, urllib.request, uuid
 from pathlib import Path
 
 import pandas as pd
@@ -48,6 +48,7 @@ from sdpo_nb.logprobs import (
     autocast, load_model, load_tokenizer, pick_precision, progress, weights_hash, write_lines
 )
 from sdpo_nb.partition import mean_interval
+from sdpo_nb.world import content_hash
 
 # %%
 import contextlib, io, shutil, tempfile, threading
@@ -232,8 +233,6 @@ def _keep(path, fits, what):
         print(f"{said}; they are in {old.name} now")
     return kept
 
-def _hash(what): return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
 def write_answers(
     model,          # a causal language model
     tokenizer,      # with a chat template
@@ -244,9 +243,9 @@ def write_answers(
 ) -> list[dict]:    # the lines for these questions, in FastChat's format
     "Answer what is not answered yet; the file is whole after every question."
     path, precision = Path(path), pick_precision(precision, model.device)
-    template = _hash(tokenizer.chat_template)
+    template = content_hash(tokenizer.chat_template)
     how = dict(weights=weights_hash(model), max_new_token=max_new, precision=precision, template=template)
-    asked = {q["question_id"]: _hash([q["category"], q["turns"]]) for q in questions}
+    asked = {q["question_id"]: content_hash([q["category"], q["turns"]]) for q in questions}
 
     def fits(row):
         made = dict(row.get("generate_params", {}))

@@ -8,7 +8,7 @@ __all__ = ['QUESTIONS', 'JUDGE_PROMPTS', 'REFERENCES', 'TEMPERATURE', 'NEED_REFE
            'mt_bench']
 
 # %% ../nbs/16_mt_bench.ipynb #e21c5229
-import hashlib, http.client, json, os, re, time, urllib.error, urllib.request, uuid
+import http.client, json, os, re, time, urllib.error, urllib.request, uuid
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +21,7 @@ from sdpo_nb.logprobs import (
     autocast, load_model, load_tokenizer, pick_precision, progress, weights_hash, write_lines
 )
 from .partition import mean_interval
+from .world import content_hash
 
 # %% ../nbs/16_mt_bench.ipynb #03b0ef7b
 _FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data"
@@ -128,8 +129,6 @@ def _keep(path, fits, what):
         print(f"{said}; they are in {old.name} now")
     return kept
 
-def _hash(what): return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
 def write_answers(
     model,          # a causal language model
     tokenizer,      # with a chat template
@@ -140,9 +139,9 @@ def write_answers(
 ) -> list[dict]:    # the lines for these questions, in FastChat's format
     "Answer what is not answered yet; the file is whole after every question."
     path, precision = Path(path), pick_precision(precision, model.device)
-    template = _hash(tokenizer.chat_template)
+    template = content_hash(tokenizer.chat_template)
     how = dict(weights=weights_hash(model), max_new_token=max_new, precision=precision, template=template)
-    asked = {q["question_id"]: _hash([q["category"], q["turns"]]) for q in questions}
+    asked = {q["question_id"]: content_hash([q["category"], q["turns"]]) for q in questions}
 
     def fits(row):
         made = dict(row.get("generate_params", {}))

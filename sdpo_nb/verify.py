@@ -30,7 +30,7 @@ from .lora import is_adapter
 from .loss import dpo_loss
 from .plan import Chunk, StepwiseConfig, check_chunks, check_names, load_sources, part_sources
 from .report import Run, as_markdown, escaped, held_out_table, stage_table
-from .stages import partition_of, stage_measures
+from .stages import partition_of, stage_measures, start_of
 from .trainer import all_batches
 
 # %% ../nbs/17_verify.ipynb #57d6f875
@@ -145,12 +145,9 @@ def _reference(t, ev):
     if stage["reference"] != name: return False, f"{which} means {name}; the stage names {stage['reference']}"
     return True, f"{which}: {name}, {weights}"
 
-def _before(t, ev): # the number of the model that stage t should start at
-    return 0 if ev.settings.init_target == "S" else t - 1
-
 def _start(t, ev):
     "Did stage t start where the settings say?"
-    before, found = _before(t, ev), ev.stages[t-1]["start"]
+    before, found = start_of(t, ev.settings), ev.stages[t-1]["start"]
     if found == ev.ended(before): return True, f"M_{before}"
     return False, f"started from {ev.whose(found)}, not from M_{before}"
 
@@ -175,7 +172,7 @@ def _close(a, b, near=NEAR):
 # %% ../nbs/17_verify.ipynb #81cdb5e7
 def _as_pairs(keys): return [dict(key=key) for key in keys]
 
-def _three_tables(t, ev): return _reference_table(t, ev), ev.table(_before(t, ev)), ev.table(t)
+def _three_tables(t, ev): return _reference_table(t, ev), ev.table(start_of(t, ev.settings)), ev.table(t)
 
 def recomputed(
     t: int, # the stage
