@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
            'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'ORDER_NOISE', 'ORDERS', 'LADDERS', 'CHOICE_WORLDS',
-           'ORDER_QUESTIONS', 'BUILDS_ON_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'UNTESTED', 'GRIDS', 'OTHER_DRAWS',
-           'SEARCHES', 'pilot_cells', 'search_cells', 'search_table', 'choose_settings', 'chosen_settings', 'Condition',
-           'primary_grid', 'question_values', 'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid',
-           'finite_data_grid', 'finite_data_apart_grid', 'finite_data_three_passes_grid', 'why_it_works_grid',
-           'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid',
-           'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body', 'which_architecture_grid',
-           'top_of_ladder', 'Ladder', 'order_ladders', 'builds_on_ladders', 'elsewhere_ladders', 'ladder_cells',
-           'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together',
-           'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid', 'measured_on_ladders']
+           'ORDER_QUESTIONS', 'BUILDS_ON_QUESTIONS', 'SIZE_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'UNTESTED', 'GRIDS',
+           'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table', 'choose_settings',
+           'chosen_settings', 'Condition', 'primary_grid', 'question_values', 'primary_contrasts', 'smaller_beta_grid',
+           'how_many_stages_grid', 'finite_data_grid', 'finite_data_apart_grid', 'finite_data_three_passes_grid',
+           'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid',
+           'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body',
+           'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders', 'builds_on_ladders', 'size_ladders',
+           'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum',
+           'answer_together', 'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid',
+           'measured_on_ladders']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -423,6 +424,19 @@ def builds_on_ladders() -> dict: # arm -> Ladder
         ladders[f"{name}, moving, short"] = Ladder("sDPO", _betas(0.25), rates, given, (kind, 3, 6))
     return ladders
 
+def size_ladders() -> dict: # arm -> Ladder
+    "A small source and one five times as large, in both orders with both references; two halves; all at once."
+    given = dict(order="as_given")
+    fixed = given | dict(reference="fixed")
+    ladders = {
+        "all at once": Ladder("DPO", _betas(0.1)),
+        "two halves, moving": Ladder("sDPO", _betas(0.2), settings=given, data=("small and large", 2)),
+    }
+    for name, kind in (("small first", "small and large"), ("large first", "large and small")):
+        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.2), settings=given, data=(kind, 6))
+        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.1), settings=fixed, data=(kind, 6))
+    return ladders
+
 def elsewhere_ladders() -> dict: # arm -> Ladder
     "DPO, also with twice the passes; sDPO with both references; the relatives."
     low = {
@@ -442,6 +456,7 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
 LADDERS = { # grid -> function that makes its ladders
     "when_order_matters": order_ladders,
     "builds_on": builds_on_ladders,
+    "when_sizes_differ": size_ladders,
     "tuned_elsewhere": elsewhere_ladders,
 }
 CHOICE_WORLDS = range(11, 16)
@@ -513,6 +528,16 @@ BUILDS_ON_QUESTIONS = { # question -> arm -> weight
     "stepwise, own first, against all at once":
         {"own first, moving": 1, "all at once": -1},
 }
+SIZE_QUESTIONS = { # question -> arm -> weight
+    "small first against large first":
+        {"small first, moving": 1, "large first, moving": -1},
+    "small first against large first, fixed reference":
+        {"small first, fixed": 1, "large first, fixed": -1},
+    "stepwise, small first, against two halves":
+        {"small first, moving": 1, "two halves, moving": -1},
+    "stepwise, small first, against all at once":
+        {"small first, moving": 1, "all at once": -1},
+}
 ELSEWHERE_QUESTIONS = { # question -> arm -> weight
     "stepwise against plain": {"sDPO": 1, "DPO": -1},
     "moving against fixed reference": {"sDPO": 1, "sDPO, fixed reference": -1},
@@ -577,6 +602,7 @@ GRIDS = { # name -> function that makes it
     "finite_data_three_passes": finite_data_three_passes_grid,
     "when_order_matters": lambda: tuned_grid("when_order_matters"),
     "builds_on": lambda: tuned_grid("builds_on"),
+    "when_sizes_differ": lambda: tuned_grid("when_sizes_differ"),
     "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
@@ -594,6 +620,7 @@ SEARCHES = { # name -> function that makes its cells
     "search_bodies": _search_bodies,
     "choose_when_order_matters": lambda: ladder_cells("when_order_matters"),
     "choose_builds_on": lambda: ladder_cells("builds_on"),
+    "choose_when_sizes_differ": lambda: ladder_cells("when_sizes_differ"),
     "choose_tuned_elsewhere": lambda: ladder_cells("tuned_elsewhere"),
 }
 

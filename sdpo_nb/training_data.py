@@ -135,6 +135,18 @@ def _with_taught_first(*asked): return dict(reversed(_with_taught_letters(*asked
 TRAINING_DATA["taught letters"] = _with_taught_letters
 TRAINING_DATA["taught letters first"] = _with_taught_first
 
+# %% ../nbs/experiments/training_data.ipynb #f6881b6a
+def _small_and_large(world, base, tokenizer, parts): # the small source is one of so many equal parts
+    rows = all_pairs(world)
+    shuffled = random.Random(0).sample(rows, len(rows))
+    n = len(rows) // parts
+    return dict(small=shuffled[:n], large=shuffled[n:])
+
+def _large_and_small(*asked): return dict(reversed(_small_and_large(*asked).items()))
+
+TRAINING_DATA["small and large"] = _small_and_large
+TRAINING_DATA["large and small"] = _large_and_small
+
 # %% ../nbs/experiments/training_data.ipynb #b2e10ada
 COMMON_SETTINGS = dict( # of StepwiseConfig, in every run of the experiments unless a cell says otherwise
     beta=0.3,

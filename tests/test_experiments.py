@@ -101,7 +101,14 @@ def test_arms_of_a_ladder_differ_in_what_they_are_named_after_and_nothing_else()
         assert (ladder.data[1:], ladder.split) == (((3, 6), "test") if "short" in arm else ((7, 7), "up to seven letters")) and ladder.rates == (1e-4, 3e-4)
         assert ladder.settings == dict(order="as_given") | (dict(reference="fixed") if "fixed" in arm else {})
         assert ladder.rung(1., 1e-4).split == ladder.split
-    for ladder in [*ladders.values(), *elsewhere.values(), *builds_on.values()]: assert len(ladder.betas) == 5 and np.allclose(np.diff(np.log2(ladder.betas)), 1)
+    sizes = questions.size_ladders()
+    assert len(sizes) == 6 and sizes["all at once"].data == ("sources",)
+    for arm, ladder in sizes.items():
+        assert ladder.rates == (1e-4,) and ladder.split == "test" and ladder.method == ("DPO" if arm == "all at once" else "sDPO")
+        if arm == "all at once": continue
+        assert ladder.data == (("small and large", 2) if "halves" in arm else ("small and large" if arm.startswith("small") else "large and small", 6))
+        assert ladder.settings == dict(order="as_given") | (dict(reference="fixed") if "fixed" in arm else {})
+    for ladder in [*ladders.values(), *elsewhere.values(), *builds_on.values(), *sizes.values()]: assert len(ladder.betas) == 5 and np.allclose(np.diff(np.log2(ladder.betas)), 1)
 
 
 def test_settings_are_chosen_where_nothing_is_measured():
@@ -141,7 +148,7 @@ def test_what_was_chosen_becomes_the_grid(monkeypatch, tmp_path):
 
 
 def test_questions_of_the_ladders_are_differences_of_arms():
-    for asked, grid in ((questions.ORDER_QUESTIONS, "when_order_matters"), (questions.BUILDS_ON_QUESTIONS, "builds_on"), (questions.ELSEWHERE_QUESTIONS, "tuned_elsewhere")):
+    for asked, grid in ((questions.ORDER_QUESTIONS, "when_order_matters"), (questions.BUILDS_ON_QUESTIONS, "builds_on"), (questions.SIZE_QUESTIONS, "when_sizes_differ"), (questions.ELSEWHERE_QUESTIONS, "tuned_elsewhere")):
         for arms in asked.values(): assert sum(arms.values()) == 0 and set(arms) <= set(questions.LADDERS[grid]())
     g = np.random.default_rng(0)
     found = {arm: rows(0.8 + g.normal(0, 0.005, (10, 2, 20))) for arm in questions.order_ladders()}

@@ -709,7 +709,7 @@ as_table(which_architecture_grid())
 # %% [markdown]
 # ## Chosen in five worlds, measured in ten
 #
-# Settings were searched on two worlds, and the best of a search is partly the luckiest ([compare](compare.ipynb)). Three pages were added after the answers of the others, and they do better. Every arm has a *ladder*: values of $\beta$, each twice the one before. Its rungs are run in five worlds in which nothing else is measured, and the best one is measured in ten others.
+# Settings were searched on two worlds, and the best of a search is partly the luckiest ([compare](compare.ipynb)). Four pages were added after the answers of the others, and they do better. Every arm has a *ladder*: values of $\beta$, each twice the one before. Its rungs are run in five worlds in which nothing else is measured, and the best one is measured in ten others.
 #
 # A ladder with steps of two is coarse. But rewards along it bend like a parabola, so the top can be read between the rungs: through the best one and its neighbours, in $\log \beta$.
 
@@ -744,7 +744,7 @@ beta, round(reward, 3)
 
 
 # %% [markdown]
-# Now the arms of three pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives.
+# Now the arms of four pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [When sizes differ](when_sizes_differ.ipynb) has a source five times as large as the other. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives.
 
 # %%
 #| export
@@ -794,6 +794,19 @@ def builds_on_ladders() -> dict: # arm -> Ladder
         ladders[f"{name}, moving, short"] = Ladder("sDPO", _betas(0.25), rates, given, (kind, 3, 6))
     return ladders
 
+def size_ladders() -> dict: # arm -> Ladder
+    "A small source and one five times as large, in both orders with both references; two halves; all at once."
+    given = dict(order="as_given")
+    fixed = given | dict(reference="fixed")
+    ladders = {
+        "all at once": Ladder("DPO", _betas(0.1)),
+        "two halves, moving": Ladder("sDPO", _betas(0.2), settings=given, data=("small and large", 2)),
+    }
+    for name, kind in (("small first", "small and large"), ("large first", "large and small")):
+        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.2), settings=given, data=(kind, 6))
+        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.1), settings=fixed, data=(kind, 6))
+    return ladders
+
 def elsewhere_ladders() -> dict: # arm -> Ladder
     "DPO, also with twice the passes; sDPO with both references; the relatives."
     low = {
@@ -813,6 +826,7 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
 LADDERS = { # grid -> function that makes its ladders
     "when_order_matters": order_ladders,
     "builds_on": builds_on_ladders,
+    "when_sizes_differ": size_ladders,
     "tuned_elsewhere": elsewhere_ladders,
 }
 CHOICE_WORLDS = range(11, 16)
@@ -891,7 +905,7 @@ for arm, ladder in order_ladders().items():
 complaint(choose_on_ladders, "when_order_matters", invented_choice(2.))
 
 # %% [markdown]
-# And the questions of the three pages. A question is a sum of arms with weights: 1 for the first, -1 for the second; one of them compares two differences.
+# And the questions of the four pages. A question is a sum of arms with weights: 1 for the first, -1 for the second; one of them compares two differences.
 
 # %%
 #| export
@@ -916,6 +930,16 @@ BUILDS_ON_QUESTIONS = { # question -> arm -> weight
         {"own first, fixed": 1, "taught first, fixed": -1},
     "stepwise, own first, against all at once":
         {"own first, moving": 1, "all at once": -1},
+}
+SIZE_QUESTIONS = { # question -> arm -> weight
+    "small first against large first":
+        {"small first, moving": 1, "large first, moving": -1},
+    "small first against large first, fixed reference":
+        {"small first, fixed": 1, "large first, fixed": -1},
+    "stepwise, small first, against two halves":
+        {"small first, moving": 1, "two halves, moving": -1},
+    "stepwise, small first, against all at once":
+        {"small first, moving": 1, "all at once": -1},
 }
 ELSEWHERE_QUESTIONS = { # question -> arm -> weight
     "stepwise against plain": {"sDPO": 1, "DPO": -1},
@@ -969,6 +993,7 @@ def as_formula(
 asked = {
     "when_order_matters": ORDER_QUESTIONS,
     "builds_on": BUILDS_ON_QUESTIONS,
+    "when_sizes_differ": SIZE_QUESTIONS,
     "tuned_elsewhere": ELSEWHERE_QUESTIONS,
 }
 for grid, questions in asked.items():
@@ -1012,6 +1037,7 @@ GRIDS = { # name -> function that makes it
     "finite_data_three_passes": finite_data_three_passes_grid,
     "when_order_matters": lambda: tuned_grid("when_order_matters"),
     "builds_on": lambda: tuned_grid("builds_on"),
+    "when_sizes_differ": lambda: tuned_grid("when_sizes_differ"),
     "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
@@ -1029,6 +1055,7 @@ SEARCHES = { # name -> function that makes its cells
     "search_bodies": _search_bodies,
     "choose_when_order_matters": lambda: ladder_cells("when_order_matters"),
     "choose_builds_on": lambda: ladder_cells("builds_on"),
+    "choose_when_sizes_differ": lambda: ladder_cells("when_sizes_differ"),
     "choose_tuned_elsewhere": lambda: ladder_cells("tuned_elsewhere"),
 }
 

@@ -361,8 +361,37 @@ pd.DataFrame(table).T.round(2)
 # %%
 for row in seven["taught"][:3]: print(f"{_prompt(row)}: {_chosen(row)} rather than {_rejected(row)}")
 
+
 # %% [markdown]
 # Seven letters are hard for S as nothing else in this book is: it is on the side of the label in no pair. The same teacher with short strings is about as hard as own pairs. There are fewer of them, since S is right in four of ten answers to short strings.
+
+# %% [markdown]
+# ## A small source and a large one
+#
+# The paper's first source has 12 thousand pairs, and its second one 60 thousand. The kind `small and large` draws the small source at random from all pairs of the world, here a sixth of them. The large one is the rest, so nothing but size tells the two apart.
+
+# %%
+#| export
+def _small_and_large(world, base, tokenizer, parts): # the small source is one of so many equal parts
+    rows = all_pairs(world)
+    shuffled = random.Random(0).sample(rows, len(rows))
+    n = len(rows) // parts
+    return dict(small=shuffled[:n], large=shuffled[n:])
+
+def _large_and_small(*asked): return dict(reversed(_small_and_large(*asked).items()))
+
+TRAINING_DATA["small and large"] = _small_and_large
+TRAINING_DATA["large and small"] = _large_and_small
+
+# %%
+uneven = TRAINING_DATA["small and large"](world, base, tokenizer, 6)
+turned = TRAINING_DATA["large and small"](world, base, tokenizer, 6)
+assert list(turned.items()) == [("large", uneven["large"]), ("small", uneven["small"])]
+assert 5 * len(uneven["small"]) <= len(uneven["large"]) < 5 * len(uneven["small"]) + 6
+table = {}
+for name, rows in uneven.items():
+    table[name] = {"pairs": len(rows), "S prefers chosen": share_S_prefers(rows), "wrong labels": wrong_share(rows)}
+pd.DataFrame(table).T.round(2)
 
 # %% [markdown]
 # ## What is the same in all runs
