@@ -168,7 +168,8 @@ def wilson(
     middle = p + z*z / (2*n)
     half = z * math.sqrt(p * (1 - p) / n + z*z / (4*n*n))
     whole = 1 + z*z/n
-    return max(0., (middle - half) / whole), min(1., (middle + half) / whole)
+    low, high = (middle - half) / whole, (middle + half) / whole
+    return max(0., min(p, low)), min(1., max(p, high))      # at 0 and 1 rounding may leave p outside
 
 
 # %%
