@@ -417,11 +417,11 @@ def builds_on_ladders() -> dict: # arm -> Ladder
     rates, split = (1e-4, 3e-4), "up to seven letters"
     given = dict(order="as_given")
     fixed = given | dict(reference="fixed")
-    ladders = {"all at once": Ladder("DPO", _betas(0.1), rates, data=("taught letters", 7, 7), split=split)}
+    ladders = {"all at once": Ladder("DPO", _betas(0.1, 6), rates, data=("taught letters", 7, 7), split=split)}
     for name, kind in (("own first", "taught letters"), ("taught first", "taught letters first")):
-        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.5), rates, given, (kind, 7, 7), split)
-        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.25), rates, fixed, (kind, 7, 7), split)
-        ladders[f"{name}, moving, short"] = Ladder("sDPO", _betas(0.25), rates, given, (kind, 3, 6))
+        ladders[f"{name}, moving"] = Ladder("sDPO", _betas(0.5, 6), rates, given, (kind, 7, 7), split)
+        ladders[f"{name}, fixed"] = Ladder("sDPO", _betas(0.25, 7), rates, fixed, (kind, 7, 7), split)
+        ladders[f"{name}, moving, short"] = Ladder("sDPO", _betas(0.25, 6), rates, given, (kind, 3, 6))
     return ladders
 
 def size_ladders() -> dict: # arm -> Ladder
