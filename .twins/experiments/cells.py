@@ -723,7 +723,7 @@ def run_grid(
     workers: int = None,  # processes; None: one for each core
 ) -> pd.DataFrame:        # one cell a row
     """Run those of the cells that are not in the table yet.
-    Raises RuntimeError, after the others are through, for a cell that failed."""
+    Raises RuntimeError, after the others are through, where cells failed."""
     path = _runs_file(folder)
     done = read_rows(path, "key")
     known = set(done["key"])
@@ -745,8 +745,10 @@ def run_grid(
             row = _as_row(cell, future.result(), made_by)
             done = add_rows(path, "key", pd.DataFrame([row]))
 
-    for cell, error in failed:
-        raise RuntimeError(f"{cell}: {error}; the finished cells are in {path}, run it again") from error
+    if failed:
+        cell, error = failed[0]
+        raise RuntimeError(f"{len(failed)} of {len(todo)} cells failed, the first is {cell}: {error}; "
+                           f"the finished cells are in {path}, run it again") from error
     return rows_of_cells(done, cells)
 
 
