@@ -254,6 +254,8 @@ def small_cells() -> list[Cell]:
         cell(data=("graded noise", 0., 0.15, 0.35)),
         cell(data=("taught letters", 7, 7), split="up to seven letters", order="as_given"),
         cell(data=("taught letters first", 3, 6), order="as_given"),
+        cell(data=("small and large", 6), order="as_given"),
+        cell(data=("large and small", 6), order="as_given"),
         cell(data=("skills",)),
         cell(data=("without", "sort")),
         cell(data=("same prompts", 3), order="as_given"),
