@@ -169,7 +169,7 @@ table
 # %% [markdown]
 # ## Pairs, draws, and what is measured
 #
-# A *draw* has problems of its own, 500 of each source, with two answers of S to each, and labels by Bradley-Terry on the score with $k = 6$ ([tasks](graded_tasks.ipynb)). It also has test problems of its own, forty of each task and level, so 600. All arms of a draw share the pairs, the order of the data, the test problems, and the luck behind their sampled answers.
+# A *draw* has problems of its own, 500 of each source, with two answers of S to each, and labels by Bradley-Terry on the score with $k = 6$ ([tasks](graded_tasks.ipynb)). It also has test problems of its own, forty of each task and level, so 600. (Small tasks have few different problems, so some of them stand in several draws; how many is counted below.) All arms of a draw share the pairs, the order of the data, the test problems, and the luck behind their sampled answers.
 #
 # - *sampled* and *greedy*: the mean score of the answers to the 600 test problems, at temperature 1 and without chance. The first is the outcome of all questions but one, as in the tiny worlds.
 # - Beside them, without a test: each level by itself, the share of answers that are right, and the KL from S in nats, along the sampled answers.

@@ -823,7 +823,7 @@ assert mixed.missing == 4
 list(mixed.left_out)
 
 # %% [markdown]
-# Then draw 1 is left out, and its four rows count as missing: they must be made again on one of the two.
+# Then draw 1 is left out, and its four rows count as missing. Take the lines of one of the two machines out of the file, and they are made again.
 #
 # ## What you now have
 #
