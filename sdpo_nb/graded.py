@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'WORDS', 'TASKS', 'GRADERS', 'EXAMPLES', 'LONGEST', 'CANDIDATES', 'Problem', 'split_of_content', 'grade',
            'example_problems', 'messages_of', 'make_problems', 'ids_of', 'sampled_ids', 'answer_text', 'answers_to',
-           'label_pairs', 'teacher_pairs', 'graded_pairs', 'Calibration', 'calibrate', 'run_calibration', 'calibration',
+           'label_pairs', 'teacher_pairs', 'Calibration', 'calibrate', 'run_calibration', 'calibration',
            'store_calibration']
 
 # %% ../nbs/experiments/graded_tasks.ipynb #ae749e72
@@ -307,20 +307,6 @@ def teacher_pairs(
     "The right answer against what S wrote, where that was neither right nor empty."
     return [_pair(problem, problem.right, answer, False)
             for problem, answer in zip(problems, answers) if answer and grade(problem, answer) < 1]
-
-def graded_pairs(
-    model,                  # that answers: S
-    tokenizer,              # of the model
-    problems: list,         # of one source
-    seed: int,              # of answers and labels
-    teacher: bool = False,  # whether the program writes the chosen answers
-    **how,                  # max_new, batch, precision of `sampled_ids`
-) -> list[dict]:            # rows of messages: prompt, chosen, rejected; flipped, task, size
-    "The pairs of a source: two answers of the model, or one of the program and one of the model."
-    first = answers_to(model, tokenizer, problems, 1., 2 * seed, **how)
-    if teacher: return teacher_pairs(problems, first)
-    second = answers_to(model, tokenizer, problems, 1., 2 * seed + 1, **how)
-    return label_pairs(problems, first, second, seed)
 
 # %% ../nbs/experiments/graded_tasks.ipynb #c6d12826
 CANDIDATES = { # task -> sizes that are tried

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEACHER_ARMS', 'SETTLED', 'REHEARSAL', 'PLANS', 'draw_problems', 'WritingCell', 'GradedCell', 'Graded', 'load_graded',
            'run_writing', 'pairs_of', 'graded_exam', 'run_graded', 'search_cells', 'chosen_from', 'arms_of_a_draw',
-           'graded_plan', 'FoundArms', 'arrange_graded', 'draw_means', 'question_differences', 'common_draws',
-           'graded_answers', 'run_known_truth', 'read_known_truth']
+           'graded_plan', 'FoundArms', 'arrange_graded', 'draw_means', 'draws_off_the_ladder', 'question_differences',
+           'common_draws', 'graded_answers', 'graded_means', 'run_known_truth', 'read_known_truth']
 
 # %% ../nbs/experiments/graded_cells.ipynb #40deedcf
 import random
@@ -28,7 +28,7 @@ from .known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_l
 from .logprobs import load_model, load_tokenizer, pairs_hash
 from .preferences import load_pairs, tokenize_pairs
 from .real import chunk_of
-from .timed import read_results, run_timed
+from .timed import check_alike, mixed_draws, read_results, run_timed
 from .trainer import TrainConfig
 from .world import content_hash
 
@@ -113,7 +113,7 @@ def load_graded(
     precision: str = "auto",   # of the training passes
     **others,                  # n, tests, validation, how, settings
 ) -> Graded:
-    "Load S three times. Answers are computed in fp32."
+    "Load S three times. Answers are computed in fp32 where `how` names no other precision."
     levels, tokenizer = levels or stored_levels(), load_tokenizer(str(model))
     problems = draw_problems(0, "train", levels, 3)
     tried = []
@@ -313,7 +313,8 @@ class FoundArms:
     rows: dict = field(default_factory=dict)    # arm -> draw -> row
     chosen: dict = field(default_factory=dict)  # arm -> settings, once the search is complete
     written: dict = field(default_factory=dict) # draw -> row of the writing cell
-    missing: int = None                         # planned cells that are not there; None: nothing is
+    missing: int = None                         # planned cells that are not there, or left out; None: nothing is there
+    left_out: dict = field(default_factory=dict) # draw -> what it mixes, of `mixed_draws`
 
 def arrange_graded(
     rows: list,            # of `read_results`
@@ -322,7 +323,8 @@ def arrange_graded(
     validation: int = VALIDATION,   # those of the search
     **wanted,              # of `graded_plan`: arms, draws, teacher, settings, borrowed
 ) -> FoundArms:
-    "The rows of an experiment. Where they are about several S, those with most rows."
+    """The rows of an experiment. Where they are about several S, those with most rows.
+    A draw whose arms were trained on different pairs, on several cards or in several precisions is left out."""
     if not rows: return FoundArms()
     about = pd.Series([row["about"] for row in rows]).mode()[0]
     design = SimpleNamespace(about=about, n=n, tests=tests, validation=validation, rows={})
@@ -334,6 +336,9 @@ def arrange_graded(
         row = by_key[cell.key]
         if isinstance(cell, WritingCell): found.written[cell.draw] = row
         elif cell.split == "test": found.rows.setdefault(cell.arm, {})[cell.draw] = row
+    found.left_out = mixed_draws(found.rows, ("trained_on", "card", "precision", "reads"))
+    for draw in found.left_out:
+        found.missing += sum(by_draw.pop(draw, None) is not None for by_draw in found.rows.values())
     if planned and isinstance(planned[-1], GradedCell) and planned[-1].split == "validation": return found
     found.chosen = {cell.arm: dict(cell.settings) for cell in planned
                     if isinstance(cell, GradedCell) and cell.split == "test"}
@@ -354,16 +359,26 @@ def draw_means(
         means[draw] = float(np.mean(values[third] if level else row[outcome]))
     return means
 
-def _at_the_kl(found, outcome):
+def _ladders(found, outcome):
+    "Draw -> the KL of DPO, and KL and outcome of sDPO at its five betas, nearest to S first."
     rungs = ["sDPO", *(name for name in BORROWED if name.startswith("sDPO, "))]
     kls, scores = ([draw_means(found, rung, what) for rung in rungs] for what in ("kl", outcome))
-    means = {}
+    ladders = {}
     for draw, kl in draw_means(found, "DPO", "kl").items():
         if not all(draw in rung for rung in kls): continue
         x, y = (np.array([rung[draw] for rung in what]) for what in (kls, scores))
         order = x.argsort()
-        means[draw] = float(np.interp(kl, x[order], y[order]))    # outside: the nearest end
-    return means
+        ladders[draw] = kl, x[order], y[order]
+    return ladders
+
+def _at_the_kl(found, outcome): # outside: the nearest end
+    return {draw: float(np.interp(*ladder)) for draw, ladder in _ladders(found, outcome).items()}
+
+def draws_off_the_ladder(
+    found: FoundArms, # of `arrange_graded`
+) -> list[int]:
+    "The draws in which DPO is nearer to S than sDPO at all five betas, or farther."
+    return [draw for draw, (kl, kls, _) in _ladders(found, "kl").items() if not kls[0] <= kl <= kls[-1]]
 
 def question_differences(
     found: FoundArms, # of `arrange_graded`
@@ -401,7 +416,21 @@ def graded_answers(
         says.append(verdict(row) if gain > 2 * MARGIN else "this outcome cannot tell")
     return table.assign(says=says)
 
-# %% ../nbs/experiments/graded_cells.ipynb #c429e17f
+def graded_means(
+    found: FoundArms, # of `arrange_graded`
+) -> pd.DataFrame:    # an arm a line: sampled, greedy, of each source (sampled), right (share), kl (nats)
+    "What stands beside the answers: means over the draws of an arm, without a test."
+    def mean(arm, *asked): return np.mean(list(draw_means(found, arm, *asked).values()))
+    table = {}
+    for arm, by_draw in found.rows.items():
+        if not by_draw: continue
+        right = [np.mean(np.array(row["sampled"]) == 1) for row in by_draw.values()]
+        means = {outcome: mean(arm, outcome) for outcome in ("sampled", "greedy", "kl")}
+        levels = {level: mean(arm, "sampled", level) for level in SOURCES}
+        table[arm] = means | levels | dict(right=np.mean(right))
+    return pd.DataFrame(table).T
+
+# %% ../nbs/experiments/graded_cells.ipynb #7535d31f
 TEACHER_ARMS = ("S", "SFT on chosen", "DPO", "sDPO", "sDPO, random", "sDPO, hard first")
 SETTLED = dict(beta=0.1, lr=1e-5)   # where there is no search
 REHEARSAL = dict(n=2, tests=1, settings=COMMON | dict(epochs=1))
@@ -424,6 +453,7 @@ def run_known_truth(
     if name not in PLANS: raise ValueError(f"experiment: {name!r} is none of {', '.join(PLANS)}")
     wanted, loaded = PLANS[name]
     graded = load_graded(model, precision=precision, **loaded | others)
+    check_alike(name, folder, precision=graded.base.precision, reads=graded.base.logprobs.__name__)
 
     def run(cell):
         if isinstance(cell, WritingCell): return run_writing(cell, graded)

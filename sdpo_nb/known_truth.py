@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from .compare import equality_of, sign_flip_p_value, verdict, with_holm
+from .compare import equality_of, sign_flip_p_value, with_holm
 from .graded import calibration
 
 # %% ../nbs/experiments/known_truth.ipynb #96cfa8f1

@@ -10,13 +10,12 @@ __all__ = ['SOURCE_FILES', 'KEPT', 'ASKED', 'LONGEST_REPLY', 'SMOLLM2', 'THREE',
 
 # %% ../nbs/experiments/real_cells.ipynb #ab468212
 import gzip, hashlib, json, math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from .evaluate import kl_along
 from .graded import answer_text, sampled_ids
@@ -26,9 +25,9 @@ from .logprobs import pair_tokens, pairs_hash, read_table, replacing
 from .packing import PARTS
 from .preferences import load_pairs, tokenize_pairs
 from .smollm2 import ARMS, BORROWED, CPU_ARMS, CPU_DRAWS, CPU_LONGEST, CPU_PAIRS, CPU_SETTINGS
-from .smollm2 import DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
+from .smollm2 import DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCH_DRAW, VALIDATION
 from .smollm2 import choose_settings, grid_of
-from .timed import run_timed
+from .timed import check_alike, mixed_draws, run_timed
 from .trainer import TrainConfig
 from .which_is_easy import CPU_EASY_ARMS, CPU_EASY_PAIRS, EASY_ARMS, one_by_one, with_gaps
 from .world import content_hash
@@ -49,7 +48,8 @@ def _read_rows(data, source):
     "Rows of a source, as the data have them."
     path = Path(data) / "preferences" / f"{SOURCE_FILES[source]}.jsonl.gz"
     if not path.exists():
-        raise ValueError(f"{path}: not there; --data names the folder that has preferences/")
+        raise ValueError(f"{path}: not there; --data names the folder that has preferences/, "
+                         "with prompt, chosen and rejected in each line")
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 def _given(row): # held out by those who made the data
@@ -65,6 +65,9 @@ def _tokenised(rows, tokenizer, source, longest):
 
 def _with_roles(pairs, held, source):
     "About so many pairs are held out; of the rest a tenth is for validation."
+    if held >= len(pairs):
+        raise ValueError(f"{source}: {len(pairs)} usable pairs, and {held} are to be held out; "
+                         "bring more pairs, or say with --most how many to take of each source")
     last = sorted(lot(pair, "held out") for pair in pairs)[held - 1] if held else -1
     for pair in pairs:
         role = "validation" if lot(pair, "validation") < VALIDATION else "pool"
@@ -91,6 +94,7 @@ def prepare_ids(
 
     table = pd.DataFrame(pairs)[["source", "role", "key", *PARTS]]
     for part in PARTS: table[part] = [np.array(ids, "uint32") for ids in table[part]]
+    table.attrs = dict(longest=longest, most=most)      # parquet keeps them
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: table.to_parquet(tmp, compression="zstd")
     return read_ids(file)
@@ -105,6 +109,13 @@ def read_ids(
     for pair in pairs:
         for part in PARTS: pair[part] = pair[part].tolist()
     return pairs
+
+def _check_ids(file, **asked):
+    "Raise ValueError where a file of ids was made with other settings."
+    made = pd.read_parquet(file, columns=["key"]).attrs
+    for name, value in asked.items():
+        was = made.get(name, "unknown")
+        if was != value: raise ValueError(f"{file}: made with {name} = {was}, not {value}; use another folder")
 
 # %% ../nbs/experiments/real_cells.ipynb #00808edd
 def drawn(
@@ -148,7 +159,7 @@ class RealCell:
     arm: str            # its name, for people
     draw: int           # its number; -1 for S, which is in every draw
     stages: tuple       # of (pairs, start, reference)
-    settings: tuple     # of (name, value): beta, lr
+    settings: tuple     # of (name, value): beta, lr, and whatever else is not the default of TrainConfig
     sources: tuple      # that are trained on
     about: str          # hash of the pairs and the weights of S
     only: str = ""      # a role: only these pairs are measured; "": all that the draw has not seen
@@ -166,7 +177,7 @@ class RealCell:
         return max(1, names.count("all"))
 
     def __str__(self):
-        settings = ", ".join(f"{name} {value:g}" for name, value in self.settings)
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings)
         return f"{self.arm}, draw {self.draw}" + (f", {settings}" if settings else "")
 
 def _rounded(values): return [round(value, 3) for value in values.tolist()]
@@ -209,7 +220,6 @@ def run_real_cell(
     base: Base,            # S; afterwards its model is the last one of the cell
     pairs: list,           # of `read_ids`
     table_S: LogprobTable, # of S, with all of them
-    **settings,            # of TrainConfig, beside those of the cell
 ) -> dict:                 # what the cell is; per stage: losses, grad_norms; per model: chosen, rejected of `pairs`
     "Train a cell, and measure it after every stage. A first stage that another cell has just made is taken from there."
     trained = drawn(pairs, cell.draw, cell.sources)
@@ -217,7 +227,7 @@ def run_real_cell(
     if not cell.stages: numbers = list(range(len(pairs)))
     if cell.only: numbers = [i for i in numbers if pairs[i]["role"] == cell.only]
     asked = [pairs[i] for i in numbers]
-    config = TrainConfig(**dict(cell.settings) | settings, seed=cell.draw % 2**31, precision=base.precision)
+    config = TrainConfig(**dict(cell.settings), seed=cell.draw % 2**31, precision=base.precision)
 
     stages, models = [], []
     def chunk_named(name): return chunk_of(trained, name, cell.draw)
@@ -428,16 +438,18 @@ def run_real(
     precision: str = "auto",# bf16, fp16, fp32, or what suits the device
     longest: int = LONGEST, # tokens of a prompt with its response, where ids are made
     most: int = None,       # pairs of each source, where ids are made; None: all
-    **settings,             # of TrainConfig, beside those of the cells
 ) -> list[dict]:            # rows
-    "What the command line does: go on with an experiment for some minutes."
+    """What the command line does: go on with an experiment for some minutes. Raises ValueError where the folder's
+    ids have another `longest` or `most`, or its rows another precision."""
     folder = Path(folder)
     file = folder / "ids.parquet"
     on_cpu = name in ON_CPU
     if on_cpu: longest, most = CPU_LONGEST, ON_CPU[name]
     if data and not file.exists(): prepare_ids(data, model, file, longest, most)
     pairs = read_ids(file)
+    _check_ids(file, longest=longest, most=most)
     base = load_S(model, pairs, precision, "on" if on_cpu else "auto")
+    check_alike(name, folder, precision=base.precision, reads=base.logprobs.__name__)
     about = content_hash([pairs_hash(pairs), base.hash])
     table_S = base.score(pairs, folder / "S")
     design = design_of(name, about)
@@ -445,7 +457,7 @@ def run_real(
     S, writer = (load_model(str(model), str(base.model.device)).eval() for _ in range(2)) # layers of base may be compiled
 
     def run(cell):
-        row = run_real_cell(cell, base, pairs, table_S, **settings)
+        row = run_real_cell(cell, base, pairs, table_S)
         if cell.only: return row
         trained = base.model if cell.stages else S
         with torch.no_grad(): writer.load_state_dict(trained.state_dict())
@@ -470,8 +482,9 @@ class Found:
     S: dict = None         # its row
     rows: dict = field(default_factory=dict)    # arm -> draw -> row
     chosen: dict = field(default_factory=dict)  # arm -> settings, once the search is complete
-    missing: int = None    # cells that are planned and not there; None: nothing is there
+    missing: int = None    # cells that are planned and not there, or of a draw that is left out; None: nothing is there
     origin: list = field(default_factory=list)  # cards and commits
+    left_out: dict = field(default_factory=dict) # draw -> what it mixes, of `mixed_draws`
 
     def draws_of(
         self,
@@ -485,7 +498,8 @@ def arrange(
     name: str,    # of the design
     rows: list,   # of `read_results`
 ) -> Found:
-    "The rows of a design. Where they are about several S or several sets of pairs, those with most rows."
+    """The rows of a design. Where they are about several S or several sets of pairs, those with most rows.
+    A draw whose arms were made on several cards, or in several precisions, is left out and named."""
     if not rows: return Found()
     design = design_of(name, pd.Series([row["about"] for row in rows]).mode()[0])
     by_key = {row["key"]: row for row in rows}
@@ -498,4 +512,7 @@ def arrange(
     found.chosen = design.chosen(by_key)
     for arm, cells in design.cells(by_key).items():
         found.rows[arm] = {draw: by_key[cell.key] for draw, cell in cells.items() if cell.key in by_key}
+    found.left_out = mixed_draws(found.rows)
+    for draw in found.left_out:
+        found.missing += sum(by_draw.pop(draw, None) is not None for by_draw in found.rows.values())
     return found

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARMS', 'DRAWS', 'SEARCH_DRAW', 'DRAWN', 'VALIDATION', 'HELD_OUT', 'LONGEST', 'BETAS', 'LEARNING_RATES', 'BORROWED',
            'SEARCHED', 'PRIMARY', 'MARGINS', 'CPU_ARMS', 'CPU_SETTINGS', 'CPU_DRAWS', 'CPU_PAIRS', 'CPU_LONGEST',
-           'CPU_PRIMARY', 'grid_of', 'added', 'log_losses', 'fit_temperature', 'outcome_of', 'validation_loss',
-           'choose_settings', 'difference_array', 'crossed', 'compared', 'answer_questions', 'assay',
-           'secondary_outcomes']
+           'CPU_PRIMARY', 'grid_of', 'on_the_edge', 'added', 'log_losses', 'fit_temperature', 'outcome_of',
+           'validation_loss', 'choose_settings', 'difference_array', 'crossed', 'compared', 'answer_questions', 'assay',
+           'secondary_outcomes', 'without_words_before_the_end']
 
 # %% ../nbs/experiments/smollm2.ipynb #c1ea47f4
 import itertools, math
@@ -58,6 +58,14 @@ def grid_of(
     "The settings that are tried for an arm."
     if arm == "SFT on chosen": return [dict(lr=lr) for lr in LEARNING_RATES]
     return [dict(beta=beta, lr=lr) for beta, lr in itertools.product(BETAS, LEARNING_RATES)]
+
+def on_the_edge(
+    settings: dict, # that were chosen
+    grid: list,     # settings that were tried
+) -> str:           # names
+    "Which of the chosen settings are the smallest or the largest of their grid."
+    tried = {name: [others[name] for others in grid] for name in settings}
+    return ", ".join(name for name, value in settings.items() if value in (min(tried[name]), max(tried[name])))
 
 # %% ../nbs/experiments/smollm2.ipynb #f80139a3
 PRIMARY = pd.DataFrame([
@@ -124,11 +132,11 @@ def outcome_of(
     sources = ("orca", "uf"),   # whose pairs count
     stage: int = -1,            # after which stage, from 0; -1: the last
 ) -> pd.Series:                 # number of the pair -> value
-    "One number for each pair that the model has not seen; the validation pairs are left out but by the cross-fitted gain."
+    "One number for each pair that the model has not seen, without the validation pairs: settings were chosen by them."
     pairs = added(row, S, stage)
     of_sources = pairs[pairs["source"].isin(sources)].set_index("number")
-    if outcome == "cross-fitted gain": return _cross_fitted(of_sources["delta"])
     test = of_sources[of_sources["role"] != "validation"]
+    if outcome == "cross-fitted gain": return _cross_fitted(test["delta"])
     if outcome == "accuracy": return 0.5 + 0.5 * np.sign(test["delta"])
     c = fit_temperature(pairs.loc[pairs["role"] == "validation", "delta"])
     return math.log(2) - pd.Series(log_losses(test["delta"], c), test.index)
@@ -271,9 +279,17 @@ def secondary_outcomes(
     rows: dict,        # arm -> draw -> row
     S: dict,           # the row of S
 ) -> pd.DataFrame:     # an arm a line
-    "Means over the draws of an arm, without intervals; NaN where a draw did not measure something."
+    "Means over the draws of an arm that measured something, without intervals; of the KL with the number of these draws."
     table = {}
     for arm, by_draw in rows.items():
-        lines = [_beside(row, S) for row in by_draw.values()]
-        if lines: table[arm] = pd.DataFrame(lines).mean(skipna=False)
+        lines = pd.DataFrame([_beside(row, S) for row in by_draw.values()])
+        if len(lines): table[arm] = dict(lines.mean()) | {"draws with a KL": lines["KL of 48 tokens (nats)"].count()}
     return pd.DataFrame(table).T
+
+def without_words_before_the_end(
+    answers: pd.DataFrame, # a question a line
+    missing: int,          # planned cells that are not there
+) -> pd.DataFrame:
+    "While a cell is missing, nothing is concluded: no p-value and no word is shown."
+    if missing == 0: return answers
+    return answers.drop(columns=["p", "holm", "p_equal", "holm_equal", "word", "says"], errors="ignore")

@@ -216,8 +216,30 @@ def test_questions_name_arms_and_are_read_off_the_right_rows():
     assert differences["the same, at the KL of plain"] == pytest.approx([0.])      # halfway from 0.4 to 0.6
     assert differences["easy first against random order"] == pytest.approx([0.5])
     assert len(differences["easy first against hard first"]) == 0
-    found.rows["DPO"] = row(0.5, 20.)                                                # beyond the ladder: its end
-    assert graded_cells.question_differences(found)["the same, at the KL of plain"] == pytest.approx([0.2])
+    assert graded_cells.draws_off_the_ladder(found) == []
+    for kl, end in ((20., 0.2), (0.5, -0.1)):                                        # beyond the ladder: its end
+        found.rows["DPO"] = row(0.5, kl)
+        assert graded_cells.question_differences(found)["the same, at the KL of plain"] == pytest.approx([end])
+        assert graded_cells.draws_off_the_ladder(found) == [1]
+
+
+def test_a_draw_whose_arms_had_other_pairs_is_left_out():
+    wanted, loaded = graded_cells.PLANS["known_truth_cpu"]
+    shared = SimpleNamespace(about="x", n=loaded["n"], tests=loaded["tests"], validation=1, rows={})
+    made = []
+    for cell in graded_cells.graded_plan(shared, **wanted)([]):
+        row = dict(key=cell.key, about="x", card="A", precision="bf16", reads="packed", stages=[])
+        if getattr(cell, "stages", ()): row |= dict(stages=[1], trained_on=f"pairs of draw {cell.draw}")
+        made.append(row | dict(sampled=[0.5] * 6, greedy=[1.] * 6, kl=[0.] * 6))
+    def arranged(rows): return graded_cells.arrange_graded(rows, n=loaded["n"], tests=loaded["tests"], validation=1, **wanted)
+    whole = arranged(made)
+    assert whole.missing == 0 and whole.left_out == {} and graded_cells.common_draws(whole, known_truth.CPU_QUESTIONS) == list(range(1, 9))
+    means = graded_cells.graded_means(whole).loc["DPO"]
+    assert means["sampled"] == means["hard"] == 0.5 and means["greedy"] == 1 and means["right"] == means["kl"] == 0
+    for name in ("trained_on", "card", "precision"):
+        mixed = arranged([*made[:-1], made[-1] | {name: "another"}])
+        assert list(mixed.left_out) == [8] and mixed.left_out[8].startswith(name) and mixed.missing == 6
+        assert graded_cells.common_draws(mixed, known_truth.CPU_QUESTIONS) == list(range(1, 8))
 
 
 def test_the_smaller_version_has_four_questions_and_eight_draws():

@@ -88,6 +88,11 @@ def test_missing_data_and_ids_are_one_line_that_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="none of smollm2, smollm2_cpu, which_is_easy, which_is_easy_cpu, rehearsal"): real.design_of("smolm2", "")
 
 
+def test_too_few_pairs_to_hold_out_are_refused_with_their_number(tmp_path):
+    for source, name in NAMES.items(): pack(tmp_path, source, [plain(r) for r in rows(name, 30)])
+    with pytest.raises(ValueError, match="orca: 30 usable pairs, and 60 are to be held out"): real.prepare_ids(tmp_path, WORLD.base, tmp_path / "ids.parquet", 64)
+
+
 # ---- training
 
 @pytest.mark.parametrize("settings", [dict(), dict(epochs=2, warmup=0.5), dict(shuffle=False)])
@@ -133,8 +138,8 @@ def test_a_table_of_another_model_is_refused(pairs, base):
     base.reset()
     table = base.score(pairs)
     table.rows["chosen"] += 3.
-    cell = real.make_cell("DPO", 0, [("all", "S", "S")], dict(beta=0.3, lr=1e-4), TWO, "x")
-    with pytest.raises(ValueError, match="stage 1: the first loss is .* not of this model"): real.run_real_cell(cell, base, pairs, table, batch_size=8)
+    cell = real.make_cell("DPO", 0, [("all", "S", "S")], dict(beta=0.3, lr=1e-4, batch_size=8), TWO, "x")
+    with pytest.raises(ValueError, match="stage 1: the first loss is .* not of this model"): real.run_real_cell(cell, base, pairs, table)
 
 
 def test_arms_that_begin_alike_share_the_stage_and_nothing_changes(pairs, monkeypatch):
@@ -143,8 +148,10 @@ def test_arms_that_begin_alike_share_the_stage_and_nothing_changes(pairs, monkey
     train = in_memory.train_in_memory
     monkeypatch.setattr(in_memory, "train_in_memory", lambda *a, **kw: made.append(1) or train(*a, **kw))
     def run(arm, draw=0, **settings):
-        cell = real.make_cell(arm, draw, smollm2.ARMS[arm], dict(beta=0.3, lr=1e-4), TWO, "x")
-        return real.run_real_cell(cell, base, pairs, table, **dict(batch_size=8) | settings)
+        cell = real.make_cell(arm, draw, smollm2.ARMS[arm], dict(beta=0.3, lr=1e-4, batch_size=8) | settings, TWO, "x")
+        row = real.run_real_cell(cell, base, pairs, table)
+        assert row["settings"] == dict(cell.settings), "whatever was set is in the row, and in the key"
+        return row
     run("sDPO")
     shared = run("sDPO, fixed reference")
     assert len(made) == 3, "stage 1 was trained once"
@@ -195,8 +202,36 @@ def test_the_command_is_killed_and_goes_on_to_the_same_rows(data, tmp_path):
     assert rows == without_seconds(tmp_path / "whole/rehearsal.jsonl") and len(rows) == 9, said
     assert {row["commit"] for row in rows} == {"abc1234"}
     left = {p.name for p in (tmp_path / "whole").rglob("*") if p.is_file() and not p.name.startswith("logprobs-")}
-    assert left == {"ids.parquet", "rehearsal.jsonl", "kind.json"}                       # no model
+    assert left == {"ids.parquet", "rehearsal.jsonl", "kind.json", ".lock"}              # no model
     assert len(real.scored_pairs(tmp_path / "whole")) == len(real.read_ids(tmp_path / "whole/ids.parquet"))
+
+
+def test_a_folder_keeps_its_length_its_number_of_pairs_and_its_precision(data, tmp_path):
+    def call(longest=64, most=60, precision="fp32", name="rehearsal", minutes=0):
+        return real.run_real(name, tmp_path, minutes, data, WORLD.base, precision, longest, most)
+    call()
+    with pytest.raises(ValueError, match="ids.parquet: made with longest = 64, not 32; use another folder"): call(longest=32)
+    with pytest.raises(ValueError, match="made with most = 60, not None"): call(most=None)
+    with pytest.raises(ValueError, match="made with longest = 64, not 384"): call(name="smollm2_cpu")
+    path, table = tmp_path / "rehearsal.jsonl", sorted((tmp_path / "S").iterdir())
+    path.write_text('{"key": "x", "precision": "bf16", "reads": "packed_logprobs"}\n')
+    before = [file.read_bytes() for file in table]
+    with pytest.raises(ValueError, match="has rows with precision = bf16, not fp32"): call()
+    assert [file.read_bytes() for file in table] == before, "refused before S reads anything"
+    pd.DataFrame(real.read_ids(tmp_path / "ids.parquet")).to_parquet(tmp_path / "ids.parquet")      # of an older version
+    with pytest.raises(ValueError, match="made with longest = unknown"): call()
+
+
+def test_a_draw_that_mixes_cards_or_precisions_is_left_out_and_missing():
+    design = real.design_of("rehearsal", "x")
+    planned = design.plan([dict(key=design.start.key)])
+    made = [dict(key=cell.key, about="x", card="A", commit="c", precision="bf16", reads="packed", stages=[1] if cell.stages else []) for cell in planned]
+    assert real.arrange("rehearsal", made).missing == 0
+    for name, other in (("card", "B"), ("precision", "fp32"), ("reads", "padded")):
+        found = real.arrange("rehearsal", [*made[:-1], made[-1] | {name: other}])
+        assert list(found.left_out) == [1] and name in found.left_out[1] and found.missing == 4
+        assert all(list(by_draw) == [0] for by_draw in found.rows.values())
+    assert real.arrange("rehearsal", [made[0] | dict(card="B"), *made[1:]]).missing == 0, "S is trained on nothing"
 
 
 def test_no_time_is_no_cell_and_a_wrong_name_is_a_usage(data, tmp_path):
@@ -281,6 +316,77 @@ def test_rows_are_read_from_all_kinds_of_files_once(tmp_path):
     assert list(found[2]["pairs"]) == [1, 2]
 
 
+def test_a_torn_file_is_read_and_a_broken_one_is_named(tmp_path):
+    torn = b'{"key": "1"}\n{"key": "2", "failed": 0}\n{"key": "3", "error": "no memory"}\n{"key": "4", "ga'
+    (tmp_path / "toy.jsonl.gz").write_bytes(gzip.compress(torn))
+    assert [row["key"] for row in timed.read_results("toy", [tmp_path])] == ["1", "2"]
+    (tmp_path / "toy-2.jsonl").write_bytes(torn + b'{"key": "5"}\n')
+    with pytest.raises(ValueError, match="toy-2.jsonl, line 4: not JSON"): timed.read_results("toy", [tmp_path])
+    (tmp_path / "toy-2.jsonl").unlink()
+    (tmp_path / "toy-2.jsonl.gz").write_bytes(gzip.compress(os.urandom(2000))[:-20])
+    with pytest.raises(ValueError, match="toy-2.jsonl.gz: not a whole .gz"): timed.read_results("toy", [tmp_path])
+
+
+def of_keys(keys): return lambda rows: [SimpleNamespace(key=key) for key in keys]
+
+
+def test_a_folder_is_worked_in_by_one_call(tmp_path):
+    "A second call would cut off the row that the first one has written meanwhile."
+    def run(cell):
+        with pytest.raises(ValueError, match="another process works in this folder"): timed.run_timed("x", of_keys("b"), lambda cell: {}, tmp_path)
+        return {}
+    assert [row["key"] for row in timed.run_timed("x", of_keys("a"), run, tmp_path)] == ["a"]
+
+
+def test_a_cell_that_fails_is_tried_twice_and_the_others_go_on(tmp_path, capsys):
+    ran = []
+    def run(cell):
+        ran.append(cell.key)
+        if cell.key in "bfg": raise RuntimeError(f"{cell.key} is too large\nfor this card")
+        return {}
+    def call(keys, run=run):
+        ran.clear()
+        return timed.run_timed("x", of_keys(keys), run, tmp_path)
+    with pytest.raises(ValueError, match="1 failed; .*RuntimeError: b is too large$"): call("abc")
+    assert ran == ["a", "b", "c"] and "1 cells are left" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 failed"): call("abc")
+    assert ran == ["b"] and "are left" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 failed"): call("abcd")
+    assert ran == ["d"]
+    with pytest.raises(ValueError, match="2 failed"): call("afge")
+    assert ran == ["f", "g"], "two in a row: it is not the cell"
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "error" not in line))
+    assert [row["key"] for row in call("abcd", lambda cell: {})] == ["a", "c", "d", "b"]
+
+
+def test_no_minutes_are_no_cell_and_no_guess(tmp_path, capsys):
+    assert timed.run_timed("x", of_keys("ab"), None, tmp_path, minutes=0) == []
+    assert "2 cells are left of what is planned so far; call it again" in capsys.readouterr().out
+
+
+def test_the_commit_is_that_of_the_package_and_says_what_was_changed(tmp_path, monkeypatch):
+    monkeypatch.delenv("SDPO_COMMIT", raising=False)
+    def git(*words): return subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True, text=True).stdout.strip()
+    package = tmp_path / "venv/sdpo_nb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (tmp_path / ".gitignore").write_text("venv\n")
+    git("init"); git("add", "."); git("commit", "-m", "somebody's project")
+    monkeypatch.setattr(timed.sdpo_nb, "__file__", str(package / "__init__.py"))
+    assert timed.made_by("cpu")["commit"] == "unknown"
+    git("add", "-f", "venv"); git("commit", "-m", "a checkout")
+    head = git("rev-parse", "--short", "HEAD")
+    assert timed.made_by("cpu")["commit"] == head
+    (package / "__init__.py").write_text("changed = 1\n")
+    assert timed.made_by("cpu")["commit"] == head + "+"
+
+
+def test_a_processor_has_a_name_and_its_instructions():
+    name = timed.card_name("cpu")
+    assert name.startswith("CPU, ") and name.endswith(torch.backends.cpu.get_cpu_capability()) and name.count(",") >= 2
+
+
 def test_a_cell_that_may_not_end_in_time_is_not_begun(tmp_path):
     clock, ran = SimpleNamespace(now=0.), []
     cells = [SimpleNamespace(key=str(i), cost=cost) for i, cost in enumerate((1, 1, 4, 1))]
@@ -324,4 +430,22 @@ def test_a_cross_fitted_gain_never_uses_a_temperature_that_saw_the_pair():
     before, moved = gain(delta), delta.copy()
     moved[10] += 5.
     changed = np.flatnonzero(np.abs(gain(moved) - before) > 1e-9)
-    assert len(before) == n and set(changed) == {10, *range(1, n, 2)}, "the even half has its c from the odd one"
+    assert len(before) == n - 20 and set(changed) == {10, *range(1, n - 20, 2)}, "the even half has its c from the odd one"
+    moved[n - 20:] += 5.
+    assert (gain(moved)[20:] == gain(np.where(np.arange(n) < n - 20, moved, delta))[20:]).all(), "settings were chosen by the validation pairs"
+
+
+def test_beside_the_answers_stand_the_draws_that_measured_the_kl():
+    S, rows = invented(3)
+    for row in rows["DPO"].values(): row["stages"] = [dict(chunk="all", losses=[0.7, 0.6, 0.5])]
+    S["chosen_tokens"] = S["rejected_tokens"] = [1] * len(S["pairs"])
+    S["source"] = ["orca", "uf", "hh", "uf"] * (len(S["pairs"]) // 4)
+    rows["DPO"][1]["kl"], rows["DPO"][2]["kl"] = [0.2, 0.4], [0.5]
+    beside = smollm2.secondary_outcomes(dict(DPO=rows["DPO"]), S).loc["DPO"]
+    assert beside["KL of 48 tokens (nats)"] == pytest.approx(0.4) and beside["draws with a KL"] == 2
+
+
+def test_nothing_is_concluded_before_the_last_cell():
+    answers = pd.DataFrame([dict(question="q", mean=0.1, low=0., high=0.2, p=0.1, holm=0.2, p_equal=0.3, holm_equal=0.4, word="x", says="y")])
+    assert smollm2.without_words_before_the_end(answers, 0).equals(answers)
+    for missing in (1, None): assert list(smollm2.without_words_before_the_end(answers, missing)) == ["question", "mean", "low", "high"]

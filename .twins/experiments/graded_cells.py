@@ -49,7 +49,7 @@ from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, s
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.real import chunk_of
-from sdpo_nb.timed import read_results, run_timed
+from sdpo_nb.timed import check_alike, mixed_draws, read_results, run_timed
 from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.world import content_hash
 
@@ -201,7 +201,7 @@ def load_graded(
     precision: str = "auto",   # of the training passes
     **others,                  # n, tests, validation, how, settings
 ) -> Graded:
-    "Load S three times. Answers are computed in fp32."
+    "Load S three times. Answers are computed in fp32 where `how` names no other precision."
     levels, tokenizer = levels or stored_levels(), load_tokenizer(str(model))
     problems = draw_problems(0, "train", levels, 3)
     tried = []
@@ -304,7 +304,7 @@ pd.DataFrame(sizes).loc[list(SOURCES)]
 #
 # ## The exam
 #
-# Each test problem gives three numbers: the score of a sampled answer, the score of the greedy one, and the KL from S along the sampled one. The luck belongs to the draw, so two arms whose probabilities are the same give the same answers, and a difference of two arms is due to them. Answers are computed in fp32 whatever the training was computed in: in bf16 a token near the edge of its piece of the ruler may become another one.
+# Each test problem gives three numbers: the score of a sampled answer, the score of the greedy one, and the KL from S along the sampled one. The luck belongs to the draw, so two arms whose probabilities are the same give the same answers, and a difference of two arms is due to them. Answers are computed in fp32 whatever the training was computed in: in bf16 a token near the edge of its piece of the ruler may become another one. (The smaller version for a processor takes that into account and answers in bf16, which is part of its keys.)
 
 # %%
 #| export
@@ -348,7 +348,7 @@ pd.DataFrame(results).mean().round(3).to_dict()
 #
 # This order is only noted in the row. The arms take easy, middle and hard as they were made. So one can see later whether the recipe would have found the same order.
 #
-# The table is kept for one draw and one kind of pairs at a time, and dropped when the next one comes. The arm S has no stages: it trains on nothing, and goes to the exam as it is. Every row of a trained arm holds the hash of its pairs, so one can check that two arms had the same ones.
+# The table is kept for one draw and one kind of pairs at a time, and dropped when the next one comes. The arm S has no stages: it trains on nothing, and goes to the exam as it is. Every row of a trained arm holds the hash of its pairs. A draw whose arms had different ones is left out of the answers.
 
 # %%
 #| export
@@ -544,7 +544,8 @@ class FoundArms:
     rows: dict = field(default_factory=dict)    # arm -> draw -> row
     chosen: dict = field(default_factory=dict)  # arm -> settings, once the search is complete
     written: dict = field(default_factory=dict) # draw -> row of the writing cell
-    missing: int = None                         # planned cells that are not there; None: nothing is
+    missing: int = None                         # planned cells that are not there, or left out; None: nothing is there
+    left_out: dict = field(default_factory=dict) # draw -> what it mixes, of `mixed_draws`
 
 def arrange_graded(
     rows: list,            # of `read_results`
@@ -553,7 +554,8 @@ def arrange_graded(
     validation: int = VALIDATION,   # those of the search
     **wanted,              # of `graded_plan`: arms, draws, teacher, settings, borrowed
 ) -> FoundArms:
-    "The rows of an experiment. Where they are about several S, those with most rows."
+    """The rows of an experiment. Where they are about several S, those with most rows.
+    A draw whose arms were trained on different pairs, on several cards or in several precisions is left out."""
     if not rows: return FoundArms()
     about = pd.Series([row["about"] for row in rows]).mode()[0]
     design = SimpleNamespace(about=about, n=n, tests=tests, validation=validation, rows={})
@@ -565,6 +567,9 @@ def arrange_graded(
         row = by_key[cell.key]
         if isinstance(cell, WritingCell): found.written[cell.draw] = row
         elif cell.split == "test": found.rows.setdefault(cell.arm, {})[cell.draw] = row
+    found.left_out = mixed_draws(found.rows, ("trained_on", "card", "precision", "reads"))
+    for draw in found.left_out:
+        found.missing += sum(by_draw.pop(draw, None) is not None for by_draw in found.rows.values())
     if planned and isinstance(planned[-1], GradedCell) and planned[-1].split == "validation": return found
     found.chosen = {cell.arm: dict(cell.settings) for cell in planned
                     if isinstance(cell, GradedCell) and cell.split == "test"}
@@ -585,16 +590,26 @@ def draw_means(
         means[draw] = float(np.mean(values[third] if level else row[outcome]))
     return means
 
-def _at_the_kl(found, outcome):
+def _ladders(found, outcome):
+    "Draw -> the KL of DPO, and KL and outcome of sDPO at its five betas, nearest to S first."
     rungs = ["sDPO", *(name for name in BORROWED if name.startswith("sDPO, "))]
     kls, scores = ([draw_means(found, rung, what) for rung in rungs] for what in ("kl", outcome))
-    means = {}
+    ladders = {}
     for draw, kl in draw_means(found, "DPO", "kl").items():
         if not all(draw in rung for rung in kls): continue
         x, y = (np.array([rung[draw] for rung in what]) for what in (kls, scores))
         order = x.argsort()
-        means[draw] = float(np.interp(kl, x[order], y[order]))    # outside: the nearest end
-    return means
+        ladders[draw] = kl, x[order], y[order]
+    return ladders
+
+def _at_the_kl(found, outcome): # outside: the nearest end
+    return {draw: float(np.interp(*ladder)) for draw, ladder in _ladders(found, outcome).items()}
+
+def draws_off_the_ladder(
+    found: FoundArms, # of `arrange_graded`
+) -> list[int]:
+    "The draws in which DPO is nearer to S than sDPO at all five betas, or farther."
+    return [draw for draw, (kl, kls, _) in _ladders(found, "kl").items() if not kls[0] <= kl <= kls[-1]]
 
 def question_differences(
     found: FoundArms, # of `arrange_graded`
@@ -639,6 +654,20 @@ def graded_answers(
         says.append(verdict(row) if gain > 2 * MARGIN else "this outcome cannot tell")
     return table.assign(says=says)
 
+def graded_means(
+    found: FoundArms, # of `arrange_graded`
+) -> pd.DataFrame:    # an arm a line: sampled, greedy, of each source (sampled), right (share), kl (nats)
+    "What stands beside the answers: means over the draws of an arm, without a test."
+    def mean(arm, *asked): return np.mean(list(draw_means(found, arm, *asked).values()))
+    table = {}
+    for arm, by_draw in found.rows.items():
+        if not by_draw: continue
+        right = [np.mean(np.array(row["sampled"]) == 1) for row in by_draw.values()]
+        means = {outcome: mean(arm, outcome) for outcome in ("sampled", "greedy", "kl")}
+        levels = {level: mean(arm, "sampled", level) for level in SOURCES}
+        table[arm] = means | levels | dict(right=np.mean(right))
+    return pd.DataFrame(table).T
+
 
 # %% [markdown]
 # Two draws of a toy: three arms without a search, and what is borrowed from them. With one setting for all, `sDPO at DPO's beta` is `sDPO` itself: it has no row, and is found.
@@ -648,9 +677,10 @@ toy = dict(arms=("S", "DPO", "sDPO"), draws=(1, 2), teacher=True, settings=dict(
 plan, made = graded_plan(graded, **toy), []
 while todo := [cell for cell in plan(made) if cell.key not in graded.rows]:
     run = run_writing if isinstance(todo[0], WritingCell) else run_graded
-    made.append(dict(key=todo[0].key) | run(todo[0], graded))
+    made.append(dict(key=todo[0].key, card="CPU") | run(todo[0], graded))
 
-found = arrange_graded(made, **{name: SMALL[name] for name in ("n", "tests", "validation")}, **toy)
+sizes = {name: SMALL[name] for name in ("n", "tests", "validation")}
+found = arrange_graded(made, **sizes, **toy)
 assert found.missing == 0
 assert found.rows["sDPO at DPO's beta"] == found.rows["sDPO"]
 answered = QUESTIONS[QUESTIONS["b"].str.startswith("DPO")]
@@ -663,6 +693,25 @@ graded_answers(found, answered)[["question", "mean", "low", "high", "p", "p_equa
 # The arms are random models that have learned a little; the numbers say nothing. What counts is that every question is asked of the right rows.
 #
 # A draw has nine rows: S writes, three arms, and five of the six arms with borrowed settings, since one is found under sDPO. Two draws make 18. The four questions that the toy can answer all end with *this outcome cannot tell*: DPO has gained too little on S. Look at the greedy line. Its difference is 0.000 and its `p_equal` is 0.000, so without the rule it would be called equal.
+#
+# Beside the answers stand each level by itself, the share of right answers, and the KL.
+
+# %%
+graded_means(found).round(3)
+
+# %% [markdown]
+# In which draws does DPO lie outside the ladder, so that the nearest end was taken? And what if one arm of draw 2 had been trained on other pairs?
+
+# %%
+print(draws_off_the_ladder(found))
+elsewhere = [*made[:-1], made[-1] | dict(trained_on="other pairs")]
+mixed = arrange_graded(elsewhere, **sizes, **toy)
+assert common_draws(mixed, answered[:1]) == [1]
+assert mixed.missing == 9
+mixed.left_out[2].split(":")[0]
+
+# %% [markdown]
+# In both: DPO is nearer to S than sDPO at any of its betas, so here the third question is not asked at equal KL. The page with the answers says in how many draws it is so. And the draw with other pairs is left out. Its nine rows count as missing, so nothing is concluded.
 #
 # ## The command
 #
@@ -694,6 +743,7 @@ def run_known_truth(
     if name not in PLANS: raise ValueError(f"experiment: {name!r} is none of {', '.join(PLANS)}")
     wanted, loaded = PLANS[name]
     graded = load_graded(model, precision=precision, **loaded | others)
+    check_alike(name, folder, precision=graded.base.precision, reads=graded.base.logprobs.__name__)
 
     def run(cell):
         if isinstance(cell, WritingCell): return run_writing(cell, graded)
@@ -727,7 +777,7 @@ print(complaint(run_known_truth, "known truth", folder))
 #
 # - `WritingCell` and `GradedCell`: what S wrote, and what an arm made of it, as rows of one file.
 # - `run_known_truth`: the plan, worked off for some minutes, on a card or a processor.
-# - `arrange_graded` and `question_differences`: from rows to one number for each question and draw.
+# - `arrange_graded` and `question_differences`: from rows to one number for each question and draw; `graded_means`: what stands beside them.
 #
 # ## Questions to test yourself
 #
@@ -735,7 +785,7 @@ print(complaint(run_known_truth, "known truth", folder))
 #
 #    <details><summary>Answer</summary>
 #
-#    Another card may round otherwise, and one other token makes another pair. All arms of a draw must train on the same pairs, wherever they are run.
+#    Another card may round otherwise, and one other token makes another pair. All arms of a draw must train on the same pairs, wherever they are run. So a second machine must be given the file of rows. If it is not, S writes again there, and `arrange_graded` leaves out the draws that mix both.
 #
 #    </details>
 # 2. Why does the key of the arm S not depend on the kind of pairs?

@@ -468,20 +468,6 @@ def teacher_pairs(
     return [_pair(problem, problem.right, answer, False)
             for problem, answer in zip(problems, answers) if answer and grade(problem, answer) < 1]
 
-def graded_pairs(
-    model,                  # that answers: S
-    tokenizer,              # of the model
-    problems: list,         # of one source
-    seed: int,              # of answers and labels
-    teacher: bool = False,  # whether the program writes the chosen answers
-    **how,                  # max_new, batch, precision of `sampled_ids`
-) -> list[dict]:            # rows of messages: prompt, chosen, rejected; flipped, task, size
-    "The pairs of a source: two answers of the model, or one of the program and one of the model."
-    first = answers_to(model, tokenizer, problems, 1., 2 * seed, **how)
-    if teacher: return teacher_pairs(problems, first)
-    second = answers_to(model, tokenizer, problems, 1., 2 * seed + 1, **how)
-    return label_pairs(problems, first, second, seed)
-
 
 # %% [markdown]
 # A thousand invented pairs of answers to one problem, with scores 1 and 2/3. Equation (1) says how often the better one is chosen: $\sigma(6 \cdot 1/3) = 0.88$.

@@ -32,16 +32,19 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from sdpo_nb.compare import equality_of, sign_flip_p_value, verdict, with_holm
+from sdpo_nb.compare import equality_of, sign_flip_p_value, with_holm
 from sdpo_nb.graded import calibration
 
 # %%
 import matplotlib.pyplot as plt
 import seaborn as sns
+from sdpo_nb.compare import verdict
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.graded import TASKS, grade
-from sdpo_nb.graded_cells import common_draws, draw_problems, graded_answers, read_known_truth
+from sdpo_nb.graded_cells import common_draws, draw_problems, draws_off_the_ladder
+from sdpo_nb.graded_cells import graded_answers, graded_means, read_known_truth
 from sdpo_nb.partition import wilson
+from sdpo_nb.smollm2 import on_the_edge, without_words_before_the_end
 from sdpo_nb.timed import read_results
 
 # %% [markdown]
@@ -166,7 +169,7 @@ table
 # %% [markdown]
 # ## Pairs, draws, and what is measured
 #
-# A *draw* has problems of its own, 500 of each source, with two answers of S to each, and labels by Bradley-Terry on the score with $k = 6$ ([tasks](graded_tasks.ipynb)). It also has test problems of its own, forty of each task and level, so 600. All arms of a draw share the pairs, the order of the data, the test problems, and the luck behind their sampled answers.
+# A *draw* has problems of its own, 500 of each source, with two answers of S to each, and labels by Bradley-Terry on the score with $k = 6$ ([tasks](graded_tasks.ipynb)). It also has test problems of its own, forty of each task and level, so 600. (Small tasks have few different problems, so some of them stand in several draws; how many is counted below.) All arms of a draw share the pairs, the order of the data, the test problems, and the luck behind their sampled answers.
 #
 # - *sampled* and *greedy*: the mean score of the answers to the 600 test problems, at temperature 1 and without chance. The first is the outcome of all questions but one, as in the tiny worlds.
 # - Beside them, without a test: each level by itself, the share of answers that are right, and the KL from S in nats, along the sampled answers.
@@ -283,7 +286,6 @@ least = ahead * 2 * MARGIN
 assert least > MARGIN
 print(f"at least {least:.4f}")
 
-
 # %% [markdown]
 # More than the margin. So whatever is inside the margin is smaller than the paper's effect would be. If DPO minus S does not exceed 0.04, we say *this outcome cannot tell*, whatever the differences between arms are.
 #
@@ -293,7 +295,32 @@ print(f"at least {least:.4f}")
 # - *equal*: the larger p-value of two one-sided tests, against plus and minus the margin, is below 0.05 after Holm;
 # - both: the difference is there, and little. Neither: we cannot tell. What is different is called *better* or *worse*.
 #
-# All problems are fresh in every draw. So a draw is one number, the mean of its differences, and the ten numbers are independent of each other. The interval is Student's, with nine degrees of freedom.
+# A draw is one number, the mean of its differences. The interval is Student's, with nine degrees of freedom. It takes the ten numbers as independent. Are they? Every draw draws its problems anew, but small tasks have few different ones. What share of the test questions of a draw comes again in another draw?
+
+# %%
+questions = {}
+for draw in DRAWS:
+    for problems in draw_problems(draw, "test", levels, TEST).values():
+        for problem in problems: questions.setdefault(problem.task, {}).setdefault(draw, []).append(problem.question)
+
+def share_again(by_draw): # of the questions of a draw, in another draw
+    shares = [np.isin(by_draw[a], by_draw[b]).mean() for a in DRAWS for b in DRAWS if a != b]
+    return float(np.mean(shares))
+
+again = {task: share_again(by_draw) for task, by_draw in questions.items()}
+everything = {draw: sum((by_draw[draw] for by_draw in questions.values()), []) for draw in DRAWS}
+again["all five"] = share_again(everything)
+topics = {question.split(": ")[1] for draw in DRAWS for question in questions["count"][draw]}
+sums = {question for draw in DRAWS for question in questions["add"][draw] if len(question) == len("1 + 2 =")}
+assert len(topics) == 41
+assert len(sums) == 18
+assert again["count"] > 0.9
+assert 0.2 < again["all five"] < 0.3
+pd.Series(again).map("{:.0%}".format).to_frame("in another draw, too")
+
+
+# %% [markdown]
+# A quarter. There are 41 topics for *count* in the test, and each draw has nearly all of them; of the smallest additions there are 18 questions, and each draw has these. The luck of such problems has one sign in all draws. More draws do not average it out, and neither the interval nor the two tests know it. So what they say is about these problems where *count* and small additions are concerned. The answers are sampled with other luck in each draw.
 
 # %%
 #| export
@@ -310,7 +337,7 @@ def draw_contrasts(
 
 
 # %% [markdown]
-# How often are these words right? We invent eight questions with one true difference, a hundred times, with a standard deviation of 0.02 between draws. (Six hundred problems whose differences have a standard deviation of 0.35 give 0.014 already.) How often is *equal* said where the difference is as large as the margin?
+# How often are these words right, where draws are independent? We invent eight questions with one true difference, a hundred times, with a standard deviation of 0.02 between draws. (Six hundred problems whose differences have a standard deviation of 0.35 give 0.014 already.) How often is *equal* said where the difference is as large as the margin?
 
 # %%
 rng = np.random.default_rng(0)
@@ -376,7 +403,16 @@ for name, questions, draws in (("known_truth_cpu", CPU_QUESTIONS, CPU_DRAWS), ("
     found = read_known_truth(name)
     complete = common_draws(found, questions)
     print(f"{name}: {len(complete)} of {len(draws)} draws are there")
-    if len(complete) > 1: display(graded_answers(found, questions).round(3))
+    for draw, mix in found.left_out.items(): print(f"draw {draw} is left out; {mix}")
+    if found.chosen and name == "known_truth":
+        edges = {arm: on_the_edge(settings, grid_of(arm)) for arm, settings in found.chosen.items() if arm in ARMS}
+        display(pd.DataFrame(found.chosen).T.assign(edge=pd.Series(edges)))
+    if len(complete) > 1:
+        display(without_words_before_the_end(graded_answers(found, questions), found.missing).round(3))
+        display(graded_means(found).round(3))
+        if name == "known_truth": print("DPO is outside the ladder in draws", draws_off_the_ladder(found))
+        prefers = {draw: row["prefers"] for draw, row in found.rows["DPO"].items()}
+        print("as the recipe would order:", {draw: sorted(of, key=of.get)[::-1] for draw, of in prefers.items()})
 
 # %% [markdown]
 # ## A rehearsal
@@ -421,6 +457,7 @@ pd.DataFrame(means).T
 # ## What this does not show
 #
 # - One base model. All ten draws are of its answers, so nothing is said about another one.
+# - Other problems. A quarter of the test questions of a draw stands in any other draw as well, and of *count* nearly all. The intervals take draws as independent, and are a little too narrow for problems that nobody has asked.
 # - The hard source is about form and nearness more than about being right, as S is hardly ever right there. The arms with the [teacher's](graded_tasks.ipynb) pairs ask the same with right answers (`known_truth_teacher`); they are exploratory.
 # - The levels come from 48 answers each. On the test problems of the draws S will be a little better or worse; its row says by how much.
 # - A curriculum of five tasks at once. Which task builds on which is known only within a task.

@@ -655,7 +655,7 @@ pd.DataFrame(drawn).T
 # %% [markdown]
 # And the command line: `python -m sdpo_nb.experiments` with one or more of the names below, or with none for everything.
 #
-# Some names are not among "everything": they run on a real model, on [real pairs](real_cells.ipynb) or on [tasks that a program grades](graded_cells.ipynb), for so many minutes, on a graphics card if there is one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder runs/smollm2`. They go on where the last call stopped. On real pairs the first call needs `--data`; it writes `ids.parquet`, and with that file any other machine needs the model only.
+# Some names are not among "everything": they run on a real model, on [real pairs](real_cells.ipynb) or on [tasks that a program grades](graded_cells.ipynb), for so many minutes, on a graphics card if there is one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder runs/smollm2`. They go on where the last call stopped. On real pairs the first call needs `--data`, a folder that [real cells](real_cells.ipynb) describes; it writes `ids.parquet`, and with that file any other machine needs the model only. Each of them needs a folder of its own.
 
 # %%
 #| export

@@ -31,13 +31,12 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 #| export
 import gzip, hashlib, json, math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from sdpo_nb.evaluate import kl_along
 from sdpo_nb.graded import answer_text, sampled_ids
@@ -47,9 +46,9 @@ from sdpo_nb.logprobs import pair_tokens, pairs_hash, read_table, replacing
 from sdpo_nb.packing import PARTS
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.smollm2 import ARMS, BORROWED, CPU_ARMS, CPU_DRAWS, CPU_LONGEST, CPU_PAIRS, CPU_SETTINGS
-from sdpo_nb.smollm2 import DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCHED, SEARCH_DRAW, VALIDATION
+from sdpo_nb.smollm2 import DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCH_DRAW, VALIDATION
 from sdpo_nb.smollm2 import choose_settings, grid_of
-from sdpo_nb.timed import run_timed
+from sdpo_nb.timed import check_alike, mixed_draws, run_timed
 from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.which_is_easy import CPU_EASY_ARMS, CPU_EASY_PAIRS, EASY_ARMS, one_by_one, with_gaps
 from sdpo_nb.world import content_hash
@@ -67,6 +66,14 @@ from sdpo_nb.world import complaint, load_world
 # The machine with the card may have neither the data nor a tokenizer. So pairs are tokenised once, into a file of token ids of some two MiB, which can be carried. It holds no text.
 #
 # Each pair has a role for good. A *lot* decides: a number from 0 to 1 that is a hash of the pair's prompt and of what it is drawn for. Pairs of one prompt have the same lot, so where lots decide, no prompt of a source is on both sides.
+#
+# Where do the pairs come from? They belong to others and are not part of this book. `--data DIR` names a folder with three files, `DIR/preferences/NAME.jsonl.gz`, one JSON object a line:
+#
+# - `orca_dpo_pairs`: tasks with a system message, where the answer of a stronger model is chosen. The set on the hub is `Intel/orca_dpo_pairs`.
+# - `ultrafeedback_binarized`: instructions of many kinds, where GPT-4 has scored the answers; `HuggingFaceH4/ultrafeedback_binarized`.
+# - `hh_harmless`: the test part of the harmless dialogues of `Anthropic/hh-rlhf`, labelled by people.
+#
+# Each line has the texts `prompt`, `chosen` and `rejected`. It may have `system`, a text, and `messages`, earlier turns with `role` and `content`. Where `meta` is `{"split": "eval"}`, the makers of the set held the pair out. Ours are samples of these sets, so other samples give other pairs, and the key of each row says so.
 #
 # There are three roles:
 #
@@ -93,7 +100,8 @@ def _read_rows(data, source):
     "Rows of a source, as the data have them."
     path = Path(data) / "preferences" / f"{SOURCE_FILES[source]}.jsonl.gz"
     if not path.exists():
-        raise ValueError(f"{path}: not there; --data names the folder that has preferences/")
+        raise ValueError(f"{path}: not there; --data names the folder that has preferences/, "
+                         "with prompt, chosen and rejected in each line")
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 def _given(row): # held out by those who made the data
@@ -109,6 +117,9 @@ def _tokenised(rows, tokenizer, source, longest):
 
 def _with_roles(pairs, held, source):
     "About so many pairs are held out; of the rest a tenth is for validation."
+    if held >= len(pairs):
+        raise ValueError(f"{source}: {len(pairs)} usable pairs, and {held} are to be held out; "
+                         "bring more pairs, or say with --most how many to take of each source")
     last = sorted(lot(pair, "held out") for pair in pairs)[held - 1] if held else -1
     for pair in pairs:
         role = "validation" if lot(pair, "validation") < VALIDATION else "pool"
@@ -135,6 +146,7 @@ def prepare_ids(
 
     table = pd.DataFrame(pairs)[["source", "role", "key", *PARTS]]
     for part in PARTS: table[part] = [np.array(ids, "uint32") for ids in table[part]]
+    table.attrs = dict(longest=longest, most=most)      # parquet keeps them
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: table.to_parquet(tmp, compression="zstd")
     return read_ids(file)
@@ -149,6 +161,13 @@ def read_ids(
     for pair in pairs:
         for part in PARTS: pair[part] = pair[part].tolist()
     return pairs
+
+def _check_ids(file, **asked):
+    "Raise ValueError where a file of ids was made with other settings."
+    made = pd.read_parquet(file, columns=["key"]).attrs
+    for name, value in asked.items():
+        was = made.get(name, "unknown")
+        if was != value: raise ValueError(f"{file}: made with {name} = {was}, not {value}; use another folder")
 
 
 # %% [markdown]
@@ -265,7 +284,7 @@ class RealCell:
     arm: str            # its name, for people
     draw: int           # its number; -1 for S, which is in every draw
     stages: tuple       # of (pairs, start, reference)
-    settings: tuple     # of (name, value): beta, lr
+    settings: tuple     # of (name, value): beta, lr, and whatever else is not the default of TrainConfig
     sources: tuple      # that are trained on
     about: str          # hash of the pairs and the weights of S
     only: str = ""      # a role: only these pairs are measured; "": all that the draw has not seen
@@ -283,7 +302,7 @@ class RealCell:
         return max(1, names.count("all"))
 
     def __str__(self):
-        settings = ", ".join(f"{name} {value:g}" for name, value in self.settings)
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings)
         return f"{self.arm}, draw {self.draw}" + (f", {settings}" if settings else "")
 
 def _rounded(values): return [round(value, 3) for value in values.tolist()]
@@ -326,7 +345,6 @@ def run_real_cell(
     base: Base,            # S; afterwards its model is the last one of the cell
     pairs: list,           # of `read_ids`
     table_S: LogprobTable, # of S, with all of them
-    **settings,            # of TrainConfig, beside those of the cell
 ) -> dict:                 # what the cell is; per stage: losses, grad_norms; per model: chosen, rejected of `pairs`
     "Train a cell, and measure it after every stage. A first stage that another cell has just made is taken from there."
     trained = drawn(pairs, cell.draw, cell.sources)
@@ -334,7 +352,7 @@ def run_real_cell(
     if not cell.stages: numbers = list(range(len(pairs)))
     if cell.only: numbers = [i for i in numbers if pairs[i]["role"] == cell.only]
     asked = [pairs[i] for i in numbers]
-    config = TrainConfig(**dict(cell.settings) | settings, seed=cell.draw % 2**31, precision=base.precision)
+    config = TrainConfig(**dict(cell.settings), seed=cell.draw % 2**31, precision=base.precision)
 
     stages, models = [], []
     def chunk_named(name): return chunk_of(trained, name, cell.draw)
@@ -375,8 +393,9 @@ about = content_hash([pairs_hash(pairs), base.hash])
 found = {}
 for arm, stages in ARMS.items():
     settings = (("lr", 1e-4),) if arm == "SFT on chosen" else (("beta", 0.3), ("lr", 1e-4))
+    settings += (("batch_size", 8),)
     cell = RealCell(arm, 0, tuple(stages), settings if stages else (), two, about)
-    found[arm] = run_real_cell(cell, base, pairs, table_S, batch_size=8)
+    found[arm] = run_real_cell(cell, base, pairs, table_S)
 
 first = {arm: [stage["losses"][0] for stage in row["stages"]] for arm, row in found.items()}
 for arm in ("DPO", "sDPO", "sDPO, random", "TR-DPO"):
@@ -602,7 +621,7 @@ for arm, stages in easy_arms(found["S"]).items():
 #
 # The designs by name. *smollm2_cpu* is the [smaller version](smollm2.ipynb) for a processor, and *which_is_easy_cpu* is that of [the other page](which_is_easy.ipynb). *rehearsal* is for whoever wants to see that everything works: its arms and settings, in two draws. Its rows are kept apart from the others.
 #
-# `run_real` is all of this page in one call. It makes the ids if they are not there, loads S, lets S read all pairs, and hands the plan to [`run_timed`](timed.ipynb), which writes each row when its cell is finished. The hash `about` joins the pairs and the weights of S, and is part of every key. So rows that were made with other data are never taken for these.
+# `run_real` is all of this page in one call. It makes the ids if they are not there, loads S, lets S read all pairs, and hands the plan to [`run_timed`](timed.ipynb), which writes each row when its cell is finished. The hash `about` joins the pairs and the weights of S, and is part of every key. So rows that were made with other data are never taken for these. The precision is in no key: a folder with rows in bf16 is gone on with in bf16, and anything else is refused. So is a folder whose ids were cut at another length, or made of another number of pairs.
 
 # %%
 #| export
@@ -635,16 +654,18 @@ def run_real(
     precision: str = "auto",# bf16, fp16, fp32, or what suits the device
     longest: int = LONGEST, # tokens of a prompt with its response, where ids are made
     most: int = None,       # pairs of each source, where ids are made; None: all
-    **settings,             # of TrainConfig, beside those of the cells
 ) -> list[dict]:            # rows
-    "What the command line does: go on with an experiment for some minutes."
+    """What the command line does: go on with an experiment for some minutes. Raises ValueError where the folder's
+    ids have another `longest` or `most`, or its rows another precision."""
     folder = Path(folder)
     file = folder / "ids.parquet"
     on_cpu = name in ON_CPU
     if on_cpu: longest, most = CPU_LONGEST, ON_CPU[name]
     if data and not file.exists(): prepare_ids(data, model, file, longest, most)
     pairs = read_ids(file)
+    _check_ids(file, longest=longest, most=most)
     base = load_S(model, pairs, precision, "on" if on_cpu else "auto")
+    check_alike(name, folder, precision=base.precision, reads=base.logprobs.__name__)
     about = content_hash([pairs_hash(pairs), base.hash])
     table_S = base.score(pairs, folder / "S")
     design = design_of(name, about)
@@ -652,7 +673,7 @@ def run_real(
     S, writer = (load_model(str(model), str(base.model.device)).eval() for _ in range(2)) # layers of base may be compiled
 
     def run(cell):
-        row = run_real_cell(cell, base, pairs, table_S, **settings)
+        row = run_real_cell(cell, base, pairs, table_S)
         if cell.only: return row
         trained = base.model if cell.stages else S
         with torch.no_grad(): writer.load_state_dict(trained.state_dict())
@@ -672,7 +693,8 @@ def dies_at_the_fourth(cell, *args, calls=[], **kw):
     return run_real_cell(cell, *args, **kw)
 
 def rehearse(where):
-    return real.run_real("rehearsal", where, data=folder, model=world.base, longest=64, most=80, batch_size=8)
+    how = dict(precision="fp32", longest=64, most=80)
+    return real.run_real("rehearsal", where, data=folder, model=world.base, **how)
 
 with patch.object(real, "run_real_cell", dies_at_the_fourth), redirect_stdout(io.StringIO()):
     try: rehearse(folder / "killed")
@@ -686,9 +708,19 @@ def without_seconds(rows): return [{k: v for k, v in row.items() if k != "second
 assert without_seconds(gone_on) == without_seconds(at_once)
 print(len(at_once), "rows, the same")
 
-
 # %% [markdown]
 # Nine rows: S, and four arms in two draws. The second call took the first three from the file and made the other six, with the same losses and the same log-probabilities.
+#
+# And a call in the same folder that asks for longer pairs, or for another precision?
+
+# %%
+asked = dict(name="rehearsal", folder=folder / "whole", model=world.base, most=80)
+print(complaint(real.run_real, **asked, precision="fp32", longest=128))
+print(complaint(real.run_real, **asked, precision="bf16", longest=64))
+
+
+# %% [markdown]
+# Both are told what the folder has.
 #
 # What S has said so far about the pairs lies in the folder, too, and can be read while the pass over them is not yet at its end. The table of [which is easy](which_is_easy.ipynb) is made of such a folder.
 
@@ -715,7 +747,7 @@ scored.groupby("source", sort=False)[["chosen", "rejected"]].mean().round(2)
 
 
 # %% [markdown]
-# These are sums over the tokens of a response, in nats. In every source the chosen responses are likelier on average. The gap is largest in Orca, 1.84 nats, and smallest in HH, 0.72. The order of the arms above goes by the share of pairs, and is the same here.
+# These are sums over the tokens of a response, in nats. In every source the chosen responses are likelier on average. The gap is largest in Orca, 1.8 nats, and smallest in HH, 0.7. The order of the arms above goes by the share of pairs, and is the same here.
 #
 # ## Rows by arm and draw
 #
@@ -731,8 +763,9 @@ class Found:
     S: dict = None         # its row
     rows: dict = field(default_factory=dict)    # arm -> draw -> row
     chosen: dict = field(default_factory=dict)  # arm -> settings, once the search is complete
-    missing: int = None    # cells that are planned and not there; None: nothing is there
+    missing: int = None    # cells that are planned and not there, or of a draw that is left out; None: nothing is there
     origin: list = field(default_factory=list)  # cards and commits
+    left_out: dict = field(default_factory=dict) # draw -> what it mixes, of `mixed_draws`
 
     def draws_of(
         self,
@@ -746,7 +779,8 @@ def arrange(
     name: str,    # of the design
     rows: list,   # of `read_results`
 ) -> Found:
-    "The rows of a design. Where they are about several S or several sets of pairs, those with most rows."
+    """The rows of a design. Where they are about several S or several sets of pairs, those with most rows.
+    A draw whose arms were made on several cards, or in several precisions, is left out and named."""
     if not rows: return Found()
     design = design_of(name, pd.Series([row["about"] for row in rows]).mode()[0])
     by_key = {row["key"]: row for row in rows}
@@ -759,6 +793,9 @@ def arrange(
     found.chosen = design.chosen(by_key)
     for arm, cells in design.cells(by_key).items():
         found.rows[arm] = {draw: by_key[cell.key] for draw, cell in cells.items() if cell.key in by_key}
+    found.left_out = mixed_draws(found.rows)
+    for draw in found.left_out:
+        found.missing += sum(by_draw.pop(draw, None) is not None for by_draw in found.rows.values())
     return found
 
 
@@ -775,6 +812,18 @@ assert arrange("rehearsal", []).missing is None
 
 # %% [markdown]
 # Every arm has both draws. S is not in this table; its one row is `seen.S`. With four rows, five cells are missing. With no row nothing can be said, not even what is missing, and `missing` is `None`.
+#
+# What if the last row had been made on a card, and those before it on a processor?
+
+# %%
+on_a_card = [*at_once[:-1], at_once[-1] | dict(card="H100")]
+mixed = arrange("rehearsal", on_a_card)
+assert all(list(by_draw) == [0] for by_draw in mixed.rows.values())
+assert mixed.missing == 4
+list(mixed.left_out)
+
+# %% [markdown]
+# Then draw 1 is left out, and its four rows count as missing. Take the lines of one of the two machines out of the file, and they are made again.
 #
 # ## What you now have
 #
@@ -801,7 +850,7 @@ assert arrange("rehearsal", []).missing is None
 #
 # ## Try this
 #
-# - Train the arm `DPO` of draw 0 twice, with `every=2` in `train_in_memory` the second time. Which losses differ?
+# - Train the arm `DPO` of draw 0 twice, with `every=2` in `train_in_memory` the second time (`from sdpo_nb.in_memory import train_in_memory`). Which losses differ?
 #
 #   <details><summary>What you should see</summary>
 #

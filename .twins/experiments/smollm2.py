@@ -113,7 +113,7 @@ print(f"smallest p-value {p:.4f}, after Holm {4 * p:.3f}")
 # %% [markdown]
 # ## The search
 #
-# Every arm is searched on the same grid, in one draw that is reported nowhere, and gets the settings with the smallest log-loss on the validation pairs. (One temperature is fitted on one half of these pairs and applied to the other half, both ways.) On a tie the first of the grid is taken. The grid is not extended where the best lies on its edge; the page will say where it does.
+# Every arm is searched on the same grid, in one draw that is reported nowhere, and gets the settings with the smallest log-loss on the validation pairs. (One temperature is fitted on one half of these pairs and applied to the other half, both ways.) On a tie the first of the grid is taken. The grid is not extended where the best lies on its edge; the page will say where it does. (Of two learning rates each is an edge.)
 #
 # Three arms are not searched. *DPO at beta/2* has half of the $\beta$ of sDPO and its learning rate, since that is the model which theory expects two stages to be ([smaller beta](smaller_beta.ipynb)). *sDPO at DPO's settings* is the paper's way to compare: one setting for both. S has no settings. Fine-tuning has no $\beta$.
 #
@@ -136,8 +136,18 @@ def grid_of(
     if arm == "SFT on chosen": return [dict(lr=lr) for lr in LEARNING_RATES]
     return [dict(beta=beta, lr=lr) for beta, lr in itertools.product(BETAS, LEARNING_RATES)]
 
+def on_the_edge(
+    settings: dict, # that were chosen
+    grid: list,     # settings that were tried
+) -> str:           # names
+    "Which of the chosen settings are the smallest or the largest of their grid."
+    tried = {name: [others[name] for others in grid] for name in settings}
+    return ", ".join(name for name, value in settings.items() if value in (min(tried[name]), max(tried[name])))
+
 
 # %%
+assert on_the_edge(dict(beta=0.03, lr=1e-5), grid_of("DPO")) == "beta, lr"
+assert on_the_edge(dict(beta=0.3, lr=1e-5), grid_of("DPO")) == "lr"
 runs = sum(len(grid_of(arm)) for arm in SEARCHED)
 main = len(ARMS) * len(DRAWS)
 print(f"{len(SEARCHED)} arms are searched: {runs} runs; then {len(ARMS)} arms in {len(DRAWS)} draws: {main} rows")
@@ -166,7 +176,7 @@ PRIMARY.set_index("question")
 #
 # with one number $c \ge 0$ for each model. The log-loss is the mean of $-\log p$. S itself has $\log 2$, as it has added nothing. So the *gain* of a model is $\log 2$ minus its log-loss, in nats a pair: more is better. Below zero a model is surer than it should be, which is worse than saying nothing. Log-loss is the primary outcome, as it is less noisy than a count of signs. The *accuracy*, the share of pairs with $\gamma_\theta > \gamma_S$, stands beside it.
 #
-# Where does $c$ come from? The pairs are cut in two halves, by their number, and each half gets the $c$ that fits the other half best (*cross-fitted*). First $c$ was to come from the validation pairs alone. In the smaller version these are 49, and a referee who had seen one draw of it found that their luck can change a difference by 0.01 to 0.016, with one sign in all draws. So the large design, of which no row exists, uses the new $c$. The smaller version keeps the old one, which it had begun with, and shows the new one beside it.
+# Where does $c$ come from? The pairs are cut in two halves, by their number, and each half gets the $c$ that fits the other half best (*cross-fitted*). First $c$ was to come from the validation pairs alone. In the smaller version these are 49, and a referee who had seen one draw of it found that their luck can change a difference by 0.01 to 0.016, with one sign in all draws. So the large design, of which no row exists, uses the new $c$. The smaller version keeps the old one, which it had begun with, and shows the new one beside it. The validation pairs are in neither outcome: the search has chosen settings by them, so a searched arm would look better on them than it is. (The cross-fitted gain had them at first. They were taken out for this reason, before the large design had a row.)
 #
 # One $c$ removes a factor that all pairs share. If an arm is too sure on one source and not sure enough on another, it pays for that. A model that went farther from S pays nothing: the gain does not know the KL.
 #
@@ -291,11 +301,11 @@ def outcome_of(
     sources = ("orca", "uf"),   # whose pairs count
     stage: int = -1,            # after which stage, from 0; -1: the last
 ) -> pd.Series:                 # number of the pair -> value
-    "One number for each pair that the model has not seen; the validation pairs are left out but by the cross-fitted gain."
+    "One number for each pair that the model has not seen, without the validation pairs: settings were chosen by them."
     pairs = added(row, S, stage)
     of_sources = pairs[pairs["source"].isin(sources)].set_index("number")
-    if outcome == "cross-fitted gain": return _cross_fitted(of_sources["delta"])
     test = of_sources[of_sources["role"] != "validation"]
+    if outcome == "cross-fitted gain": return _cross_fitted(test["delta"])
     if outcome == "accuracy": return 0.5 + 0.5 * np.sign(test["delta"])
     c = fit_temperature(pairs.loc[pairs["role"] == "validation", "delta"])
     return math.log(2) - pd.Series(log_losses(test["delta"], c), test.index)
@@ -315,7 +325,7 @@ n = 4000
 S = dict(
     pairs=list(range(n)),
     source=["orca"] * n,
-    role=["validation", "pool"] * (n // 2),
+    role=["validation"] * (n // 2) + ["pool"] * (n // 2),
     models=[dict(chosen=[0.] * n, rejected=[0.] * n)],
 )
 def invented_model(delta): return S | dict(models=[dict(chosen=delta.tolist(), rejected=[0.] * n)])
@@ -328,6 +338,7 @@ weak = invented_model(rng.normal(0., 1., n))
 c = fit_temperature(good["models"][0]["chosen"])
 assert abs(c - 0.1) < 0.02
 assert abs(outcome_of(S, S, "gain")).max() == 0            # S has log 2: no gain
+for outcome in MARGINS: assert list(outcome_of(good, S, outcome).index) == list(range(n // 2, n))     # no validation pair
 means = {outcome: float(outcome_of(good, S, outcome).mean().round(3)) for outcome in MARGINS}
 assert abs(means["gain"] - means["cross-fitted gain"]) < 0.02
 assert abs(outcome_of(weak, S, "cross-fitted gain").mean()) < 0.01
@@ -550,12 +561,20 @@ def secondary_outcomes(
     rows: dict,        # arm -> draw -> row
     S: dict,           # the row of S
 ) -> pd.DataFrame:     # an arm a line
-    "Means over the draws of an arm, without intervals; NaN where a draw did not measure something."
+    "Means over the draws of an arm that measured something, without intervals; of the KL with the number of these draws."
     table = {}
     for arm, by_draw in rows.items():
-        lines = [_beside(row, S) for row in by_draw.values()]
-        if lines: table[arm] = pd.DataFrame(lines).mean(skipna=False)
+        lines = pd.DataFrame([_beside(row, S) for row in by_draw.values()])
+        if len(lines): table[arm] = dict(lines.mean()) | {"draws with a KL": lines["KL of 48 tokens (nats)"].count()}
     return pd.DataFrame(table).T
+
+def without_words_before_the_end(
+    answers: pd.DataFrame, # a question a line
+    missing: int,          # planned cells that are not there
+) -> pd.DataFrame:
+    "While a cell is missing, nothing is concluded: no p-value and no word is shown."
+    if missing == 0: return answers
+    return answers.drop(columns=["p", "holm", "p_equal", "holm_equal", "word", "says"], errors="ignore")
 
 
 # %% [markdown]
@@ -572,7 +591,8 @@ from sdpo_nb.timed import read_results
 small, found = (arrange(name, read_results(name)) for name in ("smollm2_cpu", "smollm2"))
 for name, seen, asked in (("the smaller version", small, CPU_PRIMARY), ("the large one", found, PRIMARY)):
     cells = "all cells are" if seen.missing is None else f"{seen.missing} cells are"
-    print(f"{name}: {len(seen.draws_of(asked))} whole draws, {cells} missing", *seen.origin, sep="; ")
+    left_out = [f"draw {draw} is left out ({mix})" for draw, mix in seen.left_out.items()]
+    print(f"{name}: {len(seen.draws_of(asked))} whole draws, {cells} missing", *seen.origin, *left_out, sep="; ")
 
 # %% [markdown]
 # ### The smaller version
@@ -581,11 +601,6 @@ for name, seen, asked in (("the smaller version", small, CPU_PRIMARY), ("the lar
 
 # %%
 sides = ("better: the second", "better: the first")
-def without_words_before_the_end(answers, found):
-    "While a cell is missing, nothing is concluded."
-    if found.missing == 0: return answers
-    return answers.drop(columns=["p", "holm", "p_equal", "holm_equal", "word"])
-
 gains = {}
 for arm, by_draw in small.rows.items():
     gains[arm] = {f"draw {draw}": outcome_of(row, small.S, "gain").mean() for draw, row in by_draw.items()}
@@ -595,7 +610,7 @@ pd.DataFrame(gains).T.round(4)
 if len(small.draws_of(CPU_PRIMARY)) > 1:
     display(assay(small.rows, small.S).round(3))
     of_small = answer_questions(small.rows, small.S, CPU_PRIMARY)
-    display(without_words_before_the_end(of_small, small).round(3).set_index("question"))
+    display(without_words_before_the_end(of_small, small.missing).round(3).set_index("question"))
     plot_contrasts(of_small, "difference of gain (nats a pair)", MARGINS["gain"], sides=sides)
 
 
@@ -630,10 +645,24 @@ if len(small.draws_of(CPU_PRIMARY)) > 1:
 # %% [markdown]
 # Where $c$ comes from does not matter much. But look at the last two lines. Nearly all of the gain is on Orca. On UltraFeedback the outcome does not pass its own assay: no arm there knows more than S. So the words above are about Orca, and say nothing about pairs as hard as those of UltraFeedback. In Orca the chosen responses are those of a stronger model. In UltraFeedback a judge prefers one of two, and 200 such pairs have not taught the model what it prefers.
 #
-# Beside the answers stand the secondary outcomes, as means of the draws; the KL is missing where draw 0 did not measure it.
+# Beside the answers stand the secondary outcomes, as means of the draws. Draw 0 measured no KL, so that line is the mean of the two draws that did.
 
 # %%
 if small.rows: display(secondary_outcomes(small.rows, small.S).round(3).T)
+
+
+# %% [markdown]
+# What did the second stage add to the gain, beyond the first one?
+
+# %%
+def second_stage(arm): # mean over the draws
+    gains = [[outcome_of(row, small.S, "gain", stage=t).mean() for t in (0, 1)] for row in small.rows[arm].values()]
+    return float(np.mean(np.diff(gains)))
+
+if small.rows:
+    moving, fixed = map(second_stage, ("sDPO", "sDPO, fixed reference"))
+    assert 0 < moving < fixed < MARGINS["gain"]
+    print(f"moving reference: {moving:+.3f}; fixed: {fixed:+.3f}")
 
 
 # %% [markdown]
@@ -655,27 +684,29 @@ if both and "replies" in small.S:
 
 # %%
 if found.chosen:
-    display(pd.DataFrame(found.chosen).T)
+    edges = {arm: on_the_edge(found.chosen[arm], grid_of(arm)) for arm in SEARCHED}
+    display(pd.DataFrame(found.chosen).T.assign(edge=pd.Series(edges)))
 
 # %%
 if len(found.draws_of(PRIMARY)) > 1:
     display(assay(found.rows, found.S).round(3))
     answers = answer_questions(found.rows, found.S, PRIMARY, "cross-fitted gain")
-    display(without_words_before_the_end(answers, found).round(3).set_index("question"))
+    display(without_words_before_the_end(answers, found.missing).round(3).set_index("question"))
     plot_contrasts(answers, "difference of gain (nats a pair)", MARGINS["gain"], sides=sides)
 
 # %%
 if len(found.draws_of(PRIMARY)) > 1:
-    display(answer_questions(found.rows, found.S, PRIMARY, "accuracy").round(3).set_index("question"))
+    of_signs = answer_questions(found.rows, found.S, PRIMARY, "accuracy")
+    display(without_words_before_the_end(of_signs, found.missing).round(3).set_index("question"))
     display(secondary_outcomes(found.rows, found.S).round(3))
 
 # %% [markdown]
-# To run the smaller version: `python -m sdpo_nb.experiments smollm2_cpu --folder OUT --data DIR --model DIR --precision bf16`, an hour and three quarters a draw on one core that multiplies in bf16, and it goes on where it was stopped. To run the large one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder OUT --data DIR --model DIR`, again and again, until no cell is left. On an H100 a run took 12 to 13 seconds in the pilot, with pairs twice as long as here. Then `OUT/smollm2.jsonl` belongs into `data/results`, and this page is run again.
+# To run the smaller version: `python -m sdpo_nb.experiments smollm2_cpu --folder SMALL --data DIR --model DIR --precision bf16`, an hour and three quarters a draw on one core that multiplies in bf16, and it goes on where it was stopped. To run the large one: `python -m sdpo_nb.experiments smollm2 --minutes 8 --folder OUT --data DIR --model DIR`, in another folder, again and again, until no cell is left. [Real cells](real_cells.ipynb) say what `DIR` must hold. On an H100 a run took 12 to 13 seconds in the pilot, with pairs twice as long as here. Then `OUT/smollm2.jsonl` belongs into `data/results`, and this page is run again.
 #
 # ## What this does not show
 #
 # - **The large design has not been run.** The smaller one has three draws and one setting.
-# - **What a second stage does when it learns something.** In stage 2, 12 steps on UltraFeedback, the losses stay near $\ln 2$, and the gain hardly moves. So a moving and a fixed reference had little to do, and finding them alike says little about longer training.
+# - **What a second stage does when it learns something.** Stage 2 has 12 to 14 steps, on UltraFeedback. With a moving reference it adds 0.011 to the gain, with a fixed one 0.019, after the 0.2 of the first stage. So the two had little to do, and finding them alike says little about longer training.
 # - One base model, with 135 million parameters, and 1,165 pairs or so in the pool. The paper's has 10.7 billion and 72,000.
 # - One pool of pairs. Its luck is in every draw, and in no interval.
 # - One pass, as in the paper. Three passes may be another matter.

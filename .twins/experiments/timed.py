@@ -25,7 +25,8 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import gzip, json, os, platform, subprocess, time
+import gzip, json, os, platform, subprocess, time, zlib
+from collections import Counter
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,9 @@ import pandas as pd
 import psutil
 import torch
 
+import sdpo_nb
 from sdpo_nb.cells import RESULTS
+from sdpo_nb.folder import alone_in
 from sdpo_nb.trainer import MetricsLog
 
 # %%
@@ -47,18 +50,24 @@ from sdpo_nb.world import complaint
 # %% [markdown]
 # ## A line is there in full, or not at all
 #
-# The file has one row a line, in JSON. If the machine stops while a line is written, half of it stays. What is a whole line? One that ends. So we read up to the last end of a line, and remember how many bytes that were: the next row is written there, over the rest.
+# The file has one row a line, in JSON. If the machine stops while a line is written, half of it stays. What is a whole line? One that ends. So we read up to the last end of a line, and remember how many bytes that were: the next row is written there, over the rest. A line that ends and cannot be read is something else: two files, put together after one was torn, have such a line.
 
 # %%
 #| export
+def _whole_lines(found, path):
+    "Rows of the lines that end, and the bytes that they take."
+    size, rows = found.rfind(b"\n") + 1, []
+    for number, line in enumerate(found[:size].splitlines(), 1):
+        try: rows.append(json.loads(line))
+        except ValueError as e: raise ValueError(f"{path}, line {number}: not JSON; take the line out") from e
+    return rows, size
+
 def read_lines(
     path,                     # of a .jsonl file, which need not be there
 ) -> tuple[list[dict], int]:  # rows, and the bytes that they take
-    "The whole lines of a file. What a killed process left of a line does not count."
+    "The whole lines of a file. What a killed process left of a line does not count. Raises ValueError for a bad line."
     path = Path(path)
-    found = path.read_bytes() if path.exists() else b""
-    size = found.rfind(b"\n") + 1
-    return [json.loads(line) for line in found[:size].splitlines()], size
+    return _whole_lines(path.read_bytes() if path.exists() else b"", path)
 
 
 # %%
@@ -67,35 +76,49 @@ path = folder / "toy.jsonl"
 path.write_bytes(b'{"key": "a"}\n{"key": "b"}\n{"key": "c", "ga')
 rows, size = read_lines(path)
 assert [row["key"] for row in rows] == ["a", "b"]
+
+joined = folder / "joined.jsonl"
+joined.write_bytes(path.read_bytes() + b'{"key": "d"}\n')
+print(complaint(read_lines, joined))
 rows, size
 
 
 # %% [markdown]
 # ## What made a row
 #
-# Rows come from several machines. So each says which card or processor it was, which commit of this package, and which versions. Where there is no git, the commit is taken from `SDPO_COMMIT`.
+# Rows come from several machines. So each says which card or processor it was, which commit of this package, and which versions. A `+` after the commit means that the code was changed since. A package that was installed into some other project's folder has nothing to do with the commit of that project. There, and where there is no git, the commit is taken from `SDPO_COMMIT`.
 
 # %%
 #| export
 def _git(*words):
-    "What git says about the checkout that holds the package; empty where there is none."
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    "What git says in the folder of the package; None where it has nothing to say."
+    here = Path(sdpo_nb.__file__).resolve().parent
     try: said = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
-    except OSError: return ""
-    return said.stdout.strip()
+    except OSError: return None
+    return said.stdout.strip() if said.returncode == 0 else None
+
+def _commit():
+    "The commit of the package, with a + where its files were changed; unknown where git does not hold them."
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None: return "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 def card_name(
     device, # of a model
 ) -> str:
-    "What computes: the name of the card, or of the processor's kind."
+    "What computes: the name of the card; of a processor its name and the instructions that PyTorch uses."
     if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
-    return f"CPU, {platform.machine()}"
+    info = Path("/proc/cpuinfo")                        # of Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    name = (names or [platform.processor() or platform.machine()])[0]
+    return f"CPU, {name}, {torch.backends.cpu.get_cpu_capability()}"
 
 def made_by(
     device, # of the model
 ) -> dict:  # card, commit, versions
     "What a row says about its origin."
-    commit = os.environ.get("SDPO_COMMIT") or _git("rev-parse", "--short", "HEAD") or "unknown"
+    commit = os.environ.get("SDPO_COMMIT") or _commit()
     versions = {package: version(package) for package in ("torch", "transformers", "sdpo_nb")}
     return dict(card=card_name(device), commit=commit, versions=versions)
 
@@ -109,6 +132,10 @@ sorted(made_by("cpu"))
 # A *plan* is a function. It gets the rows that are there and returns the cells that are wanted, in order. Why not a list? A search comes first, and the settings that it chooses make the cells after it.
 #
 # How long will the next cell take? At most as long as the slowest one so far, for each unit of its `cost`, and a little more. The first cell of a process does not count where there are others: it compiles. With no cell yet to go by, one is begun. The minutes count from the start of the process, so that the import of PyTorch is inside.
+#
+# A folder is worked in by one call at a time: a second one would run the same cells, and cut off what the first has just written. And the rows of a file belong together. If they are computed in bf16, a call that would go on in fp32 is refused, by `check_alike`.
+#
+# A cell may also fail: it does not fit into memory, or a number is not finite. Then a line with its error is written in place of a row, and the next cell has its turn. The next call tries it once more, and after that it is left alone: take its lines out of the file if it is to be tried again. Where two cells in a row fail, it is hardly the cells, so the call ends. What needs the row of a failed cell has to wait, as the draws do for a search. The call says at its end what failed, and its exit code says it too.
 
 # %%
 #| export
@@ -118,15 +145,43 @@ def _seconds_used(): return time.time() - psutil.Process().create_time()
 
 def _cost(cell): return getattr(cell, "cost", 1)
 
+def _results(rows): return [row for row in rows if "error" not in row]
+
 def _todo(plan, rows):
-    "Cells of the plan that have no row, each once."
-    known = {row["key"] for row in rows}
-    return list({cell.key: cell for cell in plan(rows) if cell.key not in known}.values())
+    "Cells of the plan that have no row and have not failed twice, each once."
+    results = _results(rows)
+    failed = Counter(row["key"] for row in rows if "error" in row)
+    known = {row["key"] for row in results} | {key for key, times in failed.items() if times > 1}
+    return list({cell.key: cell for cell in plan(results) if cell.key not in known}.values())
 
 def _expected(cell, paces):
     "Seconds that a cell will take at most; `paces` are seconds for a unit of cost, in the order of the cells."
     slowest = max(paces[1:] or paces or [0.])
     return SLOWER * slowest * _cost(cell)
+
+def check_alike(
+    name: str, # of the experiment
+    folder,    # where its file is, or will be
+    **alike,   # field -> the value that all rows must have, as precision
+):
+    "Raise ValueError where a row was computed otherwise than the next one would be."
+    path = Path(folder) / f"{name}.jsonl"
+    for row in read_lines(path)[0]:
+        for field, value in alike.items():
+            if row.get(field, value) == value: continue
+            raise ValueError(f"{path}: has rows with {field} = {row[field]}, not {value}; use that, or another folder")
+
+def _tried(run, cell): # -> what the cell made, or its error
+    try: return run(cell)
+    except Exception as e: return dict(error=f"{type(e).__name__}: {e}".split("\n")[0][:300])
+
+def _two_failed(new): return len(new) > 1 and not _results(new[-2:])
+
+def _raise_for_failed(path, plan, rows):
+    "Raise ValueError for cells that have an error in place of a row."
+    errors = {row["key"]: row["error"] for row in rows if "error" in row}
+    failed = [f"{cell}: {errors[cell.key]}" for cell in _todo(plan, _results(rows)) if cell.key in errors]
+    if failed: raise ValueError(f"{path}: {len(failed)} failed; {'; '.join(failed)}")
 
 def run_timed(
     name: str,             # of the experiment: the file is NAME.jsonl
@@ -138,32 +193,35 @@ def run_timed(
     used = _seconds_used,  # () -> seconds that are gone already
 ) -> list[dict]:           # the rows, old and new
     """Run the cells that have no row yet, one after the other, each written when it is finished.
-    Ends before a cell that would not be ready in time."""
+    Ends before a cell that would not be ready in time. Raises ValueError where another process works in the folder,
+    and, at its end, for cells that failed."""
     path = Path(folder) / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows, size = read_lines(path)
-    origin, paces = made_by(device), []
-    with closing(MetricsLog(path, size)) as log:
-        while todo := _todo(plan, rows):
-            cell = todo[0]
-            if minutes and used() + _expected(cell, paces) > 60 * minutes: break
-            before = used()
-            made = run(cell)
-            seconds = used() - before
-            paces.append(seconds / _cost(cell))
-            row = dict(key=cell.key) | made | origin | dict(seconds=round(seconds, 2))
-            log.add(row)
-            rows.append(row)
-            print(f"{seconds:6.1f} s  {cell}; {len(todo) - 1} to go", flush=True)
+    with alone_in(path.parent):
+        rows, size = read_lines(path)
+        origin, new, paces = made_by(device), [], []
+        with closing(MetricsLog(path, size)) as log:
+            while todo := [cell for cell in _todo(plan, rows) if cell.key not in {row["key"] for row in new}]:
+                cell, before = todo[0], used()
+                late = minutes is not None and before + _expected(cell, paces) > 60 * minutes
+                if late or _two_failed(new): break
+                made = _tried(run, cell)
+                seconds = used() - before
+                row = dict(key=cell.key) | made | origin | dict(seconds=round(seconds, 2))
+                log.add(row)
+                rows.append(row)
+                new.append(row)
+                if "error" not in row: paces.append(seconds / _cost(cell))
+                print(f"{seconds:6.1f} s  {cell}; {row.get('error', f'{len(todo) - 1} to go')}", flush=True)
 
     mib = path.stat().st_size / 2**20
     left = _todo(plan, rows)
-    print(f"{name}: {len(paces)} new rows, {len(rows)} in {path.name} ({mib:.2f} MiB)")
+    print(f"{name}: {len(paces)} new rows, {len(_results(rows))} in {path.name} ({mib:.2f} MiB)")
     if left:
-        each = sum(paces) / max(1, len(paces))
-        more = sum(_cost(cell) for cell in left) * each / 60
-        print(f"{len(left)} cells are left of what is planned so far, about {more:.1f} minutes; call it again")
-    return rows
+        more = sum(_cost(cell) for cell in left) * sum(paces) / max(1, len(paces)) / 60
+        about = f", about {more:.1f} minutes" if paces else ""
+        print(f"{len(left)} cells are left of what is planned so far{about}; call it again")
+    _raise_for_failed(path, plan, rows)
+    return _results(rows)
 
 
 # %% [markdown]
@@ -207,9 +265,45 @@ pd.DataFrame(rows).reindex(columns=["key", "gain", "card", "seconds"])
 # %% [markdown]
 # The first two rows are those that were written by hand, so they have a key and nothing else.
 #
+# And a cell that fails? Of three cells in another file, the first does not fit into memory. How often will it be tried in three calls?
+
+# %%
+def without_a(cell):
+    if cell.key == "a": raise MemoryError("a card of 8 GiB")
+    return toy_run(cell)
+
+def three(rows): return toy_plan(rows)[:3]
+tries = [complaint(run_timed, "fails", three, without_a, folder) for _ in range(3)]
+lines, _ = read_lines(folder / "fails.jsonl")
+assert [row["key"] for row in lines] == ["a", "b", "c", "a"]
+assert len(set(tries)) == 1
+tries[-1]
+
+
+# %% [markdown]
+# Twice: once in the first call, which goes on with `b` and `c`, and once in the second. All three calls say that it is missing.
+#
+# Two things are refused: a second call while the first one runs, and rows of two precisions in one file. And in no minutes nothing is begun.
+
+# %%
+def one(rows): return toy_plan(rows)[:1]
+def calls_again(cell): return dict(said=complaint(run_timed, "busy", one, toy_run, folder / "busy"))
+said = run_timed("busy", one, calls_again, folder / "busy")[0]["said"]
+
+def run_half(cell): return dict(precision="bf16")
+run_timed("half", one, run_half, folder)
+print(said)
+print(complaint(check_alike, "half", folder, precision="fp32"))
+
+assert run_timed("none", toy_plan, toy_run, folder, minutes=0) == []
+
+
+# %% [markdown]
 # ## Rows from elsewhere
 #
-# Results come back as small files. The package carries those that this book shows, in `data/results`. Others are looked for in `../shared/results`, beside the checkout, or in the folder that `SDPO_RESULTS` names. A file may be the `.jsonl` of a run, the same packed (`.jsonl.gz`), or a `.parquet` table. A row is found by its key; if two files have it, the first one counts.
+# Results come back as small files. The package carries those that this book shows, in `data/results`. Others are looked for in `../shared/results`, beside the checkout, or in the folder that `SDPO_RESULTS` names. A file may be the `.jsonl` of a run, the same packed (`.jsonl.gz`), or a `.parquet` table. A row is found by its key; if two files have it, the first one counts. Packed or not, a line is whole when it ends, and the errors of cells that failed are no rows.
+#
+# Rows of one draw may come from two cards, which round differently, or from two precisions. Then a difference of two arms is also one of the machines. `mixed_draws` finds such draws, and the pages leave them out.
 
 # %%
 #| export
@@ -221,8 +315,10 @@ def result_folders() -> list[Path]:
 
 def _rows_of(path):
     if path.suffix == ".parquet": return pd.read_parquet(path).to_dict("records")
-    if path.suffix == ".gz": return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-    return read_lines(path)[0]
+    if path.suffix != ".gz": return read_lines(path)[0]
+    try: found = gzip.decompress(path.read_bytes())
+    except (EOFError, OSError, zlib.error) as e: raise ValueError(f"{path}: not a whole .gz; bring it again") from e
+    return _whole_lines(found, path)[0]
 
 def read_results(
     name: str,        # of the experiment
@@ -235,8 +331,21 @@ def read_results(
         for kind in kinds:
             files = [*Path(folder).glob(name + kind), *sorted(Path(folder).glob(f"{name}-*{kind}"))]
             for path in files:
-                for row in _rows_of(path): rows.setdefault(row["key"], row | dict(file=path.name))
+                for row in _results(_rows_of(path)): rows.setdefault(row["key"], row | dict(file=path.name))
     return list(rows.values())
+
+def mixed_draws(
+    rows: dict,  # arm -> draw -> row
+    names = ("card", "precision", "reads"), # of fields that all trained arms of a draw must agree in
+) -> dict:       # draw -> what it mixes, in words
+    "The draws whose trained arms were not made alike."
+    mixed = {}
+    for draw in sorted({draw for by_draw in rows.values() for draw in by_draw}):
+        trained = [by_draw[draw] for by_draw in rows.values() if draw in by_draw and len(by_draw[draw]["stages"])]
+        for name in names:
+            values = sorted({str(row[name]) for row in trained})
+            if len(values) > 1: mixed.setdefault(draw, f"{name}: {' and '.join(values)}")
+    return mixed
 
 
 # %% [markdown]
@@ -252,11 +361,24 @@ assert [row["key"] for row in found] == list("abcdef")
 assert read_results("toy", [folder / "not there"]) == []
 {row["key"]: row["file"] for row in found}
 
+
+# %% [markdown]
+# In which of two draws were DPO and sDPO not made alike?
+
+# %%
+def made_on(card): return dict(card=card, precision="bf16", reads="packed_logprobs", stages=["one"])
+toys = {
+    "DPO": {0: made_on("A100"), 1: made_on("H100")},
+    "sDPO": {0: made_on("H100"), 1: made_on("H100")},
+}
+assert list(mixed_draws(toys)) == [0]
+mixed_draws(toys)
+
 # %% [markdown]
 # ## What you now have
 #
 # - `run_timed`: a plan, worked off in calls of some minutes, one line for each finished cell.
-# - `read_results`: the rows of an experiment, wherever they were made.
+# - `read_results`: the rows of an experiment, wherever they were made; `mixed_draws`: those that must not be compared.
 #
 # ## Questions to test yourself
 #
@@ -274,13 +396,20 @@ assert read_results("toy", [folder / "not there"]) == []
 #    The cell that was being run, and nothing else. Its half line is cut off by the next call.
 #
 #    </details>
+# 3. Why is a cell that failed tried once more, and not ten times?
+#
+#    <details><summary>Answer</summary>
+#
+#    A card may be full because of somebody else, so one try says little. What fails twice will mostly fail again, and each try takes minutes from the others.
+#
+#    </details>
 #
 # ## Try this
 #
-# - Give the toy cells a `cost`: let `e` cost 5. Where does a call of 2.5 minutes stop then, from the beginning?
+# - Give the toy cells a `cost`: let `e` cost 5. Call it three times from the beginning, with 2.5 minutes each. Where does each call stop?
 #
 #   <details><summary>What you should see</summary>
 #
-#   In front of `e`, whatever is left: five times 72 seconds are more than there are. A call with `minutes=None` runs it.
+#   The first stops in front of `c`, as above. The second runs `c` and `d`, and stops in front of `e`: five times 72 seconds are more than there are. The third has no cell to go by, so it begins `e`, however long that takes.
 #
 #   </details>

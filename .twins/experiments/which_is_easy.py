@@ -64,25 +64,28 @@ pairs["chosen longer"] = pairs["chosen_tokens"] > pairs["rejected_tokens"]
 pairs.groupby("source", sort=False)[["chosen_tokens", "rejected_tokens", "sum", "per token"]].median().round(2)
 
 # %% [markdown]
-# These are all pairs of the three files. Reading them takes half an hour on two cores that multiply in bf16; `python -m sdpo_nb.experiments which_is_easy --longest 1024 --folder OUT --data DIR --model DIR` begins with such a pass, and `scored_pairs` of [real cells](real_cells.ipynb) reads what it has.
+# These are all pairs of the three files. Reading them takes half an hour on two cores that multiply in bf16; `python -m sdpo_nb.experiments which_is_easy --longest 1024 --folder LONG --data DIR --model DIR` begins with such a pass, and `scored_pairs` of [real cells](real_cells.ipynb) reads what it has. The experiment at the end of this page is run with shorter pairs, so it needs another folder.
 
 # %%
 assert len(pairs) == 2704
 pairs["source"].value_counts().rename(NAMES).to_frame("pairs")
 
 # %% [markdown]
-# They were read in bf16. Does that change a sign? Some were also read in fp32:
+# They were read in bf16. Does that change a sign? Some of Orca and of UltraFeedback were also read in fp32:
 
 # %%
 both = pairs.dropna(subset="chosen_fp32")
-exact = both["chosen_fp32"] - both["rejected_fp32"]
-flipped = int((np.sign(exact) != np.sign(both["sum"])).sum())
-furthest = (exact - both["sum"]).abs().max()
-assert flipped <= 0.02 * len(both)
-print(f"{len(both)} pairs: {flipped} signs differ; gamma differs by {furthest:.1f} nats at most")
+exact = with_gaps(both.assign(chosen=both["chosen_fp32"], rejected=both["rejected_fp32"]))
+flipped = {measure: int((np.sign(exact[measure]) != np.sign(both[measure])).sum()) for measure in MEASURES}
+furthest = (exact["sum"] - both["sum"]).abs().max()
+assert max(flipped.values()) <= 0.02 * len(both)
+print({NAMES[source]: n for source, n in both["source"].value_counts().items()}, "pairs")
+print(f"signs that differ: {flipped}; gamma differs by {furthest:.1f} nats at most")
 
 
 # %% [markdown]
+# By the sum no sign changes, and per token one. No pair of HH was read twice.
+#
 # ## Two orders
 #
 # The *reward accuracy* of a source under S is the share of its pairs with $\gamma > 0$. The partition sorts sources by it. What order will come out by the sum, and what order per token?
@@ -262,7 +265,7 @@ print(f"at most {runs} runs; margins: {MARGINS}")
 # %% [markdown]
 # The same assay rule holds: the outcome counts only if DPO minus S exceeds twice its margin.
 #
-# `python -m sdpo_nb.experiments which_is_easy --minutes 8 --folder OUT` runs it, on a graphics card if there is one; rows that are brought back are shown here. Without a card there is a *smaller version*, as of the first experiment: the same two questions, three draws, the first 241 pairs of each source with up to 384 tokens, one setting for all arms and no search. The orders are those of the table above, which is about all pairs. All arms see every pair once. Three draws can never say *different*: their smallest p-value is 0.25. *Equal* needs a standard error below 0.005 nats. So this version shows that everything runs and how large the differences are; it will probably say *we cannot tell*.
+# `python -m sdpo_nb.experiments which_is_easy --minutes 8 --folder OUT --data DIR` runs it, on a graphics card if there is one; rows that are brought back are shown here. Without a card there is a *smaller version*, as of the first experiment: the same two questions, three draws, the first 241 pairs of each source with up to 384 tokens, one setting for all arms and no search. The orders are those of the table above, which is about all pairs. All arms see every pair once. Three draws can never say *different*: their smallest p-value is 0.25. *Equal* needs a standard error below 0.005 nats. So this version shows that everything runs and how large the differences are; it will probably say *we cannot tell*.
 
 # %%
 #| export
@@ -285,16 +288,21 @@ for measure in MEASURES: assert CPU_EASY_ARMS[measure] == one_by_one(orders[meas
 
 # %%
 from sdpo_nb.real import arrange
-from sdpo_nb.smollm2 import answer_questions, assay
+from sdpo_nb.smollm2 import answer_questions, assay, on_the_edge, without_words_before_the_end
 from sdpo_nb.timed import read_results
 
 found = {name: arrange(name, read_results(name)) for name in ("which_is_easy_cpu", "which_is_easy")}
 for name, there in found.items():
     print(f"{name}, cells missing: {'all' if there.missing is None else there.missing}")
+    for draw, mix in there.left_out.items(): print(f"draw {draw} is left out; {mix}")
+    if there.chosen and name == "which_is_easy":
+        edges = {arm: on_the_edge(settings, grid_of(arm)) for arm, settings in there.chosen.items()}
+        display(pd.DataFrame(there.chosen).T.assign(edge=pd.Series(edges)))
     if len(there.draws_of(EASY_PRIMARY)) > 1:
         print(there.origin)
         display(assay(there.rows, there.S, NAMES).round(3))
-        display(answer_questions(there.rows, there.S, EASY_PRIMARY, "cross-fitted gain", NAMES).round(3))
+        answers = answer_questions(there.rows, there.S, EASY_PRIMARY, "cross-fitted gain", NAMES)
+        display(without_words_before_the_end(answers, there.missing).round(3))
 
 # %% [markdown]
 # ## What this does not show
