@@ -25,7 +25,8 @@ import pandas as pd
 
 from .bodies import BODIES, SEARCH_WORLDS
 from .cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
-from .compare import check_same_draws, outcome_values, reward_at_kl, tested_differences, verdict
+from .compare import SAME, check_same_draws, outcome_values, reward_at_kl
+from .compare import tested_differences, verdict
 from .evaluate import as_text, interval
 from .training_data import COMMON_SETTINGS
 from .world import SKILLS
@@ -476,17 +477,20 @@ def choose_on_ladders(
     rows: pd.DataFrame, # of the table of runs, with all of `ladder_cells`
 ) -> dict:              # arm -> beta, lr
     """The top of each arm's ladder, and of the tops of its learning rates the highest.
-    Raises ValueError where a top lies at an end."""
+    A rate whose best rung is more than the margin below that of the other needs no top.
+    Raises ValueError where a top that is needed lies at an end."""
     rewards = dict(zip(rows["key"], rows["sampled"].map(np.mean)))
+    def reward_at(rung): return np.mean([rewards[cell.key] for cell in rung.cells(CHOICE_WORLDS, (0,))])
+
     chosen = {}
     for arm, ladder in LADDERS[grid]().items():
+        means = {}
+        for lr in ladder.rates: means[lr] = {beta: reward_at(ladder.rung(beta, lr)) for beta in ladder.betas}
+        best = {lr: max(at_rate.values()) for lr, at_rate in means.items()}
         tops = {}
-        for lr in ladder.rates:
-            means = {}
-            for beta in ladder.betas:
-                cells = ladder.rung(beta, lr).cells(CHOICE_WORLDS, (0,))
-                means[beta] = np.mean([rewards[cell.key] for cell in cells])
-            beta, reward = top_of_ladder(means, f"{grid}: {arm} at rate {lr:g}")
+        for lr, at_rate in means.items():
+            if best[lr] < max(best.values()) - SAME: continue
+            beta, reward = top_of_ladder(at_rate, f"{grid}: {arm} at rate {lr:g}")
             tops[reward] = dict(beta=beta, lr=lr)
         chosen[arm] = tops[max(tops)]
     return chosen

@@ -127,6 +127,20 @@ def test_the_top_of_a_ladder_is_read_between_its_rungs_and_refused_at_its_ends()
         with pytest.raises(ValueError, match="arm: its best beta, (0.1|1.6), is at an end of its ladder"): questions.top_of_ladder(parabola(top), "arm")
 
 
+def test_a_rate_that_falls_behind_needs_no_top():
+    def ladder(low): # of an arm: rate 1e-4 has its top in the middle, rate 3e-4 rises to the end of its ladder, `low` below
+        rows = []
+        for arm, l in questions.elsewhere_ladders().items():
+            for beta in l.betas:
+                octaves = np.log2(beta / l.betas[2])
+                for lr, reward in ((1e-4, 0.8 - 0.02 * octaves ** 2), (3e-4, 0.8 - low - 0.01 * (2 - octaves))):
+                    rows += [dict(key=c.key, sampled=[reward]) for c in l.rung(beta, lr).cells(questions.CHOICE_WORLDS, (0,))]
+        return pd.DataFrame(rows)
+    chosen = questions.choose_on_ladders("tuned_elsewhere", ladder(0.03))
+    assert all(c == dict(beta=pytest.approx(l.betas[2], rel=2e-3), lr=1e-4) for c, l in zip(chosen.values(), questions.elsewhere_ladders().values()))
+    with pytest.raises(ValueError, match="DPO at rate 0.0003: its best beta, 1.6, is at an end"): questions.choose_on_ladders("tuned_elsewhere", ladder(0.01))
+
+
 def test_what_was_chosen_becomes_the_grid(monkeypatch, tmp_path):
     monkeypatch.setattr(questions, "RESULTS", tmp_path)
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
