@@ -84,7 +84,7 @@ home.mkdir(parents=True, exist_ok=True)
 #
 # ## A model and two sources
 #
-# The model is an id of the [hub](https://huggingface.co/models): here SmolLM2, with 135 million parameters. The sources are two data sets of preference pairs, and of each we take the first thousand pairs. One of them calls its prompts `question`, so that column gets another name. `chat=True` puts plain text into the model's chat template.
+# The model is an id of the [hub](https://huggingface.co/models): here SmolLM2, with 135 million parameters. The sources are two data sets of preference pairs, and of each we take the first thousand pairs. One of them calls its prompts `question`, so that column gets another name. Its rows have a system message, too, so they go through the model's chat template. Plain text without one does so with `chat=True`.
 
 # %%
 world = load_world()
@@ -94,7 +94,7 @@ if tiny:
     own = dict(beta=0.3, lr=1e-4, epochs=2, max_length=64)
 else:
     model = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    orca = dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}, chat=True, max_pairs=1000)
+    orca = dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}, max_pairs=1000)
     feedback = dict(source="trl-lib/ultrafeedback_binarized", max_pairs=1000)
     sources = {"orca": orca, "feedback": feedback}
     own = dict(beta=0.1, lr=5e-6, epochs=1, max_length=512)
