@@ -18,7 +18,7 @@
 #
 # The chapter has three parts:
 #
-# 1. **What a model says**: one response by hand, a batch, and the *log-ratio* $\gamma$. *If you came to learn DPO, read this
+# 1. **What a model says**: one response by hand, a batch, and $\gamma$, which compares two. *If you came to learn DPO, read this
 #    part and go on with [chapter 03](03_loss.ipynb).*
 # 2. **The same number every time**: sums and means, rounding, neighbours in a batch, dropout.
 # 3. **The reference is a table**: which model was loaded, can it be trained, and how its numbers are kept in files. *The first
@@ -349,7 +349,7 @@ by_mask.round(2)
 # Without its end token a response is only a beginning. A beginning is never less likely than the whole that it begins, so every
 # response that was cut short would win.
 #
-# ### The log-ratio
+# ### Gamma
 #
 # How much more likely is the chosen response $y_w$ (w for "won") than the rejected one $y_l$ ("lost")? The sDPO paper writes
 #
@@ -363,7 +363,7 @@ by_mask.round(2)
 def gamma(
     chosen: Tensor,    # (n,) log pi(y_w|x), nats
     rejected: Tensor,  # (n,) log pi(y_l|x), nats
-) -> Tensor:           # (n,) log-ratio; positive where the model prefers the chosen response
+) -> Tensor:           # (n,) positive where the model prefers the chosen response
     "How much more likely, in nats, the model finds the chosen response (the paper's gamma_pi, equation (2))."
     return chosen - rejected
 
@@ -1771,7 +1771,7 @@ class LogprobTable:
         self,
         pairs,      # n pairs with keys: a list or a Dataset
     ) -> Tensor:    # (n,) nats
-        "The log-ratio of each pair. Raises ValueError for a pair without a row."
+        "Gamma of each pair. Raises ValueError for a pair without a row."
         return gamma(*self.lookup(pairs))
 
 

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb)
 #
-# **You should know** what a pair is ([chapter 01](01_preferences.ipynb)), what the log-probability of a response and the log-ratio $\gamma$ are
+# **You should know** what a pair is ([chapter 01](01_preferences.ipynb)), what the log-probability of a response and $\gamma$ are
 # ([chapter 02](02_logprobs.ipynb)), and what a gradient does. **Time** to read: an hour to the end of "Its gradient", which is the loss and why it is so, and 75 minutes for the rest. To run: under
 # a minute on one CPU core. Headings that say "you may skip this" are for a second reading.
 
@@ -227,9 +227,9 @@ sns.despine()
 # and these are the names that the chapter uses:
 #
 # - $x$: a prompt. $y$: a response. $y_w$: the chosen response, the one that *won*; $y_l$: the rejected one, which *lost*.
-# - $\pi$: the policy; $\pi(y|x)$: the probability that it answers $x$ with $y$. Where its weights matter it is called $\pi_\theta$, and its log-ratio $\gamma_\theta$.
+# - $\pi$: the policy; $\pi(y|x)$: the probability that it answers $x$ with $y$. Where its weights matter it is called $\pi_\theta$, and its $\gamma$ is $\gamma_\theta$.
 # - $S$: the base model, where training starts. $\pi_{ref}$: the reference. Until the section on stages, the reference is $S$.
-# - $\gamma$: the log-ratio of a model on a pair, how much likelier it finds the chosen response, in nats. $\Delta = \gamma_\theta - \gamma_{ref}$: the *gain*.
+# - $\gamma$: how much likelier a model finds the chosen response of a pair than the rejected one, in nats. $\Delta = \gamma_\theta - \gamma_{ref}$: the *gain*.
 # - $\sigma(z) = 1/(1 + e^{-z})$: the sigmoid. It turns any number into a probability; $\sigma(0) = \frac12$ and $\sigma(-z) = 1 - \sigma(z)$.
 # - $\beta$: how much one nat of gain counts, a number above 0 that you choose. It is also the strength of the leash, as we shall see.
 # - $\mathbb E$: the expectation, a mean. In $L$ it is the mean over pairs; $\mathbb E_{y\sim\pi}$ is the mean over answers that $\pi$ writes.
@@ -562,8 +562,8 @@ print(complaint(_gain, gammas, column))
 # %%
 #| export
 def dpo_loss(
-    gamma_theta: Tensor,        # (n,) log-ratio of the policy, nats
-    gamma_ref: Tensor,          # (n,) log-ratio of the reference, nats
+    gamma_theta: Tensor,        # (n,) gamma of the policy, nats
+    gamma_ref: Tensor,          # (n,) gamma of the reference, nats
     beta: float,                # strength of the pull to the reference, > 0, per nat
     label_smoothing: float=0.,  # assumed share of flipped labels, in [0, 0.5): target 1 - label_smoothing
 ) -> Tensor:                    # (n,) loss of each pair
@@ -933,7 +933,7 @@ assert_close(by_response, by_model)                            # (6) is (9)
 # %%
 #| export
 def reward_accuracy(
-    gamma_theta: Tensor,         # (n,) log-ratio of the policy, nats
+    gamma_theta: Tensor,         # (n,) gamma of the policy, nats
     gamma_ref: Tensor|float=0.,  # (n,) of the reference; 0 reads the policy reference-free
 ) -> Tensor:                     # (n,) 1 right, 0 wrong, 0.5 tie; the mean is the reward accuracy
     "Does the implicit reward rank the chosen response first? Ties count one half, NaN stays NaN."

@@ -35,7 +35,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import math
+import math, re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -162,7 +162,7 @@ plot_partition(with_wordy);
 #
 # ## Did the loss go down?
 #
-# One optimizer step sees one batch, so its loss is noisy. Thin lines are steps, thick ones a running median over a quarter of a stage. A stage whose policy starts as its own
+# One optimizer step sees one batch, so its loss is noisy. Thin lines are steps, thick ones a running median over a quarter of their stage. A stage whose policy starts as its own
 # reference has all log-ratios zero, so its loss starts at
 #
 # $$-\log\sigma(0) = \ln 2, \tag{1}$$
@@ -174,13 +174,15 @@ plot_partition(with_wordy);
 # %%
 #| export
 def _whole_run(metrics):
-    """Optimizer steps counted over the whole run; the window of running averages, a quarter of a stage.
-    Raises ValueError where there are none."""
+    "Optimizer steps counted over the whole run. Raises ValueError where there are none."
     if metrics.empty: raise ValueError("metrics: no optimizer steps")
     steps = metrics.sort_values("stage", kind="stable").reset_index(drop=True)
     steps.index += 1
-    stages = steps["stage"].nunique()
-    return steps, max(5, len(steps) // (4 * stages))
+    return steps
+
+def _window(rows):
+    "Of a running average: a quarter of the stage, in steps. A long stage must not smooth away a short one."
+    return max(5, len(rows) // 4)
 
 def _step_axis(ax, steps):
     "Steps from left to right; a line where a stage begins, its number above."
@@ -209,14 +211,15 @@ def _label_lines(ax, heights, names, colors):
 
 
 # %% [markdown]
-# Where stage 2 begins, and the window here; and labels that would lie on each other are moved apart.
+# Where stage 2 begins, and the windows here; and labels that would lie on each other are moved apart.
 
 # %%
-run_steps, window = _whole_run(metrics)
+run_steps = _whole_run(metrics)
+windows = [_window(rows) for _, rows in run_steps.groupby("stage")]
 first_of_2 = run_steps.index[run_steps["stage"] == 2][0]
 assert first_of_2 == len(steps[0]) + 1
 assert _apart([1.0, 3.0, 1.1], gap=0.5).tolist() == [1.0, 3.0, 1.5]
-{"steps": len(run_steps), "first step of stage 2": int(first_of_2), "window": window}
+{"steps": len(run_steps), "first step of stage 2": int(first_of_2), "windows": windows}
 
 
 # %%
@@ -226,11 +229,11 @@ def plot_loss(
     name: str=None,        # of another loss than DPO's, which need not start at ln 2
 ) -> plt.Figure:
     "Loss of each optimizer step, stages side by side; ln 2 is where a stage starts when policy = reference."
-    steps, window = _whole_run(metrics)
+    steps = _whole_run(metrics)
     colors = _model_colors(steps["stage"].nunique())[1:]
     fig, ax = plt.subplots(figsize=(6.5, 2.8))
     for color, (_, rows) in zip(colors, steps.groupby("stage")):
-        smooth = rows["loss"].rolling(window, min_periods=1, center=True).median()
+        smooth = rows["loss"].rolling(_window(rows), min_periods=1, center=True).median()
         ax.plot(rows.index, rows["loss"], color=color, lw=0.8, alpha=0.5)
         ax.plot(rows.index, smooth, color=color, lw=2.2)
     ax.set(ylabel=f"{name or 'DPO loss (nats)'}\n←  better, within a stage")
@@ -258,8 +261,22 @@ plot_loss(metrics);
 #| export
 def _as_formula(model):
     "M_12 as the formula M with the index 12; another name as it is."
-    letter, _, number = model.partition("_")
-    return f"${letter}_{{{number}}}$" if number else model
+    return re.sub(r"^([A-Z])_(\d+)$", r"$\1_{\2}$", model)
+
+def _in_order(frame, column):
+    "The names in a column, in their order. Raises ValueError where there are none."
+    if frame.empty: raise ValueError(f"{column}: no rows to draw")
+    return list(dict.fromkeys(frame[column]))
+
+def _panels(n, width, height, margin, **more):
+    "A figure with n panels that share y, at most four beside each other; sizes in inches."
+    across = min(4, n)
+    down = math.ceil(n / across)
+    size = (width * across + margin, height * down)
+    more |= dict(sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(down, across, figsize=size, **more)
+    for ax in axes.flat[n:]: ax.remove()
+    return fig, list(axes.flat[:n])
 
 def _boxes(gammas, models, ax, **look):
     "Boxes of some of the models, each in its place and colour."
@@ -276,13 +293,9 @@ def plot_gamma(
 ) -> plt.Figure:
     """Distribution of gamma under every model of a run (from M_0 on), one panel per chunk;
     hollow where the model was not yet trained on it."""
-    chunks = list(dict.fromkeys(gammas["chunk"]))
-    models = list(dict.fromkeys(gammas["model"]))
-    across = min(4, len(chunks))
-    down = math.ceil(len(chunks) / across)
-    size = (2.9 * across + 0.6, 2.8 * down)
-    fig, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for t, (ax, chunk) in enumerate(zip(axes.flat, chunks), 1):
+    chunks, models = _in_order(gammas, "chunk"), _in_order(gammas, "model")
+    fig, axes = _panels(len(chunks), 2.9, 2.8, 0.6)
+    for t, (ax, chunk) in enumerate(zip(axes, chunks), 1):
         of_chunk = gammas[gammas["chunk"] == chunk]
         not_yet = of_chunk["model"].isin(models[:t])
         _boxes(of_chunk[not_yet], models, ax, fill=False)
@@ -290,7 +303,6 @@ def plot_gamma(
         ax.axhline(0, color="black", lw=1, ls=":")
         ax.set(title=chunk, xlabel="", ylabel="$\\gamma$ (nats)\nprefers chosen  →")
         ax.set_xticks(range(len(models)), [_as_formula(m) for m in models])
-    for ax in list(axes.flat)[len(chunks):]: ax.remove()
     fig.supxlabel("filled: trained on this chunk; hollow: not yet", fontsize="medium")
     sns.despine(fig)
     return fig
@@ -315,6 +327,7 @@ means.round(2)
 
 # %%
 assert _as_formula("M_12") == "$M_{12}$"
+assert _as_formula("my_model") == "my_model"
 plot_gamma(gammas);
 
 
@@ -332,35 +345,49 @@ plot_gamma(gammas);
 def plot_change(
     gammas: pd.DataFrame, # model, chunk, gamma: one row per pair; chunks in the order of training
 ) -> plt.Figure:
-    """Mean change of gamma since M_0 on every chunk, with 95 % intervals; hollow where the model
-    was not yet trained on it. For every model (from M_0 on) the same pairs in the same order."""
-    models = list(dict.fromkeys(gammas["model"]))
-    chunks = list(dict.fromkeys(gammas["chunk"]))
+    """Mean change of gamma since M_0 on every chunk, with 95 % intervals; hollow where the model was not yet
+    trained on it. For every model (from M_0 on) the same pairs in the same order. Six chunks or more: a panel for each."""
+    models, chunks = _in_order(gammas, "model"), _in_order(gammas, "chunk")
     gamma_of = {}
     for key, rows in gammas.groupby(["model", "chunk"], sort=False):
         gamma_of[key] = rows["gamma"].to_numpy()
 
-    fig, ax = plt.subplots(figsize=(6.5, 3))
+    together = len(chunks) < 6                               # of more lines, nobody could say which is which
+    if together:
+        fig, ax = plt.subplots(figsize=(6.5, 3))
+        axes = [ax] * len(chunks)
+    else:
+        fig, axes = _panels(len(chunks), 2.9, 2.4, 0.6)
     colors = _model_colors(max(len(models) - 1, len(chunks)))[1:]
     ends = []
-    for t, (chunk, color) in enumerate(zip(chunks, colors), 1):
+    for t, (ax, chunk, color) in enumerate(zip(axes, chunks, colors), 1):
         x, changes = [], []
-        beside = 0.06 * (t - (len(chunks) + 1) / 2)      # or the intervals of chunks hide each other
+        beside = 0.06 * (t - (len(chunks) + 1) / 2) if together else 0   # or the intervals hide each other
+        if not together: ax.set_title(chunk)
         for s, model in enumerate(models):
             if (model, chunk) not in gamma_of or (models[0], chunk) not in gamma_of: continue
+            before, after = gamma_of[models[0], chunk], gamma_of[model, chunk]
+            if len(after) != len(before):
+                pairs = f"{len(before)} under {models[0]}, {len(after)} under {model}"
+                raise ValueError(f"{chunk}: not the same pairs, {pairs}")
             x.append(s + beside)
-            changes.append(mean_interval(gamma_of[model, chunk] - gamma_of[models[0], chunk]))
+            changes.append(mean_interval(after - before))
             fill = color if s >= t else "white"
             ax.plot(x[-1], changes[-1][0], "o", color=color, mfc=fill, ms=6, zorder=3)
         if not changes: continue
         mean, low, high = np.array(changes).T
         ax.errorbar(x, mean, [mean - low, high - mean], color=color, capsize=3, lw=1.5)
         ends.append((mean[-1], chunk, color))
-    ax.axhline(0, color="black", lw=1, ls=":")
-    ax.set(ylabel="change of $\\gamma$ since S (nats)\nbetter  →")
-    ax.set_xticks(range(len(models)), ["S", *range(1, len(models))])
-    ax.set_xlabel("after stage")
-    if ends: _label_lines(ax, *zip(*ends))
+    for ax in fig.axes:
+        ax.axhline(0, color="black", lw=1, ls=":")
+        ax.set_xticks(range(len(models)), ["S", *range(1, len(models))])
+    when, change = "after stage", "change of $\\gamma$ since S (nats)\nbetter  →"
+    if together:
+        ax.set(xlabel=when, ylabel=change)
+        if ends: _label_lines(ax, *zip(*ends))
+    else:
+        fig.supxlabel(when, fontsize="medium")
+        fig.supylabel(change, fontsize="medium")
     sns.despine(fig)
     return fig
 
@@ -385,17 +412,15 @@ def plot_models(
     first: str="the first model", # what the others are compared with
 ) -> plt.Figure:
     "Mean change of gamma with its 95 % interval: a row for each model, a panel for each source."
-    models = list(dict.fromkeys(changes["model"]))
-    sources = list(dict.fromkeys(changes["source"]))
-    size = (2.4 * len(sources) + 1.6, 0.4 * len(models) + 1.2)
-    alike = dict(sharex=True, sharey=True, squeeze=False, layout="constrained")
-    fig, axes = plt.subplots(1, len(sources), figsize=size, **alike)
-    for ax, source in zip(axes.flat, sources):
+    models, sources = _in_order(changes, "model"), _in_order(changes, "source")
+    fig, axes = _panels(len(sources), 2.4, 0.4 * len(models) + 1.2, 1.6, sharex=True)
+    for ax, source in zip(axes, sources):
         rows = changes[changes["source"] == source].set_index("model").reindex(models)
         y, mean = range(len(models)), rows["mean"]
         ax.errorbar(mean, y, xerr=[mean - rows["low"], rows["high"] - mean], fmt="o", color="black", capsize=3)
         ax.axvline(0, color="black", lw=1, ls=":")
         ax.set(title=source, yticks=list(y), yticklabels=models, ylim=(len(models) - 0.5, -0.5))
+        ax.tick_params(labelbottom=True)      # also where no panel is below
     fig.supxlabel(f"change of $\\gamma$ since {first} (nats)\nbetter  →", fontsize="medium")
     sns.despine(fig)
     return fig
@@ -435,11 +460,11 @@ def plot_drift(
     metrics: pd.DataFrame, # stage, logratio_chosen, logratio_rejected (nats); one row per optimizer step
 ) -> plt.Figure:
     "log pi_theta / pi_ref of chosen and of rejected responses: DPO needs the gap, not a rise of the chosen."
-    steps, window = _whole_run(metrics)
+    steps = _whole_run(metrics)
     fig, ax = plt.subplots(figsize=(6.5, 2.8))
     for _, rows in steps.groupby("stage"):
-        chosen = rows["logratio_chosen"].rolling(window, min_periods=1).mean()
-        rejected = rows["logratio_rejected"].rolling(window, min_periods=1).mean()
+        running = rows[["logratio_chosen", "logratio_rejected"]].rolling(_window(rows), min_periods=1).mean()
+        chosen, rejected = running["logratio_chosen"], running["logratio_rejected"]
         ax.fill_between(rows.index, chosen, rejected, color="0.92", lw=0)
         ax.plot(rows.index, chosen, color=CHOSEN, lw=2)
         ax.plot(rows.index, rejected, color=REJECTED, lw=2)

@@ -84,7 +84,7 @@ home.mkdir(parents=True, exist_ok=True)
 #
 # ## A model and two sources
 #
-# The model is an id of the [hub](https://huggingface.co/models): here SmolLM2, with 135 million parameters. The sources are two data sets of preference pairs, and of each we take the first thousand pairs. One of them calls its prompts `question`, so that column gets another name. `chat=True` puts plain text into the model's chat template.
+# The model is an id of the [hub](https://huggingface.co/models): here SmolLM2, with 135 million parameters. The sources are two data sets of preference pairs, and of each we take the first thousand pairs. One of them calls its prompts `question`, so that column gets another name. Its rows have a system message, too, so they go through the model's chat template. Plain text without one does so with `chat=True`.
 
 # %%
 world = load_world()
@@ -94,7 +94,7 @@ if tiny:
     own = dict(beta=0.3, lr=1e-4, epochs=2, max_length=64)
 else:
     model = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    orca = dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}, chat=True, max_pairs=1000)
+    orca = dict(source="Intel/orca_dpo_pairs", columns={"question": "prompt"}, max_pairs=1000)
     feedback = dict(source="trl-lib/ultrafeedback_binarized", max_pairs=1000)
     sources = {"orca": orca, "feedback": feedback}
     own = dict(beta=0.1, lr=5e-6, epochs=1, max_length=512)
@@ -144,21 +144,23 @@ plans.round(1).rename_axis("GiB").style.format("{:.1f}")
 # %% [markdown]
 # Weights, gradients and the two moments of AdamW stay as they are: 16 bytes a parameter that is trained, and 4 for one that is not (`lora_r`). Only the activations shrink. If the second `assert` stops you, the model is too large for this card; [Your model](your_model.ipynb) has a table of what fits where. You need not choose the tokens of a forward pass: on a card the package takes as many as fit.
 #
-# The disk needs a plan, too. A checkpoint holds weights and moments. Drive has 15 GB for nothing, and a file that is deleted or replaced there may go to the **bin**, where it still counts. So the run should not save too often:
+# The disk needs a plan, too. A checkpoint holds weights and moments, and each stage leaves its model. Drive has 15 GB for nothing, and a file that is deleted or replaced there may go to the **bin**, where it still counts. So the run should not save too often:
 
 # %%
-steps = math.ceil(0.9 * 2000 / 32)              # a tenth of the 2,000 pairs is held out, 32 pairs a step
+stages = 2
+steps = math.ceil(0.9 * 1000 / 32)                     # of a stage: a tenth of its pairs is held out, 32 pairs a step
 save_every = 15
-written = 2 + steps // save_every               # the end of each of the two stages is saved as well
-checkpoint = plans.loc["fp16", ["weights", "moments"]].sum()
-print(f"{steps} steps, about {written} checkpoints of {checkpoint:.1f} GiB: {written * checkpoint:.1f} GiB")
+checkpoints = stages * math.ceil(steps / save_every)   # the end of each stage is saved as well
+weights, moments = plans.loc["fp16", ["weights", "moments"]]
+written = checkpoints * (weights + moments) + stages * weights
+print(f"{stages} stages of {steps} steps: {checkpoints} checkpoints and {stages} models, {written:.1f} GiB")
 
 # %% [markdown]
 # A checkpoint every fifteen steps fits into an empty Drive, and a lost machine costs fifteen steps at most. For a larger model, or more pairs, take a larger number, and empty the bin on drive.google.com. The last bytes of a file may need some minutes from the machine to Drive. What did not arrive in time is computed again.
 #
 # ## The rehearsal
 #
-# "Nothing is lost" is easily said. Before you trust a folder with an hour, try it with a minute: a run of the tiny world, on the same disk, with the same savings. We let another process do it, and kill that process in the eighth step of the second stage. It gets signal 9, which no program can catch. A machine that is taken away does not say goodbye either.
+# "Nothing is lost" is easily said. Before you trust a folder with an hour, try it with a minute: a run of the tiny world, on the same disk, with the same savings. We let another process do it, and kill that process after eight steps of the second stage. It gets signal 9, which no program can catch. A machine that is taken away does not say goodbye either.
 
 # %%
 shutil.rmtree(home / "rehearsal", ignore_errors=True)      # of an earlier visit
@@ -172,8 +174,11 @@ import json, os, signal, sys
 import torch
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 
+seen = []
+
 def lights_out(row):
-    if row["stage"] == 2 and row["step"] == 8: os.kill(os.getpid(), signal.SIGKILL)
+    if row["stage"] == 2: seen.append(row)
+    if len(seen) == 8: os.kill(os.getpid(), signal.SIGKILL)
 
 threads, model, sources, settings, folder = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
@@ -187,7 +192,7 @@ assert died.returncode == -signal.SIGKILL, died.stderr[-1000:]
 left = Run(home / "rehearsal")
 made = len((left.folder / "stage-2/metrics.jsonl").read_text().splitlines())
 saved = read_checkpoint(left.folder / "stage-2")
-kept = saved["state"]["step"] if saved else 0
+kept = saved["state"]["batch"] if saved else 0
 assert len(left.stages) == 1
 assert made == 8
 print(f"killed: 1 stage is finished; of the second, {made} steps were made, {kept} are in its checkpoint")
@@ -202,8 +207,9 @@ def rehearse(folder): return sdpo(world.base, small, StepwiseConfig(**quick), fo
 resumed = rehearse(home / "rehearsal")
 with tempfile.TemporaryDirectory() as elsewhere: straight = rehearse(elsewhere).stages[-1]
 second = resumed.metrics.query("stage == 2")
-assert second["step"].tolist() == list(range(1, len(second) + 1))
-assert resumed.stages[-1]["end"] == straight["end"]
+taken = ~second["skipped"]                       # in fp16, a step may be skipped; more of that below
+assert second["step"].tolist() == taken.cumsum().tolist()
+if not resumed.config["not_deterministic"]: assert resumed.stages[-1]["end"] == straight["end"]
 pd.Series({
     "made before the kill": made,
     "made again": made - kept,
@@ -215,7 +221,7 @@ pd.Series({
 # %% [markdown]
 # The last two rows are hashes of the weights, and they are equal: the two models are the same, bit for bit. Three steps were made twice. That was the whole damage.
 #
-# (On a graphics card a few kernels add up in any order. Where a run meets one of them, it says so, and the last digits may differ after a kill. No step is lost there either.)
+# (On a graphics card a few kernels add up in any order. Where a run meets one of them, it says so, and the two hashes may differ. No step is lost there either.)
 #
 # ## The run
 #
@@ -281,6 +287,8 @@ shown = pd.DataFrame({name: said["answers"] for name, said in replies.items()}, 
 shown.style.set_properties(**{"white-space": "pre-wrap", "text-align": "left", "vertical-align": "top"})
 
 # %% [markdown]
+# (In the tiny world S gets one right, `copy`. After stage 1 it is two, after stage 2 all four.)
+#
 # And your own questions. Change them; this cell costs seconds.
 
 # %%

@@ -234,7 +234,7 @@ dict(target_of_ipo=round(target, 3), change={name: round(value, 2) for name, val
 # %% [markdown]
 # *To see*, from top to bottom:
 #
-# - IPO moved $\gamma$ least, by less than half of its target, and beyond the target nothing pushes. At the same $\beta$ it is much tighter than DPO. Two losses at one $\beta$ are not comparable: choose $\beta$ for each ([demo](demo.ipynb) shows how).
+# - IPO moved $\gamma$ least: on these held-out pairs, by less than half of its target. Beyond the target its loss pushes back. At the same $\beta$ it is much tighter than DPO. Two losses at one $\beta$ are not comparable: choose $\beta$ for each ([demo](demo.ipynb) shows how).
 # - With the SFT term both responses fell a little less than under DPO. In the figure the intervals overlap. Pair by pair the difference can be told, below.
 # - By the token and with the old $\beta$, both responses fell the farthest. With six times the $\beta$ it is nearly DPO again: here all responses are about equally long, so a division by the length is a division of $\beta$. With real pairs the two differ where lengths do.
 #

@@ -85,7 +85,7 @@ ax.axis("off");
 # | **Curri-DPO** [2403.07230](https://arxiv.org/abs/2403.07230) | MT-Bench 7.43 with Zephyr-7B; up to 7.5 % over DPO in win rates | abstract, excerpt |
 # | **2D-Curri-DPO** [2504.07856](https://arxiv.org/abs/2504.07856) | better than DPO and Curri-DPO on MT-Bench, Vicuna, WizardLM; 89.5 % wins on UltraFeedback (excerpt) | abstract, excerpt |
 # | **Staged-Competence**, in "Curriculum Learning for Safety Alignment" [2605.26315](https://arxiv.org/abs/2605.26315) | 16 % fewer harmful answers outside the training distribution, 20 % fewer jailbreaks; the baseline's safety with 75 % of the data | abstract, [code](https://github.com/Sandeep5500/curriculum-learning-for-safety) |
-# | **Self-Rewarding** LMs [2401.10020](https://arxiv.org/abs/2401.10020) | Llama 2 70B on AlpacaEval 2 after three rounds: 9.94, 15.38, 20.44 % (excerpt) | abstract, excerpt |
+# | **Self-Rewarding** LMs [2401.10020](https://arxiv.org/abs/2401.10020) | Llama 2 70B on AlpacaEval 2: 9.94 % fine-tuned on seed data, 15.38 % after one round, 20.44 % after two (excerpt) | abstract, excerpt |
 # | **beta-DPO** [2407.08639](https://arxiv.org/abs/2407.08639) | win rate on HH 57.07, DPO 51.51 (excerpt) | abstract, [code](https://github.com/junkangwu/beta-DPO), excerpt |
 # | **HyPO** [2602.11902](https://arxiv.org/abs/2602.11902) | AlpacaEval 2 a relative 41.2 % over DPO; about 45 % of pairs have $\gamma_{ref} < 0$ even under a strong reference (excerpt) | abstract, excerpt |
 # | Understanding **Reference Policies** [2407.13709](https://arxiv.org/abs/2407.13709) | DPO is sensitive to $\beta$; a stronger reference helps only if it is similar to the policy | abstract |
@@ -146,7 +146,7 @@ table
 #
 # $$\theta_{ref} \leftarrow \alpha\,\theta + (1-\alpha)\,\theta_{ref} \quad\text{after every } \tau \text{ steps} \tag{2}$$
 #
-# With $\alpha = 1$, a "hard" update, this is stepwise DPO with *random* chunks of $\tau$ batches, if optimizer and schedule go on and each pair is seen once. That is a setting. The soft update is not; TRL has it (`sync_ref_model`), with $\alpha = 0.6$ and $\tau = 512$ [from the paper](https://github.com/huggingface/trl/pull/5078).
+# With $\alpha = 1$, a "hard" update, this is stepwise DPO with *random* chunks of $\tau$ batches, if optimizer and schedule go on and each pair is seen once. That is a setting. The soft update is not; TRL has it (`sync_ref_model`). Its [defaults](https://github.com/huggingface/trl/pull/5078) put together the paper's $\alpha = 0.6$ of the soft update and $\tau = 512$ of the hard one.
 
 # %%
 tr_dpo = align("TR-DPO", chunks=3, order="random", restart="never")     # hard, tau = 2 steps
@@ -228,7 +228,7 @@ told(align("selective", {"kept": kept}, chunks=1, order="as_given", shuffle=Fals
 
 
 # %% [markdown]
-# **Self-Rewarding.** No data exist beforehand. The model of the stage before writes the answers *and* says which is better:
+# **Self-Rewarding.** No preference pairs exist beforehand. The model of the stage before writes the answers *and* says which is better:
 #
 # $$D_t = \{(x, y_w, y_l)\}: \quad y_w, y_l \sim M_{t-1}(\cdot|x), \quad J_{M_{t-1}}(y_w) > J_{M_{t-1}}(y_l) \tag{8}$$
 #
@@ -240,7 +240,7 @@ told(align("selective", {"kept": kept}, chunks=1, order="as_given", shuffle=Fals
 #
 # A loss is [a function](other_losses.ipynb), `loss=`; that is the line of **Do They Differ?**, twenty times. Three losses concern the reference.
 #
-# **HyPO.** Where $\gamma_S < 0$, DPO is content as soon as the policy is a little less wrong than S. So such a reference does not count (9). **AlphaDPO.** The reference is the uniform distribution $U$, tilted by what the policy has gained, so it moves at every step (10). The bracket is a number, no gradient goes through it; $m$ is a margin. (Their code also scales the bracket by its spread, which we leave out.)
+# **HyPO.** Where $\gamma_S < 0$, DPO is content as soon as the policy is a little less wrong than S. So such a reference does not count (9). **AlphaDPO.** The reference is the uniform distribution $U$, tilted by what the policy has gained, so it moves at every step (10). The bracket is a number, no gradient goes through it; $m$ is a margin. (Their code also takes its mean off the bracket, divides it by its spread, and counts log-probabilities by the token; we leave all three out.)
 #
 # $$\ell = -\log\sigma\big(\beta\,(\gamma_\theta - \max(0, \gamma_S))\big) \tag{9}$$
 #
@@ -272,7 +272,7 @@ negative.round(2).rename("share of riddle with negative gamma").to_frame().T
 # %% [markdown]
 # It has fewer, and not none: $M_2$ is the reference of this chunk.
 #
-# **beta-DPO** leaves the reference and moves the leash. Each batch $B$ has its own $\beta$, large where the pairs are already far apart; $\bar\Delta$ is a running mean:
+# **beta-DPO** leaves the reference and moves the leash. Each batch $B$ has its own $\beta$, large where the pairs are already far apart; $\bar\Delta$ is a running mean. (Their code also filters the pairs of a batch, which is left out here.)
 #
 # $$\beta_B = \beta\,\big(1 + a\,[\,\mathrm{mean}_B(\gamma_\theta - \gamma_S) - \bar\Delta\,]\big) \tag{11}$$
 #

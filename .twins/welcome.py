@@ -90,7 +90,7 @@ for t in (1, 2, 3):
 # | $M_t$ | | the model after stage $t$ |
 # | $D_t$ | chunk | the pairs that stage $t$ trains on |
 # | $T$ | | number of stages |
-# | $\gamma$ | log-ratio | $\log\pi(y_w\vert x) - \log\pi(y_l\vert x)$: how much likelier the chosen response is than the rejected one, in nats (natural units: 0.69 nats is a factor of two) |
+# | $\gamma$ | gamma | $\log\pi(y_w\vert x) - \log\pi(y_l\vert x)$: how much likelier the chosen response is than the rejected one, in nats (natural units: 0.69 nats is a factor of two) |
 # | $\beta$ | | how soon a pair is satisfied: the larger $\beta$, the fewer nats of gain it takes, and the nearer the policy stays to its reference |
 # | $\sigma$ | sigmoid | $1/(1+e^{-z})$: turns any number into a probability |
 # | $r$ | true reward | how good a response really is; known in the tiny world only |
@@ -127,6 +127,7 @@ for t in (1, 2, 3):
 # | gain | $\gamma$ of the policy minus $\gamma$ of the reference | [03](03_loss.ipynb) |
 # | held out | pairs that are never trained on, only measured | [08](08_evaluate.ipynb) |
 # | log-probability | logarithm of a probability; of a response, the sum over its tokens | [02](02_logprobs.ipynb) |
+# | log-ratio | of a response: its log-probability under the policy minus that under the reference ("of chosen", "of rejected") | [08](08_evaluate.ipynb) |
 # | margin | reward of the chosen response minus that of the rejected one: $\beta$ times the gain | [06](06_trainer.ipynb) |
 # | packing | several pairs in one row without padding, each prompt read once | [04](04_packing.ipynb) |
 # | partition | which pairs are trained on in which stage | [05](05_partition.ipynb) |

@@ -34,7 +34,7 @@
 # ```
 #
 # **Sources** are files (JSONL, Parquet, ...), folders or hub ids, in [any of the usual formats](01_preferences.ipynb). Look before you train: `sdpo data`, with the same options, shows what would be read, dropped and scored. Plain text stays plain text; `--chat` sends it through the
-# model's chat template.
+# model's chat template. A source with system messages, such as Orca, goes through it in any case.
 #
 # **The learning rate.** The default, $5\cdot10^{-7}$ (ten times that with adapters), is for models of billions of parameters and tens of thousands of pairs. A small model and a few thousand pairs want ten times as much; with a few hundred pairs the default changes nothing, and the report says so.
 #

@@ -78,7 +78,7 @@ def token_logprobs(
 def gamma(
     chosen: Tensor,    # (n,) log pi(y_w|x), nats
     rejected: Tensor,  # (n,) log pi(y_l|x), nats
-) -> Tensor:           # (n,) log-ratio; positive where the model prefers the chosen response
+) -> Tensor:           # (n,) positive where the model prefers the chosen response
     "How much more likely, in nats, the model finds the chosen response (the paper's gamma_pi, equation (2))."
     return chosen - rejected
 
@@ -621,7 +621,7 @@ class LogprobTable:
         self,
         pairs,      # n pairs with keys: a list or a Dataset
     ) -> Tensor:    # (n,) nats
-        "The log-ratio of each pair. Raises ValueError for a pair without a row."
+        "Gamma of each pair. Raises ValueError for a pair without a row."
         return gamma(*self.lookup(pairs))
 
 # %% ../nbs/02_logprobs.ipynb #87d30eea

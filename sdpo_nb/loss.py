@@ -64,8 +64,8 @@ def _gain(gamma_theta, gamma_ref):
 
 # %% ../nbs/03_loss.ipynb #9bfdbf18
 def dpo_loss(
-    gamma_theta: Tensor,        # (n,) log-ratio of the policy, nats
-    gamma_ref: Tensor,          # (n,) log-ratio of the reference, nats
+    gamma_theta: Tensor,        # (n,) gamma of the policy, nats
+    gamma_ref: Tensor,          # (n,) gamma of the reference, nats
     beta: float,                # strength of the pull to the reference, > 0, per nat
     label_smoothing: float=0.,  # assumed share of flipped labels, in [0, 0.5): target 1 - label_smoothing
 ) -> Tensor:                    # (n,) loss of each pair
@@ -89,7 +89,7 @@ def population_loss(
 
 # %% ../nbs/03_loss.ipynb #8b24f6dc
 def reward_accuracy(
-    gamma_theta: Tensor,         # (n,) log-ratio of the policy, nats
+    gamma_theta: Tensor,         # (n,) gamma of the policy, nats
     gamma_ref: Tensor|float=0.,  # (n,) of the reference; 0 reads the policy reference-free
 ) -> Tensor:                     # (n,) 1 right, 0 wrong, 0.5 tie; the mean is the reward accuracy
     "Does the implicit reward rank the chosen response first? Ties count one half, NaN stays NaN."

@@ -106,8 +106,8 @@ try_check(check_dpo_loss, dpo_loss)
 
 # %%
 def gradient(
-    gamma_theta, # (n,) log-ratio of the policy, nats
-    gamma_ref,   # (n,) log-ratio of the reference, nats
+    gamma_theta, # (n,) gamma of the policy, nats
+    gamma_ref,   # (n,) gamma of the reference, nats
     beta,        # a number > 0, per nat
 ):               # -> (n,): derivative of each pair's loss in gamma_theta
     "The derivative of -log sigmoid(beta (gamma_theta - gamma_ref)) in gamma_theta."
@@ -132,8 +132,8 @@ try_check(check_gradient, gradient)
 
 # %%
 def ipo(
-    gamma_theta, # (n,) log-ratio of the policy, nats
-    gamma_ref,   # (n,) log-ratio of the reference, nats
+    gamma_theta, # (n,) gamma of the policy, nats
+    gamma_ref,   # (n,) gamma of the reference, nats
     beta,        # a number > 0, per nat
 ):               # -> (n,): the loss of each pair, nats squared
     "Squared distance of the gain from 1 / (2 beta)."

@@ -76,8 +76,8 @@ try_check(check_boundary, boundary)
 
 # %%
 def accuracy(
-    gamma,     # tensor (n,), log-ratio of the model, nats
-    gamma_ref, # tensor (n,), of the same dtype: log-ratio of the reference, nats; zeros: no reference
+    gamma,     # tensor (n,), gamma of the model, nats
+    gamma_ref, # tensor (n,), of the same dtype: gamma of the reference, nats; zeros: no reference
 ):             # -> tensor (n,): 1 right, 0 wrong, 0.5 tie, NaN unknown
     "Is the model right about each pair?"
     ...

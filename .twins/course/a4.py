@@ -89,9 +89,9 @@ try_check(check_stepwise, stepwise)
 # %%
 def certificate(
     loss,           # float: mean loss over some pairs, > 0
-    mean_gamma_ref, # float: mean log-ratio of the reference over the same pairs, nats
+    mean_gamma_ref, # float: mean gamma of the reference over the same pairs, nats
     beta,           # float > 0, per nat
-):                  # -> float: lower bound of the mean log-ratio of the policy, nats
+):                  # -> float: lower bound of the mean gamma of the policy, nats
     "What a mean loss guarantees."
     ### BEGIN SOLUTION
     log_of_difference = loss + math.log(-math.expm1(-loss))
@@ -118,8 +118,8 @@ try_check(check_certificate, certificate)
 
 # %%
 def first_loss(
-    gamma_start, # (n,) log-ratio of the model where training starts, nats
-    gamma_ref,   # (n,) log-ratio of the reference, nats
+    gamma_start, # (n,) gamma of the model where training starts, nats
+    gamma_ref,   # (n,) gamma of the reference, nats
     beta,        # float > 0, per nat
 ):               # -> float: the mean loss before the first step
     "The loss in the first line of the log."

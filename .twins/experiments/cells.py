@@ -460,7 +460,7 @@ def _run_dpo(cell: Cell, world: World, sources, exam: Exam):
 
 
 # %% [markdown]
-# What must the first loss of a stage be, when the model is its own reference? Both log-ratios are equal then, so the loss is $-\log \sigma(0) = \ln 2$. We look for it in the losses.
+# What must the first loss of a stage be, when the model is its own reference? Then $\gamma_\theta = \gamma_{ref}$, so the loss is $-\log \sigma(0) = \ln 2$. We look for it in the losses.
 #
 # A small run: three stages on 16 pairs of each source, one epoch each.
 

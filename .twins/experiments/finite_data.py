@@ -70,7 +70,7 @@ def policy(theta): return (log_S + phi @ theta).log_softmax(-1)
 # %% [markdown]
 # ## A stage is a logistic regression
 #
-# The loss of a stage sees $\gamma_\theta - \gamma_{ref}$, the change of a log-ratio. What is that here? $S$ and $Z$ cancel. What is left is $(\theta - \theta_{ref}) \cdot \Delta\phi$, where $\Delta\phi$ is the difference of the features of the chosen and the rejected response. Call $u = \beta (\theta - \theta_{ref})$. Then the loss of stage $t$ is
+# The loss of a stage sees $\gamma_\theta - \gamma_{ref}$, the change of $\gamma$. What is that here? $S$ and $Z$ cancel. What is left is $(\theta - \theta_{ref}) \cdot \Delta\phi$, where $\Delta\phi$ is the difference of the features of the chosen and the rejected response. Call $u = \beta (\theta - \theta_{ref})$. Then the loss of stage $t$ is
 #
 # $$L_t = \mathbb E \log\left(1 + e^{-u \cdot \Delta\phi}\right), \tag{1}$$
 #

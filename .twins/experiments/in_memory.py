@@ -334,6 +334,6 @@ first
 #
 #   <details><summary>What you should see</summary>
 #
-#   It stays at $\ln 2$: the model is its own reference in every step. It learns all the same, since the gradient at equal log-ratios is not zero.
+#   It stays at $\ln 2$: the model is its own reference in every step. It learns all the same, since the gradient is not zero where $\gamma_\theta = \gamma_{ref}$.
 #
 #   </details>

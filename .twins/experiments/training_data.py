@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/training_data.ipynb)
 #
-# **You should know** the [tiny world](../00_world.ipynb) and its pairs, the [log-ratio gamma](../02_logprobs.ipynb) and what a [stage](../14_stepwise.ipynb) is.
+# **You should know** the [tiny world](../00_world.ipynb) and its pairs, [gamma](../02_logprobs.ipynb) and what a [stage](../14_stepwise.ipynb) is.
 #
 # **Time** 45 minutes to read, about a minute to run.
 #

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Which source is easy?
-# > Easy to hard by the summed log-ratio, or by the log-ratio per token? On real pairs the two orders differ, and this page asks whether it matters.
+# > Easy to hard by the sum of log-probabilities, or per token? On real pairs the two orders differ, and this page asks whether it matters.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/which_is_easy.ipynb)
 #
-# **Orca is the easiest of three sources by the summed log-ratio, and the hardest per token.** So the recipe "easy to hard" does not say where to begin before it says which of the two it means. What decides is length: the chosen responses of Orca are mostly the shorter ones. Whether the order matters for *training* is asked at the end and has not been answered.
+# **Orca is the easiest of three sources by the sum of log-probabilities, and the hardest per token.** So the recipe "easy to hard" does not say where to begin before it says which of the two it means. What decides is length: the chosen responses of Orca are mostly the shorter ones. Whether the order matters for *training* is asked at the end and has not been answered.
 #
 # **You should know** the [partition](../05_partition.ipynb), and how [SmolLM2 is trained in draws](smollm2.ipynb). **Time** 20 minutes to read, a few seconds to run.
 #
