@@ -196,7 +196,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | question | in tiny worlds, most of them in ten |
 # |---|---|
 # | [protocol](experiments/protocol.ipynb) | eight questions fixed beforehand, and their answers |
-# | [paper_in_miniature](experiments/paper_in_miniature.ipynb) | the paper's tables and figures, redone where the truth is known |
+# | [paper_in_miniature](experiments/paper_in_miniature.ipynb) | two of the paper's tables and two of its figures, redone where the truth is known |
 # | [why_it_works](experiments/why_it_works.ipynb) | reference, order and schedule, each switched alone |
 # | [smaller_beta](experiments/smaller_beta.ipynb) | are $T$ stages at $\beta$ one stage at $\beta/T$? |
 # | [finite_data](experiments/finite_data.ipynb) | how many pairs a stage needs for that: a law, derived and simulated |

@@ -22,9 +22,13 @@ def _made_once(folder: Path, make) -> Path: # make(path) fills a new folder
     "The folder, made where it is not there yet: in full or not at all."
     if folder.exists(): return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-")
-    make(unfinished)
-    os.replace(unfinished, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
+        made = Path(unfinished, folder.name)
+        made.mkdir()                                # the temporary folder itself is closed to other users
+        make(made)
+        try: os.replace(made, folder)
+        except OSError:
+            if not folder.exists(): raise           # if it does, another process was quicker
     return folder
 
 # %% ../nbs/experiments/bodies.ipynb #f0efbff0
@@ -69,7 +73,9 @@ def make_body(
     tokenizer,     # of the world
     seed: int = 0, # of the random weights
 ) -> AutoModelForCausalLM:
-    "A small model of this kind with random weights, drawn without touching the global random state."
+    """A small model of this kind with random weights, drawn without touching the global random state.
+    Raises ValueError for a kind that is not there."""
+    if kind not in BODIES: raise ValueError(f"kind: {kind!r} is none of {', '.join(BODIES)}")
     config = AutoConfig.for_model(
         kind,
         vocab_size=len(tokenizer),
@@ -147,7 +153,9 @@ def build_world(
 ) -> World:
     """A world, made where it is not there yet.
     S of another body is as good as the Llama of this seed, on the same demonstrations.
-    It writes its own pairs."""
+    It writes its own pairs. Raises ValueError for a body that is not there."""
+    if body not in ("llama", *BODIES):
+        raise ValueError(f"body: {body!r} is none of llama, {', '.join(BODIES)}")
     if body == "llama":
         if seed == 0: return load_world()
         return load_world(_made_once(Path(worlds) / str(seed), lambda folder: freeze_world(folder, seed)))

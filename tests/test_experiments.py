@@ -318,6 +318,19 @@ def test_sorted_both_ways(world):
     with pytest.raises(ValueError, match="'size' is none of length"): texts(*world, "sorted", "size", 1)
 
 
+@pytest.mark.parametrize("data, says", [
+    (("without", "srot"), "skill: 'srot' is none of 'copy', 'reverse', 'sort', 'shift'"),
+    (("sorted", "length", 0), "sign: 0 is none of 1, -1"),
+    (("selected", "smalest", 0.3, 1e-4), "keep: 'smalest' is none of 'smallest', 'largest', 'random'"),
+    (("new", "polcy", "true"), "writer: 'polcy' is none of 'S', 'policy', 'S, as many'"),
+    (("new", "S", "ture"), "label: 'ture' is none of 'true', 'judge', 'implicit'"),
+    (("new", "S", "judge", 5.), "error: 5 is not between 0 and 1"),
+    (("graded noise", 0., 2., 0.1), "share of digest: 2 is not between 0 and 1"),
+], ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
+def test_a_misspelt_word_is_refused_and_gives_no_other_data(world, data, says):
+    with pytest.raises(ValueError, match=says): texts(*world, *data)
+
+
 def test_a_judge_errs_as_often_as_stated():
     rows = [dict(prompt=[dict(content="copy abc")], chosen=[dict(content="abc" if i % 2 else "cba")], rejected=[dict(content="cba" if i % 2 else "abc")]) for i in range(4000)]
     def right(error): return np.mean([r["chosen"][0]["content"] == "abc" for r in training_data._labelled_by_judge(rows, error, random.Random(0))])
@@ -337,6 +350,29 @@ def test_implicit_gap_is_zero_for_S_itself(world):
     assert all(r["chosen"][0]["content"] and r["rejected"][0]["content"] for r in rows)
     assert training_data._implicit_gap(base, base, tok, rows).abs().max() == 0          # as many numbers as rows
     with pytest.raises(ValueError, match="1 of 3 pairs cannot be used"): training_data._implicit_gap(base, base, tok, [*rows[:2], rows[2] | dict(chosen=[dict(role="assistant", content="")])])
+
+
+def test_a_folder_that_another_process_made_first_is_taken(tmp_path):
+    def make(path): # while the other is quicker
+        (path / "mine").touch()
+        (tmp_path / "7").mkdir()
+        (tmp_path / "7" / "theirs").touch()
+    assert [p.name for p in bodies._made_once(tmp_path / "7", make).iterdir()] == ["theirs"]
+    assert [p.name for p in tmp_path.iterdir()] == ["7"]
+
+
+def test_a_folder_is_left_whole_and_open_or_not_at_all(tmp_path):
+    def fail(path): raise RuntimeError("half-way")
+    with pytest.raises(RuntimeError, match="half-way"): bodies._made_once(tmp_path / "7", fail)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "open").mkdir()
+    assert bodies._made_once(tmp_path / "7", lambda path: None).stat().st_mode == (tmp_path / "open").stat().st_mode
+
+
+def test_an_unknown_body_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="body: 'mamba' is none of llama, gpt2, opt, bloom, qwen3"): bodies.build_world(1, tmp_path, "mamba")
+    with pytest.raises(ValueError, match="kind: 'bert' is none of gpt2, opt, bloom, qwen3"): bodies.build_beginning("bert", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_split_is_refused(world):

@@ -55,7 +55,7 @@ from sdpo_nb.world import complaint, make_model, respond, true_reward
 # eight core minutes, so a world is kept in a folder, `runs/worlds`.
 #
 # What if the machine stops half-way? Half a world must never look like a whole one. So a folder is filled under another name, and renamed
-# when it is complete.
+# when it is complete. And if two processes make the same world? The folder of the first to finish stays, and the other takes it.
 
 # %%
 #| export
@@ -63,9 +63,13 @@ def _made_once(folder: Path, make) -> Path: # make(path) fills a new folder
     "The folder, made where it is not there yet: in full or not at all."
     if folder.exists(): return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-")
-    make(unfinished)
-    os.replace(unfinished, folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
+        made = Path(unfinished, folder.name)
+        made.mkdir()                                # the temporary folder itself is closed to other users
+        make(made)
+        try: os.replace(made, folder)
+        except OSError:
+            if not folder.exists(): raise           # if it does, another process was quicker
     return folder
 
 
@@ -84,6 +88,7 @@ def fill(path): # a world of two files, which fails at its first trial
 folder = Path(tempfile.mkdtemp()) / "worlds" / "7"
 try: _made_once(folder, fill)
 except KeyboardInterrupt as stop: print(f"{stop}: is the folder there? {folder.exists()}")
+assert not list(folder.parent.iterdir())        # nothing half made is left either
 
 _made_once(folder, fill)
 _made_once(folder, fill)
@@ -142,7 +147,9 @@ def make_body(
     tokenizer,     # of the world
     seed: int = 0, # of the random weights
 ) -> AutoModelForCausalLM:
-    "A small model of this kind with random weights, drawn without touching the global random state."
+    """A small model of this kind with random weights, drawn without touching the global random state.
+    Raises ValueError for a kind that is not there."""
+    if kind not in BODIES: raise ValueError(f"kind: {kind!r} is none of {', '.join(BODIES)}")
     config = AutoConfig.for_model(
         kind,
         vocab_size=len(tokenizer),
@@ -299,7 +306,9 @@ def build_world(
 ) -> World:
     """A world, made where it is not there yet.
     S of another body is as good as the Llama of this seed, on the same demonstrations.
-    It writes its own pairs."""
+    It writes its own pairs. Raises ValueError for a body that is not there."""
+    if body not in ("llama", *BODIES):
+        raise ValueError(f"body: {body!r} is none of llama, {', '.join(BODIES)}")
     if body == "llama":
         if seed == 0: return load_world()
         return load_world(_made_once(Path(worlds) / str(seed), lambda folder: freeze_world(folder, seed)))
@@ -317,6 +326,12 @@ rewards = true_rewards(base, tokenizer, world.test)
 print(f"pairs of {', '.join(world.sources)}; {len(world.test)} test prompts")
 print("true reward of S, sampled:", as_text(mean_interval(rewards)))
 assert build_world(0).manifest == load_world().manifest
+
+# %% [markdown]
+# A body that is not there is refused at once, before minutes go into the Llama of its world:
+
+# %%
+print(complaint(build_world, 1, folder, "mamba"))
 
 # %% [markdown]
 # ## What you now have

@@ -289,7 +289,7 @@ pd.DataFrame(other_letters).T
 # It hides two things that go in opposite directions: in greedy answers a gain where S was misled and a larger loss where it was right.
 # </details>
 #
-# 2. Partial credit gives DPO a mean gain of 0.094 at seven letters, for answers none of which is right. Which measure would have shown that at once?
+# 2. Partial credit gives DPO a mean gain of 0.097 at seven letters, for answers none of which is right. Which measure would have shown that at once?
 # <details><summary>Answer</summary>
 #
 # The share of exact answers. True reward gives credit for each letter that fits.

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # The paper in miniature
-# > Its two tables and two figures, redone where the true reward is known, with ten worlds where the paper has one run.
+# > Two of its tables and two of its figures, redone where the true reward is known, with ten worlds where the paper has one run.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/paper_in_miniature.ipynb)
 #
-# **Of the paper's four pictures, two come out here and two do not.**
+# **Of these four, two come out here and two do not.**
 #
 # | in the paper | here |
 # |---|---|
@@ -292,7 +292,7 @@ assert table["low"][1] > 0
 table.round(3)
 
 # %% [markdown]
-# Stages that start from S are rougher, by 0.09 nats in stage 2 and by 0.21 in stage 3; in stage 1 both are one and the same. A part of it is that a high loss scatters more. Is it still so from step 31 on, when both are below $\ln 2$?
+# Stages that start from S are rougher, by 0.09 nats in stage 2 and by 0.21 in stage 3; in stage 1 both are one and the same. A part of it is that a high loss scatters more. Is it still so from step 31 on, when the mean of each is below $\ln 2$?
 
 # %%
 late = {}

@@ -38,7 +38,7 @@ from torch import Tensor
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
-from sdpo_nb.world import ALPHABET, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
+from sdpo_nb.world import ALPHABET, SKILLS, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
 
 # %%
 import pandas as pd
@@ -101,9 +101,15 @@ first
 # - `one source`: all in one, to be cut later;
 # - `skills`: one source for each skill, so that a stage can unlearn what another taught;
 # - `without`: as `sources`, but one skill has no pairs at all.
+#
+# What is asked for is stored beside the results. A misspelt word must not give other pairs than it says, so `_check_word` refuses it.
 
 # %%
 #| export
+def _check_word(name: str, word, words) -> None:
+    "Raises ValueError for a word that is none of those that are there."
+    if word not in words: raise ValueError(f"{name}: {word!r} is none of {', '.join(map(repr, words))}")
+
 def _grouped(rows: list, key) -> dict: # key(row) -> rows, in order of first appearance
     groups = {}
     for row in rows: groups.setdefault(key(row), []).append(row)
@@ -118,6 +124,7 @@ def _in_one_source(world, base, tokenizer): return {"all": all_pairs(world)}
 def _by_skill(world, base, tokenizer): return _grouped(all_pairs(world), _skill)
 
 def _without_skill(world, base, tokenizer, skill):
+    _check_word("skill", skill, SKILLS)
     kept = [row for row in all_pairs(world) if _skill(row) != skill]
     return _grouped(kept, _source)
 
@@ -141,6 +148,7 @@ print("skills:        ", sizes("skills"))
 print("without 'sort':", sizes("without", "sort"))
 assert sum(sizes("skills").values()) == len(pairs)
 assert sum(sizes("without", "sort").values()) == len(pairs) - sizes("skills")["sort"]
+print(complaint(sizes, "without", "srot"))
 
 
 # %% [markdown]
@@ -236,6 +244,7 @@ shown
 # %%
 #| export
 def _sorted(world, base, tokenizer, what, sign): # one source; sign 1: from small to large, -1: the other way
+    _check_word("sign", sign, (1, -1))
     rows = all_pairs(world)
     shuffled = random.Random(0).sample(rows, len(rows))
     return {"all": sorted(shuffled, key=lambda row: sign * pair_measure(row, what))}
@@ -265,9 +274,14 @@ pd.DataFrame({
 #| export
 def _swapped(row): return row | dict(chosen=row["rejected"], rejected=row["chosen"])
 
+def _check_share(name: str, share: float) -> None:
+    "Raises ValueError for a share that is not between 0 and 1."
+    if not 0 <= share <= 1: raise ValueError(f"{name}: {share:g} is not between 0 and 1")
+
 def _with_graded_noise(world, base, tokenizer, *shares): # of pairs that are swapped, source by source
     noisy = {}
     for (name, rows), share in zip(_by_source(world, base, tokenizer).items(), shares, strict=True):
+        _check_share(f"share of {name}", share)
         rng = random.Random(name)
         noisy[name] = [_swapped(row) if rng.random() < share else row for row in rows]
     return noisy
@@ -476,6 +490,7 @@ print(complaint(_implicit_gap, base, base, tokenizer, [some[1], some[2], broken]
 # %%
 #| export
 def _selected(world, base, tokenizer, keep, beta, lr): # keep: smallest or largest gaps, or random
+    _check_word("keep", keep, ("smallest", "largest", "random"))
     rows = all_pairs(world)
     n = 2 * len(rows) // 3
     if keep == "random": return {"all": random.Random(0).sample(rows, n)}
@@ -560,6 +575,9 @@ def _written_on_the_way(
     error: float = 0.,    # of the judge
     stages: int = 3,
 ):
+    _check_word("writer", writer, ("S", "policy", "S, as many"))
+    _check_word("label", label, ("true", "judge", "implicit"))
+    _check_share("error", error)
     prompts = [_prompt(row) for row in all_pairs(world)]
 
     def write(t, model):

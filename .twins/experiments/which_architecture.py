@@ -151,7 +151,7 @@ pd.Series(mean_of_four).map(as_text).to_frame("sDPO minus DPO, mean of the four"
 # %% [markdown]
 # Whichever way a body keeps its positions, no mean difference of sampled reward is larger than 0.013. In greedy reward BLOOM's is -0.016, and its interval leaves the band.
 #
-# How sure are the two that differ? Qwen3's small gain is there in each of the five worlds; half of BLOOM's loss comes from one. But five worlds are few. The exact sign-flip test of the protocol cannot go below $p = 2/2^5 = 0.06$, even where all five agree. Such an interval of 95 % covers the truth in about 91 % ([chapter 08](../08_evaluate.ipynb)). And what another search would have chosen is in no interval at all.
+# How sure are the two that differ? Qwen3's small gain is there in each of the five worlds; half of BLOOM's loss comes from one. But five worlds are few. The exact sign-flip test of the protocol cannot go below $p = 2/2^5 = 0.06$, even where all five agree. Of such intervals, from five worlds and four seeds, about one in nine misses the truth, not one in twenty ([compare](compare.ipynb)). And what another search would have chosen is in no interval at all.
 #
 # ## A tie in reward can be half a nat of distance
 #
