@@ -20,7 +20,7 @@ from .cells import BASELINES, METHODS, RESULTS, Cell
 from .cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from .compare import SAME, loss_roughness, paired_difference
 from .evaluate import as_text, frontier, interval
-from .questions import GRIDS, LADDERS, ORDER_QUESTIONS, SEARCHES, WORLDS, answer_together
+from .questions import BUILDS_ON_QUESTIONS, GRIDS, LADDERS, ORDER_QUESTIONS, SEARCHES, WORLDS, answer_together
 from .questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
 from .questions import primary_contrasts
 from .graded_cells import PLANS, run_known_truth
@@ -86,6 +86,16 @@ LADDER_CLAIMS = { # grid -> its questions, and the claim that each of them is ab
             "easy to hard is better than hard to easy, where hard sources have bad labels; with a fixed reference",
         "stepwise, easy first, against all at once":
             "sDPO is better than DPO, where hard sources have bad labels",
+    }),
+    "builds_on": (BUILDS_ON_QUESTIONS, {
+        "own first against taught first":
+            "easy to hard is better than hard to easy, where the hard source builds on the easy one",
+        "the same, minus what it is with short strings":
+            "it is better by more than where nothing is built on",
+        "own first against taught first, fixed reference":
+            "easy to hard is better than hard to easy, where the hard source builds on the easy one; with a fixed reference",
+        "stepwise, own first, against all at once":
+            "sDPO is better than DPO, where the hard source builds on the easy one",
     }),
 }
 EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled, stages; {}: all bodies but the Llama

@@ -242,7 +242,7 @@ plot_contrasts(kept, "true reward minus that of two thirds at random",
 #
 # ## What this does not show
 #
-# - **That order never matters.** These sources share all skills, their labels are equally noisy, and nothing in them builds on anything else: there is no curriculum to find. Sources whose hard part is also the noisy part may behave differently.
+# - **That order never matters.** These sources share all skills, their labels are equally noisy, and nothing in them builds on anything else: there is no curriculum to find. [When order matters](when_order_matters.ipynb) has sources whose hard part is also the noisy part, and [builds on](builds_on.ipynb) a hard source that builds on the easy one.
 # - **That the two published selections fail.** They keep other shares, on other data, and were tuned; ours ran at one $\beta$.
 # - **The ten splits at the best $\beta$ of each.** Only the sources and $\gamma$ were also run at the settings of stepwise DPO.
 #
