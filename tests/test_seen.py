@@ -169,6 +169,7 @@ def test_the_report_says_how_it_was_run(held):
     text = (held.run.folder / "report.md").read_text()
     for what in ("command", "version of sdpo_nb", "version of torch", "tokens read in training", "time of the stages", "peak memory", "threads"): assert f"| {what} |" in text
     assert f"| tokens read in training | {held.run.metrics['tokens'].sum():,} (" in text
+    assert int(text.split("| time of the stages | ")[1].split(" min")[0]) < 10
 
 
 def test_a_part_that_is_gone_is_left_out(held, tmp_path):
