@@ -192,9 +192,9 @@ def test_a_model_to_give_away(held, tmp_path):
     with pytest.raises(ValueError, match="is there already"): held.run.export(folder)
 
 
-def test_nothing_of_yours_is_in_the_way_of_an_export(held, tmp_path):
+def test_an_export_takes_nothing_of_yours_away(held, tmp_path):
     (tmp_path / "model-1.tmp").mkdir()
-    with pytest.raises(ValueError, match="model-1.tmp: is there already"): held.run.export(tmp_path / "model-1.5")
+    held.run.export(tmp_path / "model-1.5")
     assert (tmp_path / "model-1.tmp").is_dir()
 
 
