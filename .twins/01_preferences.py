@@ -1431,6 +1431,7 @@ write("pairs.jsonl", json.dumps(strings | dict(chosen="gace")) + "\n")       # a
 #| export
 def _why(e) -> str:
     "What an error says, in one line."
+    if isinstance(e, UnicodeDecodeError): return f"is not text in UTF-8 ({e.reason}); save it as UTF-8"
     return " ".join(str(e).split())[:300] or type(e).__name__
 
 def _read_file(path: Path, columns: dict) -> Dataset:

@@ -1857,8 +1857,9 @@ pd.DataFrame(kinds_of)
 #
 # A folder cannot be renamed over another one. So the old one is put aside, the new one takes its place, and only then the old one goes.
 #
-# Every library reports a full disk in its own way; here it becomes one line. The other name is not trusted: whatever lies there
-# goes first, so that nobody can make us write through a link.
+# Every library reports a full disk in its own way; here it becomes one line. The other name is ours alone, `.state.pt.tmp` beside
+# `state.pt`, so that nothing of yours lies there. It is not trusted: whatever lies there goes first, so that nobody can make us
+# write through a link.
 
 # %%
 #| export
@@ -1892,8 +1893,7 @@ def replacing(
     """Write a file or folder under another name; it then takes the place of the old one.
     Raises OSError where it cannot be written, and leaves nothing half-written."""
     path = Path(path)
-    tmp = path.with_suffix(".tmp" if path.suffix != ".tmp" else ".tmp.tmp")
-    aside = path.with_suffix(".old.tmp")
+    tmp, aside = (path.with_name(f".{path.name}{ending}") for ending in (".tmp", ".old.tmp"))
     try:
         _remove(tmp)
         yield tmp
@@ -1904,7 +1904,7 @@ def replacing(
         os.replace(tmp, path)
         _remove(aside)
     except (OSError, RuntimeError, SafetensorError) as e:
-        raise OSError(f"{tmp}: could not be written ({_why(e)})") from e
+        raise OSError(f"{path}: could not be written ({_why(e)})") from e
     finally: _remove(tmp)
 
 
@@ -2058,7 +2058,7 @@ def _open_table(folder, kind):
     if folder is None: return _no_rows()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for p in folder.glob("logprobs-*.tmp"): p.unlink()
+    for p in folder.glob(".logprobs-*.tmp"): p.unlink()
     old = _read_kind(folder)
     if old != kind:
         pieces = list(folder.glob("logprobs-*.parquet"))
@@ -2072,7 +2072,7 @@ def _open_table(folder, kind):
 # We leave half a piece in the folder, and open it twice: first with its own kind, then with another one.
 
 # %%
-(folder / "logprobs-00002.tmp").write_bytes(b"half a piece")
+(folder / ".logprobs-00002.parquet.tmp").write_bytes(b"half a piece")
 with contextlib.chdir(home):
     same = _open_table("by-hand", dict(weights="made by hand"))
     other = _open_table("by-hand", dict(weights="deaa", precision="bf16"))
@@ -2523,7 +2523,7 @@ some = pairs[:100]
 small = dict(piece=16, token_budget=400)
 with contextlib.suppress(KeyboardInterrupt), watch(S, stop=56) as first:
     score_pairs(S, some, home / "table", **small)
-(home / "table" / "logprobs-00003.tmp").write_bytes(b"half a piece")
+(home / "table" / ".logprobs-00003.parquet.tmp").write_bytes(b"half a piece")
 {"pairs asked": sum(first), "rows on disk": len(read_table(home / "table").rows)}
 
 # %% [markdown]

@@ -473,10 +473,12 @@ def load_stage(
     "The model that a stage saved. Raises ValueError where another one lies there."
     folder = Path(folder)
     saved = saved_as(read_part(folder / "stage.json"))
-    adapted = is_adapter(folder / "model")
-    model = load_merged(folder, device) if adapted else load_model(str(folder / "model"), device)
-    _compare(model, getattr(torch, saved["dtype"]), saved["weights"], folder / "model")
-    return model
+    where = folder / "model"
+    if is_adapter(where): model = load_merged(folder, "cpu")
+    else:
+        with naming(where): model = load_model(str(where), "cpu")
+    _compare(model, getattr(torch, saved["dtype"]), saved["weights"], where)
+    return model.to(device or best_device(model))
 
 def saved_as(
     ended: dict, # stage.json of a finished stage
@@ -1069,7 +1071,8 @@ def alone_in(
     """
     check_one_process()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(f"{folder}: cannot be made ({e.strerror}); use another folder") from e
     lock = _open_lock(folder / ".lock") if fcntl else None
     try:
         if lock is not None and not _take(lock):

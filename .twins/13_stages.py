@@ -909,7 +909,7 @@ def run_stage(
     "Train M_t against the reference of stage t, measure it, save it."
     config, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
     _begin(t, chunks, ctx)
-    start = time.time()
+    began = time.time()
 
     # ask
     if t > 1:
@@ -941,7 +941,7 @@ def run_stage(
     peak = peak_memory(ctx.device) / GIB
 
     # save
-    write_json(folder / "cost.json", dict(seconds=round(time.time() - start), peak_gib=round(peak, 2)))
+    write_json(folder / "cost.json", dict(seconds=round(time.time() - began), peak_gib=round(peak, 2)))
     if not config.lora_r: save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     ended = dict(
         stage=t,
@@ -1032,6 +1032,7 @@ def _stage_line(ended, T):
 
 # %%
 M_1 = run_stage(1, parts, policy, ctx)
+assert read_part(ctx.at(1) / "cost.json")["seconds"] < 600
 print(_stage_line(read_part(ctx.at(1) / "stage.json"), 3))
 sorted(p.name for p in ctx.at(1).iterdir())
 

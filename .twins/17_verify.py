@@ -49,19 +49,22 @@ from datasets import Dataset, load_from_disk
 
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.folder import (
-    alone_in, folder_of, load_any, load_exactly, load_saved_tokenizer, load_stage, read_part, saved_as,
+    alone_in, folder_of, load_any, load_exactly, load_saved_tokenizer, load_stage, naming, read_part, saved_as,
     versions
 )
 from sdpo_nb.logprobs import (
-    LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing,
-    score_pairs, weights_hash
+    LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing, response_logprobs,
+    score_pairs, table_kind, weights_hash
 )
 from sdpo_nb.lora import is_adapter
 from sdpo_nb.loss import dpo_loss
-from sdpo_nb.plan import Chunk, StepwiseConfig, check_chunks, check_names, load_sources, part_sources
-from sdpo_nb.report import Run, as_markdown, escaped, held_out_table, stage_table
+from sdpo_nb.partition import ORDER_BY
+from sdpo_nb.plan import (
+    Chunk, StepwiseConfig, check_chunks, check_names, load_sources, make_config, part_sources
+)
+from sdpo_nb.report import Run, as_markdown, report_text, stage_table
 from sdpo_nb.stages import partition_of, stage_measures, start_of
-from sdpo_nb.trainer import all_batches
+from sdpo_nb.trainer import all_batches, learning_rate
 
 # %%
 import shutil
@@ -154,7 +157,7 @@ class Evidence:
 
 
 # %% [markdown]
-# A reader of folders meets old ones, too. Settings that did not exist when a run was made get their defaults, and a file that not every run has is nothing where it is missing. But a folder without a `config.yaml` is no run, and one without a finished stage has claimed nothing yet.
+# A reader of folders meets old ones, too. Settings that did not exist when a run was made get their defaults, and a file that not every run has is nothing where it is missing. But a folder without a `config.yaml` is no run, and neither is one whose settings no run could have; and one without a finished stage has claimed nothing yet.
 
 # %%
 #| export
@@ -168,11 +171,20 @@ def read_evidence(
     run = Run(folder)
     config, stages = run.config, run.stages
     if not stages: raise ValueError(f"{folder}: no stage is finished, so there is nothing to check")
-    defaults = {f.name: f.default for f in fields(StepwiseConfig)}
-    settings = SimpleNamespace(**defaults | config["settings"])
+    with naming(folder / "config.yaml"): settings = _settings(config)
     parted = _part(folder, "partition.json")
     names = parted.get("names") or [stage["chunk"] for stage in stages]
     return Evidence(folder, config, stages, settings, names)
+
+def _settings(config):
+    "Those of config.yaml, with defaults for what it lacks. Raises ValueError for what no run could have."
+    if not isinstance(config["model"], str): raise ValueError(f"model: must be text, got {config['model']!r}")
+    defaults, given = {f.name: f.default for f in fields(StepwiseConfig)}, config["settings"]
+    def known(name, value):
+        elsewhere = name == "reference" or name in ("loss", "chunks") and isinstance(value, str) # a model, a function
+        return name in defaults and not elsewhere
+    make_config({name: value for name, value in given.items() if known(name, value)})
+    return SimpleNamespace(**defaults | given)
 
 def _part(folder, name):
     "A file that not every run has; nothing where it is missing."
@@ -225,6 +237,12 @@ def _chunk_keys(t, ev):
     return [every[i] for i in rows] if every else []
 
 
+def _held_out_keys(ev):
+    "The keys of held-out pairs, in their order."
+    held = _part(ev.folder, "held_out.json")
+    return [key for part in held.values() for key in part["keys"]]
+
+
 # %%
 assert len(_chunk_keys(2, ev)) == claimed["pairs"]
 _chunk_keys(2, ev)[:3]
@@ -255,7 +273,7 @@ def _row(check, ask, *args):
 # %% [markdown]
 # ## Who was whose reference?
 #
-# Four hashes of a stage must fit together: that of its reference, that of the model it started from, that of the model it ended with, and that of the table which this model is said to have written.
+# Four hashes of a stage must fit together: that of its reference, that of the model it started from, that of the model it ended with, and that of the table which this model is said to have written. The table must be whole, too: if what $M_3$ says of the first chunk were left out, nobody would see what it forgot.
 
 # %%
 #| export
@@ -276,11 +294,14 @@ def _start(t, ev):
     return False, f"started from {ev.whose(found)}, not from M_{before}"
 
 def _table(t, ev):
-    "Is the table of M_t of the weights that M_t is said to have?"
+    "Is the table of M_t of the weights that M_t is said to have, with all that every model reads?"
     table = ev.table(t)
     found = table.kind["weights"]
-    if found == ev.ended(t): return True, f"{len(table.rows)} pairs"
-    return False, f"the table is that of {ev.whose(found)}"
+    if found != ev.ended(t): return False, f"the table is that of {ev.whose(found)}"
+    probes = ev.stages[max(t, 1) - 1]["probes"].values()
+    absent = {key for keys in [*probes, _held_out_keys(ev)] for key in keys} - set(table.rows.index)
+    if absent: return False, f"{len(absent)} pairs of the probes and of the held-out pairs are missing"
+    return True, f"{len(table.rows)} pairs"
 
 
 # %% [markdown]
@@ -365,8 +386,11 @@ pd.DataFrame({"claimed": as_claimed, "by the tables": by_tables})
 #| export
 def _log(t, ev):
     "The lines of metrics.jsonl. Raises ValueError for one that is cut."
-    lines = (ev.at(t) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    path, lines = ev.at(t) / "metrics.jsonl", []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try: lines.append(json.loads(line))
+        except ValueError as e: raise ValueError(f"{path}: line {n} is cut or damaged") from e
+    return lines
 
 def _whole_log(t, ev):
     "The lines, or nothing, where some are missing."
@@ -396,19 +420,20 @@ pd.DataFrame({"in the log": logged, "by the table": by_table}).round(4).T
 # %% [markdown]
 # This is a strong check for so little. The order of the pairs depends on seed, stage and epoch, and the mean of sixteen pairs on which sixteen they were. A log of another run, of another seed or of a chunk with one other pair does not pass it.
 #
-# There is a cheaper way to a better accuracy than to change a number: leave the bad pairs out of the probe. But nobody chooses the probe. A chunk of up to `probe` pairs is its own probe. Of a larger one a fixed draw is taken. The same function is called here.
+# There is a cheaper way to a better accuracy than to change a number: leave the bad pairs out of the probe. But nobody chooses the probe. A chunk of up to `probe` pairs is its own probe. Of a larger one a fixed draw is taken. The same function is called here, for each chunk that the stage was measured on.
 
 # %%
 #| export
 def _wrong_probe(t, ev):
     "In words, where stage t was measured on other pairs than a run draws; nothing where that cannot be told."
-    stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
-    probe, most = stage["probes"][stage["chunk"]], ev.settings.probe
-    wanted = min(most, stage["pairs"])
-    if len(probe) != wanted: return f"measured on {len(probe)} pairs of the chunk, not on {wanted}"
-    if not keys: return None
-    drawn = Chunk(stage["chunk"], Dataset.from_dict(dict(key=keys))).probe(most)
-    if keys_of(drawn) != probe: return "measured on other pairs of the chunk than those that are drawn"
+    probes, most = ev.stages[t-1]["probes"], ev.settings.probe
+    names = ev.names if ev.config["sources"] else ev.names[:t] # a function makes one chunk after the other
+    if list(probes) != names: return f"measured on {', '.join(probes)}, not on {', '.join(names)}"
+    for s, (name, stage) in enumerate(zip(names, ev.stages), 1):
+        wanted, keys = min(most, stage["pairs"]), _chunk_keys(s, ev)
+        if len(probes[name]) != wanted: return f"measured on {len(probes[name])} pairs of {name}, not on {wanted}"
+        drawn = Chunk(name, Dataset.from_dict(dict(key=keys))).probe(most)
+        if keys and keys_of(drawn) != probes[name]: return f"measured on other pairs of {name} than those that are drawn"
 
 
 # %%
@@ -480,7 +505,7 @@ pd.DataFrame(rows).set_index("check")
 #
 # `partition.json` says which rows of the data make each chunk, `stage.json` names their keys, and `config.yaml` has a hash of all keys in the order of the data. So the chunks can be put together again, and must give that hash.
 #
-# The first check is about the plan: are the stages those of `partition.json`, in their order and with their sizes? A run that was stopped after two of three stages is not wrong. It is not finished, and what cannot be asked of it is *not checked*. The second is about the pairs themselves. Whoever trained on other pairs than those that were planned must have changed a key, and then the hash is another one.
+# The first check is about the plan: are the stages those of `partition.json`, in their order and with their sizes, and does the partition have the number of chunks and the order that the settings ask for? A run that was stopped after two of three stages is not wrong. It is not finished, and what cannot be asked of it is *not checked*. The second is about the pairs themselves. Whoever trained on other pairs than those that were planned must have changed a key, and then the hash is another one.
 
 # %%
 #| export
@@ -491,11 +516,26 @@ def _finished(ev):
     if not parted and ev.config["sources"]: return False, "partition.json is missing"
     if not parted: return True, f"{done}, their chunks made by a function"
     sizes = [len(rows) for rows in parted["chunks"]]
+    T = _T(parted, ev.settings)
+    if len(sizes) != T: return False, f"partition.json has {len(sizes)} chunks, the settings ask for {T}"
+    if not _in_order(parted, ev.settings): return False, f"{ev.settings.order} is not the order of partition.json"
     wanted = list(zip(parted["names"], sizes))
     found = [(stage["chunk"], stage["pairs"]) for stage in ev.stages]
     if found != wanted[:done]: return False, "chunks or their sizes are not those of partition.json"
     if done < len(sizes): return None, f"only {done} of {len(sizes)} are finished"
     return True, f"{done} of {done} are finished"
+
+def _T(parted, config):
+    "The number of chunks that the settings ask for; one per source where they do not say it."
+    if config.chunks is None: return len(parted["measures"])
+    return config.chunks if isinstance(config.chunks, int) else len(config.chunks)
+
+def _in_order(parted, config):
+    "Whether the sources lie in the order of the settings, by what partition.json says of each."
+    easy = [measure[ORDER_BY[config.order_by]] for measure in parted["measures"]]
+    down, up = sorted(easy, reverse=True), sorted(easy)
+    wanted = dict(easy_to_hard=down, random=down, hard_to_easy=up, as_given=easy)[config.order]
+    return easy == wanted and parted.get("order", config.order) == config.order
 
 def _keys(ev):
     "Do the chunks hold the pairs of which config.yaml has a hash?"
@@ -522,7 +562,7 @@ print(_keys(ev))
 # %% [markdown]
 # ## The log, and the first loss
 #
-# The log shows whether the training went well: a loss that jumped, steps that were skipped in fp16. So it can be tempting to cut a log where it gets ugly. But its length is known: epochs times the number of batches, and in all epochs together every pair of the chunk once an epoch.
+# The log shows whether the training went well: a loss that jumped, steps that were skipped in fp16. So it can be tempting to cut a log where it gets ugly. But its length is known: epochs times the number of batches, and in all epochs together every pair of the chunk once an epoch. Each line also has its learning rate, which follows from the settings.
 
 # %%
 #| export
@@ -535,7 +575,20 @@ def _steps(t, ev):
     found = sum(line["pairs"] for line in lines)
     made = stage["steps"] + stage["skipped"]
     told = f"{len(lines)} of {batches} steps, {found} of {pairs} pairs"
-    return len(lines) == batches == made and found == pairs, told
+    if not (len(lines) == batches == made and found == pairs): return False, told
+    before, total = _schedule(t, batches, ev)
+    for n, line in enumerate(lines, 1):
+        rate = learning_rate(before + line["step"] - (not line["skipped"]), total, config)
+        if math.isclose(line["lr"], rate, rel_tol=1e-6, abs_tol=1e-15): continue
+        return False, f"the learning rate of line {n} is {line['lr']:.3g}, by the settings {rate:.3g}"
+    return True, told
+
+def _schedule(t, batches, ev):
+    "Steps before stage t, and steps of the whole schedule."
+    if ev.settings.restart == "stage": return 0, batches
+    sizes = map(len, _part(ev.folder, "partition.json")["chunks"])
+    steps = [ev.settings.epochs * math.ceil(n / ev.settings.batch_size) for n in sizes]
+    return sum(steps[:t-1]), sum(steps)
 
 
 # %%
@@ -548,7 +601,7 @@ _steps(2, ev)
 #
 # If $M_{t-1}$ has read only a part of the first batch, no table tells, and the first loss is *not checked*. Of a loss of your own ([other losses](other_losses.ipynb)) only the name is in the folder, so what it must be is *not checked*. All other numbers are checked as ever: they are those of the DPO loss.
 #
-# In half precision the policy and the table round in different ways. Half a nat of difference in $\gamma$ moves a loss near $\ln 2$ by $\beta/4$, and so much is allowed.
+# In half precision the policy and the table round in different ways. Half a nat of difference in $\gamma$ moves a loss near $\ln 2$ by $\beta/4$, and so much is allowed. So the stage, its reference and the settings must name one precision: a word in a single file would buy this allowance.
 
 # %%
 #| export
@@ -579,6 +632,8 @@ def _first_loss(t, ev):
     if must is not None: told = f"{said:.4f}; it must be {must:.4f}, {why}"
     if lines and not _close(said, lines[0]["loss"], 1e-6):
         return False, f"{told}; the log begins with {lines[0]['loss']:.4f}"
+    named = {stage["precision"], stage["reference_kind"]["precision"], ev.settings.precision}
+    if len(named) > 1: return False, f"{told}; stage, reference and settings name {', '.join(sorted(named))}"
     if must is None: return None, told
     near = NEAR * max(1, must)
     if stage["precision"] != "fp32": near += ev.settings.beta / 4
@@ -603,11 +658,6 @@ for t in (1, 2, 3): print(t, *_first_loss(t, ev))
 
 # %%
 #| export
-def _held_out_keys(ev):
-    "The keys of held-out pairs, in their order."
-    held = _part(ev.folder, "held_out.json")
-    return [key for part in held.values() for key in part["keys"]]
-
 def _trained_keys(ev):
     "Keys that were trained on, as far as they are known, and whether these are all."
     trained, whole = set(), True
@@ -637,8 +687,9 @@ _apart(ev)
 # %% [markdown]
 # ## What the report says
 #
-# The report is what people read, and it is a text file: whoever wants a better number can type one. Each line with numbers of a stage and of held-out pairs is compared with what can be computed now. Of the partition, the report is compared with `partition.json`; whether that follows from the table of S is asked where the data are. If `stage.json` itself is wrong, this has been said in its own row. So a line is right if it agrees with `stage.json` *or* with the tables: each
-# fault is then reported once, where it is.
+# The report is what people read, and it is a text file: whoever wants a better number can type one. All of it follows from other files of the folder, so it is [written once more](11_report.ipynb), without its figures, and compared line by line: the tables of stages, of the partition and of held-out pairs, the signs of failure, the settings. Only seconds and gigabytes are left out, since nothing in the folder bears on them.
+#
+# If `stage.json` itself is wrong, this has been said in its own row. So in the table of stages a line is right if it agrees with `stage.json` *or* with the tables: each fault is then reported once, where it is.
 
 # %%
 #| export
@@ -661,16 +712,18 @@ assert _alike("| gamma | 8.463 |", "| gamma | 8.464 |")
 assert not _alike("| gamma | 8.463 |", "| gamma | 8.563 |")
 assert not _alike("| gamma | 8.463 |", "| loss | 8.463 |")
 
-
 # %% [markdown]
-# Which lines must be there? Those of the tables of stages, of the partition and of the held-out pairs, made again by the functions that [wrote them](11_report.ipynb):
+# What may it say? Of each line, one or two ways:
 
 # %%
 #| export
+_UNKNOWN = "| time of the stages |", "| peak memory |" # begin the lines that nothing in the folder bears on
+
+def _told_lines(text): return [line for line in text.splitlines() if line and not line.startswith(_UNKNOWN)]
+
 def _stage_lines(stages, ev):
-    "The lines of the table of stages that hold measured numbers."
     table = stage_table(SimpleNamespace(stages=stages, config=ev.config))
-    return as_markdown(table.drop(index=["chunk", "pairs", "steps", "reference"])).splitlines()[2:]
+    return as_markdown(table).splitlines()
 
 def _by_tables(t, ev):
     "stage.json as the tables and the log would have it, as far as they can be read."
@@ -680,83 +733,66 @@ def _by_tables(t, ev):
     except (ValueError, KeyError): return stage
     return stage | found | dict(gamma_change=list(found["gamma_change"]))
 
-def _held_out_lines(ev):
-    "The lines of the tables of held-out pairs."
-    lines = []
-    for (source, model, _), cells in held_out_table(Run(ev.folder)).iterrows():
-        numbers = [as_text(cell) if isinstance(cell, tuple) else "" for cell in cells]
-        label = escaped(f"{source}, {model}")
-        lines.append(f"| {label} | {' | '.join(numbers)} |")
-    return lines
-
-def _lines(ev):
-    "Lines that the report must have: of each, the ways in which it may read."
+def _ways(ev):
+    "The lines of the report, in their order: of each, the ways in which it may read."
     stages = [_by_tables(t, ev) for t in range(1, len(ev.stages) + 1)]
-    lines = list(zip(_stage_lines(ev.stages, ev), _stage_lines(stages, ev)))
-    for line in _held_out_lines(ev): lines.append((line,))
-    if not (ev.folder / "partition.json").exists(): return lines
-    measures = as_markdown(Run(ev.folder).partition())
-    return lines + [(line,) for line in measures.splitlines()[2:]]
+    by_tables = dict(zip(_stage_lines(ev.stages, ev), _stage_lines(stages, ev)))
+    return [(line, by_tables.get(line, line)) for line in _told_lines(report_text(Run(ev.folder)))]
 
-
-# %% [markdown]
-# One of the lines that must be there:
 
 # %%
-print(_lines(ev)[3][0])
+ways = _ways(ev)
+print(len(ways), "lines, one of them:")
+print(next(line for line, _ in ways if line.startswith("| accuracy of M_t on D_t |")))
 
 
 # %% [markdown]
-# The report is then searched by the label of a line. Each line that is there must say what can be computed, and not only one of those with its label: otherwise a right line at the end would excuse a wrong one at the top. A line that is not there is no fault, since a report may be shortened. But then the report is *not checked*.
+# Each line of the report must be one of these, and they must stand in this order. Otherwise a right line at the end would excuse a wrong one at the top, and what is true of the stage before could be shown as true against S. A line that is not there is no fault, since a report may be shortened. But then the report is *not checked*. So is one that another version of this package wrote, where it has other words.
 
 # %%
 #| export
-def _label(line): return line.split(" | ")[0]
-
-def _agree(lines, wanted):
-    "Whether each line is one of those wanted, and each of those wanted is there."
-    def found(line, ways): return any(_alike(line, way) for way in ways)
-    known = all(any(found(line, ways) for ways in wanted) for line in lines)
-    return known and all(any(found(line, ways) for line in lines) for ways in wanted)
-
 def _report(ev):
-    "Does report.md say what stage.json and the tables say?"
+    "Does report.md say what the rest of the folder says?"
     path = ev.folder / "report.md"
     if not path.exists(): return None, "report.md is not here"
-    said, wanted = {}, {}
-    for line in path.read_text(encoding="utf-8").splitlines(): said.setdefault(_label(line), []).append(line)
-    every = _lines(ev)
-    for ways in every: wanted.setdefault(_label(ways[0]), []).append(ways)
-
-    there, wrong = [label for label in wanted if label in said], []
-    for label in there:
-        columns = wanted[label][0][0].count(" | ") # a setting may have the name of a source
-        lines = [line for line in said[label] if line.count(" | ") == columns]
-        if not _agree(lines, wanted[label]): wrong.append(label.strip("| "))
-    if wrong:
-        say = "line says" if len(wrong) == 1 else "lines say"
-        return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
-    known = sum(len(wanted[label]) for label in there)
-    return (True if known == len(every) else None), f"{known} of {len(every)} lines with numbers"
+    if not all(_whole_log(t, ev) for t in range(1, len(ev.stages) + 1)): return None, "a log is not whole"
+    ways, said = _ways(ev), _told_lines(path.read_text(encoding="utf-8"))
+    rest = iter(ways)
+    for line in said:
+        if any(_alike(line, way) for of_line in rest for way in of_line): continue # it goes on after this line
+        theirs, mine = (what["sdpo_nb"].split(" at ")[0] for what in (ev.config["versions"], versions()))
+        if theirs != mine: return None, f"it was written by sdpo_nb {theirs}, and {mine} would write something else"
+        return False, f"this line, or its place, does not follow from the folder: {line[:60]}"
+    return (True if len(said) == len(ways) else None), f"{len(said)} of {len(ways)} lines"
 
 
 # %% [markdown]
-# Somebody types 0.999 for the accuracy of stage 1. Somebody else puts such a line above the right one. (The report is put back at the end of the cell.)
+# Somebody types 0.999 for the accuracy of stage 1. Somebody puts such a line above the right one, with one column more. Somebody names another reference. And somebody takes the signs of failure away, or what stands in their place. Which of them did you expect to be the hardest to find? (The report is put back at the end of the cell.)
 
 # %%
 report = run.folder / "report.md"
 honest = report.read_text()
 assert _report(ev)[0]
 
-report.write_text(honest.replace("| accuracy of M_t on D_t | 0.909", "| accuracy of M_t on D_t | 0.999"))
-edited = _report(ev)
+def edited(old, new):
+    "What is said of the report, once somebody typed something else."
+    assert old in honest
+    report.write_text(honest.replace(old, new, 1))
+    return _report(ev)
+
 right = next(line for line in honest.splitlines() if line.startswith("| accuracy of M_t on D_t |"))
-report.write_text(honest.replace(right, right.replace("0.909", "0.999") + "\n" + right))
-doubled = _report(ev)
+signs = honest.split("## Signs of failure\n\n")[1].split("\n\n")[0]
+edits = {
+    "typed": edited(right, right.replace("0.909", "0.999")),
+    "above the right one": edited(right, right.replace("0.909", "0.999") + "  |\n" + right),
+    "another reference": edited("| reference | M_0 | M_1", "| reference | M_0 | M_0"),
+    "other signs": edited(signs, "- none that matters"),
+    "shortened": edited(signs + "\n\n", ""),
+}
 report.write_text(honest)
-assert not edited[0]
-assert not doubled[0]
-edited
+results = {name: (_ANSWERS[right], note) for name, (right, note) in edits.items()}
+assert [result for result, _ in results.values()] == 4 * [DIFFERS] + [NOT_CHECKED]
+pd.DataFrame(results, index=["result", "note"]).T
 
 
 # %% [markdown]
@@ -765,6 +801,8 @@ edited
 # Everything so far was read from files of a few kilobytes. Where the models lie in the folder too, their hashes can be compared with what the stages claim. `load_stage` does that whenever it loads a model, so nothing new is needed.
 #
 # One complication: a model may have been saved in half precision, to save space. Then what lies there is not what the stage ended with, but its rounded copy, and the stage has written down the hash of that as well.
+#
+# Weights alone are not a model. Its config says how they are used, and its tokenizer what is read. Each table holds a hash of the config, and every stage hands on the same tokenizer. S may lie outside of the folder. If another model lies where the run found it, this is your computer and not that of the run, so it is *not checked*.
 
 # %%
 #| export
@@ -775,12 +813,30 @@ def _weights(t, ev):
     if saved["weights"] != ev.ended(t) and not rounded:
         return False, f"the stage ended with {ev.ended(t)}, but saved {saved['weights']}"
     if where is None: return None, "the weights are not here"
+    if t and is_adapter(where) != bool(ev.settings.lora_r):
+        what = "an adapter" if is_adapter(where) else "a whole model"
+        return False, f"lora_r is {ev.settings.lora_r}, and {what} lies there"
     if _lacks_base(where, ev): return None, "S is not here, on which its adapter belongs"
     if t:
-        load_stage(ev.at(t), "cpu") # raises ValueError for others
-        return True, saved["weights"] + (", rounded" if rounded else "")
+        model = load_stage(ev.at(t), "cpu") # raises ValueError for others
+        other = _other_use(t, model, where, ev)
+        return not other, other or saved["weights"] + (", rounded" if rounded else "")
     found = weights_hash(load_model(where, "cpu"))
-    return found == ev.ended(0), f"S has {ev.ended(0)}, the model that lies there {found}"
+    told = f"S has {ev.ended(0)}, the model that lies there {found}"
+    if found == ev.ended(0) or Path(where).parent == ev.at(0): return found == ev.ended(0), told
+    return None, f"S has {ev.ended(0)}; in {Path(where).resolve()} lies a model with {found}"
+
+def _other_use(t, model, where, ev):
+    "In words, where the weights of M_t are right, and what says how they are used is not."
+    same_library = ev.config["versions"].get("transformers") == versions()["transformers"]
+    config = table_kind(model, "fp32", response_logprobs)["config"]
+    if same_library and config != ev.table(t).kind["config"]:
+        return "its config.json is not the one with which its table was made"
+    first = _path_of(1, ev)
+    if first is None: return None
+    mine, its = map(load_saved_tokenizer, (where, first))
+    if mine.get_vocab() != its.get_vocab() or mine.chat_template != its.chat_template:
+        return "its tokenizer, or the chat template, is not that of M_1"
 
 def _saved(t, ev):
     "dtype and hash of M_t as it was saved, perhaps rounded; S is saved by others."
@@ -793,9 +849,14 @@ def _path_of(t, ev):
     if t == 0 and (elsewhere / "config.json").exists(): return str(elsewhere)
     return None
 
+def _has_S(ev):
+    "Whether S lies where the run found it."
+    where = _path_of(0, ev)
+    return where is not None and weights_hash(load_model(where, "cpu")) == ev.ended(0)
+
 def _lacks_base(where, ev):
     "Whether an adapter lies there, and S does not."
-    return is_adapter(where) and _path_of(0, ev) is None
+    return is_adapter(where) and not _has_S(ev)
 
 
 # %%
@@ -909,12 +970,14 @@ def _held_out_pairs(ev):
     said = _part(ev.folder, "held_out.json")
     given = [*ev.config["sources"], *(source.name for source in ev.held)]
     absent = [name for name in said if name not in given] # held-out sources of their own
-    held = {key for name, part in said.items() if name in given for key in part["keys"]}
-    found = {key for source in ev.held for key in keys_of(source.pairs)}
-    if found != held: return False, f"{len(found & held)} of the {len(held)} pairs that were held out"
+    held = {name: part["keys"] for name, part in said.items() if name in given}
+    found = {source.name: keys_of(source.pairs) for source in ev.held}
+    wrong = [name for name in held | found if held.get(name) != found.get(name)]
+    if wrong: return False, f"other pairs than those that were held out, or in another order: {', '.join(wrong)}"
     if not _same_lengths(ev): return False, "held_out.json gives responses another length"
-    if absent: return None, f"{len(held)} pairs; {', '.join(absent)}: not given"
-    return True, f"{len(held)} pairs"
+    n = sum(map(len, held.values()))
+    if absent: return None, f"{n} pairs; {', '.join(absent)}: not given"
+    return True, f"{n} pairs"
 
 def _partition(ev):
     "Do the chunks, and what was measured of each source, follow from what S said about the pairs?"
@@ -1167,8 +1230,9 @@ def _rows_of_data(ev, seed):
     for t in range(len(ev.stages) + 1): yield _row(f"M_{t} asked again", _again, t, ev, known, seed)
 
 def _tokenizer(ev):
-    "Of the model given, or of any that lies there."
-    places = [ev.given] + [_path_of(t, ev) for t in range(len(ev.stages) + 1)]
+    "That which the stages saved, of the model given, or of S; the run may have had another one than S."
+    places = [*(_path_of(t, ev) for t in range(1, len(ev.stages) + 1)), ev.given]
+    if not any(places) and _has_S(ev): places.append(_path_of(0, ev))
     for place in filter(None, places): return load_saved_tokenizer(place)
     raise ValueError("sources: reading them needs a tokenizer, and no model lies in the folder; "
                      "give a model of this run")
@@ -1225,7 +1289,7 @@ handed_in[handed_in["result"] == NOT_CHECKED]
 # %% [markdown]
 # ## Seven who cheat
 #
-# A check that never objects is worth nothing. So make seven copies, and tamper with each in one way. Six are of this run. One claims an accuracy of 0.95, and writes the report anew, so that the two agree. One puts S in the place of $M_3$. One leaves out the last line of a log. One turns a single pair around in a table. One leaves the wrong pairs of stage 2 out of its probe, and computes all numbers anew. One takes the list of held-out pairs away. Which row will find it? Before you look: some of these change several files. Is each found exactly once?
+# A check that never objects is worth nothing. So make seven copies, and tamper with each in one way. Six are of this run. One claims an accuracy of 0.95, and writes the report anew, so that the two agree. One puts S in the place of $M_3$. One leaves out the last line of a log. One turns a single pair around in a table. One leaves the wrong pairs of stage 2 out of its probe, and computes all numbers anew. One takes the list of held-out pairs away, and has a report that does not mention them. Which row will find it? Before you look: some of these change several files. Is each found exactly once?
 
 # %%
 def wrote(folder, t, **changes):
@@ -1269,7 +1333,9 @@ def picked_probe(folder):
     wrote(folder, 2, **recomputed(2, read_evidence(folder)))
     Run(folder).report()
 
-def left_out(folder): (folder / "held_out.json").unlink()
+def left_out(folder):
+    (folder / "held_out.json").unlink()
+    Run(folder).report()
 
 
 # %% [markdown]
@@ -1322,7 +1388,9 @@ pd.concat(found, names=["who", None]).droplevel(1)[["check", "note"]]
 #
 # - *That the numbers mean something.* They follow from the tables. Whether the comparison is fair is a question for a reader.
 # - *Anything about weights that are not there.* Without them, a student with patience can make up tables that are consistent with each other. So ask for the weights of the last stage, or a hub id, and give the data too: `model=` then finds out whether they are $M_T$, and asks them.
-# - *What no table holds.* The losses of the log after the first, the answers in the report, the figures, seconds and gigabytes.
+# - *What no table holds.* The losses of the log after the first, the answers, which rows were dropped, the figures, seconds and gigabytes. The report agrees with the files in which they stand, and nothing bears on these files.
+# - *Settings that leave no trace.* `clip`, `label_smoothing` where a stage starts as its own reference, rank and layers of adapters, and how it was computed: packing, budget, checkpoints. `max_length` and `eval_share` need the data.
+# - *A tokenizer that is wrong in all stages alike*, without the data. With them, the pairs would have other keys.
 # - *Whether a rounded copy is that of $M_t$.* Where models are saved in half precision, the hash of the copy is one more claim: it cannot be computed from the hash of $M_t$. Only asking it again, with the data, tells them apart, and only as far as rounding allows.
 # - *The table of a reference from elsewhere.* It is found by its hash, but its model is not asked again.
 # - *Numbers of a table from another device.* They are not compared, and one word in `kind.json` says so. Read the rows that are *not checked* as carefully as those that differ.
@@ -1370,6 +1438,6 @@ shutil.rmtree(tmp)
 #
 # <details><summary>What you should see</summary>
 #
-# Row `stage 1: numbers`: "gamma_ref of the log is not that of these pairs in this order". The number of steps is right. If the copy is that of the short last batch, `stage 1: log` finds it as well, since the pairs do not add up.
+# Row `stage 1: numbers`: "gamma_ref of the log is not that of these pairs in this order". The number of steps is right. If the copy is that of the short last batch, `stage 1: log` finds it as well, since the pairs do not add up. And `report.md` says how many tokens were read in training, which is now another number.
 #
 # </details>

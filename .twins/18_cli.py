@@ -176,12 +176,18 @@ def _run_file(path) -> dict:
     "model, revision, sources, held_out, folder and settings from a YAML file, as far as they are there."
     from sdpo_nb.folder import RECORDED, read_yaml
     if path is None: return dict(settings={})
-    given = read_yaml(path) or {}
+    try: given = read_yaml(path) or {}
+    except OSError as e:
+        raise ValueError(f"--config: {path}: cannot be read ({e.strerror}); "
+                         "give a YAML file, as the config.yaml of a run is one") from e
     if not isinstance(given, dict): raise ValueError(f"{path}: expected lines of the form 'setting: value'")
     found = {name: given.pop(name) for name in PLACES if name in given}
     for name in ("model", "revision", "folder"):
         if not isinstance(found.get(name) or "", str):
             raise ValueError(f"{path}: {name}: must be text, got {found[name]!r}")
+    for name in ("sources", "held_out"):
+        if not isinstance(found.get(name) or {}, dict):
+            raise ValueError(f"{path}: {name}: expected lines of the form 'NAME: DATA', got {found[name]!r}")
     nested = given.pop("settings", None) or {}
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: settings: expected lines of the form 'setting: value'")
@@ -273,7 +279,12 @@ def _sources(args, words, option) -> dict:
         max_pairs=args.max_pairs,
     )
     how = {name: value for name, value in asked.items() if value is not None}
-    return {name: dict(source=data, **how) for name, data in _places(words, option).items()}
+    places = _places(words, option)
+    if args.revision and all(map(_lies_here, places.values())):
+        raise ValueError(f"--revision: is a commit on the hub, and the data of {option} lie here; leave it out")
+    return {name: dict(source=data, **how) for name, data in places.items()}
+
+def _lies_here(place): return Path(place).expanduser().exists()
 
 
 # %% [markdown]
@@ -292,7 +303,7 @@ _sources(args, ["orca=a.jsonl", "trl-lib/ultrafeedback_binarized"], "--sources")
 # %% [markdown]
 # ## What was asked
 #
-# File and options together are what `sdpo` takes. One function gathers them for `run`, `partition` and `data`, and says what is missing. It also refuses what would be ignored: `--max-pairs` says how the sources *of the command line* are read, so beside a file's sources it would do nothing, and a trial on 24 pairs would become the whole run. And another model than the file's does not take over the commit of the file's.
+# File and options together are what `sdpo` takes. One function gathers them for `run`, `partition` and `data`, and says what is missing. It also refuses what would be ignored: `--max-pairs` says how the sources *of the command line* are read, so beside a file's sources it would do nothing, and a trial on 24 pairs would become the whole run. A commit says nothing of data or of a model that lie here. And another model than the file's does not take over the commit of the file's.
 
 # %%
 #| export
@@ -308,6 +319,8 @@ def _what(args, needed=("model", "sources", "folder")) -> dict:
     for name in needed:
         if not given.get(name):
             raise ValueError(f"--{name}: is missing; give it, or write it into the file of --config")
+    if args.model_revision and _lies_here(given["model"]):
+        raise ValueError(f"--model-revision: is a commit on the hub, and {given['model']} lies here; leave it out")
     return dict(
         model=given["model"],
         sources=given["sources"],
@@ -368,7 +381,9 @@ def _show(run):
         print(f"Partition under S\n\n{as_markdown(run.partition())}\n")
     if run.stages:
         print(f"Stages\n\n{as_markdown(run.table())}\n")
-        print(f"report: {run.folder / 'report.md'}\nmodel:  {run.model_folder()}")
+        report = run.folder / "report.md"
+        if report.exists(): print(f"report: {report}")
+        print(f"model:  {run.model_folder()}")
 
 
 # %% [markdown]
@@ -427,10 +442,12 @@ def _finished(args):
 
 def _report(args):
     run = _finished(args)
-    run.report()
+    report = run.report()
     _show(run)
+    if not report.new: raise OSError(f"{report.path}: there is no new report, see above")
 
 def _push(args):
+    if args.export and args.public: raise ValueError("--public: counts for --to; --export uploads nothing")
     run = _finished(args)
     if args.to: print(f"pushed to {run.push(args.to, private=not args.public)}")
     else: print(f"written to {run.export(args.export)}, as it would be pushed")

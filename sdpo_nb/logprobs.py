@@ -682,8 +682,7 @@ def replacing(
     """Write a file or folder under another name; it then takes the place of the old one.
     Raises OSError where it cannot be written, and leaves nothing half-written."""
     path = Path(path)
-    tmp = path.with_suffix(".tmp" if path.suffix != ".tmp" else ".tmp.tmp")
-    aside = path.with_suffix(".old.tmp")
+    tmp, aside = (path.with_name(f".{path.name}{ending}") for ending in (".tmp", ".old.tmp"))
     try:
         _remove(tmp)
         yield tmp
@@ -694,7 +693,7 @@ def replacing(
         os.replace(tmp, path)
         _remove(aside)
     except (OSError, RuntimeError, SafetensorError) as e:
-        raise OSError(f"{tmp}: could not be written ({_why(e)})") from e
+        raise OSError(f"{path}: could not be written ({_why(e)})") from e
     finally: _remove(tmp)
 
 # %% ../nbs/02_logprobs.ipynb #6f553418
@@ -771,7 +770,7 @@ def _open_table(folder, kind):
     if folder is None: return _no_rows()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for p in folder.glob("logprobs-*.tmp"): p.unlink()
+    for p in folder.glob(".logprobs-*.tmp"): p.unlink()
     old = _read_kind(folder)
     if old != kind:
         pieces = list(folder.glob("logprobs-*.parquet"))

@@ -609,6 +609,7 @@ def _table_of(path, columns):
 # %% ../nbs/01_preferences.ipynb #a59051c6
 def _why(e) -> str:
     "What an error says, in one line."
+    if isinstance(e, UnicodeDecodeError): return f"is not text in UTF-8 ({e.reason}); save it as UTF-8"
     return " ".join(str(e).split())[:300] or type(e).__name__
 
 def _read_file(path: Path, columns: dict) -> Dataset:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'NOTHING_HELD_OUT', 'HELD_OUT_TEXT', 'ANSWERS_TEXT', 'BY_TOKEN', 'STAGE_ROWS', 'INTERVALS_TEXT', 'STAGES_TEXT',
-           'Run', 'escaped', 'as_markdown', 'held_out_table', 'undecided', 'stage_table', 'gamma_table', 'Report',
-           'write_report', 'model_card', 'export_model', 'push_model']
+           'Run', 'escaped', 'as_markdown', 'held_out_table', 'undecided', 'stage_table', 'gamma_table', 'report_text',
+           'Report', 'write_report', 'model_card', 'export_model', 'push_model']
 
 # %% ../nbs/11_report.ipynb #08087c55
 import base64, re, shutil, tempfile
@@ -374,7 +374,7 @@ def gamma_table(
     probes = stages[-1]["probes"]
     for t, stage in enumerate(stages, 1):
         start = 0 if _from_S(run) else t - 1
-        for m in (start, t, len(stages)): # what the signs of failure compare
+        for m in (start, *range(t, len(stages) + 1)): # what the signs of failure compare
             _check_table(folders[m], m, rows[m], probes[stage["chunk"]], stage["chunk"])
 
     parts = []
@@ -463,8 +463,10 @@ def _where_text(run):
     return (f"The trained model is S with the adapter in `{model}`; "
             "`sdpo push --export` writes it as a whole model.")
 
-def _report_text(run):
-    "One section after the other, the answer first."
+def report_text(
+    run: Run, # with a finished stage
+) -> str:
+    "What report.md says, one section after the other, the answer first."
     signs = _signs_text(run) # it reads all tables, and says which of them lacks something
     text = [
         f"# Stepwise DPO of {escaped(run.config['model'])} in {_in_stages(run)}",
@@ -503,6 +505,7 @@ def _drawn(run):
 class Report:
     "report.md of a run; a notebook shows it with its figures."
     path: Path # of report.md; the figures lie beside it
+    new: bool = True # whether it could be written
 
     def _repr_markdown_(self):
         if not self.path.exists(): return f"{self.path}: not written"
@@ -521,19 +524,21 @@ def write_report(
 
     Where it cannot be written, this is said in one line.
     """
-    text, drawn = _report_text(run), _drawn(run)
-    path, figures = run.folder / "report.md", run.folder / "figures"
+    text, drawn = report_text(run), _drawn(run)
+    report, figures = Report(run.folder / "report.md"), run.folder / "figures"
     look = dict(format="png", dpi=110, bbox_inches="tight")
     try:
         if figures.is_symlink(): figures.unlink()
         figures.mkdir(exist_ok=True)
         for name, fig in drawn.items():
             with replacing(figures / f"{name}.png") as tmp: fig.savefig(tmp, **look)
-        with replacing(path) as tmp: tmp.write_text(text, encoding="utf-8")
-    except OSError as e: print(f"no new report: {e}")
+        with replacing(report.path) as tmp: tmp.write_text(text, encoding="utf-8")
+    except OSError as e:
+        report.new = False
+        print(f"no new report: {e}")
     finally:
         for fig in drawn.values(): plt.close(fig)
-    return Report(path)
+    return report
 
 # %% ../nbs/11_report.ipynb #6149a6ab
 def _hub_ids(config):
@@ -606,8 +611,7 @@ def export_model(
     Raises ValueError for a folder that exists, or a model that is not the one that the stage saved.
     """
     folder = Path(folder)
-    for there in (folder, folder.with_suffix(".tmp")): # the second is where `replacing` makes it
-        if there.exists(): raise ValueError(f"{there}: is there already; give a folder that does not exist")
+    if folder.exists(): raise ValueError(f"{folder}: is there already; give a folder that does not exist")
     model = load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
     drawn = _drawn(run)
     with replacing(folder) as tmp:

@@ -528,7 +528,7 @@ def run_stage(
     "Train M_t against the reference of stage t, measure it, save it."
     config, folder, chunk = ctx.config, ctx.at(t), chunks[t-1]
     _begin(t, chunks, ctx)
-    start = time.time()
+    began = time.time()
 
     # ask
     if t > 1:
@@ -560,7 +560,7 @@ def run_stage(
     peak = peak_memory(ctx.device) / GIB
 
     # save
-    write_json(folder / "cost.json", dict(seconds=round(time.time() - start), peak_gib=round(peak, 2)))
+    write_json(folder / "cost.json", dict(seconds=round(time.time() - began), peak_gib=round(peak, 2)))
     if not config.lora_r: save_model(policy, ctx.tokenizer, folder / "model", ctx.dtype)
     ended = dict(
         stage=t,

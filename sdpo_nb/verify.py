@@ -19,19 +19,22 @@ from datasets import Dataset, load_from_disk
 
 from .evaluate import as_text
 from sdpo_nb.folder import (
-    alone_in, folder_of, load_any, load_exactly, load_saved_tokenizer, load_stage, read_part, saved_as,
+    alone_in, folder_of, load_any, load_exactly, load_saved_tokenizer, load_stage, naming, read_part, saved_as,
     versions
 )
 from sdpo_nb.logprobs import (
-    LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing,
-    score_pairs, weights_hash
+    LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing, response_logprobs,
+    score_pairs, table_kind, weights_hash
 )
 from .lora import is_adapter
 from .loss import dpo_loss
-from .plan import Chunk, StepwiseConfig, check_chunks, check_names, load_sources, part_sources
-from .report import Run, as_markdown, escaped, held_out_table, stage_table
+from .partition import ORDER_BY
+from sdpo_nb.plan import (
+    Chunk, StepwiseConfig, check_chunks, check_names, load_sources, make_config, part_sources
+)
+from .report import Run, as_markdown, report_text, stage_table
 from .stages import partition_of, stage_measures, start_of
-from .trainer import all_batches
+from .trainer import all_batches, learning_rate
 
 # %% ../nbs/17_verify.ipynb #57d6f875
 @dataclass
@@ -88,11 +91,20 @@ def read_evidence(
     run = Run(folder)
     config, stages = run.config, run.stages
     if not stages: raise ValueError(f"{folder}: no stage is finished, so there is nothing to check")
-    defaults = {f.name: f.default for f in fields(StepwiseConfig)}
-    settings = SimpleNamespace(**defaults | config["settings"])
+    with naming(folder / "config.yaml"): settings = _settings(config)
     parted = _part(folder, "partition.json")
     names = parted.get("names") or [stage["chunk"] for stage in stages]
     return Evidence(folder, config, stages, settings, names)
+
+def _settings(config):
+    "Those of config.yaml, with defaults for what it lacks. Raises ValueError for what no run could have."
+    if not isinstance(config["model"], str): raise ValueError(f"model: must be text, got {config['model']!r}")
+    defaults, given = {f.name: f.default for f in fields(StepwiseConfig)}, config["settings"]
+    def known(name, value):
+        elsewhere = name == "reference" or name in ("loss", "chunks") and isinstance(value, str) # a model, a function
+        return name in defaults and not elsewhere
+    make_config({name: value for name, value in given.items() if known(name, value)})
+    return SimpleNamespace(**defaults | given)
 
 def _part(folder, name):
     "A file that not every run has; nothing where it is missing."
@@ -119,6 +131,12 @@ def _chunk_keys(t, ev):
     every = [key for source in ev.loaded for key in keys_of(source.pairs)]
     rows = _part(ev.folder, "partition.json")["chunks"][t-1]
     return [every[i] for i in rows] if every else []
+
+
+def _held_out_keys(ev):
+    "The keys of held-out pairs, in their order."
+    held = _part(ev.folder, "held_out.json")
+    return [key for part in held.values() for key in part["keys"]]
 
 # %% ../nbs/17_verify.ipynb #fa121b91
 OK, DIFFERS, NOT_CHECKED = "ok", "DIFFERS", "not checked"
@@ -152,11 +170,14 @@ def _start(t, ev):
     return False, f"started from {ev.whose(found)}, not from M_{before}"
 
 def _table(t, ev):
-    "Is the table of M_t of the weights that M_t is said to have?"
+    "Is the table of M_t of the weights that M_t is said to have, with all that every model reads?"
     table = ev.table(t)
     found = table.kind["weights"]
-    if found == ev.ended(t): return True, f"{len(table.rows)} pairs"
-    return False, f"the table is that of {ev.whose(found)}"
+    if found != ev.ended(t): return False, f"the table is that of {ev.whose(found)}"
+    probes = ev.stages[max(t, 1) - 1]["probes"].values()
+    absent = {key for keys in [*probes, _held_out_keys(ev)] for key in keys} - set(table.rows.index)
+    if absent: return False, f"{len(absent)} pairs of the probes and of the held-out pairs are missing"
+    return True, f"{len(table.rows)} pairs"
 
 # %% ../nbs/17_verify.ipynb #81b8f4c7
 NEAR = 1e-4 # how far a number may be from the same number computed again
@@ -192,8 +213,11 @@ def recomputed(
 # %% ../nbs/17_verify.ipynb #6e8b2b6b
 def _log(t, ev):
     "The lines of metrics.jsonl. Raises ValueError for one that is cut."
-    lines = (ev.at(t) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    path, lines = ev.at(t) / "metrics.jsonl", []
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try: lines.append(json.loads(line))
+        except ValueError as e: raise ValueError(f"{path}: line {n} is cut or damaged") from e
+    return lines
 
 def _whole_log(t, ev):
     "The lines, or nothing, where some are missing."
@@ -212,13 +236,14 @@ def _batch_means(t, ev):
 # %% ../nbs/17_verify.ipynb #7fc00b28
 def _wrong_probe(t, ev):
     "In words, where stage t was measured on other pairs than a run draws; nothing where that cannot be told."
-    stage, keys = ev.stages[t-1], _chunk_keys(t, ev)
-    probe, most = stage["probes"][stage["chunk"]], ev.settings.probe
-    wanted = min(most, stage["pairs"])
-    if len(probe) != wanted: return f"measured on {len(probe)} pairs of the chunk, not on {wanted}"
-    if not keys: return None
-    drawn = Chunk(stage["chunk"], Dataset.from_dict(dict(key=keys))).probe(most)
-    if keys_of(drawn) != probe: return "measured on other pairs of the chunk than those that are drawn"
+    probes, most = ev.stages[t-1]["probes"], ev.settings.probe
+    names = ev.names if ev.config["sources"] else ev.names[:t] # a function makes one chunk after the other
+    if list(probes) != names: return f"measured on {', '.join(probes)}, not on {', '.join(names)}"
+    for s, (name, stage) in enumerate(zip(names, ev.stages), 1):
+        wanted, keys = min(most, stage["pairs"]), _chunk_keys(s, ev)
+        if len(probes[name]) != wanted: return f"measured on {len(probes[name])} pairs of {name}, not on {wanted}"
+        drawn = Chunk(name, Dataset.from_dict(dict(key=keys))).probe(most)
+        if keys and keys_of(drawn) != probes[name]: return f"measured on other pairs of {name} than those that are drawn"
 
 # %% ../nbs/17_verify.ipynb #e5e8731c
 def _other_machine(t, ev):
@@ -265,11 +290,26 @@ def _finished(ev):
     if not parted and ev.config["sources"]: return False, "partition.json is missing"
     if not parted: return True, f"{done}, their chunks made by a function"
     sizes = [len(rows) for rows in parted["chunks"]]
+    T = _T(parted, ev.settings)
+    if len(sizes) != T: return False, f"partition.json has {len(sizes)} chunks, the settings ask for {T}"
+    if not _in_order(parted, ev.settings): return False, f"{ev.settings.order} is not the order of partition.json"
     wanted = list(zip(parted["names"], sizes))
     found = [(stage["chunk"], stage["pairs"]) for stage in ev.stages]
     if found != wanted[:done]: return False, "chunks or their sizes are not those of partition.json"
     if done < len(sizes): return None, f"only {done} of {len(sizes)} are finished"
     return True, f"{done} of {done} are finished"
+
+def _T(parted, config):
+    "The number of chunks that the settings ask for; one per source where they do not say it."
+    if config.chunks is None: return len(parted["measures"])
+    return config.chunks if isinstance(config.chunks, int) else len(config.chunks)
+
+def _in_order(parted, config):
+    "Whether the sources lie in the order of the settings, by what partition.json says of each."
+    easy = [measure[ORDER_BY[config.order_by]] for measure in parted["measures"]]
+    down, up = sorted(easy, reverse=True), sorted(easy)
+    wanted = dict(easy_to_hard=down, random=down, hard_to_easy=up, as_given=easy)[config.order]
+    return easy == wanted and parted.get("order", config.order) == config.order
 
 def _keys(ev):
     "Do the chunks hold the pairs of which config.yaml has a hash?"
@@ -294,7 +334,20 @@ def _steps(t, ev):
     found = sum(line["pairs"] for line in lines)
     made = stage["steps"] + stage["skipped"]
     told = f"{len(lines)} of {batches} steps, {found} of {pairs} pairs"
-    return len(lines) == batches == made and found == pairs, told
+    if not (len(lines) == batches == made and found == pairs): return False, told
+    before, total = _schedule(t, batches, ev)
+    for n, line in enumerate(lines, 1):
+        rate = learning_rate(before + line["step"] - (not line["skipped"]), total, config)
+        if math.isclose(line["lr"], rate, rel_tol=1e-6, abs_tol=1e-15): continue
+        return False, f"the learning rate of line {n} is {line['lr']:.3g}, by the settings {rate:.3g}"
+    return True, told
+
+def _schedule(t, batches, ev):
+    "Steps before stage t, and steps of the whole schedule."
+    if ev.settings.restart == "stage": return 0, batches
+    sizes = map(len, _part(ev.folder, "partition.json")["chunks"])
+    steps = [ev.settings.epochs * math.ceil(n / ev.settings.batch_size) for n in sizes]
+    return sum(steps[:t-1]), sum(steps)
 
 # %% ../nbs/17_verify.ipynb #b3501734
 def _implied(t, ev):
@@ -324,17 +377,14 @@ def _first_loss(t, ev):
     if must is not None: told = f"{said:.4f}; it must be {must:.4f}, {why}"
     if lines and not _close(said, lines[0]["loss"], 1e-6):
         return False, f"{told}; the log begins with {lines[0]['loss']:.4f}"
+    named = {stage["precision"], stage["reference_kind"]["precision"], ev.settings.precision}
+    if len(named) > 1: return False, f"{told}; stage, reference and settings name {', '.join(sorted(named))}"
     if must is None: return None, told
     near = NEAR * max(1, must)
     if stage["precision"] != "fp32": near += ev.settings.beta / 4
     return abs(said - must) <= near, told
 
 # %% ../nbs/17_verify.ipynb #bb0a1f69
-def _held_out_keys(ev):
-    "The keys of held-out pairs, in their order."
-    held = _part(ev.folder, "held_out.json")
-    return [key for part in held.values() for key in part["keys"]]
-
 def _trained_keys(ev):
     "Keys that were trained on, as far as they are known, and whether these are all."
     trained, whole = set(), True
@@ -369,10 +419,13 @@ def _alike(a, b):
     return True
 
 # %% ../nbs/17_verify.ipynb #cd7e6d2c
+_UNKNOWN = "| time of the stages |", "| peak memory |" # begin the lines that nothing in the folder bears on
+
+def _told_lines(text): return [line for line in text.splitlines() if line and not line.startswith(_UNKNOWN)]
+
 def _stage_lines(stages, ev):
-    "The lines of the table of stages that hold measured numbers."
     table = stage_table(SimpleNamespace(stages=stages, config=ev.config))
-    return as_markdown(table.drop(index=["chunk", "pairs", "steps", "reference"])).splitlines()[2:]
+    return as_markdown(table).splitlines()
 
 def _by_tables(t, ev):
     "stage.json as the tables and the log would have it, as far as they can be read."
@@ -382,54 +435,28 @@ def _by_tables(t, ev):
     except (ValueError, KeyError): return stage
     return stage | found | dict(gamma_change=list(found["gamma_change"]))
 
-def _held_out_lines(ev):
-    "The lines of the tables of held-out pairs."
-    lines = []
-    for (source, model, _), cells in held_out_table(Run(ev.folder)).iterrows():
-        numbers = [as_text(cell) if isinstance(cell, tuple) else "" for cell in cells]
-        label = escaped(f"{source}, {model}")
-        lines.append(f"| {label} | {' | '.join(numbers)} |")
-    return lines
-
-def _lines(ev):
-    "Lines that the report must have: of each, the ways in which it may read."
+def _ways(ev):
+    "The lines of the report, in their order: of each, the ways in which it may read."
     stages = [_by_tables(t, ev) for t in range(1, len(ev.stages) + 1)]
-    lines = list(zip(_stage_lines(ev.stages, ev), _stage_lines(stages, ev)))
-    for line in _held_out_lines(ev): lines.append((line,))
-    if not (ev.folder / "partition.json").exists(): return lines
-    measures = as_markdown(Run(ev.folder).partition())
-    return lines + [(line,) for line in measures.splitlines()[2:]]
+    by_tables = dict(zip(_stage_lines(ev.stages, ev), _stage_lines(stages, ev)))
+    return [(line, by_tables.get(line, line)) for line in _told_lines(report_text(Run(ev.folder)))]
 
-# %% ../nbs/17_verify.ipynb #96bb2ce1
-def _label(line): return line.split(" | ")[0]
-
-def _agree(lines, wanted):
-    "Whether each line is one of those wanted, and each of those wanted is there."
-    def found(line, ways): return any(_alike(line, way) for way in ways)
-    known = all(any(found(line, ways) for ways in wanted) for line in lines)
-    return known and all(any(found(line, ways) for line in lines) for ways in wanted)
-
+# %% ../nbs/17_verify.ipynb #78b14cc0
 def _report(ev):
-    "Does report.md say what stage.json and the tables say?"
+    "Does report.md say what the rest of the folder says?"
     path = ev.folder / "report.md"
     if not path.exists(): return None, "report.md is not here"
-    said, wanted = {}, {}
-    for line in path.read_text(encoding="utf-8").splitlines(): said.setdefault(_label(line), []).append(line)
-    every = _lines(ev)
-    for ways in every: wanted.setdefault(_label(ways[0]), []).append(ways)
+    if not all(_whole_log(t, ev) for t in range(1, len(ev.stages) + 1)): return None, "a log is not whole"
+    ways, said = _ways(ev), _told_lines(path.read_text(encoding="utf-8"))
+    rest = iter(ways)
+    for line in said:
+        if any(_alike(line, way) for of_line in rest for way in of_line): continue # it goes on after this line
+        theirs, mine = (what["sdpo_nb"].split(" at ")[0] for what in (ev.config["versions"], versions()))
+        if theirs != mine: return None, f"it was written by sdpo_nb {theirs}, and {mine} would write something else"
+        return False, f"this line, or its place, does not follow from the folder: {line[:60]}"
+    return (True if len(said) == len(ways) else None), f"{len(said)} of {len(ways)} lines"
 
-    there, wrong = [label for label in wanted if label in said], []
-    for label in there:
-        columns = wanted[label][0][0].count(" | ") # a setting may have the name of a source
-        lines = [line for line in said[label] if line.count(" | ") == columns]
-        if not _agree(lines, wanted[label]): wrong.append(label.strip("| "))
-    if wrong:
-        say = "line says" if len(wrong) == 1 else "lines say"
-        return False, f"{len(wrong)} {say} something else: {', '.join(wrong)}"
-    known = sum(len(wanted[label]) for label in there)
-    return (True if known == len(every) else None), f"{known} of {len(every)} lines with numbers"
-
-# %% ../nbs/17_verify.ipynb #485333fb
+# %% ../nbs/17_verify.ipynb #37837294
 def _weights(t, ev):
     "Are the weights that lie in the folder those of M_t?"
     where, saved = _path_of(t, ev), _saved(t, ev)
@@ -437,12 +464,30 @@ def _weights(t, ev):
     if saved["weights"] != ev.ended(t) and not rounded:
         return False, f"the stage ended with {ev.ended(t)}, but saved {saved['weights']}"
     if where is None: return None, "the weights are not here"
+    if t and is_adapter(where) != bool(ev.settings.lora_r):
+        what = "an adapter" if is_adapter(where) else "a whole model"
+        return False, f"lora_r is {ev.settings.lora_r}, and {what} lies there"
     if _lacks_base(where, ev): return None, "S is not here, on which its adapter belongs"
     if t:
-        load_stage(ev.at(t), "cpu") # raises ValueError for others
-        return True, saved["weights"] + (", rounded" if rounded else "")
+        model = load_stage(ev.at(t), "cpu") # raises ValueError for others
+        other = _other_use(t, model, where, ev)
+        return not other, other or saved["weights"] + (", rounded" if rounded else "")
     found = weights_hash(load_model(where, "cpu"))
-    return found == ev.ended(0), f"S has {ev.ended(0)}, the model that lies there {found}"
+    told = f"S has {ev.ended(0)}, the model that lies there {found}"
+    if found == ev.ended(0) or Path(where).parent == ev.at(0): return found == ev.ended(0), told
+    return None, f"S has {ev.ended(0)}; in {Path(where).resolve()} lies a model with {found}"
+
+def _other_use(t, model, where, ev):
+    "In words, where the weights of M_t are right, and what says how they are used is not."
+    same_library = ev.config["versions"].get("transformers") == versions()["transformers"]
+    config = table_kind(model, "fp32", response_logprobs)["config"]
+    if same_library and config != ev.table(t).kind["config"]:
+        return "its config.json is not the one with which its table was made"
+    first = _path_of(1, ev)
+    if first is None: return None
+    mine, its = map(load_saved_tokenizer, (where, first))
+    if mine.get_vocab() != its.get_vocab() or mine.chat_template != its.chat_template:
+        return "its tokenizer, or the chat template, is not that of M_1"
 
 def _saved(t, ev):
     "dtype and hash of M_t as it was saved, perhaps rounded; S is saved by others."
@@ -455,9 +500,14 @@ def _path_of(t, ev):
     if t == 0 and (elsewhere / "config.json").exists(): return str(elsewhere)
     return None
 
+def _has_S(ev):
+    "Whether S lies where the run found it."
+    where = _path_of(0, ev)
+    return where is not None and weights_hash(load_model(where, "cpu")) == ev.ended(0)
+
 def _lacks_base(where, ev):
     "Whether an adapter lies there, and S does not."
-    return is_adapter(where) and _path_of(0, ev) is None
+    return is_adapter(where) and not _has_S(ev)
 
 # %% ../nbs/17_verify.ipynb #dfedccaf
 def _which(model, ev):
@@ -531,12 +581,14 @@ def _held_out_pairs(ev):
     said = _part(ev.folder, "held_out.json")
     given = [*ev.config["sources"], *(source.name for source in ev.held)]
     absent = [name for name in said if name not in given] # held-out sources of their own
-    held = {key for name, part in said.items() if name in given for key in part["keys"]}
-    found = {key for source in ev.held for key in keys_of(source.pairs)}
-    if found != held: return False, f"{len(found & held)} of the {len(held)} pairs that were held out"
+    held = {name: part["keys"] for name, part in said.items() if name in given}
+    found = {source.name: keys_of(source.pairs) for source in ev.held}
+    wrong = [name for name in held | found if held.get(name) != found.get(name)]
+    if wrong: return False, f"other pairs than those that were held out, or in another order: {', '.join(wrong)}"
     if not _same_lengths(ev): return False, "held_out.json gives responses another length"
-    if absent: return None, f"{len(held)} pairs; {', '.join(absent)}: not given"
-    return True, f"{len(held)} pairs"
+    n = sum(map(len, held.values()))
+    if absent: return None, f"{n} pairs; {', '.join(absent)}: not given"
+    return True, f"{n} pairs"
 
 def _partition(ev):
     "Do the chunks, and what was measured of each source, follow from what S said about the pairs?"
@@ -714,8 +766,9 @@ def _rows_of_data(ev, seed):
     for t in range(len(ev.stages) + 1): yield _row(f"M_{t} asked again", _again, t, ev, known, seed)
 
 def _tokenizer(ev):
-    "Of the model given, or of any that lies there."
-    places = [ev.given] + [_path_of(t, ev) for t in range(len(ev.stages) + 1)]
+    "That which the stages saved, of the model given, or of S; the run may have had another one than S."
+    places = [*(_path_of(t, ev) for t in range(1, len(ev.stages) + 1)), ev.given]
+    if not any(places) and _has_S(ev): places.append(_path_of(0, ev))
     for place in filter(None, places): return load_saved_tokenizer(place)
     raise ValueError("sources: reading them needs a tokenizer, and no model lies in the folder; "
                      "give a model of this run")

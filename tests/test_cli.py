@@ -214,7 +214,25 @@ def test_no_such_column(bad, tmp_path):
 def test_config_that_is_no_mapping(bad, tmp_path, text): assert "c.yaml" in bad(*config(tmp_path, text))
 
 
-def test_config_that_is_not_there(bad): assert "none.yaml" in bad("--config", "none.yaml")
+def test_config_that_is_not_there(bad, tmp_path):
+    for path in ("none.yaml", tmp_path): assert f"--config: {path}: cannot be read" in bad("--config", path)
+
+
+def test_what_would_be_ignored_is_refused(bad, sdpo, tmp_path):
+    assert "--revision: is a commit on the hub" in bad("--revision", "abc") and "--model-revision" in bad("--model-revision", "abc")
+    status, _, err = sdpo("push", tmp_path, "--export", tmp_path / "y", "--public")
+    assert status == 2 and "--public: counts for --to" in err
+
+
+def test_a_list_of_sources_in_a_file(bad, tmp_path): assert "c.yaml: sources: expected lines" in bad(*config(tmp_path, "sources: [a.jsonl]"))
+
+
+def test_a_folder_that_cannot_be_made(bad, tmp_path): assert "a.jsonl/run: cannot be made" in bad("--folder", tmp_path / "a.jsonl/run")
+
+
+def test_text_that_is_not_utf8(bad, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "chosen": "a", "rejected": "b"}'.encode("latin-1"))
+    assert "latin.jsonl: is not text in UTF-8" in bad(sources=[f"a={tmp_path / 'latin.jsonl'}"])
 
 
 @pytest.mark.parametrize("text, name", [("beta: high", "beta"), ("shuffle: 3", "shuffle"), ("epochs: 1.5", "epochs"), ("order: upwards", "order"), ("reference: 3", "reference")])
@@ -286,7 +304,7 @@ def test_numbers_as_people_write_them(sdpo, tmp_path, text, want):
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["settings"][text.split(":")[0]] == want
 
 
-def test_partition_then_run_then_report(sdpo, tmp_path):
+def test_partition_then_run_then_report(sdpo, tmp_path, monkeypatch):
     files = [f"{n}={write_jsonl(tmp_path / f'{n}.jsonl', rows(n, 16))}" for n in ("riddle", "primer")]
     given = config(tmp_path, yaml.safe_dump(SETTINGS | dict(beta=0.3, epochs=2)))
     call = ["--model", BASE, "--sources", *files, "--folder", tmp_path / "run", *given, "--beta", "0.5"]
@@ -305,6 +323,11 @@ def test_partition_then_run_then_report(sdpo, tmp_path):
     assert status == 0 and "M_1" in again and (tmp_path / "run" / "report.md").exists()
     report = (tmp_path / "run" / "report.md").read_text()
     assert all((tmp_path / "run" / f).exists() for f in [w.split(")")[0] for w in report.split("](")[1:]]) and report.count("](figures/") >= 3
+    def full(path): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(sdpo_nb.report, "replacing", full)
+    (tmp_path / "run" / "report.md").unlink()
+    status, out, err = sdpo("report", tmp_path / "run")
+    assert status == 2 and "M_1" in out and "report:" not in out.replace("no new report:", "") and "there is no new report" in err
 
 
 def test_help_needs_no_torch():

@@ -8,7 +8,7 @@ import torch, yaml
 import sdpo_nb, sdpo_nb.folder, sdpo_nb.report, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, weights_hash
 from sdpo_nb.packing import packed_logprobs
-from sdpo_nb.folder import alone_in, check_fresh
+from sdpo_nb.folder import alone_in, check_fresh, load_stage
 from sdpo_nb.report import Run, gamma_table
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_world
@@ -237,7 +237,7 @@ def test_parts_of_a_run_without_its_settings(alone, tmp_path, left):
 
 
 def test_what_a_kill_leaves_of_a_base_is_no_part_of_a_run(tmp_path):
-    for name in ("model", "model.tmp", "model.old.tmp"): (tmp_path / "base" / name).mkdir(parents=True)
+    for name in ("model", ".model.tmp", ".model.old.tmp"): (tmp_path / "base" / name).mkdir(parents=True)
     check_fresh(tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_a_full_disk_while_a_model_is_saved(alone, tmp_path):
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "save_model", full)
-        assert complaint(run, folder) == f"{folder / 'stage-2' / 'model.tmp'}: could not be written (disk full?)"
+        assert complaint(run, folder) == f"{folder / 'stage-2' / 'model'}: could not be written (disk full?)"
     assert not list(folder.rglob("*.tmp"))
     same_run(run(folder), alone)
 
@@ -352,13 +352,19 @@ def test_colleagues_may_read_the_models(alone):
         assert len(modes) == 1 and modes == {stat.S_IMODE((alone.folder / "config.yaml").stat().st_mode)}
 
 
+def test_a_cut_model_of_a_stage_cannot_be_downloaded(alone, tmp_path):
+    folder = copy_of(alone, tmp_path); path = folder / "stage-2" / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3000])
+    assert "put it back, or remove stage-2 and the stages after it" in complaint(load_stage, folder / "stage-2")
+
+
 def test_nothing_is_written_through_a_link(alone, tmp_path):
     folder, victim, victims = copy_of(alone, tmp_path, 1), tmp_path / "victim", tmp_path / "victims"
     victim.write_text("mine"); victims.mkdir()
     (folder / "stage-2" / "checkpoint").mkdir(parents=True)
     for name in ("report.md", "figures/loss.png"): (folder / name).unlink()
-    for name in ("report.md", "report.tmp", "figures/loss.png", "figures/loss.tmp", "stage-2/stage.tmp", "stage-2/checkpoint/state.tmp"): (folder / name).symlink_to(victim)
-    (folder / "stage-2" / "model.tmp").symlink_to(victims)
+    for name in ("report.md", ".report.md.tmp", "figures/loss.png", "figures/.loss.png.tmp", "stage-2/.stage.json.tmp", "stage-2/checkpoint/.state.pt.tmp"): (folder / name).symlink_to(victim)
+    (folder / "stage-2" / ".model.tmp").symlink_to(victims)
     same_run(run(folder), alone)
     assert victim.read_text() == "mine" and not list(victims.iterdir())
     shutil.rmtree(folder / "figures"); (folder / "figures").symlink_to(victims)

@@ -169,6 +169,7 @@ def test_the_report_says_how_it_was_run(held):
     text = (held.run.folder / "report.md").read_text()
     for what in ("command", "version of sdpo_nb", "version of torch", "tokens read in training", "time of the stages", "peak memory", "threads"): assert f"| {what} |" in text
     assert f"| tokens read in training | {held.run.metrics['tokens'].sum():,} (" in text
+    assert int(text.split("| time of the stages | ")[1].split(" min")[0]) < 10
 
 
 def test_a_part_that_is_gone_is_left_out(held, tmp_path):
@@ -191,9 +192,9 @@ def test_a_model_to_give_away(held, tmp_path):
     with pytest.raises(ValueError, match="is there already"): held.run.export(folder)
 
 
-def test_nothing_of_yours_is_in_the_way_of_an_export(held, tmp_path):
+def test_an_export_takes_nothing_of_yours_away(held, tmp_path):
     (tmp_path / "model-1.tmp").mkdir()
-    with pytest.raises(ValueError, match="model-1.tmp: is there already"): held.run.export(tmp_path / "model-1.5")
+    held.run.export(tmp_path / "model-1.5")
     assert (tmp_path / "model-1.tmp").is_dir()
 
 

@@ -266,7 +266,7 @@ def test_a_source_that_no_chunk_names_is_told(tmp_path, capsys):
     sources = {n: str(write_jsonl(tmp_path / f"{n}.jsonl", d)) for n, d in TWO.items()}
     got = run(tmp_path / "run", sources, chunks=["primer"])
     assert "warning: no chunk names digest, so it is not trained on" in capsys.readouterr().out
-    assert "primer.jsonl" in report._report_text(got) and "digest" not in report._report_text(got)
+    assert "primer.jsonl" in report.report_text(got) and "digest" not in report.report_text(got)
     hub = dict(model="m", sources=dict(a="me/a", b="me/b"), settings=dict(chunks=[["b"]]))
     assert report._hub_ids(hub)[1] == ["me/b"]
 

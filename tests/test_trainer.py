@@ -441,7 +441,7 @@ def test_a_full_disk_at_a_checkpoint(pairs, tmp_path):
     try:
         with pytest.raises(OSError) as e: stage(tmp_path / "s", pairs, save_every=2)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, whole)
-    assert str(e.value) == f"{path.with_suffix('.tmp')}: could not be written (disk full?)"
+    assert str(e.value) == f"{path}: could not be written (disk full?)"
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["state.pt"]
     assert weights_hash(stage(tmp_path / "s", pairs)[0]) == weights_hash(stage(tmp_path / "alone", pairs)[0])
 
@@ -450,7 +450,7 @@ def test_links_are_not_written_through(pairs, tmp_path):
     victim, folder = tmp_path / "victim", tmp_path / "s"
     victim.write_text("mine")
     (folder / "checkpoint").mkdir(parents=True)
-    (folder / "checkpoint" / "state.tmp").symlink_to(victim)
+    (folder / "checkpoint" / ".state.pt.tmp").symlink_to(victim)
     stage(folder, pairs)
     (tmp_path / "t").mkdir(); (tmp_path / "t" / "metrics.jsonl").symlink_to(victim)
     with pytest.raises(ValueError, match="metrics.jsonl: is a link"): stage(tmp_path / "t", pairs)

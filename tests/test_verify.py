@@ -4,12 +4,13 @@ import json, shutil, sys, zipfile
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from sdpo_nb import cli
 from sdpo_nb.folder import read_part, save_model
-from sdpo_nb.logprobs import load_model, load_tokenizer, read_table, write_json
+from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash, read_table, write_json
 from sdpo_nb.plan import StepwiseConfig
-from sdpo_nb.report import Run
+from sdpo_nb.report import Run, report_text
 from sdpo_nb.stepwise import sdpo as train
 from sdpo_nb.verify import DIFFERS, NOT_CHECKED, OK, pack_run, verify
 from sdpo_nb.world import load_world
@@ -38,6 +39,9 @@ def runs(tmp_path_factory):
 def good(runs, tmp_path):
     "A copy that a test may change."
     return shutil.copytree(runs / "good", tmp_path / "good")
+
+
+def write_again(folder): (folder / "report.md").write_text(report_text(Run(folder)), encoding="utf-8") # without its figures
 
 
 def change(folder, t, **values):
@@ -200,6 +204,7 @@ def test_a_fixed_reference_that_is_said_to_move(runs, tmp_path):
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("reference: fixed", "reference: moving"))
     for t in (1, 2): change(folder, t, reference=f"M_{t-1}")
+    write_again(folder)
     found = verify(folder)
     assert differing(found) == ["stage 2: reference"] and found.loc["stage 2: reference", "note"].endswith("that of M_0")
 
@@ -262,7 +267,7 @@ def rewritten(packed, out, name, text):
 
 def test_the_zip_has_no_weights_and_no_lock(runs, tmp_path):
     folder = shutil.copytree(runs / "good", tmp_path / "good")
-    for left in ("model.tmp", "model.old.tmp"): shutil.copytree(folder / "stage-1" / "model", folder / "stage-1" / left) # by a kill
+    for left in (".model.tmp", ".model.old.tmp"): shutil.copytree(folder / "stage-1" / "model", folder / "stage-1" / left) # by a kill
     with zipfile.ZipFile(pack_run(folder, tmp_path / "a.zip")) as z: names = z.namelist()
     assert not [name for name in names if ".tmp/" in name]
     assert not [name for name in names if "/model/" in name or "/checkpoint/" in name or name.endswith((".lock", ".tmp"))]
@@ -273,7 +278,8 @@ def test_the_zip_has_no_weights_and_no_lock(runs, tmp_path):
 def test_a_changed_or_missing_file_is_found_by_the_manifest(runs, tmp_path, text):
     packed = pack_run(runs / "good", tmp_path / "a.zip")
     found = verify(rewritten(packed, tmp_path / "b.zip", "stage-1/cost.json", text))
-    assert differing(found) == ["manifest"] and "stage-1/cost.json" in found.loc["manifest", "note"]
+    assert differing(found) == ["manifest"] + (["report.md"] if text else []) # a cost.json without costs makes no report
+    assert "stage-1/cost.json" in found.loc["manifest", "note"]
 
 
 def test_pack_and_verify_on_the_command_line(runs, good, say, tmp_path):
@@ -345,3 +351,121 @@ def test_lengths_of_held_out_responses_are_checked(good):
     held["primer"]["lengths"]["chosen"].pop()
     write_json(path, held)
     assert "report.md" in differing(verify(good, SOURCES))
+
+
+# ---- what follows from the folder, whoever wrote the report anew
+
+def set_in_config(folder, **values):
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(config | dict(settings=config["settings"] | values), sort_keys=False))
+
+
+@pytest.mark.parametrize("values, row, note", [
+    (dict(lr=5e-7), "stage 1: log", "learning rate"), (dict(warmup=0.9), "stage 1: log", "learning rate"), (dict(schedule="constant"), "stage 1: log", "learning rate"),
+    (dict(chunks=1), "stages", "ask for 1"), (dict(chunks=5), "stages", "ask for 5"), (dict(order="hard_to_easy"), "stages", "hard_to_easy"), (dict(order="as_given"), "stages", "as_given"),
+    (dict(precision="bf16"), "stage 1: first loss", "bf16, fp32"), (dict(lora_r=16), "stage 1: weights", "a whole model lies there")])
+def test_a_setting_that_the_folder_contradicts(good, values, row, note):
+    set_in_config(good, **values)
+    write_again(good)
+    found = verify(good)
+    assert row in differing(found) and note in found.loc[row, "note"]
+    assert {name.split(": ")[-1] for name in differing(found)} == {row.split(": ")[-1]}
+
+
+def test_a_precision_that_only_the_stage_claims(good):
+    change(good, 2, precision="bf16", first_loss=0.70)
+    path = good / "stage-2/metrics.jsonl"
+    first, *rest = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(line) + "\n" for line in [first | dict(loss=0.70), *rest]))
+    write_again(good)
+    assert differing(verify(good)) == ["stage 2: first loss"]
+
+
+def test_settings_that_no_run_has_are_named(good):
+    for name, value in (("batch_size", 0), ("beta", "abc")):
+        set_in_config(good, **{name: value})
+        with pytest.raises(ValueError, match=f"config.yaml: cannot be used .{name}: must be"): verify(good)
+        set_in_config(good, batch_size=SETTINGS["batch_size"])
+
+
+def test_a_cut_line_of_a_log_is_named(good):
+    half_a_line(good)
+    assert verify(good).loc["stage 2: log", "note"] == "stage-2/metrics.jsonl: line 3 is cut or damaged"
+
+
+@pytest.mark.parametrize("old, new", [
+    ("| reference | M_0 | M_1 |", "| reference | M_0 | M_0 |"), ("| pairs | 19 |", "| pairs | 1900 |"), ("| usable | 24 |", "| usable | 2400 |"), ("| beta | ", "| beta | 1"),
+    ("in 2 stages", "in 30 stages"), ("## Signs of failure\n", "## Signs of failure\n\nNone that matters.\n"), ("primer (", "primer (1"),
+    ("\n| primer, after stage 2 |", "\n| primer, after stage 3 | 9.999 |\n| primer, after stage 2 |")])
+def test_a_line_that_the_report_would_not_have(good, old, new):
+    path = good / "report.md"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    assert differing(verify(good)) == ["report.md"]
+
+
+def test_a_shorter_report_is_not_checked_and_one_in_another_order_differs(good):
+    path = good / "report.md"
+    before, after = path.read_text().split("## Answers")
+    path.write_text(before)
+    assert differing(verify(good)) == [] and "report.md" in unchecked(verify(good))
+    path.write_text("## Answers" + after + before)
+    assert differing(verify(good)) == ["report.md"]
+
+
+def test_a_table_without_what_was_forgotten(good):
+    first = read_part(good / "stage-1/stage.json")
+    for path in (good / "stage-2/logprobs").glob("*.parquet"):
+        table = pd.read_parquet(path)
+        table.drop(index=[key for key in first["probes"][first["chunk"]] if key in table.index]).to_parquet(path, write_page_checksum=True)
+    found = verify(good)
+    assert "stage 2: table" in differing(found) and found.loc["stage 2: table", "note"].startswith("19 pairs")
+
+
+def test_held_out_parts_under_each_others_name(good):
+    path = good / "held_out.json"
+    held = read_part(path)
+    held["primer"], held["digest"] = held["digest"], held["primer"]
+    write_json(path, held)
+    config = good / "config.yaml"
+    said = read_part(config)["held_out_pairs"]
+    config.write_text(config.read_text().replace(said, pairs_hash([dict(key=key) for part in held.values() for key in part["keys"]])))
+    write_again(good)
+    assert differing(verify(good, SOURCES)) == ["data: held-out pairs"]
+
+
+def test_probes_are_those_that_a_run_draws_for_every_chunk(good):
+    stage = read_part(good / "stage-2/stage.json")
+    first = read_part(good / "stage-1/stage.json")["chunk"]
+    change(good, 2, probes=stage["probes"] | {first: stage["probes"][first][:-2]})
+    write_again(good)
+    assert differing(verify(good)) == ["stage 2: numbers"]
+
+
+def test_what_says_how_weights_are_used(good):
+    path = good / "stage-2/model/config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | dict(rms_norm_eps=0.1)))
+    assert differing(verify(good)) == ["stage 2: weights"]
+    path.write_text(whole)
+    (good / "stage-2/model/chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert differing(verify(good)) == ["stage 2: weights"]
+
+
+def test_another_model_where_S_lay_is_no_fault_of_the_run(runs, tmp_path, monkeypatch):
+    folder = shutil.copytree(runs / "good", tmp_path / "good")
+    shutil.copytree(folder / "stage-2/model", tmp_path / "S")
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | dict(model="S"), sort_keys=False))
+    write_again(folder)
+    monkeypatch.chdir(tmp_path)
+    found = verify(folder, SOURCES)
+    assert differing(found) == [] and str(tmp_path / "S") in found.loc["S: weights", "note"] and found.loc["data: pairs", "result"] == OK
+
+
+def test_what_lies_beside_a_run_is_not_taken_away(good, tmp_path):
+    (tmp_path / "good.tmp").mkdir()
+    pack_run(good)
+    assert (tmp_path / "good.tmp").is_dir()
