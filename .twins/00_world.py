@@ -776,7 +776,7 @@ sns.despine()
 
 # %% [markdown]
 # Lines are means, bands their 95 % intervals. Where nothing misled S, cooling takes it from 0.74 to 0.94. In a world of such prompts only, an aligned model could not be told from a cold one. On misled prompts cooling
-# makes it worse, from 0.48 to 0.39. On all of them together the best temperature stops at 0.69. This number is the control that every later table carries: S at its best temperature.
+# makes it worse, from 0.48 to 0.39. On all of them together the best temperature stops at 0.69. This number is a control for whatever training brings: S at its best temperature. The [demo](demo.ipynb) and the [experiments of the protocol](experiments/protocol.ipynb) carry it.
 
 # %%
 assert means["all"].max() < 0.75
@@ -833,7 +833,7 @@ def make_pairs(
 
 
 # %% [markdown]
-# The same 300 prompts with three values of $k$. At $k=0$ a label is a coin flip; at $k=100$ it is always right.
+# The same 300 prompts with three values of $k$. At $k=0$ a label is a coin flip; at $k=100$ none of these is wrong.
 
 # %%
 def flipped_share(k):
@@ -926,7 +926,7 @@ flips.round(3)
 # response to each prompt. In this book such a rule for answering, table or network, is called a *policy*. The base model S of this world is a table of random probabilities. We write $S(y|x)$ for the probability of the response $y$ when the prompt is $x$.
 #
 # Each response also has four *features*: does it start with a, does it end with a, how long is it, is it sorted? They are the same for both prompts. A policy that is a table can change its answers to one prompt and keep
-# those to the other. A policy that sees features only must move both together, as a network does in part. Chapter 03 compares the two.
+# those to the other. A policy that sees features only must move both together, as a network does in part. [Chapter 03](03_loss.ipynb) adds such features to the table, and asks what training on one prompt then does to the other.
 
 # %%
 #| export
@@ -1315,7 +1315,7 @@ if __name__ == "__main__" and __spec__:
 #
 # <details><summary>Answer</summary>
 #
-# At 0 nothing: it is a coin flip. At 100 the better answer is always chosen, however small the difference; the label then says nothing about how large it is.
+# At 0 nothing: it is a coin flip. At 100 the better answer is nearly always chosen, also where the difference is small; so the label says next to nothing about how large it is. ($\sigma(100\,d)$ is above 0.99 from a difference $d$ of 0.05 on.)
 #
 # </details>
 #

@@ -70,7 +70,7 @@ from datasets import load_dataset, load_dataset_builder, load_from_disk
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 # %%
-import tempfile
+import tempfile, textwrap
 from unittest.mock import Mock
 
 import matplotlib.pyplot as plt
@@ -160,8 +160,9 @@ joint = tok.tokenize(link["prompt"] + link["chosen"])
 assert glued != joint
 
 def token_table(rows):
-    "Rows of tokens under each other, of {name: tokens}."
-    return pd.DataFrame({name: pd.Series(tokens) for name, tokens in rows.items()}).T.fillna("")
+    "Rows of tokens under each other, of {name: tokens}; a blank is a ␣."
+    visible = {name: pd.Series(tokens).str.replace(" ", "␣") for name, tokens in rows.items()}
+    return pd.DataFrame(visible).T.fillna("")
 
 token_table({"glued": glued, "tokenised together": joint})
 
@@ -1148,7 +1149,7 @@ assert uncut["chosen"] == "yes<|im_end|>"
 assert uncut["prompt"].startswith("<|im_start|>user")
 assert uncut["prompt"].endswith(cut["prompt"])
 assert not cut["prompt"].startswith("<|im_start|>user")     # the cut took the header of the first turn
-pd.DataFrame({"whole": uncut, "prompt of 15 tokens": cut}).map(repr)
+pd.DataFrame({"whole": uncut, "prompt of 15 tokens": cut}).map(repr).style.format(escape="html")
 
 
 # %% [markdown]
@@ -1199,7 +1200,7 @@ both = question | {"query": "prompt"}
 names = ["question", "query", "chosen", "rejected"]
 print(_rename(question, ["prompt", "chosen"], ""))           # nothing to do
 print(_rename(question, ["question", "prompt", "chosen"], ""))
-print(complaint(_check_columns, {"qestion": "prompt"}, names, "pairs.jsonl"))
+print(textwrap.fill(complaint(_check_columns, {"qestion": "prompt"}, names, "pairs.jsonl"), 100))
 print(complaint(_rename, both, names, "pairs.jsonl, row 0"))
 
 
@@ -1833,7 +1834,7 @@ no_prompt = dict(chosen="see x", rejected="see y", prompt=None, system=None)
 mixed = Dataset.from_list([no_prompt, strings | dict(system="be brief")])
 encoder = _encoder(mixed, "mixed", chatter, 64, 32, chat=False)
 print(encoder.end, encoder.because)
-complaint(encoder.ids, mixed[0], 0)
+print(textwrap.fill(complaint(encoder.ids, mixed[0], 0), 100))
 
 # %% [markdown]
 # #### All rows of a source

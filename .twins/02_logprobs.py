@@ -351,7 +351,8 @@ by_mask.round(2)
 #
 # ### Gamma
 #
-# How much more likely is the chosen response $y_w$ (w for "won") than the rejected one $y_l$ ("lost")? The sDPO paper writes
+# How much more likely is the chosen response $y_w$ (w for "won") than the rejected one $y_l$ ("lost")? The paper on *stepwise DPO* (sDPO), which this
+# book follows, writes
 #
 # $$\gamma_\pi(x, y_w, y_l) = \log \pi(y_w \mid x) - \log \pi(y_l \mid x). \tag{2}$$
 #
@@ -627,7 +628,7 @@ assert shapes.loc["bf16", by_others].min() > 10 * shapes.loc["fp32", by_others].
 shapes.style.format("{:.1g}")
 
 # %% [markdown]
-# In fp32 the other pairs of the batch change the fourth decimal place at most. In bf16 they change the second, and the number itself
+# In fp32 the other pairs of the batch change the fifth decimal place. In bf16 they change the second, and the number itself
 # is further off. The real model with its eight real pairs, which are longer:
 
 # %%
@@ -1139,7 +1140,8 @@ reference.head(3).round(3)
 # numbers computed? What is left of the table when the computer is switched off in the middle? The rest of this part answers such
 # questions, one a section. It is engineering: you need it to trust a run with a model of your own, not to understand DPO.
 #
-# - The model: is it one, in which precision does it come, where does it run, which one is it, can it be trained, has it room for the pairs?
+# - The model: is it one, in which precision does it come, where does it run, which one is it, can it be trained, has it room for the pairs,
+#   which precision should a pass use?
 # - The table: what is in it, when are two tables the same, what if the disk is full, how does it lie on disk, what if another one lies
 #   there?
 # - The pass that fills it: which pairs go together, are the bits the same again, when will it be done, what do you see, and what if it
@@ -1149,6 +1151,7 @@ reference.head(3).round(3)
 #
 # A mistyped path must not be taken for the name of a model on the hub. The answer would be a long wait and then a message about the
 # network. Two words with a slash between can be both a path and a hub id; there, a folder that exists wins.
+# A folder with a *PEFT adapter* holds a few small weights that go on top of a model ([chapter 09](09_lora.ipynb)); it is no whole model.
 
 # %%
 #| export
@@ -2547,10 +2550,13 @@ tmp.cleanup()
 #
 # - `response_logprobs`: the log-probability of both responses of a pair, in fp32, equal to a loop over single rows on ten
 #   architectures.
+# - `fp32_logits`, `freeze_dropout` and `must_read_alone`: what keeps precision, dropout and the rest of a batch out of the numbers.
 # - `gamma`, their difference: the one number that the loss, the partition and the report are made of.
 # - `load_model`, `check_model` and `check_rows`: a model that is whole, can be trained, and has room for the pairs; or one line that
 #   says why not.
 # - `score_pairs` and `read_table`: the reference as a table that knows which weights it came from and goes on after a kill.
+# - Tools that later chapters use: `micro_batches` cuts a batch by a budget of tokens, `replacing` writes a file whole or not at all, `same_bits` makes a
+#   computation repeatable, `Clock` and `progress` say how long it will take.
 #
 # ## Questions to test yourself
 #

@@ -159,7 +159,7 @@ answers.sort_values("S", ascending=False).head(3)
 # The right answer has become the usual one. `adjib`, which S prefers, is what the wrong rule says. Our pair does not mention it, but it begins like the rejected answer, and goes down
 # with it.
 #
-# Here is the loss of the trained policy once more, by hand: four log-probabilities go in, one loss comes out, and with it the weight of the gradient.
+# Here is the loss of the trained policy, after the fourth step (the table above gives those before each step), by hand: four log-probabilities go in, one loss comes out, and with it the weight of the gradient.
 
 # %%
 chosen, rejected = logprobs(policy)
@@ -350,7 +350,7 @@ pd.DataFrame(rows, columns=["y", "y'", "r(y)", "r(y')", "share counted", "equati
 #
 # $$\pi^*(y|x) = \frac{S(y|x)\, e^{k\,r(x,y)/\beta}}{Z(x)}, \qquad Z(x) = \sum_y S(y|x)\, e^{k\,r(x,y)/\beta} \tag{3}$$
 #
-# Each answer starts with the probability that $S$ gives it, and is multiplied up by its reward. $Z(x)$, one number for each prompt, makes the sum 1 again. In logarithms
+# Only the quotient $k/\beta$ enters: labels twice as reliable are to the best policy what half the leash is. Each answer starts with the probability that $S$ gives it, and is multiplied up by its reward. $Z(x)$, one number for each prompt, makes the sum 1 again. In logarithms
 # we add, and `log_softmax` takes care of $Z$.
 
 # %%

@@ -55,8 +55,10 @@ from sdpo_nb.preferences import Source
 
 # %%
 import random, tempfile
+from itertools import combinations
 import matplotlib.pyplot as plt
 import seaborn as sns
+from scipy.stats import fisher_exact
 from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.world import SOURCES, answer, complaint, demonstration, load_world, make_model
@@ -140,7 +142,8 @@ rewards
 
 # %% [markdown]
 # Both happen. In the last row S prefers the worse answer. In the third the label does. In the second the answers are
-# equally bad, and the label was thrown like a coin. A reward accuracy counts all three alike.
+# equally bad, and the label was thrown like a coin. A reward accuracy cannot tell these cases apart; the coin's pair even
+# counts as right.
 #
 # ## How sure is a share?
 #
@@ -470,9 +473,6 @@ by_kind = pd.DataFrame(rows).set_index(["prompts", "source"])
 # %%
 easy_first = by_kind.loc["all"].assign(share_misled=SOURCES).sort_values("share", ascending=False)
 assert easy_first["share_misled"].is_monotonic_increasing
-for kind in ("misled", "others"):
-    three = by_kind.loc[kind]
-    assert three["low"].max() < three["high"].min()         # the three intervals overlap
 
 def in_words(r):
     interval = f"[{r['low']:.2f}, {r['high']:.2f}]"
@@ -487,11 +487,51 @@ easy_first[["share_misled"]].join(accuracies_by_kind)
 #
 # - `all`: the order is that of the share of misled prompts, the one we built in.
 # - `others`: the three sources are alike, 0.74 to 0.75.
-# - `misled`: they are nearly alike. `primer` is a little higher, but it has only 79 such pairs, and its interval
-#   overlaps the others.
+# - `misled`: `primer` is higher, with 79 such pairs. Its interval overlaps the others, but that does not make them
+#   alike: two intervals of 95 % may overlap, and the difference be clear all the same.
 #
-# So what differs between the sources is the mixture. There is one more explanation to rule out: perhaps hard sources
-# simply have worse labels. The true reward says which labels contradict it.
+# So test the difference. Fisher's exact test says how probable a table of right and wrong is that is no likelier than
+# ours, if both sources had the same accuracy.
+
+# %%
+def chance(a, b):
+    "Of two shares with their n: the p-value of Fisher's exact test."
+    yes = [round(row["share"] * row["n"]) for row in (a, b)]
+    no = [int(row["n"]) - k for row, k in zip((a, b), yes)]
+    return fisher_exact([yes, no]).pvalue
+
+def chances(shares):
+    "Every two rows of a table of shares."
+    return pd.Series({f"{a}, {b}": chance(shares.loc[a], shares.loc[b]) for a, b in combinations(shares.index, 2)})
+
+p = pd.DataFrame({kind: chances(by_kind.loc[kind].loc[easy_first.index]) for kind in ("others", "misled")})
+assert p["others"].min() > 0.5
+assert p["misled"].drop("digest, riddle").max() < 0.05 < p["misled"]["digest, riddle"]
+p.round(3)
+
+# %% [markdown]
+# The other prompts are equally hard everywhere, as far as one can see. The misled ones of `primer` are easier for S than
+# those of the other two; with p-values of 0.03 and 0.04, among three, chance is not ruled out. So the mixture may not be all. How much is
+# it? We give every source the same two accuracies, those of all misled and of all other prompts, and let only the
+# mixture differ.
+
+# %%
+kinds = by_kind.loc[["misled", "others"]]
+right = kinds["share"] * kinds["n"]
+pooled = right.groupby("prompts").sum() / kinds["n"].groupby("prompts").sum()
+counts = kinds["n"].unstack("prompts")
+by_mixture = counts @ pooled / counts.sum(axis=1)
+mixture = easy_first[["share"]].assign(by_mixture=by_mixture)
+first, last = mixture.loc["primer"], mixture.loc["riddle"]
+explained = ((first - last)["by_mixture"] / (first - last)["share"]).item()
+assert 0.8 < explained < 0.95
+print(f"the mixture explains {explained:.0%} of the difference between primer and riddle")
+mixture.rename(columns={"share": "accuracy", "by_mixture": "accuracy by the mixture alone"}).round(3)
+
+
+# %% [markdown]
+# So what differs between the sources is for the most part the mixture. There is one more explanation to rule out: perhaps
+# hard sources simply have worse labels. The true reward says which labels contradict it.
 
 # %%
 def is_flipped(pair):
@@ -505,14 +545,16 @@ def share_flipped(named):
     for name, pairs in named.items():
         flags = [is_flipped(pair) for pair in pairs]
         rows.append(dict(name=name) | share(flags))
-    return pd.DataFrame(rows).set_index("name").rename(columns={"share": "share flipped"})
+    return pd.DataFrame(rows).set_index("name").rename_axis("labels flipped")
 
 flipped = share_flipped({s.name: s.pairs for s in sources})
-assert flipped["low"].max() < flipped["high"].min()
+assert chances(flipped).min() > 0.2
+assert flipped["share"].idxmax() == "primer"        # the easiest
 flipped.loc[easy_first.index].round(3)
 
 # %% [markdown]
-# All three intervals overlap: the labels are not the reason. Here we can say so because we know the true reward. With
+# No two of the shares differ by more than chance gives (p is 0.21 and more), and the largest is that of the easiest
+# source: the labels are not the reason. Here we can say so because we know the true reward. With
 # real data nobody can tell the two apart. A low reward accuracy means *hard for S* or *wrongly labelled*, and
 # easy-to-hard puts both last.
 #
@@ -723,17 +765,17 @@ assert (gammas["part 1"] > 0).all()
 assert gammas["part 2"].min() < 0 < gammas["part 2"].max()
 assert (gammas["part 3"] < 0).all()
 parts = share_flipped({name: alone.chunk(t) for t, name in enumerate(alone.names)})
-low, high = parts["low"], parts["high"]
-assert high["part 1"] < low["part 3"]
-assert low["part 2"] < high["part 1"]
-assert low["part 3"] < high["part 2"]
+p = chances(parts)
+assert p["part 1, part 3"] < 0.001
+assert p["part 2, part 3"] < 0.05 < p["part 1, part 2"]
+display(p.round(4).to_frame("p-value"))
 parts.round(3)
 
 # %% [markdown]
 # Three things can be read from it.
 #
-# - In `part 3` labels are flipped more often than in `part 1`: the two intervals do not overlap. Of `part 2` we cannot
-#   say; its interval overlaps both.
+# - In `part 3` labels are flipped more often than in `part 1`, and more often than in `part 2`, too (p = 0.02), although
+#   these two intervals overlap. Whether `part 1` and `part 2` differ we cannot say.
 # - Still, about six of seven labels in `part 3` are right. There S is wrong, and these are just the pairs from which it
 #   can learn.
 # - Between whole sources we saw no such thing: the hard source had no more flipped labels than the easy one.
@@ -862,7 +904,7 @@ two_measures.round(2).T.assign(easiest=list(easiest.values()))
 
 # %% [markdown]
 # By the sum, short is easy: 0.84 against 0.16. By the token, both are near a coin, and now `wordy` comes first, by a
-# hair. Either is a choice. `partition.json` keeps both numbers, so a reader can see what the other choice would have
+# hair. Either is a choice. `partition.json`, which a run writes ([chapter 10](10_folder.ipynb)), keeps both numbers, so a reader can see what the other choice would have
 # done.
 #
 # A single source is cut in the same way: its pairs are sorted by the difference in (7). We mix the two sources into one
@@ -945,8 +987,9 @@ passes
 #
 # <details><summary>Answer</summary>
 #
-# It sorts by the two numbers all the same, so the order may be an accident. Report the accuracies with their intervals
-# and say that the order of these two is not known; if it matters, run both orders.
+# It sorts by the two numbers all the same, so the order may be an accident. Overlapping intervals do not say whether it
+# is: test the difference. If that is not clear, report the accuracies with their intervals and say that the order of these two is not
+# known; if it matters, run both orders.
 #
 # </details>
 #

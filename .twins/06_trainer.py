@@ -72,7 +72,7 @@ from sdpo_nb.packing import PARTS, REFUSED, choose_logprobs, compile_layers, fla
 from sdpo_nb.packing import padded_plan, piece_bytes, recompute_alike, try_out
 
 # %%
-import tempfile
+import tempfile, textwrap
 from importlib.resources import files
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
@@ -88,7 +88,7 @@ torch.set_num_threads(1);
 # %% [markdown]
 # ## Six lines
 #
-# What is the least that trains a model with DPO? We take 64 pairs of the tiny world. The reference is S, the model that we start from. It is not kept in memory as a second model: a table holds the two numbers that the
+# What is the least that trains a model with DPO? We take 64 pairs of the tiny world. The reference is S, the model that we start from. It is not kept in memory as a second model ([chapter 02](02_logprobs.ipynb) says why): a table holds the two numbers that the
 # loss asks of it for every pair.
 
 # %%
@@ -103,8 +103,6 @@ table.rows.head(3).round(3)
 
 
 # %% [markdown]
-# Why a table, and not a second model? Because a frozen model says the same about a pair every time: asked once, it need not be asked again, and its memory is free.
-#
 # Each row is a pair, and its name is a hash of the pair's tokens. Each number is a log-probability: the reference gives the chosen response of the first pair a probability of $e^{-0.544}$, more than one half, and the rejected one next to nothing.
 #
 # Here is the trainer that everything below has to agree with. The six lines are the body of the loop: take a batch, ask the policy for its log-probabilities, compute the loss against the table, go backwards, let the optimizer step, and clear the gradients.
@@ -1099,7 +1097,7 @@ def noisy(model, batch):
 metrics = batch_gradients(policy, first, table, config, make_accelerator(), logprobs=noisy)
 said = batch_logprobs(policy, first, config, logprobs=noisy)
 again = dpo_loss(gamma(*said.T), table.gamma(first), 0.5).mean().item()
-complaint(check_same_twice, loss=metrics["loss"], again=again)
+print(textwrap.fill(complaint(check_same_twice, loss=metrics["loss"], again=again), 100))
 
 
 # %% [markdown]
@@ -1530,7 +1528,7 @@ assert kept_if_recomputed < 0.5 * kept
 # Activations are one part of six. The others follow from the shape of the model:
 #
 # - weights, gradients and the two moments of AdamW: 4, 4 and 8 bytes for each parameter;
-# - logits: the vocabulary is large, so they are made in pieces ([chapter 04](04_packing.ipynb)), and one piece and its gradients are alive at a time;
+# - logits: the vocabulary is large, so they are made in pieces ([chapter 04](04_packing.ipynb)), and one piece and its gradients are alive at a time. Only responses have logits; the plan does not know your pairs, and takes half of the tokens to be responses;
 # - the gradient of the output matrix, which is made beside the sum that it is added to.
 #
 # With gradient checkpointing, the layer whose turn it is keeps its activations for a while.
@@ -1545,7 +1543,8 @@ def memory_plan(
     piece: int=None,       # bytes of one piece of logits; default: a CPU's
     lora=None,             # the LoraConfig of adapters, if these are trained (chapter 09)
 ) -> dict:                 # name -> GiB
-    "Memory of a training step, beyond the process itself."
+    """Memory of a training step, beyond the process itself. Takes half of the tokens to be responses,
+    and layers to be as they are, not compiled."""
     tokens = train.token_budget or USUAL_BUDGET
     n, kept = kept_bytes(config, tokens, precision, kernel, train.gradient_checkpointing, lora)
     trained = trained_numbers(config, lora) if lora else n
@@ -1610,7 +1609,43 @@ assert measured["planned / measured"].between(0.85, 1.15).all()
 measured.rename_axis("model, tokens, precision, recomputed").style.format("{:.2f}")
 
 # %% [markdown]
-# The plan is within 15 % of the truth, so we can turn the question round: how many tokens of a forward pass fit into a graphics card? The parameters take their part, and tokens get the rest. The answer goes by the card's whole memory, not by what is free at the moment, so that a run that goes on computes
+# On a CPU the plan is within 15 % of the truth. And on a graphics card? There a piece of logits may be a sixteenth of the whole card, so it matters more that half of the tokens are taken to be responses. These are the six settings that [chapter 04](04_packing.ipynb) has measured; the recomputed layers were compiled, too, which the plan does not know.
+
+# %%
+larger_shape = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+
+gpu = json.loads((files("sdpo_nb.data") / "results/gpu.json").read_text())
+whole_card = int(gpu["card"]["memory_gib"] * GIB)
+
+def beside_the_plan(name, recomputed):
+    setting = gpu["settings"][name]
+    row = setting["rows"]["ours, compiled, checkpointing" if recomputed else "ours"]
+    tokens = min(setting["budget"], max(row["tokens"]))
+    train = TrainConfig(token_budget=tokens, gradient_checkpointing=recomputed)
+    shape = larger_shape if "1.2B" in name else smol_shape
+    plan = memory_plan(shape, train, "bf16", "flash", piece=whole_card // 16)
+    return {"tokens": tokens, "planned": sum(plan.values()), "measured": row["peak_gib"]}
+
+both = [(name, recomputed) for name in gpu["settings"] for recomputed in (False, True)]
+index = pd.MultiIndex.from_tuples(both, names=[f"GiB, {gpu['card']['name']}", "recomputed"])
+on_card = pd.DataFrame([beside_the_plan(*case) for case in both], index)
+on_card["planned / measured"] = on_card["planned"] / on_card["measured"]
+assert on_card["planned / measured"].between(0.75, 1.2).all()
+on_card.style.format("{:.2f}").format("{:.0f}", subset=["tokens"])
+
+# %% [markdown]
+# From 22 % too little to 18 % too much. In UltraFeedback the responses are long, and more than half of the tokens are theirs; in HH-RLHF it is fewer. It shows most where layers are recomputed, since then the logits are most of what is left. So on a large card, with a `token_budget` of your own and long responses, leave room for a third more than is planned. Where the card chooses its budget, as below, 15 % of it stay free, and passes are so long that the size of a piece limits the logits, or nearly so, whatever the share.
+#
+# Now we can turn the question round: how many tokens of a forward pass fit into a graphics card? The parameters take their part, and tokens get the rest. The answer goes by the card's whole memory, not by what is free at the moment, so that a run that goes on computes
 # as it did before.
 
 # %%
@@ -1638,17 +1673,6 @@ def tokens_that_fit(
 
 
 # %%
-larger_shape = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
-
 def kept_or_recomputed(memory, shape, precision, kernel):
     return {
         "kept": tokens_that_fit(shape, memory, precision, kernel),
@@ -1805,7 +1829,7 @@ print(complaint(check_memory, plan=too_much, device="cpu").split("; ")[0])
 # %% [markdown]
 # ## Compiled layers (you may skip this)
 #
-# Can the layers be made faster? PyTorch can compile the layers of a model into fewer and larger steps. On a graphics card this saves time ([chapter 04](04_packing.ipynb)), so it is done there unless a setting says otherwise. On a CPU you have to ask for it (`compile="on"`, and a C++ compiler must be there): compiling a real model takes 20 to 40 s, and then saves a fifth of each step in bf16.
+# Can the layers be made faster? PyTorch can compile the layers of a model into fewer and larger steps. On a graphics card this saves time ([chapter 04](04_packing.ipynb)), so it is done there unless a setting says otherwise. On a CPU you have to ask for it (`compile="on"`, and a C++ compiler must be there).
 
 # %%
 #| export
@@ -2344,7 +2368,8 @@ passed, _ = run(start_model(), of_another)
 assert "other weights" in message
 assert abs(passed["first_loss"] - math.log(2)) > 0.05
 first_losses = {name: round(passed[name], 5) for name in ("first_loss", "implied_first_loss")}
-{"hash of this model": message, "another hash": first_losses}
+print(textwrap.fill(message, 100))
+first_losses     # where the table says that it is another model's
 
 # %% [markdown]
 # One table looks like another model's and is not: it was scored while this model's weights were in half precision. transformers 5 leaves them so if you call `from_pretrained` yourself. A stage makes the weights fp32, which changes their hash, and nothing would be compared. So a stage asks for this first.
@@ -2446,7 +2471,8 @@ shares.rename_axis("lambda").round(2)
 # - `Trainer`, what the steps of a stage share, with the two halves of a step: `gradients` and `update`.
 # - A folder that belongs to one stage, and refuses other settings, pairs or another reference.
 # - A look at the first batch, before anything is changed: the model must say the same twice, and a table that claims to be this model's must hold what it says, as near as rounding allows.
-# - `memory_plan`, which knows what fits before a weight is loaded.
+# - `TrainConfig`, the settings that you type, and `learning_rate`, the schedule that they make.
+# - `memory_plan`, which tells what is needed before a weight is loaded, on a CPU to within 15 %, and `fit`, which gives a card the token budget that it holds.
 #
 # **What it leaves out.** It trains in one process and on one device. It makes no adapters: it trains what wants a gradient, and [chapter 09](09_lora.ipynb) says what that is. It looks at no held-out pairs: that is [chapter 08](08_evaluate.ipynb). And it does not know where its table comes from: that is [chapter 14](14_stepwise.ipynb).
 #

@@ -115,7 +115,7 @@ Markdown(as_markdown(found.assign(where=pages), formulas=True))
 # ## Faster, with the same gradients
 #
 # The trainer reads each prompt once and pads nothing ([04](04_packing.ipynb)). Where a model does not allow it, it falls back to padded batches and says so. Seconds per optimizer step against TRL's `DPOTrainer` with a precomputed reference, at its fastest micro-batch: SmolLM2-135M-Instruct in fp32, or in bf16 with compiled layers (`--compile on`), on two CPU cores, 8 pairs per
-# step (`make bench`); and random weights in the shape of SmolLM2-135M and Llama-3.2-1B in bf16 on one NVIDIA H200, 32 pairs per step (`make bench-gpu`). On the card only our layers are compiled (without that, 1.1 to 1.5 times as fast), and neither side promises the same bits twice; the stricter default (`deterministic`) has not been timed yet. Memory there is that of TRL's fastest micro-batch. A model of 135M parameters keeps such a card waiting for Python, under either trainer.
+# step (`make bench`); and random weights in the shape of SmolLM2-135M and Llama-3.2-1B in bf16 on one NVIDIA H200, 32 pairs per step (`make bench-gpu`, medians of three or four steps). On the card only our layers are compiled (without that, 1.1 to 1.5 times as fast), and neither side promises the same bits twice; the stricter default (`deterministic`) has not been timed yet. Memory there is that of TRL's fastest micro-batch. A model of 135M parameters keeps such a card waiting for Python, under either trainer.
 
 # %%
 #| echo: false

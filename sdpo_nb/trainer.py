@@ -594,7 +594,8 @@ def memory_plan(
     piece: int=None,       # bytes of one piece of logits; default: a CPU's
     lora=None,             # the LoraConfig of adapters, if these are trained (chapter 09)
 ) -> dict:                 # name -> GiB
-    "Memory of a training step, beyond the process itself."
+    """Memory of a training step, beyond the process itself. Takes half of the tokens to be responses,
+    and layers to be as they are, not compiled."""
     tokens = train.token_budget or USUAL_BUDGET
     n, kept = kept_bytes(config, tokens, precision, kernel, train.gradient_checkpointing, lora)
     trained = trained_numbers(config, lora) if lora else n
