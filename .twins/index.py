@@ -204,7 +204,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [tuned_elsewhere](experiments/tuned_elsewhere.ipynb) | DPO, stepwise DPO, TR-DPO and Pre-DPO at settings that were chosen in other worlds: five questions, asked and not yet answered |
 # | [when_order_matters](experiments/when_order_matters.ipynb) | easy or hard first where hard sources have bad labels: equal with a moving reference; with a fixed one, end on the good labels |
 # | [builds_on](experiments/builds_on.ipynb) | easy or hard first where hard builds on easy and a teacher wrote it: with a moving reference easy first, with a fixed one hard first; all at once is better than either |
-# | [when_sizes_differ](experiments/when_sizes_differ.ipynb) | a small source and one five times as large: four questions, asked and not yet answered |
+# | [when_sizes_differ](experiments/when_sizes_differ.ipynb) | a small source and one five times as large: whichever first, cut so or in halves or not at all, it is equal |
 # | [how_to_partition](experiments/how_to_partition.ipynb) | which measure, which direction, which pairs |
 # | [how_many_stages](experiments/how_many_stages.ipynb) | one to eight, at one $\beta$ and at one that grows with their number |
 # | [which_architecture](experiments/which_architecture.ipynb) | stepwise against plain DPO in tiny GPT-2, OPT, BLOOM, Llama and Qwen |

@@ -20,7 +20,8 @@ from .cells import BASELINES, METHODS, RESULTS, Cell
 from .cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from .compare import SAME, loss_roughness, paired_difference
 from .evaluate import as_text, frontier, interval
-from .questions import BUILDS_ON_QUESTIONS, GRIDS, LADDERS, ORDER_QUESTIONS, SEARCHES, WORLDS, answer_together
+from .questions import BUILDS_ON_QUESTIONS, ORDER_QUESTIONS, SIZE_QUESTIONS
+from .questions import GRIDS, LADDERS, SEARCHES, WORLDS, answer_together
 from .questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
 from .questions import primary_contrasts
 from .graded_cells import PLANS, run_known_truth
@@ -96,6 +97,16 @@ LADDER_CLAIMS = { # grid -> its questions, and the claim that each of them is ab
             "easy to hard is better than hard to easy, where the hard source builds on the easy one; with a fixed reference",
         "stepwise, own first, against all at once":
             "sDPO is better than DPO, where the hard source builds on the easy one",
+    }),
+    "when_sizes_differ": (SIZE_QUESTIONS, {
+        "small first against large first":
+            "a small source first is better than a large one first, of the same kind",
+        "small first against large first, fixed reference":
+            "a small source first is better than a large one first, of the same kind; with a fixed reference",
+        "stepwise, small first, against two halves":
+            "a small and a large chunk are better than two halves",
+        "stepwise, small first, against all at once":
+            "sDPO is better than DPO, with chunks of one to five",
     }),
 }
 EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled, stages; {}: all bodies but the Llama

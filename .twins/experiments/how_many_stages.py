@@ -188,7 +188,7 @@ cost.round(0).astype(int)
 # ## What this does not show
 #
 # - **More data for more stages.** Here $T$ stages share the pairs of one. If every stage had as many pairs as DPO has in all, eight might look different.
-# - **Chunks of unequal size.** The paper's second data set is five times its first.
+# - **Chunks of unequal size.** The paper's second data set is five times its first ([when sizes differ](when_sizes_differ.ipynb)).
 # - **A curriculum.** The sources of this world share all skills, and nothing in them builds on anything else. Where it does ([builds on](builds_on.ipynb)), the order of two stages matters.
 # - **Large models.** This one has 340 thousand parameters.
 #

@@ -51,7 +51,8 @@ from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
 from sdpo_nb.cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, loss_roughness, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
-from sdpo_nb.questions import BUILDS_ON_QUESTIONS, GRIDS, LADDERS, ORDER_QUESTIONS, SEARCHES, WORLDS, answer_together
+from sdpo_nb.questions import BUILDS_ON_QUESTIONS, ORDER_QUESTIONS, SIZE_QUESTIONS
+from sdpo_nb.questions import GRIDS, LADDERS, SEARCHES, WORLDS, answer_together
 from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
 from sdpo_nb.questions import primary_contrasts
 from sdpo_nb.graded_cells import PLANS, run_known_truth
@@ -337,7 +338,7 @@ print(f"stepwise minus plain at the same rate, at the KL of plain: {as_text(leve
 #
 # ## Claim by claim
 #
-# What the paper says or asks, and what the experiments found. First come the rows of a real model, as far as they have been run ([smollm2](smollm2.ipynb), [which_is_easy](which_is_easy.ipynb)); *gains* are nats a pair of log-loss there. In the tiny worlds a number is a difference of mean true reward if nothing else is said. Their first eight claims are the primary questions, the next eight those of [when order matters](when_order_matters.ipynb) and [builds on](builds_on.ipynb): they count as different by their p-value. The others are exploratory, and count as different where
+# What the paper says or asks, and what the experiments found. First come the rows of a real model, as far as they have been run ([smollm2](smollm2.ipynb), [which_is_easy](which_is_easy.ipynb)); *gains* are nats a pair of log-loss there. In the tiny worlds a number is a difference of mean true reward if nothing else is said. Their first eight claims are the primary questions, the next twelve those of [when order matters](when_order_matters.ipynb), [builds on](builds_on.ipynb) and [when sizes differ](when_sizes_differ.ipynb): they count as different by their p-value. The others are exploratory, and count as different where
 # the interval leaves out 0. Each of them has a page with its figures.
 
 # %%
@@ -380,6 +381,16 @@ LADDER_CLAIMS = { # grid -> its questions, and the claim that each of them is ab
             "easy to hard is better than hard to easy, where the hard source builds on the easy one; with a fixed reference",
         "stepwise, own first, against all at once":
             "sDPO is better than DPO, where the hard source builds on the easy one",
+    }),
+    "when_sizes_differ": (SIZE_QUESTIONS, {
+        "small first against large first":
+            "a small source first is better than a large one first, of the same kind",
+        "small first against large first, fixed reference":
+            "a small source first is better than a large one first, of the same kind; with a fixed reference",
+        "stepwise, small first, against two halves":
+            "a small and a large chunk are better than two halves",
+        "stepwise, small first, against all at once":
+            "sDPO is better than DPO, with chunks of one to five",
     }),
 }
 EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled, stages; {}: all bodies but the Llama

@@ -111,7 +111,7 @@ if found:
 #
 # ## What this does not show
 #
-# - **Other reasons why an order could matter.** A hard source may build on an easy one; S may never give a good answer to it; it may be much larger; somebody else may have written its pairs. In these worlds none of that is so; [builds on](builds_on.ipynb) has a hard source that builds on the easy one, and there order matters.
+# - **Other reasons why an order could matter.** A hard source may build on an easy one; S may never give a good answer to it; it may be much larger; somebody else may have written its pairs. In these worlds none of that is so; [builds on](builds_on.ipynb) has a hard source that builds on the easy one, and there order matters; [when sizes differ](when_sizes_differ.ipynb) has a large one, and there it does not.
 # - **Which of two things makes a source last.** The noisy source is also the one with most prompts on which S is misled.
 # - **Other amounts of noise.** Three sources with 0, 15 and 35 % are one choice.
 # - **Larger models.** S has 340 thousand parameters.
