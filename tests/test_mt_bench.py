@@ -9,7 +9,7 @@ import torch
 
 from sdpo_nb import cli, mt_bench as module
 from sdpo_nb.logprobs import load_model, load_tokenizer
-from sdpo_nb.mt_bench import answer_turns, judge_messages, mt_bench, mt_bench_table, openai_judge, rating_of, read_lines, write_answers
+from sdpo_nb.mt_bench import answer_turns, judge_messages, mt_bench, mt_bench_table, openai_judge, rating_of, read_lines
 from sdpo_nb.world import load_world
 from tiny import perturbed, write_jsonl
 
