@@ -1270,6 +1270,13 @@ def _reason(e):
                 "save one beside the model: tokenizer.save_pretrained(folder)")
     return f"cannot be loaded ({type(e).__name__}: {_one_line(said)})"
 
+def memory_ended(
+    e: Exception, # of any library
+) -> bool:
+    "Whether it says that memory ended. PyTorch has an exception for that on a card, on a CPU only words."
+    ended = any(words in str(e) for words in ("out of memory", "allocate memory"))
+    return ended or isinstance(e, (MemoryError, torch.OutOfMemoryError))
+
 @contextlib.contextmanager
 def _loading(model, kind):
     """What the libraries throw, as a ValueError of one line that begins with the model;
@@ -1277,8 +1284,8 @@ def _loading(model, kind):
     report = logging.getLogger("transformers.modeling_utils")
     before, report.disabled = report.disabled, True
     try: yield
-    except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
+        if memory_ended(e): raise
         why = _broken_file(Path(model).expanduser(), kind) or _reason(e)
         raise ValueError(f"{model}: {why}") from e
     finally: report.disabled = before
@@ -1954,6 +1961,18 @@ def write_lines(
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as tmp, open(tmp, "w", encoding="utf-8", newline="\n") as f:
         for row in rows: f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+def lines_of(
+    found: bytes, # of a file of lines
+    path,         # of the file, for messages
+) -> list:        # what each line holds; empty lines hold nothing
+    "What `write_lines` wrote. Raises ValueError with the line that cannot be read."
+    rows = []
+    for number, line in enumerate(found.split(b"\n"), 1):
+        if not line.strip(): continue
+        try: rows.append(json.loads(line))
+        except ValueError as e: raise ValueError(f"{path}, line {number}: not JSON; take the line out") from e
+    return rows
 
 def _write_piece(folder, rows):
     "One file more, with a number that no other piece has."

@@ -39,6 +39,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 #| export
 import math
+from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -93,7 +94,22 @@ train_stage(M, train, table, config, tempfile.mkdtemp());
 
 # %%
 #| export
-@torch.no_grad()
+@contextmanager
+def generating(
+    model,          # a causal language model
+    precision: str, # fp32, bf16 or fp16, as in chapter 02
+    **how,          # of a GenerationConfig
+):
+    "`model.generate` does as it is told, whatever the model's own settings of generation. The model stays as it was."
+    was_training, own = model.training, model.generation_config
+    model.generation_config = GenerationConfig(**how)       # or its own would fill in what `how` leaves open
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(model.device, precision): yield
+    finally:
+        model.train(was_training)
+        model.generation_config = own
+
 def greedy_answers(
     model,                 # a causal language model
     tokenizer,             # its tokenizer
@@ -101,31 +117,23 @@ def greedy_answers(
     max_new: int=64,       # longest answer, in tokens
     precision: str="fp32", # fp32, bf16 or fp16, as in chapter 02
 ) -> list[str]:            # one answer per prompt, without special tokens
-    "The greedy answer to each prompt, whatever the model's own settings of generation. It stays as it was."
+    "The greedy answer to each prompt."
     also = model.generation_config.eos_token_id             # none, one or several
     also = also if isinstance(also, list) else [also]
     ends = {tokenizer.eos_token_id, *also} - {None}
-    how = GenerationConfig(
+    how = dict(
         do_sample=False,
         max_new_tokens=max_new,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.eos_token_id,
     )
     answers = []
-    was_training, own = model.training, model.generation_config
-    model.generation_config = how                           # or its own would fill in what `how` leaves open
-    model.eval()
-    try:
+    with generating(model, precision, **how):
         for ids in prompts:
             row = torch.tensor([ids], device=model.device)
-            with autocast(model.device, precision):
-                seen = torch.ones_like(row)
-                out = model.generate(input_ids=row, attention_mask=seen, generation_config=how)
+            out = model.generate(input_ids=row, attention_mask=torch.ones_like(row))
             new = out[0, len(ids):]
             answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
-    finally:
-        model.train(was_training)
-        model.generation_config = own
     return answers
 
 

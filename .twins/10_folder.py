@@ -57,10 +57,11 @@ import yaml
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
+import sdpo_nb
 from transformers import AutoTokenizer
 
 from sdpo_nb.logprobs import (
-    best_device, check_model, load_model, load_tokenizer, replacing, weights_hash, write_json
+    best_device, check_model, load_model, load_tokenizer, memory_ended, replacing, weights_hash, write_json
 )
 from sdpo_nb.lora import Adapter, is_adapter, merge_adapter, read_adapter, write_adapter
 from sdpo_nb.trainer import COMPUTED_ALIKE, check_one_process, read_checkpoint
@@ -196,8 +197,8 @@ def naming(
     """Whatever goes wrong in reading a file says which file it was, and what to do. Raises ValueError,
     but for what says nothing about the file: memory that ends, a right to read that is missing."""
     try: yield
-    except (MemoryError, PermissionError): raise
     except Exception as e:
+        if memory_ended(e) or isinstance(e, PermissionError): raise
         told = str(e).removeprefix(f"{path}: ").split("\n")[0]
         why = getattr(e, "strerror", None) or told or type(e).__name__
         raise ValueError(f"{path}: cannot be used ({why}); {cure_of(path)}") from e
@@ -847,7 +848,7 @@ what_differs(here, there)
 
 
 # %% [markdown]
-# Where do these facts come from? We ask torch for the machine and Python for the versions. If the package lies in a git checkout, we ask git for the commit.
+# Where do these facts come from? We ask torch for the machine and Python for the versions. If git holds the package, we ask it for the commit; a `+` after it means that the code was changed since. A package that was installed into some other project's folder has nothing to do with the commit of that project.
 
 # %%
 #| export
@@ -858,16 +859,26 @@ def machine_of(
     if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
     return dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
+def _git(*words):
+    "What git says in the folder of the package; None where it has nothing to say."
+    ask = ["git", "-C", Path(sdpo_nb.__file__).resolve().parent, *words]
+    try: said = subprocess.run(ask, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError): return None
+    return said.stdout.strip() if said.returncode == 0 else None
+
+def package_commit() -> str|None: # None where git does not hold the package
+    "The commit of this package, with a + where its files were changed."
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None: return None
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    head = _git("rev-parse", "--short", "HEAD")
+    return f"{head}+" if head and changed else head
+
 @functools.cache
 def versions() -> dict[str, str]: # package -> its version
     "Of what computes, and of this package with the commit that it is at, where that can be known."
     found = {p: version(p) for p in ("torch", "transformers", "datasets", "accelerate", "sdpo_nb")}
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    if "site-packages" in here.parts: return found
-    ask = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
-    try: commit = subprocess.run(ask, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.SubprocessError): return found
-    if commit.returncode == 0: found["sdpo_nb"] += f" at {commit.stdout.strip()}"
+    commit = package_commit()
+    if commit: found["sdpo_nb"] += f" at {commit}"
     return found
 
 

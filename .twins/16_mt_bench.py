@@ -45,7 +45,7 @@ from transformers import GenerationConfig
 
 from sdpo_nb.folder import alone_in
 from sdpo_nb.logprobs import (
-    autocast, load_model, load_tokenizer, pick_precision, progress, weights_hash, write_lines
+    autocast, lines_of, load_model, load_tokenizer, pick_precision, progress, weights_hash, write_lines
 )
 from sdpo_nb.partition import mean_interval
 from sdpo_nb.world import content_hash
@@ -210,15 +210,8 @@ pd.DataFrame(rows, columns=["turn", "answer of S", "right"]).set_index("turn")
 # %%
 #| export
 def _read(path):
-    "The rows of a file of ours, if it is there. Raises ValueError with the line that cannot be read."
-    rows = []
-    for i, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
-        if not line.strip(): continue
-        try: rows.append(json.loads(line))
-        except ValueError as e:
-            what = f"{path}: line {i} cannot be read ({e})"
-            raise ValueError(f"{what}; remove this line, and what it held is asked again") from e
-    return rows
+    "The rows of a file of ours, if it is there. A line that is taken out of it is asked again."
+    return lines_of(path.read_bytes(), path) if path.exists() else []
 
 def _keep(path, fits, what):
     "The rows of a file that fit. The others are moved to a file beside it, and a line says so."

@@ -142,10 +142,10 @@ def _check_line(name, path):
     "Raise ValueError for a line that is no setting: the file, and what was probably meant."
     from dataclasses import fields
     from difflib import get_close_matches
-    from sdpo_nb.plan import StepwiseConfig, no_such_setting
+    from sdpo_nb.plan import _SPEC, StepwiseConfig, no_such_setting
     known = [f.name for f in fields(StepwiseConfig)]
     if name in known: return
-    if name in ("split", "columns", "chat", "max_pairs"):
+    if name in _SPEC - {"source"}:
         raise ValueError(f"{path}: {name}: belongs to one source; "
                          f"write NAME: {{source: DATA, {name}: ...}} under sources")
     near = get_close_matches(str(name), [*known, *PLACES], 1)

@@ -6,8 +6,8 @@
 __all__ = ['NEEDED', 'FREE', 'HOW', 'RECORDED', 'MAY_DIFFER', 'AS_BEFORE', 'NOT_IN_OLDER', 'SAID', 'read_yaml', 'cure_of',
            'naming', 'read_part', 'stage_numbers', 'finished_stages', 'folder_of', 'stage_folders', 'save_model',
            'write_model', 'share_changed', 'load_stage', 'saved_as', 'load_exactly', 'save_adapter', 'load_base',
-           'load_merged', 'load_any', 'load_saved_tokenizer', 'base_folder', 'what_differs', 'machine_of', 'versions',
-           'command', 'recorded', 'open_folder', 'check_fresh', 'alone_in']
+           'load_merged', 'load_any', 'load_saved_tokenizer', 'base_folder', 'what_differs', 'machine_of',
+           'package_commit', 'versions', 'command', 'recorded', 'open_folder', 'check_fresh', 'alone_in']
 
 # %% ../nbs/10_folder.ipynb #b4f80dbf
 import functools, json, os, re, shlex, subprocess, sys
@@ -22,10 +22,11 @@ import yaml
 try: import fcntl
 except ImportError: fcntl = None # Windows
 
+import sdpo_nb
 from transformers import AutoTokenizer
 
 from sdpo_nb.logprobs import (
-    best_device, check_model, load_model, load_tokenizer, replacing, weights_hash, write_json
+    best_device, check_model, load_model, load_tokenizer, memory_ended, replacing, weights_hash, write_json
 )
 from .lora import Adapter, is_adapter, merge_adapter, read_adapter, write_adapter
 from .trainer import COMPUTED_ALIKE, check_one_process, read_checkpoint
@@ -84,8 +85,8 @@ def naming(
     """Whatever goes wrong in reading a file says which file it was, and what to do. Raises ValueError,
     but for what says nothing about the file: memory that ends, a right to read that is missing."""
     try: yield
-    except (MemoryError, PermissionError): raise
     except Exception as e:
+        if memory_ended(e) or isinstance(e, PermissionError): raise
         told = str(e).removeprefix(f"{path}: ").split("\n")[0]
         why = getattr(e, "strerror", None) or told or type(e).__name__
         raise ValueError(f"{path}: cannot be used ({why}); {cure_of(path)}") from e
@@ -420,16 +421,26 @@ def machine_of(
     if device.type == "cuda": return dict(card=torch.cuda.get_device_name(device))
     return dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
+def _git(*words):
+    "What git says in the folder of the package; None where it has nothing to say."
+    ask = ["git", "-C", Path(sdpo_nb.__file__).resolve().parent, *words]
+    try: said = subprocess.run(ask, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError): return None
+    return said.stdout.strip() if said.returncode == 0 else None
+
+def package_commit() -> str|None: # None where git does not hold the package
+    "The commit of this package, with a + where its files were changed."
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None: return None
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    head = _git("rev-parse", "--short", "HEAD")
+    return f"{head}+" if head and changed else head
+
 @functools.cache
 def versions() -> dict[str, str]: # package -> its version
     "Of what computes, and of this package with the commit that it is at, where that can be known."
     found = {p: version(p) for p in ("torch", "transformers", "datasets", "accelerate", "sdpo_nb")}
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    if "site-packages" in here.parts: return found
-    ask = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
-    try: commit = subprocess.run(ask, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.SubprocessError): return found
-    if commit.returncode == 0: found["sdpo_nb"] += f" at {commit.stdout.strip()}"
+    commit = package_commit()
+    if commit: found["sdpo_nb"] += f" at {commit}"
     return found
 
 # %% ../nbs/10_folder.ipynb #568832f4

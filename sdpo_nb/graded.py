@@ -13,10 +13,11 @@ import hashlib, json, math, random, re
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from .cells import RESULTS
-from .logprobs import autocast, load_model, load_tokenizer
+from .evaluate import generating
+from .logprobs import load_model, load_tokenizer
 from .timed import run_timed
 from .world import K, edit_distance
 
@@ -218,7 +219,6 @@ def _batches(rows, batch): # lists of numbers of rows, of like length
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[i:i + batch] for i in range(0, len(order), batch)]
 
-@torch.no_grad()
 def sampled_ids(
     model,                 # a causal language model; stays in the mode it was in
     tokenizer,             # of the model
@@ -232,25 +232,18 @@ def sampled_ids(
     "One response per prompt, in batches padded on the left."
     g = torch.Generator().manual_seed(seed)
     luck = torch.rand(len(prompts), max_new, dtype=torch.float64, generator=g).to(model.device)
-    eos, out, was_training = tokenizer.eos_token_id, [None] * len(prompts), model.training
-    how = GenerationConfig(do_sample=False, max_new_tokens=max_new, eos_token_id=eos, pad_token_id=eos)
-    own, model.generation_config = model.generation_config, how # or its own would fill in what `how` leaves open
-    model.eval()
-    try:
+    eos, out = tokenizer.eos_token_id, [None] * len(prompts)
+    how = dict(do_sample=False, max_new_tokens=max_new, eos_token_id=eos, pad_token_id=eos)
+    with generating(model, precision, **how):
         for rows in _batches(prompts, batch):
             width = max(len(prompts[i]) for i in rows)
             pads = [width - len(prompts[i]) for i in rows]
             ids = torch.tensor([[eos] * pad + prompts[i] for i, pad in zip(rows, pads)], device=model.device)
             seen = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device)
             choose = LogitsProcessorList([_Luck(luck[rows], tau, width)] if tau else [])
-            asked = dict(input_ids=ids, attention_mask=seen)
-            with autocast(model.device, precision):
-                new = model.generate(**asked, generation_config=how, logits_processor=choose)
+            new = model.generate(input_ids=ids, attention_mask=seen, logits_processor=choose)
             for i, y in zip(rows, new[:, width:].tolist()):
                 out[i] = y[:y.index(eos) + 1] if eos in y else y
-    finally:
-        model.train(was_training)
-        model.generation_config = own
     return out
 
 # %% ../nbs/experiments/graded_tasks.ipynb #afe8f41b

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEACHER_ARMS', 'SETTLED', 'REHEARSAL', 'PLANS', 'draw_problems', 'WritingCell', 'GradedCell', 'Graded', 'load_graded',
-           'run_writing', 'pairs_of', 'graded_exam', 'run_graded', 'search_cells', 'chosen_from', 'arms_of_a_draw',
-           'graded_plan', 'FoundArms', 'arrange_graded', 'draw_means', 'draws_off_the_ladder', 'question_differences',
-           'common_draws', 'graded_answers', 'graded_means', 'run_known_truth', 'read_known_truth']
+           'run_writing', 'pairs_of', 'graded_exam', 'run_graded', 'search_cells', 'arms_of_a_draw', 'graded_plan',
+           'FoundArms', 'arrange_graded', 'draw_means', 'draws_off_the_ladder', 'question_differences', 'common_draws',
+           'graded_answers', 'graded_means', 'run_known_truth', 'read_known_truth']
 
 # %% ../nbs/experiments/graded_cells.ipynb #40deedcf
 import random
@@ -28,6 +28,7 @@ from .known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_l
 from .logprobs import load_model, load_tokenizer, pairs_hash
 from .preferences import load_pairs, tokenize_pairs
 from .real import chunk_of
+from .smollm2 import choose_settings
 from .timed import check_alike, mixed_draws, read_results, run_timed
 from .trainer import TrainConfig
 from .world import content_hash
@@ -252,17 +253,6 @@ def search_cells(
             cells.append(_cell(arm, ARMS[arm], settings, "validation", graded.validation, teacher, written))
     return cells
 
-def chosen_from(
-    cells: list,      # of the search
-    by_key: dict,     # key -> row; every cell has one
-) -> dict:            # arm -> settings
-    "The settings with the highest mean score of sampled answers; on a tie the first."
-    best = {}
-    for cell in cells:
-        score = np.mean(by_key[cell.key]["sampled"])
-        if cell.arm not in best or score > best[cell.arm][0]: best[cell.arm] = score, dict(cell.settings)
-    return {arm: settings for arm, (_, settings) in best.items()}
-
 def arms_of_a_draw(
     draw: int,        # its number
     chosen: dict,     # arm -> settings
@@ -295,7 +285,8 @@ def graded_plan(
         graded.rows = {row["key"]: row for row in rows}
         cells = [search[0].written, *search] if search else []
         if not all(cell.key in graded.rows for cell in search): return cells
-        chosen = _same_for_all(arms, settings) if settings else chosen_from(search, graded.rows)
+        tried = [(cell.arm, dict(cell.settings), -np.mean(graded.rows[cell.key]["sampled"])) for cell in search]
+        chosen = _same_for_all(arms, settings) if settings else choose_settings(tried)
         for draw in draws:
             found = arms_of_a_draw(draw, chosen, graded, arms, teacher, borrowed)
             cells += [WritingCell(draw, graded.n, graded.about), *found.values()]

@@ -23,8 +23,8 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .logprobs import autocast, check_prompts, fp32_logits, half_weight, is_plain, must_read_alone
-from .logprobs import padded_tokens, response_logprobs, token_logprobs
+from .logprobs import autocast, check_prompts, fp32_logits, half_weight, is_plain, memory_ended
+from .logprobs import must_read_alone, padded_tokens, response_logprobs, token_logprobs
 
 # %% ../nbs/04_packing.ipynb #92f59c74
 @dataclass
@@ -542,8 +542,7 @@ def uncompile(
 def _as_reason(e):
     """What an exception says, shortly. That memory ended is no reason, and is raised again:
     what would be done instead needs more of it."""
-    ended = any(words in str(e) for words in ("out of memory", "can't allocate memory"))
-    if ended or isinstance(e, (MemoryError, torch.OutOfMemoryError)): raise e
+    if memory_ended(e): raise e
     said = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
     return " ".join(said[:2]) if said[0].endswith(":") else said[0]
 

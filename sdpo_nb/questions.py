@@ -19,6 +19,7 @@ __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMAR
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -604,10 +605,7 @@ GRIDS = { # name -> function that makes it
     "finite_data": finite_data_grid,
     "finite_data_apart": finite_data_apart_grid,
     "finite_data_three_passes": finite_data_three_passes_grid,
-    "when_order_matters": lambda: tuned_grid("when_order_matters"),
-    "builds_on": lambda: tuned_grid("builds_on"),
-    "when_sizes_differ": lambda: tuned_grid("when_sizes_differ"),
-    "tuned_elsewhere": lambda: tuned_grid("tuned_elsewhere"),
+    **{grid: partial(tuned_grid, grid) for grid in LADDERS},
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
@@ -622,10 +620,7 @@ SEARCHES = { # name -> function that makes its cells
     "pilot": pilot_cells,
     "search": search_cells,
     "search_bodies": _search_bodies,
-    "choose_when_order_matters": lambda: ladder_cells("when_order_matters"),
-    "choose_builds_on": lambda: ladder_cells("builds_on"),
-    "choose_when_sizes_differ": lambda: ladder_cells("when_sizes_differ"),
-    "choose_tuned_elsewhere": lambda: ladder_cells("tuned_elsewhere"),
+    **{f"choose_{grid}": partial(ladder_cells, grid) for grid in LADDERS},
 }
 
 def grid_cells(

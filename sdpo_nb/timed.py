@@ -7,7 +7,7 @@ __all__ = ['SLOWER', 'read_lines', 'card_name', 'made_by', 'check_alike', 'run_t
            'mixed_draws']
 
 # %% ../nbs/experiments/timed.ipynb #538cc7f8
-import gzip, json, os, platform, subprocess, time, zlib
+import gzip, os, platform, time, zlib
 from collections import Counter
 from contextlib import closing
 from importlib.metadata import version
@@ -17,19 +17,16 @@ import pandas as pd
 import psutil
 import torch
 
-import sdpo_nb
 from .cells import RESULTS
-from .folder import alone_in
+from .folder import alone_in, package_commit
+from .logprobs import lines_of
 from .trainer import MetricsLog
 
 # %% ../nbs/experiments/timed.ipynb #b07fe66c
 def _whole_lines(found, path):
     "Rows of the lines that end, and the bytes that they take."
-    size, rows = found.rfind(b"\n") + 1, []
-    for number, line in enumerate(found[:size].splitlines(), 1):
-        try: rows.append(json.loads(line))
-        except ValueError as e: raise ValueError(f"{path}, line {number}: not JSON; take the line out") from e
-    return rows, size
+    size = found.rfind(b"\n") + 1
+    return lines_of(found[:size], path), size
 
 def read_lines(
     path,                     # of a .jsonl file, which need not be there
@@ -39,19 +36,6 @@ def read_lines(
     return _whole_lines(path.read_bytes() if path.exists() else b"", path)
 
 # %% ../nbs/experiments/timed.ipynb #3297a35c
-def _git(*words):
-    "What git says in the folder of the package; None where it has nothing to say."
-    here = Path(sdpo_nb.__file__).resolve().parent
-    try: said = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
-    except OSError: return None
-    return said.stdout.strip() if said.returncode == 0 else None
-
-def _commit():
-    "The commit of the package, with a + where its files were changed; unknown where git does not hold them."
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None: return "unknown"
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
-    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
-
 def card_name(
     device, # of a model
 ) -> str:
@@ -67,7 +51,7 @@ def made_by(
     device, # of the model
 ) -> dict:  # card, commit, versions
     "What a row says about its origin."
-    commit = os.environ.get("SDPO_COMMIT") or _commit()
+    commit = os.environ.get("SDPO_COMMIT") or package_commit() or "unknown"
     versions = {package: version(package) for package in ("torch", "transformers", "sdpo_nb")}
     return dict(card=card_name(device), commit=commit, versions=versions)
 

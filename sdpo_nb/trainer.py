@@ -30,8 +30,8 @@ try: import resource
 except ImportError: resource = None # Windows
 
 from .logprobs import Clock, LogprobTable, ahead, autocast, freeze_dropout, gamma, has_adapter
-from .logprobs import micro_batches, padded_tokens, pair_tokens, pairs_hash, pick_precision, prepared, progress
-from .logprobs import replacing, response_logprobs, same_bits, weights_hash
+from .logprobs import memory_ended, micro_batches, padded_tokens, pair_tokens, pairs_hash, pick_precision
+from .logprobs import prepared, progress, replacing, response_logprobs, same_bits, weights_hash
 from .loss import dpo_loss, follow, reward, reward_accuracy
 from .packing import PARTS, REFUSED, choose_logprobs, compile_layers, flash_plan, of_row, pack
 from .packing import padded_plan, piece_bytes, recompute_alike, try_out
@@ -814,9 +814,8 @@ def read_checkpoint(
 def _saying_what_to_do(path):
     "An exception means that the checkpoint cannot be used, unless memory or the right to read it is missing."
     try: yield
-    except (MemoryError, torch.OutOfMemoryError, PermissionError): raise
     except Exception as e:
-        if "can't allocate memory" in str(e): raise       # of a CPU, for which PyTorch has no exception
+        if memory_ended(e) or isinstance(e, PermissionError): raise
         why = str(e).strip().splitlines() or [type(e).__name__]
         raise ValueError(f"{path}: this checkpoint cannot be used ({why[0]}); "
                          f"{_train_anew('it', path.parent.parent)}") from e

@@ -14,7 +14,6 @@ import json, os, resource, shutil, signal, statistics, subprocess, sys, tempfile
 os.environ.setdefault("OMP_WAIT_POLICY", "passive"); os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from sdpo_nb import benchmarks as B
 from sdpo_nb import cli
 from sdpo_nb.evaluate import interval
-from sdpo_nb.logprobs import load_model, load_tokenizer, weights_hash
+from sdpo_nb.logprobs import load_model, load_tokenizer
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, perturbed, rows, write_jsonl

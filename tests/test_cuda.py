@@ -7,7 +7,7 @@ from sdpo_nb.packing import _packed_on_card, choose_logprobs, compile_layers, fl
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.trainer import activation_checkpointing, why_not_same_bits
 from sdpo_nb.world import load_world
-from test_packing import PAIRS, USUAL, assert_same, model_of
+from test_packing import PAIRS, assert_same, model_of
 from tiny import SETTINGS, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card")

@@ -246,14 +246,14 @@ CASES = {
 FAULTS = {} # found by the walk and still there: name -> what mixes
 
 NOT_WALKED = {
-    "no model and no tensor of a policy": """check_prompts padded_tokens autocast load_model load_config stored_dtype load_tokenizer pick_precision keys_of pair_tokens Clock progress pairs_hash write_json write_lines read_table
+    "no model and no tensor of a policy": """check_prompts padded_tokens autocast load_model load_config stored_dtype load_tokenizer pick_precision memory_ended keys_of pair_tokens Clock progress pairs_hash write_json write_lines lines_of read_table
         micro_batches ahead certificate Row packed_tokens piece_bytes setting TrainConfig check_settings check_one_process make_accelerator cut kept_bytes trained_numbers memory_plan tokens_that_fit return_large_blocks free_memory peak_memory
         plan_for as_line check_memory wants_compiling epoch_order all_batches learning_rate check_same_twice MetricsLog bootstrap interval as_text excess plot_frontier win_rate
         forgetting stability failure_signs ends_above answer edit_distance true_reward split_of make_prompts misled demonstration make_tokenizer make_model prompt_ids text_of source_prompts
         world_texts content_hash complaint skipped_without World load_world load_base EnumerableWorld enumerable_world""",
     "asks the harness, or reads what it said": """harness quiet ask_harness plain_lm sharing_lm by_prompt shared_tokens option_mask Benchmark local_dataset write_tasks Score read_score score_model
         find_benchmarks question_differences Evaluation plot_benchmarks evaluate_run evaluate_folders""",
-    "sets or reads attributes, computes nothing": "has_adapter trained_weights is_plain must_read_alone check_rows dropouts freeze_dropout best_device same_bits attention recompute_alike uncompile activation_checkpointing",
+    "sets or reads attributes, computes nothing": "has_adapter trained_weights is_plain must_read_alone check_rows dropouts freeze_dropout best_device same_bits attention recompute_alike uncompile activation_checkpointing generating",
     "the compiler wants a CUDA build": "compile_layers compile_for",
     "files hold real numbers": "replacing save_checkpoint read_checkpoint load_checkpoint",
     "trains until real numbers are good enough": "train_base freeze_world check_world"}

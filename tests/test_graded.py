@@ -10,7 +10,7 @@ import torch
 
 from sdpo_nb import graded, graded_cells, known_truth
 from sdpo_nb.compare import verdict
-from sdpo_nb.graded import EXAMPLES, SPLITS, TASKS, WORDS, Problem, grade, make_problems, messages_of
+from sdpo_nb.graded import EXAMPLES, SPLITS, TASKS, Problem, grade, make_problems, messages_of
 from sdpo_nb.timed import read_lines
 from sdpo_nb.world import load_base, load_world, make_model, make_tokenizer
 

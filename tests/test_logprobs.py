@@ -268,10 +268,12 @@ def test_a_hub_that_cannot_be_reached(load, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "hub cannot be reached" in refused(load, "nobody/nothing-here")
 
-def test_memory_errors_are_not_the_folder_s_fault(monkeypatch):
-    def full(*args, **kw): raise MemoryError
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_errors_are_not_the_folder_s_fault(monkeypatch, error):
+    def full(*args, **kw): raise error
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", full)
-    with pytest.raises(MemoryError): load_tokenizer(load_world().base)
+    with pytest.raises(type(error)) as e: load_tokenizer(load_world().base)
+    assert e.value is error
 
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
 def test_no_output_layer(kind, tmp_path):

@@ -1,7 +1,6 @@
 "Adapters: numbers, packing, what lies on disk, runs that are killed, what is refused."
-import copy, json, math, os, shutil, signal, subprocess, sys
+import json, math, os, shutil, signal, subprocess, sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from sdpo_nb.folder import load_exactly, load_stage
 from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
-from sdpo_nb.lora import (Adapter, adapter_of, adapter_size, add_adapter, join_adapters, merge_adapter, put_back, read_adapter, target_layers, unwrapped, write_adapter)
+from sdpo_nb.lora import (Adapter, adapter_of, adapter_size, add_adapter, join_adapters, merge_adapter, read_adapter, target_layers, unwrapped, write_adapter)
 from sdpo_nb.packing import choose_logprobs, packed_logprobs, why_not_packed
 from sdpo_nb.plan import StepwiseConfig, changed, make_config
 from sdpo_nb.preferences import load_pairs, tokenize_pairs

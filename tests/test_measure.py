@@ -1,5 +1,5 @@
 "What `sdpo measure` says of models from anywhere: the numbers of a plain forward pass, paired with the first model."
-import os, sys
+import sys
 from pathlib import Path
 
 import pytest

@@ -9,7 +9,7 @@ import torch
 
 from sdpo_nb import cli, mt_bench as module
 from sdpo_nb.logprobs import load_model, load_tokenizer
-from sdpo_nb.mt_bench import answer_turns, judge_messages, mt_bench, mt_bench_table, openai_judge, rating_of, read_lines, write_answers
+from sdpo_nb.mt_bench import answer_turns, judge_messages, mt_bench, mt_bench_table, openai_judge, rating_of, read_lines
 from sdpo_nb.world import load_world
 from tiny import perturbed, write_jsonl
 
@@ -216,7 +216,7 @@ def test_ends_of_lines_that_json_leaves_as_they_are(tmp_path, monkeypatch):
 def test_a_damaged_line_is_named(tmp_path, damage):
     path = folder_of(tmp_path, [dict(question_id=1)])
     with open(path, "ab") as f: f.write(b"\n" + (damage if isinstance(damage, bytes) else damage.encode()))
-    with pytest.raises(ValueError, match="tiny.jsonl: line 3 cannot be read .*; remove this line"): mt_bench(BASE, tmp_path, **HOW)
+    with pytest.raises(ValueError, match="tiny.jsonl, line 3: not JSON; take the line out"): mt_bench(BASE, tmp_path, **HOW)
 
 
 def test_a_models_own_way_of_drawing_stays(monkeypatch):

@@ -1,6 +1,6 @@
 "The runs on real models, on the tiny world: roles, draws, a stage in memory, a killed command that goes on, rows that are read in."
 import gzip, json, os, signal, subprocess, sys, time
-from pathlib import Path
+from importlib import metadata
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sdpo_nb import in_memory, real, smollm2, timed
+from sdpo_nb import folder, in_memory, real, smollm2, timed
 from sdpo_nb.logprobs import weights_hash
 from sdpo_nb.trainer import TrainConfig, all_batches, train_stage
 from sdpo_nb.world import load_world
@@ -286,11 +286,13 @@ def test_the_smallest_validation_loss_is_chosen_and_the_first_of_equals():
     S, rows = invented(1)
     good, none = rows["DPO"][0], S
     tried = [("A", dict(beta=1), none), ("A", dict(beta=2), good), ("A", dict(beta=3), good), ("B", dict(beta=1), none), ("B", dict(beta=2), none)]
-    assert smollm2.choose_settings(tried, S) == {"A": dict(beta=2), "B": dict(beta=1)}
+    losses = [(arm, settings, smollm2.validation_loss(row, S)) for arm, settings, row in tried]
+    assert smollm2.choose_settings(losses) == {"A": dict(beta=2), "B": dict(beta=1)}
 
 
 def test_the_search_completes_the_plan(monkeypatch):
-    monkeypatch.setattr(real, "choose_settings", lambda tried, S: {arm: settings for arm, settings, _ in tried})
+    monkeypatch.setattr(real, "validation_loss", lambda row, S: 0.)
+    monkeypatch.setattr(real, "choose_settings", lambda tried: {arm: settings for arm, settings, _ in tried})
     design = real.design_of("smollm2", "x")
     assert [cell.arm for cell in design.plan([])] == ["S"]
     have = [dict(key=design.start.key)]
@@ -373,13 +375,15 @@ def test_the_commit_is_that_of_the_package_and_says_what_was_changed(tmp_path, m
     (package / "__init__.py").write_text("")
     (tmp_path / ".gitignore").write_text("venv\n")
     git("init"); git("add", "."); git("commit", "-m", "somebody's project")
-    monkeypatch.setattr(timed.sdpo_nb, "__file__", str(package / "__init__.py"))
-    assert timed.made_by("cpu")["commit"] == "unknown"
+    monkeypatch.setattr(folder.sdpo_nb, "__file__", str(package / "__init__.py"))
+    def told(): return timed.made_by("cpu")["commit"], folder.versions.__wrapped__()["sdpo_nb"]
+    alone = metadata.version("sdpo_nb")
+    assert told() == ("unknown", alone)
     git("add", "-f", "venv"); git("commit", "-m", "a checkout")
     head = git("rev-parse", "--short", "HEAD")
-    assert timed.made_by("cpu")["commit"] == head
+    assert told() == (head, f"{alone} at {head}")
     (package / "__init__.py").write_text("changed = 1\n")
-    assert timed.made_by("cpu")["commit"] == head + "+"
+    assert told() == (head + "+", f"{alone} at {head}+")
 
 
 def test_a_processor_has_a_name_and_its_instructions():

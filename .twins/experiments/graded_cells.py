@@ -49,6 +49,7 @@ from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, s
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.real import chunk_of
+from sdpo_nb.smollm2 import choose_settings
 from sdpo_nb.timed import check_alike, mixed_draws, read_results, run_timed
 from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.world import content_hash
@@ -456,17 +457,6 @@ def search_cells(
             cells.append(_cell(arm, ARMS[arm], settings, "validation", graded.validation, teacher, written))
     return cells
 
-def chosen_from(
-    cells: list,      # of the search
-    by_key: dict,     # key -> row; every cell has one
-) -> dict:            # arm -> settings
-    "The settings with the highest mean score of sampled answers; on a tie the first."
-    best = {}
-    for cell in cells:
-        score = np.mean(by_key[cell.key]["sampled"])
-        if cell.arm not in best or score > best[cell.arm][0]: best[cell.arm] = score, dict(cell.settings)
-    return {arm: settings for arm, (_, settings) in best.items()}
-
 def arms_of_a_draw(
     draw: int,        # its number
     chosen: dict,     # arm -> settings
@@ -499,7 +489,8 @@ def graded_plan(
         graded.rows = {row["key"]: row for row in rows}
         cells = [search[0].written, *search] if search else []
         if not all(cell.key in graded.rows for cell in search): return cells
-        chosen = _same_for_all(arms, settings) if settings else chosen_from(search, graded.rows)
+        tried = [(cell.arm, dict(cell.settings), -np.mean(graded.rows[cell.key]["sampled"])) for cell in search]
+        chosen = _same_for_all(arms, settings) if settings else choose_settings(tried)
         for draw in draws:
             found = arms_of_a_draw(draw, chosen, graded, arms, teacher, borrowed)
             cells += [WritingCell(draw, graded.n, graded.about), *found.values()]

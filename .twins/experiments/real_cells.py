@@ -41,13 +41,13 @@ import torch
 from sdpo_nb.evaluate import kl_along
 from sdpo_nb.graded import answer_text, sampled_ids
 from sdpo_nb.in_memory import Base, load_S, train_stages
-from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer
+from sdpo_nb.logprobs import LogprobTable, lines_of, load_model, load_tokenizer
 from sdpo_nb.logprobs import pair_tokens, pairs_hash, read_table, replacing
 from sdpo_nb.packing import PARTS
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.smollm2 import ARMS, BORROWED, CPU_ARMS, CPU_DRAWS, CPU_LONGEST, CPU_PAIRS, CPU_SETTINGS
 from sdpo_nb.smollm2 import DRAWN, DRAWS, HELD_OUT, LONGEST, SEARCH_DRAW, VALIDATION
-from sdpo_nb.smollm2 import choose_settings, grid_of
+from sdpo_nb.smollm2 import choose_settings, grid_of, validation_loss
 from sdpo_nb.timed import check_alike, mixed_draws, run_timed
 from sdpo_nb.trainer import TrainConfig
 from sdpo_nb.which_is_easy import CPU_EASY_ARMS, CPU_EASY_PAIRS, EASY_ARMS, one_by_one, with_gaps
@@ -102,7 +102,7 @@ def _read_rows(data, source):
     if not path.exists():
         raise ValueError(f"{path}: not there; --data names the folder that has preferences/, "
                          "with prompt, chosen and rejected in each line")
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    return lines_of(gzip.decompress(path.read_bytes()), path)
 
 def _given(row): # held out by those who made the data
     return (row.get("meta") or {}).get("split") == "eval"
@@ -415,7 +415,7 @@ first
 
 # %%
 #| export
-ASKED, LONGEST_REPLY = 4, 48 # held-out prompts of each source; tokens
+REPLIES, LONGEST_REPLY = 4, 48 # to held-out prompts of each source; tokens
 
 def replies_of(
     model,                   # as it writes now
@@ -428,7 +428,7 @@ def replies_of(
     asked = {pair["source"]: [] for pair in pairs}
     for number, pair in enumerate(pairs):
         of_source = asked[pair["source"]]
-        if pair["role"] == "held out" and len(of_source) < ASKED: of_source.append(number)
+        if pair["role"] == "held out" and len(of_source) < REPLIES: of_source.append(number)
     numbers = sum(asked.values(), [])
     prompts = [[int(i) for i in pairs[number]["prompt_ids"]] for number in numbers]
     how = dict(max_new=LONGEST_REPLY, precision=precision)
@@ -536,8 +536,8 @@ class Design:
         "Arm -> settings."
         S = rows[self.start.key]
         if self.fixed: return {arm: self.fixed for arm in self.stages_of(S)}
-        tried = [(cell.arm, dict(cell.settings), rows[cell.key]) for cell in self.search(S)]
-        chosen = choose_settings(tried, S)
+        tried = [(cell.arm, dict(cell.settings), validation_loss(rows[cell.key], S)) for cell in self.search(S)]
+        chosen = choose_settings(tried)
         return {arm: settings_of(arm, chosen) for arm in self.stages_of(S)}
 
     def cells(

@@ -362,20 +362,18 @@ def validation_loss(
     return float(np.concatenate(losses).mean())
 
 def choose_settings(
-    tried: list,  # (arm, settings, row), in the order of the search
-    S: dict,      # the row of S
+    tried: list,  # (arm, settings, loss on validation data), in the order of the search
 ) -> dict:        # arm -> settings
-    "The settings with the smallest validation loss; on a tie the first."
+    "The settings with the smallest loss; on a tie the first."
     best = {}
-    for arm, settings, row in tried:
-        loss = validation_loss(row, S)
+    for arm, settings, loss in tried:
         if arm not in best or loss < best[arm][0]: best[arm] = loss, settings
     return {arm: settings for arm, (_, settings) in best.items()}
 
 
 # %%
-tried = [("A", dict(beta=0.1), weak), ("A", dict(beta=0.3), good), ("A", dict(beta=1.), good)]
-chosen = choose_settings(tried, S)
+rows = {0.1: weak, 0.3: good, 1.: good}
+chosen = choose_settings([("A", dict(beta=beta), validation_loss(row, S)) for beta, row in rows.items()])
 assert chosen == {"A": dict(beta=0.3)}
 chosen
 

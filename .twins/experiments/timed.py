@@ -25,7 +25,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import gzip, json, os, platform, subprocess, time, zlib
+import gzip, os, platform, time, zlib
 from collections import Counter
 from contextlib import closing
 from importlib.metadata import version
@@ -35,9 +35,9 @@ import pandas as pd
 import psutil
 import torch
 
-import sdpo_nb
 from sdpo_nb.cells import RESULTS
-from sdpo_nb.folder import alone_in
+from sdpo_nb.folder import alone_in, package_commit
+from sdpo_nb.logprobs import lines_of
 from sdpo_nb.trainer import MetricsLog
 
 # %%
@@ -56,11 +56,8 @@ from sdpo_nb.world import complaint
 #| export
 def _whole_lines(found, path):
     "Rows of the lines that end, and the bytes that they take."
-    size, rows = found.rfind(b"\n") + 1, []
-    for number, line in enumerate(found[:size].splitlines(), 1):
-        try: rows.append(json.loads(line))
-        except ValueError as e: raise ValueError(f"{path}, line {number}: not JSON; take the line out") from e
-    return rows, size
+    size = found.rfind(b"\n") + 1
+    return lines_of(found[:size], path), size
 
 def read_lines(
     path,                     # of a .jsonl file, which need not be there
@@ -86,23 +83,10 @@ rows, size
 # %% [markdown]
 # ## What made a row
 #
-# Rows come from several machines. So each says which card or processor it was, which commit of this package, and which versions. A `+` after the commit means that the code was changed since. A package that was installed into some other project's folder has nothing to do with the commit of that project. There, and where there is no git, the commit is taken from `SDPO_COMMIT`.
+# Rows come from several machines. So each says which card or processor it was, which [commit of this package](../10_folder.ipynb), and which versions. Where git does not know it, the commit is taken from `SDPO_COMMIT`.
 
 # %%
 #| export
-def _git(*words):
-    "What git says in the folder of the package; None where it has nothing to say."
-    here = Path(sdpo_nb.__file__).resolve().parent
-    try: said = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
-    except OSError: return None
-    return said.stdout.strip() if said.returncode == 0 else None
-
-def _commit():
-    "The commit of the package, with a + where its files were changed; unknown where git does not hold them."
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None: return "unknown"
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
-    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
-
 def card_name(
     device, # of a model
 ) -> str:
@@ -118,7 +102,7 @@ def made_by(
     device, # of the model
 ) -> dict:  # card, commit, versions
     "What a row says about its origin."
-    commit = os.environ.get("SDPO_COMMIT") or _commit()
+    commit = os.environ.get("SDPO_COMMIT") or package_commit() or "unknown"
     versions = {package: version(package) for package in ("torch", "transformers", "sdpo_nb")}
     return dict(card=card_name(device), commit=commit, versions=versions)
 
