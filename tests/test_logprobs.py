@@ -482,7 +482,7 @@ def test_killed_pass_continues(model, asked, tmp_path, monkeypatch):
     whole = score_pairs(model, pairs, logprobs=fours, token_budget=4, piece=8)
     with pytest.raises(KeyboardInterrupt): score_pairs(model, pairs, tmp_path, logprobs=fours, token_budget=4, piece=8)
     assert len(read_table(tmp_path).rows) == 8
-    (tmp_path / "logprobs-00001.tmp").write_bytes(b"PAR1 half")
+    (tmp_path / ".logprobs-00001.parquet.tmp").write_bytes(b"PAR1 half")
     asked.clear()
     table = score_pairs(model, pairs, tmp_path, logprobs=fours, token_budget=4, piece=8)
     assert sum(asked) == 16 and not list(tmp_path.glob("*.tmp"))
