@@ -36,8 +36,9 @@ import pandas as pd
 from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import plot_contrasts
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.questions import BUILDS_ON_QUESTIONS, CHOICE_WORLDS, answer_together, as_formula, builds_on_ladders
-from sdpo_nb.questions import ladder_cells, measured_on_ladders, untested_differences, weighted_sum
+from sdpo_nb.questions import BUILDS_ON_QUESTIONS, CHOICE_WORLDS, answer_together, as_formula
+from sdpo_nb.questions import builds_on_ladders, ladder_cells, measured_on_ladders
+from sdpo_nb.questions import untested_differences, weighted_sum
 
 # %% [markdown]
 # ## A source that builds on another
@@ -73,20 +74,20 @@ with pd.option_context("display.max_colwidth", None): display(pd.DataFrame(formu
 
 # %%
 found = measured_on_ladders("builds_on")
-if found:
-    answers = answer_together(BUILDS_ON_QUESTIONS, found)
-    display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
-    plot_contrasts(answers, sides=("better: the second", "better: the first"))
+answers = answer_together(BUILDS_ON_QUESTIONS, found)
+columns = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
+display(answers.set_index("question")[columns].round(3))
+plot_contrasts(answers, sides=("better: the second", "better: the first"))
 
 # %%
 HALVES = {"six letters at most": slice(None, 300), "seven letters": slice(300, None)}
-if found:
-    longer = {arm: rows for arm, rows in found.items() if not arm.endswith("short")}
-    beside = untested_differences(longer, "all at once")
-    for label, half in HALVES.items():
-        differences = {arm: weighted_sum({arm: 1, "all at once": -1}, found)[..., half] for arm in beside.index}
-        beside[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
-    display(beside)
+def told(difference): return as_text(interval(difference), "+.3f")
+def by_half(difference): return {label: told(difference[..., half]) for label, half in HALVES.items()}
+
+longer = {arm: rows for arm, rows in found.items() if not arm.endswith("short")}
+beside = untested_differences(longer, "all at once")
+halves = {arm: by_half(weighted_sum({arm: 1, "all at once": -1}, found)) for arm in beside.index}
+display(beside.join(pd.DataFrame(halves).T))
 
 # %% [markdown]
 # So is one half of the test won and the other lost?
@@ -97,14 +98,12 @@ ORDERS = {
     "fixed": ("own first, fixed", "taught first, fixed"),
     "moving, short strings": ("own first, moving, short", "taught first, moving, short"),
 }
-if found:
-    halves = {}
-    for name, (own, taught) in ORDERS.items():
-        difference = weighted_sum({own: 1, taught: -1}, found)
-        whole = {"all prompts": slice(None)} if "short" in name else {"all prompts": slice(None)} | HALVES
-        halves[name] = {label: as_text(interval(difference[..., part]), "+.3f") for label, part in whole.items()}
-    halves = pd.DataFrame(halves).T.fillna("").rename_axis("own first minus taught first")
-    display(halves)
+orders = {}
+for name, (own, taught) in ORDERS.items():
+    difference = weighted_sum({own: 1, taught: -1}, found)
+    orders[name] = {"all prompts": told(difference)}
+    if "short" not in name: orders[name] |= by_half(difference)
+display(pd.DataFrame(orders).T.fillna("").rename_axis("own first minus taught first"))
 
 # %% [markdown]
 # What we expected, and what came out:
@@ -125,16 +124,15 @@ def in_choice_worlds(arm, beta): # mean reward in each of the five
     rung = builds_on_ladders()[arm].rung(beta, 1e-4)
     return np.array([rewards[cell.key] for cell in rung.cells(CHOICE_WORLDS, (0,))])
 
-if found:
-    rungs = {}
-    for beta in builds_on_ladders()["own first, moving"].betas:
-        own, taught = (in_choice_worlds(arm, beta) for arm in ORDERS["moving"])
-        ahead = f"{(own > taught).sum()} of 5"
-        rungs[beta] = {"own first": own.mean(), "taught first": taught.mean(), "own first is ahead in": ahead}
-    rungs = pd.DataFrame(rungs).T.rename_axis("beta, at rate 1e-4").infer_objects()
-    best = rungs.max()
-    assert round(best["own first"] - best["taught first"], 3) == 0.004
-    display(rungs.round(3))
+rungs = {}
+for beta in builds_on_ladders()["own first, moving"].betas:
+    own, taught = (in_choice_worlds(arm, beta) for arm in ORDERS["moving"])
+    rungs[beta] = {"own first": own.mean(), "taught first": taught.mean()}
+    rungs[beta]["own first is ahead in"] = f"{(own > taught).sum()} of 5"
+rungs = pd.DataFrame(rungs).T.rename_axis("beta, at rate 1e-4").infer_objects()
+best = rungs.max()
+assert round(best["own first"] - best["taught first"], 3) == 0.004
+display(rungs.round(3))
 
 # %% [markdown]
 # There own first is ahead at small $\beta$, and from 4 on it is not. The best rungs differ by 0.004 only, four worlds for own first and one clearly against it. So the sign is well supported, and the size of 0.021 less so.

@@ -341,10 +341,11 @@ def _with_taught_letters(world, base, tokenizer, *lengths): # shortest and longe
         ))
     return dict(own=own, taught=_without_empty(taught))
 
-def _with_taught_first(*asked): return dict(reversed(_with_taught_letters(*asked).items()))
+def _turned(kind): # the same sources, the last one first
+    return lambda *asked: dict(reversed(kind(*asked).items()))
 
 TRAINING_DATA["taught letters"] = _with_taught_letters
-TRAINING_DATA["taught letters first"] = _with_taught_first
+TRAINING_DATA["taught letters first"] = _turned(_with_taught_letters)
 
 # %% [markdown]
 # How often is S on the side of the label? Among its own pairs in more than half. And where a teacher wrote the chosen response, with seven letters, or with three to six?
@@ -392,10 +393,8 @@ def _small_and_large(world, base, tokenizer, parts): # the small source is one o
     n = len(rows) // parts
     return dict(small=shuffled[:n], large=shuffled[n:])
 
-def _large_and_small(*asked): return dict(reversed(_small_and_large(*asked).items()))
-
 TRAINING_DATA["small and large"] = _small_and_large
-TRAINING_DATA["large and small"] = _large_and_small
+TRAINING_DATA["large and small"] = _turned(_small_and_large)
 
 # %%
 uneven = TRAINING_DATA["small and large"](world, base, tokenizer, 6)

@@ -93,12 +93,12 @@ power.round(2)
 
 # %%
 found = measured_on_ladders("when_order_matters")
-if found:
-    answers = answer_together(ORDER_QUESTIONS, found)
-    display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
-    plot_contrasts(answers, sides=("better: the second", "better: the first"))
-    noisy = {arm: rows for arm, rows in found.items() if not arm.endswith("without noise")}
-    display(untested_differences(noisy, "all at once"))
+answers = answer_together(ORDER_QUESTIONS, found)
+columns = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
+display(answers.set_index("question")[columns].round(3))
+plot_contrasts(answers, sides=("better: the second", "better: the first"))
+noisy = {arm: rows for arm, rows in found.items() if not arm.endswith("without noise")}
+display(untested_differences(noisy, "all at once"))
 
 # %% [markdown]
 # Of what we expected, two things came out.

@@ -64,11 +64,11 @@ with pd.option_context("display.max_colwidth", None): display(pd.DataFrame(formu
 
 # %%
 found = measured_on_ladders("when_sizes_differ")
-if found:
-    answers = answer_together(SIZE_QUESTIONS, found)
-    display(answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3).set_index("question"))
-    plot_contrasts(answers, sides=("better: the second", "better: the first"))
-    display(untested_differences(found, "all at once"))
+answers = answer_together(SIZE_QUESTIONS, found)
+columns = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
+display(answers.set_index("question")[columns].round(3))
+plot_contrasts(answers, sides=("better: the second", "better: the first"))
+display(untested_differences(found, "all at once"))
 
 # %% [markdown]
 # All four are shown to be equal. What equation (2) says of stages at their optimum is hardly seen in stages that stop early:
