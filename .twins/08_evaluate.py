@@ -1103,7 +1103,7 @@ signs
 # %%
 runs = files("sdpo_nb.data") / "results/runs.parquet"
 kept = pd.read_parquet(runs, columns=["method", "sampled", "losses", "steps", "command"])
-later = "finite_data|tuned_elsewhere|when_order_matters|builds_on|when_sizes_differ"    # experiments that came after this count
+later = "finite_data|tuned_elsewhere|when_order_matters|builds_on|when_sizes_differ|model_size"    # experiments that came after this count
 kept = kept[~kept["command"].fillna("").str.contains(later)]
 kept["reward"] = kept["sampled"].map(np.mean)
 assert kept.loc[kept["method"] == "S", "reward"].max() < 0.67

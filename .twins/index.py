@@ -208,6 +208,7 @@ Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
 # | [how_to_partition](experiments/how_to_partition.ipynb) | which measure, which direction, which pairs |
 # | [how_many_stages](experiments/how_many_stages.ipynb) | one to eight, at one $\beta$ and at one that grows with their number |
 # | [which_architecture](experiments/which_architecture.ipynb) | stepwise against plain DPO in tiny GPT-2, OPT, BLOOM, Llama and Qwen |
+# | [model_size](experiments/model_size.ipynb) | the same from 86 thousand to 5.3 million parameters: one question, asked and not yet answered |
 # | [stage_by_stage](experiments/stage_by_stage.ipynb) | what each stage gains, and what it undoes |
 # | [new_domain](experiments/new_domain.ipynb) | a skill without pairs, longer strings, another alphabet |
 # | [with_new_data](experiments/with_new_data.ipynb) | pairs that the model before wrote; labels by a judge, or by the model |

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
            'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'ORDER_NOISE', 'ORDERS', 'LADDERS', 'CHOICE_WORLDS',
-           'ORDER_QUESTIONS', 'BUILDS_ON_QUESTIONS', 'SIZE_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'UNTESTED', 'GRIDS',
-           'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table', 'choose_settings',
-           'chosen_settings', 'Condition', 'primary_grid', 'question_values', 'primary_contrasts', 'smaller_beta_grid',
-           'how_many_stages_grid', 'finite_data_grid', 'finite_data_apart_grid', 'finite_data_three_passes_grid',
-           'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid', 'stage_by_stage_grid',
-           'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells', 'chosen_for_body',
-           'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders', 'builds_on_ladders', 'size_ladders',
-           'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum',
-           'answer_together', 'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid',
+           'ORDER_QUESTIONS', 'BUILDS_ON_QUESTIONS', 'SIZE_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'UNTESTED', 'MODEL_SIZES',
+           'MODEL_WORLDS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table',
+           'choose_settings', 'chosen_settings', 'Condition', 'primary_grid', 'question_values', 'primary_contrasts',
+           'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid', 'finite_data_apart_grid',
+           'finite_data_three_passes_grid', 'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid',
+           'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells',
+           'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
+           'builds_on_ladders', 'size_ladders', 'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders',
+           'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together', 'untested_differences', 'as_formula',
+           'model_size_ladders', 'model_size_grid', 'cross_fitted', 'grid_cells', 'all_cells_of', 'load_grid',
            'measured_on_ladders']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -108,7 +109,7 @@ class Condition:
     settings: dict               # of StepwiseConfig
     data: tuple = ("sources",)   # a name in TRAINING_DATA, and what that function asks for
     split: str = "test"          # prompts it is measured on
-    body: str = "llama"          # or a name in BODIES
+    body: str = "llama"          # or a name in BODIES or SIZES
     pairs: int = None            # of each source; None: all
 
     def cells(self, worlds, seeds) -> list[Cell]:
@@ -389,6 +390,7 @@ class Ladder:
     settings: dict = field(default_factory=dict) # of StepwiseConfig; the same on every rung
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
     split: str = "test"                          # prompts it is measured on
+    body: str = "llama"                          # or a name in BODIES or SIZES
 
     def rung(
         self,
@@ -396,7 +398,7 @@ class Ladder:
         lr: float,
     ) -> Condition:
         "The condition at these settings."
-        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data, self.split)
+        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data, self.split, self.body)
 
 def _betas(low, rungs=5): return tuple(round(low * 2 ** rung, 6) for rung in range(rungs))
 
@@ -590,6 +592,41 @@ def as_formula(
     "A question as a sum of arms."
     return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
 
+# %% ../nbs/experiments/questions.ipynb #91feade8
+MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
+MODEL_WORLDS = range(11, 14)
+
+def model_size_ladders() -> dict: # (body, method) -> Ladder
+    "DPO and sDPO in worlds whose S has another size."
+    of_the_llama = elsewhere_ladders()
+    ladders = {}
+    for body, width in MODEL_SIZES.items():
+        for method in ("DPO", "sDPO"):
+            known = of_the_llama[method]
+            rates = tuple(round(lr * 96 / width, 9) for lr in known.rates)
+            ladders[body, method] = replace(known, rates=rates, body=body)
+    return ladders
+
+def model_size_grid() -> dict: # name -> Condition
+    "S of every size, and every rung of its ladders."
+    grid = {}
+    for (body, method), ladder in model_size_ladders().items():
+        grid[f"{body}, S"] = Condition("S", {}, body=body)
+        for beta, lr in itertools.product(ladder.betas, ladder.rates):
+            grid[f"{body}, {method}, beta {beta:g}, lr {lr:g}"] = ladder.rung(beta, lr)
+    return grid
+
+def cross_fitted(
+    rungs: dict,     # settings -> rows of the table of runs; two worlds or more
+) -> pd.DataFrame:   # rows of the table of runs, with a column `chosen`
+    """For each world its rows at the settings with the highest mean reward in the *other* worlds.
+    Raises ValueError unless all rungs were run in the same worlds (the same weights of S) and seeds."""
+    check_same_draws(rungs)
+    rewards = {name: outcome_values(rows, "sampled").mean((1, 2)) for name, rows in rungs.items()}
+    rewards = pd.DataFrame(rewards, sorted(next(iter(rungs.values()))["world"].unique()))   # worlds x settings
+    best = {world: rewards.drop(world).mean().idxmax() for world in rewards.index}
+    return pd.concat([rungs[name].query("world == @world").assign(chosen=name) for world, name in best.items()])
+
 # %% ../nbs/experiments/questions.ipynb #62a57845
 GRIDS = { # name -> function that makes it
     "primary": primary_grid,
@@ -606,10 +643,12 @@ GRIDS = { # name -> function that makes it
     "finite_data_apart": finite_data_apart_grid,
     "finite_data_three_passes": finite_data_three_passes_grid,
     **{grid: partial(tuned_grid, grid) for grid in LADDERS},
+    "model_size": model_size_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
     "tuned_elsewhere": (range(21, 31), SEEDS),      # two of its questions have been answered in worlds 1 to 10
+    "model_size": (MODEL_WORLDS, (0,)),
 }
 
 def _search_bodies():

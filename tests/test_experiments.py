@@ -4,9 +4,10 @@ import io, json, random
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from sdpo_nb import bodies, cells, compare, experiments, questions, training_data
-from sdpo_nb.world import SKILLS, load_base
+from sdpo_nb.world import SKILLS, load_base, make_tokenizer
 
 
 def rows(values, method="m"): # (worlds, seeds, prompts)
@@ -352,6 +353,38 @@ def test_implicit_gap_is_zero_for_S_itself(world):
     with pytest.raises(ValueError, match="1 of 3 pairs cannot be used"): training_data._implicit_gap(base, base, tok, [*rows[:2], rows[2] | dict(chosen=[dict(role="assistant", content="")])])
 
 
+def test_a_model_of_another_size_is_a_llama_of_that_width():
+    tokenizer = make_tokenizer()
+    for body, width in bodies.SIZES.items():
+        model, same = (bodies.make_body(body, tokenizer, seed=3) for _ in range(2))
+        assert model.config.model_type == "llama" and model.config.hidden_size == width and model.config.num_hidden_layers == 3
+        assert torch.equal(model.lm_head.weight, same.lm_head.weight)
+    assert set(questions.MODEL_SIZES) == {"llama", *bodies.SIZES} and questions.MODEL_SIZES | bodies.SIZES == questions.MODEL_SIZES
+
+
+def test_the_ladders_of_the_known_size_are_those_of_tuned_elsewhere():
+    keys = {cell.key for cell in questions.ladder_cells("tuned_elsewhere")}
+    for name, of_name in questions.grid_cells("model_size").items():
+        body, method, *_ = name.split(", ")
+        assert {cell.body for cell in of_name} == {body} and len(of_name) == 3
+        assert {cell.key for cell in of_name} <= keys if body == "llama" and method != "S" else not {cell.key for cell in of_name} & keys
+    rates = {body: questions.model_size_ladders()[body, "sDPO"].rates for body in questions.MODEL_SIZES}
+    assert rates == {"llama-48": (2e-4, 6e-4), "llama": (1e-4, 3e-4), "llama-192": (5e-5, 1.5e-4), "llama-384": (2.5e-5, 7.5e-5)}
+
+
+def test_cross_fitting_never_chooses_by_the_world_that_is_scored():
+    g = np.random.default_rng(0)
+    rungs = {f"rung {i}": rows(g.normal(0, 0.01, (10, 2, 20))) for i in range(6)}
+    fitted = questions.cross_fitted(rungs)
+    assert len(fitted) == 20 and sorted(fitted["world"].unique()) == sorted(rungs["rung 0"]["world"].unique())
+    world = fitted["world"].iloc[0]
+    lucky = {name: of_rung.assign(sampled=[s + (name == "rung 5") * (w == world) for s, w in zip(of_rung["sampled"], of_rung["world"])]) for name, of_rung in rungs.items()}
+    again = questions.cross_fitted(lucky)
+    assert again.query("world == @world")["chosen"].tolist() == fitted.query("world == @world")["chosen"].tolist()
+    assert (again.query("world != @world")["chosen"] == "rung 5").all()
+    with pytest.raises(ValueError, match="was run in other worlds"): questions.cross_fitted(rungs | {"rung 0": rungs["rung 0"].assign(weights="another")})
+
+
 def test_a_folder_that_another_process_made_first_is_taken(tmp_path):
     def make(path): # while the other is quicker
         (path / "mine").touch()
@@ -370,8 +403,8 @@ def test_a_folder_is_left_whole_and_open_or_not_at_all(tmp_path):
 
 
 def test_an_unknown_body_is_refused_before_anything_is_made(tmp_path):
-    with pytest.raises(ValueError, match="body: 'mamba' is none of llama, gpt2, opt, bloom, qwen3"): bodies.build_world(1, tmp_path, "mamba")
-    with pytest.raises(ValueError, match="kind: 'bert' is none of gpt2, opt, bloom, qwen3"): bodies.build_beginning("bert", tmp_path)
+    with pytest.raises(ValueError, match="body: 'mamba' is none of llama, gpt2, opt, bloom, qwen3, llama-48, llama-192, llama-384"): bodies.build_world(1, tmp_path, "mamba")
+    with pytest.raises(ValueError, match="kind: 'bert' is none of gpt2, opt, bloom, qwen3, llama-48, llama-192, llama-384"): bodies.build_beginning("bert", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

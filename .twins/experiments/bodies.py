@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Worlds and bodies
-# > Where the experiments run: small worlds drawn from a seed, and five architectures that start equally well.
+# > Where the experiments run: small worlds drawn from a seed, and five architectures and four sizes that start equally well.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/bodies.ipynb)
 #
@@ -10,7 +10,7 @@
 #
 # The experiments compare ways to train. One comparison in one world proves little, because that world is a draw: other demonstrations
 # make another S, and another S writes other pairs. So we need many worlds. We also want to know whether an answer holds for more than
-# one architecture. Both are made on this page, and nothing is trained on preferences yet. If you only want the answers, read the
+# one architecture and one size. All are made on this page, and nothing is trained on preferences yet. If you only want the answers, read the
 # [protocol](protocol.ipynb).
 
 # %%
@@ -38,13 +38,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_nb.logprobs import load_model
-from sdpo_nb.world import World, freeze_world, load_base, load_world, make_tokenizer
+from sdpo_nb.world import World, freeze_world, load_base, load_world, make_model, make_tokenizer
 from sdpo_nb.world import sft, true_rewards, world_texts
 
 # %%
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.partition import mean_interval
-from sdpo_nb.world import complaint, make_model, respond, true_reward
+from sdpo_nb.world import complaint, respond, true_reward
 
 
 # %% [markdown]
@@ -103,6 +103,8 @@ assert len(calls) == 2
 # nearly the same size. We say *body* for the architecture of S, as the skills that it learns are the same. The four differ in how they know
 # the position of a token: GPT-2 and OPT learn a vector for each position, BLOOM has a slope in its attention (ALiBi), Qwen3 rotates its queries and keys, as
 # the Llama does. They differ in norms, activations and biases, too.
+#
+# And three more are Llamas of another width: half of 96, twice, four times. The number of parameters grows with the square.
 
 # %%
 #| export
@@ -142,14 +144,17 @@ BODIES = { # name in transformers -> settings of its config; the Llama of the wo
     ),
 }
 
+SIZES = {"llama-48": 48, "llama-192": 192, "llama-384": 384} # name -> width of a Llama
+
 def make_body(
-    kind: str,     # a name in BODIES
+    kind: str,     # a name in BODIES or SIZES
     tokenizer,     # of the world
     seed: int = 0, # of the random weights
 ) -> AutoModelForCausalLM:
     """A small model of this kind with random weights, drawn without touching the global random state.
     Raises ValueError for a kind that is not there."""
-    if kind not in BODIES: raise ValueError(f"kind: {kind!r} is none of {', '.join(BODIES)}")
+    if kind in SIZES: return make_model(tokenizer, hidden=SIZES[kind], seed=seed)
+    if kind not in BODIES: raise ValueError(f"kind: {kind!r} is none of {', '.join((*BODIES, *SIZES))}")
     config = AutoConfig.for_model(
         kind,
         vocab_size=len(tokenizer),
@@ -164,15 +169,16 @@ def make_body(
 
 
 # %% [markdown]
-# Are they of one size? The number of parameters of each, beside the Llama:
+# Are the four of one size, and how large are the three? The number of parameters of each, beside the Llama:
 
 # %%
 tokenizer = make_tokenizer()
 small = {"llama": make_model(tokenizer)}
-for kind in BODIES: small[kind] = make_body(kind, tokenizer)
+for kind in (*BODIES, *SIZES): small[kind] = make_body(kind, tokenizer)
 
 parameters = {kind: model.num_parameters() for kind, model in small.items()}
-for kind, n in parameters.items(): assert abs(n / parameters["llama"] - 1) < 0.05, kind
+for kind in BODIES: assert abs(parameters[kind] / parameters["llama"] - 1) < 0.05, kind
+for kind, width in SIZES.items(): assert abs(np.log2(parameters[kind] / parameters["llama"]) / 2 - np.log2(width / 96)) < 0.02
 {kind: f"{n:,}" for kind, n in parameters.items()}
 
 
@@ -253,7 +259,7 @@ print(complaint(train, texts, tokenizer, 0))
 SEARCH_WORLDS = (101, 102) # settings are searched there, and nothing is reported of them
 
 def build_beginning(
-    body: str,               # a name in BODIES
+    body: str,               # a name in BODIES or SIZES
     worlds = "runs/worlds",  # folder that keeps worlds and beginnings
 ): # -> model
     """Where all worlds of a body begin:
@@ -267,7 +273,7 @@ def build_beginning(
 
 def tuning_to_world(
     world: World,            # of the Llama
-    body: str,               # a name in BODIES
+    body: str,               # a name in BODIES or SIZES
     worlds = "runs/worlds",  # folder that keeps worlds and beginnings
 ): # -> a function (texts, tokenizer, seed) -> S
     "How S of another body is trained: to the validation reward of this world's S."
@@ -302,13 +308,13 @@ found.config.model_type, respond(found.to("cpu"), tokenizer, ["copy abc"], 0)
 def build_world(
     seed: int,               # 0: the world that travels with the package
     worlds = "runs/worlds",  # folder that keeps the others
-    body: str = "llama",     # or a name in BODIES
+    body: str = "llama",     # or a name in BODIES or SIZES
 ) -> World:
     """A world, made where it is not there yet.
     S of another body is as good as the Llama of this seed, on the same demonstrations.
     It writes its own pairs. Raises ValueError for a body that is not there."""
-    if body not in ("llama", *BODIES):
-        raise ValueError(f"body: {body!r} is none of llama, {', '.join(BODIES)}")
+    known = ("llama", *BODIES, *SIZES)
+    if body not in known: raise ValueError(f"body: {body!r} is none of {', '.join(known)}")
     if body == "llama":
         if seed == 0: return load_world()
         return load_world(_made_once(Path(worlds) / str(seed), lambda folder: freeze_world(folder, seed)))
@@ -336,8 +342,8 @@ print(complaint(build_world, 1, folder, "mamba"))
 # %% [markdown]
 # ## What you now have
 #
-# - `build_world`: a world of any seed and any of five bodies, made once and kept.
-# - `make_body`: four other architectures of the size of the Llama.
+# - `build_world`: a world of any seed and any of eight bodies, made once and kept.
+# - `make_body`: four other architectures of the size of the Llama, and Llamas of three other sizes.
 # - `tuning_to_reward`: fine-tuning to a reward, not for a number of steps.
 #
 # Next: which [pairs](training_data.ipynb) a run may train on.

@@ -30,7 +30,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 #| export
 import itertools, json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -308,7 +308,7 @@ class Condition:
     settings: dict               # of StepwiseConfig
     data: tuple = ("sources",)   # a name in TRAINING_DATA, and what that function asks for
     split: str = "test"          # prompts it is measured on
-    body: str = "llama"          # or a name in BODIES
+    body: str = "llama"          # or a name in BODIES or SIZES
     pairs: int = None            # of each source; None: all
 
     def cells(self, worlds, seeds) -> list[Cell]:
@@ -759,6 +759,7 @@ class Ladder:
     settings: dict = field(default_factory=dict) # of StepwiseConfig; the same on every rung
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
     split: str = "test"                          # prompts it is measured on
+    body: str = "llama"                          # or a name in BODIES or SIZES
 
     def rung(
         self,
@@ -766,7 +767,7 @@ class Ladder:
         lr: float,
     ) -> Condition:
         "The condition at these settings."
-        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data, self.split)
+        return Condition(self.method, self.settings | dict(beta=beta, lr=lr), self.data, self.split, self.body)
 
 def _betas(low, rungs=5): return tuple(round(low * 2 ** rung, 6) for rung in range(rungs))
 
@@ -1019,6 +1020,72 @@ assert beside.loc["A"].str.startswith("+0.099").all()
 beside
 
 # %% [markdown]
+# ## Sizes of the model
+#
+# S has 337 thousand parameters. [Model size](model_size.ipynb) asks whether the answer to the first question depends on that, with Llamas of 86 thousand to 5.3 million. Worlds of a large model are expensive: there are three of them. So every rung is run in all three, and settings are chosen by *cross-fitting*: for each world those that were best in the two others.
+#
+# A rate that suits a small model is too large for a large one. As a rule of thumb, the best rate of Adam is inversely proportional to the width ([Yang et al. 2022](https://arxiv.org/abs/2203.03466)). So the two rates are divided by the width, in units of the Llama that we know.
+
+# %%
+#| export
+MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
+MODEL_WORLDS = range(11, 14)
+
+def model_size_ladders() -> dict: # (body, method) -> Ladder
+    "DPO and sDPO in worlds whose S has another size."
+    of_the_llama = elsewhere_ladders()
+    ladders = {}
+    for body, width in MODEL_SIZES.items():
+        for method in ("DPO", "sDPO"):
+            known = of_the_llama[method]
+            rates = tuple(round(lr * 96 / width, 9) for lr in known.rates)
+            ladders[body, method] = replace(known, rates=rates, body=body)
+    return ladders
+
+def model_size_grid() -> dict: # name -> Condition
+    "S of every size, and every rung of its ladders."
+    grid = {}
+    for (body, method), ladder in model_size_ladders().items():
+        grid[f"{body}, S"] = Condition("S", {}, body=body)
+        for beta, lr in itertools.product(ladder.betas, ladder.rates):
+            grid[f"{body}, {method}, beta {beta:g}, lr {lr:g}"] = ladder.rung(beta, lr)
+    return grid
+
+def cross_fitted(
+    rungs: dict,     # settings -> rows of the table of runs; two worlds or more
+) -> pd.DataFrame:   # rows of the table of runs, with a column `chosen`
+    """For each world its rows at the settings with the highest mean reward in the *other* worlds.
+    Raises ValueError unless all rungs were run in the same worlds (the same weights of S) and seeds."""
+    check_same_draws(rungs)
+    rewards = {name: outcome_values(rows, "sampled").mean((1, 2)) for name, rows in rungs.items()}
+    rewards = pd.DataFrame(rewards, sorted(next(iter(rungs.values()))["world"].unique()))   # worlds x settings
+    best = {world: rewards.drop(world).mean().idxmax() for world in rewards.index}
+    return pd.concat([rungs[name].query("world == @world").assign(chosen=name) for world, name in best.items()])
+
+
+# %% [markdown]
+# Three settings in three invented worlds. A is best in the mean of all, but only by its luck in world 0. For world 0 that luck does not count:
+
+# %%
+rewards = {"A": (0.9, 0.6, 0.6), "B": (0.7, 0.7, 0.7), "C": (0.5, 0.6, 0.6)} # in worlds 0, 1, 2
+rungs = {}
+for name, by_world in rewards.items():
+    rungs[name] = pd.DataFrame([dict(world=w, seed=0, weights=w, sampled=[r]) for w, r in enumerate(by_world)])
+fitted = cross_fitted(rungs)
+assert fitted["chosen"].tolist() == ["B", "A", "A"]
+fitted
+
+# %% [markdown]
+# World 0 gets B, which was best in worlds 1 and 2. The others get A. And the ladders:
+
+# %%
+table = {}
+for (body, method), ladder in model_size_ladders().items():
+    table[body, method] = {"beta": ", ".join(f"{beta:g}" for beta in ladder.betas)}
+    table[body, method]["learning rate"] = ", ".join(f"{lr:g}" for lr in ladder.rates)
+pd.DataFrame(table).T
+
+# %% [markdown]
 # ## From a grid to its rows
 #
 # All grids have a name, and so have the searches. The names are also the arguments of the command line. `load_grid` gives the runs of a grid, name by name. It refuses half a grid. It also refuses a grid in which one world was run with two S, which happens when a world is
@@ -1041,10 +1108,12 @@ GRIDS = { # name -> function that makes it
     "finite_data_apart": finite_data_apart_grid,
     "finite_data_three_passes": finite_data_three_passes_grid,
     **{grid: partial(tuned_grid, grid) for grid in LADDERS},
+    "model_size": model_size_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
     "tuned_elsewhere": (range(21, 31), SEEDS),      # two of its questions have been answered in worlds 1 to 10
+    "model_size": (MODEL_WORLDS, (0,)),
 }
 
 def _search_bodies():
