@@ -137,10 +137,10 @@ class Exam:
         )
 
     @torch.no_grad()
-    def choices(
+    def first_choices(
         self,
         model,
-    ) -> dict:           # choice, choice_per_token: 1 where the right answer is the likeliest of four, else 0
+    ) -> dict:           # choice, choice_per_token: which of the four answers is the likeliest; 0 is the right one
         "Let a model rank `answers_to_choose_from`, by log-probability and by that per token."
         pairs, lengths = [], []
         for prompt in self.prompts:
@@ -151,8 +151,14 @@ class Exam:
                 pairs.append(dict(prompt_ids=asked, chosen_ids=one, rejected_ids=other))
         scores = torch.stack(response_logprobs(model, pairs), 1).view(-1, 4)
         per_token = scores / torch.tensor(lengths)
-        first = {"choice": scores, "choice_per_token": per_token}
-        return {name: (score.argmax(1) == 0).int().tolist() for name, score in first.items()}
+        return {name: score.argmax(1).tolist() for name, score in (("choice", scores), ("choice_per_token", per_token))}
+
+    def choices(
+        self,
+        model,
+    ) -> dict:           # choice, choice_per_token: 1 where the right answer is the likeliest of four, else 0
+        "How often a model finds the right answer the likeliest."
+        return {name: [int(first == 0) for first in firsts] for name, firsts in self.first_choices(model).items()}
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]

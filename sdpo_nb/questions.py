@@ -13,9 +13,9 @@ __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMAR
            'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells',
            'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
            'builds_on_ladders', 'size_ladders', 'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders',
-           'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together', 'untested_differences', 'as_formula',
-           'model_size_ladders', 'model_size_grid', 'cross_fitted', 'grid_cells', 'all_cells_of', 'load_grid',
-           'measured_on_ladders']
+           'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together', 'by_outcome', 'untested_differences',
+           'as_formula', 'model_size_ladders', 'model_size_grid', 'cross_fitted', 'grid_cells', 'all_cells_of',
+           'load_grid', 'measured_on_ladders']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -575,16 +575,23 @@ def answer_together(
 
 UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
 
+def by_outcome(
+    questions: dict, # question -> arm -> weight
+    found: dict,     # arm -> rows of the table of runs
+) -> pd.DataFrame:   # a question a row, a column for each of UNTESTED; intervals as text
+    "Every question in every outcome, without tests."
+    table = {}
+    for what, label in UNTESTED.items():
+        sums = {question: weighted_sum(arms, found, what) for question, arms in questions.items()}
+        table[label] = {question: as_text(interval(d), "+.3f") for question, d in sums.items()}
+    return pd.DataFrame(table)
+
 def untested_differences(
     found: dict,     # arm -> rows of the table of runs
     other: str,      # an arm
 ) -> pd.DataFrame:   # an arm a row, a column for each of UNTESTED; intervals as text
     "Every arm minus another one, without tests."
-    table = {}
-    for what, label in UNTESTED.items():
-        differences = {arm: weighted_sum({arm: 1, other: -1}, found, what) for arm in found if arm != other}
-        table[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
-    return pd.DataFrame(table)
+    return by_outcome({arm: {arm: 1, other: -1} for arm in found if arm != other}, found)
 
 def as_formula(
     arms: dict, # arm -> weight, 1 or -1

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/builds_on.ipynb)
 #
-# **Here the order matters, and all pairs at once are better than either order.** In the usual worlds of this book all sources teach the same skills, and no difference between their orders was found. Here a teacher wrote the hard source, and S could not have written it. With a moving reference easy first is better than hard first, by +0.021 [+0.013, +0.029] of true reward; with a fixed one it is worse, -0.019 [-0.034, -0.003]. Stepwise DPO, easy first, loses 0.034 [0.021, 0.048] against all at once. Questions and tests were committed before any run that counts.
+# **Here the order matters, and all pairs at once are better than either order.** In the usual worlds of this book all sources teach the same skills, and no difference between their orders was found. Here a teacher wrote the hard source, and S could not have written it. With a moving reference easy first is better than hard first, by +0.021 [+0.013, +0.029] of true reward; with a fixed one it is worse, -0.019 [-0.034, -0.003] (and chooses better among given answers, for a reason that is told below). Stepwise DPO, easy first, loses 0.034 [0.021, 0.048] against all at once. Questions and tests were committed before any run that counts.
 #
 # **You should know** what stepwise DPO does ([chapter 14](../14_stepwise.ipynb)), and the pairs called [taught letters](training_data.ipynb). **Time** 10 minutes to read, seconds to run. The runs behind it took 2.3 core hours.
 #
@@ -33,12 +33,13 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 import numpy as np
 import pandas as pd
-from sdpo_nb.cells import stored_rows
-from sdpo_nb.compare import plot_contrasts
+from sdpo_nb.cells import Exam, prompts_of_split, stored_rows
+from sdpo_nb.compare import outcome_values, plot_contrasts
 from sdpo_nb.evaluate import as_text, interval
 from sdpo_nb.questions import BUILDS_ON_QUESTIONS, CHOICE_WORLDS, answer_together, as_formula
-from sdpo_nb.questions import builds_on_ladders, ladder_cells, measured_on_ladders
+from sdpo_nb.questions import builds_on_ladders, by_outcome, ladder_cells, measured_on_ladders
 from sdpo_nb.questions import untested_differences, weighted_sum
+from sdpo_nb.world import load_base, load_world
 
 # %% [markdown]
 # ## A source that builds on another
@@ -138,6 +139,41 @@ display(rungs.round(3))
 # There own first is ahead at small $\beta$, and from 4 on it is not. The best rungs differ by 0.004 only, four worlds for own first and one clearly against it. So the sign is well supported, and the size of 0.021 less so.
 #
 # So if sources must come one after the other, let the reference move and begin with the one that S can already do. If nothing forces you, mix them.
+
+# %% [markdown]
+# ## Asked by multiple choice
+#
+# The benchmarks of the paper, H4, never let a model write. They rank given answers. Beside the reward we did that, too: four answers, of which one is right, one follows the wrong rule, one is a letter short, and in one two neighbours are swapped ([one run](cells.ipynb)). Do the two exams agree?
+
+# %%
+display(by_outcome(BUILDS_ON_QUESTIONS, found)[["reward", "multiple choice"]])
+
+choices = {}
+for name, (own, taught) in ORDERS.items():
+    if "short" in name: continue
+    choices[name] = by_half(weighted_sum({own: 1, taught: -1}, found, "choice"))
+    for arm in (own, taught):
+        levels = outcome_values(found[arm], "choice")
+        choices[arm] = {label: f"{levels[..., half].mean():.2f}" for label, half in HALVES.items()}
+pd.DataFrame(choices).T.rename_axis("multiple choice; the difference, then its two arms")
+
+# %% [markdown]
+# With a moving reference they do, and the choices differ by twice as much. With a fixed one they contradict each other: own first *writes* worse answers and *chooses* better. All of that comes from seven letters. And there every arm chooses worse than by guessing, which would be right in 25 of 100. Which answer do they like better? S of world 0, before any training:
+
+# %%
+kinds = ("right", "wrong rule", "a letter short", "neighbours swapped")
+world = load_world()
+base, tokenizer = load_base(world)
+liked = {}
+for split in ("test", "seven letters"):
+    exam = Exam(base, tokenizer, prompts_of_split(0, split)[:300], luck=1)
+    liked[split] = pd.Series(exam.first_choices(base)["choice"]).value_counts(normalize=True).reindex(range(4), fill_value=0)
+liked = pd.DataFrame(liked).set_axis(kinds).round(2)
+assert liked["seven letters"].idxmax() == "a letter short"
+liked
+
+# %% [markdown]
+# The one that is a letter short: an answer of six letters, which is what S has learned to write. So on seven letters this exam asks how far a model has unlearned to stop after six. Pairs of a teacher teach that best when they come last. It is no lie, but it is not what the written answers are worth. A score below guessing is a warning: it does not measure the skill that it is named after.
 
 # %% [markdown]
 # ## What this does not show

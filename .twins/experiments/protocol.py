@@ -424,6 +424,12 @@ EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampl
         ("new_domain", "new_domain", "sDPO, seven letters", "DPO, seven letters"),
     "pairs written between the stages are better than as many before them":
         ("with_new_data", "with_new_data", "policy, true", "S, as many, true"),
+    "easy to hard is better than hard to easy by multiple choice, where hard sources have bad labels":
+        ("when_order_matters", "when_order_matters", "easy first, moving", "hard first, moving", "choice"),
+    "easy to hard is better than hard to easy by multiple choice, where the hard source builds on the easy one":
+        ("builds_on", "builds_on", "own first, moving", "taught first, moving", "choice"),
+    "easy to hard is better than hard to easy by multiple choice, where the hard source builds on the easy one; with a fixed reference":
+        ("builds_on", "builds_on", "own first, fixed", "taught first, fixed", "choice"),
 }
 
 def _verdict(mean, low, high, different): # in words
@@ -460,6 +466,7 @@ def _mean_difference(found, a, b, what="sampled", stages=None):
 _NO_REWARDS = { # outcome -> words for less and for more of it, unit; none has a margin
     "kl": ("nearer", "farther", " nats"),
     "roughness": ("steadier", "rougher", " nats of loss"),
+    "choice": ("worse", "better", " of right choices"),
 }
 
 def _both_p_values(answer):

@@ -977,16 +977,23 @@ def answer_together(
 
 UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
 
+def by_outcome(
+    questions: dict, # question -> arm -> weight
+    found: dict,     # arm -> rows of the table of runs
+) -> pd.DataFrame:   # a question a row, a column for each of UNTESTED; intervals as text
+    "Every question in every outcome, without tests."
+    table = {}
+    for what, label in UNTESTED.items():
+        sums = {question: weighted_sum(arms, found, what) for question, arms in questions.items()}
+        table[label] = {question: as_text(interval(d), "+.3f") for question, d in sums.items()}
+    return pd.DataFrame(table)
+
 def untested_differences(
     found: dict,     # arm -> rows of the table of runs
     other: str,      # an arm
 ) -> pd.DataFrame:   # an arm a row, a column for each of UNTESTED; intervals as text
     "Every arm minus another one, without tests."
-    table = {}
-    for what, label in UNTESTED.items():
-        differences = {arm: weighted_sum({arm: 1, other: -1}, found, what) for arm in found if arm != other}
-        table[label] = {arm: as_text(interval(d), "+.3f") for arm, d in differences.items()}
-    return pd.DataFrame(table)
+    return by_outcome({arm: {arm: 1, other: -1} for arm in found if arm != other}, found)
 
 def as_formula(
     arms: dict, # arm -> weight, 1 or -1
