@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMARY_QUESTIONS', 'BETA_LADDER', 'STAGE_COUNTS',
-           'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'ORDER_NOISE', 'ORDERS', 'LADDERS', 'CHOICE_WORLDS',
-           'ORDER_QUESTIONS', 'BUILDS_ON_QUESTIONS', 'SIZE_QUESTIONS', 'ELSEWHERE_QUESTIONS', 'UNTESTED', 'MODEL_SIZES',
-           'MODEL_WORLDS', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells', 'search_table',
-           'choose_settings', 'chosen_settings', 'Condition', 'primary_grid', 'question_values', 'primary_contrasts',
-           'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid', 'finite_data_apart_grid',
-           'finite_data_three_passes_grid', 'why_it_works_grid', 'paper_in_miniature_grid', 'how_to_partition_grid',
-           'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells', 'start_cells',
-           'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
-           'builds_on_ladders', 'size_ladders', 'elsewhere_ladders', 'ladder_cells', 'choose_on_ladders',
-           'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together', 'by_outcome', 'untested_differences',
-           'as_formula', 'model_size_ladders', 'model_size_grid', 'cross_fitted', 'grid_cells', 'all_cells_of',
-           'load_grid', 'measured_on_ladders']
+           'FINITE_PAIRS', 'FINITE_STAGES', 'BODY_WORLDS', 'ORDER_NOISE', 'ORDERS', 'MODEL_SIZES', 'LADDERS',
+           'CHOICE_WORLDS', 'OTHER_CHOICE_WORLDS', 'ORDER_QUESTIONS', 'BUILDS_ON_QUESTIONS', 'SIZE_QUESTIONS',
+           'ELSEWHERE_QUESTIONS', 'UNTESTED', 'GRIDS', 'OTHER_DRAWS', 'SEARCHES', 'pilot_cells', 'search_cells',
+           'search_table', 'choose_settings', 'chosen_settings', 'Condition', 'primary_grid', 'question_values',
+           'primary_contrasts', 'smaller_beta_grid', 'how_many_stages_grid', 'finite_data_grid',
+           'finite_data_apart_grid', 'finite_data_three_passes_grid', 'why_it_works_grid', 'paper_in_miniature_grid',
+           'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells',
+           'start_cells', 'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
+           'builds_on_ladders', 'size_ladders', 'elsewhere_ladders', 'model_size_ladders', 'ladder_cells',
+           'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together', 'by_outcome',
+           'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid', 'measured_on_ladders']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -455,6 +454,20 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
     ladders = {method: Ladder(method, _betas(beta), rates) for method, beta in low.items()}
     twice = dict(epochs=2 * COMMON_SETTINGS["epochs"])
     ladders["DPO, six passes"] = Ladder("DPO", _betas(low["DPO"]), rates, twice)
+    ladders["DPO, smaller rate"] = Ladder("DPO", _betas(low["DPO"]), rates[:1])
+    return ladders
+
+MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
+
+def model_size_ladders() -> dict: # arm -> Ladder
+    "DPO and sDPO in worlds whose S has another size; as the width grows, the rates fall."
+    of_the_llama = elsewhere_ladders()
+    ladders = {}
+    for body, width in MODEL_SIZES.items():
+        for method in ("DPO", "sDPO"):
+            known = of_the_llama[method]
+            rates = tuple(round(lr * 96 / width, 9) for lr in known.rates)
+            ladders[f"{body}, {method}"] = replace(known, rates=rates, body=body)
     return ladders
 
 LADDERS = { # grid -> function that makes its ladders
@@ -462,8 +475,10 @@ LADDERS = { # grid -> function that makes its ladders
     "builds_on": builds_on_ladders,
     "when_sizes_differ": size_ladders,
     "tuned_elsewhere": elsewhere_ladders,
+    "model_size": model_size_ladders,
 }
 CHOICE_WORLDS = range(11, 16)
+OTHER_CHOICE_WORLDS = {"model_size": (14, 15)}      # it measures in worlds 11 to 13
 
 def ladder_cells(
     grid: str, # of LADDERS
@@ -471,9 +486,10 @@ def ladder_cells(
     "Every rung of every arm, in the worlds in which settings are chosen."
     cells = []
     for ladder in LADDERS[grid]().values():
-        for beta, lr in itertools.product(ladder.betas, ladder.rates):
-            cells += ladder.rung(beta, lr).cells(CHOICE_WORLDS, (0,))
+        for beta, lr in itertools.product(ladder.betas, ladder.rates): cells += _choice_cells(grid, ladder.rung(beta, lr))
     return cells
+
+def _choice_cells(grid, rung): return rung.cells(OTHER_CHOICE_WORLDS.get(grid, CHOICE_WORLDS), (0,))
 
 def choose_on_ladders(
     grid: str,          # of LADDERS
@@ -483,7 +499,7 @@ def choose_on_ladders(
     A rate whose best rung is more than the margin below that of the other needs no top.
     Raises ValueError where a top that is needed lies at an end."""
     rewards = dict(zip(rows["key"], rows["sampled"].map(np.mean)))
-    def reward_at(rung): return np.mean([rewards[cell.key] for cell in rung.cells(CHOICE_WORLDS, (0,))])
+    def reward_at(rung): return np.mean([rewards[cell.key] for cell in _choice_cells(grid, rung)])
 
     chosen = {}
     for arm, ladder in LADDERS[grid]().items():
@@ -599,41 +615,6 @@ def as_formula(
     "A question as a sum of arms."
     return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
 
-# %% ../nbs/experiments/questions.ipynb #91feade8
-MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
-MODEL_WORLDS = range(11, 14)
-
-def model_size_ladders() -> dict: # (body, method) -> Ladder
-    "DPO and sDPO in worlds whose S has another size."
-    of_the_llama = elsewhere_ladders()
-    ladders = {}
-    for body, width in MODEL_SIZES.items():
-        for method in ("DPO", "sDPO"):
-            known = of_the_llama[method]
-            rates = tuple(round(lr * 96 / width, 9) for lr in known.rates)
-            ladders[body, method] = replace(known, rates=rates, body=body)
-    return ladders
-
-def model_size_grid() -> dict: # name -> Condition
-    "S of every size, and every rung of its ladders."
-    grid = {}
-    for (body, method), ladder in model_size_ladders().items():
-        grid[f"{body}, S"] = Condition("S", {}, body=body)
-        for beta, lr in itertools.product(ladder.betas, ladder.rates):
-            grid[f"{body}, {method}, beta {beta:g}, lr {lr:g}"] = ladder.rung(beta, lr)
-    return grid
-
-def cross_fitted(
-    rungs: dict,     # settings -> rows of the table of runs; two worlds or more
-) -> pd.DataFrame:   # rows of the table of runs, with a column `chosen`
-    """For each world its rows at the settings with the highest mean reward in the *other* worlds.
-    Raises ValueError unless all rungs were run in the same worlds (the same weights of S) and seeds."""
-    check_same_draws(rungs)
-    rewards = {name: outcome_values(rows, "sampled").mean((1, 2)) for name, rows in rungs.items()}
-    rewards = pd.DataFrame(rewards, sorted(next(iter(rungs.values()))["world"].unique()))   # worlds x settings
-    best = {world: rewards.drop(world).mean().idxmax() for world in rewards.index}
-    return pd.concat([rungs[name].query("world == @world").assign(chosen=name) for world, name in best.items()])
-
 # %% ../nbs/experiments/questions.ipynb #62a57845
 GRIDS = { # name -> function that makes it
     "primary": primary_grid,
@@ -650,12 +631,11 @@ GRIDS = { # name -> function that makes it
     "finite_data_apart": finite_data_apart_grid,
     "finite_data_three_passes": finite_data_three_passes_grid,
     **{grid: partial(tuned_grid, grid) for grid in LADDERS},
-    "model_size": model_size_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
     "tuned_elsewhere": (range(21, 31), SEEDS),      # two of its questions have been answered in worlds 1 to 10
-    "model_size": (MODEL_WORLDS, (0,)),
+    "model_size": (range(11, 14), SEEDS),           # a world of a large model takes long to build
 }
 
 def _search_bodies():
@@ -717,7 +697,7 @@ def measured_on_ladders(
     there = {}
     for what in (f"choose_{grid}", grid):
         cells = all_cells_of(what)
-        there[what] = len(stored_rows(cells)), len(cells)
+        there[what] = len(stored_rows(cells)), len({cell.key for cell in cells})
         print(f"{what}: {there[what][0]} of {there[what][1]} cells have been run")
     done, wanted = there[grid]
     return load_grid(grid) if done == wanted > 0 else {}

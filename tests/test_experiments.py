@@ -92,8 +92,10 @@ def test_arms_of_a_ladder_differ_in_what_they_are_named_after_and_nothing_else()
         assert ladder.settings == asked and ladder.rates == (1e-4,) and ladder.method == ("DPO" if arm == "all at once" else "sDPO")
         assert ladder.data == (("sources",) if "without noise" in arm else ("graded noise", 0., 0.15, 0.35))
     elsewhere = questions.elsewhere_ladders()
-    assert set(elsewhere) == {"DPO", "DPO, six passes", "sDPO", "sDPO, fixed reference", *cells.RELATIVES}
-    assert all(ladder.method == arm and not ladder.settings for arm, ladder in elsewhere.items() if arm != "DPO, six passes")
+    assert set(elsewhere) == {"DPO", "DPO, six passes", "DPO, smaller rate", "sDPO", "sDPO, fixed reference", *cells.RELATIVES}
+    assert all(ladder.method == arm.split(", s")[0] or ladder.method == arm for arm, ladder in elsewhere.items())
+    assert all(ladder.rates == ((1e-4,) if "smaller" in arm else (1e-4, 3e-4)) for arm, ladder in elsewhere.items())
+    assert not any(ladder.settings for arm, ladder in elsewhere.items() if arm != "DPO, six passes")
     assert elsewhere["DPO, six passes"].settings == dict(epochs=6)
     builds_on = questions.builds_on_ladders()
     assert len(builds_on) == 7 and builds_on.pop("all at once").data == ("taught letters", 7, 7)
@@ -114,10 +116,12 @@ def test_arms_of_a_ladder_differ_in_what_they_are_named_after_and_nothing_else()
 
 def test_settings_are_chosen_where_nothing_is_measured():
     for grid, arms in ((grid, make()) for grid, make in questions.LADDERS.items()):
-        tried = questions.ladder_cells(grid)
-        assert {c.world for c in tried} == set(range(11, 16)) and len({c.key for c in tried}) == len(tried) == sum(5 * len(l.betas) * len(l.rates) for l in arms.values())
+        tried, worlds = questions.ladder_cells(grid), (14, 15) if grid == "model_size" else range(11, 16)
+        assert {c.world for c in tried} == set(worlds)
+        asked = [(arm.data, arm.method, b, lr, str(arm.settings), arm.body) for arm in arms.values() for b in arm.betas for lr in arm.rates]
+        assert len({c.key for c in tried}) == len(worlds) * len(set(asked)) and len(tried) == len(worlds) * len(asked)
         measured, _ = questions.OTHER_DRAWS.get(grid, (questions.WORLDS, questions.SEEDS))
-        assert not set(measured) & set(questions.CHOICE_WORLDS)
+        assert not set(measured) & set(worlds)
     assert not set(questions.OTHER_DRAWS["tuned_elsewhere"][0]) & {w for g in questions.GRIDS if g != "tuned_elsewhere" for c in questions.all_cells_of(g) for w in [c.world]}
 
 
@@ -134,7 +138,7 @@ def test_a_rate_that_falls_behind_needs_no_top():
         for arm, l in questions.elsewhere_ladders().items():
             for beta in l.betas:
                 octaves = np.log2(beta / l.betas[2])
-                for lr, reward in ((1e-4, 0.8 - 0.02 * octaves ** 2), (3e-4, 0.8 - low - 0.01 * (2 - octaves))):
+                for lr, reward in zip((1e-4, 3e-4)[:len(l.rates)], (0.8 - 0.02 * octaves ** 2, 0.8 - low - 0.01 * (2 - octaves))):
                     rows += [dict(key=c.key, sampled=[reward]) for c in l.rung(beta, lr).cells(questions.CHOICE_WORLDS, (0,))]
         return pd.DataFrame(rows)
     chosen = questions.choose_on_ladders("tuned_elsewhere", ladder(0.03))
@@ -158,7 +162,7 @@ def test_what_was_chosen_becomes_the_grid(monkeypatch, tmp_path):
     grid = questions.tuned_grid("tuned_elsewhere")
     assert set(grid) == set(best) and questions.tuned_grid("when_order_matters") == {}
     for arm, condition in grid.items():
-        assert condition.settings["lr"] == 3e-4 and condition.settings["beta"] == pytest.approx(best[arm][1], rel=2e-3)
+        assert condition.settings["lr"] == (1e-4 if "smaller" in arm else 3e-4) and condition.settings["beta"] == pytest.approx(best[arm][1], rel=2e-3)
         assert condition.method == questions.elsewhere_ladders()[arm].method and condition.settings.get("epochs", 3) == (6 if "six" in arm else 3)
 
 
@@ -362,27 +366,16 @@ def test_a_model_of_another_size_is_a_llama_of_that_width():
     assert set(questions.MODEL_SIZES) == {"llama", *bodies.SIZES} and questions.MODEL_SIZES | bodies.SIZES == questions.MODEL_SIZES
 
 
-def test_the_ladders_of_the_known_size_are_those_of_tuned_elsewhere():
-    keys = {cell.key for cell in questions.ladder_cells("tuned_elsewhere")}
-    for name, of_name in questions.grid_cells("model_size").items():
-        body, method, *_ = name.split(", ")
-        assert {cell.body for cell in of_name} == {body} and len(of_name) == 3
-        assert {cell.key for cell in of_name} <= keys if body == "llama" and method != "S" else not {cell.key for cell in of_name} & keys
-    rates = {body: questions.model_size_ladders()[body, "sDPO"].rates for body in questions.MODEL_SIZES}
+def test_sizes_are_chosen_where_they_are_not_measured():
+    ladders = questions.model_size_ladders()
+    assert {body for body in questions.MODEL_SIZES} == {ladder.body for ladder in ladders.values()}
+    rates = {body: ladders[f"{body}, sDPO"].rates for body in questions.MODEL_SIZES}
     assert rates == {"llama-48": (2e-4, 6e-4), "llama": (1e-4, 3e-4), "llama-192": (5e-5, 1.5e-4), "llama-384": (2.5e-5, 7.5e-5)}
-
-
-def test_cross_fitting_never_chooses_by_the_world_that_is_scored():
-    g = np.random.default_rng(0)
-    rungs = {f"rung {i}": rows(g.normal(0, 0.01, (10, 2, 20))) for i in range(6)}
-    fitted = questions.cross_fitted(rungs)
-    assert len(fitted) == 20 and sorted(fitted["world"].unique()) == sorted(rungs["rung 0"]["world"].unique())
-    world = fitted["world"].iloc[0]
-    lucky = {name: of_rung.assign(sampled=[s + (name == "rung 5") * (w == world) for s, w in zip(of_rung["sampled"], of_rung["world"])]) for name, of_rung in rungs.items()}
-    again = questions.cross_fitted(lucky)
-    assert again.query("world == @world")["chosen"].tolist() == fitted.query("world == @world")["chosen"].tolist()
-    assert (again.query("world != @world")["chosen"] == "rung 5").all()
-    with pytest.raises(ValueError, match="was run in other worlds"): questions.cross_fitted(rungs | {"rung 0": rungs["rung 0"].assign(weights="another")})
+    chosen = {cell.world for cell in questions.ladder_cells("model_size")}
+    measured = {world for world in questions.OTHER_DRAWS["model_size"][0]}
+    assert chosen == {14, 15} and measured == {11, 12, 13}
+    known = {cell.key for cell in questions.ladder_cells("tuned_elsewhere")}
+    for cell in questions.ladder_cells("model_size"): assert (cell.key in known) == (cell.body == "llama")
 
 
 def test_a_folder_that_another_process_made_first_is_taken(tmp_path):

@@ -11,7 +11,7 @@
 # <details><summary>Words used on this page</summary>
 #
 # - **S** is the model before alignment. **DPO** trains it on all pairs at once, held by $\beta$ at a *reference*, which is S. **Stepwise DPO** (sDPO) trains in three stages, one for each *source* of pairs; the reference is the model of the stage before.
-# - A **rung** is one method at one $\beta$ and one learning rate. A **ladder** is all rungs of a method.
+# - A **ladder** is one method at several $\beta$ and learning rates; each of these is a *rung*.
 # - **Reward** is the true reward of a sampled answer on test prompts, between 0 and 1. **KL** is the distance from S in nats.
 # - **+0.011 [+0.003, +0.020]** is a mean of paired differences and its 95 % interval. *Equal* means within $\pm 0.02$.
 #
@@ -36,16 +36,15 @@ import pandas as pd
 import seaborn as sns
 from scipy.stats import linregress
 from sdpo_nb.bodies import SIZES, make_body
-from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import SAME, equality_test, outcome_values, paired_difference
 from sdpo_nb.evaluate import as_text
-from sdpo_nb.questions import MODEL_SIZES, cross_fitted, grid_cells, model_size_ladders
+from sdpo_nb.questions import MODEL_SIZES, measured_on_ladders
 from sdpo_nb.world import make_model, make_tokenizer
 
 # %% [markdown]
 # ## Four sizes that start equally well
 #
-# All are Llamas of three layers, and only the width differs. A better S leaves less to be gained. So in each of three worlds a Llama of another width is fine-tuned until its reward on validation prompts is that of the Llama we know, within 0.01 ([bodies](bodies.ipynb)). Then it writes its own pairs, and its sources are ordered by its own reward accuracy.
+# All are Llamas of three layers, and only the width differs. A better S leaves less to be gained. So in each world a Llama of another width is fine-tuned until its reward on validation prompts is that of the Llama we know, within 0.01 ([bodies](bodies.ipynb)). Then it writes its own pairs, and its sources are ordered by its own reward accuracy.
 
 # %%
 tokenizer = make_tokenizer()
@@ -58,78 +57,74 @@ pd.DataFrame({"width": MODEL_SIZES, "parameters": parameters}).map("{:,}".format
 #
 # *How does the difference, sDPO minus DPO in mean sampled reward, change when the model has ten times as many parameters?*
 #
-# *Which settings?* Each method has a ladder of five $\beta$, each twice the one before, at two learning rates; all rungs run in worlds 11, 12 and 13 with one seed. The rates are divided by the width, as the best rate of a wider model is smaller ([questions](questions.ipynb)). A method is scored in each world at the rung that was best in the *two others*, so the luck of a world cannot choose for itself. If in the mean of the worlds a best rung is at the end of its ladder in $\beta$, both methods get a rung more there, at all rates.
+# *Which settings?* For each size both methods have a ladder of five $\beta$, each twice the one before, at two learning rates, run in worlds 14 and 15 with one seed. The rates are divided by the width, as the best rate of a wider model is smaller ([questions](questions.ipynb)). The top of the ladder is read off as on the other pages. If a best rung is at an end, both methods of that size get a rung more there before anything is measured.
 #
-# *Which test?* Four sizes in three worlds make twelve differences. A straight line through them against $\log_{10}$ of the parameters has a slope: the change for ten times as many. It differs from 0 if its 95 % interval, by Student's law with ten degrees of freedom, leaves 0 out. It is equal to 0 by two one-sided tests within $\pm 0.02$, at 0.05. It is one question, so nothing is to be corrected.
+# *Which test?* The tops are measured in worlds 11 to 13 with two seeds. Four sizes in three worlds make twelve differences. A straight line through them against $\log_{10}$ of the parameters has a slope: the change for ten times as many. It differs from 0 if its 95 % interval, by Student's law with ten degrees of freedom, leaves 0 out. It is equal to 0 by two one-sided tests within $\pm 0.02$, at 0.05. It is one question, so nothing is to be corrected. (The Llama of width 96 has been run in these worlds before, at other settings, as the ladders of [tuned elsewhere](tuned_elsewhere.ipynb). The others have not.)
 #
-# *What will it see?* From the protocol a difference in one world with one seed has a standard deviation of some 0.02, before the noise of choosing. The widths span 1.8 powers of ten. So the slope will be known to about $\pm 0.02$: a strong trend would be seen, and a difference of 0.01 between neighbours would not.
+# *What can it see?* The twelve differences are not quite independent. All three of a size share what was chosen for that size, and a choice is never exact. We draw them many times: 0.016 of scatter between worlds and seeds, as the protocol found, and 0.004 from the choice. How often is a true slope found, and how often is it called equal?
+
+# %%
+widths = np.array(list(parameters.values()))
+x = np.log10(np.repeat(widths, 3))
+
+def slope_of(differences): # (sizes x worlds,); the change for ten times as many parameters
+    line = linregress(x, differences)
+    return line, equality_test(line.slope, line.stderr, len(x) - 2, SAME) | dict(p=line.pvalue)
+
+rng = np.random.default_rng(0)
+def words(slope):
+    of_choice = np.repeat(rng.normal(0, 0.004, len(widths)), 3)
+    _, answer = slope_of(slope * x + of_choice + rng.normal(0, 0.016, len(x)))
+    return answer["p"] < 0.05, answer["p_equal"] < 0.05
+
+power = {slope: np.mean([words(slope) for _ in range(500)], axis=0) for slope in (0., 0.01, 0.02, 0.03)}
+assert power[0.][0] < 0.10
+pd.DataFrame(power, index=["different", "equal"]).T.rename_axis("true slope").round(2)
+
+# %% [markdown]
+# A strong trend would be seen: 0.03 for ten times as many, or 0.05 from the smallest model to the largest. Half of that would often be missed.
 #
-# Beside it, and without tests, stand the difference for each size, the gain of both methods over S, and their KL.
+# Beside it, and without tests, stand the difference for each size, the levels and the KL.
 #
 # ## What came out
 #
-# `python -m sdpo_nb.experiments model_size` runs all rungs. A size is shown here when all of its cells have been run.
+# `python -m sdpo_nb.experiments choose_model_size` runs the ladders and writes what was chosen; `... model_size` measures.
 
 # %%
-rungs = {}
-for name, cells in grid_cells("model_size").items():
-    body, method, *settings = name.split(", ")
-    rows = stored_rows(cells)
-    if len(rows) == len(cells): rungs.setdefault((body, method), {})[", ".join(settings)] = rows
-
-asked = {which: len(ladder.betas) * len(ladder.rates) for which, ladder in model_size_ladders().items()}
-asked |= {(body, "S"): 1 for body in MODEL_SIZES}
-there = pd.Series({which: f"{len(rungs.get(which, {}))} of {n}" for which, n in asked.items()}).unstack()
-sizes = [body for body in MODEL_SIZES if all(len(rungs.get((body, m), {})) == asked[body, m] for m in ("S", "DPO", "sDPO"))]
-there.loc[list(MODEL_SIZES)]
-
-
-# %%
-def of_size(body): # method -> rows at the settings chosen in the other worlds
-    return {method: cross_fitted(rungs[body, method]) for method in ("S", "DPO", "sDPO")}
-
-found = {body: of_size(body) for body in sizes}
-differences = {body: paired_difference(found[body]["sDPO"], found[body]["DPO"]).mean((1, 2)) for body in sizes}
-pd.DataFrame(differences, index=[f"world {world}" for world in range(11, 14)]).T.round(4)
-
-
-# %%
-def slope_of(differences): # size -> a number for each world; the change for ten times as many parameters
-    x = np.repeat([np.log10(parameters[body]) for body in differences], 3)
-    line = linregress(x, np.concatenate(list(differences.values())))
-    return line, equality_test(line.slope, line.stderr, len(x) - 2, SAME) | dict(p=line.pvalue)
-
-def with_one_scatter(differences): # size -> mean and interval, from the scatter between worlds that is common to all sizes
-    scatter = np.mean([d.var(ddof=1) for d in differences.values()]) ** 0.5
-    return {body: equality_test(d.mean(), scatter / 3 ** 0.5, 2 * len(differences), SAME) for body, d in differences.items()}
-
-if len(sizes) > 1:
-    line, answer = slope_of(differences)
-    print("for ten times as many parameters:", as_text([answer[what] for what in ("mean", "low", "high")], "+.3f"),
-          f"p = {answer['p']:.2f} (different), {answer['p_equal']:.3f} (equal)")
+found = measured_on_ladders("model_size")
+if found:
+    differences = {}
+    for body in MODEL_SIZES:
+        differences[body] = paired_difference(found[f"{body}, sDPO"], found[f"{body}, DPO"]).mean((1, 2))
+    line, answer = slope_of(np.concatenate(list(differences.values())))
+    scatter = np.mean([d.var(ddof=1) for d in differences.values()]) ** 0.5     # between worlds, common to all sizes
     table = {}
-    for body, d in with_one_scatter(differences).items():
-        means = {method: outcome_values(rows, "sampled").mean() for method, rows in found[body].items()}
-        kls = {f"KL of {method}": outcome_values(found[body][method], "kl").mean() for method in ("DPO", "sDPO")}
-        table[body] = means | {"sDPO minus DPO": as_text([d[what] for what in ("mean", "low", "high")], "+.3f")} | kls
-    display(pd.DataFrame(table).T)
+    for body, d in differences.items():
+        own = equality_test(d.mean(), scatter / 3 ** 0.5, 2 * len(differences), SAME)
+        table[body] = {"parameters": parameters[body], "low": own["low"], "mean": own["mean"], "high": own["high"]}
+        for method in ("DPO", "sDPO"):
+            rows = found[f"{body}, {method}"]
+            table[body][method] = outcome_values(rows, "sampled").mean()
+            table[body][f"KL, {method}"] = outcome_values(rows, "kl").mean()
+    table = pd.DataFrame(table).T
+    print("for ten times as many parameters:", as_text((answer["mean"], answer["low"], answer["high"]), "+.3f"))
+    print(f"p = {answer['p']:.2f} (different), {answer['p_equal']:.3f} (equal)")
+    display(table.round(3))
 
 # %%
-if len(sizes) > 1:
+if found:
     fig, (levels, ax) = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
-    for method, color in zip(("S", "DPO", "sDPO"), ("0.5", "C0", "C1")):
-        values = np.array([outcome_values(found[body][method], "sampled").mean((1, 2)) for body in sizes])
-        x = [parameters[body] for body in sizes]
-        levels.plot(x, values.mean(1), "o-", color=color, label=method)
-        levels.plot(x, values, "o", color=color, ms=3, alpha=0.5)
+    for method, color in (("DPO", "C0"), ("sDPO", "C1")):
+        values = np.array([outcome_values(found[f"{body}, {method}"], "sampled").mean((1, 2)) for body in MODEL_SIZES])
+        levels.plot(widths, values.mean(1), "o-", color=color, label=method)
+        levels.plot(widths, values, "o", color=color, ms=3, alpha=0.5)
     levels.set(xscale="log", xlabel="parameters", ylabel="true reward, sampled")
     levels.legend()
     ax.axhspan(-SAME, SAME, color="0.9", lw=0)
-    for body, d in with_one_scatter(differences).items():
-        ax.plot([parameters[body]] * 2, [d["low"], d["high"]], color="C1")
-        ax.plot(parameters[body], d["mean"], "o", color="C1")
-        ax.plot([parameters[body]] * 3, differences[body], "o", color="C1", ms=3, alpha=0.5)
-    ends = np.array([min(x), max(x)])
+    ax.vlines(widths, table["low"], table["high"], color="C1")
+    ax.plot(widths, table["mean"], "o", color="C1")
+    ax.plot(widths, np.array(list(differences.values())), "o", color="C1", ms=3, alpha=0.5)
+    ends = widths[[0, -1]]
     ax.plot(ends, line.intercept + line.slope * np.log10(ends), color="0.4", ls="--")
     ax.set(xscale="log", xlabel="parameters", ylabel="sDPO minus DPO")
 
@@ -138,12 +133,12 @@ if len(sizes) > 1:
 #
 # - **Large models.** Five million parameters are few, and three layers are few. What a wider model has to learn is the same four skills.
 # - **Models that know more.** All S are equally good. A model that is larger *and* better is another question, for [a real model](smollm2.ipynb).
-# - **Thousandths.** Three worlds and one seed see a trend of two hundredths for ten times as many parameters.
+# - **Hundredths.** The simulation above says what three worlds can see.
+# - **Other learning rates.** Two for each size, by a rule of thumb. If the rule fails at one end, both methods suffer, but perhaps not alike.
 #
 # ## What you now have
 #
-# - A way to choose and to measure with the same runs, without choosing by luck.
-# - A question about a trend, with a test.
+# - A question about a trend, with a test, and what the test can see.
 #
 # ## Questions to test yourself
 #
@@ -154,20 +149,20 @@ if len(sizes) > 1:
 #    A better S leaves less to be gained, for both methods. The difference between them would shrink with that, and we could not tell it from an effect of size.
 #
 #    </details>
-# 2. A method is scored in world 11 at the rung that was best in worlds 12 and 13. What would be wrong with the rung that was best in all three?
+# 2. The three differences of one size share what was chosen for that size. What if the choice were made in the three worlds that are measured?
 #
 #    <details><summary>Answer</summary>
 #
-#    World 11 would take part in the choice. A rung that was lucky there would be chosen more often, and its luck would be counted as merit. With the same number of rungs for both methods that luck is the same in the mean, but each single difference would be noisier.
+#    A rung that was lucky there would be chosen, and its luck would be counted three times, always for the same size. The line would take it for a trend. The page on [comparing](compare.ipynb) shows what that does to false alarms.
 #
 #    </details>
 #
 # ## Try this
 #
-# - Give `cross_fitted` only the rungs of the smaller learning rate. Does any difference change its sign?
+# - In the simulation, let the choice be worse: 0.012 in place of 0.004. How often is a slope of 0 now called different?
 #
 #   <details><summary>What you should see</summary>
 #
-#   Filter with `{s: rows for s, rows in rungs["llama", "sDPO"].items() if s.endswith("lr 0.0001")}`, and the same for DPO.
+#   In about one of eight trials, not in one of twenty.
 #
 #   </details>

@@ -711,7 +711,7 @@ as_table(which_architecture_grid())
 # %% [markdown]
 # ## Chosen in five worlds, measured in ten
 #
-# Settings were searched on two worlds, and the best of a search is partly the luckiest ([compare](compare.ipynb)). Four pages were added after the answers of the others, and they do better. Every arm has a *ladder*: values of $\beta$, each twice the one before. Its rungs are run in five worlds in which nothing else is measured, and the best one is measured in ten others.
+# Settings were searched on two worlds, and the best of a search is partly the luckiest ([compare](compare.ipynb)). Five pages were added after the answers of the others, and they do better. Every arm has a *ladder*: values of $\beta$, each twice the one before. Its rungs are run in five worlds in which nothing else is measured, and the best one is measured in ten others.
 #
 # A ladder with steps of two is coarse. But rewards along it bend like a parabola, so the top can be read between the rungs: through the best one and its neighbours, in $\log \beta$.
 
@@ -746,7 +746,7 @@ beta, round(reward, 3)
 
 
 # %% [markdown]
-# Now the arms of four pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [When sizes differ](when_sizes_differ.ipynb) has a source five times as large as the other. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives.
+# Now the arms of five pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [When sizes differ](when_sizes_differ.ipynb) has a source five times as large as the other. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives. [Model size](model_size.ipynb) has an S of 86 thousand to 5.3 million parameters. A rate that suits a small model is too large for a large one: as a rule of thumb, the best rate of Adam is inversely proportional to the width ([Yang et al. 2022](https://arxiv.org/abs/2203.03466)), so its two rates are divided by the width.
 
 # %%
 #| export
@@ -824,6 +824,20 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
     ladders = {method: Ladder(method, _betas(beta), rates) for method, beta in low.items()}
     twice = dict(epochs=2 * COMMON_SETTINGS["epochs"])
     ladders["DPO, six passes"] = Ladder("DPO", _betas(low["DPO"]), rates, twice)
+    ladders["DPO, smaller rate"] = Ladder("DPO", _betas(low["DPO"]), rates[:1])
+    return ladders
+
+MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
+
+def model_size_ladders() -> dict: # arm -> Ladder
+    "DPO and sDPO in worlds whose S has another size; as the width grows, the rates fall."
+    of_the_llama = elsewhere_ladders()
+    ladders = {}
+    for body, width in MODEL_SIZES.items():
+        for method in ("DPO", "sDPO"):
+            known = of_the_llama[method]
+            rates = tuple(round(lr * 96 / width, 9) for lr in known.rates)
+            ladders[f"{body}, {method}"] = replace(known, rates=rates, body=body)
     return ladders
 
 LADDERS = { # grid -> function that makes its ladders
@@ -831,8 +845,10 @@ LADDERS = { # grid -> function that makes its ladders
     "builds_on": builds_on_ladders,
     "when_sizes_differ": size_ladders,
     "tuned_elsewhere": elsewhere_ladders,
+    "model_size": model_size_ladders,
 }
 CHOICE_WORLDS = range(11, 16)
+OTHER_CHOICE_WORLDS = {"model_size": (14, 15)}      # it measures in worlds 11 to 13
 
 def ladder_cells(
     grid: str, # of LADDERS
@@ -840,9 +856,10 @@ def ladder_cells(
     "Every rung of every arm, in the worlds in which settings are chosen."
     cells = []
     for ladder in LADDERS[grid]().values():
-        for beta, lr in itertools.product(ladder.betas, ladder.rates):
-            cells += ladder.rung(beta, lr).cells(CHOICE_WORLDS, (0,))
+        for beta, lr in itertools.product(ladder.betas, ladder.rates): cells += _choice_cells(grid, ladder.rung(beta, lr))
     return cells
+
+def _choice_cells(grid, rung): return rung.cells(OTHER_CHOICE_WORLDS.get(grid, CHOICE_WORLDS), (0,))
 
 def choose_on_ladders(
     grid: str,          # of LADDERS
@@ -852,7 +869,7 @@ def choose_on_ladders(
     A rate whose best rung is more than the margin below that of the other needs no top.
     Raises ValueError where a top that is needed lies at an end."""
     rewards = dict(zip(rows["key"], rows["sampled"].map(np.mean)))
-    def reward_at(rung): return np.mean([rewards[cell.key] for cell in rung.cells(CHOICE_WORLDS, (0,))])
+    def reward_at(rung): return np.mean([rewards[cell.key] for cell in _choice_cells(grid, rung)])
 
     chosen = {}
     for arm, ladder in LADDERS[grid]().items():
@@ -1027,72 +1044,6 @@ assert beside.loc["A"].str.startswith("+0.099").all()
 beside
 
 # %% [markdown]
-# ## Sizes of the model
-#
-# S has 337 thousand parameters. [Model size](model_size.ipynb) asks whether the answer to the first question depends on that, with Llamas of 86 thousand to 5.3 million. Worlds of a large model are expensive: there are three of them. So every rung is run in all three, and settings are chosen by *cross-fitting*: for each world those that were best in the two others.
-#
-# A rate that suits a small model is too large for a large one. As a rule of thumb, the best rate of Adam is inversely proportional to the width ([Yang et al. 2022](https://arxiv.org/abs/2203.03466)). So the two rates are divided by the width, in units of the Llama that we know.
-
-# %%
-#| export
-MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
-MODEL_WORLDS = range(11, 14)
-
-def model_size_ladders() -> dict: # (body, method) -> Ladder
-    "DPO and sDPO in worlds whose S has another size."
-    of_the_llama = elsewhere_ladders()
-    ladders = {}
-    for body, width in MODEL_SIZES.items():
-        for method in ("DPO", "sDPO"):
-            known = of_the_llama[method]
-            rates = tuple(round(lr * 96 / width, 9) for lr in known.rates)
-            ladders[body, method] = replace(known, rates=rates, body=body)
-    return ladders
-
-def model_size_grid() -> dict: # name -> Condition
-    "S of every size, and every rung of its ladders."
-    grid = {}
-    for (body, method), ladder in model_size_ladders().items():
-        grid[f"{body}, S"] = Condition("S", {}, body=body)
-        for beta, lr in itertools.product(ladder.betas, ladder.rates):
-            grid[f"{body}, {method}, beta {beta:g}, lr {lr:g}"] = ladder.rung(beta, lr)
-    return grid
-
-def cross_fitted(
-    rungs: dict,     # settings -> rows of the table of runs; two worlds or more
-) -> pd.DataFrame:   # rows of the table of runs, with a column `chosen`
-    """For each world its rows at the settings with the highest mean reward in the *other* worlds.
-    Raises ValueError unless all rungs were run in the same worlds (the same weights of S) and seeds."""
-    check_same_draws(rungs)
-    rewards = {name: outcome_values(rows, "sampled").mean((1, 2)) for name, rows in rungs.items()}
-    rewards = pd.DataFrame(rewards, sorted(next(iter(rungs.values()))["world"].unique()))   # worlds x settings
-    best = {world: rewards.drop(world).mean().idxmax() for world in rewards.index}
-    return pd.concat([rungs[name].query("world == @world").assign(chosen=name) for world, name in best.items()])
-
-
-# %% [markdown]
-# Three settings in three invented worlds. A is best in the mean of all, but only by its luck in world 0. For world 0 that luck does not count:
-
-# %%
-rewards = {"A": (0.9, 0.6, 0.6), "B": (0.7, 0.7, 0.7), "C": (0.5, 0.6, 0.6)} # in worlds 0, 1, 2
-rungs = {}
-for name, by_world in rewards.items():
-    rungs[name] = pd.DataFrame([dict(world=w, seed=0, weights=w, sampled=[r]) for w, r in enumerate(by_world)])
-fitted = cross_fitted(rungs)
-assert fitted["chosen"].tolist() == ["B", "A", "A"]
-fitted
-
-# %% [markdown]
-# World 0 gets B, which was best in worlds 1 and 2. The others get A. And the ladders:
-
-# %%
-table = {}
-for (body, method), ladder in model_size_ladders().items():
-    table[body, method] = {"beta": ", ".join(f"{beta:g}" for beta in ladder.betas)}
-    table[body, method]["learning rate"] = ", ".join(f"{lr:g}" for lr in ladder.rates)
-pd.DataFrame(table).T
-
-# %% [markdown]
 # ## From a grid to its rows
 #
 # All grids have a name, and so have the searches. The names are also the arguments of the command line. `load_grid` gives the runs of a grid, name by name. It refuses half a grid. It also refuses a grid in which one world was run with two S, which happens when a world is
@@ -1115,12 +1066,11 @@ GRIDS = { # name -> function that makes it
     "finite_data_apart": finite_data_apart_grid,
     "finite_data_three_passes": finite_data_three_passes_grid,
     **{grid: partial(tuned_grid, grid) for grid in LADDERS},
-    "model_size": model_size_grid,
 }
 OTHER_DRAWS = { # worlds and seeds; the others have WORLDS, SEEDS
     "which_architecture": (BODY_WORLDS, range(4)),
     "tuned_elsewhere": (range(21, 31), SEEDS),      # two of its questions have been answered in worlds 1 to 10
-    "model_size": (MODEL_WORLDS, (0,)),
+    "model_size": (range(11, 14), SEEDS),           # a world of a large model takes long to build
 }
 
 def _search_bodies():
@@ -1206,7 +1156,7 @@ def measured_on_ladders(
     there = {}
     for what in (f"choose_{grid}", grid):
         cells = all_cells_of(what)
-        there[what] = len(stored_rows(cells)), len(cells)
+        there[what] = len(stored_rows(cells)), len({cell.key for cell in cells})
         print(f"{what}: {there[what][0]} of {there[what][1]} cells have been run")
     done, wanted = there[grid]
     return load_grid(grid) if done == wanted > 0 else {}
