@@ -13,8 +13,8 @@ __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMAR
            'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells',
            'start_cells', 'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
            'builds_on_ladders', 'size_ladders', 'elsewhere_ladders', 'model_size_ladders', 'ladder_cells',
-           'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'weighted_sum', 'answer_together', 'by_outcome',
-           'untested_differences', 'as_formula', 'grid_cells', 'all_cells_of', 'load_grid', 'measured_on_ladders']
+           'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'answer_together', 'by_outcome',
+           'untested_differences', 'as_formulas', 'grid_cells', 'all_cells_of', 'load_grid', 'measured_on_ladders']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -27,7 +27,7 @@ import pandas as pd
 from .bodies import BODIES, SEARCH_WORLDS
 from .cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
 from .compare import SAME, check_same_draws, outcome_values, reward_at_kl
-from .compare import tested_differences, verdict
+from .compare import tested_differences, verdict, weighted_sum
 from .evaluate import as_text, interval
 from .training_data import COMMON_SETTINGS
 from .world import SKILLS
@@ -569,23 +569,13 @@ ELSEWHERE_QUESTIONS = { # question -> arm -> weight
     "Pre-DPO against plain with as many passes": {"Pre-DPO": 1, "DPO, six passes": -1},
 }
 
-def weighted_sum(
-    arms: dict,            # arm -> weight
-    found: dict,           # arm -> rows of the table of runs
-    what: str = "sampled", # of OUTCOMES, or another column with a number per prompt
-) -> np.ndarray:           # (worlds, seeds, prompts)
-    """A sum of arms, each with its weight.
-    Raises ValueError unless their rows come from the same worlds (the same weights of S) and seeds."""
-    check_same_draws({arm: found[arm] for arm in arms})
-    return np.sum([weight * outcome_values(found[arm], what) for arm, weight in arms.items()], axis=0)
-
 def answer_together(
     questions: dict, # question -> arm -> weight
     found: dict,     # arm -> rows of the table of runs
 ) -> pd.DataFrame:   # question, mean, low, high, p-values as of `tested_differences`, verdict
     """Every question in mean sampled reward, corrected for all of them.
     Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."""
-    check_same_draws(found)
+    check_same_draws(found)                                 # of arms that no question names, too
     table = tested_differences({question: weighted_sum(arms, found) for question, arms in questions.items()})
     return table.assign(verdict=[verdict(answer) for _, answer in table.iterrows()])
 
@@ -609,11 +599,12 @@ def untested_differences(
     "Every arm minus another one, without tests."
     return by_outcome({arm: {arm: 1, other: -1} for arm in found if arm != other}, found)
 
-def as_formula(
-    arms: dict, # arm -> weight, 1 or -1
-) -> str:
-    "A question as a sum of arms."
-    return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
+def as_formulas(
+    questions: dict, # question -> arm -> weight, 1 or -1
+) -> pd.DataFrame:   # question, which is
+    "Every question as a sum of arms."
+    def formula(arms): return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
+    return pd.DataFrame({question: {"which is": formula(arms)} for question, arms in questions.items()}).T
 
 # %% ../nbs/experiments/questions.ipynb #62a57845
 GRIDS = { # name -> function that makes it

@@ -32,9 +32,9 @@ def test_a_difference_is_of_runs_that_were_asked_the_same():
     apart = (one.assign(world=one["world"] + 3), one[one["world"] == 2], one[one["seed"] == 0], one.assign(weights="another"))
     for unlike in apart:
         with pytest.raises(ValueError, match="'rows_b' was run in other worlds"): compare.paired_difference(unlike, other)
-        with pytest.raises(ValueError, match="'b' was run in other worlds"): questions.weighted_sum({"a": 1, "b": -1}, dict(a=unlike, b=other, c=one))
+        with pytest.raises(ValueError, match="'b' was run in other worlds"): compare.weighted_sum({"a": 1, "b": -1}, dict(a=unlike, b=other, c=one))
     with pytest.raises(ValueError, match="1 of rows_a and 5 of rows_b"): compare.paired_difference(rows(np.ones((3, 2, 1))), other)
-    assert (questions.weighted_sum({"a": 1, "c": -1}, dict(a=one, b=apart[0], c=other)) == 1).all()      # b was not asked for
+    assert (compare.weighted_sum({"a": 1, "c": -1}, dict(a=one, b=apart[0], c=other)) == 1).all()      # b was not asked for
 
 
 def test_a_ladder_is_read_between_its_steps():

@@ -131,16 +131,27 @@ def check_same_draws(
             raise ValueError(f"draws: '{name}' was run in other worlds, from another S "
                              f"or with other seeds than '{first}'")
 
+def weighted_sum(
+    arms: dict,             # name -> weight
+    found: dict,            # name -> rows of the table of runs
+    what: str = "sampled",  # of OUTCOMES, or another column with a number per prompt
+) -> np.ndarray:            # (worlds, seeds, prompts)
+    """A sum of methods, each with its weight.
+    Raises ValueError unless their rows have the same worlds (the same weights of S), seeds and prompts."""
+    check_same_draws({name: found[name] for name in arms})
+    values = {name: outcome_values(found[name], what) for name in arms}
+    asked = {name: v.shape[2] for name, v in values.items()}
+    if len(set(asked.values())) > 1:
+        raise ValueError("prompts: " + " and ".join(f"{n} of {name}" for name, n in asked.items()))
+    return np.sum([weight * values[name] for name, weight in arms.items()], axis=0)
+
 def paired_difference(
     rows_a: pd.DataFrame,   # runs of a method
     rows_b: pd.DataFrame,   # runs of another, in the same worlds and with the same seeds
     what: str = "sampled",  # of OUTCOMES
 ) -> np.ndarray:            # (worlds, seeds, prompts)
-    "a minus b. Raises ValueError unless both have the same worlds (the same weights of S), seeds and prompts."
-    check_same_draws({"rows_a": rows_a, "rows_b": rows_b})
-    a, b = outcome_values(rows_a, what), outcome_values(rows_b, what)
-    if a.shape != b.shape: raise ValueError(f"prompts: {a.shape[2]} of rows_a and {b.shape[2]} of rows_b")
-    return a - b
+    "a minus b. Raises ValueError as `weighted_sum` does."
+    return weighted_sum({"rows_a": 1, "rows_b": -1}, dict(rows_a=rows_a, rows_b=rows_b), what)
 
 
 # %%
@@ -173,25 +184,28 @@ print("a thousand numbers:    ", as_text(flat))
 # %% [markdown]
 # It looks surer than it may. Fifty prompts of one run share the luck of that run, so they are not fifty pieces of evidence.
 #
-# And the first of the two? A 95 % interval should miss the truth in 5 of a hundred. We invent differences whose truth is 0, with about the noise that ours turned out to have:
+# And the first of the two? A 95 % interval should miss the truth in 5 of a hundred. We invent differences whose truth is 0. Once all noise is between worlds and between runs, with about the size that ours turned out to have. Once there is little of that, and much noise between prompts:
 
 # %%
 rng = np.random.default_rng(3)
-def misses(worlds, seeds): # share of intervals that leave out the truth
+def misses(worlds, seeds, of_world=0.0145, of_run=0.009, of_prompt=0., prompts=1): # share of intervals without the truth
     missed = []
     for _ in range(400):
-        luck = rng.normal(0, 0.0145, (worlds, 1, 1)) + rng.normal(0, 0.009, (worlds, seeds, 1))
+        luck = rng.normal(0, of_world, (worlds, 1, 1)) + rng.normal(0, of_run, (worlds, seeds, 1))
+        if of_prompt: luck = luck + rng.normal(0, of_prompt, (worlds, seeds, prompts))
         _, low, high = interval(luck, draws=200)
         missed.append(not low <= 0 <= high)
     return np.mean(missed)
 
-missed = {(W, R): misses(W, R) for W, R in ((10, 2), (5, 4))}
-assert 0.05 < missed[10, 2] < 0.10 < missed[5, 4]
-pd.Series({f"{W} worlds x {R} seeds": f"{share:.1%}" for (W, R), share in missed.items()}, name="misses").to_frame()
+missed = {f"{W} worlds x {R} seeds": misses(W, R) for W, R in ((10, 2), (5, 4))}
+missed["10 worlds x 2 seeds, noise between prompts"] = misses(10, 2, 0.003, 0.003, 0.16, 100)
+first, fewer, between_prompts = missed.values()
+assert between_prompts < 0.05 < first < 0.10 < fewer
+pd.Series(missed, name="misses").map("{:.1%}".format).to_frame()
 
 
 # %% [markdown]
-# With ten worlds it misses more often than it says, by two or three in a hundred, and with five more than twice as often. A bootstrap of few worlds is too sure.
+# Where worlds differ, it misses more often than it says: with ten worlds by two or three in a hundred, with five more than twice as often. A bootstrap of few worlds is too sure. Where prompts make the noise, it misses hardly ever: their noise is in the means of the worlds already, and drawing prompts counts it once more. Ours lie between the two.
 #
 # ## Many differences
 #
@@ -342,8 +356,9 @@ plot_outcomes(tables, "minus plain", sides=("better: plain", "better: the other"
 def sign_flip_p_value(
     difference: np.ndarray, # (worlds, ...)
 ) -> float:                 # at least 2 / 2**worlds
-    "Two-sided p-value, by all changes of sign of the means of worlds."
+    "Two-sided p-value, by all changes of sign of the means of worlds. Raises ValueError for what is not a number."
     values = np.asarray(difference)
+    if not np.isfinite(values).all(): raise ValueError("difference: a value is not a finite number")
     means = values.reshape(len(values), -1).mean(1)
     signs = np.array(list(itertools.product((1, -1), repeat=len(means))))
     as_large = abs(signs @ means) >= abs(means.sum()) - 1e-12     # what we saw is as large as itself

@@ -51,7 +51,7 @@ from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
 from sdpo_nb.cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, loss_roughness, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
-from sdpo_nb.questions import BUILDS_ON_QUESTIONS, ORDER_QUESTIONS, SIZE_QUESTIONS
+from sdpo_nb.questions import BUILDS_ON_QUESTIONS, ELSEWHERE_QUESTIONS, ORDER_QUESTIONS, SIZE_QUESTIONS
 from sdpo_nb.questions import GRIDS, LADDERS, SEARCHES, WORLDS, answer_together
 from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
 from sdpo_nb.questions import primary_contrasts
@@ -338,7 +338,7 @@ print(f"stepwise minus plain at the same rate, at the KL of plain: {as_text(leve
 #
 # ## Claim by claim
 #
-# What the paper says or asks, and what the experiments found. First come the rows of a real model, as far as they have been run ([smollm2](smollm2.ipynb), [which_is_easy](which_is_easy.ipynb)); *gains* are nats a pair of log-loss there. In the tiny worlds a number is a difference of mean true reward if nothing else is said. Their first eight claims are the primary questions, the next twelve those of [when order matters](when_order_matters.ipynb), [builds on](builds_on.ipynb) and [when sizes differ](when_sizes_differ.ipynb): they count as different by their p-value. The others are exploratory, and count as different where
+# What the paper says or asks, and what the experiments found. First come the rows of a real model, as far as they have been run ([smollm2](smollm2.ipynb), [which_is_easy](which_is_easy.ipynb)); *gains* are nats a pair of log-loss there. In the tiny worlds a number is a difference of mean true reward if nothing else is said. Their first eight claims are the primary questions, the next seventeen those of [when order matters](when_order_matters.ipynb), [builds on](builds_on.ipynb), [when sizes differ](when_sizes_differ.ipynb) and [tuned elsewhere](tuned_elsewhere.ipynb): they count as different by their p-value. The others are exploratory, and count as different where
 # the interval leaves out 0. Each of them has a page with its figures.
 
 # %%
@@ -392,6 +392,18 @@ LADDER_CLAIMS = { # grid -> its questions, and the claim that each of them is ab
         "stepwise, small first, against all at once":
             "sDPO is better than DPO, with chunks of one to five",
     }),
+    "tuned_elsewhere": (ELSEWHERE_QUESTIONS, {
+        "stepwise against plain":
+            "sDPO is better than DPO, tuned and measured in new worlds",
+        "moving against fixed reference":
+            "a reference that moves up is better than a fixed one, tuned and measured in new worlds",
+        "TR-DPO, hard after every 16 steps, against plain":
+            "TR-DPO with a hard update is better than DPO",
+        "TR-DPO, soft after every 16 steps, against plain":
+            "TR-DPO with a soft update is better than DPO",
+        "Pre-DPO against plain with as many passes":
+            "Pre-DPO is better than DPO with as many passes",
+    }),
 }
 EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampled, stages; {}: all bodies but the Llama
     "sDPO gives better greedy answers than DPO, at the same rate":
@@ -422,14 +434,16 @@ EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampl
         ("which_architecture", "which_architecture", "{}, sDPO", "{}, DPO"),
     "sDPO carries over to longer strings better than DPO":
         ("new_domain", "new_domain", "sDPO, seven letters", "DPO, seven letters"),
+    "sDPO is better than DPO at its rate, tuned and measured in new worlds":
+        ("tuned_elsewhere", "tuned_elsewhere", "sDPO", "DPO, smaller rate"),
+    "TR-DPO with a soft update is better than DPO at a third of its rate":
+        ("tuned_elsewhere", "tuned_elsewhere", "TR-DPO, soft", "DPO, smaller rate"),
     "pairs written between the stages are better than as many before them":
         ("with_new_data", "with_new_data", "policy, true", "S, as many, true"),
     "easy to hard is better than hard to easy by multiple choice, where hard sources have bad labels":
         ("when_order_matters", "when_order_matters", "easy first, moving", "hard first, moving", "choice"),
     "easy to hard is better than hard to easy by multiple choice, where the hard source builds on the easy one":
         ("builds_on", "builds_on", "own first, moving", "taught first, moving", "choice"),
-    "easy to hard is better than hard to easy by multiple choice, where the hard source builds on the easy one; with a fixed reference":
-        ("builds_on", "builds_on", "own first, fixed", "taught first, fixed", "choice"),
 }
 
 def _verdict(mean, low, high, different): # in words
@@ -704,17 +718,22 @@ def _print_small():
         rows = run_grid(small_cells(), folder, "small")
     print(rows[["method", "tokens", "seconds"]].to_string())
 
+def _write_json(name, content): # in full or not at all
+    unfinished = RESULTS / f"{name}.tmp"
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, RESULTS / name)
+
 def _run_and_store(what):
-    rows = run_grid(all_cells_of(what), desc=what)
+    cells = all_cells_of(what)
+    if not cells: raise SystemExit(f"{what}: no settings yet; `python -m sdpo_nb.experiments choose_{what}` chooses them")
+    rows = run_grid(cells, desc=what)
     hours = rows["seconds"].sum() / 3600
     print(f"{what}: {len(rows)} cells in the table, {hours:.1f} core hours", flush=True)
     if what.startswith("choose_"):
         grid = what.removeprefix("choose_")
         tuned = {name: chosen_on_ladders(name) for name in LADDERS} | {grid: choose_on_ladders(grid, rows)}
-        (RESULTS / "tuned.json").write_text(json.dumps(tuned, indent=1) + "\n")
-    if what == "search":
-        choices = json.dumps(choose_settings(rows), indent=1)
-        (RESULTS / "choices.json").write_text(choices + "\n")
+        _write_json("tuned.json", tuned)
+    if what == "search": _write_json("choices.json", choose_settings(rows))
 
 def run_experiment(
     what: str, # small, again, frontiers, or a name in SEARCHES or GRIDS

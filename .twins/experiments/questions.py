@@ -39,7 +39,7 @@ import pandas as pd
 from sdpo_nb.bodies import BODIES, SEARCH_WORLDS
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
 from sdpo_nb.compare import SAME, check_same_draws, outcome_values, reward_at_kl
-from sdpo_nb.compare import tested_differences, verdict
+from sdpo_nb.compare import tested_differences, verdict, weighted_sum
 from sdpo_nb.evaluate import as_text, interval
 from sdpo_nb.training_data import COMMON_SETTINGS
 from sdpo_nb.world import SKILLS
@@ -972,23 +972,13 @@ ELSEWHERE_QUESTIONS = { # question -> arm -> weight
     "Pre-DPO against plain with as many passes": {"Pre-DPO": 1, "DPO, six passes": -1},
 }
 
-def weighted_sum(
-    arms: dict,            # arm -> weight
-    found: dict,           # arm -> rows of the table of runs
-    what: str = "sampled", # of OUTCOMES, or another column with a number per prompt
-) -> np.ndarray:           # (worlds, seeds, prompts)
-    """A sum of arms, each with its weight.
-    Raises ValueError unless their rows come from the same worlds (the same weights of S) and seeds."""
-    check_same_draws({arm: found[arm] for arm in arms})
-    return np.sum([weight * outcome_values(found[arm], what) for arm, weight in arms.items()], axis=0)
-
 def answer_together(
     questions: dict, # question -> arm -> weight
     found: dict,     # arm -> rows of the table of runs
 ) -> pd.DataFrame:   # question, mean, low, high, p-values as of `tested_differences`, verdict
     """Every question in mean sampled reward, corrected for all of them.
     Raises ValueError unless all rows come from the same worlds (the same weights of S) and seeds."""
-    check_same_draws(found)
+    check_same_draws(found)                                 # of arms that no question names, too
     table = tested_differences({question: weighted_sum(arms, found) for question, arms in questions.items()})
     return table.assign(verdict=[verdict(answer) for _, answer in table.iterrows()])
 
@@ -1012,11 +1002,12 @@ def untested_differences(
     "Every arm minus another one, without tests."
     return by_outcome({arm: {arm: 1, other: -1} for arm in found if arm != other}, found)
 
-def as_formula(
-    arms: dict, # arm -> weight, 1 or -1
-) -> str:
-    "A question as a sum of arms."
-    return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
+def as_formulas(
+    questions: dict, # question -> arm -> weight, 1 or -1
+) -> pd.DataFrame:   # question, which is
+    "Every question as a sum of arms."
+    def formula(arms): return " ".join(f"{'+' if weight > 0 else '−'} {arm}" for arm, weight in arms.items())
+    return pd.DataFrame({question: {"which is": formula(arms)} for question, arms in questions.items()}).T
 
 
 # %%

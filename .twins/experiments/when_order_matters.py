@@ -34,7 +34,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 import numpy as np
 import pandas as pd
 from sdpo_nb.compare import holm_p_values, plot_contrasts, sign_flip_p_value
-from sdpo_nb.questions import ORDER_QUESTIONS, answer_together, as_formula, by_outcome, measured_on_ladders
+from sdpo_nb.questions import ORDER_QUESTIONS, answer_together, as_formulas, by_outcome, measured_on_ladders
 from sdpo_nb.questions import untested_differences
 
 # %% [markdown]
@@ -54,8 +54,7 @@ from sdpo_nb.questions import untested_differences
 # ## Four questions
 
 # %%
-formulas = {question: {"which is": as_formula(arms)} for question, arms in ORDER_QUESTIONS.items()}
-with pd.option_context("display.max_colwidth", None): display(pd.DataFrame(formulas).T)
+with pd.option_context("display.max_colwidth", None): display(as_formulas(ORDER_QUESTIONS))
 
 # %% [markdown]
 # The second question asks whether noise is the reason: two arms are run in the usual worlds, too.

@@ -32,13 +32,13 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 import pandas as pd
 from sdpo_nb.compare import plot_contrasts
-from sdpo_nb.questions import SIZE_QUESTIONS, answer_together, as_formula, measured_on_ladders
+from sdpo_nb.questions import SIZE_QUESTIONS, answer_together, as_formulas, measured_on_ladders
 from sdpo_nb.questions import untested_differences
 
 # %% [markdown]
 # ## What a small stage should do
 #
-# All pairs of a world, some 1,500, are mixed and cut in two: a sixth and five sixths ([training data](training_data.ipynb)). Every pair is passed three times in every arm. So the small stage has some 24 updates and the large one some 110.
+# All pairs of a world, some 1,440, are mixed and cut in two: a sixth and five sixths ([training data](training_data.ipynb)). Every pair is passed three times in every arm. So the small stage has some 24 updates and the large one some 110.
 #
 # Equation (2) of [finite data](finite_data.ipynb) says what becomes of stages that reach their optimum:
 #
@@ -50,8 +50,7 @@ from sdpo_nb.questions import untested_differences
 # ## Four questions
 
 # %%
-formulas = {question: {"which is": as_formula(arms)} for question, arms in SIZE_QUESTIONS.items()}
-with pd.option_context("display.max_colwidth", None): display(pd.DataFrame(formulas).T)
+with pd.option_context("display.max_colwidth", None): display(as_formulas(SIZE_QUESTIONS))
 
 # %% [markdown]
 # Worlds, tests and margin are those of [when order matters](when_order_matters.ipynb). Each arm has a ladder of five $\beta$, run in worlds 11 to 15; its top is measured in worlds 1 to 10 with two seeds. If a best rung is at an end, a rung is added there first. A difference needs a p-value below 0.05 by sign flips over worlds, and an interval without 0. Equality needs a p-value below 0.05 by two one-sided tests within $\pm 0.02$. Both are corrected for four questions by Holm's method.
