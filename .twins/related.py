@@ -333,7 +333,7 @@ Markdown("\n".join(lines))
 # | Curri-DPO, Staged-Competence | otherwise | [of no sorted split can we say that it beats a random one](experiments/how_to_partition.ipynb); for $\gamma$, little of the harm is left at the settings of stepwise DPO. Those sources share all skills: there is no curriculum to find. Where hard [builds on easy](experiments/builds_on.ipynb), easy first is better by 0.021, and all at once by 0.034 more |
 # | Selective DPO | otherwise | [keeping the hardest instead is worse, too](experiments/how_to_partition.ipynb). Share, judge, order and $\beta$ are not theirs |
 # | Self-Rewarding | otherwise | [on its own labels, stage 3 takes back most of what stage 2 gained](experiments/with_new_data.ipynb). A 70B model that reads before it judges is another judge |
-# | Pre-DPO | otherwise | with as many passes it is [equal to DPO](experiments/tuned_elsewhere.ipynb), -0.002 [-0.010, +0.004]; its guide was run at the same $\beta$, not tuned. On [a real model](experiments/smollm2.ipynb) it is still to come, with TR-DPO |
+# | Pre-DPO | otherwise | with as many passes it is [equal to DPO](experiments/tuned_elsewhere.ipynb), -0.002 [-0.009, +0.004]; its guide was run at the same $\beta$, not tuned. On [a real model](experiments/smollm2.ipynb) it is still to come, with TR-DPO |
 # | AlphaDPO, beta-DPO, HyPO, 2D-Curri-DPO, Misspecified | not tried | the runs above show a line, and no more |
 #
 # ## What this does not show
