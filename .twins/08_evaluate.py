@@ -1026,7 +1026,7 @@ as_text(ends_above(pd.Series(climbing)))
 #
 # The gain of a stage is counted from the model that it began with. That is the one before, or S, where [every stage begins at S](12_plan.ipynb); and a stage that begins at S has learned nothing of the chunks before, so it cannot forget them.
 #
-# Each sign becomes a sentence that says what, where, and by how much.
+# Each sign becomes a sentence that says what, where, and by how much. A chunk of one pair has no interval, so nothing can be said of it.
 
 # %%
 #| export

@@ -43,10 +43,8 @@ import torch
 from datasets import load_dataset
 from transformers import GenerationConfig
 
-from sdpo_nb.folder import alone_in
-from sdpo_nb.logprobs import (
-    autocast, lines_of, load_model, load_tokenizer, pick_precision, progress, weights_hash, write_lines
-)
+from sdpo_nb.folder import alone_in, load_any, load_saved_tokenizer
+from sdpo_nb.logprobs import autocast, lines_of, pick_precision, progress, weights_hash, write_lines
 from sdpo_nb.partition import mean_interval
 from sdpo_nb.world import content_hash
 
@@ -94,32 +92,34 @@ QUESTIONS = f"{_FASTCHAT}/mt_bench/question.jsonl"
 JUDGE_PROMPTS = f"{_FASTCHAT}/judge_prompts.jsonl"
 REFERENCES = f"{_FASTCHAT}/mt_bench/reference_answer/gpt-4.jsonl"
 
-def read_lines(
+def load_lines(
     place, # a path or an address of lines of JSON; or a list of them
 ) -> list[dict]: # without the fields that a line does not have
     "The lines of a file. Raises ValueError in one line for what cannot be read."
     if isinstance(place, list): return place
     if not str(place).startswith("http") and not Path(place).is_file():
         raise ValueError(f"{place}: no such file")
-    try: rows = load_dataset("json", data_files=str(place), split="train").to_list()
+    try:
+        lines = load_dataset("text", data_files=str(place), split="train")["text"] # "json" would make dates of texts
+        rows = [json.loads(line) for line in lines if line.strip()]
+        return [{name: value for name, value in row.items() if value is not None} for row in rows]
     except Exception as e:
         why = (str(e.__cause__ or e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{place}: cannot be read as lines of JSON ({why})") from e
-    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 # %%
-assert read_lines(tmp / "question.jsonl") == asked
-print(complaint(read_lines, "nowhere.jsonl"))
+assert load_lines(tmp / "question.jsonl") == asked
+print(complaint(load_lines, "nowhere.jsonl"))
 
 # %% [markdown]
 # ## Two answers
 #
-# How hot should an answer be? FastChat's temperature depends on the category. Writing may vary; mathematics should not, and gets the likeliest token each time.
+# How hot should an answer be? FastChat's temperature depends on the category. Writing may vary; mathematics should not, and gets the likeliest token each time. Whatever else a model's own settings say, such as a penalty on words that were said before, stays as it is there, in both cases.
 #
 # What the model reads is the conversation so far, in its own chat template: the first question, *its own* first answer, the second question. So a mistake in the first turn is there in the second, as it would be for a reader. And an instruct model that has a default system message in its template gets it, as it does in use.
 #
-# An answer ends with one of the model's end tokens, or after `max_new` tokens; FastChat's own limit is 1024. A shorter limit is a cheaper benchmark, and another one: answers that are cut in the middle get bad marks.
+# An answer ends with one of the model's end tokens, or after `max_new` tokens; FastChat's own limit is 1024. A shorter limit is a cheaper benchmark, and another one: answers that are cut in the middle get bad marks. The model's own context is a limit, too. Where the first turn has filled it, the second answer is cut or empty, and is judged as it is; `write_answers` counts those that are empty.
 
 # %%
 #| export
@@ -138,8 +138,8 @@ def _generation(model, tokenizer, temperature, max_new):
     "How tokens are drawn, and where an answer ends."
     also = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
-    drawn = dict(do_sample=True, temperature=temperature) # the rest is the model's own, as with FastChat
-    return GenerationConfig(
+    drawn = dict(do_sample=True, temperature=temperature)
+    return GenerationConfig( # what is not said here is the model's own, as with FastChat
         max_new_tokens=max_new,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.eos_token_id,
@@ -220,7 +220,8 @@ def _keep(path, fits, what):
     gone = [row for row in rows if not fits(row)]
     if gone:
         old = Path(f"{path}.old")
-        write_lines(old, _read(old) + gone)
+        before = _read(old)
+        write_lines(old, before + [row for row in gone if row not in before]) # a call may have died here
         write_lines(path, kept)
         said = f"{path.parent.name}/{path.name}: {len(gone)} of {len(rows)} lines were {what}"
         print(f"{said}; they are in {old.name} now")
@@ -229,7 +230,7 @@ def _keep(path, fits, what):
 def write_answers(
     model,          # a causal language model
     tokenizer,      # with a chat template
-    questions: list, # as `read_lines` gives them
+    questions: list, # as `load_lines` gives them
     path,           # of the answers: model_answer/NAME.jsonl
     max_new: int=1024, # longest answer, in tokens
     precision: str="auto", # fp32, bf16, fp16, or auto
@@ -261,7 +262,10 @@ def write_answers(
             )
             write_lines(path, sorted(there.values(), key=lambda row: row["question_id"]))
             bar.update()
-    return [there[q["question_id"]] for q in questions]
+    answers = [there[q["question_id"]] for q in questions]
+    empty = sum(row["choices"][0]["turns"].count("") for row in answers)
+    if empty: print(f"{path.name}: {empty} answers are empty; the model ended at once, or its context was full")
+    return answers
 
 
 # %% [markdown]
@@ -369,7 +373,7 @@ for text, mark in cases.items(): assert rating_of(text) == mark
 #
 # A judge is a function: it gets messages and returns text. FastChat's is GPT-4. Servers of open models (vLLM, llama.cpp, Ollama) speak the same protocol, so one small function is enough for all of them. The address and the key come from the environment variables `OPENAI_BASE_URL` and `OPENAI_API_KEY`, as they do in OpenAI's own package.
 #
-# A request holds the name of the judge and the messages. The temperature is zero, so that a judge asked twice says nearly the same. Busy endpoints answer "429 Too Many Requests" or with a number from 500; that means *later*, and so does an answer that is cut in the middle. Then we ask again, four times, with pauses that double. Any other refusal is final: a wrong key does not become right by waiting.
+# A request holds the name of the judge and the messages. The temperature is zero, so that a judge asked twice says nearly the same. Busy endpoints answer "429 Too Many Requests" or with a number from 500; that means *later*, and so does an answer that is cut in the middle. Then we ask again, four times, with pauses that double. Any other refusal is final: a wrong key does not become right by waiting. Some refusals are about *one* answer, say a 400 because it is too long for the judge, or stopped by its filter. That answer has no mark then, until another call asks again, and the others are judged all the same.
 #
 # Whichever judge you take, name it: marks of two judges cannot be compared. A small open model is a judge that you can run for nothing, and it agrees less with people than a large one does. Before you believe its marks, read twenty of its judgments.
 
@@ -399,21 +403,32 @@ def openai_judge(
     judge.__name__ = model
     return judge
 
+class _Refused(OSError):
+    "An endpoint does not take this message; it may take others."
+
 def _post(url, body, key, pause, tries=5):
     "What an endpoint says. A busy one is asked again; other errors end in one line."
     head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url, json.dumps(body).encode(), head)
     for i in range(tries):
+        found, error = b"nothing", OSError
         try:
-            with urllib.request.urlopen(request, timeout=600) as got: return json.loads(got.read())
+            with urllib.request.urlopen(request, timeout=600) as got: found = got.read()
+            return json.loads(found)
         except urllib.error.HTTPError as e:
-            why = f"{e.code} {e.reason}: {e.read(200).decode(errors='replace')}"
-            again = e.code in (408, 429) or e.code >= 500
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            why, again = f"{type(e).__name__}: {e}", not isinstance(e, (ValueError, http.client.InvalidURL))
+            why, again = f"{e.code} {e.reason}: {_begin_of(e)}", e.code in (408, 429) or e.code >= 500
+            if e.code in (400, 413, 422): error = _Refused
+        except ValueError as e: # what is cut begins as JSON does; a page of HTML does not
+            why, again = f"{type(e).__name__}: {e}", found.lstrip()[:1] in (b"", b"{")
+        except (OSError, http.client.HTTPException) as e:
+            why, again = f"{type(e).__name__}: {e}", not isinstance(e, http.client.InvalidURL)
         if not again or i + 1 == tries: break
         time.sleep(pause * 2**i)
-    raise OSError(f"judge: {url} answers {' '.join(why.split())}; what is judged already is kept")
+    raise error(f"judge: {url} answers {' '.join(why.split())}; what is judged already is kept")
+
+def _begin_of(error):
+    try: return error.read(200).decode(errors="replace")
+    except (OSError, http.client.HTTPException): return "" # it breaks off
 
 
 # %% [markdown]
@@ -478,12 +493,12 @@ def _file_name(name): return re.sub(r"[^\w.@+-]+", "--", name)
 
 def write_judgments(
     judge,           # messages -> text; its __name__ is written down
-    questions: list, # as `read_lines` gives them
+    questions: list, # as `load_lines` gives them
     answers: list,   # of one model, as `write_answers` gives them
     path,            # of the judgments: model_judgment/JUDGE_single.jsonl
     prompts: dict,   # name -> a line of the file of judge prompts
 ) -> list[dict]:     # the lines for these answers, in FastChat's format
-    "Judge what is not judged yet; the file is whole after every answer."
+    "Judge what is not judged yet; the file is whole after every answer. A refused one has -1, and no line in it."
     path, wanted = Path(path), {}
     for turn in (1, 2):
         for q, a in zip(questions, answers):
@@ -506,14 +521,27 @@ def write_judgments(
     kept = _keep(path, fits, "marks of other answers or prompts")
     there = {_place(row): row for row in kept}
     todo = [place for place in wanted if place not in there]
+    refused = {}
     with progress(len(wanted), f"{judge.__name__} judges", "answer", len(wanted) - len(todo)) as bar:
         for place in todo:
             line, messages = wanted[place]
-            said = judge(messages)
-            there[place] = line | dict(judgment=said, score=rating_of(said), tstamp=time.time())
-            write_lines(path, there.values())
+            try: said = _asked(judge, messages)
+            except _Refused as e: refused[place] = line | dict(judgment=str(e), score=-1)
+            else:
+                there[place] = line | dict(judgment=said, score=rating_of(said), tstamp=time.time())
+                write_lines(path, there.values())
             bar.update()
-    return [there[place] for place in wanted]
+    if refused:
+        first = next(iter(refused.values()))["judgment"]
+        if len(refused) == len(wanted): raise OSError(first)
+        print(f"{judge.__name__}: {len(refused)} of {len(wanted)} answers were refused and have no mark. {first}")
+    return [(there | refused)[place] for place in wanted]
+
+def _asked(judge, messages):
+    "What a judge says, as a file can hold it: half an emoji becomes a question mark."
+    said = judge(messages)
+    if isinstance(said, str): return said.encode("utf-8", "replace").decode()
+    raise ValueError(f"judge: {judge.__name__} must return a text, got {type(said).__name__}")
 
 def _place(row): return row["model"], row["question_id"], row["turn"]
 
@@ -531,7 +559,7 @@ assert Judge.visits == visits # nothing was asked again
 # %% [markdown]
 # ## The table
 #
-# A row for each category and one for all of them, a column for each turn and one for both. The mean of ten marks is not sure, so it has an interval, [Student's](05_partition.ipynb). The two answers to one question belong together, since a bad first answer spoils the second. So in the column of both turns the unit is the question, whose marks are averaged first.
+# A row for each category and one for all of them, a column for each turn and one for both. The mean of ten marks is not sure, so it has an interval, [Student's](05_partition.ipynb), which is cut where the scale ends. The two answers to one question belong together, since a bad first answer spoils the second. So in the column of both turns the unit is the question, whose marks are averaged first.
 #
 # Answers without a mark count in no mean, and the last column counts them. A judge that forgets its brackets once in a hundred times does no harm. One that forgets them whenever an answer is long makes a table about short answers.
 #
@@ -557,7 +585,10 @@ def mt_bench_table(
         rows[name] = dict(questions=group["question_id"].nunique()) | turns | dict(both=both, unrated=unrated)
     return pd.DataFrame(rows, dtype=object).T.rename_axis("category")
 
-def _mean(values): return mean_interval(values.tolist()) if len(values) else None
+def _mean(values):
+    if not len(values): return None
+    mean, low, high = mean_interval(values.tolist())
+    return mean, max(low, min(mean, 1.)), min(high, max(mean, 10.))
 
 
 # %%
@@ -583,7 +614,7 @@ table.map(lambda cell: as_text(cell, ".1f") if isinstance(cell, tuple) else cell
 # %%
 #| export
 def mt_bench(
-    model: str,        # folder or hub id
+    model: str,        # folder (a model, or an adapter of PEFT) or hub id
     out,               # folder for model_answer/ and model_judgment/
     questions=QUESTIONS, # FastChat's question.jsonl: a path, an address or its lines
     judge=None,        # messages -> text, as `openai_judge` makes one; none: stop after the answers
@@ -606,7 +637,7 @@ def mt_bench(
         file = f"{_file_name(_judge_name(judge))}_single.jsonl"
         prompts = _prompts(judge_prompts, asked)
     with alone_in(out):
-        loaded, tokenizer = load_model(str(model)), load_tokenizer(str(model))
+        loaded, tokenizer = load_any(str(model)), load_saved_tokenizer(str(model))
         path = out / f"model_answer/{name}.jsonl"
         answers = write_answers(loaded, tokenizer, asked, path, max_new, precision)
         marks = out / "model_judgment"
@@ -635,19 +666,34 @@ def _judge_name(judge):
     except AttributeError as e:
         raise ValueError("judge: has no __name__, which its file is called by; give it one") from e
 
+def _lines_with(fields, place, what):
+    "Lines that have these fields. Raises ValueError for others, before a model is loaded."
+    lines = load_lines(place)
+    for i, line in enumerate(lines, 1):
+        absent = fields - set(line)
+        if absent: raise ValueError(f"{what}: line {i} has no {', '.join(sorted(absent))}; it has {sorted(line)}")
+    return lines
+
 def _questions(place):
-    "Questions with the fields of FastChat's. Raises ValueError for other lines, before a model is loaded."
-    lines = read_lines(place)
+    "Questions as FastChat has them; ValueError for others."
+    lines = _lines_with({"question_id", "category", "turns"}, place, "questions")
     if not lines: raise ValueError("questions: there are none")
-    for i, line in enumerate(lines):
-        absent = {"question_id", "category", "turns"} - set(line)
-        if not absent: continue
-        raise ValueError(f"questions: line {i + 1} has no {', '.join(sorted(absent))}; it has {sorted(line)}")
+    for i, line in enumerate(lines, 1):
+        for field, counts in dict(turns=(1, 2), reference=(0, 1, 2)).items():
+            texts = line.get(field) or []
+            if isinstance(texts, list) and len(texts) in counts and all(isinstance(t, str) for t in texts): continue
+            raise ValueError(f"questions: line {i}: {field} must be a list of one or two texts, got {str(texts)[:60]}")
+    ids = [line["question_id"] for line in lines]
+    if {type(i) for i in ids} not in ({int}, {str}):
+        raise ValueError("questions: question_id must be a number in every line, or a text in every line")
+    for i in ids:
+        if ids.count(i) > 1: raise ValueError(f"questions: two of them have the question_id {i}")
     return lines
 
 def _prompts(place, questions):
     "Name -> judge prompt. Raises ValueError where one of the four is missing, or a place in it cannot be filled."
-    prompts = {line.get("name"): line for line in read_lines(place)}
+    lines = _lines_with({"name", "system_prompt", "prompt_template"}, place, "judge prompts")
+    prompts = {line["name"]: line for line in lines}
     for kind in ("", "-math"):
         for turn in ("", "-multi-turn"):
             name = f"single{kind}-v1{turn}"
@@ -659,9 +705,9 @@ def _prompts(place, questions):
 def _with_references(questions, references):
     "Questions with the answers of a file in FastChat's format in place of their own."
     if references is None: return questions
-    right = {row["question_id"]: row["choices"][0]["turns"] for row in read_lines(references)}
-    own = {q["question_id"]: q.get("reference") for q in questions}
-    return [q | dict(reference=right.get(i, own[i])) for i, q in zip(own, questions)]
+    rows = _lines_with({"question_id", "choices"}, references, "references")
+    right = {row["question_id"]: row["choices"][0]["turns"] for row in rows}
+    return [q | dict(reference=right.get(q["question_id"], q.get("reference"))) for q in questions]
 
 def _some(questions, limit):
     "The first of every category, then the second, ...: so that a few questions are of many kinds."
@@ -704,7 +750,7 @@ found["both"].map(lambda cell: as_text(cell, ".1f")).to_frame()
 # OPENAI_API_KEY=... sdpo mt-bench runs/first/stage-2/model --out mt --judge gpt-4
 # ```
 #
-# The second call finds the answers of the first. Give S and every stage the same `--out`: then all answers lie in one folder, the judge's file holds the marks of all of them, and FastChat's own table compares them.
+# The second call finds the answers of the first. Give S and every stage the same `--out`: then all answers lie in one folder, the judge's file holds the marks of all of them, and FastChat's own table compares them. Where the stages were trained with LoRA, their folders hold adapters; each is merged into its base first.
 #
 # ## A real model, four real questions
 #

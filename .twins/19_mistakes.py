@@ -215,12 +215,14 @@ def alike(
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor): return False
     return a == b
 
 
 # %%
 assert alike([torch.tensor([1., math.nan])], [torch.tensor([1.00001, math.nan])])
 assert not alike(torch.zeros(3), torch.zeros(3, 1))
+assert alike(torch.zeros(3), 0.) is False
 in_fp32 = crooked(*four.float(), 0.1)
 alike(in_fp32, answers["right"]), alike(in_fp32, answers["outside"])
 
@@ -291,11 +293,13 @@ def _things_used(f: FunctionType):
     "(name, thing) of all that a function uses from outside of itself."
     for name, cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
         with contextlib.suppress(ValueError): yield name, cell.cell_contents    # it may be empty
+    defaults = [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+    for thing in defaults: yield getattr(thing, "__name__", "a default"), thing
     for name, *attributes in _names_used(f.__code__):
         thing = f.__globals__.get(name, sys.modules.get(name))
         for attribute in attributes:
             if not isinstance(thing, ModuleType): break
-            name, thing = attribute, getattr(thing, attribute, None)
+            name, thing = attribute, getattr(thing, attribute, thing) # `import a.b as c` looks for b in a.b
         yield name, thing
 
 def _plain(f):
@@ -325,7 +329,7 @@ def foreign_name(
 
 
 # %% [markdown]
-# Four functions. Three of them hide the package's own: one behind another name, one behind a helper, one behind an import inside the function. The fourth is honest.
+# Five functions. Four of them hide the package's own: one behind another name, one behind a helper, one behind an import inside the function, one in a default. The fifth is honest.
 
 # %%
 def renamed(*args): return theirs(*args)
@@ -334,14 +338,15 @@ def behind(*args): return helper(*args)
 def late(*args):
     from sdpo_nb.loss import dpo_loss
     return dpo_loss(*args)
+def default(*args, loss=theirs): return loss(*args)
 
-found = {f.__name__: foreign_name(f) for f in (renamed, behind, late, handed_in)}
+found = {f.__name__: foreign_name(f) for f in (renamed, behind, late, default, handed_in)}
 assert found["handed_in"] is None
-assert all(found[name] for name in ("renamed", "behind", "late"))
+assert all(found[name] for name in ("renamed", "behind", "late", "default"))
 found
 
 # %% [markdown]
-# This keeps honest people honest. Somebody who copies the text of the package into the cell passes, and so does somebody who looks a function up by a string. We could chase these, too, and would accuse right answers on the way. The point of a check is to teach.
+# This keeps honest people honest. Somebody who copies the text of the package into the cell passes, and so does somebody who looks a function up by a string, or keeps it in a list or in an object of their own. We could chase these, too, and would accuse right answers on the way. The point of a check is to teach.
 #
 # ## Numbers that can tell
 #
@@ -534,7 +539,7 @@ DPO_LOSS = Exercise(
         detached="no gradient reaches chosen, rejected or both: something is detached.",
     ),
     edges=dict(unstable=_dies_far_away, clamped=_stops_growing, detached=_has_no_gradient),
-    telling=("clamped",),
+    telling=("clamped", "unstable"),
     by_hand="gain 0.6, beta 0.5 give 0.554",
     elsewhere=dict(
         rejected_added=("03", "The same loss in sDPO's words"),
@@ -846,7 +851,7 @@ for f in (words, power, stub, kept_for_itself):
 # ## The check
 #
 # All together, in the order in which a student should hear of it: is there an answer, is it the student's own, has it the right form, are the numbers right, and what happens at the edges? What comes earlier would make nonsense of what comes later: there is no use in comparing the numbers of a function that stops with an error, and none in trying the edge of a function whose ordinary numbers are wrong. One exception to the last: a clamped loss may show in the batches with numbers that fit no
-# switch, since we do not know where the student has cut. So edges that are `telling` are looked at, too, before a check says that it does not know.
+# switch, since we do not know where the student has cut. So may a log of a sigmoid in fp32, which is infinite there much sooner than ours in fp64. So edges that are `telling` are looked at, too, before a check says that it does not know.
 #
 # A function may stop with an error at an edge, and nowhere else. That need not be the mistake that the edge looks for: NumPy, for example, has no bf16. So the student hears the error, and what was tried.
 #
@@ -1011,7 +1016,7 @@ except CheckFailed as e: print(e)
 #
 # <details><summary>Answer</summary>
 #
-# With $\beta = 1$ a forgotten $\beta$ is right, and so is one that stands outside the logarithm. The switches `no_beta`, `outside` and `inverse` would give the right numbers.
+# With $\beta = 1$ a forgotten $\beta$ is right, and so is one that stands outside the logarithm. The switches `no_beta`, `outside`, `inverse` and `one_beta` would give the right numbers.
 #
 # </details>
 #

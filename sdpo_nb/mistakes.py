@@ -67,6 +67,7 @@ def alike(
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor): return False
     return a == b
 
 # %% ../nbs/19_mistakes.ipynb #08e0a1c1
@@ -107,11 +108,13 @@ def _things_used(f: FunctionType):
     "(name, thing) of all that a function uses from outside of itself."
     for name, cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
         with contextlib.suppress(ValueError): yield name, cell.cell_contents    # it may be empty
+    defaults = [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+    for thing in defaults: yield getattr(thing, "__name__", "a default"), thing
     for name, *attributes in _names_used(f.__code__):
         thing = f.__globals__.get(name, sys.modules.get(name))
         for attribute in attributes:
             if not isinstance(thing, ModuleType): break
-            name, thing = attribute, getattr(thing, attribute, None)
+            name, thing = attribute, getattr(thing, attribute, thing) # `import a.b as c` looks for b in a.b
         yield name, thing
 
 def _plain(f):
@@ -258,7 +261,7 @@ DPO_LOSS = Exercise(
         detached="no gradient reaches chosen, rejected or both: something is detached.",
     ),
     edges=dict(unstable=_dies_far_away, clamped=_stops_growing, detached=_has_no_gradient),
-    telling=("clamped",),
+    telling=("clamped", "unstable"),
     by_hand="gain 0.6, beta 0.5 give 0.554",
     elsewhere=dict(
         rejected_added=("03", "The same loss in sDPO's words"),

@@ -142,6 +142,7 @@ def _texts_of(run, settings, sources, tokenizer=None):
 def _same_names(written, given):
     "The sources of a run in its order: those given, or those that config.yaml names."
     sources = written if given is None else given
+    if not isinstance(sources, dict): raise ValueError(f"sources: expected {{'name': data}}, got {str(sources)[:60]}")
     if set(sources) != set(written):
         raise ValueError(f"sources: the run has {', '.join(written)}, and {', '.join(sources)} are given")
     for name in written:
@@ -185,7 +186,8 @@ def _check_no_other_chunks(out, T):
 # %% ../nbs/14_stepwise.ipynb #55f094d4
 def _check_same_tokens(models):
     "The first model's tokenizer. Raises ValueError for a model in whose vocabulary a token has another id."
-    if not models: raise ValueError("models: none; expected {'name': 'folder or hub id'}")
+    if not models or not isinstance(models, dict):
+        raise ValueError(f"models: {models or 'none'}; expected {{'name': 'folder or hub id'}}")
     first = next(iter(models))
     tokenizer = load_saved_tokenizer(models[first])
     for name, place in list(models.items())[1:]:
@@ -212,15 +214,17 @@ def measure_models(
     sources: dict, # name -> data, as for `load_sources`
     config: StepwiseConfig=None, # its lengths, precision, packing, token_budget and device count
     folder="runs/measure", # where the tables are kept; the same call goes on where it stopped
-) -> pd.DataFrame: # source, model: the index; pairs, and (mean, low, high) of each measure of `held_out`
+) -> pd.DataFrame: # source, model: the index; pairs, and (mean, low, high) of what `held_out` measures without beta
     """What any models say about pairs, and what changed against the first of them, pair by pair.
 
-    Raises ValueError for a model with another vocabulary, or sources that cannot be read.
+    Raises ValueError for a model with another vocabulary, for sources that cannot be read, or with an eval_share.
     """
     config = config or StepwiseConfig()
     check_names(sources)
     tokenizer = _check_same_tokens(models)
     read = load_sources(sources, tokenizer, config)
+    if part_sources(read, sources, config)[1]:
+        raise ValueError("eval_share: every pair of a source is measured, and none is held out; leave it out")
     pairs = concatenate_datasets([s.pairs for s in read])
     clock = Clock(len(models) * pair_tokens(pairs).sum())
     with alone_in(folder):

@@ -652,7 +652,7 @@ def after_sorting(accuracy, sizes, T):
     ("sequence_logps", within_the_response, "no_first"), ("sequence_logps", floored, "floored"), ("sequence_logps", partial(floored, log=lambda p: (p + 1e-6).log()), "floored"),
     ("sequence_logps", partial(floored, log=lambda p: p.clamp(min=1e-12).log()), "floored"),
     ("dpo_loss", from_z(lambda z: torch.where(z > 0, torch.log1p(torch.exp(-z)), torch.log1p(torch.exp(z)) - z)), "unstable"),
-    ("dpo_loss", from_z(lambda z: -torch.sigmoid(z).log().nan_to_num()), "unstable"),
+    ("dpo_loss", from_z(lambda z: -torch.sigmoid(z).log().nan_to_num()), "unstable"), ("dpo_loss", from_z(lambda z: -torch.sigmoid(z.float()).log()), "unstable"),
     ("dpo_loss", from_z(lambda z: -torch.sigmoid(z).clamp(min=torch.finfo(z.dtype).tiny).log()), "clamped"), ("dpo_loss", from_z(lambda z: -F.logsigmoid(z.clamp(-1000, 1000))), "clamped"),
     ("dpo_loss", lambda c, r, rc, rr, beta: dpo_a(c.detach(), r, rc, rr, beta), "detached"), ("dpo_loss", lambda c, r, rc, rr, beta: dpo_a(c, r.detach(), rc, rr, beta), "detached"),
     ("gradient", torch_func, "autograd"), ("gradient", grad_enabled, "autograd"), ("ipo", ipo_of_numbers, "detached"),
@@ -814,7 +814,14 @@ def closed_over(f=theirs):
     return inner
 
 
-@pytest.mark.parametrize("f", [renamed, by_module, by_helper, inside, in_a_lambda, from_the_mechanism, from_the_catalogue, of_the_catalogue, catalogue_inside, by_long_path, by_another_path, mistakes._dpo_loss, partial(mistakes._dpo_loss),
+def with_default(c, r, rc, rr, beta, loss=theirs): return loss(c - r, rc - rr, beta)
+def with_named_default(c, r, rc, rr, beta, *, loss=theirs): return loss(c - r, rc - rr, beta)
+def imported_as(c, r, rc, rr, beta):
+    import sdpo_nb.loss as L
+    return L.dpo_loss(c - r, rc - rr, beta)
+
+
+@pytest.mark.parametrize("f", [with_default, with_named_default, imported_as, renamed, by_module, by_helper, inside, in_a_lambda, from_the_mechanism, from_the_catalogue, of_the_catalogue, catalogue_inside, by_long_path, by_another_path, mistakes._dpo_loss, partial(mistakes._dpo_loss),
                                Callable(), Callable().method, closed_over(), partial(renamed)], ids=lambda f: getattr(f, "__name__", type(f).__name__))
 def test_the_package_s_own_function_is_refused(f):
     e = heard(checks.check_dpo_loss, f)
@@ -842,7 +849,11 @@ def test_the_world_and_score_may_be_used():
     def own_names(theirs, dpo_loss):                           # captured by the lambda; the globals of these names are others
         renamed = theirs
         return lambda x: renamed(theirs(x), [dpo_loss for _ in x])
+    def imported_as(model, pairs, reward=true_reward):
+        import sdpo_nb.world as W, torch.nn.functional as G
+        return W.true_reward, G.cross_entropy
     assert foreign_name(given_inside) is None
+    assert foreign_name(imported_as) is None
     assert foreign_name(own_names) is None
     assert foreign_name(own_names(len, len)) is None
 

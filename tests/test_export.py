@@ -100,6 +100,7 @@ def test_what_cannot_be_written_is_said(tmp_path):
     write_jsonl(path, rows("primer", 8, start=3))
     with pytest.raises(ValueError, match="give other pairs now"): export_chunks(run, tmp_path / "out")
     with pytest.raises(ValueError, match="the run has a, and b are given"): export_chunks(run, tmp_path / "out", dict(b=str(path)))
+    with pytest.raises(ValueError, match="sources: expected {'name': data}, got \\['a'\\]"): export_chunks(run, tmp_path / "out", ["a"])
     memory = sdpo_partition(BASE, dict(a=rows("primer", 8)), config(), tmp_path / "memory")
     with pytest.raises(ValueError, match="give the sources"): export_chunks(memory, tmp_path / "out")
     made = sdpo(BASE, None, config(chunks=lambda t, model: rows("primer", 8) if t == 1 else None), tmp_path / "made")

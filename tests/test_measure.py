@@ -74,7 +74,16 @@ def test_another_vocabulary_is_refused(tmp_path, other):
     tok.add_tokens(["zebra"]); tok.save_pretrained(wider)
     with pytest.raises(ValueError, match="'S' has another vocabulary than 'wider': 1 tokens"):
         measure_models(dict(wider=wider, S=BASE), dict(a=rows("primer", 8)), FP32, tmp_path / "m")
-    with pytest.raises(ValueError, match="models: none"): measure_models({}, dict(a=rows("primer", 8)), FP32, tmp_path / "m")
+    for none, said in (({}, "models: none"), ([BASE], "models: \\['.*expected {'name'")):
+        with pytest.raises(ValueError, match=said): measure_models(none, dict(a=rows("primer", 8)), FP32, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_nothing_is_held_out(tmp_path):
+    "The sources or the settings of a run: its training pairs would count among the held-out ones."
+    part, half = dict(a=dict(source=rows("primer", 12), eval_share=0.5)), StepwiseConfig(precision="fp32", eval_share=0.5)
+    for sources, config in ((part, FP32), (dict(a=rows("primer", 12)), half)):
+        with pytest.raises(ValueError, match="^eval_share: every pair"): measure_models(dict(S=BASE), sources, config, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

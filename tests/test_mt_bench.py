@@ -1,5 +1,5 @@
 "MT-Bench: FastChat's files, one question at a time, a judge behind an endpoint, and what goes wrong in one line."
-import functools, json, math, os, sys, threading
+import functools, io, json, math, os, sys, threading, urllib.error, urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import torch
 
 from sdpo_nb import cli, mt_bench as module
 from sdpo_nb.logprobs import load_model, load_tokenizer
-from sdpo_nb.mt_bench import answer_turns, judge_messages, mt_bench, mt_bench_table, openai_judge, rating_of, read_lines
+from sdpo_nb.mt_bench import answer_turns, judge_messages, mt_bench, mt_bench_table, openai_judge, rating_of, load_lines
+from sdpo_nb.mt_bench import write_answers, write_judgments
 from sdpo_nb.world import load_world
 from tiny import perturbed, write_jsonl
 
@@ -171,18 +172,18 @@ def test_other_questions_references_and_prompts_are_asked_anew(tmp_path, monkeyp
     assert visits(questions=translated) == 2 and calls[0].startswith(W.test[50])
     assert visits(references=[dict(question_id=1, choices=[dict(turns=["A1", "A2"])])]) == 2 + 2     # the first question is the old one again
     assert visits(judge_prompts=[line | dict(prompt_template="NEW " + line["prompt_template"]) for line in TOLD]) == 12
-    true = module.load_tokenizer
+    true = module.load_saved_tokenizer
     def other_template(place):
         tok = true(place)
         tok.chat_template = tok.chat_template + " "
         return tok
-    monkeypatch.setattr(module, "load_tokenizer", other_template)
+    monkeypatch.setattr(module, "load_saved_tokenizer", other_template)
     assert visits() == 12
     assert visits(questions=ASKED[:2]) == 0 and visits() == 0                    # what is not asked now, stays
 
 
 def test_a_reference_that_is_missing_is_said_before_anything_is_answered(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(module, "load_any", lambda *a: pytest.fail("a model was loaded"))
     one = [q | dict(reference=["R1"]) if "reference" in q else q for q in ASKED]
     with pytest.raises(ValueError, match="question 1: nothing for the place 'ref_answer_2' of the judge prompt 'single-math-v1-multi-turn'.* 1 references"):
         mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(questions=one))
@@ -196,7 +197,7 @@ def test_references_come_from_where_the_questions_come_from(tmp_path, monkeypatc
     there = {module.QUESTIONS: ASKED, module.REFERENCES: [dict(question_id=i, choices=[dict(turns=["A1", "A2"])]) for i in (1, 4)], module.JUDGE_PROMPTS: TOLD}
     read = []
     def reads(place): return read.append(place) or (place if isinstance(place, list) else there[place])
-    monkeypatch.setattr(module, "read_lines", reads)
+    monkeypatch.setattr(module, "load_lines", reads)
     mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(questions=module.QUESTIONS, judge_prompts=module.JUDGE_PROMPTS))
     assert {j["user_prompt"].split("|")[0] for j in lines(tmp_path / "model_judgment/seven_single.jsonl") if "math" in j["judge"][1]} == {"A1"}
     mt_bench(BASE, tmp_path / "own", judge=seven, **HOW)
@@ -256,10 +257,12 @@ def test_turns_are_a_conversation_and_seeded():
     with pytest.raises(ValueError, match="no chat template"): answer_turns(model, tok, q, 6)
 
 
-def test_a_row_that_is_full_has_no_answer():
+def test_a_row_that_is_full_has_no_answer(tmp_path, capsys):
     model, tok = load_model(BASE, "cpu"), load_tokenizer(BASE)
     long = dict(category="math", turns=["copy " + "a" * model.config.max_position_embeddings, "copy a"])
     assert answer_turns(model, tok, long, 6) == ["", ""]
+    write_answers(model, tok, [long | dict(question_id=1), ASKED[1] | dict(question_id=2)], tmp_path / "a.jsonl", 6, "fp32")
+    assert "a.jsonl: 2 answers are empty; the model ended at once, or its context was full" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, mark", [("[[8]]", 8), ("I give [[8.5]], not [3]", 8.5), ("Rating: [4]", 4), ("ten out of ten", -1), ("", -1), ("[[a]] [b]", -1)])
@@ -271,6 +274,8 @@ def test_answers_without_a_mark_count_in_no_mean():
     table = mt_bench_table(judged, [dict(question_id=i, category="math") for i in range(3)])
     assert table.loc["all", "turn 1"][0] == 6 and table.loc["all", "turn 2"][0] == 6 and math.isnan(table.loc["all", "turn 2"][1])
     assert table.loc["math", "both"][0] == (4 + 7) / 2 and table.loc["all", "unrated"] == 3
+    of_five = mt_bench_table([dict(question_id=i, turn=1, score=s) for i, s in enumerate([10, 10, 10, 10, 3])], [dict(question_id=i, category="math") for i in range(5)])
+    assert of_five.loc["all", "turn 1"] == pytest.approx((8.6, 4.71, 10), abs=0.01), "no mark is above ten"
     none = mt_bench_table([dict(question_id=0, turn=1, score=-1)], [dict(question_id=0, category="math")])
     assert pd.isna(none.loc["all", "both"]) and none.loc["all", "unrated"] == 1
 
@@ -285,11 +290,69 @@ def test_references(tmp_path):
 
 
 def test_what_cannot_work_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(module, "load_any", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="none called 'single-math-v1-multi-turn'"): mt_bench(BASE, tmp_path, judge=seven, **HOW | dict(judge_prompts=TOLD[:3]))
     with pytest.raises(ValueError, match="limit: must be at least 1, got 0"): mt_bench(BASE, tmp_path, **HOW, limit=0)
     with pytest.raises(ValueError, match="line 2 has no question_id, turns"): mt_bench(BASE, tmp_path, **HOW | dict(questions=[ASKED[0], dict(prompt_id=81, category="x", prompt=["a"])]))
+    fields = {"questions": "choices", "references": "choices", "judge prompts": "system_prompt"}
+    for what, absent in fields.items():
+        rows = [{k: v for k, v in line.items() if k != absent} for line in (TOLD if "prompts" in what else ASKED if what == "references" else [dict(question_id=1)])]
+        with pytest.raises(ValueError, match=f"{what}: line 1 has no "): mt_bench(BASE, tmp_path, judge=seven, **HOW | {what.replace(" ", "_"): rows})
+    for odd in (dict(turns="copy abc"), dict(turns=[]), dict(turns=W.test[:3]), dict(turns=[1, 2]), dict(reference="42")):
+        field, = odd
+        with pytest.raises(ValueError, match=f"line 2: {field} must be a list of one or two texts"): mt_bench(BASE, tmp_path, **HOW | dict(questions=[ASKED[0], ASKED[1] | odd]))
+    with pytest.raises(ValueError, match="two of them have the question_id 1"): mt_bench(BASE, tmp_path, **HOW | dict(questions=[*ASKED, ASKED[1] | dict(turns=W.test[90:92])]))
+    with pytest.raises(ValueError, match="a number in every line, or a text in every line"): mt_bench(BASE, tmp_path, **HOW | dict(questions=[ASKED[0], ASKED[1] | dict(question_id="x2")]))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_merged(tmp_path, monkeypatch):
+    "What a stage with LoRA leaves behind answers as its merged model does."
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(load_model(BASE, "cpu"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad(): merged = model.merge_and_unload()
+    mt_bench(tmp_path / "adapter", tmp_path, **HOW | dict(questions=ASKED[1:2]))
+    assert lines(tmp_path / "model_answer/tiny.jsonl")[0]["choices"][0]["turns"] == answer_turns(merged, load_tokenizer(BASE), ASKED[1], 6)
+
+
+def answers_of(n): return [dict(question_id=i, answer_id=f"a{i}", model_id="m", choices=[dict(index=0, turns=[f"x{i}", f"y{i}"])]) for i in range(n)]
+
+
+def test_an_answer_that_is_refused_does_not_stop_the_others(tmp_path, endpoint, capsys):
+    "It has no mark and no line, and the next call asks for it again; where nothing else was told, the refusal is the error."
+    marks = tmp_path / "model_judgment/j_single.jsonl"
+    ask = openai_judge("j", endpoint.url, pause=0.001)
+    endpoint.answers += ["[[5]]", 400, "[[5]]", "[[5]]"]
+    judged = write_judgments(ask, ASKED[:2], answers_of(2), marks, PROMPTS)
+    assert [j["score"] for j in judged] == [5, -1, 5, 5] and len(lines(marks)) == 3 and len(endpoint.asked) == 4
+    assert "j: 1 of 4 answers were refused and have no mark. judge: " in (out := capsys.readouterr().out) and "400 Bad Request" in out
+    assert mt_bench_table(judged, ASKED).loc["all", "unrated"] == 1
+    assert [j["score"] for j in write_judgments(ask, ASKED[:2], answers_of(2), marks, PROMPTS)] == [5, 6, 5, 5] and len(endpoint.asked) == 5
+    endpoint.answers += [422] * 4
+    with pytest.raises(OSError, match="422"): write_judgments(ask, ASKED[:2], answers_of(2), tmp_path / "none_single.jsonl", PROMPTS)
+    endpoint.answers += [404]
+    with pytest.raises(OSError, match="404"): write_judgments(ask, ASKED[:2], answers_of(2), tmp_path / "none_single.jsonl", PROMPTS)
+    assert len(endpoint.asked) == 10, "an address that is wrong is wrong for all"
+
+
+def test_what_a_judge_says_can_be_written(tmp_path):
+    def cut(messages): return "nice \ud83d [[5]]"
+    assert write_judgments(cut, ASKED[:1], answers_of(1), tmp_path / "j.jsonl", PROMPTS)[0] == lines(tmp_path / "j.jsonl")[0]
+    def silent(messages): return None
+    with pytest.raises(ValueError, match="judge: silent must return a text, got NoneType"): write_judgments(silent, ASKED[:1], answers_of(1), tmp_path / "s.jsonl", PROMPTS)
+
+
+def test_a_call_that_dies_while_it_moves_lines(tmp_path, monkeypatch):
+    path, true, calls = folder_of(tmp_path, [dict(a=1), dict(a=2)]), module.write_lines, []
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        true(*a)
+    monkeypatch.setattr(module, "write_lines", dies)
+    with pytest.raises(KeyboardInterrupt): module._keep(path, lambda row: False, "gone")
+    module._keep(path, lambda row: False, "gone")
+    assert lines(f"{path}.old") == [dict(a=1), dict(a=2)] and not lines(path)
 
 
 def test_a_busy_endpoint_is_asked_again_and_a_closed_one_is_not(endpoint):
@@ -308,6 +371,19 @@ def test_a_busy_endpoint_is_asked_again_and_a_closed_one_is_not(endpoint):
     assert ask([]) == "cut before [[5]]" and len(endpoint.asked) == 12
     endpoint.answers[:] = [b"<html>"]
     with pytest.raises(OSError, match="judge"): ask([])
+    assert len(endpoint.asked) == 13
+    endpoint.answers[:] = [b'{"choices": [{"message": {"con', b"", '{"choices": "\u00e9'.encode()[:-1], "cut thrice [[5]]"]
+    assert ask([]) == "cut thrice [[5]]" and len(endpoint.asked) == 17, "of no length that anybody has said"
+
+
+def test_a_refusal_that_breaks_off(monkeypatch):
+    "Its number counts: 503 is asked again, 401 is not."
+    class Broken(io.BytesIO):
+        def read(self, *a): raise ConnectionResetError(104, "Connection reset by peer")
+    codes = [503, 401]
+    def opened(*a, **kw): raise urllib.error.HTTPError("http://there", codes.pop(0), "Sorry", {}, Broken())
+    monkeypatch.setattr(urllib.request, "urlopen", opened)
+    with pytest.raises(OSError, match="judge: .* answers 401 Sorry"): openai_judge("m", "http://there", pause=0.001)([])
 
 
 def test_address_and_key_from_the_environment(endpoint, monkeypatch):
@@ -332,9 +408,11 @@ def test_nobody_there():
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ValueError, match="no such file"): read_lines(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="no such file"): load_lines(tmp_path / "none.jsonl")
+    dated = dict(question_id=1, reference=["2020-01-01", "one\u2028two"])
+    assert load_lines(write_jsonl(tmp_path / "dates.jsonl", [dated | dict(none=None)])) == [dated], "a text stays a text"
     (tmp_path / "bad.jsonl").write_text("no json\n")
-    with pytest.raises(ValueError, match="bad.jsonl: cannot be read") as e: read_lines(tmp_path / "bad.jsonl")
+    with pytest.raises(ValueError, match="bad.jsonl: cannot be read") as e: load_lines(tmp_path / "bad.jsonl")
     assert "\n" not in str(e.value)
 
 
@@ -358,8 +436,8 @@ def test_the_command(tmp_path, endpoint, monkeypatch, capsys):
 @pytest.mark.skipif(not (DATA / "mt_bench_question.jsonl.gz").exists(), reason="no MT-Bench files (SDPO_DATA)")
 def test_the_real_files(tmp_path):
     "All 80 questions with FastChat's own prompts: every place of a prompt is filled."
-    questions = read_lines(DATA / "mt_bench_question.jsonl.gz")
-    prompts = {line["name"]: line for line in read_lines(DATA / "mt_bench_judge_prompts.jsonl.gz")}
+    questions = load_lines(DATA / "mt_bench_question.jsonl.gz")
+    prompts = {line["name"]: line for line in load_lines(DATA / "mt_bench_judge_prompts.jsonl.gz")}
     assert len(questions) == 80 and {q["category"] for q in questions} == set(module.TEMPERATURE)
     names = [judge_messages(q, ["ONE", "TWO"], t, prompts) for q in questions for t in (1, 2)]
     counts = {name: sum(n == name for n, _ in names) for name in {n for n, _ in names}}
