@@ -825,6 +825,7 @@ def _by_prompt(right, prompt_id, wrong=()):
         neighbours = itertools.groupby(zip(prompt_id.tolist(), right.tolist()), key=operator.itemgetter(0))
         groups = {i: [value for _, value in run] for i, (_, run) in enumerate(neighbours)}
     if "singles_dropped" in wrong: groups = {p: values for p, values in groups.items() if len(values) > 1}
+    if "negative" in wrong: groups = {p: values for p, values in groups.items() if p >= 0}
     each = [sum(values) / len(values) for values in groups.values()]
     if "last_pair" in wrong: each = [values[-1] for values in groups.values()]
     if "any" in wrong: each = [max(values) for values in groups.values()]
@@ -845,11 +846,18 @@ def _draw_prompts(g, n, beta):
 # %%
 _draw_prompts(torch.Generator().manual_seed(0), 1, 0.1)
 
+
 # %% [markdown]
 # The numbers of the prompts have gaps (3, 5, 7, 11), and equal ones need not be neighbours. `gaps` is a `bincount`, which also counts the prompts 0, 1 and 2: their mean is 0/0. `runs` is a `groupby` without sorting. Verdicts may be one half, as in the exercise before. `singles_dropped` is a mistake of habit: a `groupby` that keeps only prompts with "enough" pairs changes which prompts are asked about at all. And `any` answers another question: is there *a* pair on which the model is right? That number rises with the number of pairs.
+#
+# The edge are numbers below zero. Who counts with a `bincount` and mends the gaps is right until then.
 
 # %%
 #| export
+def _needs_numbers_from_zero(f, g):
+    right, prompt = torch.tensor([1., 0., 0.], dtype=torch.float64), torch.tensor([-2, -2, 5])
+    return not math.isclose(one_number(f(right, prompt), ()), 0.25)
+
 EXERCISES["by_prompt"] = Exercise(
     name="by_prompt",
     crooked=_by_prompt,
@@ -864,7 +872,9 @@ EXERCISES["by_prompt"] = Exercise(
         last_pair="only the last pair of each prompt is used.",
         singles_dropped="prompts with a single pair are left out.",
         any="a prompt counts as right if any of its pairs is; take their mean.",
+        negative="the number of a prompt may be any number, also one below zero.",
     ),
+    edges=dict(negative=_needs_numbers_from_zero),
 )
 
 def check_by_prompt(
@@ -1024,6 +1034,8 @@ def _accumulation(model, pairs, loss_of, size, wrong=()):
     step = n if "too_many" in wrong else size
     parts = [pairs[i:i + step] for i in range(0, n, step)]
     if "lost" in wrong: parts = [part for part in parts if len(part) == step]
+    if "empty_part" in wrong and n % step == 0: parts.append([])
+    if "few" in wrong and n < step: parts = []
     if "clears" in wrong: model.zero_grad()
     kept = []
     for part in parts:
@@ -1043,14 +1055,14 @@ def _accumulation(model, pairs, loss_of, size, wrong=()):
 
 
 # %% [markdown]
-# The inputs have two full parts and one of a single row. The spy is `loss_of`: it sees how many pairs it is asked for, and how many parts are still waiting for their backward pass. It does not care how a solution loops. In `.grad` lie ones from the beginning, so that clearing shows, and a call that replaces instead of adding.
+# The inputs have two full parts and, but for one batch, one of a single row. Where there is none, `range(n // size + 1)` asks for a part without pairs. The spy is `loss_of`: it sees how many pairs it is asked for, and how many parts are still waiting for their backward pass. It does not care how a solution loops. In `.grad` lie ones from the beginning, so that clearing shows, and a call that replaces instead of adding.
 
 # %%
 #| export
 def _draw_parts(g, n, beta):
-    "Weights, rows, size: two full parts and one of a single row."
+    "Weights, rows, size: two full parts, and one of a single row unless n is 1."
     size = n % 3 + 2
-    rows = torch.randn(2 * size + 1, 3, dtype=torch.float64, generator=g)
+    rows = torch.randn(2 * size + (n > 1), 3, dtype=torch.float64, generator=g)
     return torch.randn(1, 3, dtype=torch.float64, generator=g), rows, size
 
 def _watch_accumulation(f, inputs):
@@ -1063,7 +1075,8 @@ def _watch_accumulation(f, inputs):
 
     def loss_of(model, part):
         asked.append(len(part))
-        losses = F.softplus(-model(torch.stack(list(part)))[:, 0])
+        part = torch.stack(list(part)) if len(part) else start[:0]
+        losses = F.softplus(-model(part)[:, 0])
         if not losses.requires_grad: return losses       # no graph, so nothing waits
         waiting.append(len(graphs) - len(done))
         graphs.append(1)
@@ -1076,9 +1089,15 @@ def _watch_accumulation(f, inputs):
     return dict(
         grad=torch.zeros_like(start) if grad is None else grad,
         too_many=max(asked) > size,
+        empty_part=min(asked) == 0,
         kept=max(waiting, default=0) > 0,
         moved=not torch.equal(model.weight, start),
     )
+
+def _leaves_out_few(f, g):
+    start, rows, size = _draw_parts(g, 2, 0.1)
+    inputs = start, rows[:size - 1], size
+    return not alike(_watch_accumulation(f, inputs), _watch_accumulation(_accumulation, inputs))
 
 
 # %%
@@ -1087,7 +1106,7 @@ for wrong in ((), ("mean_of_means",), ("kept",)):
     print(wrong, _watch_accumulation(partial(_accumulation, wrong=wrong), inputs))
 
 # %% [markdown]
-# The mean of means gives another gradient. Keeping all parts gives the same gradient, and the spy has noticed. What is compared is the whole dictionary, so "right gradient, but all parts kept" is an answer of its own, and has its own switch.
+# The mean of means gives another gradient. Keeping all parts gives the same gradient, and the spy has noticed. What is compared is the whole dictionary, so "right gradient, but all parts kept" is an answer of its own, and has its own switch. The edge is a batch of fewer pairs than `size`, as the last one of an epoch may be.
 
 # %%
 #| export
@@ -1109,14 +1128,18 @@ EXERCISES["accumulation"] = Exercise(
         last_only="gradients are cleared between parts, so only the last part counts.",
         lost="the last, short part is left out.",
         too_many="a part has more pairs than `size`.",
+        empty_part="where `size` divides the number of pairs, a part without pairs comes last.",
         kept="all parts are kept until one backward pass, so nothing is saved.",
         clears="it clears the gradient that was there; add to it.",
         scaled_old="the gradient that was there is divided, too; divide the losses.",
         steps="it moves the weights; only the gradient is wanted.",
+        few="a batch of fewer than `size` pairs is one short part.",
     ),
+    edges=dict(few=_leaves_out_few),
     names={
         "grad[][]": "number {1} of the gradient",
         "too_many": "a part has more than `size` pairs",
+        "empty_part": "a part has no pairs",
         "kept": "parts wait for one backward pass",
         "moved": "the weights were moved",
     },
@@ -1177,7 +1200,7 @@ def _draw_keys(g, n, beta):
 
 
 # %% [markdown]
-# The model of this exercise is a spy, too: a dropout layer with one weight. Its mode is read at every call. It comes in train mode in two batches and in eval mode in the other, so that neither "leave it in eval" nor "put it into train" is right by luck. Whether a gradient is recorded is asked of what `score` returns: `torch.no_grad()` is not the only way to prevent
+# The model of this exercise is a spy, too: a dropout layer inside of another module, with one weight. The mode of both is read at every call: dropout asks for its own mode and not for that of the whole, which is all that `model.training = False` changes. It comes in train mode in two batches and in eval mode in the other, so that neither "leave it in eval" nor "put it into train" is right by luck. Whether a gradient is recorded is asked of what `score` returns: `torch.no_grad()` is not the only way to prevent
 # it. But two of the ways leave something behind, and the training that comes next would stand still: weights that are frozen, and gradients that are switched off for everybody.
 
 # %%
@@ -1185,12 +1208,14 @@ def _draw_keys(g, n, beta):
 def _watch_scoring(f, inputs):
     "The table that f makes, and what it did to the model and to the random numbers."
     numbers, training = inputs
-    model = torch.nn.Dropout(0.5).train(training)
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5)).train(training)
     model.weight = torch.nn.Parameter(torch.zeros(1))
     seen = dict(training=False, grad=False)
 
+    def in_train(model): return [module.training for module in model.modules()]
+
     def score(model, pairs):
-        seen["training"] |= model.training
+        seen["training"] |= any(in_train(model))
         rows = torch.tensor([numbers[pair["key"]] for pair in pairs]) + 0 * model.weight
         seen["grad"] |= rows.requires_grad
         return tuple(rows.T)
@@ -1203,12 +1228,13 @@ def _watch_scoring(f, inputs):
     if is_empty(table): return None
     if not isinstance(table, dict): raise WrongForm(f"a dict is wanted, not {kind_of(table)}")
     if seen["training"]: return "scored with dropout"
+    ends_in_train = all(in_train(model)) if training else any(in_train(model))
     table = {key: _two_numbers(key, row) for key, row in table.items()}
     return dict(
         table=table,
         rounded=any(_is_rounded(row, numbers.get(key)) for key, row in table.items()),
         grad=seen["grad"],
-        mode="train" if model.training else "eval",
+        mode="train" if ends_in_train else "eval",
         luck_kept=same_luck,
         frozen=not model.weight.requires_grad,
         switched_off=not still_on,
@@ -1247,9 +1273,9 @@ EXERCISES["reference_table"] = Exercise(
     tries=3,
     read=("02", "The pass"),
     says=dict(
-        dropout="the model is in train mode, so dropout changes its numbers.",
-        left_in_eval="the model is left in eval mode, although it came in train mode.",
-        left_in_train="the model is left in train mode, although it came in eval mode.",
+        dropout="the model, or a part of it, is in train mode, so dropout changes its numbers.",
+        left_in_eval="the model, or a part of it, is left in eval mode, although it came in train mode.",
+        left_in_train="the model, or a part of it, is left in train mode, although it came in eval mode.",
         grad="gradients are recorded; nobody needs them here.",
         random_state="the global random state is changed; others draw from it.",
         by_position="rows are found by position; use the key of the pair.",
@@ -1822,16 +1848,17 @@ def _draw_loss(g, n, beta):
 
 
 # %% [markdown]
-# The edge is that large loss. `math.exp(5000)` is an `OverflowError`, and in a tensor it is infinity. $L + \log(1-e^{-L})$ is the same number without it. Whoever cuts the loss at 30 instead has a number, and a guarantee that is not true.
+# The edge are large losses, 800 and 5000. `math.exp` of either is an `OverflowError`, and in a tensor it is infinity. $L + \log(1-e^{-L})$ is the same number without it. Whoever cuts the loss at 30 instead has a number, and a guarantee that is not true.
 
 # %%
 #| export
 def _dies_of_a_large_loss(f, g):
-    try: return not math.isfinite(one_number(f(5000., -38.6, 0.1), ()))
+    try: return not all(math.isfinite(one_number(f(loss, -38.6, 0.1), ())) for loss in (800., 5000.))
     except OverflowError: return True
 
 def _cuts_a_large_loss(f, g):
-    return not math.isclose(one_number(f(5000., -38.6, 0.1), ()), -50038.6, rel_tol=1e-6)
+    far, farther = (one_number(f(loss, -38.6, 0.1), ()) for loss in (800., 5000.))
+    return not (math.isclose(far, -8038.6, rel_tol=1e-6) and math.isclose(farther, -50038.6, rel_tol=1e-6))
 
 
 # %%
@@ -1851,7 +1878,7 @@ EXERCISES["certificate"] = Exercise(
         brackets="the mean gamma of the reference is divided by beta, too; mind the brackets.",
         no_one="the -1 is missing: it is log(exp(L) - 1).",
         no_loss="the L in front is missing: log(exp(L) - 1) is L + log(1 - exp(-L)).",
-        overflow="exp(L) overflows at a loss of 5000; use L + log(1 - exp(-L)).",
+        overflow="exp(L) overflows at a large loss, as 800; use L + log(1 - exp(-L)).",
         capped="a large loss is cut off, and its bound is too high; use L + log(1 - exp(-L)).",
     ),
     edges=dict(overflow=_dies_of_a_large_loss, capped=_cuts_a_large_loss),
@@ -2346,7 +2373,7 @@ counts | pairs_named.value_counts().to_dict()
 
 
 # %% [markdown]
-# Of 620 pairs, 451 are named as they were made and 159 by the one that is left of them. The last ten are worth a look. One stops with an error. One has a better name: with the mask unshifted and the last token left out, it is the first token that is missing. And eight fit another pair exactly: in `accumulation`, to add sums and keep only the last part gives the gradient of adding *means* and keeping the last part, for the last part has a single pair, and there a sum is a mean. The message is then wrong about one word, and right about the second.
+# Of 632 pairs, 464 are named as they were made and 159 by the one that is left of them. The last nine are worth a look. One stops with an error. One has a better name: with the mask unshifted and the last token left out, it is the first token that is missing. And seven fit another pair exactly: in `accumulation`, to add *means* and leave out the last, short part gives the gradient of dividing sums by `size` and leaving it out, for all other parts have `size` pairs. The message is then wrong about one word, and right about the second.
 #
 # ## No false alarm
 #

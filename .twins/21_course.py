@@ -491,7 +491,7 @@ for line in ("0.1", "{'first': -math.log(0.5)}", "torch.tensor(0.5).log()", "tra
 
 
 # %% [markdown]
-# An import runs code, too. It is kept if it is on the list above, or if the master has the very same one: then the student was given it. The rest of `sdpo_nb` is not on the list: it holds the solutions. The check would refuse them in any case; but without the import the function is "not defined", and the remark below says why.
+# An import runs code, too. It is kept if it is on the list above, or if the master has the very same one: then the student was given it. The rest of `sdpo_nb` is not on the list: it holds the solutions. A check refuses functions of the package in any case; but without the import the function is "not defined", and the remark below says why. Numbers are another matter. The seven predictions of assignment 1 stand in `sdpo_nb.checks`, which is on the list, and a check cannot tell a number that was copied from one that was found. Whoever reads the notebook can.
 
 # %%
 #| export

@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .bodies import build_beginning, build_world
 from .evaluate import kl_along
 from .in_memory import load_S, train_in_memory
-from .logprobs import load_model, pair_tokens, response_logprobs
+from .logprobs import load_model, pair_tokens, replacing, response_logprobs
 from .plan import load_sources
 from .report import gamma_table
 from .stepwise import StepwiseConfig, sdpo
@@ -62,11 +63,15 @@ class Cell:
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
     body: str = "llama"                          # or a name in BODIES
 
+    def __post_init__(self): self.config         # a method that is not there is told at once
+
     @property
     def config(self) -> dict:
-        "The settings as they are written down: the common ones, those of the method, those of the cell."
-        of_method = METHODS.get(self.method, {}) | RELATIVES.get(self.method, {})
-        return COMMON_SETTINGS | of_method | self.settings
+        """The settings as they are written down: the common ones, those of the method, those of the cell.
+        Raises ValueError for a method that is not there."""
+        known = METHODS | RELATIVES | {name: {} for name in BASELINES}
+        if self.method not in known: raise ValueError(f"method: {self.method!r} is none of {', '.join(known)}")
+        return COMMON_SETTINGS | known[self.method] | self.settings
 
     @property
     def key(self) -> str:
@@ -335,12 +340,13 @@ def add_rows(
     key: str,     # a column that it has
     *new,         # data frames
 ) -> pd.DataFrame:
-    "The table as it is now, with more rows; written under a temporary name, then renamed."
-    rows = pd.concat([read_rows(path, key), *new], ignore_index=True)
+    "The table as it is now, with the rows whose key it does not have yet; one process at a time."
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    rows.to_parquet(unfinished, compression="zstd")
-    os.replace(unfinished, path)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        rows = read_rows(path, key)
+        missing = [table[~table[key].isin(rows[key])] for table in new]
+        rows = pd.concat([rows, *missing], ignore_index=True)
+        with replacing(path) as unfinished: rows.to_parquet(unfinished, compression="zstd")
     return rows
 
 def read_runs(

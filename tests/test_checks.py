@@ -634,6 +634,24 @@ def grad_by(share):
     def f(model, pairs, loss_of, size):
         for i in range(0, len(pairs), size): share(loss_of(model, pairs[i:i + size]), len(pairs), size).backward()
     return f
+def grad_in(count):
+    def f(model, pairs, loss_of, size):
+        for k in range(count(len(pairs), size)): (loss_of(model, pairs[k * size:(k + 1) * size]).sum() / len(pairs)).backward()
+    return f
+def grad_full_then_rest(model, pairs, loss_of, size):
+    for k in range(len(pairs) // size): (loss_of(model, pairs[k * size:(k + 1) * size]).sum() / len(pairs)).backward()
+    if pairs[(k + 1) * size:]: (loss_of(model, pairs[(k + 1) * size:]).sum() / len(pairs)).backward()
+def by_the_flag(scored, left):                                   # of the module itself: what is inside keeps its own
+    def f(model, pairs, score):
+        mode = model.training; scored(model)
+        with torch.no_grad(): c, r = score(model, pairs)
+        left(model, mode)
+        return {p["key"]: (a, b) for p, a, b in zip(pairs, c.tolist(), r.tolist())}
+    return f
+def set_flag(model, mode=False): model.training = mode
+def bincount_without_gaps(right, ids):
+    n = torch.bincount(ids)
+    return (torch.zeros(len(n), dtype=right.dtype).scatter_add(0, ids, right)[n > 0] / n[n > 0]).mean()
 def after_sorting(accuracy, sizes, T):
     order = sorted(range(len(sizes)), key=lambda i: -accuracy[i])
     return part_a(sorted(accuracy, reverse=True), [sizes[i] for i in order], T)
@@ -658,6 +676,11 @@ def after_sorting(accuracy, sizes, T):
     ("gradient", torch_func, "autograd"), ("gradient", grad_enabled, "autograd"), ("ipo", ipo_of_numbers, "detached"),
     ("boundary", lambda p, c, r: checks._common(p, r), "rejected_only"), ("boundary", last_that_agrees, "unknown"), ("fp16_step", no_scaler, "no_scaler"),
     ("accumulation", grad_by(lambda losses, n, size: losses.mean() / (n // size)), "full_parts"), ("accumulation", grad_by(lambda losses, n, size: losses.sum() / size), "by_size"),
+    ("accumulation", grad_in(lambda n, size: n // size + 1), "empty_part"), ("accumulation", grad_in(lambda n, size: 3), "empty_part"), ("accumulation", grad_full_then_rest, "stopped"),
+    ("accumulation", lambda m, p, l, size: acc_grad_a(m, p, l, size) if len(p) >= size else l(m, p[:1]).sum().backward(), "few"),
+    ("reference_table", by_the_flag(set_flag, set_flag), "dropout"), ("reference_table", by_the_flag(lambda model: model.eval(), set_flag), "left_in_eval"),
+    ("by_prompt", bincount_without_gaps, "stopped"), ("by_prompt", lambda right, ids: prompt_a(right[ids > 0], ids[ids > 0]), "negative"),
+    ("certificate", lambda loss, ref, beta: ref - (loss if loss > 1000 else math.log(math.exp(loss) - 1)) / beta, "overflow"),
 ], ids=lambda x: getattr(x, "__name__", str(x)[:9]))
 def test_wrong_answers_that_once_passed_or_had_no_name(name, f, mistake):
     for seed in range(30):

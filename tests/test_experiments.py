@@ -1,5 +1,8 @@
 "The protocol's bookkeeping, on tables whose answer is known; and every kind of cell once."
 import io, json, random
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import pandas as pd
@@ -399,6 +402,27 @@ def test_an_unknown_body_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match="body: 'mamba' is none of llama, gpt2, opt, bloom, qwen3, llama-48, llama-192, llama-384"): bodies.build_world(1, tmp_path, "mamba")
     with pytest.raises(ValueError, match="kind: 'bert' is none of gpt2, opt, bloom, qwen3, llama-48, llama-192, llama-384"): bodies.build_beginning("bert", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_that_add_rows_lose_none(tmp_path):
+    path, keys = tmp_path / "results" / "runs.parquet", [f"{name}-{i}" for i in range(25) for name in "ab"]
+    tables = [pd.DataFrame([dict(key=key, x=list(range(600)))]) for key in keys]
+    with ProcessPoolExecutor(2, get_context("fork")) as pool: list(pool.map(partial(cells.add_rows, path, "key"), tables))
+    assert sorted(pd.read_parquet(path)["key"]) == sorted(keys)
+
+
+def test_a_key_that_is_there_keeps_its_row(tmp_path):
+    path, one = tmp_path / "runs.parquet", pd.DataFrame([dict(key="a", x=1)])
+    cells.add_rows(path, "key", one)
+    twice = pd.DataFrame([dict(key="b", x=3)] * 2)                  # a frontier has many rows of one world, all at once
+    assert cells.add_rows(path, "key", one.assign(x=2), twice)["x"].tolist() == pd.read_parquet(path)["x"].tolist() == [1, 3, 3]
+
+
+def test_an_unknown_method_is_refused_before_anything_is_made():
+    with pytest.raises(ValueError, match="method: 'sDPO, hard firts' is none of DPO, .*S, best temperature"): cells.Cell(0, 0, "sDPO, hard firts")
+    later = cells.Cell(0, 0, "DPO", split="validation")
+    object.__setattr__(later, "method", "smooth")                  # as in a fresh process, which does not know what a notebook added
+    with pytest.raises(ValueError, match="'smooth' is none of"): cells.run_cell(later)
 
 
 def test_an_unknown_split_is_refused(world):

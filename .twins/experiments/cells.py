@@ -9,7 +9,7 @@
 # **Time** an hour to read, one to two minutes to run.
 #
 # An experiment asks, say, whether sDPO is better than DPO. To answer it we run both in ten worlds with two seeds. That makes forty runs, and
-# all experiments together have some three thousand. A run takes a quarter of a minute, and is thrown away when it has been measured. What stays is
+# all experiments together have some five thousand. A run takes a quarter of a minute, and is thrown away when it has been measured. What stays is
 # one row of a table. This page makes such a row.
 
 # %%
@@ -40,12 +40,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from sdpo_nb.bodies import build_beginning, build_world
 from sdpo_nb.evaluate import kl_along
 from sdpo_nb.in_memory import load_S, train_in_memory
-from sdpo_nb.logprobs import load_model, pair_tokens, response_logprobs
+from sdpo_nb.logprobs import load_model, pair_tokens, replacing, response_logprobs
 from sdpo_nb.plan import load_sources
 from sdpo_nb.report import gamma_table
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
@@ -110,11 +111,15 @@ class Cell:
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
     body: str = "llama"                          # or a name in BODIES
 
+    def __post_init__(self): self.config         # a method that is not there is told at once
+
     @property
     def config(self) -> dict:
-        "The settings as they are written down: the common ones, those of the method, those of the cell."
-        of_method = METHODS.get(self.method, {}) | RELATIVES.get(self.method, {})
-        return COMMON_SETTINGS | of_method | self.settings
+        """The settings as they are written down: the common ones, those of the method, those of the cell.
+        Raises ValueError for a method that is not there."""
+        known = METHODS | RELATIVES | {name: {} for name in BASELINES}
+        if self.method not in known: raise ValueError(f"method: {self.method!r} is none of {', '.join(known)}")
+        return COMMON_SETTINGS | known[self.method] | self.settings
 
     @property
     def key(self) -> str:
@@ -138,10 +143,16 @@ assert usual.key != larger_beta.key
 assert usual.key != a_default.key
 {"usual": usual.key, "spelt out": spelt_out.key, "larger beta": larger_beta.key, "a default": a_default.key}
 
-
 # %% [markdown]
 # The first two. What is spelt as in `COMMON_SETTINGS`, or as the method has it, makes no difference. The last cell does the same as the first and has a key of its own, since `StepwiseConfig` knows its defaults and the key does not. So two experiments that need the same run find one row if they spell it alike. Where they did not, the run was made twice; that costs time and changes no result.
 #
+# A misspelt method is another matter. Without settings of its own it would run as sDPO, and stand in the table under the wrong name. So it is refused:
+
+# %%
+print(complaint(Cell, 1, 0, "sDPO, hard firts"))
+
+
+# %% [markdown]
 # ## The exam
 #
 # How good is a model? We give it prompts that nobody trained on and keep one number per prompt: the true reward of its answer. We ask
@@ -297,7 +308,7 @@ pd.DataFrame({name: pd.DataFrame(numbers).mean() for name, numbers in results.it
 # %% [markdown]
 # S is at distance 0 from itself. At half the temperature it answers otherwise, so it is another policy, 0.25 nats away. Its greedy answers are the same, as they have no temperature.
 #
-# And which of four answers does S find likeliest? A model that guesses is right in 25 of 100.
+# And which of four answers does S find likeliest? Who picks one blindly is right in 25 of 100. (A model that knows nothing does not pick blindly. If all letters are equally likely, the shortest answer always wins, and it is a wrong one; per token all four are tied, and the right one, which stands first, is taken too often.)
 
 # %%
 choices = exam.choices(base)
@@ -306,7 +317,7 @@ assert set(table.to_numpy().ravel()) == {0, 1}
 table.groupby(level=0).mean().round(2)
 
 # %% [markdown]
-# Where S was misled it is right less often than a guess, as it finds the wrong rule likelier. Per token nothing changes here: the four answers are nearly equally long.
+# Where S was misled it is right less often than a blind pick, as it finds the wrong rule likelier. Per token nothing changes here: the four answers are nearly equally long.
 #
 # A mean over all prompts can hide that one skill is lost. So means are kept by skill, too:
 
@@ -332,7 +343,7 @@ def learning_rate_sum(
 
 
 # %%
-def steps_of(T, pairs=1500): # optimizer steps of each of T stages
+def steps_of(T, pairs=1440): # optimizer steps of each of T stages
     parts = np.array_split(range(pairs), T)
     batches = [math.ceil(len(part) / COMMON_SETTINGS["batch_size"]) for part in parts]
     return [COMMON_SETTINGS["epochs"] * n for n in batches]
@@ -344,7 +355,7 @@ for T in (1, 3, 8):
 pd.DataFrame(budgets).rename_axis(columns="stages").round(1)
 
 # %% [markdown]
-# For three stages it is little: the sum of learning rates is 5 % larger than for one. For eight it is 12 %, and a method with more of it goes farther from S. So the pages that compare numbers of stages say how much it was.
+# For three stages it is little: the sum of learning rates is 5 % larger than for one. For eight it is 19 %, and a method with more of it goes farther from S. So the pages that compare numbers of stages say how much it was.
 #
 # ## The baselines
 #
@@ -609,7 +620,7 @@ def short(value): # the first three of a long list, the first letters of a long 
 # ## The table of runs
 #
 # The experiments run for many hours (the [protocol](protocol.ipynb) adds them up), and a machine may stop at any time. So a finished row is written at once, and a grid that is stopped goes on where it was. All experiments share one table, `runs.parquet`, and
-# a row is found by the key of its cell. The table is written under another name and then renamed: nobody ever reads half of it.
+# a row is found by the key of its cell. The table is written under another name and then renamed: nobody ever reads half of it. Two grids may run at the same time. Each would read the table, add its row, and write over that of the other; so a lock lets one do all three, and then the other. A key that is there already keeps its row.
 
 # %%
 #| export
@@ -628,12 +639,13 @@ def add_rows(
     key: str,     # a column that it has
     *new,         # data frames
 ) -> pd.DataFrame:
-    "The table as it is now, with more rows; written under a temporary name, then renamed."
-    rows = pd.concat([read_rows(path, key), *new], ignore_index=True)
+    "The table as it is now, with the rows whose key it does not have yet; one process at a time."
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    rows.to_parquet(unfinished, compression="zstd")
-    os.replace(unfinished, path)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        rows = read_rows(path, key)
+        missing = [table[~table[key].isin(rows[key])] for table in new]
+        rows = pd.concat([rows, *missing], ignore_index=True)
+        with replacing(path) as unfinished: rows.to_parquet(unfinished, compression="zstd")
     return rows
 
 def read_runs(
