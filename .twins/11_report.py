@@ -346,7 +346,7 @@ _in_words(held.xs("S", level="against")[["gamma", "prefers chosen", "change of g
 # Two kinds of intervals stand here. Shares have Wilson's interval, means Student's, [chapter 05](05_partition.ipynb) explains both. *Change of gamma* is *paired*: the difference is taken pair by pair, so it does not matter that some pairs are easy and some are hard. That is why the intervals of *gamma* of S and after
 # stage 2 overlap on `primer`, [0.44, 2.95] and [2.40, 5.30], and the change between them is still clear: [1.26, 3.06].
 #
-# Now read the first run by these rules, not only by its best column. On average the chosen responses gained, for certain. The loss is below $\ln 2$ on all three sources, but on `digest` and `riddle` its interval still holds it. And on `riddle` the stage that trained on riddles added 1.6 nats of $\gamma$ and not one pair: *reward accuracy* stayed at 0.704, and the loss rose a little, from 0.539 to 0.558. Pairs that were already won were won by more.
+# Now read the first run by these rules, not only by its best column. On average the chosen responses gained, for certain. The loss is below $\ln 2$ on all three sources, but on `digest` and `riddle` its interval still holds it. And on `riddle` the stage that trained on riddles added 1.6 nats of $\gamma$ and, on balance, not one pair: *reward accuracy* stayed at 0.704, and the loss rose a little, from 0.539 to 0.558. Most pairs that were already won were won by more, and most that were lost were lost by more.
 #
 # All of them answer one question: what would other pairs of the same kind have shown of *these* models? They say nothing about another training run, another seed, or other data.
 #
@@ -357,11 +357,11 @@ columns = ["change of gamma", "loss", "log-ratio of chosen", "log-ratio of rejec
 of_hot = hot.held_out().xs(("after stage 3", "S"), level=("model", "against"))
 assert of_hot["change of gamma"].map(lambda cell: cell[0] > 0).all()
 assert of_hot["loss"].map(lambda cell: cell[0] > math.log(2)).all()
-assert of_hot["log-ratio of chosen"].map(lambda cell: cell[0] < -15).all()
+for side in columns[2:]: assert of_hot[side].map(lambda cell: cell[0] < -15).all()
 _in_words(of_hot[columns])
 
 # %% [markdown]
-# Both responses became less likely, by about twenty nats or more. A response has six tokens here, so each token of a *chosen* response is now some twenty times less likely than it was under S, or worse. The rejected ones lost even more, so the mean of $\gamma$ grew; for two of the sources its interval holds 0. The loss tells: its mean is above $\ln 2$ for all three, because the pairs that were lost are lost by far. The intervals are wide and reach down to it: a mean that a few lost pairs make is uncertain.
+# Both responses became less likely, by far more than fifteen nats. A response has six tokens here, and $e^{15/6}$ is 12: each token of a *chosen* response is now more than twelve times less likely than it was under S. The rejected ones lost even more, so the mean of $\gamma$ grew, and its intervals are wide. The loss tells: its mean is above $\ln 2$ for all three, because the pairs that were lost are lost by far. Its intervals are wide as well: a mean that a few lost pairs make is uncertain.
 #
 # ### When an interval says little
 #
@@ -422,7 +422,7 @@ def _seen_text(held):
 
 NOTHING_HELD_OUT = (
     "None: everything below is about pairs that were trained on. "
-    "`eval_share` keeps some aside."
+    "`eval_share`, or a larger one, keeps some aside."
 )
 
 HELD_OUT_TEXT = (
@@ -460,12 +460,11 @@ def _answers_text(run):
         part = read_part(file)
         with naming(file):
             if len(part["answers"]) != len(part["prompts"]): raise ValueError("it needs one answer for each prompt")
-        parts[f"after stage {t}" if t else "S"] = part
+        parts[f"after stage {t}" if t else "S"] = dict(zip(part["prompts"], part["answers"]))
     if not parts: return []
     text = ["## Answers", ANSWERS_TEXT]
-    prompts = next(iter(parts.values()))["prompts"]
-    for i, prompt in enumerate(prompts):
-        answers = {name: part["answers"][i] for name, part in parts.items()}
+    for prompt in next(iter(parts.values())):
+        answers = {name: said[prompt] for name, said in parts.items() if prompt in said}
         table = pd.DataFrame({"answer": answers}).rename_axis("model")
         text += [f"**{escaped(prompt.strip())}**", as_markdown(table)]
     return text
@@ -479,11 +478,14 @@ print("\n\n".join(_answers_text(run)[2:4]))
 # The fourth prompt asks for `gfhka` in reverse, so `akhfg` is right, and S is wrong. What will the usual run say, and what the hot one?
 
 # %%
+for t in (1, 2, 3):
+    usual_says, hot_says = (read_part(r.folder / f"stage-{t}/answers.json")["answers"][3] for r in (run, hot))
+    assert usual_says == "akhfg" != hot_says
 Markdown("\n\n".join(_answers_text(run)[-2:] + _answers_text(hot)[-1:]))
 
 
 # %% [markdown]
-# The usual run is right from stage 1 on. The hot one was cut off at 64 tokens after stage 1. No more has to be said about it. Its table of stages, as we shall see, looks fine.
+# The usual run is right from stage 1 on. The hot one never is. An answer of 64 letters is one that was cut off. No more has to be said about it. Its table of stages, as we shall see, looks fine.
 #
 # ## What was trained on, and in which order?
 #
@@ -493,11 +495,12 @@ Markdown("\n\n".join(_answers_text(run)[-2:] + _answers_text(hot)[-1:]))
 # %%
 #| export
 def _data_text(run):
-    "What was read, dropped and cut, one column per source; of chunks that a function makes, nothing."
+    "What was read, dropped and cut, one column per source or listed chunk; of chunks that a function makes, nothing."
     path = run.folder / "partition.json"
     counts = read_part(path).get("counts") if path.exists() else None
-    if not counts or "rows" not in counts[0]: return []
-    return ["## Data", as_markdown(pd.DataFrame(counts).set_index("source").T.rename_axis("rows"))]
+    if not counts or not any("rows" in of_one for of_one in counts): return []
+    table = pd.DataFrame(counts, dtype=object).set_index("source").T.rename_axis("rows")
+    return ["## Data", as_markdown(table.fillna(""))]
 
 
 # %%
@@ -714,13 +717,15 @@ plot_drift(run.metrics);
 # What to see: in each stage the orange line (rejected) falls away from the blue one (chosen), and that gap is what DPO trains. Blue may sink a little. How it looks when it sinks too far, the hot run shows; mind the scale:
 
 # %%
-falls = [r.metrics["logratio_chosen"].min() for r in (run, hot)]
-assert falls[1] < -10 < falls[0]
+columns = ["logratio_chosen", "logratio_rejected"]
+usual_falls, hot_falls = (r.metrics.query("stage == 1")[columns].min() for r in (run, hot))
+assert (hot_falls < -10).all()
+assert (usual_falls > -10).all()
 plot_drift(hot.metrics);
 
 
 # %% [markdown]
-# In stage 1 of the hot run *both* responses fell by more than twenty nats, together. The gap between them is narrow beside that. Where you see this picture, read the answers, and train again with a smaller learning rate or a larger $\beta$.
+# In stage 1 of the hot run *both* responses fell by more than ten nats, together. The gap between them is narrow beside that. Where you see this picture, read the answers, and train again with a smaller learning rate or a larger $\beta$.
 #
 # ## Signs of failure
 #
@@ -782,14 +787,15 @@ def _run_text(run):
     "The command, versions, tokens, time and memory; then all settings."
     config, metrics, stages = run.config, run.metrics, run.stages
     made, skipped = (sum(stage[what] for stage in stages) for what in ("steps", "skipped"))
-    sources = [f"{name}: {what or 'from memory'}" for name, what in _trained_on(config).items()]
+    def places(sources): return "; ".join(f"{name}: {what or 'from memory'}" for name, what in sources.items())
     facts = {
         "command": config.get("command", "unknown"),
         "model": config["model"],
         "revision of the model": config.get("revision") or "none",
         "weights of S": config["weights"],
         "hash of the pairs": config["pairs"],
-        "sources": "; ".join(sources) or "made by a function",
+        "sources": places(_trained_on(config)) or "made by a function",
+        "sources that are only measured": places(config.get("held_out", {})) or "none",
         "device": config["device"],
         **{f"version of {name}": number for name, number in config["versions"].items()},
         **config.get("machine", {}),
@@ -980,7 +986,7 @@ sorted(p.name for p in (run.folder / "figures").iterdir())
 #
 # The first three are in the folder. The last is not: which licence holds, for whom the model is, and what you saw it do wrong, only you know. So export, look, add these lines to `README.md`, and upload *this folder*: `hf upload user/name to-give`.
 #
-# A path on your machine says nothing to others. So the card leaves out what looks like a path. A folder such as `models/S` looks like a name on the hub when you export from another place: read the first lines of the card.
+# A path on your machine says nothing to others. So the card leaves out what looks like a path, and with it the few names on the hub that have no owner, such as `gpt2`. A folder such as `models/S` looks like a name on the hub when you export from another place: read the first lines of the card.
 
 # %%
 #| export
@@ -1074,14 +1080,17 @@ def export_model(
     folder = Path(folder)
     if folder.exists(): raise ValueError(f"{folder}: is there already; give a folder that does not exist")
     model = load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
+    folder.parent.mkdir(parents=True, exist_ok=True)
     drawn = _drawn(run)
-    with replacing(folder) as tmp:
-        if is_adapter(run.model_folder()): _write_merged(model, run, tmp)
-        else: shutil.copytree(run.model_folder(), tmp)
-        (tmp / "figures").mkdir()
-        drawn["change"].savefig(tmp / "figures/change.png", dpi=110, bbox_inches="tight")
-        model_card(run).save(tmp / "README.md")
-    for fig in drawn.values(): plt.close(fig)
+    try:
+        with replacing(folder) as tmp:
+            if is_adapter(run.model_folder()): _write_merged(model, run, tmp)
+            else: shutil.copytree(run.model_folder(), tmp)
+            (tmp / "figures").mkdir()
+            drawn["change"].savefig(tmp / "figures/change.png", dpi=110, bbox_inches="tight")
+            model_card(run).save(tmp / "README.md")
+    finally:
+        for fig in drawn.values(): plt.close(fig)
     return folder
 
 def _write_merged(model, run, folder):

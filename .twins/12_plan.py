@@ -20,7 +20,7 @@
 #         ---- part_sources --> to train on | held out               prompts on both sides (check_held_out)
 #         ---- check_chunks --> D_1 ... D_T, by the partition (05)   names, enough pairs
 # model -------- extent ------> check_rows (02)                      ids, positions
-#         - foreign_weights --> the reference's hash                 the same vocabulary
+#         - foreign_weights --> the reference's hash                 the same vocabulary, and check_rows
 # ```
 
 # %%
@@ -48,17 +48,16 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from sdpo_nb.logprobs import load_model, load_tokenizer, pair_tokens, weights_hash
+from sdpo_nb.logprobs import check_model, check_rows, load_model, load_tokenizer, pair_tokens, weights_hash
 from sdpo_nb.partition import ORDER_BY, ORDERS
-from sdpo_nb.preferences import Source, hold_out, load_pairs, prompt_limit, tokenize_pairs
+from sdpo_nb.preferences import Source, counts_table, hold_out, load_pairs, prompt_limit, tokenize_pairs
 from sdpo_nb.trainer import TrainConfig, setting
 
 # %%
 import json, shutil, tempfile
 
-from sdpo_nb.logprobs import check_rows
 from sdpo_nb.loss import dpo_loss
 from sdpo_nb.preferences import decoded
 from sdpo_nb.world import complaint, load_world
@@ -187,7 +186,7 @@ class StepwiseConfig(TrainConfig):
 
     def __post_init__(self):
         defaults = {f.name: f.default for f in fields(self)}
-        self.left_open = {name: defaults[name] for name in _FOLLOW if getattr(self, name) == defaults[name]}
+        left_open = [name for name in _FOLLOW if getattr(self, name) == defaults[name]]
         if self.lr is None: self.lr = 5e-6 if self.lora_r else 5e-7
         super().__post_init__() # bounds and choices
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
@@ -195,6 +194,7 @@ class StepwiseConfig(TrainConfig):
         _check_chunks_and_order(self)
         _check_reference(self)
         _check_adapters(self)
+        self.filled_in = {name: (getattr(self, name), defaults[name]) for name in left_open}
 
 _FOLLOW = "lr", "order", "max_prompt_length" # where nobody gives them, they follow from other settings
 
@@ -252,7 +252,7 @@ for wrong in mistakes: print(complaint(StepwiseConfig, **wrong))
 
 
 # %% [markdown]
-# Some settings follow from others where nobody gives them: the learning rate from `lora_r`, the longest prompt from `max_length`, the order from chunks that are given. What happens to them when you change the setting they came from? A plain copy would keep the old numbers, and nobody chose those. So a config remembers what was left open, and a changed copy fills it in anew. What you gave stays.
+# Some settings follow from others where nobody gives them: the learning rate from `lora_r`, the longest prompt from `max_length`, the order from chunks that are given. What happens to them when you change the setting they came from? A plain copy would keep the old numbers, and nobody chose those. So a config remembers what it filled in, and a changed copy fills it in anew. What you gave stays, also what you gave later, by assignment.
 
 # %%
 #| export
@@ -261,7 +261,9 @@ def changed(
     **settings, # that get another value
 ) -> StepwiseConfig: # a copy
     "The same settings but for these; what nobody gave is filled in anew."
-    return replace(config, **config.left_open | settings)
+    filled_in = config.filled_in.items()
+    again = {name: default for name, (value, default) in filled_in if getattr(config, name) == value}
+    return replace(config, **again | settings)
 
 
 # %%
@@ -269,6 +271,9 @@ small = StepwiseConfig(lora_r=16)
 full = changed(small, lora_r=0, max_length=256)
 assert (full.lr, full.max_prompt_length) == (5e-7, 128)
 assert changed(StepwiseConfig(lr=1e-4), lora_r=16).lr == 1e-4 # given, so it stays
+later = StepwiseConfig()
+later.lr = 1e-4
+assert changed(later, lora_r=16).lr == 1e-4
 assert changed(StepwiseConfig(chunks=["riddle", "primer"]), chunks=2).order == "easy_to_hard"
 print(f"lr {small.lr} -> {full.lr}, max_prompt_length {small.max_prompt_length} -> {full.max_prompt_length}")
 
@@ -371,8 +376,11 @@ def make_config(
 
 def _number(value):
     "Text that means a number, as a number; all else as it is."
-    try: return float(value) if isinstance(value, str) else value
-    except ValueError: return value
+    if not isinstance(value, str): return value
+    for kind in (int, float): # a float would lose the last digits of a long seed
+        try: return kind(value)
+        except ValueError: pass
+    return value
 
 
 # %%
@@ -403,7 +411,9 @@ def load_sources(
     rows = {name: _rows_of(name, what) for name, what in sources.items()}
     return [_tokenised(name, what, rows[name], tokenizer, config) for name, what in sources.items()]
 
-def _rows_of(name, what): return None if isinstance(what, Source) else read_rows(name, what)
+def _rows_of(name, what):
+    if not isinstance(what, Source): return read_rows(name, what)
+    if not len(what): raise ValueError(f"source '{name}': no pairs")
 
 def _tokenised(name, what, rows, tokenizer, config):
     if isinstance(what, Source): return what
@@ -415,7 +425,8 @@ def read_rows(
     what,      # path, hub id, rows, Dataset or a dict, as for `load_sources`
 ) -> Dataset:  # prompt, chosen, rejected, system, messages, as `load_pairs` gives them
     "The rows of one source, before they are tokenised. Raises ValueError naming the source."
-    spec = dict(what) if isinstance(what, dict) else dict(source=what)
+    is_spec = isinstance(what, dict) and not isinstance(what, DatasetDict) # which is a dict, too
+    spec = dict(what) if is_spec else dict(source=what)
     _check_spec(name, spec)
     most = spec.pop("max_pairs", None)
     for other in ("chat", "eval_share"): spec.pop(other, None) # of what happens to the rows later
@@ -428,6 +439,9 @@ def _check_spec(name, spec):
     if not {"source"} <= set(spec) <= _SPEC:
         may, got = ", ".join(sorted(_SPEC - {"source"})), ", ".join(map(str, spec))
         raise ValueError(f"source '{name}': a dict needs 'source' and may have {may}; got {got}")
+    columns = spec.get("columns") or {}
+    if not isinstance(columns, dict):
+        raise ValueError(f"source '{name}': columns must be {{their name: our name}}, got {columns!r}")
     share, chat, most = spec.get("eval_share", 0), spec.get("chat", False), spec.get("max_pairs")
     if type(share) not in (int, float) or not 0 <= share < 1:
         raise ValueError(f"source '{name}': eval_share must be a number from 0 to below 1, got {share!r}")
@@ -478,7 +492,7 @@ def data_notes(
 ) -> list[str]: # first what was read and used, then whatever is worth a second look
     "What was read, dropped and cut, in words."
     c, name = source.counts, source.name
-    if not c: return [] # a source that somebody made by hand
+    if "rows" not in c: return [] # a source that somebody made by hand
     used, rows = c["usable"], c["rows"]
     notes = [_read_line(source)]
 
@@ -493,6 +507,7 @@ def data_notes(
     if c["prompt_truncated"] > 0.05 * used:
         warn(f"{c['prompt_truncated'] / used:.0%} of the prompts of {name} lose their beginning; "
              "max_prompt_length is too small for them")
+    if c.get("held_out") == 0: warn(f"of {name} no pair is held out; a larger eval_share holds out some")
     if c["both_labels"]: warn(f"{c['both_labels']} pairs of {name} occur with the opposite label, too")
     if templated and not c["chat"]:
         note(f"{name} is plain text, so the model's chat template is not used; chat = true (--chat) uses it")
@@ -572,17 +587,18 @@ print(complaint(check_rows, S, longest, known))
 #
 # ### Can its name be printed?
 #
-# The name of a source goes into tables, figures, file lists and messages. A name with a line break in it would break every one of them, so it is refused here.
+# The name of a source goes into tables, figures, file lists and messages. A name with a line break in it would break every one of them, so it is refused here. So is a name that is no text: in a YAML file `2023` is a number, and in the JSON files of a run it would come back as another name.
 
 # %%
 #| export
 def check_names(
     sources: dict, # as for `load_sources`
 ):
-    "Raise ValueError for a source whose name cannot be printed in one line, or that has the name of another."
+    "Raise ValueError for a source whose name is no text in one line, or that has the name of another."
     if not isinstance(sources, dict): return # `load_sources` says what is wrong
-    names = [what.name if isinstance(what, Source) else str(name) for name, what in sources.items()]
+    names = [what.name if isinstance(what, Source) else name for name, what in sources.items()]
     for name in names:
+        if not isinstance(name, str): raise ValueError(f"sources: the name {name!r} is no text; '{name}' is")
         if names.count(name) > 1: raise ValueError(f"sources: two of them are called {name!r}")
         unprintable = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
         if unprintable:
@@ -592,13 +608,13 @@ def check_names(
 
 # %%
 check_names(w.sources)
-print(complaint(check_names, {"two\nlines": []}))
+for name in ("two\nlines", 2023): print(complaint(check_names, {name: []}))
 
 
 # %% [markdown]
 # ## Held-out pairs
 #
-# Some pairs may be kept aside: a share of each source ([by prompt](01_preferences.ipynb), so that no prompt is on both sides), or sources of their own. They are never trained on. Every model is measured on them after its stage, and they lead the report, because nothing else in it can show that a model is *better* and not only well rehearsed. Each prompt draws its own lot, so a share of 0.1 gives about a tenth: here 54 of 507.
+# Some pairs may be kept aside: a share of each source ([by prompt](01_preferences.ipynb), so that no prompt is on both sides), or sources of their own. They are never trained on. Every model is measured on them after its stage, and they lead the report, because nothing else in it can show that a model is *better* and not only well rehearsed. Each prompt draws its own lot, so a share of 0.1 gives about a tenth: here 54 of 507. Of a few pairs it may give none, and a warning says so.
 
 # %%
 #| export
@@ -612,6 +628,7 @@ def part_sources(
     for source, what in zip(read, sources.values()):
         share = what.get("eval_share", config.eval_share) if isinstance(what, dict) else config.eval_share
         kept, aside = hold_out(source, share)
+        if share and not aside: kept = replace(kept, counts=kept.counts | dict(held_out=0))
         train.append(kept)
         if aside: held.append(aside)
     return train, held
@@ -622,7 +639,10 @@ riddle = dict(riddle=w.sources["riddle"])
 whole = load_sources(riddle, tok, StepwiseConfig())
 (train,), (held,) = part_sources(whole, riddle, StepwiseConfig(eval_share=0.1))
 assert len(train) + len(held) == len(whole[0])
-data_notes(train)
+tiny = dict(tiny=dict(source=w.sources["primer"], max_pairs=3))
+(none_held,), nothing = part_sources(load_sources(tiny, tok, StepwiseConfig()), tiny, StepwiseConfig(eval_share=0.1))
+assert nothing == []
+data_notes(train) + data_notes(none_held)
 
 
 # %% [markdown]
@@ -748,9 +768,10 @@ def check_chunks(
             raise ValueError(f"chunks: there is no source '{name}'; sources are {', '.join(by_name)}")
     joined = {}
     for group in chunks:
-        pairs = concatenate_datasets([by_name[name].pairs for name in group])
+        some = [by_name[name] for name in group]
+        pairs = concatenate_datasets([s.pairs for s in some])
         name = _new_name("+".join(group), joined)
-        joined[name] = Source(name, pairs, {})
+        joined[name] = Source(name, pairs, counts_table(some).sum().astype(int).to_dict())
     return list(joined.values())
 
 def _new_name(name, taken):
@@ -772,15 +793,16 @@ print(complaint(check_chunks, [["ridle"]], all_three))
 # ## Does the reference read the same tokens?
 #
 # The reference may be a model from elsewhere: then `reference` is its folder. It is asked about *our* token ids. A model with another vocabulary would answer, too. Its answers would be finite, and about other texts, and the loss would fall all the same. So the two vocabularies are
-# compared token by token. The hash of its weights goes into `config.yaml`, as that of every model of a run does.
+# compared token by token. And it must have room for the rows, as the model must. The hash of its weights goes into `config.yaml`, as that of every model of a run does.
 
 # %%
 #| export
 def foreign_weights(
     reference: str, # as in the settings: moving, fixed, or the folder of a model
     tokenizer,      # of the policy
+    loaded: list[Source], # that it will read
 ) -> str: # hash of the weights of a model in a folder; None for moving and fixed
-    "Weights of a reference from elsewhere. Raises ValueError where a token has another id there."
+    "Weights of a reference from elsewhere. Raises ValueError where a token has another id there, or a row has no room."
     if reference in ("moving", "fixed"): return None
     try: theirs = load_tokenizer(reference).get_vocab()
     except Exception as e:
@@ -790,15 +812,20 @@ def foreign_weights(
     if other:
         raise ValueError(f"reference: {reference} has another vocabulary, {len(other)} tokens of the model "
                          f"have another id or none, e.g. {min(other)!r}")
-    return weights_hash(load_model(reference, "cpu"))
+    other = load_model(reference, "cpu")
+    try:
+        check_model(other)
+        for s in loaded: check_rows(other, *extent(s.pairs))
+    except ValueError as e: raise ValueError(f"reference: {reference}: {e}") from e
+    return weights_hash(other)
 
 
 # %%
 wider = load_tokenizer(w.base)
 wider.add_tokens(["zebra"])
-assert foreign_weights("moving", tok) is None
-assert foreign_weights(w.base, tok) == weights_hash(S)
-print(complaint(foreign_weights, w.base, wider).replace(w.base, "S"))
+assert foreign_weights("moving", tok, [few]) is None
+assert foreign_weights(w.base, tok, [few]) == weights_hash(S)
+print(complaint(foreign_weights, w.base, wider, [few]).replace(w.base, "S"))
 
 # %% [markdown]
 # The dangerous case has the same tokens with other ids. We make a model like S, but exchange the ids of *a* and *b* in its tokenizer. What does it read when we ask about our ids?
@@ -816,7 +843,7 @@ file.write_text(json.dumps(spec))
 prompt = few.pairs[0]["prompt_ids"]
 print("we ask:  ", tok.decode(prompt))
 print("it reads:", load_tokenizer(str(other)).decode(prompt))
-print(complaint(foreign_weights, str(other), tok))
+print(complaint(foreign_weights, str(other), tok, [few]))
 shutil.rmtree(other.parent)
 
 # %% [markdown]
@@ -840,7 +867,7 @@ assert (gamma.grad < 0).all()
 # | a source that cannot be read, a column that is missing | `load_sources`, with file and row, before anything is tokenised | an error after the sources before it were tokenised, perhaps after an hour |
 # | pairs that are dropped or cut | `data_notes` | a model that learned from half of the data |
 # | a prompt that is trained on and held out | `check_held_out`, in a warning | held-out numbers that are too good |
-# | a row longer than the table of positions, an id without an embedding | `check_rows`, with the two numbers of `extent` | an error in the step in which that row comes |
+# | a row longer than the table of positions, an id without an embedding | `check_rows`, with the two numbers of `extent`; of a reference `foreign_weights` asks it | an error in the step in which that row comes |
 # | more chunks than pairs, a chunk of an unknown source | `check_chunks` | an error when the chunks are made |
 # | a source that no chunk names | `prepare_run`, in a warning | it is not trained on, and nobody notices |
 # | a reference with another vocabulary | `foreign_weights` | a loss that falls, and pairs weighted by answers about other texts |

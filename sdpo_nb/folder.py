@@ -112,7 +112,7 @@ def read_part(
         if not isinstance(found, dict): raise ValueError("holds no names and values")
         absent = NEEDED[path.name] - set(found)
         if absent: raise ValueError(f"lacks {', '.join(sorted(absent))}")
-        for name in ("settings", "versions", "sources"):
+        for name in ("settings", "versions", "sources", "held_out"):
             inner = found.get(name, {})
             if not isinstance(inner, dict): raise ValueError(f"{name} holds no names and values")
         return found
@@ -364,7 +364,7 @@ RECORDED = [ # in config.yaml, beside what was asked for
 ]
 
 MAY_DIFFER = FREE | { # of config.yaml, between two calls
-    "settings", "versions", "machine", "device", "model", "revision", "not_deterministic", "command",
+    "settings", "versions", "machine", "device", "model", "revision", "held_out", "not_deterministic", "command",
 }
 
 # %% ../nbs/10_folder.ipynb #760e4988

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from .packing import uncompile
@@ -30,8 +29,8 @@ def target_layers(
     Raises ValueError for a name that no linear layer has, and for an output layer that is also
     the embedding."""
     linear = {name: m for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
-    head = model.get_output_embeddings()
-    if targets == "all-linear": return {name: m for name, m in linear.items() if m is not head}
+    if targets == "all-linear":
+        return {name: m for name, m in linear.items() if m is not model.get_output_embeddings()}
     wanted = _names(targets)
     for name in wanted:
         if not any(_fits(layer, name) for layer in linear):
@@ -39,10 +38,15 @@ def target_layers(
             raise ValueError(f"lora_targets: no linear layer is called {name!r}; "
                              f"this model has {', '.join(known)}")
     found = {layer: m for layer, m in linear.items() if any(_fits(layer, name) for name in wanted)}
-    if head in found.values() and head.weight is model.get_input_embeddings().weight:
+    if _tied_head(model) in found.values():
         raise ValueError("lora_targets: the output layer of this model is also its embedding, "
                          "and an adapter would change both when it is merged; leave it out")
     return found
+
+def _tied_head(model):
+    "The output layer, if its matrix is also the input embedding."
+    head = model.get_output_embeddings()
+    return head if head is not None and head.weight is model.get_input_embeddings().weight else None
 
 def _names(targets): return [name.strip() for name in targets.split(",")]
 
@@ -183,7 +187,7 @@ def read_adapter(
     "What `write_adapter`, or PEFT, wrote. Raises ValueError for an adapter that is not as in (1)."
     config = json.loads((Path(folder) / CONFIG_FILE).read_text())
     state = load_file(Path(folder) / WEIGHTS_FILE)
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    state = {name.removeprefix(PREFIX): tensor.float() for name, tensor in state.items()}
     _check_read(config, state)
     targets = config["target_modules"]
     targets = [targets] if isinstance(targets, str) else sorted(targets)
@@ -211,8 +215,12 @@ def merge_adapter(
     adapter: Adapter,
 ):                    # the same model, plain
     "Add an adapter to the weights: the right side of (1). Raises ValueError where it does not fit the model."
+    tied = _tied_head(model)
     for name, (A, B) in adapter.layers().items():
         layer = _layer(model, name)
+        if layer is tied:
+            raise ValueError(f"adapter: {name} is also the embedding of this model, and would change both when it "
+                             "is merged; no plain model does the same")
         change = adapter.scale * (B.double() @ A.double())
         if isinstance(layer, Conv1D): change = change.T       # it keeps its matrix the other way round
         if change.shape != layer.weight.shape:

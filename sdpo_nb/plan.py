@@ -16,11 +16,11 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from .logprobs import load_model, load_tokenizer, pair_tokens, weights_hash
+from .logprobs import check_model, check_rows, load_model, load_tokenizer, pair_tokens, weights_hash
 from .partition import ORDER_BY, ORDERS
-from .preferences import Source, hold_out, load_pairs, prompt_limit, tokenize_pairs
+from .preferences import Source, counts_table, hold_out, load_pairs, prompt_limit, tokenize_pairs
 from .trainer import TrainConfig, setting
 
 # %% ../nbs/12_plan.ipynb #89dc83aa
@@ -112,7 +112,7 @@ class StepwiseConfig(TrainConfig):
 
     def __post_init__(self):
         defaults = {f.name: f.default for f in fields(self)}
-        self.left_open = {name: defaults[name] for name in _FOLLOW if getattr(self, name) == defaults[name]}
+        left_open = [name for name in _FOLLOW if getattr(self, name) == defaults[name]]
         if self.lr is None: self.lr = 5e-6 if self.lora_r else 5e-7
         super().__post_init__() # bounds and choices
         self.max_prompt_length = prompt_limit(self.max_length, self.max_prompt_length)
@@ -120,6 +120,7 @@ class StepwiseConfig(TrainConfig):
         _check_chunks_and_order(self)
         _check_reference(self)
         _check_adapters(self)
+        self.filled_in = {name: (getattr(self, name), defaults[name]) for name in left_open}
 
 _FOLLOW = "lr", "order", "max_prompt_length" # where nobody gives them, they follow from other settings
 
@@ -162,7 +163,9 @@ def changed(
     **settings, # that get another value
 ) -> StepwiseConfig: # a copy
     "The same settings but for these; what nobody gave is filled in anew."
-    return replace(config, **config.left_open | settings)
+    filled_in = config.filled_in.items()
+    again = {name: default for name, (value, default) in filled_in if getattr(config, name) == value}
+    return replace(config, **again | settings)
 
 # %% ../nbs/12_plan.ipynb #2c96d3d8
 def defaults_table() -> pd.DataFrame: # setting: the index; default, meaning
@@ -217,8 +220,11 @@ def make_config(
 
 def _number(value):
     "Text that means a number, as a number; all else as it is."
-    try: return float(value) if isinstance(value, str) else value
-    except ValueError: return value
+    if not isinstance(value, str): return value
+    for kind in (int, float): # a float would lose the last digits of a long seed
+        try: return kind(value)
+        except ValueError: pass
+    return value
 
 # %% ../nbs/12_plan.ipynb #5029579e
 _SPEC = {"source", "split", "revision", "columns", "chat", "max_pairs", "eval_share"}
@@ -236,7 +242,9 @@ def load_sources(
     rows = {name: _rows_of(name, what) for name, what in sources.items()}
     return [_tokenised(name, what, rows[name], tokenizer, config) for name, what in sources.items()]
 
-def _rows_of(name, what): return None if isinstance(what, Source) else read_rows(name, what)
+def _rows_of(name, what):
+    if not isinstance(what, Source): return read_rows(name, what)
+    if not len(what): raise ValueError(f"source '{name}': no pairs")
 
 def _tokenised(name, what, rows, tokenizer, config):
     if isinstance(what, Source): return what
@@ -248,7 +256,8 @@ def read_rows(
     what,      # path, hub id, rows, Dataset or a dict, as for `load_sources`
 ) -> Dataset:  # prompt, chosen, rejected, system, messages, as `load_pairs` gives them
     "The rows of one source, before they are tokenised. Raises ValueError naming the source."
-    spec = dict(what) if isinstance(what, dict) else dict(source=what)
+    is_spec = isinstance(what, dict) and not isinstance(what, DatasetDict) # which is a dict, too
+    spec = dict(what) if is_spec else dict(source=what)
     _check_spec(name, spec)
     most = spec.pop("max_pairs", None)
     for other in ("chat", "eval_share"): spec.pop(other, None) # of what happens to the rows later
@@ -261,6 +270,9 @@ def _check_spec(name, spec):
     if not {"source"} <= set(spec) <= _SPEC:
         may, got = ", ".join(sorted(_SPEC - {"source"})), ", ".join(map(str, spec))
         raise ValueError(f"source '{name}': a dict needs 'source' and may have {may}; got {got}")
+    columns = spec.get("columns") or {}
+    if not isinstance(columns, dict):
+        raise ValueError(f"source '{name}': columns must be {{their name: our name}}, got {columns!r}")
     share, chat, most = spec.get("eval_share", 0), spec.get("chat", False), spec.get("max_pairs")
     if type(share) not in (int, float) or not 0 <= share < 1:
         raise ValueError(f"source '{name}': eval_share must be a number from 0 to below 1, got {share!r}")
@@ -276,7 +288,7 @@ def data_notes(
 ) -> list[str]: # first what was read and used, then whatever is worth a second look
     "What was read, dropped and cut, in words."
     c, name = source.counts, source.name
-    if not c: return [] # a source that somebody made by hand
+    if "rows" not in c: return [] # a source that somebody made by hand
     used, rows = c["usable"], c["rows"]
     notes = [_read_line(source)]
 
@@ -291,6 +303,7 @@ def data_notes(
     if c["prompt_truncated"] > 0.05 * used:
         warn(f"{c['prompt_truncated'] / used:.0%} of the prompts of {name} lose their beginning; "
              "max_prompt_length is too small for them")
+    if c.get("held_out") == 0: warn(f"of {name} no pair is held out; a larger eval_share holds out some")
     if c["both_labels"]: warn(f"{c['both_labels']} pairs of {name} occur with the opposite label, too")
     if templated and not c["chat"]:
         note(f"{name} is plain text, so the model's chat template is not used; chat = true (--chat) uses it")
@@ -326,10 +339,11 @@ def extent(
 def check_names(
     sources: dict, # as for `load_sources`
 ):
-    "Raise ValueError for a source whose name cannot be printed in one line, or that has the name of another."
+    "Raise ValueError for a source whose name is no text in one line, or that has the name of another."
     if not isinstance(sources, dict): return # `load_sources` says what is wrong
-    names = [what.name if isinstance(what, Source) else str(name) for name, what in sources.items()]
+    names = [what.name if isinstance(what, Source) else name for name, what in sources.items()]
     for name in names:
+        if not isinstance(name, str): raise ValueError(f"sources: the name {name!r} is no text; '{name}' is")
         if names.count(name) > 1: raise ValueError(f"sources: two of them are called {name!r}")
         unprintable = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
         if unprintable:
@@ -347,6 +361,7 @@ def part_sources(
     for source, what in zip(read, sources.values()):
         share = what.get("eval_share", config.eval_share) if isinstance(what, dict) else config.eval_share
         kept, aside = hold_out(source, share)
+        if share and not aside: kept = replace(kept, counts=kept.counts | dict(held_out=0))
         train.append(kept)
         if aside: held.append(aside)
     return train, held
@@ -424,9 +439,10 @@ def check_chunks(
             raise ValueError(f"chunks: there is no source '{name}'; sources are {', '.join(by_name)}")
     joined = {}
     for group in chunks:
-        pairs = concatenate_datasets([by_name[name].pairs for name in group])
+        some = [by_name[name] for name in group]
+        pairs = concatenate_datasets([s.pairs for s in some])
         name = _new_name("+".join(group), joined)
-        joined[name] = Source(name, pairs, {})
+        joined[name] = Source(name, pairs, counts_table(some).sum().astype(int).to_dict())
     return list(joined.values())
 
 def _new_name(name, taken):
@@ -439,8 +455,9 @@ def _new_name(name, taken):
 def foreign_weights(
     reference: str, # as in the settings: moving, fixed, or the folder of a model
     tokenizer,      # of the policy
+    loaded: list[Source], # that it will read
 ) -> str: # hash of the weights of a model in a folder; None for moving and fixed
-    "Weights of a reference from elsewhere. Raises ValueError where a token has another id there."
+    "Weights of a reference from elsewhere. Raises ValueError where a token has another id there, or a row has no room."
     if reference in ("moving", "fixed"): return None
     try: theirs = load_tokenizer(reference).get_vocab()
     except Exception as e:
@@ -450,4 +467,9 @@ def foreign_weights(
     if other:
         raise ValueError(f"reference: {reference} has another vocabulary, {len(other)} tokens of the model "
                          f"have another id or none, e.g. {min(other)!r}")
-    return weights_hash(load_model(reference, "cpu"))
+    other = load_model(reference, "cpu")
+    try:
+        check_model(other)
+        for s in loaded: check_rows(other, *extent(s.pairs))
+    except ValueError as e: raise ValueError(f"reference: {reference}: {e}") from e
+    return weights_hash(other)

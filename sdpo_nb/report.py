@@ -236,7 +236,7 @@ def _seen_text(held):
 
 NOTHING_HELD_OUT = (
     "None: everything below is about pairs that were trained on. "
-    "`eval_share` keeps some aside."
+    "`eval_share`, or a larger one, keeps some aside."
 )
 
 HELD_OUT_TEXT = (
@@ -260,12 +260,11 @@ def _answers_text(run):
         part = read_part(file)
         with naming(file):
             if len(part["answers"]) != len(part["prompts"]): raise ValueError("it needs one answer for each prompt")
-        parts[f"after stage {t}" if t else "S"] = part
+        parts[f"after stage {t}" if t else "S"] = dict(zip(part["prompts"], part["answers"]))
     if not parts: return []
     text = ["## Answers", ANSWERS_TEXT]
-    prompts = next(iter(parts.values()))["prompts"]
-    for i, prompt in enumerate(prompts):
-        answers = {name: part["answers"][i] for name, part in parts.items()}
+    for prompt in next(iter(parts.values())):
+        answers = {name: said[prompt] for name, said in parts.items() if prompt in said}
         table = pd.DataFrame({"answer": answers}).rename_axis("model")
         text += [f"**{escaped(prompt.strip())}**", as_markdown(table)]
     return text
@@ -274,11 +273,12 @@ ANSWERS_TEXT = "The likeliest token each time, 64 at most; the prompts are held-
 
 # %% ../nbs/11_report.ipynb #91f15c02
 def _data_text(run):
-    "What was read, dropped and cut, one column per source; of chunks that a function makes, nothing."
+    "What was read, dropped and cut, one column per source or listed chunk; of chunks that a function makes, nothing."
     path = run.folder / "partition.json"
     counts = read_part(path).get("counts") if path.exists() else None
-    if not counts or "rows" not in counts[0]: return []
-    return ["## Data", as_markdown(pd.DataFrame(counts).set_index("source").T.rename_axis("rows"))]
+    if not counts or not any("rows" in of_one for of_one in counts): return []
+    table = pd.DataFrame(counts, dtype=object).set_index("source").T.rename_axis("rows")
+    return ["## Data", as_markdown(table.fillna(""))]
 
 # %% ../nbs/11_report.ipynb #a76589fc
 def undecided(
@@ -409,14 +409,15 @@ def _run_text(run):
     "The command, versions, tokens, time and memory; then all settings."
     config, metrics, stages = run.config, run.metrics, run.stages
     made, skipped = (sum(stage[what] for stage in stages) for what in ("steps", "skipped"))
-    sources = [f"{name}: {what or 'from memory'}" for name, what in _trained_on(config).items()]
+    def places(sources): return "; ".join(f"{name}: {what or 'from memory'}" for name, what in sources.items())
     facts = {
         "command": config.get("command", "unknown"),
         "model": config["model"],
         "revision of the model": config.get("revision") or "none",
         "weights of S": config["weights"],
         "hash of the pairs": config["pairs"],
-        "sources": "; ".join(sources) or "made by a function",
+        "sources": places(_trained_on(config)) or "made by a function",
+        "sources that are only measured": places(config.get("held_out", {})) or "none",
         "device": config["device"],
         **{f"version of {name}": number for name, number in config["versions"].items()},
         **config.get("machine", {}),
@@ -613,14 +614,17 @@ def export_model(
     folder = Path(folder)
     if folder.exists(): raise ValueError(f"{folder}: is there already; give a folder that does not exist")
     model = load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
+    folder.parent.mkdir(parents=True, exist_ok=True)
     drawn = _drawn(run)
-    with replacing(folder) as tmp:
-        if is_adapter(run.model_folder()): _write_merged(model, run, tmp)
-        else: shutil.copytree(run.model_folder(), tmp)
-        (tmp / "figures").mkdir()
-        drawn["change"].savefig(tmp / "figures/change.png", dpi=110, bbox_inches="tight")
-        model_card(run).save(tmp / "README.md")
-    for fig in drawn.values(): plt.close(fig)
+    try:
+        with replacing(folder) as tmp:
+            if is_adapter(run.model_folder()): _write_merged(model, run, tmp)
+            else: shutil.copytree(run.model_folder(), tmp)
+            (tmp / "figures").mkdir()
+            drawn["change"].savefig(tmp / "figures/change.png", dpi=110, bbox_inches="tight")
+            model_card(run).save(tmp / "README.md")
+    finally:
+        for fig in drawn.values(): plt.close(fig)
     return folder
 
 def _write_merged(model, run, folder):

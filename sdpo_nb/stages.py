@@ -9,7 +9,7 @@ __all__ = ['ASKED', 'Context', 'partition_of', 'made_chunk', 'tracking', 'prepar
 # %% ../nbs/13_stages.ipynb #46a939cf
 import math, time, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +37,6 @@ from sdpo_nb.plan import (
     Chunk, StepwiseConfig, changed, check_chunks, check_held_out, check_names, data_notes, extent,
     foreign_weights, load_sources, read_sources, seen_in_training
 )
-from .preferences import counts_table
 from .report import Run
 from sdpo_nb.trainer import (
     GIB, MOST, TRAINING, as_line, check_memory, compile_for, free_memory, peak_memory, plan_for,
@@ -188,7 +187,7 @@ def _decide(loaded, table, config):
         measures=part.measures.to_dict("records"),
         names=part.names,
         chunks=part.chunks, # rows of all pairs
-        counts=counts_table(loaded).reset_index().to_dict("records"),
+        counts=[dict(source=s.name) | s.counts for s in loaded],
     )
 
 # %% ../nbs/13_stages.ipynb #3c257bf6
@@ -316,7 +315,7 @@ def _not_deterministic(policy, loaded, ctx):
     if why: print(f"a run that is killed and goes on will not end in the same bits: {why}")
     return why
 
-def _identity(policy, ctx, loaded, sources, reference_weights):
+def _identity(policy, ctx, loaded, sources, held_out, reference_weights):
     "What a run is made of, beside its settings: for config.yaml."
     of_S = table_kind(policy, ctx.precision, response_logprobs)
     return dict(
@@ -325,6 +324,7 @@ def _identity(policy, ctx, loaded, sources, reference_weights):
         weights=of_S["weights"],
         base=of_S["config"],
         sources=sources,
+        held_out=held_out, # may lie elsewhere in the next call: its pairs are compared
         reference_weights=reference_weights,
         device=ctx.device.type,
         machine=machine_of(ctx.device),
@@ -336,7 +336,7 @@ def _identity(policy, ctx, loaded, sources, reference_weights):
 def _written(source):
     "A source as a run file says it; nothing for what was only in memory."
     if isinstance(source, (str, Path)): return str(source)
-    if not isinstance(source, dict) or not isinstance(source["source"], (str, Path)): return None
+    if not isinstance(source, dict) or not isinstance(source.get("source"), (str, Path)): return None
     return {name: str(v) if isinstance(v, Path) else v for name, v in source.items()}
 
 # %% ../nbs/13_stages.ipynb #e950e840
@@ -384,7 +384,7 @@ def prepare_run(
     base, tokenizer = base_folder(model, tokenizer, folder, revision)
     read, held = read_sources(sources, held_out, tokenizer, config)
     loaded = check_chunks(config.chunks, read)
-    theirs = foreign_weights(config.reference, tokenizer)
+    theirs = foreign_weights(config.reference, tokenizer, loaded)
 
     policy = load_model(base, None if config.device == "auto" else config.device, revision)
     check_model(policy)
@@ -402,11 +402,13 @@ def prepare_run(
     if ctx.talks: _say_memory(policy.config, config, precision, policy.device)
 
     written = {s.name: _written(what) for s, what in zip(read, (sources or {}).values())}
-    ctx.otherwise = open_folder(folder, config, precision, _identity(policy, ctx, loaded, written, theirs))
+    apart = {name: _written(what) for name, what in (held_out or {}).items()}
+    seen = check_held_out(held, loaded)
+    ctx.otherwise = open_folder(folder, config, precision, _identity(policy, ctx, loaded, written, apart, theirs))
     own = [s for s in held if s.counts] # of a source that was parted, the counts are told once
     for s in read + own: _say_data(data_notes(s, bool(tokenizer.chat_template)), always=ctx.talks)
     _say_data(_left_out(config.chunks, read), always=True)
-    _say_data(check_held_out(held, loaded), always=True)
+    _say_data(seen, always=True)
     if ctx.talks and loaded: _say_model(policy, loaded[0].pairs, ctx)
     return ctx, _first_pass(loaded, policy, ctx), policy
 
@@ -447,7 +449,9 @@ def _foreign_reference(which, t, chunks, policy, ctx):
     other = ctx.load(0) if which == ctx.base else load_model(which, ctx.device)
     ahead = [c.probe(ctx.config.probe) for c in chunks[t:t+1]]
     need = concatenate_datasets([chunks[t-1].pairs, *ahead])
-    table = ctx.score_to(ctx.at(t) / "reference", other, need, f"reference on {chunks[t-1].name}")
+    check_rows(other, *extent(need)) # of pairs that a function made, nobody asked it before
+    alone = replace(ctx, chosen={})  # a model of the same class may have another config
+    table = alone.score_to(ctx.at(t) / "reference", other, need, f"reference on {chunks[t-1].name}")
     free_model(other)
     return table, "S" if which == ctx.base else which, ctx.load(t-1)
 
@@ -510,6 +514,7 @@ def _answer(t, model, chunks, ctx):
     """
     path = ctx.at(t) / "answers.json"
     if path.exists(): return
+    if callable(ctx.config.chunks): chunks = chunks[:1] # those that S was asked about; more come on the way
     sets = [s.pairs for s in ctx.held] or [d.pairs for d in chunks]
     ids = [pairs[i]["prompt_ids"] for i in range(ASKED) for pairs in sets if i < len(pairs)][:ASKED]
     try: said = greedy_answers(model, ctx.tokenizer, ids, precision=ctx.precision)
@@ -541,10 +546,9 @@ def run_stage(
     if start != t - 1:
         free_model(policy)
         policy = ctx.load(start)
-    ctx.score(start, policy, chunk.probe(config.probe), chunk.name) # for the change of gamma
+    mine = ctx.score(start, policy, chunk.probe(config.probe), chunk.name).kind # for the change of gamma
     if t == 1: _answer(0, policy, chunks, ctx)
-    came_in = weights_hash(policy)
-    own = table if table.kind["weights"] == came_in else None
+    own = table if all(table.kind[name] == mine[name] for name in ("weights", "config")) else None
     if config.lora_r: policy = _with_adapter(t, policy, ctx)
     summary = train_stage(
         policy, chunk.pairs, table, config, folder, t, own,
@@ -568,7 +572,7 @@ def run_stage(
         pairs=len(chunk.pairs),
         reference=reference,
         reference_kind=table.kind,
-        start=came_in,
+        start=mine["weights"],
         end=weights_hash(policy),
         saved=_saved(t, policy, ctx),
         probes={d.name: d.probe(config.probe)["key"][:] for d in chunks},
@@ -606,8 +610,7 @@ def _with_adapter(t, policy, ctx):
 def _merged(t, policy, ctx):
     "Save the adapter of M_t, one on S; then M_t is S with it, read from the disk as a later call would."
     adapter, where = adapter_of(policy), ctx.at(t) / "model"
-    from_S = t == 1 or ctx.config.init_target == "S"
-    if ctx.config.lora_stages == "merge" and not from_S:
+    if ctx.config.lora_stages == "merge" and start_of(t, ctx.config):
         adapter = join_adapters(read_adapter(ctx.at(t-1) / "model"), adapter)
     free_model(policy)
     save_adapter(adapter, ctx.tokenizer, where, ctx.base, ctx.revision)
@@ -618,8 +621,8 @@ def _saved(t, policy, ctx):
     "What stage.json says about the model on disk."
     saved = dict(dtype=str(ctx.dtype).removeprefix("torch."), weights=weights_hash(policy, ctx.dtype))
     if ctx.dtype == torch.float32: return saved
-    from_S = t == 1 or ctx.config.init_target == "S"
-    before = ctx.base if from_S else str(ctx.at(t-1) / "model")
+    start = start_of(t, ctx.config)
+    before = str(ctx.at(start) / "model") if start else ctx.base
     changed = share_changed(policy, before, ctx.dtype, ctx.revision)
     if changed < 0.5:
         print(f"stage {t}: in {saved['dtype']}, the dtype of S, only {changed:.1%} of the saved weights "

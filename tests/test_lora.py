@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sdpo_nb.folder import load_exactly, load_stage
+from sdpo_nb.folder import load_any, load_exactly, load_stage
 from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.lora import (Adapter, adapter_of, adapter_size, add_adapter, join_adapters, merge_adapter, read_adapter, target_layers, unwrapped, write_adapter)
 from sdpo_nb.packing import choose_logprobs, packed_logprobs, why_not_packed
@@ -359,7 +359,7 @@ def test_settings_of_adapters_may_not_change(runs, two):
 
 def test_export_verify_and_pack(runs, two, tmp_path):
     run = runs()
-    out = run.export(tmp_path / "out")
+    out = run.export(tmp_path / "not yet there" / "out")
     assert weights_hash(load_model(str(out), "cpu")) == run.stages[-1]["end"] and not (out / "adapter_config.json").exists()
     assert "adapters of rank 4 (all-linear), merged" in (out / "README.md").read_text()
     assert "S with the adapter in `stage-2/model`" in (run.folder / "report.md").read_text()
@@ -393,6 +393,9 @@ def test_the_default_learning_rate():
     assert StepwiseConfig().lr == 5e-7 and StepwiseConfig(lora_r=16).lr == 5e-6 and StepwiseConfig(lora_r=16, lr=1e-4).lr == 1e-4
     assert changed(StepwiseConfig(), lora_r=4).lr == 5e-6 and changed(StepwiseConfig(lr=5e-7), lora_r=4).lr == 5e-7
     assert replace(StepwiseConfig(lora_r=4), beta=0.2).lr == 5e-6 and make_config(dict(lora_r="8")).lora_r == 8
+    later = StepwiseConfig(); later.lr = 1e-3
+    assert changed(later, lora_r=4).lr == 1e-3 and changed(later, lora_r=4).max_prompt_length == 512
+    assert make_config(dict(seed="9007199254740993")).seed == 9007199254740993 and make_config(dict(batch_size="4.0")).batch_size == 4
     for wrong in (0, -1): 
         with pytest.raises(ValueError, match="lr: must be above 0"): StepwiseConfig(lr=wrong)
 
@@ -461,6 +464,25 @@ def test_an_adapter_of_peft_is_read(changes, tmp_path, pairs):
 def test_an_adapter_of_another_form_is_not_read(changes, why, tmp_path):
     made_by_peft(tmp_path, peft.LoraConfig(**dict(r=4, target_modules=["q_proj", "v_proj"]) | changes))
     with pytest.raises(ValueError, match=why): read_adapter(tmp_path)
+
+def test_an_adapter_on_a_tied_output_layer_is_not_merged(tmp_path):
+    "Merged, it would change the embedding, too. PEFT keeps it beside the layer."
+    moved(wrapped(target_modules=["q_proj", "lm_head"])).save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ValueError, match="lm_head is also the embedding"): load_any(tmp_path)
+
+def test_matrices_are_read_in_fp32(tmp_path):
+    adapter = adapter_of(add_adapter(S(), asked()))
+    write_adapter(replace(adapter, state={name: t.half() for name, t in adapter.state.items()}), tmp_path)
+    assert {t.dtype for t in read_adapter(tmp_path).state.values()} == {torch.float32}
+
+def test_a_reference_with_the_weights_of_S_and_another_config(two, tmp_path):
+    "It is another model: its table is not compared with what the policy says."
+    ref = tmp_path / "ref"; shutil.copytree(BASE, ref)
+    written = json.loads((ref / "config.json").read_text())
+    written["rope_parameters"] = dict(written.get("rope_parameters") or {}, rope_type="dynamic", rope_theta=10000., factor=4.)
+    (ref / "config.json").write_text(json.dumps(written | dict(max_position_embeddings=16)))
+    one = sdpo(BASE, dict(primer=two["primer"]), config(reference=str(ref)), tmp_path / "run").stages[0]
+    assert one["reference_kind"]["weights"] == one["start"] == weights_hash(S()) and abs(one["first_loss"] - math.log(2)) > 1e-2
 
 def test_files_that_are_no_lora(tmp_path):
     from safetensors.torch import load_file, save_file

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import sdpo_nb.report as report, sdpo_nb.stages as stages
+from sdpo_nb import cli
 from sdpo_nb.logprobs import Clock, load_model, load_tokenizer, pair_tokens, progress, score_pairs
-from sdpo_nb.preferences import hold_out, load_pairs, tokenize_pairs
+from sdpo_nb.plan import data_notes
+from sdpo_nb.preferences import Source, hold_out, load_pairs, tokenize_pairs
 from sdpo_nb.report import Run, model_card, undecided
-from sdpo_nb.stepwise import StepwiseConfig, sdpo
+from sdpo_nb.stepwise import StepwiseConfig, sdpo, sdpo_partition
 from sdpo_nb.world import load_world
 from tiny import SETTINGS, metrics, rows, write_jsonl
 
@@ -69,9 +71,40 @@ def test_a_folder_keeps_what_is_held_out(held, change, word):
     with pytest.raises(ValueError, match=word): sdpo(BASE, TWO, StepwiseConfig(**SETTINGS, eval_share=asked["eval_share"]), held.run.folder, held_out=asked["held_out"])
 
 
+def test_a_refused_held_out_source_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="'primer' is also the name of a source"):
+        sdpo(BASE, TWO, StepwiseConfig(**SETTINGS, eval_share=0.3), tmp_path / "run", held_out=dict(primer=rows("riddle", 4)))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_source_may_have_its_own_share(tmp_path):
     run = sdpo(BASE, dict(primer=dict(source=TWO["primer"], eval_share=0.5), digest=TWO["digest"]), StepwiseConfig(**SETTINGS), tmp_path / "run")
     assert list(json.loads((run.folder / "held_out.json").read_text())) == ["primer"]
+
+
+def test_a_share_that_draws_nothing(tmp_path, capsys):
+    "It is told, and counts stay whole numbers, also where only one source has a share."
+    sources = dict(riddle=rows("riddle", 40), primer=rows("primer", 3))
+    run = sdpo_partition(BASE, sources, StepwiseConfig(**SETTINGS, eval_share=0.1), tmp_path / "run")
+    assert "warning: of primer no pair is held out" in capsys.readouterr().out
+    held, = json.loads((run.folder / "held_out.json").read_text()).values()
+    table = report._data_text(run)[1]
+    assert "| rows | 40 | 3 |" in table and f"| held_out | {len(held['keys'])} | 0 |" in table
+    run = sdpo_partition(BASE, sources | dict(riddle=dict(source=sources["riddle"], eval_share=0.1)), StepwiseConfig(**SETTINGS), tmp_path / "own")
+    table = report._data_text(run)[1]
+    assert "| rows | 40 | 3 |" in table and f"| held_out | {len(held['keys'])} |  |" in table and "NaN" not in (run.folder / "partition.json").read_text()
+    made = Source("by hand", tokenize_pairs(load_pairs(sources["riddle"]), load_tokenizer(BASE)).pairs, {})
+    assert data_notes(hold_out(made, 0.5)[0]) == []
+
+
+def test_held_out_sources_are_written_down(tmp_path):
+    "config.yaml is enough to run it again, and they may lie elsewhere then."
+    file = write_jsonl(tmp_path / "mine.jsonl", rows("riddle", 6))
+    asked = BASE, dict(primer=str(file)), StepwiseConfig(**SETTINGS)
+    run = sdpo_partition(*asked, tmp_path / "a", held_out=dict(mine=file))
+    cli.main(["partition", "--config", str(run.folder / "config.yaml"), "--folder", str(tmp_path / "b")])
+    for folder in ("a", "b"): assert Run(tmp_path / folder).config["held_out"] == dict(mine=str(file)) and (tmp_path / folder / "held_out.json").exists()
+    sdpo_partition(*asked, tmp_path / "a", held_out=dict(mine=write_jsonl(tmp_path / "elsewhere.jsonl", rows("riddle", 6))))
 
 
 def test_prompts_that_are_trained_on_are_told(tmp_path, capsys):
@@ -185,7 +218,7 @@ def test_a_part_that_is_gone_is_left_out(held, tmp_path):
 
 
 def test_a_model_to_give_away(held, tmp_path):
-    folder = held.run.export(tmp_path / "out")
+    folder = held.run.export(tmp_path / "not yet there" / "out")
     assert load_model(str(folder)) and load_tokenizer(str(folder)) and (folder / "figures" / "change.png").exists()
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n") and "Held-out pairs" in card and "- dpo" in card and str(Path(BASE).parent) not in card

@@ -10,7 +10,7 @@ import sdpo_nb.report as report, sdpo_nb.plan as plan, sdpo_nb.stages as stages,
 from sdpo_nb import cli
 from sdpo_nb.logprobs import load_model, load_tokenizer, read_table, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
-from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.preferences import Source, load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo_partition, sdpo
 from sdpo_nb.trainer import train_stage
 from sdpo_nb.world import load_base, load_world
@@ -202,6 +202,28 @@ def test_a_reference_with_another_vocabulary(tmp_path, other):
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("size, said", [(dict(n_positions=16), "has 16 positions"), (dict(vocab_size=20), "the embedding has 20 rows")])
+def test_a_reference_without_room(tmp_path, size, said):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    tok = load_tokenizer(BASE)
+    GPT2LMHeadModel(GPT2Config(**dict(vocab_size=len(tok), n_positions=64, n_embd=16, n_layer=1, n_head=2) | size)).save_pretrained(tmp_path / "small")
+    tok.save_pretrained(tmp_path / "small"); small = str(tmp_path / "small")
+    with pytest.raises(ValueError, match=f"^reference: {small}: .*{said}"): run(tmp_path / "run", reference=small)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    with pytest.raises(ValueError, match=said): run(tmp_path / "made", chunks=lambda t, model: rows("primer", 8), reference=small)
+
+
+def test_the_guard_looks_at_a_reference_from_elsewhere(tmp_path, other, monkeypatch):
+    "One of the class of S may have a config with which it cannot be packed."
+    asked, real = [], stages.choose_logprobs
+    def spy(model, *args):
+        asked.append(weights_hash(model))
+        return real(model, *args)
+    monkeypatch.setattr(stages, "choose_logprobs", spy)
+    run(tmp_path / "run", {"primer": TWO["primer"]}, reference=str(other))
+    assert weights_hash(load_model(str(other))) in asked
+
+
 def test_another_reference_at_the_same_path(tmp_path, other):
     sdpo_partition(BASE, TWO, StepwiseConfig(**SETTINGS, reference=str(other)), tmp_path / "run")
     perturbed(load_model(str(other)), seed=1).save_pretrained(other)
@@ -245,6 +267,7 @@ def test_one_source_in_chunks_goes_by_margin(tmp_path, trained):
 def test_lists_of_source_names(tmp_path, trained):
     got = run(tmp_path / "run", SOURCES, chunks=[["primer"], ["riddle", "digest"]])
     assert trained == [keys(SOURCES["primer"]), keys(SOURCES["riddle"]) + keys(SOURCES["digest"])] and len(got.stages) == 2
+    assert "| rows | 24 | 24 |" in report._data_text(got)[1] and "| chat | 24 | 24 |" in report._data_text(got)[1]
     with pytest.raises(ValueError, match="primr"): run(tmp_path / "wrong", SOURCES, chunks=[["primr"]])
 
 
@@ -354,6 +377,18 @@ def test_a_function_makes_the_chunks(tmp_path, trained, S_hash):
     assert got.stages[1]["reference_kind"]["weights"] == got.stages[0]["end"] and abs(got.stages[1]["first_loss"] - LN2) < 1e-5
 
 
+def test_a_function_and_the_prompts_that_are_answered(tmp_path):
+    "Every model answers what S answered, though later chunks bring other prompts; an answer stands under its own prompt, also in an older folder."
+    got = run(tmp_path / "run", chunks=lambda t, model: rows(("primer", "digest")[t-1], 8) if t <= 2 else None)
+    said = [json.loads((got.folder / f / "answers.json").read_text()) for f in ("base", "stage-1", "stage-2")]
+    assert len({tuple(s["prompts"]) for s in said}) == 1
+    path, text = got.folder / "stage-2" / "answers.json", report._answers_text(got)
+    path.write_text(json.dumps({name: part[::-1] for name, part in said[2].items()}))
+    assert report._answers_text(got) == text
+    path.write_text(json.dumps(dict(prompts=["another"], answers=["x"])))
+    assert "after stage 2" in "".join(text) and "after stage 2" not in "".join(report._answers_text(got))
+
+
 def test_a_function_and_a_fixed_reference(tmp_path, S_hash):
     "S has not seen the pairs that the function makes for stage 2, and is asked about them then."
     data = [rows("primer", 12), rows("digest", 24)]
@@ -451,16 +486,17 @@ def test_a_loaded_bf16_model_may_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("sources, said", [(["a.jsonl"], "sources"), ("a.jsonl", "sources"), (None, "sources"), ({"a": dict(source=TWO["primer"], colums={})}, "'a'.*columns.*colums"),
-                                           ({"a": dict(columns={})}, "'a'.*source")])
+                                           ({"a": dict(columns={})}, "'a'.*source"), ({"a": dict(source=TWO["primer"], columns=["prompt"])}, "'a': columns must be"),
+                                           ({"a": Source("a", tokenize_pairs(load_pairs(TWO["primer"]), load_tokenizer(BASE)).pairs.select([]), {})}, "'a': no pairs")])
 def test_sources_of_the_wrong_shape(tmp_path, sources, said):
     with pytest.raises(ValueError, match=said): run(tmp_path / "run", sources)
 
 
 def test_rows_files_and_tokenised_sources_are_the_same(tmp_path):
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from tiny import write_jsonl
     ways = dict(rows=TWO, files={n: str(write_jsonl(tmp_path / f"{n}.jsonl", d)) for n, d in TWO.items()},
-                dataset={n: Dataset.from_list(d) for n, d in TWO.items()},
+                dataset={n: Dataset.from_list(d) for n, d in TWO.items()}, splits={n: DatasetDict(train=Dataset.from_list(d)) for n, d in TWO.items()},
                 renamed={n: dict(source=[dict(question=r["prompt"], chosen=r["chosen"], rejected=r["rejected"]) for r in d], columns={"question": "prompt"}) for n, d in TWO.items()})
     assert len({run(tmp_path / n, sources).stages[1]["end"] for n, sources in ways.items()}) == 1
 
@@ -628,6 +664,12 @@ def test_two_sources_of_one_name_are_refused(tmp_path):
     tok = load_tokenizer(load_world().base)
     one = plan.load_sources(dict(inner=TWO["primer"][:8]), tok, StepwiseConfig(**SETTINGS))[0]
     with pytest.raises(ValueError, match="two of them are called 'inner'"): sdpo(BASE, dict(a=one, b=one), StepwiseConfig(**SETTINGS), tmp_path / "run")
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    "In JSON it would be another one, found out when everything is trained."
+    with pytest.raises(ValueError, match="the name 2023 is no text"): run(tmp_path / "run", {2023: TWO["primer"]})
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("how", ["python", "file"])
