@@ -894,7 +894,7 @@ ev = read_evidence(run.folder)
 # %% [markdown]
 # ## With the data
 #
-# Tables have keys, not texts. Which pairs stand behind the keys? A key is a hash of the token ids of a pair, so whoever has the data and the tokenizer computes the keys again. Split, columns and the other options of a source are taken from `config.yaml`; only where the data lie has to be said. A held-out source of its own is not in `config.yaml`: give it with its options, as the run had them.
+# Tables have keys, not texts. Which pairs stand behind the keys? A key is a hash of the token ids of a pair, so whoever has the data and the tokenizer computes the keys again. Split, columns and the other options of a source are taken from `config.yaml`; only where the data lie has to be said. The options of a held-out source of its own are not taken from there: give it with them, as the run had it.
 
 # %%
 #| export

@@ -1196,7 +1196,7 @@ for grid in LADDERS: print(f"{len(measured_on_ladders(grid))} arms to compare", 
 #
 #   <details><summary>What you should see</summary>
 #
-#   `METHODS["smooth"] = dict(chunks=1, label_smoothing=0.1)`, then `len(search_cells())`: 402 for 346, that is 7 x 4 settings in two worlds. At a quarter of a minute each they take about fifteen minutes; `run_grid` runs them.
+#   `METHODS["smooth"] = dict(chunks=1, label_smoothing=0.1)`, then `len(search_cells())`: 402 for 346, that is 7 x 4 settings in two worlds. To run them, write the method into the page on [one run](cells.ipynb): the processes that run cells know the package, and not your notebook.
 #
 #   </details>
 # - Take one world instead of ten in the cell with the hundred pairs of methods. What happens to the words?
