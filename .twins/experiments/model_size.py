@@ -163,6 +163,6 @@ if found:
 #
 #   <details><summary>What you should see</summary>
 #
-#   In about one of eight trials, not in one of twenty.
+#   In about one of seven trials, not in one of twenty.
 #
 #   </details>

@@ -794,7 +794,7 @@ if __name__ == "__main__" and __spec__:
 # ## What this does not show
 #
 # - The worlds are tiny: a model of 340 thousand parameters and four string skills. What holds here need not hold for a large model.
-# - One search chose the settings for all ten worlds. How much another search would have changed is in no interval.
+# - One search chose the settings for all ten worlds. How much another search would have changed is in no interval; [tuned elsewhere](tuned_elsewhere.ipynb) made another, and there it was the learning rate of DPO.
 # - Each method runs at its own best settings. What one switch does at fixed settings is on the page [why it works](why_it_works.ipynb).
 #
 # ## What you now have
