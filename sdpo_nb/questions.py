@@ -460,14 +460,11 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
 MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
 
 def model_size_ladders() -> dict: # arm -> Ladder
-    "DPO and sDPO in worlds whose S has another size; as the width grows, the rates fall."
+    "DPO and sDPO, in worlds whose S has another size."
     of_the_llama = elsewhere_ladders()
     ladders = {}
-    for body, width in MODEL_SIZES.items():
-        for method in ("DPO", "sDPO"):
-            known = of_the_llama[method]
-            rates = tuple(round(lr * 96 / width, 9) for lr in known.rates)
-            ladders[f"{body}, {method}"] = replace(known, rates=rates, body=body)
+    for body in MODEL_SIZES:
+        for method in ("DPO", "sDPO"): ladders[f"{body}, {method}"] = replace(of_the_llama[method], body=body)
     return ladders
 
 LADDERS = { # grid -> function that makes its ladders

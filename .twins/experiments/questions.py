@@ -746,7 +746,7 @@ beta, round(reward, 3)
 
 
 # %% [markdown]
-# Now the arms of five pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [When sizes differ](when_sizes_differ.ipynb) has a source five times as large as the other. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives. [Model size](model_size.ipynb) has an S of 86 thousand to 5.3 million parameters. A rate that suits a small model is too large for a large one: as a rule of thumb, the best rate of Adam is inversely proportional to the width ([Yang et al. 2022](https://arxiv.org/abs/2203.03466)), so its two rates are divided by the width.
+# Now the arms of five pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [When sizes differ](when_sizes_differ.ipynb) has a source five times as large as the other. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives. [Model size](model_size.ipynb) has an S of 86 thousand to 5.3 million parameters. Its rates are the same for all sizes, and that page says why.
 
 # %%
 #| export
@@ -830,14 +830,11 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
 MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
 
 def model_size_ladders() -> dict: # arm -> Ladder
-    "DPO and sDPO in worlds whose S has another size; as the width grows, the rates fall."
+    "DPO and sDPO, in worlds whose S has another size."
     of_the_llama = elsewhere_ladders()
     ladders = {}
-    for body, width in MODEL_SIZES.items():
-        for method in ("DPO", "sDPO"):
-            known = of_the_llama[method]
-            rates = tuple(round(lr * 96 / width, 9) for lr in known.rates)
-            ladders[f"{body}, {method}"] = replace(known, rates=rates, body=body)
+    for body in MODEL_SIZES:
+        for method in ("DPO", "sDPO"): ladders[f"{body}, {method}"] = replace(of_the_llama[method], body=body)
     return ladders
 
 LADDERS = { # grid -> function that makes its ladders
