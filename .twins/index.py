@@ -103,6 +103,12 @@ said = { # claim -> what the text above says of it
     "sDPO is better than DPO at one $\\beta$ and rate, the best for DPO": "-0.052",
     "sDPO is better than DPO at one $\\beta$ and rate, the best for sDPO": "+0.041",
     "a stage that starts at $M_{t-1}$ is better than one that starts at S (figure 3)": "+0.062",
+    "sDPO is better than DPO, tuned and measured in new worlds": "+0.007 [-0.004, +0.018]",
+    "sDPO is better than DPO at its rate, tuned and measured in new worlds": "-0.001 [-0.006, +0.004]",
+    "TR-DPO with a soft update is better than DPO": "+0.014 [+0.007, +0.022]",
+    "TR-DPO with a soft update is better than DPO at a third of its rate": "+0.007 [-0.002, +0.014]",
+    "easy to hard is better than hard to easy by multiple choice, where hard sources have bad labels":
+        "-0.020 [-0.028, -0.012]",
 }
 for claim, number in said.items(): assert table.set_index("claim").loc[claim, "what we found"].startswith(number), claim
 found = pd.concat([table[real].set_index("claim"), table[~real].set_index("claim").loc[tiny]])
