@@ -12,9 +12,10 @@ __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMAR
            'finite_data_apart_grid', 'finite_data_three_passes_grid', 'why_it_works_grid', 'paper_in_miniature_grid',
            'how_to_partition_grid', 'stage_by_stage_grid', 'new_domain_grid', 'with_new_data_grid', 'body_search_cells',
            'start_cells', 'chosen_for_body', 'which_architecture_grid', 'top_of_ladder', 'Ladder', 'order_ladders',
-           'builds_on_ladders', 'size_ladders', 'elsewhere_ladders', 'model_size_ladders', 'ladder_cells',
-           'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'answer_together', 'by_outcome',
-           'untested_differences', 'as_formulas', 'grid_cells', 'all_cells_of', 'load_grid', 'measured_on_ladders']
+           'builds_on_ladders', 'size_ladders', 'elsewhere_ladders', 'model_size_ladders', 'choice_cells',
+           'ladder_cells', 'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'answer_together', 'answers_table',
+           'by_outcome', 'untested_differences', 'as_formulas', 'grid_cells', 'all_cells_of', 'load_grid',
+           'measured_on_ladders']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -24,7 +25,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from .bodies import BODIES, SEARCH_WORLDS
+from .bodies import BODIES, SEARCH_WORLDS, SIZES
 from .cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
 from .compare import SAME, check_same_draws, outcome_values, reward_at_kl
 from .compare import tested_differences, verdict, weighted_sum
@@ -457,7 +458,7 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
     ladders["DPO, smaller rate"] = Ladder("DPO", _betas(low["DPO"]), rates[:1])
     return ladders
 
-MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
+MODEL_SIZES = sorted(["llama", *SIZES], key=lambda body: SIZES.get(body, 96)) # bodies, from narrow to wide
 
 def model_size_ladders() -> dict: # arm -> Ladder
     "DPO and sDPO, in worlds whose S has another size."
@@ -477,16 +478,21 @@ LADDERS = { # grid -> function that makes its ladders
 CHOICE_WORLDS = range(11, 16)
 OTHER_CHOICE_WORLDS = {"model_size": (14, 15)}      # it measures in worlds 11 to 13
 
+def choice_cells(
+    grid: str,       # of LADDERS
+    rung: Condition,
+) -> list[Cell]:
+    "A rung in the worlds in which settings of this grid are chosen, with one seed."
+    return rung.cells(OTHER_CHOICE_WORLDS.get(grid, CHOICE_WORLDS), (0,))
+
 def ladder_cells(
     grid: str, # of LADDERS
 ) -> list[Cell]:
     "Every rung of every arm, in the worlds in which settings are chosen."
     cells = []
     for ladder in LADDERS[grid]().values():
-        for beta, lr in itertools.product(ladder.betas, ladder.rates): cells += _choice_cells(grid, ladder.rung(beta, lr))
+        for beta, lr in itertools.product(ladder.betas, ladder.rates): cells += choice_cells(grid, ladder.rung(beta, lr))
     return cells
-
-def _choice_cells(grid, rung): return rung.cells(OTHER_CHOICE_WORLDS.get(grid, CHOICE_WORLDS), (0,))
 
 def choose_on_ladders(
     grid: str,          # of LADDERS
@@ -496,7 +502,7 @@ def choose_on_ladders(
     A rate whose best rung is more than the margin below that of the other needs no top.
     Raises ValueError where a top that is needed lies at an end."""
     rewards = dict(zip(rows["key"], rows["sampled"].map(np.mean)))
-    def reward_at(rung): return np.mean([rewards[cell.key] for cell in _choice_cells(grid, rung)])
+    def reward_at(rung): return np.mean([rewards[cell.key] for cell in choice_cells(grid, rung)])
 
     chosen = {}
     for arm, ladder in LADDERS[grid]().items():
@@ -575,6 +581,13 @@ def answer_together(
     check_same_draws(found)                                 # of arms that no question names, too
     table = tested_differences({question: weighted_sum(arms, found) for question, arms in questions.items()})
     return table.assign(verdict=[verdict(answer) for _, answer in table.iterrows()])
+
+def answers_table(
+    answers: pd.DataFrame, # of `answer_together`
+) -> pd.DataFrame:         # a question a row: mean, interval, both corrected p-values, verdict
+    "What a page shows of the answers."
+    shown = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
+    return answers.set_index("question")[shown].round(3)
 
 UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
 

@@ -36,8 +36,8 @@ import pandas as pd
 from sdpo_nb.cells import Exam, prompts_of_split, stored_rows
 from sdpo_nb.compare import outcome_values, plot_contrasts, weighted_sum
 from sdpo_nb.evaluate import as_text, interval
-from sdpo_nb.questions import BUILDS_ON_QUESTIONS, CHOICE_WORLDS, answer_together, as_formulas
-from sdpo_nb.questions import builds_on_ladders, by_outcome, ladder_cells, measured_on_ladders
+from sdpo_nb.questions import BUILDS_ON_QUESTIONS, answer_together, answers_table, as_formulas, builds_on_ladders
+from sdpo_nb.questions import by_outcome, choice_cells, ladder_cells, measured_on_ladders
 from sdpo_nb.questions import untested_differences
 from sdpo_nb.world import load_base, load_world
 
@@ -75,8 +75,7 @@ with pd.option_context("display.max_colwidth", None): display(as_formulas(BUILDS
 # %%
 found = measured_on_ladders("builds_on")
 answers = answer_together(BUILDS_ON_QUESTIONS, found)
-columns = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
-display(answers.set_index("question")[columns].round(3))
+display(answers_table(answers))
 plot_contrasts(answers, sides=("better: the second", "better: the first"));
 
 # %%
@@ -122,7 +121,7 @@ rewards = stored_rows(ladder_cells("builds_on")).set_index("key")["sampled"].map
 
 def in_choice_worlds(arm, beta): # mean reward in each of the five
     rung = builds_on_ladders()[arm].rung(beta, 1e-4)
-    return np.array([rewards[cell.key] for cell in rung.cells(CHOICE_WORLDS, (0,))])
+    return np.array([rewards[cell.key] for cell in choice_cells("builds_on", rung)])
 
 rungs = {}
 for beta in builds_on_ladders()["own first, moving"].betas:

@@ -39,7 +39,7 @@ from sdpo_nb.bodies import SIZES, make_body
 from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import SAME, equality_test, outcome_values, paired_difference
 from sdpo_nb.evaluate import as_text
-from sdpo_nb.questions import MODEL_SIZES, measured_on_ladders, model_size_ladders
+from sdpo_nb.questions import MODEL_SIZES, OTHER_DRAWS, choice_cells, measured_on_ladders, model_size_ladders
 from sdpo_nb.world import make_model, make_tokenizer
 
 # %% [markdown]
@@ -50,8 +50,10 @@ from sdpo_nb.world import make_model, make_tokenizer
 # %%
 tokenizer = make_tokenizer()
 def model_of(body): return make_body(body, tokenizer) if body in SIZES else make_model(tokenizer)
-parameters = {body: model_of(body).num_parameters() for body in MODEL_SIZES}
-pd.DataFrame({"width": MODEL_SIZES, "parameters": parameters}).map("{:,}".format)
+models = {body: model_of(body) for body in MODEL_SIZES}
+parameters = {body: model.num_parameters() for body, model in models.items()}
+widths = {body: model.config.hidden_size for body, model in models.items()}
+pd.DataFrame({"width": widths, "parameters": parameters}).map("{:,}".format)
 
 # %% [markdown]
 # ## The question
@@ -68,8 +70,8 @@ for body in ("llama-48", "llama-192"):
     for method in ("DPO", "sDPO"):
         ladder = ladders[f"{body}, {method}"]
         for lr in ladder.rates:
-            scaled = round(lr * 96 / MODEL_SIZES[body], 9)
-            rungs = [stored_rows(ladder.rung(beta, scaled).cells((14, 15), (0,))) for beta in ladder.betas]
+            scaled = round(lr * 96 / widths[body], 9)
+            rungs = [stored_rows(choice_cells("model_size", ladder.rung(beta, scaled))) for beta in ladder.betas]
             tried[body, f"rate {scaled:g}"] = tried.get((body, f"rate {scaled:g}"), {}) | {
                 method: max(np.mean([np.mean(rewards) for rewards in rows["sampled"]]) for rows in rungs)}
 tried = pd.DataFrame(tried).T
@@ -84,8 +86,9 @@ tried.round(3)
 # *What can it see?* The twelve differences are not quite independent. All three of a size share what was chosen for that size, and a choice is never exact. We draw them many times: 0.016 of scatter between worlds and seeds, as the protocol found, and 0.004 from the choice. How often is a true slope found, and how often is it called equal?
 
 # %%
-widths = np.array(list(parameters.values()))
-x = np.log10(np.repeat(widths, 3))
+sizes = np.array(list(parameters.values()))
+worlds = len(OTHER_DRAWS["model_size"][0])
+x = np.log10(np.repeat(sizes, worlds))
 
 def slope_of(differences): # (sizes x worlds,); the change for ten times as many parameters
     line = linregress(x, differences)
@@ -93,7 +96,7 @@ def slope_of(differences): # (sizes x worlds,); the change for ten times as many
 
 rng = np.random.default_rng(0)
 def words(slope):
-    of_choice = np.repeat(rng.normal(0, 0.004, len(widths)), 3)
+    of_choice = np.repeat(rng.normal(0, 0.004, len(sizes)), worlds)
     _, answer = slope_of(slope * x + of_choice + rng.normal(0, 0.016, len(x)))
     return answer["p"] < 0.05, answer["p_equal"] < 0.05
 
@@ -120,7 +123,7 @@ if found:
     scatter = np.mean([d.var(ddof=1) for d in differences.values()]) ** 0.5     # between worlds, common to all sizes
     table = {}
     for body, d in differences.items():
-        own = equality_test(d.mean(), scatter / 3 ** 0.5, 2 * len(differences), SAME)
+        own = equality_test(d.mean(), scatter / worlds ** 0.5, (worlds - 1) * len(differences), SAME)
         table[body] = {"parameters": parameters[body], "low": own["low"], "mean": own["mean"], "high": own["high"]}
         for method in ("DPO", "sDPO"):
             rows = found[f"{body}, {method}"]
@@ -136,15 +139,15 @@ if found:
     fig, (levels, ax) = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
     for method, color in (("DPO", "C0"), ("sDPO", "C1")):
         values = np.array([outcome_values(found[f"{body}, {method}"], "sampled").mean((1, 2)) for body in MODEL_SIZES])
-        levels.plot(widths, values.mean(1), "o-", color=color, label=method)
-        levels.plot(widths, values, "o", color=color, ms=3, alpha=0.5)
+        levels.plot(sizes, values.mean(1), "o-", color=color, label=method)
+        levels.plot(sizes, values, "o", color=color, ms=3, alpha=0.5)
     levels.set(xscale="log", xlabel="parameters", ylabel="true reward, sampled")
     levels.legend()
     ax.axhspan(-SAME, SAME, color="0.9", lw=0)
-    ax.vlines(widths, table["low"], table["high"], color="C1")
-    ax.plot(widths, table["mean"], "o", color="C1")
-    ax.plot(widths, np.array(list(differences.values())), "o", color="C1", ms=3, alpha=0.5)
-    ends = widths[[0, -1]]
+    ax.vlines(sizes, table["low"], table["high"], color="C1")
+    ax.plot(sizes, table["mean"], "o", color="C1")
+    ax.plot(sizes, np.array(list(differences.values())), "o", color="C1", ms=3, alpha=0.5)
+    ends = sizes[[0, -1]]
     ax.plot(ends, line.intercept + line.slope * np.log10(ends), color="0.4", ls="--")
     ax.set(xscale="log", xlabel="parameters", ylabel="sDPO minus DPO")
 

@@ -39,7 +39,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import argparse, json, os, random, tempfile
+import argparse, os, random, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,7 @@ from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
 from sdpo_nb.cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, loss_roughness, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
+from sdpo_nb.logprobs import write_json
 from sdpo_nb.questions import BUILDS_ON_QUESTIONS, ELSEWHERE_QUESTIONS, ORDER_QUESTIONS, SIZE_QUESTIONS
 from sdpo_nb.questions import GRIDS, LADDERS, SEARCHES, WORLDS, answer_together
 from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
@@ -718,11 +719,6 @@ def _print_small():
         rows = run_grid(small_cells(), folder, "small")
     print(rows[["method", "tokens", "seconds"]].to_string())
 
-def _write_json(name, content): # in full or not at all
-    unfinished = RESULTS / f"{name}.tmp"
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, RESULTS / name)
-
 def _run_and_store(what):
     cells = all_cells_of(what)
     if not cells: raise SystemExit(f"{what}: no settings yet; `python -m sdpo_nb.experiments choose_{what}` chooses them")
@@ -732,8 +728,8 @@ def _run_and_store(what):
     if what.startswith("choose_"):
         grid = what.removeprefix("choose_")
         tuned = {name: chosen_on_ladders(name) for name in LADDERS} | {grid: choose_on_ladders(grid, rows)}
-        _write_json("tuned.json", tuned)
-    if what == "search": _write_json("choices.json", choose_settings(rows))
+        write_json(RESULTS / "tuned.json", tuned)
+    if what == "search": write_json(RESULTS / "choices.json", choose_settings(rows))
 
 def run_experiment(
     what: str, # small, again, frontiers, or a name in SEARCHES or GRIDS

@@ -36,7 +36,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from sdpo_nb.bodies import BODIES, SEARCH_WORLDS
+from sdpo_nb.bodies import BODIES, SEARCH_WORLDS, SIZES
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
 from sdpo_nb.compare import SAME, check_same_draws, outcome_values, reward_at_kl
 from sdpo_nb.compare import tested_differences, verdict, weighted_sum
@@ -827,7 +827,7 @@ def elsewhere_ladders() -> dict: # arm -> Ladder
     ladders["DPO, smaller rate"] = Ladder("DPO", _betas(low["DPO"]), rates[:1])
     return ladders
 
-MODEL_SIZES = {"llama-48": 48, "llama": 96, "llama-192": 192, "llama-384": 384} # body -> width
+MODEL_SIZES = sorted(["llama", *SIZES], key=lambda body: SIZES.get(body, 96)) # bodies, from narrow to wide
 
 def model_size_ladders() -> dict: # arm -> Ladder
     "DPO and sDPO, in worlds whose S has another size."
@@ -847,16 +847,21 @@ LADDERS = { # grid -> function that makes its ladders
 CHOICE_WORLDS = range(11, 16)
 OTHER_CHOICE_WORLDS = {"model_size": (14, 15)}      # it measures in worlds 11 to 13
 
+def choice_cells(
+    grid: str,       # of LADDERS
+    rung: Condition,
+) -> list[Cell]:
+    "A rung in the worlds in which settings of this grid are chosen, with one seed."
+    return rung.cells(OTHER_CHOICE_WORLDS.get(grid, CHOICE_WORLDS), (0,))
+
 def ladder_cells(
     grid: str, # of LADDERS
 ) -> list[Cell]:
     "Every rung of every arm, in the worlds in which settings are chosen."
     cells = []
     for ladder in LADDERS[grid]().values():
-        for beta, lr in itertools.product(ladder.betas, ladder.rates): cells += _choice_cells(grid, ladder.rung(beta, lr))
+        for beta, lr in itertools.product(ladder.betas, ladder.rates): cells += choice_cells(grid, ladder.rung(beta, lr))
     return cells
-
-def _choice_cells(grid, rung): return rung.cells(OTHER_CHOICE_WORLDS.get(grid, CHOICE_WORLDS), (0,))
 
 def choose_on_ladders(
     grid: str,          # of LADDERS
@@ -866,7 +871,7 @@ def choose_on_ladders(
     A rate whose best rung is more than the margin below that of the other needs no top.
     Raises ValueError where a top that is needed lies at an end."""
     rewards = dict(zip(rows["key"], rows["sampled"].map(np.mean)))
-    def reward_at(rung): return np.mean([rewards[cell.key] for cell in _choice_cells(grid, rung)])
+    def reward_at(rung): return np.mean([rewards[cell.key] for cell in choice_cells(grid, rung)])
 
     chosen = {}
     for arm, ladder in LADDERS[grid]().items():
@@ -915,7 +920,7 @@ def invented_choice(shift): # rows of every rung; the best is `shift` octaves ab
     for arm, ladder in LADDERS["when_order_matters"]().items():
         for beta, lr in itertools.product(ladder.betas, ladder.rates):
             octaves = np.log2(beta / ladder.betas[2]) - shift
-            for cell in ladder.rung(beta, lr).cells(CHOICE_WORLDS, (0,)):
+            for cell in choice_cells("when_order_matters", ladder.rung(beta, lr)):
                 rows.append(dict(key=cell.key, sampled=[0.8 - 0.02 * octaves ** 2]))
     return pd.DataFrame(rows)
 
@@ -979,6 +984,13 @@ def answer_together(
     table = tested_differences({question: weighted_sum(arms, found) for question, arms in questions.items()})
     return table.assign(verdict=[verdict(answer) for _, answer in table.iterrows()])
 
+def answers_table(
+    answers: pd.DataFrame, # of `answer_together`
+) -> pd.DataFrame:         # a question a row: mean, interval, both corrected p-values, verdict
+    "What a page shows of the answers."
+    shown = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
+    return answers.set_index("question")[shown].round(3)
+
 UNTESTED = {"sampled": "reward", "greedy": "greedy", "choice": "multiple choice", "kl": "KL from S (nats)"}
 
 def by_outcome(
@@ -1022,7 +1034,7 @@ for grid, questions in asked.items():
 found = {"A": invented_rows(0.9), "B": invented_rows(0.8), "C": invented_rows(0.8)}
 answers = answer_together({"is A better than B?": {"A": 1, "B": -1}, "and C than B?": {"C": 1, "B": -1}}, found)
 assert answers["verdict"].tolist() == ["better", "equal"]
-answers[["question", "mean", "low", "high", "holm", "holm_equal", "verdict"]].round(3)
+answers_table(answers)
 
 # %%
 outcomes = dict.fromkeys(("greedy", "choice", "kl"))

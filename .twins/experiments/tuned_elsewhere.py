@@ -35,7 +35,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 import pandas as pd
 from sdpo_nb.compare import difference_intervals, paired_difference, plot_contrasts, sign_flip_p_value
-from sdpo_nb.questions import ELSEWHERE_QUESTIONS, answer_together, as_formulas, elsewhere_ladders
+from sdpo_nb.questions import ELSEWHERE_QUESTIONS, answer_together, answers_table, as_formulas, elsewhere_ladders
 from sdpo_nb.questions import load_grid, measured_on_ladders, untested_differences
 
 # %% [markdown]
@@ -89,8 +89,7 @@ pd.DataFrame(plan).T
 # %%
 found = measured_on_ladders("tuned_elsewhere")
 answers = answer_together(ELSEWHERE_QUESTIONS, found)
-columns = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
-display(answers.set_index("question")[columns].round(3))
+display(answers_table(answers))
 plot_contrasts(answers, sides=("better: the second", "better: the first"));
 
 # %% [markdown]

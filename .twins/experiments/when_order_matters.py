@@ -34,7 +34,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 import numpy as np
 import pandas as pd
 from sdpo_nb.compare import holm_p_values, plot_contrasts, sign_flip_p_value
-from sdpo_nb.questions import ORDER_QUESTIONS, answer_together, as_formulas, by_outcome, measured_on_ladders
+from sdpo_nb.questions import ORDER_QUESTIONS, answer_together, answers_table, as_formulas, by_outcome, measured_on_ladders
 from sdpo_nb.questions import untested_differences
 
 # %% [markdown]
@@ -93,8 +93,7 @@ power.round(2)
 # %%
 found = measured_on_ladders("when_order_matters")
 answers = answer_together(ORDER_QUESTIONS, found)
-columns = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
-display(answers.set_index("question")[columns].round(3))
+display(answers_table(answers))
 plot_contrasts(answers, sides=("better: the second", "better: the first"))
 noisy = {arm: rows for arm, rows in found.items() if not arm.endswith("without noise")}
 display(untested_differences(noisy, "all at once"))

@@ -32,7 +32,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 # %%
 import pandas as pd
 from sdpo_nb.compare import plot_contrasts
-from sdpo_nb.questions import SIZE_QUESTIONS, answer_together, as_formulas, measured_on_ladders
+from sdpo_nb.questions import SIZE_QUESTIONS, answer_together, answers_table, as_formulas, measured_on_ladders
 from sdpo_nb.questions import untested_differences
 
 # %% [markdown]
@@ -64,8 +64,7 @@ with pd.option_context("display.max_colwidth", None): display(as_formulas(SIZE_Q
 # %%
 found = measured_on_ladders("when_sizes_differ")
 answers = answer_together(SIZE_QUESTIONS, found)
-columns = ["mean", "low", "high", "holm", "holm_equal", "verdict"]
-display(answers.set_index("question")[columns].round(3))
+display(answers_table(answers))
 plot_contrasts(answers, sides=("better: the second", "better: the first"))
 display(untested_differences(found, "all at once"))
 
