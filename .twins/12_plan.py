@@ -693,10 +693,14 @@ def read_sources(
     tokenizer,      # of the model
     config: StepwiseConfig, # its lengths and eval_share count
 ) -> tuple[list[Source], list[Source]]: # to train on, held out
-    "What is trained on, and what is held out of it or comes as sources of its own."
+    """What is trained on, and what is held out of it or comes as sources of its own.
+    Raises ValueError for a held-out source with an eval_share."""
     train, held = [], []
     if not callable(config.chunks):
         train, held = part_sources(load_sources(sources, tokenizer, config), sources, config)
+    for name, what in (held_out or {}).items():
+        if isinstance(what, dict) and "eval_share" in what:
+            raise ValueError(f"held_out, source '{name}': every pair of it is held out; leave out its eval_share")
     if held_out: held += load_sources(held_out, tokenizer, config, "held_out")
     return train, held
 
