@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'SAME', 'outcome_values', 'check_same_draws', 'weighted_sum', 'paired_difference', 'difference_intervals',
            'outcome_means', 'plot_contrasts', 'plot_outcomes', 'sign_flip_p_value', 'holm_p_values', 'equality_test',
-           'equality_of', 'with_holm', 'verdict', 'tested_differences', 'standard_deviations', 'reward_at_kl',
-           'loss_roughness']
+           'equality_of', 'with_holm', 'verdict', 'slope_test', 'tested_differences', 'standard_deviations',
+           'reward_at_kl', 'loss_roughness']
 
 # %% ../nbs/experiments/compare.ipynb #a859dacf
 import itertools
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from scipy.stats import t as student
+from scipy.stats import linregress, t as student
 
 from .evaluate import as_text, interval, stability
 
@@ -208,6 +208,17 @@ def verdict(
     if not different: return "equal" if equal else "we cannot tell"
     direction = "better" if answer["mean"] > 0 else "worse"
     return f"{direction}, but little" if equal else direction
+
+# %% ../nbs/experiments/compare.ipynb #f2cde346
+def slope_test(
+    x,              # (n,) of points; three or more
+    y,              # (n,) of the same points
+    margin: float,  # a slope that is too small to count
+) -> dict:          # of the slope, as `equality_test` has it; p, that it is not 0; and the intercept of the line
+    "A straight line through points, and how sure its slope is."
+    line = linregress(x, y)
+    answer = equality_test(line.slope, line.stderr, len(x) - 2, margin)
+    return answer | dict(p=line.pvalue, intercept=line.intercept)
 
 # %% ../nbs/experiments/compare.ipynb #ecbebcc9
 def tested_differences(

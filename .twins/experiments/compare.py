@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from scipy.stats import t as student
+from scipy.stats import linregress, t as student
 
 from sdpo_nb.evaluate import as_text, interval, stability
 
@@ -473,6 +473,31 @@ assert verdict(far | dict(holm=0.01, holm_equal=far["p_equal"])) == "better"
 
 
 # %% [markdown]
+# A question may also be about a trend: does the difference grow with the size of the model? Then a straight line goes through one point for each size and world, and both tests are made of its slope. Two points fewer are free, as the line has two numbers.
+
+# %%
+#| export
+def slope_test(
+    x,              # (n,) of points; three or more
+    y,              # (n,) of the same points
+    margin: float,  # a slope that is too small to count
+) -> dict:          # of the slope, as `equality_test` has it; p, that it is not 0; and the intercept of the line
+    "A straight line through points, and how sure its slope is."
+    line = linregress(x, y)
+    answer = equality_test(line.slope, line.stderr, len(x) - 2, margin)
+    return answer | dict(p=line.pvalue, intercept=line.intercept)
+
+
+# %%
+sizes = np.repeat([5., 5.5, 6., 6.5], 3)                   # logarithms
+scatter = np.random.default_rng(0).normal(0, 0.01, 12)
+flat, steep = (slope_test(sizes, slope * sizes + scatter, SAME) for slope in (0., 0.03))
+assert flat["p_equal"] < 0.05 < flat["p"] and steep["p"] < 0.05 < steep["p_equal"]
+assert (steep["low"] > 0) == (steep["p"] < 0.05) and np.isclose(steep["mean"] - flat["mean"], 0.03)
+pd.DataFrame({"flat": flat, "steep": steep}).T[["mean", "low", "high", "p", "p_equal"]].round(3)
+
+
+# %% [markdown]
 # All together: one table with differences, intervals, p-values and their correction.
 
 # %%
@@ -681,6 +706,7 @@ table.round(3)
 #
 # - `paired_difference` and `difference_intervals`: two methods where both were asked the same, with an interval that knows about worlds, seeds and prompts.
 # - `sign_flip_p_value` and `holm_p_values`: how often chance would do that, for one question and for many.
+# - `equality_test` and `slope_test`: how sure we are that a difference is too small to count, and that it does not grow.
 # - `plot_contrasts`: a picture with a band in which a difference is too small to count.
 # - `reward_at_kl`: a comparison at equal distance from S.
 # - `loss_roughness`: how much a loss jumps.

@@ -34,10 +34,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from scipy.stats import linregress
 from sdpo_nb.bodies import SIZES, make_body
 from sdpo_nb.cells import stored_rows
-from sdpo_nb.compare import SAME, equality_test, outcome_values, paired_difference
+from sdpo_nb.compare import SAME, equality_test, outcome_values, paired_difference, slope_test
 from sdpo_nb.evaluate import as_text
 from sdpo_nb.questions import MODEL_SIZES, OTHER_DRAWS, choice_cells, measured_on_ladders, model_size_ladders
 from sdpo_nb.world import make_model, make_tokenizer
@@ -90,14 +89,10 @@ sizes = np.array(list(parameters.values()))
 worlds = len(OTHER_DRAWS["model_size"][0])
 x = np.log10(np.repeat(sizes, worlds))
 
-def slope_of(differences): # (sizes x worlds,); the change for ten times as many parameters
-    line = linregress(x, differences)
-    return line, equality_test(line.slope, line.stderr, len(x) - 2, SAME) | dict(p=line.pvalue)
-
 rng = np.random.default_rng(0)
 def words(slope):
     of_choice = np.repeat(rng.normal(0, 0.004, len(sizes)), worlds)
-    _, answer = slope_of(slope * x + of_choice + rng.normal(0, 0.016, len(x)))
+    answer = slope_test(x, slope * x + of_choice + rng.normal(0, 0.016, len(x)), SAME)
     return answer["p"] < 0.05, answer["p_equal"] < 0.05
 
 power = {slope: np.mean([words(slope) for _ in range(500)], axis=0) for slope in (0., 0.01, 0.02, 0.03)}
@@ -119,7 +114,7 @@ if found:
     differences = {}
     for body in MODEL_SIZES:
         differences[body] = paired_difference(found[f"{body}, sDPO"], found[f"{body}, DPO"]).mean((1, 2))
-    line, answer = slope_of(np.concatenate(list(differences.values())))
+    answer = slope_test(x, np.concatenate(list(differences.values())), SAME) # for ten times as many parameters
     scatter = np.mean([d.var(ddof=1) for d in differences.values()]) ** 0.5     # between worlds, common to all sizes
     table = {}
     for body, d in differences.items():
@@ -148,7 +143,7 @@ if found:
     ax.plot(sizes, table["mean"], "o", color="C1")
     ax.plot(sizes, np.array(list(differences.values())), "o", color="C1", ms=3, alpha=0.5)
     ends = sizes[[0, -1]]
-    ax.plot(ends, line.intercept + line.slope * np.log10(ends), color="0.4", ls="--")
+    ax.plot(ends, answer["intercept"] + answer["mean"] * np.log10(ends), color="0.4", ls="--")
     ax.set(xscale="log", xlabel="parameters", ylabel="sDPO minus DPO")
 
 # %% [markdown]
