@@ -350,7 +350,7 @@ pd.DataFrame(rows, columns=["y", "y'", "r(y)", "r(y')", "share counted", "equati
 #
 # $$\pi^*(y|x) = \frac{S(y|x)\, e^{k\,r(x,y)/\beta}}{Z(x)}, \qquad Z(x) = \sum_y S(y|x)\, e^{k\,r(x,y)/\beta} \tag{3}$$
 #
-# Only the quotient $k/\beta$ enters: labels twice as reliable are to the best policy what half the leash is. Each answer starts with the probability that $S$ gives it, and is multiplied up by its reward. $Z(x)$, one number for each prompt, makes the sum 1 again. In logarithms
+# Only the quotient $k/\beta$ enters: doubling $k$ does to the best policy what halving $\beta$ does. Each answer starts with the probability that $S$ gives it, and is multiplied up by its reward. $Z(x)$, one number for each prompt, makes the sum 1 again. In logarithms
 # we add, and `log_softmax` takes care of $Z$.
 
 # %%
@@ -602,6 +602,7 @@ for b, smoothing in ((0.1, 0.), (2., 0.), (0.1, 0.3)):
 # %% [markdown]
 # In the enumerable world we need no data set. The mean over all comparisons in (6) is a sum over all pairs of responses, weighted by how often $i$ beats $j$.
 # We call these weights `wins`. They are all that a data set can tell the loss; a pair that nobody compared has a zero in both places.
+# (A response that is compared with itself wins half the time. That adds $\ln 2$ to the sum and moves nothing.)
 
 # %%
 #| export

@@ -18,7 +18,7 @@
 # |---|---|---|
 # | pair | `pair` | a prompt with two responses: people preferred the *chosen* one to the *rejected* one |
 # | policy $\pi_\theta$ | `model` | the model that is trained |
-# | reference $\pi_{ref}$ | `table` | a frozen model that the policy should not leave too far behind; we only need its log-probabilities |
+# | reference $\pi_{ref}$ | `table` | a frozen model that the policy should not move too far from; we only need its log-probabilities |
 # | $\gamma$ | `gamma` | how much more likely a model finds the chosen response than the rejected one, in nats (natural logarithm) |
 # | $\beta$ | `beta` | how strongly the policy is pulled back to the reference |
 # | margin $\beta\Delta$ | `margin` | $\beta$ times $\Delta = \gamma_\theta - \gamma_{ref}$: how much further apart the policy puts the two responses than the reference does |
@@ -1108,13 +1108,13 @@ print(textwrap.fill(complaint(check_same_twice, loss=metrics["loss"], again=agai
 #
 # Let $n$ be the number of pairs. The sums go over both responses $y$ of each pair, and $|y|$ is the number of tokens of $y$:
 #
-# $$\sigma^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{half}(y) - \log\pi^{fp32}(y))^2}{|y|}, \qquad
-# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 1.25\,\sigma\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
+# $$s^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{half}(y) - \log\pi^{fp32}(y))^2}{|y|}, \qquad
+# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 1.25\,s\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
 #
-# - $\sigma$ is the size of the rounding: half precision against fp32.
+# - $s$ is the size of the rounding: half precision against fp32.
 # - $d$ is the distance of the table from what the model says.
-# - The table is accepted if $d$ is at most $1.25\,\sigma$. Two healthy passes share the rounded weights, so they are *nearer* to each other than to fp32.
-# - A look takes 32 pairs, if there are as many. With fewer, $\sigma$ itself is a guess, and the last factor allows for that.
+# - The table is accepted if $d$ is at most $1.25\,s$. Two healthy passes share the rounded weights, so they are *nearer* to each other than to fp32.
+# - A look takes 32 pairs, if there are as many. With fewer, $s$ itself is a guess, and the last factor allows for that.
 
 # %%
 #| export

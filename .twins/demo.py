@@ -54,7 +54,7 @@ found = demo(tempfile.mkdtemp())
 # %% [markdown]
 # ## Which data first?
 #
-# The three sources are ordered by *reward accuracy* under S: the share of pairs whose chosen response S already finds likelier. S agrees with most labels of `primer`, and with half of those of `riddle`. The line marks chance.
+# The three sources are ordered by *reward accuracy* under S: the share of pairs whose chosen response S already finds likelier. S agrees with most labels of `primer`, and with half of those of `riddle`. The line marks chance. A whisker is a 95 % interval. A diamond is the same share by the *mean* log-probability of a token instead of the sum; here the two say the same.
 
 # %%
 plot_partition(found.run.partition().reset_index());
@@ -62,7 +62,7 @@ plot_partition(found.run.partition().reset_index());
 # %% [markdown]
 # ## Which model is the reference?
 #
-# The one before. Each table of reference log-probabilities carries a hash of the weights that it came from, so this can be checked. The first loss agrees: a model that is its own reference starts at $\ln 2 = 0.693$.
+# The one before. Each table of reference log-probabilities carries a hash of the weights that it came from, so this can be checked. The first loss agrees: a model that is its own reference starts at $\ln 2 = 0.693$. Three rows matter now, `reference`, `first loss` and `change of gamma`; [chapter 11](11_report.ipynb) explains the others.
 
 # %%
 stages = found.run.stages
@@ -98,7 +98,7 @@ Markdown(as_markdown(found.table()))
 # %% [markdown]
 # All four trained models are far above S, at any temperature. This is alignment, not sharpening.
 #
-# But at the $\beta$ that is best for DPO, stepwise DPO is *worse* than DPO. It is worse even than DPO at $\beta/T$, a weaker pull to the reference. And at $T\beta$ it equals DPO at $\beta$. Why? A reference that moves up lets the model go further from S, as a smaller $\beta$ does. If every stage found the same
+# But at the $\beta$ that is best for DPO, stepwise DPO is *worse* than DPO. It is worse even than DPO at $\beta/T$, a weaker pull to the reference. And at $T\beta$ it equals DPO at $\beta$. Why? A reference that moves up lets the model go further from S, as a smaller $\beta$ does ([measured](experiments/paper_in_miniature.ipynb) in ten worlds). If every stage found the same
 # reward and reached its optimum, [$T$ stages at $\beta$ would be one stage at $\beta/T$](03_loss.ipynb). That argument is about optima. These runs are short, and their sources share skills but no prompt. Here stepwise DPO falls below both.
 #
 # The cell below holds this page to what it says.

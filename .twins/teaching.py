@@ -22,10 +22,10 @@
 # |---|---|---|---|
 # | 1. What people prefer | [welcome](welcome.ipynb); [00](00_world.ipynb) to the first comparisons | let students label ten pairs of the tiny world, and compare their labels with Bradley-Terry; which answer would *you* choose? | |
 # | 2. What a model says | [02](02_logprobs.ipynb), part 1; [01](01_preferences.ipynb), where the prompt ends | one response by hand on the board: shift, gather, mask, sum; then break each of the four | assignment 1, questions 1 and 2 |
-# | 3. The loss | [03](03_loss.ipynb) to the end of "Its gradient" | the line on one pair; predict each cell before it is run; the derivation with books closed | rest of assignment 1 |
+# | 3. The loss | [03](03_loss.ipynb) to the end of "What $\beta$ does", and "Label smoothing" | the line on one pair; predict each cell before it is run; the derivation with books closed | rest of assignment 1 |
 # | 4. Data and order | [05](05_partition.ipynb) to "The blind spot: length" | which of two sources is easier? vote, then measure; flipped labels | assignment 2 |
-# | 5. One stage for real | [06](06_trainer.ipynb), "Six lines" to "One step" | the six lines, live; then a bf16 model whose weights do not move; choose project models | assignment 3 |
-# | 6. Stages, and what a result shows | [03](03_loss.ipynb), the sections on stages; [14](14_stepwise.ipynb), the method; [08](08_evaluate.ipynb), asking both models the same | run the [demo](demo.ipynb); then plan the comparison that would convince a sceptic | assignment 4, project |
+# | 5. One stage for real | [06](06_trainer.ipynb), "Six lines" to "One step"; [02](02_logprobs.ipynb), the first paragraph of "Where does dropout hide?" | the six lines, live; then a bf16 model whose weights do not move; choose project models | assignment 3 |
+# | 6. Stages, and what a result shows | [03](03_loss.ipynb), "The reference as a lower bound" and "What $T$ stages add up to"; [14](14_stepwise.ipynb), the method; [08](08_evaluate.ipynb), asking both models the same | run the [demo](demo.ipynb); then plan the comparison that would convince a sceptic | assignment 4, project |
 #
 # ## The assignments
 #
@@ -71,7 +71,7 @@
 #
 # ## A student is stuck
 #
-# A student who is stuck should read what the check says before anything else: it names the mistake and the section of the book. To see the same numbers as the student, call the check with the seed of the message: `check_ipo(ipo, seed=528380)`. This is what such a message looks like:
+# A student who is stuck should read what the check says before anything else: it names the mistake and the section of the book. To see the same numbers as the student, put a `print` into the function and pass the seed of the message: `try_check(check_ipo, ipo, seed=528380)`. This is what such a message looks like:
 #
 # > dpo_loss: beta stands outside the logarithm; it must scale the gain inside. Read chapter 03, "The loss". Your numbers are exactly those of this mistake; seed=1. Try: gain 0.6, beta 0.5 give 0.554.
 #

@@ -102,14 +102,15 @@ for t in (1, 2, 3):
 #
 # Each chapter is a notebook: an idea, a few lines of code, a value to look at, a check that keeps it true. Every chapter says at its head how long it takes.
 #
-# **To understand DPO and its stages, about four and a half hours.**
+# **To understand DPO and its stages, about five hours.**
 #
 # 1. [00](00_world.ipynb): "Four skills", "The true reward", then from "The world of this book" to "A world one can list". The world in which we can see the truth. 55 minutes.
 # 2. [01](01_preferences.ipynb), part one: where the prompt ends and the response begins. 40 minutes.
 # 3. [02](02_logprobs.ipynb), part 1: what a model says about a response. 30 minutes.
 # 4. [03](03_loss.ipynb), to the end of "What $\beta$ does", then "The same loss in sDPO's words": where the loss comes from. This is the heart. 70 minutes.
-# 5. [06](06_trainer.ipynb), to the end of "What is measured", then "A stage in ten lines": one stage of training. 30 minutes.
-# 6. [14](14_stepwise.ipynb): the stages. 45 minutes.
+# 5. [05](05_partition.ipynb), to the end of "One source, measured": which data first. 25 minutes.
+# 6. [06](06_trainer.ipynb), to the end of "What is measured", then "One step", "The schedule" and "A stage in ten lines": one stage of training. 45 minutes.
+# 7. [14](14_stepwise.ipynb): the stages. 45 minutes.
 #
 # **To align a model of your own, about an hour.** [Your model, your pairs](your_model.ipynb), the [demo](demo.ipynb), then the heads of [01](01_preferences.ipynb) (formats), [05](05_partition.ipynb) (order), [08](08_evaluate.ipynb) (did it work?) and [11](11_report.ipynb) (the report).
 #

@@ -153,7 +153,7 @@ EXPLORATORY_CLAIMS = { # claim -> page, grid, row a, row b, outcome if not sampl
         ("new_domain", "new_domain", "sDPO, seven letters", "DPO, seven letters"),
     "sDPO is better than DPO at its rate, tuned and measured in new worlds":
         ("tuned_elsewhere", "tuned_elsewhere", "sDPO", "DPO, smaller rate"),
-    "TR-DPO with a soft update is better than DPO at a third of its rate":
+    "TR-DPO with a soft update is better than DPO at the smaller of two rates":
         ("tuned_elsewhere", "tuned_elsewhere", "TR-DPO, soft", "DPO, smaller rate"),
     "pairs written between the stages are better than as many before them":
         ("with_new_data", "with_new_data", "policy, true", "S, as many, true"),

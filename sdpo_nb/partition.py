@@ -118,14 +118,14 @@ def _rows_by_source(sizes: list, ranks: list) -> list:
 
 # %% ../nbs/05_partition.ipynb #503e794b
 def _pair_order(pairs, table, reference, order, order_by="gamma"):
-    "Row numbers of a single source, first to last, by the margin; equal margins keep the order given."
+    "Row numbers of a single source, first to last, by gamma or the gain; equal ones keep the order given."
     chosen, rejected = _nats(table, pairs)
     ref_chosen, ref_rejected = _nats(reference, pairs)
-    margin = chosen - rejected - (ref_chosen - ref_rejected)
+    sure = chosen - rejected - (ref_chosen - ref_rejected)
     if order_by == "gamma_per_token":
         n_chosen, n_rejected, _ = _scan(pairs)
-        margin = (chosen - ref_chosen) / n_chosen - (rejected - ref_rejected) / n_rejected
-    return np.array(_source_order(margin.tolist(), order))
+        sure = (chosen - ref_chosen) / n_chosen - (rejected - ref_rejected) / n_rejected
+    return np.array(_source_order(sure.tolist(), order))
 
 # %% ../nbs/05_partition.ipynb #bdf9b029
 def _shuffled(rows, seed):

@@ -157,7 +157,7 @@ try_check(check_experiment, experiment)
 # %% [markdown]
 # ### The real thing
 #
-# Now for real: about seven trainings, some three minutes on a CPU. You need not change this cell. Run it when your function has passed the check. The table shows, beside the mean reward, how far each model has moved from S (its KL, in nats a response). Its intervals are against S. To compare two trained models with each other, take *their* difference, prompt by prompt: that is the second table.
+# Now for real: about seven trainings, some three minutes on a CPU. Each makes one pass over its pairs; the demo makes three. You need not change this cell. Run it when your function has passed the check. The table shows, beside the mean reward, how far each model has moved from S (its KL, in nats a response). Its intervals are against S. To compare two trained models with each other, take *their* difference, prompt by prompt: that is the second table.
 
 # %%
 #| slow

@@ -8,11 +8,11 @@
 #
 # **Goal.** A model gives four log-probabilities for a pair of answers, two of its own and two of the reference. From these four numbers come the loss, its gradient, and everything that DPO does. You write the functions; a check tells
 # you what is wrong with them, if something is.
-# **Before you start**, read [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), part 1, and [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb) to the end of "Its gradient".
-# **Time**: 90 minutes for reading the two chapters, then 90 here. All cells together run in less than a minute. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
+# **Before you start**, read [chapter 02](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/02_logprobs.ipynb), part 1, and [chapter 03](https://github.com/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb) to the end of "What $\beta$ does", and "Label smoothing".
+# **Time**: 105 minutes for reading the two chapters, then 90 here. All cells together run in less than a minute. **Runtime**: CPU (*Runtime > Change runtime type > CPU*). **Points**: 20.
 #
 # **How it works.** Each question has a function with `...` in it. Replace the `...`, run the cell, and run the check under it. As long as the `...` is there, the check says "nothing yet". You may run a check as often as you like: it draws new numbers each time.
-# To see the numbers of a message again, call the check with its seed: `check_ipo(ipo, seed=528380)`. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
+# To get the same numbers again, pass the seed of a message, `try_check(check_ipo, ipo, seed=528380)`, and put a `print` into your function. A question gives all its points or none. Keep the names of the functions, and leave the lines that begin with `#| question` as they are. A check may send you to a section
 # that you were not asked to read. You can work the question out without it; it is there in case you are stuck.
 
 # %%

@@ -8,7 +8,7 @@
 #
 # **You should know** the [protocol](protocol.ipynb) of the tiny worlds, the [tasks](graded_tasks.ipynb) of this page, and [stepwise DPO](../14_stepwise.ipynb). **Time** 35 minutes to read, a minute to run.
 #
-# The tiny worlds know the truth, but their model has 337 thousand parameters. And no curriculum is hidden in them: their easy and hard sources ask for the same skills. [SmolLM2 on real pairs](smollm2.ipynb) is a real model, but there nobody knows which answer is right. This experiment stands between the two. The model is real, with 135 million parameters, a program knows how right an answer is, and a hard problem really builds on an easy one.
+# The tiny worlds know the truth, but their model has 337 thousand parameters. And in most of them no curriculum is hidden: their easy and hard sources ask for the same skills. [SmolLM2 on real pairs](smollm2.ipynb) is a real model, but there nobody knows which answer is right. This experiment stands between the two. The model is real, with 135 million parameters, a program knows how right an answer is, and a hard problem really builds on an easy one.
 
 # %%
 #| default_exp known_truth

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/model_size.ipynb)
 #
-# **One question, asked and not yet answered.** Every other tiny world of this book has an S of 337 thousand parameters. Does the difference between stepwise and plain DPO grow, or shrink, with the model? Question, test and ladders were committed before any run of this grid with another size.
+# **One question, asked and not yet answered.** Every other Llama of this book has 337 thousand parameters. Does the difference between stepwise and plain DPO grow, or shrink, with the model? Question and test were committed before any run with another size. The learning rates were changed after ladders of two sizes had been run, and before anything was measured.
 #
 # **You should know** what stepwise DPO does ([chapter 14](../14_stepwise.ipynb)) and the [protocol](protocol.ipynb). **Time** 8 minutes to read, seconds to run.
 #

@@ -4,9 +4,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/tuned_elsewhere.ipynb)
 #
-# **Of five ways to train only one is shown to be better than DPO, and perhaps not for its own sake.** The [protocol](protocol.ipynb) says that tuned stepwise DPO and tuned DPO are equal. Here that is asked again, with a fairer search and in ten new worlds. Stepwise minus plain is +0.007 [-0.004, +0.018] of true reward; that they are equal is missed by a hair (p = 0.056). A moving and a fixed reference are equal. So are Pre-DPO and DPO with as many passes. TR-DPO is better when its reference moves softly (+0.014 [+0.007, +0.022]); when it moves hard we cannot tell.
+# **Of three ways that were compared with DPO only one is shown to be better, and perhaps not for its own sake.** The [protocol](protocol.ipynb) says that tuned stepwise DPO and tuned DPO are equal. Here that is asked again, with a fairer search and in ten new worlds. Stepwise minus plain is +0.007 [-0.004, +0.018] of true reward; that they are equal is missed by a hair (p = 0.056). A moving and a fixed reference are equal. So are Pre-DPO and DPO with as many passes. TR-DPO is better when its reference moves softly (+0.014 [+0.007, +0.022]); when it moves hard we cannot tell.
 #
-# But the search gave DPO the larger of two learning rates, by 0.002. At the smaller one DPO is as good as stepwise DPO (+0.001 [-0.004, +0.006]), gives better greedy answers, and stays nearer to S; and the lead of TR-DPO is +0.007 [-0.002, +0.014]. Questions, tests and ladders were committed before any run of this grid.
+# But the search gave DPO the larger of two learning rates, by 0.002. At the smaller one DPO is as good as stepwise DPO (+0.001 [-0.004, +0.006]), gives better greedy answers, and stays nearer to S; and the lead of TR-DPO is +0.007 [-0.002, +0.014]. Questions, tests and ladders were committed before any run of this grid; the arm of the smaller rate, which no question is about, while the others ran.
 #
 # **You should know** the [protocol](protocol.ipynb), and why settings are [chosen elsewhere](compare.ipynb). **Time** 15 minutes to read, seconds to run. The runs behind it took 2.7 core hours.
 #

@@ -4,7 +4,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/experiments/when_order_matters.ipynb)
 #
-# **With a moving reference the order does not matter here either; with a fixed one, ending on bad labels costs 0.051.** In the other worlds of this book no difference between the orders of the sources was found, and little could be expected. Here labels get worse from source to source. With a moving reference easy first minus hard first is -0.007 [-0.013, 0.000] of true reward: equal within $\pm 0.02$. With a fixed reference it is -0.051 [-0.075, -0.029]. Stepwise DPO, easy first, is as good as all pairs at once, +0.001 [-0.006, +0.008]. Questions and tests were committed before any run.
+# **With a moving reference the order does not matter here either; with a fixed one, ending on bad labels costs 0.051.** In the other worlds of this book no difference between the orders of the sources was found, and little could be expected. Here labels get worse from source to source. With a moving reference easy first minus hard first is -0.007 [-0.013, 0.000] of true reward: equal within $\pm 0.02$. With a fixed reference it is -0.051 [-0.075, -0.029]. Stepwise DPO, easy first, is as good as all pairs at once, +0.001 [-0.006, +0.008]. Questions and tests were committed before any run that counts.
 #
 # **You should know** what stepwise DPO does ([chapter 14](../14_stepwise.ipynb)), and equation (2) of [how much data a stage needs](finite_data.ipynb). **Time** 15 minutes to read, seconds to run. The runs behind it took 2.6 core hours.
 #
