@@ -1069,14 +1069,39 @@ def freeze_dropout(
 ):          # the same model
     """Set every dropout probability of a model to zero, in config and modules,
     and keep its noisy modules in eval mode."""
+    came_with = model.__dict__.setdefault("_came_with", [])
     for owner, name in dropouts(model):
-        zero = type(getattr(owner, name))(0)             # an int stays an int
-        setattr(owner, name, zero)
+        value = getattr(owner, name)
+        if value and not isinstance(owner, torch.nn.Module): came_with.append((owner, name, value))
+        setattr(owner, name, type(value)(0))             # an int stays an int
     for module in filter(_is_noisy, model.modules()):
         held = _in_eval_mode in module._forward_pre_hooks.values()
         if not held: module.register_forward_pre_hook(_in_eval_mode)
     return model
 
+@contextlib.contextmanager
+def own_config(
+    model, # of `freeze_dropout`
+):
+    "While it is saved: the config says of dropout what it said when the model came."
+    came_with = getattr(model, "_came_with", [])
+    for owner, name, value in came_with: setattr(owner, name, value)
+    try: yield
+    finally:
+        for owner, name, value in came_with: setattr(owner, name, type(value)(0))
+
+
+# %% [markdown]
+# Whoever is given the aligned model may fine-tune it with dropout, so its file must not say zero. `own_config` puts the old numbers back while the model is saved.
+
+# %%
+probabilities = [noisy.config.attn_pdrop]
+freeze_dropout(noisy)
+probabilities.append(noisy.config.attn_pdrop)
+with own_config(noisy): probabilities.append(noisy.config.attn_pdrop)
+probabilities.append(noisy.config.attn_pdrop)
+assert probabilities == [0.1, 0, 0.1, 0]
+probabilities
 
 # %% [markdown]
 # Two questions to each architecture. Do two forward passes in train mode agree to the last bit? Does the padded batch still equal

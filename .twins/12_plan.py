@@ -331,12 +331,23 @@ CALLED = dict( # elsewhere
     loss_type="loss",
     max_seq_length="max_length",
     save_steps="save_every",
+    report_to="log_with",
+    ref_model="reference",
+)
+ABSENT = dict( # what others have and a run has not
+    max_completion_length="a response may be as long as its prompt leaves room in max_length",
+    max_steps="epochs says how often each pair is seen",
+    warmup_steps="warmup is a share of the steps",
+    weight_decay="AdamW runs without it",
+    lora_dropout="nothing is dropped while a stage trains",
+    precompute_ref_log_probs="the reference is always asked once, beforehand",
 )
 
 def no_such_setting(
     name: str, # as it was typed
 ) -> str:
-    "What to say of a setting that does not exist: its nearest neighbour, or all there are."
+    "What to say of a setting that does not exist: why, its nearest neighbour, or all there are."
+    if name in ABSENT: return f"there is no setting '{name}': {ABSENT[name]}"
     known = [f.name for f in fields(StepwiseConfig)]
     near = [CALLED[name]] if name in CALLED else difflib.get_close_matches(str(name), known, 1)
     advice = f"did you mean '{near[0]}'?" if near else f"settings are {', '.join(known)}"
@@ -347,6 +358,7 @@ def no_such_setting(
 print(no_such_setting("bta"))
 print(no_such_setting("learning_rate"))
 print(no_such_setting("per_device_train_batch_size"))
+print(no_such_setting("warmup_steps"))
 
 # %% [markdown]
 # The name is translated, and the value is yours to translate. Elsewhere 8 pairs per device and 4 accumulated steps make one optimizer step of 32 pairs; here that is `batch_size=32`.

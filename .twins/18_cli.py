@@ -645,10 +645,11 @@ print(text.replace(str(tmp), "."))
 def _no_such_option(word, command):
     "The option of this command that is nearest to a word, or where all of them stand."
     from difflib import get_close_matches
-    from sdpo_nb.plan import CALLED
+    from sdpo_nb.plan import ABSENT, CALLED
     name = word.removeprefix("--").split("=")[0].replace("-", "_")
     meant = "--" + CALLED.get(name, name).replace("_", "-")
     known = list(command._option_string_actions)
+    if name in ABSENT and "--beta" in known: return ABSENT[name]
     near = [meant] if meant in known else get_close_matches(meant, known, 1, cutoff=0.7)
     if near: return f"did you mean '{near[0]}'?"
     return f"{command.prog} has no such option; '{command.prog} --help' shows all"

@@ -23,10 +23,11 @@ try: import fcntl
 except ImportError: fcntl = None # Windows
 
 import sdpo_nb
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from sdpo_nb.logprobs import (
-    best_device, check_model, load_model, load_tokenizer, memory_ended, replacing, weights_hash, write_json
+    best_device, check_model, load_model, load_tokenizer, memory_ended, own_config, replacing, weights_hash,
+    write_json,
 )
 from .lora import Adapter, is_adapter, merge_adapter, read_adapter, write_adapter
 from .trainer import COMPUTED_ALIKE, check_one_process, read_checkpoint
@@ -175,11 +176,22 @@ def write_model(
     folder: Path, # which may hold other files
     dtype: torch.dtype=None, # of the file; default: the model's own
 ):
-    "The files of a model, one after the other."
-    if dtype in (None, model.dtype): model.save_pretrained(folder)
-    else: _save_rounded(model, folder, dtype)
+    "The files of a model, one after the other; config and generation settings are those that it came with."
+    with own_config(model), _plain_generation(model) as generation:
+        if dtype in (None, model.dtype): model.save_pretrained(folder)
+        else: _save_rounded(model, folder, dtype)
+    if generation: generation.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
     _readable(folder, "config.json")
+
+@contextmanager
+def _plain_generation(model):
+    "Put the generation settings aside: versions of transformers refuse to save some that they have loaded."
+    own = getattr(model, "generation_config", None)
+    if own: model.generation_config = GenerationConfig()
+    try: yield own
+    finally:
+        if own: model.generation_config = own
 
 def _readable(folder, usual):
     mode = (folder / usual).stat().st_mode

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WIDE_ON_CUDA', 'MERGE', 'OF_TOKENIZER', 'SMALL', 'NO_NUMBER', 'FULL', 'EVERY', 'check_prompts', 'collate',
            'token_logprobs', 'gamma', 'autocast', 'is_plain', 'half_weight', 'fp32_logits', 'must_read_alone',
-           'response_logprobs', 'dropouts', 'freeze_dropout', 'memory_ended', 'load_config', 'load_tokenizer',
-           'stored_dtype', 'best_device', 'has_adapter', 'load_model', 'weights_hash', 'check_model', 'check_rows',
-           'pick_precision', 'keys_of', 'pairs_hash', 'LogprobTable', 'table_kind', 'replacing', 'write_json',
-           'write_lines', 'lines_of', 'read_table', 'padded_tokens', 'micro_batches', 'ahead', 'prepared', 'same_bits',
-           'pair_tokens', 'Clock', 'progress', 'score_pairs']
+           'response_logprobs', 'dropouts', 'freeze_dropout', 'own_config', 'memory_ended', 'load_config',
+           'load_tokenizer', 'stored_dtype', 'best_device', 'has_adapter', 'load_model', 'weights_hash', 'check_model',
+           'check_rows', 'pick_precision', 'keys_of', 'pairs_hash', 'LogprobTable', 'table_kind', 'replacing',
+           'write_json', 'write_lines', 'lines_of', 'read_table', 'padded_tokens', 'micro_batches', 'ahead', 'prepared',
+           'same_bits', 'pair_tokens', 'Clock', 'progress', 'score_pairs']
 
 # %% ../nbs/02_logprobs.ipynb #b095fbfd
 import contextlib, errno, hashlib, json, logging, os, re, shutil, sys, time
@@ -280,13 +280,26 @@ def freeze_dropout(
 ):          # the same model
     """Set every dropout probability of a model to zero, in config and modules,
     and keep its noisy modules in eval mode."""
+    came_with = model.__dict__.setdefault("_came_with", [])
     for owner, name in dropouts(model):
-        zero = type(getattr(owner, name))(0)             # an int stays an int
-        setattr(owner, name, zero)
+        value = getattr(owner, name)
+        if value and not isinstance(owner, torch.nn.Module): came_with.append((owner, name, value))
+        setattr(owner, name, type(value)(0))             # an int stays an int
     for module in filter(_is_noisy, model.modules()):
         held = _in_eval_mode in module._forward_pre_hooks.values()
         if not held: module.register_forward_pre_hook(_in_eval_mode)
     return model
+
+@contextlib.contextmanager
+def own_config(
+    model, # of `freeze_dropout`
+):
+    "While it is saved: the config says of dropout what it said when the model came."
+    came_with = getattr(model, "_came_with", [])
+    for owner, name, value in came_with: setattr(owner, name, value)
+    try: yield
+    finally:
+        for owner, name, value in came_with: setattr(owner, name, type(value)(0))
 
 # %% ../nbs/02_logprobs.ipynb #4c5a0341
 MERGE = "has a PEFT adapter; merge it first: merge_and_unload()"

@@ -302,7 +302,7 @@ class TrainConfig:
         choices=("auto", "on", "off"))
     deterministic: bool = setting(True, "on a graphics card: the same bits every time, for some of the speed")
     shuffle: bool = setting(True, "a new order of the chunk in every epoch; off keeps the partition's order")
-    seed: int = setting(0, "seed of the data order", 0, 2**63 - 1)
+    seed: int = setting(0, "seed of the data order, of a random partition and of new adapters", 0, 2**63 - 1)
     save_every: int = setting(50, "optimizer steps between checkpoints", 1)
 
     def __post_init__(self):

@@ -127,6 +127,12 @@ def test_options_that_others_have_are_understood(sdpo, tmp_path, typed, meant):
     assert status == 2 and f"did you mean '--{meant}'" in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("typed, why", [("--warmup-steps", "warmup is a share"), ("--max_completion_length", "max_length"), ("--weight-decay=0.1", "without it")])
+def test_of_an_option_that_others_have_and_a_run_has_not_it_is_said_why(sdpo, tmp_path, typed, why):
+    status, _, err = sdpo("run", "--model", BASE, "--sources", "a=a.jsonl", "--folder", tmp_path / "run", *typed.split("="))
+    assert status == 2 and why in err and "did you mean" not in err and len(err.splitlines()) == 1
+
+
 def test_an_option_of_another_command_is_not_suggested(sdpo):
     status, _, err = sdpo("measure", "--models", BASE, "--sources", "a.jsonl", "--beta", "0.3")
     assert status == 2 and "did you mean" not in err and "sdpo measure --help" in err

@@ -65,16 +65,10 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path, precision, compile):
     config = StepwiseConfig(**SETTINGS | dict(precision=precision, device="cuda", compile=compile, save_every=2))
     whole = sdpo(load_world().base, SOURCES, config, tmp_path / "whole")
     assert whole.config["device"] == "cuda" and whole.config["not_deterministic"] is None
-    import sdpo_nb.stages as stages
-    real, calls = stages.train_stage, []
-    def stops(model, pairs, table, c, folder, t, **kw):
-        calls.append(t)
-        if len(calls) < 2: return real(model, pairs, table, c, folder, t, **kw)
-        raise KeyboardInterrupt
-    stages.train_stage = stops
-    try:
-        with pytest.raises(KeyboardInterrupt): sdpo(load_world().base, SOURCES, config, tmp_path / "killed")
-    finally: stages.train_stage = real
+    def stops(row):
+        if (row["stage"], row["step"]) == (2, 3): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): sdpo(load_world().base, SOURCES, config, tmp_path / "killed", on_step=stops)
+    assert (tmp_path / "killed" / "stage-2" / "checkpoint" / "state.pt").exists()
     again = sdpo(load_world().base, SOURCES, config, tmp_path / "killed")
     assert [s["end"] for s in again.stages] == [s["end"] for s in whole.stages]
 

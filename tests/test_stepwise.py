@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch, yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import sdpo_nb.report as report, sdpo_nb.plan as plan, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
 from sdpo_nb import cli
@@ -644,6 +644,37 @@ def test_a_run_is_read_while_a_stage_is_unfinished(tmp_path):
     with open(got.folder / "stage-2" / "metrics.jsonl", "ab") as f: f.write(b'{"step": 6, "epo')
     assert set(got.metrics["stage"]) == {1} and got.model_folder() == got.folder / "stage-1" / "model"
     assert str(got.model_folder(0)) == BASE
+
+
+def test_a_held_out_source_has_no_eval_share(tmp_path):
+    held = dict(mine=dict(source=TWO["primer"], eval_share=0.5))
+    with pytest.raises(ValueError, match="held_out, source 'mine': every pair of it is held out; leave out its eval_share"):
+        sdpo(BASE, TWO, StepwiseConfig(**SETTINGS), tmp_path / "run", held_out=held)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_model_has_the_dropout_and_the_generation_settings_of_S(tmp_path, monkeypatch, dtype):
+    "Also in versions of transformers that refuse to save generation settings which they have loaded, as 5.15 does."
+    model = load_model(BASE, "cpu").to(dtype)
+    model.config.attention_dropout = 0.1
+    model.save_pretrained(tmp_path / "S")
+    load_tokenizer(BASE).save_pretrained(tmp_path / "S")
+    own = dict(temperature=0.9, top_p=0.6)
+    (tmp_path / "S" / "generation_config.json").write_text(json.dumps(own))
+    save = GenerationConfig.save_pretrained
+    def strict(self, *args, **kw):
+        self.validate(strict=True)
+        return save(self, *args, **kw)
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", strict)
+    with pytest.raises(ValueError, match="do_sample"): load_model(tmp_path / "S", "cpu").save_pretrained(tmp_path / "refused")
+
+    run = sdpo(str(tmp_path / "S"), TWO, StepwiseConfig(**SETTINGS), tmp_path / "run")
+    folder = tmp_path / "run" / "stage-2" / "model"
+    saved = json.loads((folder / "generation_config.json").read_text())
+    assert own.items() <= saved.items()
+    assert json.loads((folder / "config.json").read_text())["attention_dropout"] == 0.1
+    assert run.model.config.attention_dropout == 0 and load_model(folder, "cpu").config.attention_dropout == 0
 
 
 def test_few_held_out_pairs_are_told(tmp_path):
