@@ -465,7 +465,10 @@ def model_size_ladders() -> dict: # arm -> Ladder
     of_the_llama = elsewhere_ladders()
     ladders = {}
     for body in MODEL_SIZES:
-        for method in ("DPO", "sDPO"): ladders[f"{body}, {method}"] = replace(of_the_llama[method], body=body)
+        for method in ("DPO", "sDPO"):
+            ladder = replace(of_the_llama[method], body=body)
+            if body == MODEL_SIZES[-1]: ladder.rates = (3e-5, *ladder.rates)    # the largest is useless for the widest
+            ladders[f"{body}, {method}"] = ladder
     return ladders
 
 LADDERS = { # grid -> function that makes its ladders

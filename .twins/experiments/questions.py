@@ -746,7 +746,7 @@ beta, round(reward, 3)
 
 
 # %% [markdown]
-# Now the arms of five pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [When sizes differ](when_sizes_differ.ipynb) has a source five times as large as the other. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives. [Model size](model_size.ipynb) has an S of 86 thousand to 5.3 million parameters. Its rates are the same for all sizes, and that page says why.
+# Now the arms of five pages. [When order matters](when_order_matters.ipynb) has worlds in which the labels of the hard sources are worse, as the sources of the other pages teach the same and have equally good labels, so there was little that an order could do. Two arms without noise stand beside them. [Builds on](builds_on.ipynb) has a hard source that a teacher wrote, with strings longer than S knows. [When sizes differ](when_sizes_differ.ipynb) has a source five times as large as the other. [Tuned elsewhere](tuned_elsewhere.ipynb) asks two of the eight questions again, and three about relatives. [Model size](model_size.ipynb) has an S of 86 thousand to 5.3 million parameters. All sizes have the same two rates, and the widest has a third; that page says why.
 
 # %%
 #| export
@@ -834,7 +834,10 @@ def model_size_ladders() -> dict: # arm -> Ladder
     of_the_llama = elsewhere_ladders()
     ladders = {}
     for body in MODEL_SIZES:
-        for method in ("DPO", "sDPO"): ladders[f"{body}, {method}"] = replace(of_the_llama[method], body=body)
+        for method in ("DPO", "sDPO"):
+            ladder = replace(of_the_llama[method], body=body)
+            if body == MODEL_SIZES[-1]: ladder.rates = (3e-5, *ladder.rates)    # the largest is useless for the widest
+            ladders[f"{body}, {method}"] = ladder
     return ladders
 
 LADDERS = { # grid -> function that makes its ladders
