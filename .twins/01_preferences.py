@@ -798,7 +798,7 @@ complaint(_split_turns, "copy gace", won, lost, "row 0")
 # prompt would be read twice:
 
 # %%
-twice = normalise(dict(prompt=ask, chosen=f"{ask} {good}", rejected=f"{ask} {bad}"))
+twice = dict(chat=False, prompt=ask, chosen=f" {ask} {good}", rejected=f" {ask} {bad}")
 assert encode(twice, base)["prompt_repeated"]
 twice["prompt"] + twice["chosen"]
 
