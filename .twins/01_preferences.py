@@ -399,6 +399,12 @@ def _said_by(pair, tokenizer):
     texts = [pair[side]["content"] if pair["chat"] else pair[side] for side in _SIDES]
     return [text.replace(tokenizer.eos_token, "") for text in texts]
 
+def _begin_with_prompt(pair, texts):
+    "Whether both responses begin with what was asked, the prompt or its last turn."
+    asked = pair["prompt"][-1]["content"] if pair["chat"] else pair["prompt"]
+    asked = asked.strip()
+    return bool(asked) and all(text.lstrip().startswith(asked) for text in texts)
+
 def encode(
     pair: dict,                  # what `normalise` returns: chat, prompt, chosen, rejected
     tokenizer,                   # a transformers tokenizer
@@ -416,6 +422,7 @@ def encode(
     room = max_length - len(kept)
     whole = [row[n:] for row in full]
     chosen, rejected = (response[:room] for response in whole)
+    texts = _said_by(pair, tokenizer)
 
     return dict(
         key=_key(kept, chosen, rejected),
@@ -424,11 +431,12 @@ def encode(
         prompt_ids=kept,
         chosen_ids=chosen,
         rejected_ids=rejected,
-        drop=_why_dropped(_said_by(pair, tokenizer), kept, whole, [chosen, rejected]),
+        drop=_why_dropped(texts, kept, whole, [chosen, rejected]),
         chat=pair["chat"],
         truncated=max(map(len, whole)) > room,
         prompt_truncated=n > longest,
         boundary_moved=n < len(prompt),
+        prompt_repeated=_begin_with_prompt(pair, texts),
     )
 
 
@@ -783,6 +791,16 @@ won, lost = [user(ask), assistant(good)], [user(ask), assistant(bad)]
 parted = _split_turns(ask, won, lost, "row 0")
 assert parted == ([user(ask)], [assistant(good)], [assistant(bad)])   # asked once
 complaint(_split_turns, "copy gace", won, lost, "row 0")
+
+# %% [markdown]
+# Where both sides are strings, nobody can say which is meant: an answer may well begin with the question. So nothing
+# is taken away. Such pairs are counted, and where they are most of a source, a run warns before it trains. Here the
+# prompt would be read twice:
+
+# %%
+twice = dict(chat=False, prompt=ask, chosen=f" {ask} {good}", rejected=f" {ask} {bad}")
+assert encode(twice, base)["prompt_repeated"]
+twice["prompt"] + twice["chosen"]
 
 
 # %% [markdown]
@@ -1385,7 +1403,7 @@ Dataset.from_list([strings]).to_parquet(as_table)
 
 # %%
 #| export
-_VERSION = 5 # of what is cached: raise it when the same file or row would give something else
+_VERSION = 6 # of what is cached: raise it when the same file or row would give something else
 
 def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
 
@@ -1525,6 +1543,9 @@ def _from_dataset(data, split, columns, where):
     _check_columns(columns, data.column_names, where)
     names = _rename(columns, data.column_names, where)
     new_names = {old: new for old, new in names.items() if old != new}
+    if data.format["type"] == "custom":
+        raise ValueError(f"{where}: has a transform (set_transform), which is not read; apply it with map, "
+                         "or remove it (reset_format)")
     data = data.with_format(None).select_columns(list(names)).rename_columns(new_names)
 
     if len(data): _check(data[0], f"{where}, row 0")
@@ -1728,7 +1749,7 @@ same
 
 # %%
 #| export
-_FLAGS = ("chat", "truncated", "prompt_truncated", "boundary_moved")
+_FLAGS = ("chat", "truncated", "prompt_truncated", "boundary_moved", "prompt_repeated")
 
 def _counts(kept):
     "What was read, dropped and cut: counts of a table of all rows."
@@ -1736,6 +1757,7 @@ def _counts(kept):
     counts = {"rows": len(kept), "usable": len(usable)}
     for why in DROPPED: counts[why] = (kept["drop"] == why).sum()
     for flag in _FLAGS: counts[flag] = usable[flag].sum()
+    if not counts["prompt_repeated"]: del counts["prompt_repeated"] # no line in every report for what is rare
     counts["duplicates"] = usable["key"].duplicated().sum()
     counts["both_labels"] = usable["swapped"].isin(usable["key"]).sum()
     return {name: int(count) for name, count in counts.items()}
@@ -1928,6 +1950,7 @@ renderings.to_frame()
 # | `chat` | usable pairs rendered by the chat template: all or none |
 # | `truncated`, `prompt_truncated` | usable pairs that lost a response's tail, or the prompt's beginning |
 # | `boundary_moved` | usable pairs with $n$ of (1) shorter than the prompt |
+# | `prompt_repeated` | usable pairs in which both responses begin with the prompt; only where there are some |
 # | `duplicates`, `both_labels` | usable pairs that occurred before, and pairs that occur with the opposite label, too |
 #
 # The last two are counted and kept. A pair that somebody judged twice counts twice. Two people may judge it in two ways,

@@ -266,7 +266,8 @@ def _row(check, ask, *args):
     except KeyError as e: right, note = None, f"{e} was not written down"
     except (ValueError, TypeError, AttributeError, IndexError, OSError, ArithmeticError, RuntimeError) as e:
         first_line = str(e).split("\n")[0]
-        right, note = False, first_line.split("; ")[0] or type(e).__name__
+        right = None if isinstance(e, PermissionError) else False # what may not be read may be right
+        note = first_line.split("; ")[0] or type(e).__name__
     return dict(check=check, result=_ANSWERS[right], note=note)
 
 
@@ -1222,7 +1223,8 @@ def _rows_of_data(ev, seed):
     if ev.held: yield _row("data: held-out pairs", _held_out_pairs, ev)
     try: known = _known_pairs(ev)
     except (ValueError, OSError) as e:
-        yield dict(check="data", result=DIFFERS, note=str(e).split("\n")[0])
+        result = NOT_CHECKED if isinstance(e, PermissionError) else DIFFERS
+        yield dict(check="data", result=result, note=str(e).split("\n")[0])
         return
     if not known:
         yield _row("data", lambda: (None, "the pairs are not here; give the sources"))

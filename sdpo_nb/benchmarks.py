@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .evaluate import bootstrap, interval
-from .folder import alone_in, folder_of, load_stage, saved_as
+from .folder import alone_in, folder_of, load_any, load_saved_tokenizer, load_stage, saved_as
 from sdpo_nb.logprobs import (
     FULL, load_model, load_tokenizer, must_read_alone, progress, replacing, weights_hash, write_json
 )
@@ -682,15 +682,16 @@ def evaluate_run(
     return _evaluate(models, run.folder / "eval", tasks, limit, data)
 
 def evaluate_folders(
-    models: dict,       # name -> folder or hub id; the others are compared with the first
+    models: dict,       # name -> folder or hub id, or folder of an adapter; the others are compared with the first
     folder,             # where scores are kept
     tasks: list=("h4",), # names of benchmarks, or benchmarks
     limit: int=None,    # so many questions of each task, the first ones; None: all
     data=None,          # folder with local files; None: the hub
 ) -> Evaluation:
     "Score models that lie anywhere, one in memory at a time. Each is loaded once more to know its weights."
+    tokenizers = {name: load_saved_tokenizer(where) for name, where in models.items()} # of all, before the long work
     found = {}
     for name, where in models.items():
-        load = lambda where=where: load_model(where)
-        found[name] = load, load_tokenizer(where), weights_hash(load())
+        load = lambda where=where: load_any(where)
+        found[name] = load, tokenizers[name], weights_hash(load())
     return _evaluate(found, folder, tasks, limit, data)

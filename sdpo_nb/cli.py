@@ -93,15 +93,23 @@ def _config(args, settings):
     return make_config(settings | options)
 
 # %% ../nbs/18_cli.ipynb #e0b90933
-def _pairs_of(words, option) -> dict:
-    "['a=b', ...] -> {'a': 'b', ...}"
-    for word in words:
-        if not all(word.partition("=")): raise ValueError(f"{option}: expected NAME=VALUE, got '{word}'")
-    names = [word.split("=", 1)[0] for word in words]
+def _parted(word, option):
+    "'a=b' -> ('a', 'b')"
+    name, _, value = word.partition("=")
+    if not (name and value): raise ValueError(f"{option}: expected NAME=VALUE, got '{word}'")
+    return name, value
+
+def _by_name(pairs, option) -> dict:
+    "[('a', 'b'), ...] -> {'a': 'b', ...}"
+    names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{option}: '{name}' is given twice; give each a name of its own, NAME=VALUE")
-    return dict(word.split("=", 1) for word in words)
+    return dict(pairs)
+
+def _pairs_of(words, option) -> dict:
+    "['a=b', ...] -> {'a': 'b', ...}"
+    return _by_name([_parted(word, option) for word in words], option)
 
 ENDINGS = ".gz", ".jsonl", ".json", ".parquet", ".arrow", ".csv" # of data files
 
@@ -113,10 +121,12 @@ def _own_name(place):
     for ending in ENDINGS: name = name.removesuffix(ending)
     return name
 
-def _places(words, option) -> dict:
-    "Name -> data or model. Those without a name have their own."
-    named = [word if "=" in word else f"{_own_name(word)}={word}" for word in words]
-    return _pairs_of(named, option)
+def _places(words, option, called=_own_name) -> dict:
+    "Name -> data or model. Those without a name have their own; so has a path with = in it that is there."
+    def named(word):
+        whole = "=" not in word or _lies_here(word)
+        return (called(word), word) if whole else _parted(word, option)
+    return _by_name(list(map(named, words)), option)
 
 def _sources(args, words, option) -> dict:
     "What `sdpo` takes as sources, from the words after an option."
@@ -133,7 +143,7 @@ def _sources(args, words, option) -> dict:
         raise ValueError(f"--revision: is a commit on the hub, and the data of {option} lie here; leave it out")
     return {name: dict(source=data, **how) for name, data in places.items()}
 
-def _lies_here(place): return Path(place).expanduser().exists()
+def _lies_here(place): return os.path.exists(os.path.expanduser(place)) # false, too, for what no path can be
 
 # %% ../nbs/18_cli.ipynb #c8656a50
 def _what(args, needed=("model", "sources", "folder")) -> dict:
@@ -276,7 +286,7 @@ def _measure(args):
     from sdpo_nb.logprobs import replacing
     from sdpo_nb.report import as_markdown
     from sdpo_nb.stepwise import changes_of, measure_models
-    models = _pairs_of([word if "=" in word else f"{word}={word}" for word in args.models], "--models")
+    models = _places(args.models, "--models", called=str)
     sources, folder = _sources(args, args.sources, "--sources"), Path(args.folder)
     measured = measure_models(models, sources, _config(args, {}), folder)
     changes = changes_of(measured)

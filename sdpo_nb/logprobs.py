@@ -342,12 +342,15 @@ def _read_whole(path):
     if path.suffix == ".bin": torch.load(path, "meta", weights_only=True)
 
 def _broken_file(folder, kind):
-    "What is wrong with the first broken file of those that a class of transformers reads, or None."
+    """What is wrong with the first broken file of those that a class of transformers reads, or None.
+    Raises PermissionError for one that you may not read: nothing is known about it."""
     for path in _files_read(Path(folder), kind):
         try:
             if _is_pointer(path):
                 return f"{path.name} is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`"
             _read_whole(path)
+        except PermissionError as e:
+            raise PermissionError(f"{path}: you have no right to read this file; its owner can give it") from e
         except Exception as e:
             return f"{path.name} is broken or not complete ({type(e).__name__}); copy or download it again"
 
@@ -379,8 +382,8 @@ def memory_ended(
 
 @contextlib.contextmanager
 def _loading(model, kind):
-    """What the libraries throw, as a ValueError of one line that begins with the model;
-    their own report is silent meanwhile."""
+    """What the libraries throw, as a ValueError of one line that begins with the model, or as a
+    PermissionError; their own report is silent meanwhile."""
     report = logging.getLogger("transformers.modeling_utils")
     before, report.disabled = report.disabled, True
     try: yield
@@ -770,6 +773,7 @@ def _read_pieces(folder):
     parts = [_no_rows()]
     for p in sorted(Path(folder).glob("logprobs-*.parquet")):
         try: parts.append(_read_piece(p))
+        except PermissionError: raise
         except Exception as e:
             raise ValueError(f"{p}: cannot be read ({e}); delete this file and run again") from e
     rows = pd.concat(parts)

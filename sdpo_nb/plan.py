@@ -315,6 +315,10 @@ def data_notes(
         warn(f"{c['prompt_truncated'] / used:.0%} of the prompts of {name} lose their beginning; "
              "max_prompt_length is too small for them")
     if c.get("held_out") == 0: warn(f"of {name} no pair is held out; a larger eval_share holds out some")
+    if c.get("prompt_repeated", 0) > 0.5 * used:
+        cure = "take it out of them" if c["chat"] else "leave the prompt column out"
+        warn(f"both responses of {c['prompt_repeated']} pairs of {name} begin with the prompt, "
+             f"so it is read twice; {cure}")
     if c["both_labels"]: warn(f"{c['both_labels']} pairs of {name} occur with the opposite label, too")
     if templated and not c["chat"]:
         note(f"{name} is plain text, so the model's chat template is not used; chat = true (--chat) uses it")

@@ -96,6 +96,12 @@ def _said_by(pair, tokenizer):
     texts = [pair[side]["content"] if pair["chat"] else pair[side] for side in _SIDES]
     return [text.replace(tokenizer.eos_token, "") for text in texts]
 
+def _begin_with_prompt(pair, texts):
+    "Whether both responses begin with what was asked, the prompt or its last turn."
+    asked = pair["prompt"][-1]["content"] if pair["chat"] else pair["prompt"]
+    asked = asked.strip()
+    return bool(asked) and all(text.lstrip().startswith(asked) for text in texts)
+
 def encode(
     pair: dict,                  # what `normalise` returns: chat, prompt, chosen, rejected
     tokenizer,                   # a transformers tokenizer
@@ -113,6 +119,7 @@ def encode(
     room = max_length - len(kept)
     whole = [row[n:] for row in full]
     chosen, rejected = (response[:room] for response in whole)
+    texts = _said_by(pair, tokenizer)
 
     return dict(
         key=_key(kept, chosen, rejected),
@@ -121,11 +128,12 @@ def encode(
         prompt_ids=kept,
         chosen_ids=chosen,
         rejected_ids=rejected,
-        drop=_why_dropped(_said_by(pair, tokenizer), kept, whole, [chosen, rejected]),
+        drop=_why_dropped(texts, kept, whole, [chosen, rejected]),
         chat=pair["chat"],
         truncated=max(map(len, whole)) > room,
         prompt_truncated=n > longest,
         boundary_moved=n < len(prompt),
+        prompt_repeated=_begin_with_prompt(pair, texts),
     )
 
 # %% ../nbs/01_preferences.ipynb #c315e31f
@@ -576,7 +584,7 @@ def _file_rows(path: Path):
     for i, row in enumerate(rows): yield f"{path}, row {i}", row
 
 # %% ../nbs/01_preferences.ipynb #8a0fb900
-_VERSION = 5 # of what is cached: raise it when the same file or row would give something else
+_VERSION = 6 # of what is cached: raise it when the same file or row would give something else
 
 def _generate(path, columns, digest): yield from _checked(_file_rows(Path(path)), columns)
 
@@ -671,6 +679,9 @@ def _from_dataset(data, split, columns, where):
     _check_columns(columns, data.column_names, where)
     names = _rename(columns, data.column_names, where)
     new_names = {old: new for old, new in names.items() if old != new}
+    if data.format["type"] == "custom":
+        raise ValueError(f"{where}: has a transform (set_transform), which is not read; apply it with map, "
+                         "or remove it (reset_format)")
     data = data.with_format(None).select_columns(list(names)).rename_columns(new_names)
 
     if len(data): _check(data[0], f"{where}, row 0")
@@ -773,7 +784,7 @@ def _digest(data, tokenizer, *settings) -> str:
     return h.hexdigest()[:24]
 
 # %% ../nbs/01_preferences.ipynb #81800611
-_FLAGS = ("chat", "truncated", "prompt_truncated", "boundary_moved")
+_FLAGS = ("chat", "truncated", "prompt_truncated", "boundary_moved", "prompt_repeated")
 
 def _counts(kept):
     "What was read, dropped and cut: counts of a table of all rows."
@@ -781,6 +792,7 @@ def _counts(kept):
     counts = {"rows": len(kept), "usable": len(usable)}
     for why in DROPPED: counts[why] = (kept["drop"] == why).sum()
     for flag in _FLAGS: counts[flag] = usable[flag].sum()
+    if not counts["prompt_repeated"]: del counts["prompt_repeated"] # no line in every report for what is rare
     counts["duplicates"] = usable["key"].duplicated().sum()
     counts["both_labels"] = usable["swapped"].isin(usable["key"]).sum()
     return {name: int(count) for name, count in counts.items()}

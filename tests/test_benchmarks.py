@@ -356,9 +356,27 @@ def test_one_model_at_a_time(strings, tmp_path, monkeypatch):
         model = load_model(where, "cpu")
         alive.append(weakref.ref(model))
         return model
-    monkeypatch.setattr(B, "load_model", counted)
+    monkeypatch.setattr(B, "load_any", counted)
     B.evaluate_folders({"a": BASE, "b": BASE, "c": BASE}, tmp_path / "o", [strings], limit=2)
     assert before == [0] * 6                                     # each to be hashed, then to be asked
+
+
+def test_an_adapter_has_the_scores_of_its_merged_model(strings, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(load_model(BASE, "cpu"), peft.LoraConfig(r=4, target_modules="all-linear"))
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name: p.data.normal_(0, 0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    TOK.save_pretrained(tmp_path / "merged")
+    found = B.evaluate_folders({"S": BASE, "adapter": tmp_path / "adapter", "merged": tmp_path / "merged"}, tmp_path / "o", [strings]).scores
+    of = {name: scores["strings"].scores.tolist() for name, scores in found.items()}
+    assert of["adapter"] == of["merged"] != of["S"]
+
+
+def test_places_are_looked_at_before_anything_is_loaded(strings, tmp_path, monkeypatch):
+    monkeypatch.setattr(B, "load_any", lambda *a: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="nowhere: no such model folder"): B.evaluate_folders({"a": BASE, "b": tmp_path / "nowhere"}, tmp_path / "o", [strings])
 
 
 def test_limit_must_be_positive(strings, tmp_path):

@@ -94,6 +94,17 @@ def test_source_without_a_place(bad):
 def test_source_without_a_name_is_called_by_its_own(bad): assert "source 'a'" in bad(sources=["nowhere/a.jsonl.gz"])
 
 
+def test_a_path_that_is_there_is_not_cut_at_its_equals_sign(sdpo, tmp_path, monkeypatch):
+    "`runs/lr=1e-4` is a place; `a=...` is a name and a place."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1e-4/stage-1").mkdir(parents=True)
+    model = shutil.copytree(BASE, "lr=1e-4/stage-1/model")
+    write_jsonl(tmp_path / "lr=1e-4/a.jsonl", rows("primer", 8))
+    assert cli._places(["lr=1e-4/a.jsonl", model, f"b={model}"], "--x") == {"a": "lr=1e-4/a.jsonl", "lr=1e-4-stage-1": model, "b": model}
+    status, out, err = sdpo("measure", "--models", model, f"S={BASE}", "--sources", "lr=1e-4/a.jsonl", "--precision", "fp32")
+    assert status == 0 and f"a, {model}" in out, err
+
+
 # ---- a run as one file, and what a newcomer types
 
 def test_a_run_as_one_file(sdpo, tmp_path, monkeypatch):

@@ -211,6 +211,14 @@ def test_half_of_the_weights(broken):
     whole = (Path(load_world().base) / "model.safetensors").read_bytes()
     assert "model.safetensors is broken or not complete" in refused(load_model, broken("model.safetensors", whole[:len(whole) // 2]))
 
+def test_a_file_that_may_not_be_read_is_not_called_broken(monkeypatch):
+    "Root may read every file, so the right is taken away here."
+    def denied(path, *a, **kw):
+        if "config" not in str(path): raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(logprobs, "_is_pointer", denied)
+    monkeypatch.setattr(logprobs.AutoModelForCausalLM, "from_pretrained", denied)
+    with pytest.raises(PermissionError, match="S/model.safetensors: you have no right to read this file"): load_model(load_world().base)
+
 @pytest.mark.parametrize("settings, words", [
     (dict(vocab_size=57), "embed_tokens.weight is (50, 96) in the checkpoint, but config.json asks for (57, 96)"), (dict(hidden_size=64), "asks for (50, 64)"),
     (dict(num_attention_heads=7), "not a multiple"), (dict(vocab_size="many"), "expected int"), (dict(hidden_act="none such"), "none such"), (dict(model_type="none such"), "does not recognize"),

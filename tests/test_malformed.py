@@ -227,6 +227,9 @@ def schemas():
     yield case("two equal, one empty", plain()[:3] + [r | dict(rejected=r["chosen"]) for r in PLAIN[3:5]] + [PLAIN[5] | dict(chosen=" ")], drops(6, empty=1, equal=2))
     yield case("equal conversations", CHAT[:4] + [r | dict(rejected=r["chosen"]) for r in CHAT[4:]], drops(6, equal=2))
     yield case("duplicates", PLAIN + PLAIN[:2], reads(8, "2 pairs of a occur more than once"))
+    inside = [dict(r, chosen=f"{r['prompt']} {r['chosen']}", rejected=f"{r['prompt']} {r['rejected']}") for r in PLAIN]
+    yield case("prompt inside both strings", inside, reads(6, "warning: both responses of 6 pairs of a begin with the prompt", "leave the prompt column out"))
+    yield case("prompt inside both answers of a chat", inside, reads(6, "begin with the prompt, so it is read twice; take it out of them"), "--chat")
     yield case("both labels", PLAIN + [dict(PLAIN[0], chosen="ba", rejected="ab")], reads(7, "2 pairs of a occur with the opposite label"))
     yield case("extra fields of every kind", [r | dict(id=i if i % 2 else str(i), meta={"a": [i]}, score_chosen=None) for i, r in enumerate(PLAIN)], reads(6, "copy ab"))
     yield case("no room", plain(2, dict(prompt="x" * 30, chosen="y" * 40 + "1", rejected="y" * 40 + "2")), drops(6, no_room=1), "--max-length", "32")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import sdpo_nb.preferences as P
-from sdpo_nb.plan import seen_in_training
+from sdpo_nb.plan import data_notes, seen_in_training
 from sdpo_nb.preferences import counts_table, encode, load_pairs, normalise, tokenize_pairs, turn_end
 from sdpo_nb.world import load_world
 
@@ -259,6 +259,14 @@ def test_every_container_gives_the_same_rows(tmp_path):
     sources = [rows, plain, plain.with_format("torch"), DatasetDict(train=plain), *(tmp_path / n for n in ("a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv", "disk", "both", "folder"))]
     for source in sources:
         assert [{k: r[k] for k in want[0]} for r in load_pairs(source)] == want, source
+
+
+def test_a_transform_is_refused():
+    plain = Dataset.from_list([TEXT])
+    shouting = plain.with_transform(lambda rows: {name: [text.upper() for text in texts] for name, texts in rows.items()})
+    for data in (shouting, DatasetDict(train=shouting)):
+        with pytest.raises(ValueError, match="<Dataset.*>: has a transform .*apply it with map, or remove it"): load_pairs(data)
+    assert load_pairs(shouting.with_format(None))[0]["chosen"] == TEXT["chosen"]
 
 
 def test_dates_stay_strings(tmp_path):
@@ -766,3 +774,14 @@ def test_duplicates_and_both_labels_are_counted(tiny):
     a, b = dict(prompt="copy ab", chosen="ab", rejected="ba"), dict(prompt="copy ab", chosen="ba", rejected="ab")
     counts = tokenize_pairs(load_pairs([a, a, b, dict(a, prompt="copy abc")]), tiny, "s").counts
     assert (counts["duplicates"], counts["both_labels"]) == (1, 3)
+
+
+def test_a_prompt_that_both_responses_repeat_is_counted_and_warned_of_where_most_do(tiny):
+    row = dict(prompt="copy ab", chosen="ab", rejected="ba")
+    twice = dict(row, chosen=" copy ab ab", rejected="copy ab ba")
+    one_side = dict(row, chosen="copy ab ab")
+    for rows, count in (([row, one_side], 0), ([dict(twice, prompt=" ")], 0), ([twice, row], 1), ([twice, twice, row], 2)):
+        for chat in (False, True):
+            s = tokenize_pairs(load_pairs(rows), tiny, "s", chat=chat)
+            assert s.counts.get("prompt_repeated", 0) == count
+            assert ("begin with the prompt" in str(data_notes(s))) == (count == 2)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import yaml
 
-from sdpo_nb import cli
+from sdpo_nb import cli, logprobs
+from sdpo_nb import verify as verify_module
 from sdpo_nb.folder import read_part, save_model
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash, read_table, write_json
 from sdpo_nb.plan import StepwiseConfig
@@ -232,6 +233,23 @@ def test_a_missing_table_is_no_pass(good):
 def test_nonsense_in_a_stage_is_no_traceback(good, name, value):
     change(good, 2, **{name: value})
     assert differing(verify(good))
+
+
+def test_what_may_not_be_read_is_not_checked(good, monkeypatch):
+    "A file of another user is no forgery. Root may read it, so the right is taken away here."
+    def denied(*a, **kw): raise PermissionError(13, "Permission denied", "model.safetensors")
+    monkeypatch.setattr(logprobs.AutoModelForCausalLM, "from_pretrained", denied)
+    monkeypatch.setattr(logprobs, "_is_pointer", denied)
+    found = verify(good, SOURCES)
+    assert differing(found) == []
+    rows = ["S: weights", *(f"stage {t}: weights" for t in (1, 2)), *(f"M_{t} asked again" for t in (0, 1, 2))]
+    assert set(rows) <= set(unchecked(found)) and "no right to read" in found.loc["stage 1: weights", "note"]
+
+    (good / "stage-2/chunk").mkdir()
+    monkeypatch.setattr(verify_module, "load_from_disk", denied)
+    assert verify(good).loc["data", "result"] == NOT_CHECKED
+    monkeypatch.setattr(logprobs.pd, "read_parquet", denied)
+    assert differing(verify(good)) == []
 
 
 def test_any_model_of_the_run_may_come_beside_it(runs, tmp_path):
