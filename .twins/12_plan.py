@@ -624,6 +624,35 @@ for name in ("two\nlines", 2023): print(complaint(check_names, {name: []}))
 
 
 # %% [markdown]
+# ### Would the run write into its sources?
+#
+# A folder may be a source: all data files in it are read. If the run's own folder lies in there, the files that it writes are data in the next call. And if the chunks are [written as files](14_stepwise.ipynb) where a source lies, the source is gone.
+
+# %%
+#| export
+def check_apart(
+    path, # of a file or folder that would be written
+    sources: dict, # as for `load_sources`
+):
+    "Raise ValueError where a path is that of a source, or lies in the folder of one."
+    if not isinstance(sources, dict): return # `load_sources` says what is wrong
+    target = Path(path).resolve()
+    for name, what in sources.items():
+        place = what.get("source") if isinstance(what, dict) else what
+        if not isinstance(place, (str, Path)): continue
+        if target.is_relative_to(Path(place).expanduser().resolve()):
+            raise ValueError(f"{path}: is source '{name}' or lies in its folder, where nothing may be written; "
+                             "use another folder")
+
+
+# %%
+data = Path(w.sources["riddle"]).parent
+check_apart(data.parent / "run", w.sources)
+said = complaint(check_apart, data / "run", dict(mine=data))
+print(said.replace(str(data), "data"))
+
+
+# %% [markdown]
 # ## Held-out pairs
 #
 # Some pairs may be kept aside: a share of each source ([by prompt](01_preferences.ipynb), so that no prompt is on both sides), or sources of their own. They are never trained on. Every model is measured on them after its stage, and they lead the report, because nothing else in it can show that a model is *better* and not only well rehearsed. Each prompt draws its own lot, so a share of 0.1 gives about a tenth: here 54 of 507. Of a few pairs it may give none, and a warning says so.

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CALLED', 'ABSENT', 'StepwiseConfig', 'changed', 'defaults_table', 'no_such_setting', 'make_config', 'load_sources',
-           'read_rows', 'data_notes', 'extent', 'check_names', 'part_sources', 'seen_in_training', 'check_held_out',
-           'read_sources', 'Chunk', 'check_chunks', 'foreign_weights']
+           'read_rows', 'data_notes', 'extent', 'check_names', 'check_apart', 'part_sources', 'seen_in_training',
+           'check_held_out', 'read_sources', 'Chunk', 'check_chunks', 'foreign_weights']
 
 # %% ../nbs/12_plan.ipynb #9061831f
 import difflib, unicodedata
@@ -360,6 +360,21 @@ def check_names(
         if unprintable:
             raise ValueError(f"sources: the name {name!r} has a control character or a new line; "
                              "use one that can be printed")
+
+# %% ../nbs/12_plan.ipynb #34fe90c1
+def check_apart(
+    path, # of a file or folder that would be written
+    sources: dict, # as for `load_sources`
+):
+    "Raise ValueError where a path is that of a source, or lies in the folder of one."
+    if not isinstance(sources, dict): return # `load_sources` says what is wrong
+    target = Path(path).resolve()
+    for name, what in sources.items():
+        place = what.get("source") if isinstance(what, dict) else what
+        if not isinstance(place, (str, Path)): continue
+        if target.is_relative_to(Path(place).expanduser().resolve()):
+            raise ValueError(f"{path}: is source '{name}' or lies in its folder, where nothing may be written; "
+                             "use another folder")
 
 # %% ../nbs/12_plan.ipynb #062cb359
 def part_sources(

@@ -34,7 +34,7 @@ from .loss import certificate, dpo_loss, reward_accuracy
 from .packing import choose_logprobs
 from .partition import mean_interval, partition
 from sdpo_nb.plan import (
-    Chunk, StepwiseConfig, changed, check_chunks, check_held_out, check_names, data_notes, extent,
+    Chunk, StepwiseConfig, changed, check_apart, check_chunks, check_held_out, check_names, data_notes, extent,
     foreign_weights, load_sources, read_sources, seen_in_training
 )
 from .report import Run
@@ -372,14 +372,15 @@ def prepare_run(
     held_out=None,  # sources that are only measured
 ) -> tuple: # the context, the chunks, and M_0
     "Check everything, open the folder, measure and partition. Raises ValueError for what cannot work."
-    config, folder = config or StepwiseConfig(), Path(folder)
+    config, folder = config or StepwiseConfig(), Path(folder).expanduser()
     if is_wrapped(model): model, config = _unwrapped(model, config)
     if callable(config.chunks) and sources:
         raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
     _tracker(config, folder) # an impossible one is found out before anything is computed
     check_fresh(folder)
-    check_names(sources)
-    check_names(held_out)
+    for some in (sources, held_out):
+        check_names(some)
+        check_apart(folder, some)
 
     base, tokenizer = base_folder(model, tokenizer, folder, revision)
     read, held = read_sources(sources, held_out, tokenizer, config)

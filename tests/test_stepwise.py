@@ -724,3 +724,23 @@ def test_the_settings_say_what_is_easy(tmp_path):
     for order_by, column in (("gamma", "accuracy"), ("gamma_per_token", "accuracy_per_token")):
         assert by[order_by].partition()[column].is_monotonic_decreasing
         assert by[order_by].config["settings"]["order_by"] == order_by
+
+
+def test_a_run_does_not_lie_in_its_source(tmp_path):
+    "Its own json files would be rows of the source in the next call."
+    write_jsonl(tmp_path / "a.jsonl", rows("primer", 8))
+    for given in (dict(sources=dict(a=str(tmp_path))), dict(sources=TWO, held_out=dict(b=dict(source=tmp_path)))):
+        with pytest.raises(ValueError, match="run: is source '[ab]' or lies in its folder"):
+            sdpo_partition(BASE, config=StepwiseConfig(**SETTINGS), folder=tmp_path / "run", **given)
+    assert not list(tmp_path.rglob("*.json"))
+    with pytest.raises(ValueError, match="lies in its folder"): stepwise.measure_models(dict(S=BASE), dict(a=str(tmp_path)), folder=tmp_path / "m")
+
+
+def test_a_folder_in_the_users_home(tmp_path, monkeypatch):
+    "No folder is called ~."
+    monkeypatch.setenv("HOME", str(tmp_path)); monkeypatch.chdir(tmp_path)
+    got = sdpo_partition(BASE, dict(a=rows("primer", 8)), StepwiseConfig(**SETTINGS), "~/run")
+    files = stepwise.export_chunks(stepwise.Run("~/run"), "~/out", dict(a=rows("primer", 8)))
+    stepwise.measure_models(dict(S=BASE), dict(a=rows("primer", 8)), StepwiseConfig(**SETTINGS), "~/measure")
+    assert got.folder == tmp_path / "run" and files == [tmp_path / "out" / "chunk-1.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["measure", "out", "run"]
