@@ -49,6 +49,7 @@ import functools, json, os, re, shlex, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -956,10 +957,18 @@ print(complaint(_check_may_differ, tmp, dict(pairs=("90d2", "11aa"))))
 
 
 # %% [markdown]
-# All of it goes into the folder: `open_folder` writes `config.yaml`, or compares with the one that is there.
+# All of it goes into the folder: `open_folder` writes `config.yaml`, or compares with the one that is there. Names and numbers may come from NumPy or pandas, whose types YAML does not know; they are written as plain ones.
 
 # %%
 #| export
+def _plain(value):
+    "The same value in the types that YAML knows."
+    if isinstance(value, dict): return {_plain(name): _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if isinstance(value, (str, Path)): return str(value)
+    if isinstance(value, Integral) and type(value) is not bool: return int(value)
+    return float(value) if isinstance(value, Real) and type(value) is not bool else value
+
 def open_folder(
     folder: Path,   # of the run
     config,         # the settings, a dataclass
@@ -972,7 +981,7 @@ def open_folder(
     """
     settings = {f.name: recorded(getattr(config, f.name)) for f in fields(config)}
     settings["precision"] = precision
-    new = identity | dict(settings=settings, versions=versions(), command=command())
+    new = _plain(identity | dict(settings=settings, versions=versions(), command=command()))
     path = folder / "config.yaml"
     if path.exists():
         there = read_part(path)
@@ -1035,23 +1044,24 @@ assert open_folder(tmp, TrainConfig(beta=0.2), "bf16", S_here) == ""
 shutil.copytree(real / "stage-1", tmp / "part/stage-1")
 finished_stages(tmp / "part")
 
-
 # %% [markdown]
-# From stage 1, and nobody knows with which settings that was trained. So nothing may go on from it.
+# From stage 1, and nobody knows with which settings that was trained. So nothing may go on from it. A `report.md` that you wrote yourself looks the same from outside, and a run would write its own over it.
 
 # %%
 #| export
+_WRITTEN = "partition.json", "held_out.json", "report.md", "figures" # by a run, beside base and its stages
+
 def check_fresh(
     folder: Path, # that a run wants to work in
 ):
-    """Raise ValueError for parts of a run without config.yaml.
+    """Raise ValueError for parts of a run without config.yaml, or somebody's files that have their names.
 
     A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written
     anew.
     """
     if (folder / "config.yaml").exists(): return
     parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
-    parts += folder.glob("partition.json")
+    parts += [folder / name for name in _WRITTEN if (folder / name).exists()]
     parts += [p for p in (folder / "base").glob("*") if p.name != "model" and p.suffix != ".tmp"]
     if not parts: return
     part = parts[0].relative_to(folder)

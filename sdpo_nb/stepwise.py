@@ -24,7 +24,7 @@ from sdpo_nb.logprobs import (
     write_lines
 )
 from sdpo_nb.plan import (
-    StepwiseConfig, check_apart, check_names, extent, load_sources, part_sources, read_rows
+    StepwiseConfig, asked_device, check_apart, check_names, extent, load_sources, part_sources, read_rows
 )
 from .preferences import Source, normalise
 from .report import Run
@@ -207,7 +207,7 @@ def _check_same_tokens(models):
 
 def _read_by(name, place, pairs, config, folder, clock):
     "The table of one model, in a folder that has the hash of its weights for a name."
-    model = load_any(place, None if config.device == "auto" else config.device)
+    model = load_any(place, asked_device(config))
     check_model(model)
     check_rows(model, *extent(pairs))
     precision = pick_precision(config.precision, model.device)
@@ -227,6 +227,7 @@ def measure_models(
     Raises ValueError for a model with another vocabulary, for sources that cannot be read, or with an eval_share.
     """
     config, folder = config or StepwiseConfig(), Path(folder).expanduser()
+    asked_device(config)
     check_names(sources)
     check_apart(folder, sources)
     tokenizer = _check_same_tokens(models)

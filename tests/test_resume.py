@@ -236,6 +236,12 @@ def test_parts_of_a_run_without_its_settings(alone, tmp_path, left):
     assert f"{folder}: not empty and not a run, there is {left}" in said and not (folder / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("name", ["report.md", "figures", "held_out.json"])
+def test_files_of_somebody_else_are_not_written_over(tmp_path, name):
+    (tmp_path / name).mkdir() if name == "figures" else (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"not a run, there is {name} but no config.yaml"): check_fresh(tmp_path)
+
+
 def test_what_a_kill_leaves_of_a_base_is_no_part_of_a_run(tmp_path):
     for name in ("model", ".model.tmp", ".model.old.tmp"): (tmp_path / "base" / name).mkdir(parents=True)
     check_fresh(tmp_path)
