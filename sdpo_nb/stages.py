@@ -18,7 +18,7 @@ from datasets import concatenate_datasets, load_from_disk
 
 from .evaluate import as_text, greedy_answers
 from sdpo_nb.folder import (
-    base_folder, check_fresh, folder_of, load_exactly, load_merged, machine_of, naming, open_folder,
+    base_folder, check_fresh, code_hash, folder_of, load_exactly, load_merged, machine_of, naming, open_folder,
     read_part, recorded, save_adapter, save_model, share_changed
 )
 from sdpo_nb.logprobs import (
@@ -339,6 +339,7 @@ def _identity(policy, ctx, loaded, sources, held_out, reference_weights):
         reference_weights=reference_weights,
         device=ctx.device.type,
         machine=machine_of(ctx.device),
+        loss_code=code_hash(ctx.config.loss),
         pairs=pairs_hash(*(s.pairs for s in loaded)),
         held_out_pairs=pairs_hash(*(s.pairs for s in ctx.held)) if ctx.held else None,
         not_deterministic=_not_deterministic(policy, loaded, ctx),
