@@ -45,11 +45,13 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import functools, json, os, re, shlex, subprocess, sys
+import functools, hashlib, json, os, re, shlex, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
+from numbers import Integral, Real
 from pathlib import Path
+from types import CodeType
 
 import torch
 import yaml
@@ -754,11 +756,12 @@ HOW = {"precision", "compile", "deterministic"} | (COMPUTED_ALIKE - FREE) # unti
 
 RECORDED = [ # in config.yaml, beside what was asked for
     "weights", "reference_weights", "pairs", "held_out_pairs", "base",
-    "versions", "device", "not_deterministic", "machine", "command",
+    "versions", "device", "not_deterministic", "machine", "command", "loss_code",
 ]
 
 MAY_DIFFER = FREE | { # of config.yaml, between two calls
     "settings", "versions", "machine", "device", "model", "revision", "held_out", "not_deterministic", "command",
+    "loss_code",
 }
 
 # %%
@@ -899,7 +902,7 @@ list(machine_of(torch.device("cpu"))), list(versions())
 
 
 # %% [markdown]
-# `config.yaml` also says what was typed, so that you can type it again. Some settings are functions, and a YAML file cannot hold a function. It holds the name.
+# `config.yaml` also says what was typed, so that you can type it again. Some settings are functions, and a YAML file cannot hold a function. It holds the name. A name stays when somebody changes what the function computes, so a loss of your own leaves a hash of its code, too.
 
 # %%
 #| export
@@ -915,12 +918,42 @@ def recorded(
     if isinstance(value, (int, float, str, list, type(None))): return value
     return getattr(value, "__qualname__", type(value).__name__)
 
+def code_hash(
+    function, # or anything else
+) -> str|None: # 16 hex digits; None for what has no code of its own
+    "A hash of what a function does by itself. Another version of Python may give another one."
+    code = getattr(function, "__code__", None)
+    return hashlib.sha256(_code_text(code).encode()).hexdigest()[:16] if code else None
+
+def _code_text(code):
+    "Instructions, names and constants, as text that is the same in every process."
+    constants = []
+    for c in code.co_consts:
+        if isinstance(c, frozenset): c = sorted(map(repr, c))
+        constants.append(_code_text(c) if isinstance(c, CodeType) else repr(c))
+    return repr((code.co_code, code.co_names, constants))
+
+def _other_code(old, new):
+    "A sentence, where a loss has its name and no longer its code."
+    was, now = old.get("loss_code"), new.get("loss_code")
+    if not was or not now or was == now: return ""
+    name = new["settings"]["loss"]
+    return f"the code of loss {name} is not that which it was started with (or another Python compiled it)"
+
 
 # %%
 typed, sys.argv = sys.argv, ["/usr/bin/sdpo", "run", "--folder", "my runs/first"]
 said = command()
 sys.argv = typed
 said, recorded(0.3), recorded(made_up)
+
+
+# %%
+def margin(chosen, rejected): return chosen - rejected
+before = code_hash(margin)
+def margin(chosen, rejected): return rejected - chosen
+assert code_hash(margin) != before
+assert recorded(margin) == "margin"
 
 
 # %% [markdown]
@@ -956,10 +989,18 @@ print(complaint(_check_may_differ, tmp, dict(pairs=("90d2", "11aa"))))
 
 
 # %% [markdown]
-# All of it goes into the folder: `open_folder` writes `config.yaml`, or compares with the one that is there.
+# All of it goes into the folder: `open_folder` writes `config.yaml`, or compares with the one that is there. Names and numbers may come from NumPy or pandas, whose types YAML does not know; they are written as plain ones.
 
 # %%
 #| export
+def _plain(value):
+    "The same value in the types that YAML knows."
+    if isinstance(value, dict): return {_plain(name): _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if isinstance(value, (str, Path)): return str(value)
+    if isinstance(value, Integral) and type(value) is not bool: return int(value)
+    return float(value) if isinstance(value, Real) and type(value) is not bool else value
+
 def open_folder(
     folder: Path,   # of the run
     config,         # the settings, a dataclass
@@ -972,12 +1013,12 @@ def open_folder(
     """
     settings = {f.name: recorded(getattr(config, f.name)) for f in fields(config)}
     settings["precision"] = precision
-    new = identity | dict(settings=settings, versions=versions(), command=command())
+    new = _plain(identity | dict(settings=settings, versions=versions(), command=command()))
     path = folder / "config.yaml"
     if path.exists():
         there = read_part(path)
         differs = _differences(there, new)
-        if not differs: return what_differs(there, new)
+        if not differs: return "; ".join(filter(None, [what_differs(there, new), _other_code(there, new)]))
         _check_may_differ(folder, differs)
         said = ", ".join(f"{name} = {now}" for name, (_, now) in differs.items())
         print(f"{folder}: nothing was trained here yet; goes on with {said}")
@@ -1035,23 +1076,24 @@ assert open_folder(tmp, TrainConfig(beta=0.2), "bf16", S_here) == ""
 shutil.copytree(real / "stage-1", tmp / "part/stage-1")
 finished_stages(tmp / "part")
 
-
 # %% [markdown]
-# From stage 1, and nobody knows with which settings that was trained. So nothing may go on from it.
+# From stage 1, and nobody knows with which settings that was trained. So nothing may go on from it. A `report.md` that you wrote yourself looks the same from outside, and a run would write its own over it.
 
 # %%
 #| export
+_WRITTEN = "partition.json", "held_out.json", "report.md", "figures" # by a run, beside base and its stages
+
 def check_fresh(
     folder: Path, # that a run wants to work in
 ):
-    """Raise ValueError for parts of a run without config.yaml.
+    """Raise ValueError for parts of a run without config.yaml, or somebody's files that have their names.
 
     A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written
     anew.
     """
     if (folder / "config.yaml").exists(): return
     parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
-    parts += folder.glob("partition.json")
+    parts += [folder / name for name in _WRITTEN if (folder / name).exists()]
     parts += [p for p in (folder / "base").glob("*") if p.name != "model" and p.suffix != ".tmp"]
     if not parts: return
     part = parts[0].relative_to(folder)

@@ -100,7 +100,7 @@ class Run:
     folder: Path # config.yaml lies in it
 
     def __post_init__(self):
-        self.folder = Path(self.folder)
+        self.folder = Path(self.folder).expanduser()
 
     @property
     def config(self) -> dict:
@@ -1077,7 +1077,7 @@ def export_model(
 
     Raises ValueError for a folder that exists, or a model that is not the one that the stage saved.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists(): raise ValueError(f"{folder}: is there already; give a folder that does not exist")
     model = load_stage(run.model_folder().parent, "cpu") # it must be the model that the stage saved
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,8 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 #| export
 import difflib, unicodedata
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
+from inspect import signature
+from numbers import Integral, Real
 from pathlib import Path
 
 import pandas as pd
@@ -89,6 +90,7 @@ tok = load_tokenizer(w.base)
 #| export
 def _chunks_setting(chunks):
     "None, a number or a function as it is; a list as lists of source names."
+    if callable(chunks): _check_takes(chunks)
     if chunks is None or callable(chunks): return chunks
     if isinstance(chunks, Integral) and type(chunks) is not bool and chunks >= 1: return int(chunks)
     if not isinstance(chunks, (list, tuple)):
@@ -99,6 +101,12 @@ def _chunks_setting(chunks):
         raise ValueError("chunks: a list must hold source names, or lists of them, "
                          f"and none may be empty; got {chunks!r}")
     return groups
+
+def _check_takes(chunks):
+    "Raise ValueError for a function that cannot be called with a stage and a model."
+    try: signature(chunks).bind(1, None)
+    except TypeError as e: raise ValueError(f"chunks: the function must take (t, model): {e}") from e
+    except ValueError: pass # one in C, which does not say what it takes
 
 def _group(names):
     "A name alone is a chunk of one; nothing, where it is no name and no list of names."
@@ -216,6 +224,15 @@ def _check_chunks_and_order(config):
     if callable(config.chunks) and config.eval_share:
         raise ValueError("eval_share: of chunks that a function makes nothing is held out; "
                          "give held_out a source of its own")
+
+def asked_device(
+    config: StepwiseConfig,
+) -> str: # cpu or cuda; None where the model decides
+    "The device that the settings name. Raises ValueError for a graphics card that is not there."
+    if config.device == "auto": return None
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: there is no graphics card here; take auto or cpu")
+    return config.device
 
 def _check_reference(config):
     if config.reference in ("moving", "fixed"): return
@@ -444,7 +461,7 @@ def read_rows(
     for other in ("chat", "eval_share"): spec.pop(other, None) # of what happens to the rows later
     try: data = load_pairs(**spec)
     except (ValueError, OSError) as e: raise ValueError(f"source '{name}': {e}") from e
-    return data.select(range(min(most, len(data)))) if most else data
+    return data.select(range(min(int(most), len(data)))) if most else data
 
 def _check_spec(name, spec):
     "Raise ValueError for a dict that `load_pairs` would not understand."
@@ -455,11 +472,11 @@ def _check_spec(name, spec):
     if not isinstance(columns, dict):
         raise ValueError(f"source '{name}': columns must be {{their name: our name}}, got {columns!r}")
     share, chat, most = spec.get("eval_share", 0), spec.get("chat", False), spec.get("max_pairs")
-    if type(share) not in (int, float) or not 0 <= share < 1:
+    if not isinstance(share, Real) or type(share) is bool or not 0 <= share < 1:
         raise ValueError(f"source '{name}': eval_share must be a number from 0 to below 1, got {share!r}")
     if type(chat) is not bool:
         raise ValueError(f"source '{name}': chat must be true or false, got {chat!r}")
-    if most is not None and not (type(most) is int and most >= 1):
+    if most is not None and not (isinstance(most, Integral) and type(most) is not bool and most >= 1):
         raise ValueError(f"source '{name}': max_pairs must be a whole number from 1, got {most!r}")
 
 
@@ -628,6 +645,35 @@ for name in ("two\nlines", 2023): print(complaint(check_names, {name: []}))
 
 
 # %% [markdown]
+# ### Would the run write into its sources?
+#
+# A folder may be a source: all data files in it are read. If the run's own folder lies in there, the files that it writes are data in the next call. And if the chunks are [written as files](14_stepwise.ipynb) where a source lies, the source is gone.
+
+# %%
+#| export
+def check_apart(
+    path, # of a file or folder that would be written
+    sources: dict, # as for `load_sources`
+):
+    "Raise ValueError where a path is that of a source, or lies in the folder of one."
+    if not isinstance(sources, dict): return # `load_sources` says what is wrong
+    target = Path(path).resolve()
+    for name, what in sources.items():
+        place = what.get("source") if isinstance(what, dict) else what
+        if not isinstance(place, (str, Path)): continue
+        if target.is_relative_to(Path(place).expanduser().resolve()):
+            raise ValueError(f"{path}: is source '{name}' or lies in its folder, where nothing may be written; "
+                             "use another folder")
+
+
+# %%
+data = Path(w.sources["riddle"]).parent
+check_apart(data.parent / "run", w.sources)
+said = complaint(check_apart, data / "run", dict(mine=data))
+print(said.replace(str(data), "data"))
+
+
+# %% [markdown]
 # ## Held-out pairs
 #
 # Some pairs may be kept aside: a share of each source ([by prompt](01_preferences.ipynb), so that no prompt is on both sides), or sources of their own. They are never trained on. Every model is measured on them after its stage, and they lead the report, because nothing else in it can show that a model is *better* and not only well rehearsed. Each prompt draws its own lot, so a share of 0.1 gives about a tenth: here 54 of 507. Of a few pairs it may give none, and a warning says so.
@@ -643,7 +689,7 @@ def part_sources(
     train, held = [], []
     for source, what in zip(read, sources.values()):
         share = what.get("eval_share", config.eval_share) if isinstance(what, dict) else config.eval_share
-        kept, aside = hold_out(source, share)
+        kept, aside = hold_out(source, float(share))
         if share and not aside: kept = replace(kept, counts=kept.counts | dict(held_out=0))
         train.append(kept)
         if aside: held.append(aside)

@@ -51,7 +51,7 @@ from datasets import concatenate_datasets, load_from_disk
 
 from sdpo_nb.evaluate import as_text, greedy_answers
 from sdpo_nb.folder import (
-    base_folder, check_fresh, folder_of, load_exactly, load_merged, machine_of, naming, open_folder,
+    base_folder, check_fresh, code_hash, folder_of, load_exactly, load_merged, machine_of, naming, open_folder,
     read_part, recorded, save_adapter, save_model, share_changed
 )
 from sdpo_nb.logprobs import (
@@ -67,8 +67,8 @@ from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 from sdpo_nb.packing import choose_logprobs
 from sdpo_nb.partition import mean_interval, partition
 from sdpo_nb.plan import (
-    Chunk, StepwiseConfig, changed, check_chunks, check_held_out, check_names, data_notes, extent,
-    foreign_weights, load_sources, read_sources, seen_in_training
+    Chunk, StepwiseConfig, asked_device, changed, check_apart, check_chunks, check_held_out, check_names,
+    data_notes, extent, foreign_weights, load_sources, read_sources, seen_in_training
 )
 from sdpo_nb.report import Run
 from sdpo_nb.trainer import (
@@ -351,7 +351,7 @@ print(complaint(_partitioned, all_three, S, ctx))
 
 
 # %% [markdown]
-# A chunk that a function makes is kept in its stage's folder, for the same reason. The function may let the model write answers, and a second call would make other ones. It may return whatever [a source](12_plan.ipynb) may be: rows, a file, or a dict with `chat=True`.
+# A chunk that a function makes is kept in its stage's folder, for the same reason. The function may let the model write answers, and a second call would make other ones. It may return whatever [a source](12_plan.ipynb) may be: rows, a file, or a dict with `chat=True`. What it may not do is change the model: stage $t$ would start at another one than $M_{t-1}$.
 
 # %%
 #| export
@@ -362,15 +362,26 @@ def made_chunk(
 ) -> Chunk: # D_t, or None where the function has no more
     """The chunk that the user's function makes for stage t; kept in the stage's folder.
 
-    Raises ValueError for pairs that cannot be used, and for a kept chunk that is missing or damaged.
+    Raises ValueError for pairs that cannot be used, for a function that changes the model, and for a
+    kept chunk that is missing or damaged.
     """
     path = ctx.at(t) / "chunk"
-    if not path.exists() and policy is not None:
-        got = ctx.config.chunks(t, policy)
+    if policy is not None and path.exists():
+        begun = path.parent if t > 1 else ctx.folder # S has answered prompts of the first pairs
+        print(f"stage {t} goes on with the pairs that an earlier call made; remove {begun} to make them anew")
+    elif policy is not None:
+        got = _asked(t, policy, ctx)
         if got is None: return None
         made = _checked(t, got, policy, ctx)
         with replacing(path) as tmp: made.save_to_disk(str(tmp))
     with naming(path): return Chunk(f"chunk {t}", load_from_disk(str(path)))
+
+def _asked(t, policy, ctx):
+    "What the function returns for stage t. It may ask the model, which must be M_{t-1} afterwards, too."
+    before = weights_hash(policy)
+    got = ctx.config.chunks(t, policy)
+    if weights_hash(policy) == before: return got
+    raise ValueError(f"chunks, stage {t}: the function changed the model; work on a copy")
 
 def _checked(t, got, policy, ctx):
     "What the function returned for stage t, as tokenised pairs; what is worth a look is said."
@@ -398,9 +409,24 @@ def writes(t, model): # a real one would let the model answer
 asked = []
 ctx.config = StepwiseConfig(**quick, chunks=writes)
 made = made_chunk(1, S, ctx)
-assert len(made_chunk(1, S, ctx).pairs) == len(made.pairs)
+with redirect_stdout(io.StringIO()) as said: again = made_chunk(1, S, ctx)
+print(said.getvalue().strip().replace(f"{tmp}/", ""))
+assert again.pairs["key"][:] == made.pairs["key"][:]
 assert made_chunk(2, S, ctx) is None
 asked # stage 1 once, although its chunk was wanted twice
+
+
+# %% [markdown]
+# A function that rounds the model to half precision, and back, because that answers faster:
+
+# %%
+def hurries(t, model):
+    model.bfloat16()
+    model.float()
+    return rows
+
+ctx.config = StepwiseConfig(**quick, chunks=hurries)
+print(complaint(made_chunk, 2, load_model(w.base), ctx))
 
 
 # %% [markdown]
@@ -566,6 +592,7 @@ def _identity(policy, ctx, loaded, sources, held_out, reference_weights):
         reference_weights=reference_weights,
         device=ctx.device.type,
         machine=machine_of(ctx.device),
+        loss_code=code_hash(ctx.config.loss),
         pairs=pairs_hash(*(s.pairs for s in loaded)),
         held_out_pairs=pairs_hash(*(s.pairs for s in ctx.held)) if ctx.held else None,
         not_deterministic=_not_deterministic(policy, loaded, ctx),
@@ -575,7 +602,7 @@ def _written(source):
     "A source as a run file says it; nothing for what was only in memory."
     if isinstance(source, (str, Path)): return str(source)
     if not isinstance(source, dict) or not isinstance(source.get("source"), (str, Path)): return None
-    return {name: str(v) if isinstance(v, Path) else v for name, v in source.items()}
+    return dict(source)
 
 
 # %% [markdown]
@@ -657,21 +684,23 @@ def prepare_run(
     held_out=None,  # sources that are only measured
 ) -> tuple: # the context, the chunks, and M_0
     "Check everything, open the folder, measure and partition. Raises ValueError for what cannot work."
-    config, folder = config or StepwiseConfig(), Path(folder)
+    config, folder = config or StepwiseConfig(), Path(folder).expanduser()
     if is_wrapped(model): model, config = _unwrapped(model, config)
     if callable(config.chunks) and sources:
         raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
+    device = asked_device(config)
     _tracker(config, folder) # an impossible one is found out before anything is computed
     check_fresh(folder)
-    check_names(sources)
-    check_names(held_out)
+    for some in (sources, held_out):
+        check_names(some)
+        check_apart(folder, some)
 
     base, tokenizer = base_folder(model, tokenizer, folder, revision)
     read, held = read_sources(sources, held_out, tokenizer, config)
     loaded = check_chunks(config.chunks, read)
     theirs = foreign_weights(config.reference, tokenizer, loaded)
 
-    policy = load_model(base, None if config.device == "auto" else config.device, revision)
+    policy = load_model(base, device, revision)
     check_model(policy)
     _check_adapters(policy, config)
     for s in loaded + held: check_rows(policy, *extent(s.pairs))

@@ -65,7 +65,9 @@ from sdpo_nb.logprobs import (
     Clock, check_model, check_rows, load_tokenizer, pair_tokens, pairs_hash, pick_precision, weights_hash,
     write_lines
 )
-from sdpo_nb.plan import StepwiseConfig, check_names, extent, load_sources, part_sources, read_rows
+from sdpo_nb.plan import (
+    StepwiseConfig, asked_device, check_apart, check_names, extent, load_sources, part_sources, read_rows
+)
 from sdpo_nb.preferences import Source, normalise
 from sdpo_nb.report import Run
 from sdpo_nb.stages import Context, free_model, made_chunk, prepare_run, run_stage, tracking
@@ -151,6 +153,7 @@ def sdpo(
 
     Raises ValueError for what cannot work, before anything is computed.
     """
+    folder = Path(folder).expanduser()
     with alone_in(folder):
         asked = model, sources, config, folder, tokenizer, logprobs, revision, held_out
         ctx, chunks, policy = prepare_run(*asked)
@@ -242,6 +245,7 @@ def sdpo_partition(
     held_out: dict=None, # sources that are only measured
 ) -> Run:
     "The beginning of `sdpo`: M_0's pass and the partition. `sdpo` with the same arguments goes on from here."
+    folder = Path(folder).expanduser()
     with alone_in(folder):
         prepare_run(model, sources, config, folder, tokenizer, logprobs, revision, held_out)
     return Run(folder)
@@ -328,14 +332,17 @@ def export_chunks(
 
     One pair a line, in the order of the first epoch.
 
-    Raises ValueError where the chunks are not known, or the sources are not those of the run.
+    Raises ValueError where the chunks are not known, the sources are not those of the run, or a file
+    would take the place of one.
     """
-    out, path = Path(out), run.folder / "partition.json"
+    out, path = Path(out).expanduser(), run.folder / "partition.json"
     if not path.exists(): raise ValueError(f"{path}: there is none, so there are no chunks to write")
     chunks, settings = read_part(path)["chunks"], _settings_of(run)
     _check_no_other_chunks(out, len(chunks))
-    texts = _texts_of(run, settings, sources, tokenizer)
     files = [out / f"chunk-{t}.jsonl" for t in range(1, len(chunks) + 1)]
+    for file in files:
+        for some in (sources, run.config["sources"], run.config.get("held_out")): check_apart(file, some)
+    texts = _texts_of(run, settings, sources, tokenizer)
     for file in files: file.unlink(missing_ok=True) # or a call that dies leaves some of these and some older ones
     for t, (file, rows) in enumerate(zip(files, chunks), 1):
         order = epoch_order(len(rows), settings.seed, t, 0, settings.shuffle)
@@ -388,7 +395,7 @@ def _check_same_tokens(models):
 
 def _read_by(name, place, pairs, config, folder, clock):
     "The table of one model, in a folder that has the hash of its weights for a name."
-    model = load_any(place, None if config.device == "auto" else config.device)
+    model = load_any(place, asked_device(config))
     check_model(model)
     check_rows(model, *extent(pairs))
     precision = pick_precision(config.precision, model.device)
@@ -407,8 +414,10 @@ def measure_models(
 
     Raises ValueError for a model with another vocabulary, for sources that cannot be read, or with an eval_share.
     """
-    config = config or StepwiseConfig()
+    config, folder = config or StepwiseConfig(), Path(folder).expanduser()
+    asked_device(config)
     check_names(sources)
+    check_apart(folder, sources)
     tokenizer = _check_same_tokens(models)
     read = load_sources(sources, tokenizer, config)
     if part_sources(read, sources, config)[1]:

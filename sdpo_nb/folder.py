@@ -7,14 +7,16 @@ __all__ = ['NEEDED', 'FREE', 'HOW', 'RECORDED', 'MAY_DIFFER', 'AS_BEFORE', 'NOT_
            'naming', 'read_part', 'stage_numbers', 'finished_stages', 'folder_of', 'stage_folders', 'save_model',
            'write_model', 'share_changed', 'load_stage', 'saved_as', 'load_exactly', 'save_adapter', 'load_base',
            'load_merged', 'load_any', 'load_saved_tokenizer', 'base_folder', 'what_differs', 'machine_of',
-           'package_commit', 'versions', 'command', 'recorded', 'open_folder', 'check_fresh', 'alone_in']
+           'package_commit', 'versions', 'command', 'recorded', 'code_hash', 'open_folder', 'check_fresh', 'alone_in']
 
 # %% ../nbs/10_folder.ipynb #b4f80dbf
-import functools, json, os, re, shlex, subprocess, sys
+import functools, hashlib, json, os, re, shlex, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import version
+from numbers import Integral, Real
 from pathlib import Path
+from types import CodeType
 
 import torch
 import yaml
@@ -372,11 +374,12 @@ HOW = {"precision", "compile", "deterministic"} | (COMPUTED_ALIKE - FREE) # unti
 
 RECORDED = [ # in config.yaml, beside what was asked for
     "weights", "reference_weights", "pairs", "held_out_pairs", "base",
-    "versions", "device", "not_deterministic", "machine", "command",
+    "versions", "device", "not_deterministic", "machine", "command", "loss_code",
 ]
 
 MAY_DIFFER = FREE | { # of config.yaml, between two calls
     "settings", "versions", "machine", "device", "model", "revision", "held_out", "not_deterministic", "command",
+    "loss_code",
 }
 
 # %% ../nbs/10_folder.ipynb #760e4988
@@ -468,6 +471,28 @@ def recorded(
     if isinstance(value, (int, float, str, list, type(None))): return value
     return getattr(value, "__qualname__", type(value).__name__)
 
+def code_hash(
+    function, # or anything else
+) -> str|None: # 16 hex digits; None for what has no code of its own
+    "A hash of what a function does by itself. Another version of Python may give another one."
+    code = getattr(function, "__code__", None)
+    return hashlib.sha256(_code_text(code).encode()).hexdigest()[:16] if code else None
+
+def _code_text(code):
+    "Instructions, names and constants, as text that is the same in every process."
+    constants = []
+    for c in code.co_consts:
+        if isinstance(c, frozenset): c = sorted(map(repr, c))
+        constants.append(_code_text(c) if isinstance(c, CodeType) else repr(c))
+    return repr((code.co_code, code.co_names, constants))
+
+def _other_code(old, new):
+    "A sentence, where a loss has its name and no longer its code."
+    was, now = old.get("loss_code"), new.get("loss_code")
+    if not was or not now or was == now: return ""
+    name = new["settings"]["loss"]
+    return f"the code of loss {name} is not that which it was started with (or another Python compiled it)"
+
 # %% ../nbs/10_folder.ipynb #21ee3204
 def _has_trained(folder):
     "Whether an update of any stage has been saved."
@@ -489,6 +514,14 @@ def _check_may_differ(folder, differs):
                      "use that or another folder")
 
 # %% ../nbs/10_folder.ipynb #38d46757
+def _plain(value):
+    "The same value in the types that YAML knows."
+    if isinstance(value, dict): return {_plain(name): _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if isinstance(value, (str, Path)): return str(value)
+    if isinstance(value, Integral) and type(value) is not bool: return int(value)
+    return float(value) if isinstance(value, Real) and type(value) is not bool else value
+
 def open_folder(
     folder: Path,   # of the run
     config,         # the settings, a dataclass
@@ -501,12 +534,12 @@ def open_folder(
     """
     settings = {f.name: recorded(getattr(config, f.name)) for f in fields(config)}
     settings["precision"] = precision
-    new = identity | dict(settings=settings, versions=versions(), command=command())
+    new = _plain(identity | dict(settings=settings, versions=versions(), command=command()))
     path = folder / "config.yaml"
     if path.exists():
         there = read_part(path)
         differs = _differences(there, new)
-        if not differs: return what_differs(there, new)
+        if not differs: return "; ".join(filter(None, [what_differs(there, new), _other_code(there, new)]))
         _check_may_differ(folder, differs)
         said = ", ".join(f"{name} = {now}" for name, (_, now) in differs.items())
         print(f"{folder}: nothing was trained here yet; goes on with {said}")
@@ -515,17 +548,19 @@ def open_folder(
     return ""
 
 # %% ../nbs/10_folder.ipynb #7d9d9cc9
+_WRITTEN = "partition.json", "held_out.json", "report.md", "figures" # by a run, beside base and its stages
+
 def check_fresh(
     folder: Path, # that a run wants to work in
 ):
-    """Raise ValueError for parts of a run without config.yaml.
+    """Raise ValueError for parts of a run without config.yaml, or somebody's files that have their names.
 
     A base/model alone is what an interrupted or refused call with a loaded model leaves; it is written
     anew.
     """
     if (folder / "config.yaml").exists(): return
     parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
-    parts += folder.glob("partition.json")
+    parts += [folder / name for name in _WRITTEN if (folder / name).exists()]
     parts += [p for p in (folder / "base").glob("*") if p.name != "model" and p.suffix != ".tmp"]
     if not parts: return
     part = parts[0].relative_to(folder)

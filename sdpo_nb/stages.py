@@ -18,7 +18,7 @@ from datasets import concatenate_datasets, load_from_disk
 
 from .evaluate import as_text, greedy_answers
 from sdpo_nb.folder import (
-    base_folder, check_fresh, folder_of, load_exactly, load_merged, machine_of, naming, open_folder,
+    base_folder, check_fresh, code_hash, folder_of, load_exactly, load_merged, machine_of, naming, open_folder,
     read_part, recorded, save_adapter, save_model, share_changed
 )
 from sdpo_nb.logprobs import (
@@ -34,8 +34,8 @@ from .loss import certificate, dpo_loss, reward_accuracy
 from .packing import choose_logprobs
 from .partition import mean_interval, partition
 from sdpo_nb.plan import (
-    Chunk, StepwiseConfig, changed, check_chunks, check_held_out, check_names, data_notes, extent,
-    foreign_weights, load_sources, read_sources, seen_in_training
+    Chunk, StepwiseConfig, asked_device, changed, check_apart, check_chunks, check_held_out, check_names,
+    data_notes, extent, foreign_weights, load_sources, read_sources, seen_in_training
 )
 from .report import Run
 from sdpo_nb.trainer import (
@@ -198,15 +198,26 @@ def made_chunk(
 ) -> Chunk: # D_t, or None where the function has no more
     """The chunk that the user's function makes for stage t; kept in the stage's folder.
 
-    Raises ValueError for pairs that cannot be used, and for a kept chunk that is missing or damaged.
+    Raises ValueError for pairs that cannot be used, for a function that changes the model, and for a
+    kept chunk that is missing or damaged.
     """
     path = ctx.at(t) / "chunk"
-    if not path.exists() and policy is not None:
-        got = ctx.config.chunks(t, policy)
+    if policy is not None and path.exists():
+        begun = path.parent if t > 1 else ctx.folder # S has answered prompts of the first pairs
+        print(f"stage {t} goes on with the pairs that an earlier call made; remove {begun} to make them anew")
+    elif policy is not None:
+        got = _asked(t, policy, ctx)
         if got is None: return None
         made = _checked(t, got, policy, ctx)
         with replacing(path) as tmp: made.save_to_disk(str(tmp))
     with naming(path): return Chunk(f"chunk {t}", load_from_disk(str(path)))
+
+def _asked(t, policy, ctx):
+    "What the function returns for stage t. It may ask the model, which must be M_{t-1} afterwards, too."
+    before = weights_hash(policy)
+    got = ctx.config.chunks(t, policy)
+    if weights_hash(policy) == before: return got
+    raise ValueError(f"chunks, stage {t}: the function changed the model; work on a copy")
 
 def _checked(t, got, policy, ctx):
     "What the function returned for stage t, as tokenised pairs; what is worth a look is said."
@@ -328,6 +339,7 @@ def _identity(policy, ctx, loaded, sources, held_out, reference_weights):
         reference_weights=reference_weights,
         device=ctx.device.type,
         machine=machine_of(ctx.device),
+        loss_code=code_hash(ctx.config.loss),
         pairs=pairs_hash(*(s.pairs for s in loaded)),
         held_out_pairs=pairs_hash(*(s.pairs for s in ctx.held)) if ctx.held else None,
         not_deterministic=_not_deterministic(policy, loaded, ctx),
@@ -337,7 +349,7 @@ def _written(source):
     "A source as a run file says it; nothing for what was only in memory."
     if isinstance(source, (str, Path)): return str(source)
     if not isinstance(source, dict) or not isinstance(source.get("source"), (str, Path)): return None
-    return {name: str(v) if isinstance(v, Path) else v for name, v in source.items()}
+    return dict(source)
 
 # %% ../nbs/13_stages.ipynb #e950e840
 def _first_pass(loaded, policy, ctx):
@@ -372,21 +384,23 @@ def prepare_run(
     held_out=None,  # sources that are only measured
 ) -> tuple: # the context, the chunks, and M_0
     "Check everything, open the folder, measure and partition. Raises ValueError for what cannot work."
-    config, folder = config or StepwiseConfig(), Path(folder)
+    config, folder = config or StepwiseConfig(), Path(folder).expanduser()
     if is_wrapped(model): model, config = _unwrapped(model, config)
     if callable(config.chunks) and sources:
         raise ValueError("sources: chunks is a function, which brings its own pairs; leave sources out")
+    device = asked_device(config)
     _tracker(config, folder) # an impossible one is found out before anything is computed
     check_fresh(folder)
-    check_names(sources)
-    check_names(held_out)
+    for some in (sources, held_out):
+        check_names(some)
+        check_apart(folder, some)
 
     base, tokenizer = base_folder(model, tokenizer, folder, revision)
     read, held = read_sources(sources, held_out, tokenizer, config)
     loaded = check_chunks(config.chunks, read)
     theirs = foreign_weights(config.reference, tokenizer, loaded)
 
-    policy = load_model(base, None if config.device == "auto" else config.device, revision)
+    policy = load_model(base, device, revision)
     check_model(policy)
     _check_adapters(policy, config)
     for s in loaded + held: check_rows(policy, *extent(s.pairs))

@@ -168,3 +168,20 @@ def test_trl_reads_it(tmp_path, how):
     fields = ("prompt_ids", "chosen_ids", "rejected_ids")
     assert [[list(p[k]) for k in fields] for p in trainer.train_dataset] == [[p[k] for k in fields] for p in pairs]
     assert len(pairs) == 10
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["trained on", "held out"])
+def test_no_source_of_the_run_is_overwritten(tmp_path, monkeypatch, held):
+    "Neither a source file nor what lies in a source folder, also where the chunk is written through a link."
+    out = tmp_path / "out"; out.mkdir()
+    path = write_jsonl(out / "chunk-1.jsonl", [r | dict(id=i) for i, r in enumerate(rows("primer", 8))])
+    before = path.read_text()
+    mine = dict(a=rows("riddle", 8)) if held else dict(a=str(path))
+    run = sdpo_partition(BASE, mine, config(), tmp_path / "run", held_out=dict(b=str(path)) if held else None)
+    (tmp_path / "link").symlink_to(out)
+    for place in (out, tmp_path / "link"):
+        with pytest.raises(ValueError, match=f"^{place}/chunk-1.jsonl: is source '[ab]' or lies in its folder"): export_chunks(run, place, mine)
+    folder = sdpo_partition(BASE, dict(a=dict(source=str(out))), config(), tmp_path / "folder")
+    (out / "new").mkdir()
+    with pytest.raises(ValueError, match="lies in its folder"): export_chunks(folder, out / "new")
+    assert path.read_text() == before

@@ -8,7 +8,7 @@ import torch, yaml
 import sdpo_nb, sdpo_nb.folder, sdpo_nb.report, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
 from sdpo_nb.logprobs import load_model, weights_hash
 from sdpo_nb.packing import packed_logprobs
-from sdpo_nb.folder import alone_in, check_fresh, load_stage
+from sdpo_nb.folder import alone_in, check_fresh, code_hash, load_stage
 from sdpo_nb.report import Run, gamma_table
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
 from sdpo_nb.world import load_world
@@ -236,6 +236,12 @@ def test_parts_of_a_run_without_its_settings(alone, tmp_path, left):
     assert f"{folder}: not empty and not a run, there is {left}" in said and not (folder / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("name", ["report.md", "figures", "held_out.json"])
+def test_files_of_somebody_else_are_not_written_over(tmp_path, name):
+    (tmp_path / name).mkdir() if name == "figures" else (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"not a run, there is {name} but no config.yaml"): check_fresh(tmp_path)
+
+
 def test_what_a_kill_leaves_of_a_base_is_no_part_of_a_run(tmp_path):
     for name in ("model", ".model.tmp", ".model.old.tmp"): (tmp_path / "base" / name).mkdir(parents=True)
     check_fresh(tmp_path)
@@ -427,6 +433,27 @@ def test_a_run_with_its_own_loss_goes_on_and_refuses_another(tmp_path, monkeypat
     for s in straight.stages: assert s["first_loss"] == pytest.approx(25, abs=0.01) and s["implied_first_loss"] == pytest.approx(25, abs=0.01)
     report = (tmp_path / "a/report.md").read_text()
     assert "a loss of its own, the function `ipo`" in report and "| loss | ipo |" in report
+
+
+def test_another_body_of_a_loss_is_told(tmp_path, capsys):
+    "Its name is the same, so the run goes on; the same body, as another process compiles it, is no other."
+    first = "def mine(c, r, rc, rr, beta, pairs):\n    return ((c - r) - (rc - rr) - 1 / (2 * beta)) ** 2 if beta in {0.5, 'a', 'b'} else (c - r).abs()\n"
+    def compiled(text):
+        exec(text, found := {})
+        return found["mine"]
+    def call(loss, stage):
+        def stop(row):
+            if row["stage"] == stage: raise KeyboardInterrupt
+        config = StepwiseConfig(**CONFIG | dict(loss=loss, lr=1e-4))
+        try: sdpo(load_world().base, SOURCES, config, tmp_path / "run", on_step=stop)
+        except KeyboardInterrupt: pass
+        return capsys.readouterr().out
+    call(compiled(first), 2)
+    assert "code of loss" not in call(compiled("# moved\n\n" + first), 2)
+    assert "the code of loss mine is not that which it was started with" in call(compiled(first.replace("abs", "exp")), 0)
+    ask = f"exec({first!r}); from sdpo_nb.folder import code_hash; print(code_hash(mine))"
+    hashes = {subprocess.run([sys.executable, "-c", ask], env=os.environ | dict(PYTHONHASHSEED=str(seed)), capture_output=True, text=True).stdout for seed in range(2)}
+    assert hashes == {code_hash(compiled(first)) + "\n"}
 
 
 def test_a_folder_from_before_there_were_schedules_has_the_old_one(tmp_path):

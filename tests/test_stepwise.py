@@ -1,7 +1,9 @@
 "What the paper's experiments turn on: the order of the chunks, which model is the reference, what a stage starts from, and how chunks are given."
 import functools, json, math, shutil
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch, yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -422,6 +424,45 @@ def test_a_function_is_not_asked_twice_for_a_chunk(tmp_path):
     assert asked == [3, 4] and [s["end"] for s in got.stages][:2] == first and len(got.stages) == 3
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_pairs_of_an_earlier_call_are_told_and_what_to_remove_is_enough(tmp_path, capsys, stage):
+    "The function was wrong when the run was killed in its stage; without what the line names, the run is that of the right function."
+    def right(t, model): return rows("primer", 8, 8 * t) if t <= 2 else None
+    def wrong(t, model): return rows("digest", 8) if t == stage else right(t, model)
+    wrong.__qualname__ = right.__qualname__ # the same function, corrected
+    def stop(row):
+        if row["stage"] == stage: raise KeyboardInterrupt
+    folder, straight = tmp_path / "run", run(tmp_path / "straight", chunks=right)
+    def call(chunks, **how): return sdpo(BASE, None, StepwiseConfig(**SETTINGS, save_every=1, chunks=chunks), folder, **how)
+    with pytest.raises(KeyboardInterrupt): call(wrong, on_step=stop)
+    assert "earlier call" not in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt): call(right, on_step=stop)
+    named = folder / "stage-2" if stage == 2 else folder
+    assert f"stage {stage} goes on with the pairs that an earlier call made; remove {named} to make them anew\n" in capsys.readouterr().out
+    shutil.rmtree(named)
+    got = call(right)
+    assert "earlier call" not in capsys.readouterr().out and [s["end"] for s in got.stages] == [s["end"] for s in straight.stages]
+    said = [(folder / f / "answers.json").read_text() for f in ("base", "stage-1", "stage-2")]
+    assert said == [(straight.folder / f / "answers.json").read_text() for f in ("base", "stage-1", "stage-2")]
+
+
+@pytest.mark.parametrize("change", [lambda m: m.bfloat16().float(), lambda m: m.half(), perturbed], ids=["rounds", "dtype", "trains"])
+def test_a_function_does_not_change_the_model(tmp_path, S_hash, change):
+    careless = [True]
+    def chunks(t, model):
+        if t == 2 and careless: change(model)
+        return rows("primer", 8, 8 * t) if t <= 2 else None
+    with pytest.raises(ValueError, match="^chunks, stage 2: the function changed the model; work on a copy"): run(tmp_path / "run", chunks=chunks)
+    careless.clear()
+    got = run(tmp_path / "run", chunks=chunks)
+    assert got.stages[1]["start"] == got.stages[0]["end"]
+
+
+@pytest.mark.parametrize("chunks", [lambda t: None, lambda t, model, more: None, lambda t, *, model: None])
+def test_a_function_that_takes_other_arguments(chunks):
+    with pytest.raises(ValueError, match=r"^chunks: the function must take \(t, model\)"): StepwiseConfig(chunks=chunks)
+
+
 @pytest.mark.parametrize("damage", [shutil.rmtree, lambda chunk: (chunk / "state.json").unlink()], ids=["missing", "damaged"])
 def test_a_chunk_of_a_finished_stage_is_not_made_again(tmp_path, damage):
     def chunks(t, model):
@@ -724,3 +765,45 @@ def test_the_settings_say_what_is_easy(tmp_path):
     for order_by, column in (("gamma", "accuracy"), ("gamma_per_token", "accuracy_per_token")):
         assert by[order_by].partition()[column].is_monotonic_decreasing
         assert by[order_by].config["settings"]["order_by"] == order_by
+
+
+def test_a_run_does_not_lie_in_its_source(tmp_path):
+    "Its own json files would be rows of the source in the next call."
+    write_jsonl(tmp_path / "a.jsonl", rows("primer", 8))
+    for given in (dict(sources=dict(a=str(tmp_path))), dict(sources=TWO, held_out=dict(b=dict(source=tmp_path)))):
+        with pytest.raises(ValueError, match="run: is source '[ab]' or lies in its folder"):
+            sdpo_partition(BASE, config=StepwiseConfig(**SETTINGS), folder=tmp_path / "run", **given)
+    assert not list(tmp_path.rglob("*.json"))
+    with pytest.raises(ValueError, match="lies in its folder"): stepwise.measure_models(dict(S=BASE), dict(a=str(tmp_path)), folder=tmp_path / "m")
+
+
+def test_a_folder_in_the_users_home(tmp_path, monkeypatch):
+    "No folder is called ~."
+    monkeypatch.setenv("HOME", str(tmp_path)); monkeypatch.chdir(tmp_path)
+    got = sdpo_partition(BASE, dict(a=rows("primer", 8)), StepwiseConfig(**SETTINGS), "~/run")
+    files = stepwise.export_chunks(stepwise.Run("~/run"), "~/out", dict(a=rows("primer", 8)))
+    stepwise.measure_models(dict(S=BASE), dict(a=rows("primer", 8)), StepwiseConfig(**SETTINGS), "~/measure")
+    assert got.folder == tmp_path / "run" and files == [tmp_path / "out" / "chunk-1.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["measure", "out", "run"]
+
+
+def test_names_and_numbers_of_numpy(tmp_path):
+    "config.yaml holds plain ones, and a second call finds the same run."
+    x, path = np.str_("x"), np.str_(write_jsonl(tmp_path / "x.jsonl", rows("primer", 24)))
+    spec = dict(source=path, columns=OrderedDict(prompt=np.str_("prompt")), max_pairs=np.int64(20), eval_share=np.float32(0.3))
+    asked = {x: spec, np.str_("y"): path}
+    config = StepwiseConfig(**SETTINGS | dict(chunks=[[x], (np.str_("y"),)], device=np.str_("cpu"), beta=np.float32(0.1)))
+    for _ in range(2): got = sdpo_partition(BASE, asked, config, tmp_path / "run", held_out={np.str_("z"): path})
+    assert got.config["sources"] == dict(x=dict(source=str(path), columns=dict(prompt="prompt"), max_pairs=20, eval_share=pytest.approx(0.3)), y=str(path))
+    assert got.config["settings"]["chunks"] == [["x"], ["y"]] and list(got.config["held_out"]) == ["z"]
+    assert got.partition().loc["x", "n"] < 20 == len(stepwise.read_rows("x", spec))
+    for wrong in (dict(max_pairs=np.float64(3)), dict(max_pairs=True), dict(eval_share=True)):
+        with pytest.raises(ValueError, match=next(iter(wrong))): stepwise.read_rows("x", spec | wrong)
+
+
+def test_a_graphics_card_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, S, tok = StepwiseConfig(**SETTINGS, device="cuda"), *load_base(load_world())
+    with pytest.raises(ValueError, match="^device: there is no graphics card here; take auto or cpu"): sdpo(S, TWO, config, tmp_path / "run", tokenizer=tok)
+    with pytest.raises(ValueError, match="^device: there is no graphics card"): stepwise.measure_models(dict(S=BASE), TWO, config, tmp_path / "m")
+    assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "m").exists()
