@@ -36,18 +36,18 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from sdpo_nb.bodies import BODIES, SEARCH_WORLDS, SIZES
+from sdpo_nb.bodies import BODIES, SEARCH_WORLDS, SIZES, make_body
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
-from sdpo_nb.compare import SAME, check_same_draws, outcome_values, reward_at_kl
-from sdpo_nb.compare import tested_differences, verdict, weighted_sum
+from sdpo_nb.compare import SAME, check_same_draws, outcome_values, paired_difference
+from sdpo_nb.compare import reward_at_kl, slope_test, tested_differences, verdict, weighted_sum
 from sdpo_nb.evaluate import as_text, interval
 from sdpo_nb.training_data import COMMON_SETTINGS
-from sdpo_nb.world import SKILLS
+from sdpo_nb.world import SKILLS, make_model, make_tokenizer
 
 # %%
 import matplotlib.pyplot as plt
 import seaborn as sns
-from sdpo_nb.compare import paired_difference, sign_flip_p_value, standard_deviations
+from sdpo_nb.compare import sign_flip_p_value, standard_deviations
 from sdpo_nb.world import complaint
 
 # %% [markdown]
@@ -59,7 +59,7 @@ from sdpo_nb.world import complaint
 # %%
 #| export
 PILOT_WORLDS = range(201, 206)
-WORLDS, SEEDS = range(1, 11), range(2) # of every experiment but one; see OTHER_DRAWS
+WORLDS, SEEDS = range(1, 11), range(2) # of every experiment that OTHER_DRAWS does not name
 
 def pilot_cells() -> list[Cell]:
     "DPO and sDPO, before any settings were searched."
@@ -1167,6 +1167,42 @@ def measured_on_ladders(
 
 # %%
 for grid in LADDERS: print(f"{len(measured_on_ladders(grid))} arms to compare", end="\n\n")
+
+
+# %% [markdown]
+# [Model size](model_size.ipynb) asks for a trend. Its answer is the slope of a straight line: what is added to the difference, sDPO minus DPO, when the model has ten times as many parameters. Here it is for differences that grow by 0.03 from each size to the next, and for differences that are all alike.
+
+# %%
+#| export
+def llama_of_size(
+    body: str, # of MODEL_SIZES
+): # -> model with random weights
+    "A Llama of one of the sizes."
+    tokenizer = make_tokenizer()
+    return make_body(body, tokenizer) if body in SIZES else make_model(tokenizer)
+
+def lead_by_size(
+    found: dict, # of `load_grid`: arm -> rows of the table of runs
+) -> dict:       # body -> (worlds,)
+    "sDPO minus DPO in mean sampled reward, size by size."
+    def lead(body): return paired_difference(found[f"{body}, sDPO"], found[f"{body}, DPO"]).mean((1, 2))
+    return {body: lead(body) for body in MODEL_SIZES}
+
+def trend_of_sizes(
+    leads: dict, # body -> (worlds,)
+) -> dict:       # of `slope_test`
+    "What ten times as many parameters add to the lead of sDPO: a straight line through all worlds of all sizes."
+    exponents = [np.log10(llama_of_size(body).num_parameters()) for body in leads]
+    x = np.repeat(exponents, [len(of_worlds) for of_worlds in leads.values()])
+    return slope_test(x, np.concatenate(list(leads.values())), SAME)
+
+
+# %%
+growing = {body: 0.03 * rank + np.array([-0.005, 0, 0.005]) for rank, body in enumerate(MODEL_SIZES)}
+alike = {body: np.array([-0.005, 0, 0.005]) for body in MODEL_SIZES}
+trends = pd.DataFrame({"growing": trend_of_sizes(growing), "alike": trend_of_sizes(alike)}).T
+assert trends.loc["growing", "low"] > 0 and trends.loc["alike", "p_equal"] < 0.05
+trends.round(3)
 
 # %% [markdown]
 # ## What you now have
