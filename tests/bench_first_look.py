@@ -4,10 +4,11 @@ A first look compares a table with what the model says about 32 pairs (8 in a ch
 model, by the same function and (far stricter than anything that happens in a run) by the padded one. Wrong: weights after one AdamW step of 1e-4 on HH; M_1 after an epoch on 96 Orca pairs at 5e-6 (a reference of another stage); the next pair's
 row; sides swapped; pairs cut at three quarters. The model and the data are looked for in SDPO_MODEL and SDPO_DATA. Works on a CPU and on a graphics card. fp16 has few looks: a CPU has no hardware for it and takes fifteen times as long.
 
-    python tests/bench_first_look.py run    the 1,005 looks of PLAN; goes on where it stopped (runs/first_look)
+    python tests/bench_first_look.py run    the 1,005 looks of PLAN; goes on after those in the results file (the tables are kept in runs/first_look)
     python tests/bench_first_look.py show   the results, as a table
 """
 import copy, json, os, random, sys, tempfile
+from collections import Counter
 os.environ.setdefault("OMP_WAIT_POLICY", "passive"); os.environ.setdefault("HF_HUB_OFFLINE", "1"); os.environ.setdefault("TQDM_DISABLE", "1")
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +56,7 @@ def table(model, pairs, precision, logprobs, budget=16384):
 
 
 def kept(name, make):
-    "Made once; raw numbers stay in runs/first_look."
+    "Made once; the numbers of a table stay in runs/first_look."
     path = RAW / f"{name}.json"
     if not path.exists():
         path.write_text(json.dumps(make()))
@@ -99,41 +100,40 @@ def tables(S, source, length, precision, made):
     return pairs, logprobs
 
 
+def how_far(name, rows, said):
+    "How far each table is off in one look, in units of the limit: a look stops the run above 1."
+    def read(n): return torch.tensor(json.loads((RAW / f"{n}.json").read_text()))
+    lengths, exact, right = read(f"len-{name}"), read(f"fp32-{name}"), read(name)
+    others = {k: read(f"{k}-{name}") for k in ("padded", "short", "step", "M1") if (RAW / f"{k}-{name}.json").exists()}
+    compared = dict(healthy=right, swapped=right.flip(1), others=right.roll(-1, 0)) | others
+    batch = [dict(chosen_ids=range(c), rejected_ids=range(r)) for c, r in lengths[rows].tolist()]
+    limit = rounding_limit(said, exact[rows], batch)
+    return dict(sigma=round(per_root_token(said - exact[rows], batch), 5)) | {k: round(per_root_token(said - t[rows], batch) / limit, 4) for k, t in compared.items()}
+
+
 def run():
     RAW.mkdir(parents=True, exist_ok=True)
     S, made = load_model(MODEL), {}
     ready = {(source, *of): tables(S, source, *of, made) for of in PLAN for source in SOURCES}
-    jobs = [(i / many, i, source, *of, size) for of, (_, looks) in PLAN.items() for size, many in looks.items() for i in range(many) for source in SOURCES]
-    for _, i, source, length, precision, size in sorted(jobs): # every kind at the same pace: a run cut short has some of each
+    looks = json.loads(RESULTS.read_text())["looks"] if RESULTS.exists() else []
+    done = Counter((look["source"], look["length"], look["precision"], look["pairs"]) for look in looks)
+    jobs = [(i / many, i, source, *of, size) for of, (_, many_of) in PLAN.items() for size, many in many_of.items() for i in range(many) for source in SOURCES]
+    for _, i, *kind in sorted(jobs): # every kind at the same pace: a run cut short has some of each
+        if i < done[tuple(kind)]: continue
+        source, length, precision, size = kind
         pairs, logprobs = ready[source, length, precision]
-        lines = RAW / f"looks-{precision}-{source}-{length}-{size}.jsonl"
-        done = len(lines.read_text().splitlines()) if lines.exists() else 0
-        if i < done: continue
-        rows = random.Random(f"{lines.name}{i}").sample(range(len(pairs)), size)
-        said = batch_logprobs(S, [pairs[r] for r in rows], TrainConfig(), precision, logprobs).tolist()
-        with open(lines, "a") as f: f.write(json.dumps(dict(rows=rows, values=said)) + "\n")
-    summarise(S.device.type)
-
-
-def summarise(device="cpu"):
-    "How far each table is off, in units of the limit: a look stops the run above 1."
-    found = []
-    for path in sorted(RAW.glob("looks-*.jsonl")):
-        _, precision, source, length, size = path.stem.split("-")
         name = f"{precision}-{source}-{length}"
-        def read(n): return torch.tensor(json.loads((RAW / f"{n}.json").read_text()))
-        lengths, exact, right = read(f"len-{name}"), read(f"fp32-{name}"), read(name)
-        others = {k: read(f"{k}-{name}") for k in ("padded", "short", "step", "M1") if (RAW / f"{k}-{name}.json").exists()}
-        compared = dict(healthy=right, swapped=right.flip(1), others=right.roll(-1, 0)) | others
-        for line in path.read_text().splitlines():
-            look = json.loads(line)
-            rows, said = look["rows"], torch.tensor(look["values"])
-            batch = [dict(chosen_ids=range(c), rejected_ids=range(r)) for c, r in lengths[rows].tolist()]
-            limit = rounding_limit(said, exact[rows], batch)
-            off = {k: round(per_root_token(said - t[rows], batch) / limit, 4) for k, t in compared.items()}
-            found.append(dict(precision=precision, source=source, length=int(length), pairs=int(size), sigma=round(per_root_token(said - exact[rows], batch), 5)) | off)
+        rows = random.Random(f"looks-{name}-{size}.jsonl{i}").sample(range(len(pairs)), size)
+        said = batch_logprobs(S, [pairs[r] for r in rows], TrainConfig(), precision, logprobs)
+        looks.append(dict(precision=precision, source=source, length=length, pairs=size) | how_far(name, rows, said.cpu()))
+        write(looks, S.device.type)
+
+
+def write(looks, device="cpu"):
     made = dict(command="make bench-first-look", device=device, model=Path(MODEL).name, versions={p: version(p) for p in ("torch", "transformers")})
-    RESULTS.write_text(json.dumps(dict(made=made, looks=found), indent=None, separators=(",", ":")).replace('},{"prec', '},\n{"prec') + "\n")
+    half = RESULTS.with_suffix(".tmp")
+    half.write_text(json.dumps(dict(made=made, looks=looks), indent=None, separators=(",", ":")).replace('},{"prec', '},\n{"prec') + "\n")
+    os.replace(half, RESULTS) # a run that is killed while it writes loses nothing
 
 
 def show():
@@ -146,6 +146,5 @@ def show():
 if __name__ == "__main__":
     verb = (sys.argv[1:] or ["show"])[0]
     if verb == "run": run()
-    elif verb == "summarise": summarise()
     elif verb == "show": show()
     else: sys.exit(__doc__)
