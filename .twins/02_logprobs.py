@@ -1402,7 +1402,7 @@ half_S.save_pretrained(home / "half")
 }
 
 # %% [markdown]
-# ### Where does it run?
+# ### Where does it run, and in which precision?
 #
 # On the graphics card, if there is one. But a model as tiny as ours stays on the CPU: on a card, starting a computation
 # takes longer than the arithmetic in it.
@@ -1421,12 +1421,31 @@ def best_device(
 
 
 # %% [markdown]
-# S has a third of a million parameters, the random Llama of part 2 six million. (The output kept here comes from a machine without a
-# graphics card.)
+# And in which precision should a pass compute? bf16 saves time and memory only where the hardware has it. Emulated, it is slower than fp32 and no more exact. So we ask the
+# hardware and not the library: on some graphics cards "supported" includes emulation. If you name a precision, you get it.
 
 # %%
-assert best_device(S) == "cpu"
-{"S": S.num_parameters(), "the Llama of part 2": wide.num_parameters(), "and it goes to": best_device(wide)}
+#| export
+def pick_precision(
+    precision: str="auto",  # auto, bf16, fp16 or fp32
+    device: str="cpu",      # where the pass runs
+) -> str:                   # bf16, fp16 or fp32
+    """bf16 where the hardware really has it, else fp16 on CUDA, else fp32.
+    Raises ValueError for an unknown name."""
+    if precision not in ("auto", "bf16", "fp16", "fp32"):
+        raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
+    if precision != "auto": return precision
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "fp32"
+
+
+# %%
+assert best_device(S) == "cpu"                           # S is tiny
+assert pick_precision("fp16") == "fp16"                  # you get what you name
+assert pick_precision("auto") in ("bf16", "fp32")        # of this CPU
+complaint(pick_precision, "float8")
 
 
 # %% [markdown]
@@ -1652,38 +1671,6 @@ check_rows(S, 500, len(tok) - 1)
 gpt2_config = AutoConfig.for_model("gpt2", **kinds["gpt2"], n_positions=32)
 gpt2 = transformers.AutoModelForCausalLM.from_config(gpt2_config)
 print(complaint(check_rows, gpt2, 47, 0), complaint(check_rows, gpt2, 12, 64), sep="\n")
-
-
-# %% [markdown]
-# ### Which precision should a pass use?
-#
-# bf16 saves time and memory only where the hardware has it. Emulated, it is slower than fp32 and no more exact. So we ask the
-# hardware and not the library: on some graphics cards "supported" includes emulation.
-
-# %%
-#| export
-def pick_precision(
-    precision: str="auto",  # auto, bf16, fp16 or fp32
-    device: str="cpu",      # where the pass runs
-) -> str:                   # bf16, fp16 or fp32
-    """bf16 where the hardware really has it, else fp16 on CUDA, else fp32.
-    Raises ValueError for an unknown name."""
-    if precision not in ("auto", "bf16", "fp16", "fp32"):
-        raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
-    if precision != "auto": return precision
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 else "fp32"
-
-
-# %% [markdown]
-# If you name a precision, you get it. `auto` depends on the machine. Anything else is refused:
-
-# %%
-assert pick_precision("fp16") == "fp16"                  # you get what you name
-assert pick_precision("auto") in ("bf16", "fp32")        # of this CPU
-complaint(pick_precision, "float8")
 
 
 # %% [markdown]
@@ -2201,11 +2188,8 @@ def same_bits(
 # The setting is PyTorch's own and global. It is on inside, for a graphics card only, and afterwards as it was:
 
 # %%
-def asked_for(device):
-    with same_bits(device): return torch.are_deterministic_algorithms_enabled()
-
-assert not torch.are_deterministic_algorithms_enabled()  # and as it was before, afterwards
-{device: asked_for(device) for device in ("cpu", "cuda")}
+with same_bits("cuda"): assert torch.are_deterministic_algorithms_enabled()
+assert not torch.are_deterministic_algorithms_enabled()
 
 
 # %% [markdown]
