@@ -573,14 +573,7 @@ def _check_fields(row, where):
         raise _wrong(where, "rejected", f"expected {shape} as in 'chosen', got {_short(row['rejected'])}")
 
 
-# %%
-one_side = dict(prompt="add 1 2", chosen="3", rejected=[assistant("4")])
-complaint(_check_fields, one_side, "pairs.jsonl, row 7")
-
-
 # %% [markdown]
-# #### A prompt that is missing
-#
 # The prompt may be left out. Some data sets repeat it inside both responses, and it is what the two have in common. But
 # a prompt that stands in a column of another name looks just the same. So two strings may go without a prompt only
 # where no column has one of the usual other names. Turns of a chat may never: what two answers happen to share at their
@@ -605,15 +598,7 @@ def _check_prompt(row, where, chat):
                  f"and columns={{'{name}': 'prompt'}} renames")
 
 
-# %%
-inside = dict(chosen="2+3 is 5", rejected="2+3 is 6")
-_check_prompt(inside, "row 0", chat=False)                  # fine: the prompt is the common beginning
-renamed = dict(question="add 2 2", chosen="4", rejected="5")
-complaint(_check_prompt, renamed, "row 0", chat=False)
-
 # %% [markdown]
-# #### What would be lost
-#
 # Scores, ids and dates may stand beside a preference; nobody reads them. But some fields are meant for the model:
 # tools, images, a chain of thought. A pair without them is another pair. They cannot be rendered here, so they are
 # refused rather than left out. The same holds for the column `input`, in which one popular format keeps half of the
@@ -653,17 +638,7 @@ def _check_lost(row, where):
                      "is not part of 'prompt' and would be lost; write the two into one column")
 
 
-# %%
-reasoned = assistant("4") | {"thinking": "two and two"}
-thought = dict(prompt=[user("add 2 2")], chosen=[reasoned], rejected=[assistant("5")])
-_check_lost(dict(prompt="add 2 2", chosen="4", rejected="5", id=17, score=0.9), "row 0")     # fine
-print(complaint(_check_lost, thought, "row 0"))
-complaint(_check_lost, dict(prompt="add 2 2", chosen="4", rejected="5", system_prompt="be brief"), "row 0")
-
-
 # %% [markdown]
-# #### Broken text
-#
 # Text itself can be broken. A character may be cut in half (half of a *surrogate* pair, the two numbers with which some
 # programs write an emoji), or a CSV file may have turned a conversation into one long string.
 
@@ -691,12 +666,6 @@ def _check_text(row, where):
         raise _wrong(where, "chosen", "messages, written as text; keep conversations in JSONL or Parquet")
 
 
-# %%
-emoji = dict(prompt="smile", chosen="\ud83d", rejected="no")
-flattened = dict(prompt="smile", chosen=str([assistant("yes")]), rejected=str([assistant("no")]))
-for i, row in enumerate([emoji, flattened]): print(complaint(_check_text, row, f"row {i}"))
-
-
 # %% [markdown]
 # The four checks make one. Their order matters: the later ones may rely on what the earlier ones have found to be
 # right. Who walks through the messages of a field need not ask again whether they are messages.
@@ -714,18 +683,22 @@ def _check(row, where, chat=False):
 
 
 # %% [markdown]
-# Five more wrong rows and what is said about them. Note the second one: a number is not turned into its digits. A file
+# Eight wrong rows, and what is said about them. Note the second one: a number is not turned into its digits. A file
 # that has `4` in one row and `"4"` in another may have meant a score.
 
 # %%
-null = {"role": "assistant", "content": None}
+thought = assistant("4") | {"thinking": "two and two"}
 wrong_rows = [
     dict(prompt="sort gace", chosen="aceg"),
     dict(prompt="add 1 2", chosen="3", rejected=4),
-    dict(prompt=[], chosen="a", rejected="b"),
-    dict(chosen=[null], rejected="b"),
+    dict(prompt="add 1 2", chosen="3", rejected=[assistant("4")]),
+    dict(question="add 2 2", chosen="4", rejected="5"),
+    dict(prompt=[user("add 2 2")], chosen=[thought], rejected=[assistant("5")]),
     dict(prompt="translate", input="hello", chosen="bonjour", rejected="salut"),
+    dict(prompt="smile", chosen="\ud83d", rejected="no"),
+    dict(prompt="smile", chosen=str([assistant("yes")]), rejected=str([assistant("no")])),
 ]
+_check(dict(prompt="add 2 2", chosen="4", rejected="5", id=17, score=0.9), "row 0")     # fine
 said = [complaint(_check, row, f"pairs.jsonl, row {i}") for i, row in enumerate(wrong_rows)]
 pd.DataFrame({"the message": said}).style.hide().set_uuid("bad")
 
@@ -866,15 +839,9 @@ def _context(row, turns, sides, where):
 # %%
 earlier = [user("hi"), assistant("hello")]
 sides = [assistant(good), assistant(bad)]
-assert _context(dict(messages=earlier), [user(ask)], sides, "row 0") == earlier + [user(ask)]
-assert _context(dict(messages=[user(ask)]), [user(ask)], sides, "row 0") == [user(ask)]
-assert _context(dict(messages=won), [user(ask)], sides, "row 0") == [user(ask)]
 assert _context(dict(messages=earlier), earlier + [user(ask)], sides, "row 0") == earlier + [user(ask)]
-assert _context(dict(messages=[user(ask)]), earlier + [user(ask)], sides, "row 0") == earlier + [user(ask)]
 stranger = dict(messages=[user(ask), assistant("gace")])
-print(complaint(_context, stranger, [user(ask)], sides, "row 0"))
-brief, slow = ({"role": "system", "content": x} for x in ("be brief", "take your time"))
-complaint(_context, dict(system="be brief"), [slow, user(ask)], sides, "row 0")
+complaint(_context, stranger, [user(ask)], sides, "row 0")
 
 
 # %% [markdown]
@@ -1030,8 +997,6 @@ def _after_answer(tokenizer, later=()) -> str:
 
 
 # %%
-silent = toy_tokenizer(LINES, "{% for m in messages %}{{ m.role }}{% endfor %}")
-print(complaint(_after_answer, silent))
 _after_answer(chatter)
 
 
@@ -1113,8 +1078,6 @@ endings
 
 
 # %% [markdown]
-# #### What a template leaves out
-#
 # A template may also drop a part of what it is given, and say nothing. Some keep only what stands after `</think>`:
 # they are made for earlier turns, whose thoughts a model is not shown again. In a pair the thought is a part of the
 # answer that was judged. Others write the system message only where a question comes last, and so not above an answer.
@@ -1183,8 +1146,6 @@ pd.DataFrame({"whole": uncut, "prompt of 15 tokens": cut}).map(repr).style.forma
 #
 # We build it from the inside: first what happens to a row, then the files, then the places.
 #
-# #### Columns with other names
-#
 # Columns with other names are renamed first. Where only the new name is there, nothing is to be done, so one renaming
 # serves several sources that spell it differently. Where both are there, the renamed column wins: somebody has asked
 # for it. A renaming can be wrong in two ways. It may name a column that no row has: that is a slip of the pen, or it is
@@ -1214,17 +1175,11 @@ def _rename(columns, names, where):
 
 # %%
 question = {"question": "prompt"}
-both = question | {"query": "prompt"}
-names = ["question", "query", "chosen", "rejected"]
-print(_rename(question, ["prompt", "chosen"], ""))           # nothing to do
-print(_rename(question, ["question", "prompt", "chosen"], ""))
-print(textwrap.fill(complaint(_check_columns, {"qestion": "prompt"}, names, "pairs.jsonl"), 100))
-print(complaint(_rename, both, names, "pairs.jsonl, row 0"))
+assert _rename(question, ["prompt", "chosen"], "") == dict(prompt="prompt", chosen="chosen")     # nothing to do
+_rename(question, ["question", "prompt", "chosen"], "")
 
 
 # %% [markdown]
-# #### One shape through a whole file
-#
 # A field must keep its shape through a whole file. Where it changes, two exports have been glued together, so the row
 # at which it happens is an error. Rows pass one by one, and a file of any size is read in constant memory. Only the
 # five fields of a preference go on.
@@ -1264,6 +1219,7 @@ def numbered(rows): return ((f"pairs.jsonl, row {i}", row) for i, row in enumera
 scored_too = dict(question=ask, chosen=good, rejected=bad, score=4.5)
 print(next(_checked(numbered([scored_too]), question)))                       # no score, and a prompt
 print(complaint(list, _checked(numbered([strings, conversations]), {})))
+print(textwrap.fill(complaint(list, _checked(numbered([conversations]), {"qestion": "prompt"})), 100))
 
 
 # %% [markdown]
@@ -1363,15 +1319,11 @@ def _csv_rows(path):
 
 # %%
 words = write("words.csv", "prompt,chosen,rejected\nis it so?,None,007\nand this?,NA,\n")
-rows = [row for _, row in _csv_rows(words)]
-assert [row["chosen"] for row in rows] == ["None", "NA"]
-assert [row["rejected"] for row in rows] == ["007", None]
-print(complaint(list, _checked(_csv_rows(words), {})))
+assert [row["chosen"] for _, row in _csv_rows(words)] == ["None", "NA"]
+assert [row["rejected"] for _, row in _csv_rows(words)] == ["007", None]
 complaint(list, _csv_rows(write("comma.csv", "prompt,chosen,rejected\nis it so?,Yes, it is,No\n")))
 
 # %% [markdown]
-# #### Other files
-#
 # Parquet and Arrow know the types of their columns. They are streamed by `datasets`.
 
 # %%
@@ -1389,11 +1341,6 @@ def _file_rows(path: Path):
     rows = load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
     for i, row in enumerate(rows): yield f"{path}, row {i}", row
 
-
-# %%
-as_table = folder / "pairs.parquet"
-Dataset.from_list([strings]).to_parquet(as_table)
-[row for _, row in _file_rows(as_table)]
 
 # %% [markdown]
 # #### A file, once
@@ -1530,7 +1477,7 @@ complaint(_read_folder, folder / "set", "dev", {})
 
 
 # %% [markdown]
-# #### Rows that are a table already
+# #### `datasets`, and the hub
 #
 # Rows that are a `Dataset` already (from the hub, from `save_to_disk`, from memory) stay where they are. They are
 # renamed and checked. Arrow gives a column one type, so the first row shows a misnamed or wrong column, and the others
@@ -1562,8 +1509,6 @@ complaint(_from_dataset, gap, "train", {}, "my data")
 
 
 # %% [markdown]
-# #### From a folder of `datasets`, or from the hub
-#
 # What `save_to_disk` has written is read back by `load_from_disk`. Any other name may be a data set of the Hugging Face
 # hub. But a path that does not exist must not turn into a question to the hub: offline that costs half a minute of
 # attempts, online it may find somebody else's data. What ends like a file, starts like a path, or has two slashes is a
@@ -1589,14 +1534,11 @@ def _from_hub(name, split, revision):
 
 
 # %%
-(folder / "saved").mkdir()
-write("saved/dataset_info.json", "")                     # half of what save_to_disk writes
-print(complaint(_from_hub, "nowhere/pairs.jsonl", "train", None))
-print(complaint(_from_disk, folder / "saved"))
+complaint(_from_hub, "nowhere/pairs.jsonl", "train", None)
 
 
 # %% [markdown]
-# #### The function one calls
+# #### The function that you call
 #
 # Together they are `load_pairs`. Its rows are checked but not yet interpreted: whether strings are turns of a chat is
 # decided when they are tokenised.
@@ -1806,10 +1748,6 @@ _first_turns(load_pairs(late)), _first_turns(load_pairs(late[:2]))
 
 
 # %% [markdown]
-# Think of a file with a thousand rows of two plain strings, and one row with a system message. Read one by one, 999
-# rows would be text and one a chat. The model would be trained on two kinds of rows, with and without the tokens that
-# mark turns, and it would learn from the difference.
-#
 # What the rows of a source share while they are encoded, from its name for the messages to the end of a turn, is kept
 # together. A message says in which row something is wrong and, if another row made a chat of this one, which.
 

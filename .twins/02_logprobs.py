@@ -1163,14 +1163,7 @@ reference.head(3).round(3)
 #
 # What is missing? A table of numbers is only as good as what is known about it. Which model was it, and was it whole? How were the
 # numbers computed? What is left of the table when the computer is switched off in the middle? The rest of this part answers such
-# questions, one a section. It is engineering: you need it to trust a run with a model of your own, not to understand DPO.
-#
-# - The model: is it one, in which precision does it come, where does it run, which one is it, can it be trained, has it room for the pairs,
-#   which precision should a pass use?
-# - The table: what is in it, when are two tables the same, what if the disk is full, how does it lie on disk, what if another one lies
-#   there?
-# - The pass that fills it: which pairs go together, are the bits the same again, when will it be done, what do you see, and what if it
-#   is killed?
+# questions, one a section: first about the model, then about the table, then about the pass that fills it. It is engineering: you need it to trust a run with a model of your own, not to understand DPO.
 #
 # ### Is this a model at all?
 #
@@ -1252,7 +1245,7 @@ def _broken_file(folder, kind):
 
 
 # %% [markdown]
-# Four folders that are no model. Each is a copy of S with one file changed. The first two have a file that is to blame:
+# Two folders that are no model. Each is a copy of S with one file changed. In the first a file is to blame; the second is for later.
 
 # %%
 def spoil(name, file, content=None, **settings):  # other text, or other settings
@@ -1263,20 +1256,16 @@ def spoil(name, file, content=None, **settings):  # other text, or other setting
     (folder / file).write_text(content)
 
 spoil("not-fetched", "model.safetensors", "version https://git-lfs.github.com/spec/v1\n")
-spoil("cut", "tokenizer.json", "{")
 spoil("other-sizes", "config.json", vocab_size=56)
-spoil("own-code", "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"})
 
 assert _broken_file(world.base, AutoModelForCausalLM) is None
 assert _broken_file(home / "not-fetched", AutoTokenizer) is None   # which reads no weights
-assert _broken_file(home / "cut", AutoModelForCausalLM) is None    # which reads no tokenizer
-print(_broken_file(home / "not-fetched", AutoModelForCausalLM))
-print(_broken_file(home / "cut", AutoTokenizer))
+_broken_file(home / "not-fetched", AutoModelForCausalLM)
 
 
 # %% [markdown]
 # For everything else the libraries have exceptions of their own, seldom with the name of a file in them. Here all become one line that begins
-# with the folder.
+# with the folder. Where a model wants to bring Python code of its own, the library tells you how to run the code of a stranger; we tell you that it was not run.
 
 # %%
 #| export
@@ -1320,21 +1309,6 @@ def _loading(model, kind):
 
 
 # %% [markdown]
-# A model that wants to bring its own Python code. First what the library says, then what we say. The library tells you how to run the
-# code of a stranger; we tell you that it was not run.
-
-# %%
-def read_config(name, context):
-    with context: return AutoConfig.from_pretrained(name, trust_remote_code=False)
-
-own_code = home / "own-code"
-theirs = complaint(read_config, own_code, contextlib.nullcontext())
-ours = complaint(read_config, own_code, _loading(own_code, AutoConfig))
-print("The library:", theirs, sep="\n", end="\n\n")
-print("Here:", ours, sep="\n")
-
-
-# %% [markdown]
 # A tensor that the checkpoint lacks is worse than an error. The library fills it with random numbers and goes on. That happens to every
 # folder without an output layer, such as a reward model. The library does keep a report of what it found, and we read it:
 
@@ -1371,7 +1345,7 @@ print(complaint(_check_report, "a reward model", report | dict(missing_keys=["lm
 # ### In which precision does it come?
 #
 # A folder saved in bf16 comes back in bf16 when nobody objects. Weights in bf16 hardly move at a learning rate of 5e-7, while the loss looks
-# fine. So trained weights are fp32 here, always, and `stored_dtype` tells what the folder had.
+# fine ([chapter 06](06_trainer.ipynb) watches them). So trained weights are fp32 here, always, and `stored_dtype` tells what the folder had.
 
 # %%
 #| export
@@ -1428,7 +1402,7 @@ half_S.save_pretrained(home / "half")
 }
 
 # %% [markdown]
-# ### Where does it run?
+# ### Where does it run, and in which precision?
 #
 # On the graphics card, if there is one. But a model as tiny as ours stays on the CPU: on a card, starting a computation
 # takes longer than the arithmetic in it.
@@ -1447,12 +1421,31 @@ def best_device(
 
 
 # %% [markdown]
-# S has a third of a million parameters, the random Llama of part 2 six million. (The output kept here comes from a machine without a
-# graphics card.)
+# And in which precision should a pass compute? bf16 saves time and memory only where the hardware has it. Emulated, it is slower than fp32 and no more exact. So we ask the
+# hardware and not the library: on some graphics cards "supported" includes emulation. If you name a precision, you get it.
 
 # %%
-assert best_device(S) == "cpu"
-{"S": S.num_parameters(), "the Llama of part 2": wide.num_parameters(), "and it goes to": best_device(wide)}
+#| export
+def pick_precision(
+    precision: str="auto",  # auto, bf16, fp16 or fp32
+    device: str="cpu",      # where the pass runs
+) -> str:                   # bf16, fp16 or fp32
+    """bf16 where the hardware really has it, else fp16 on CUDA, else fp32.
+    Raises ValueError for an unknown name."""
+    if precision not in ("auto", "bf16", "fp16", "fp32"):
+        raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
+    if precision != "auto": return precision
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "fp32"
+
+
+# %%
+assert best_device(S) == "cpu"                           # S is tiny
+assert pick_precision("fp16") == "fp16"                  # you get what you name
+assert pick_precision("auto") in ("bf16", "fp32")        # of this CPU
+complaint(pick_precision, "float8")
 
 
 # %% [markdown]
@@ -1485,25 +1478,10 @@ def load_model(
 
 
 # %% [markdown]
-# The copy in bf16, loaded in two ways. What becomes of a weight of 0.5 that a training step should move by 5e-7?
+# The copy in bf16, and the folder whose two files do not belong together:
 
 # %%
-usual_way = transformers.AutoModelForCausalLM.from_pretrained(home / "half")
-ours = load_model(home / "half", "cpu")
-assert ours.dtype == torch.float32
-
-def small_step(dtype): return f"{torch.tensor(0.5, dtype=dtype) + 5e-7:.7f}"
-
-pd.DataFrame({
-    "weights": [str(usual_way.dtype), str(ours.dtype)],
-    "0.5 + 5e-7, in these weights": [small_step(usual_way.dtype), small_step(ours.dtype)],
-    "stored": str(stored_dtype(home / "half")),
-}, index=["from_pretrained", "load_model"])
-
-# %% [markdown]
-# And a folder whose two files do not belong together:
-
-# %%
+assert load_model(home / "half", "cpu").dtype == torch.float32
 complaint(load_model, home / "other-sizes")
 
 
@@ -1580,18 +1558,6 @@ def _frozen_weights(model):
 
 
 # %% [markdown]
-# A class of your own would come back as a plain Llama, without whatever the class adds. The message says so. (On the device "meta" a
-# model has shapes and no numbers, which is enough to ask for its class.)
-
-# %%
-class Mine(transformers.LlamaForCausalLM): pass          # a class of your own
-
-with torch.device("meta"): mine = Mine(S.config)         # without memory for its weights
-assert _other_class(moved) is None
-_other_class(mine)
-
-
-# %% [markdown]
 # Is the model causal? An encoder such as BERT can be loaded as a causal language model. It then reads the very answer that it is asked
 # about. We can find out by asking: two rows begin with the same four tokens and go on differently. If the logits of the first four
 # differ, the model looks ahead. A causal model may differ by rounding only, so the answer is measured in units of what it may
@@ -1626,16 +1592,6 @@ def _looks_ahead(model, prefix=4, rest=8):
 
 
 # %% [markdown]
-# S and a small random BERT. Zero means that the four tokens did not notice what follows:
-
-# %%
-bert = transformers.AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **sizes))
-ahead_of = {"S": _looks_ahead(S), "BERT": _looks_ahead(bert)}
-assert ahead_of["S"] < 1e-3 < ahead_of["BERT"]
-pd.Series(ahead_of, name="moved, against what follows").map("{:.1g}".format).to_frame()
-
-
-# %% [markdown]
 # The three questions in one:
 
 # %%
@@ -1655,12 +1611,15 @@ def check_model(
 
 
 # %% [markdown]
-# A sound model passes in silence. Then we freeze its embedding, and try BERT:
+# A sound model passes in silence. Three do not: one with a frozen embedding, one of a class of your own (it would come back as a plain Llama, without whatever the class adds), and a small random BERT.
 
 # %%
+class Mine(transformers.LlamaForCausalLM): pass          # a class of your own
+
+bert = transformers.AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **sizes))
 check_model(moved)
 moved.model.embed_tokens.requires_grad_(False)
-print(complaint(check_model, moved), complaint(check_model, bert), sep="\n")
+for model in (moved, Mine(S.config), bert): print(complaint(check_model, model))
 
 
 # %% [markdown]
@@ -1712,38 +1671,6 @@ check_rows(S, 500, len(tok) - 1)
 gpt2_config = AutoConfig.for_model("gpt2", **kinds["gpt2"], n_positions=32)
 gpt2 = transformers.AutoModelForCausalLM.from_config(gpt2_config)
 print(complaint(check_rows, gpt2, 47, 0), complaint(check_rows, gpt2, 12, 64), sep="\n")
-
-
-# %% [markdown]
-# ### Which precision should a pass use?
-#
-# bf16 saves time and memory only where the hardware has it. Emulated, it is slower than fp32 and no more exact. So we ask the
-# hardware and not the library: on some graphics cards "supported" includes emulation.
-
-# %%
-#| export
-def pick_precision(
-    precision: str="auto",  # auto, bf16, fp16 or fp32
-    device: str="cpu",      # where the pass runs
-) -> str:                   # bf16, fp16 or fp32
-    """bf16 where the hardware really has it, else fp16 on CUDA, else fp32.
-    Raises ValueError for an unknown name."""
-    if precision not in ("auto", "bf16", "fp16", "fp32"):
-        raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
-    if precision != "auto": return precision
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 else "fp32"
-
-
-# %% [markdown]
-# If you name a precision, you get it. `auto` depends on the machine. Anything else is refused:
-
-# %%
-assert pick_precision("fp16") == "fp16"                  # you get what you name
-assert pick_precision("auto") in ("bf16", "fp32")        # of this CPU
-complaint(pick_precision, "float8")
 
 
 # %% [markdown]
@@ -2011,20 +1938,9 @@ def _write_piece(folder, rows):
 
 
 # %% [markdown]
-# Let us write the table made by hand, and its only piece twice:
-
-# %%
-folder = home / "by-hand"
-folder.mkdir()
-write_json(folder / "kind.json", dict(weights="made by hand"))
-_write_piece(folder, by_hand.rows)
-_write_piece(folder, by_hand.rows)
-sorted(p.name for p in folder.iterdir())
-
-
-# %% [markdown]
 # Reading is the other way round: all pieces, one below the other. A disk can lose a bit without saying so. The files
 # (Parquet) therefore carry a *checksum* of each page, a small number that no longer fits when a bit of the page has changed.
+# (`tests/test_logprobs.py` flips one bit in one number of a piece, and it is noticed.)
 
 # %%
 #| export
@@ -2052,14 +1968,6 @@ def _read_pieces(folder):
 
 
 # %% [markdown]
-# The two pieces hold the same two keys, and each is read once. (`tests/test_logprobs.py` flips one bit in one number of a piece, and
-# it is noticed.)
-
-# %%
-_read_pieces(folder)
-
-
-# %% [markdown]
 # Rows without a kind are numbers that nobody can trust. So a folder without a readable `kind.json` is no table:
 
 # %%
@@ -2081,10 +1989,15 @@ def read_table(
 
 
 # %% [markdown]
-# The folder from above, and one in which nothing lies:
+# Let us write the table made by hand, its only piece twice, and read it: each key is there once. In the other folder nothing lies.
 
 # %%
-print(read_table(folder).kind)
+folder = home / "by-hand"
+folder.mkdir()
+write_json(folder / "kind.json", dict(weights="made by hand"))
+for _ in range(2): _write_piece(folder, by_hand.rows)
+assert len(read_table(folder).rows) == 2
+print(*sorted(p.name for p in folder.iterdir()))
 print(complaint(read_table, home / "empty"))
 
 
@@ -2239,13 +2152,6 @@ assert list(ahead(str, [])) == []
 in_use
 
 # %% [markdown]
-# `response_logprobs` makes nothing beforehand, so it gets the pairs themselves:
-
-# %%
-for batch, inputs in prepared(S, batches[:3], response_logprobs):
-    print(len(batch), "pairs; they themselves:", inputs is batch)
-
-# %% [markdown]
 # ### Does it find the same bits again?
 #
 # A run that is killed and goes on must find the same bits. On a CPU it does. Some operations of a graphics card add up in an order of their
@@ -2282,11 +2188,8 @@ def same_bits(
 # The setting is PyTorch's own and global. It is on inside, for a graphics card only, and afterwards as it was:
 
 # %%
-def asked_for(device):
-    with same_bits(device): return torch.are_deterministic_algorithms_enabled()
-
-assert not torch.are_deterministic_algorithms_enabled()  # and as it was before, afterwards
-{device: asked_for(device) for device in ("cpu", "cuda")}
+with same_bits("cuda"): assert torch.are_deterministic_algorithms_enabled()
+assert not torch.are_deterministic_algorithms_enabled()
 
 
 # %% [markdown]
@@ -2311,17 +2214,7 @@ def pair_tokens(
 
 
 # %% [markdown]
-# The prompt counts once, though a padded batch holds it twice. For telling the time this is as good, because all pairs are counted in the
-# same way.
-
-# %%
-lengths = {k: len(pair[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")}
-assert pair_tokens([pair]).tolist() == [sum(lengths.values())]
-{"of the first pair": lengths, "of five pairs": pair_tokens(pairs[:5]).tolist()}
-
-
-# %% [markdown]
-# Then the time. A clock knows what is left, and learns its speed from what is done:
+# (The prompt counts once, though a padded batch holds it twice; all pairs are counted in the same way.) Then the time. A clock knows what is left, and learns its speed from what is done:
 
 # %%
 #| export

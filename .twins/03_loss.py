@@ -5,7 +5,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sdpo-nb/sdpo_nb/blob/main/nbs/03_loss.ipynb)
 #
 # **You should know** what a pair is ([chapter 01](01_preferences.ipynb)), what the log-probability of a response and $\gamma$ are
-# ([chapter 02](02_logprobs.ipynb)), and what a gradient does. **Time** to read: an hour to the end of "Its gradient", which is the loss and why it is so, and 75 minutes for the rest. To run: under
+# ([chapter 02](02_logprobs.ipynb)), and what a gradient does. **Time** to read: an hour to the end of "Its gradient", which is the loss and why it is so, and 70 minutes for the rest. To run: under
 # a minute on one CPU core. Headings that say "you may skip this" are for a second reading.
 
 # %%
@@ -460,7 +460,6 @@ for b in (1., 2., 4.):
     }
 pd.DataFrame(climbed).T
 
-
 # %% [markdown]
 # The optimiser lands on (3). And the table shows the bargain: a smaller $\beta$ buys more reward, and pays with more KL.
 #
@@ -473,47 +472,10 @@ pd.DataFrame(climbed).T
 # The last term is the same for all answers to a prompt. It is the constant that comparisons cannot see. What remains is called the *implicit reward*: the
 # reward for which a policy would be the best one. We can read it off from two log-probabilities, one of the policy and one of the reference.
 #
-# Those two may live in different places. The numbers of the reference come from a table on the CPU (chapter 02), and the policy may be on a graphics card. One rule for
-# the whole book settles it: *the reference follows the policy*. The function that compares the two moves the reference, and nobody else has to think of it.
-
-# %%
-#| export
-def follow(
-    reference,       # numbers of the reference: a tensor, or one number for all
-    policy: Tensor,  # the same numbers of the policy
-):                   # those of the reference, on the policy's device
-    "The reference follows the policy."
-    return reference.to(policy.device) if isinstance(reference, Tensor) else reference
-
-
-# %% [markdown]
-# PyTorch's `meta` device stands in for a graphics card here. A single number has no device and stays what it is.
-
-# %%
-from_table, elsewhere = torch.zeros(3), torch.zeros(3, device="meta")
-followed = follow(from_table, elsewhere)
-assert followed.device == elsewhere.device
-assert follow(0., elsewhere) == 0.
-places = {"the table": from_table, "the policy": elsewhere, "the table, after follow": followed}
-pd.Series({what: str(tensor.device) for what, tensor in places.items()}, name="is on").to_frame()
-
-
-# %%
-#| export
-def reward(
-    logp: Tensor,      # (n,) log pi_theta(y|x), nats
-    logp_ref: Tensor,  # (n,) log pi_ref(y|x), nats
-    beta: float,       # per nat
-) -> Tensor:           # (n,) implicit reward, up to a constant of the prompt
-    "beta (log pi_theta - log pi_ref)."
-    return beta * (logp - follow(logp_ref, logp))
-
-
-# %% [markdown]
 # Does the best policy imply the true reward? Up to one constant for each prompt it does, and all margins are the true ones.
 
 # %%
-implicit = reward(best, log_S, beta)
+implicit = beta * (best - log_S)
 constant = (beta * log_Z)[:, None].expand(2, 14)
 assert_close(kr - implicit, constant)                          # (5)
 assert_close(differences(implicit), differences(kr))
@@ -536,8 +498,22 @@ pd.DataFrame({
 #
 # $$L = -\,\mathbb E\, \log \sigma\Big(\beta \log\frac{\pi_\theta(y_w|x)}{\pi_{ref}(y_w|x)} - \beta \log\frac{\pi_\theta(y_l|x)}{\pi_{ref}(y_l|x)}\Big) \tag{6}$$
 #
-# Sort the four logarithms by model instead of by response, and this is the line of the beginning, $-\log\sigma(\beta(\gamma_\theta - \gamma_{ref}))$. Two numbers per
-# pair are enough, so two numbers are what our functions take. They share the gain:
+# Sort the four logarithms by model instead of by response, and this is the line of the beginning, $-\log\sigma(\beta(\gamma_\theta - \gamma_{ref}))$. The derivation is complete.
+#
+# ### In code
+#
+# Two numbers per pair are enough, so two numbers are what our functions take. Both must be in one place before one is subtracted from the other. The reference comes from a table on the CPU (chapter 02), and
+# the policy may be on a graphics card. One rule for the whole book: *the reference follows the policy*. And there must be as many of the one as of the other.
+
+# %%
+#| export
+def follow(
+    reference,       # numbers of the reference: a tensor, or one number for all
+    policy: Tensor,  # the same numbers of the policy
+):                   # those of the reference, on the policy's device
+    "The reference follows the policy."
+    return reference.to(policy.device) if isinstance(reference, Tensor) else reference
+
 
 # %%
 #| export
@@ -551,10 +527,11 @@ def _gain(gamma_theta, gamma_ref):
 
 # %% [markdown]
 # Why so strict? A stray axis is easily made, and PyTorch would not complain: it would subtract every reference from every policy, and the mean of these nine losses looks
-# like a loss.
+# like a loss. (PyTorch's `meta` device stands in for a graphics card here.)
 
 # %%
 gammas, column = torch.tensor([1., 2., 3.]), torch.zeros(3, 1)
+assert follow(column, gammas.to("meta")).device.type == "meta"
 print("plain subtraction has shape", tuple((gammas - column).shape))
 print(complaint(_gain, gammas, column))
 
@@ -893,21 +870,6 @@ for b in (0.5, 2.):
     rows.append((b, reached.mean().item(), expected))
 pd.DataFrame(rows, columns=["beta", "Δ reached, nats", "log((1-ε)/ε)/β"]).round(4)
 
-# %% [markdown]
-# ### What (8) is not (you may skip this)
-#
-# It is not the likelihood of labels that are flipped with probability $\varepsilon$. In that likelihood the mixture stands *inside* the logarithm,
-# $-\log\big((1-\varepsilon)\,\sigma(\beta\Delta) + \varepsilon\,\sigma(-\beta\Delta)\big)$. That one falls all the way, as the plain loss does; (8) falls and rises.
-
-# %%
-z = torch.linspace(-8, 8, 65, dtype=torch.float64)
-mixture = -((1 - eps) * z.sigmoid() + eps * (-z).sigmoid()).log()
-smoothed = dpo_loss(z, 0 * z, 1., eps)
-assert (mixture.diff() < 0).all()
-assert (smoothed[:40].diff() < 0).all()
-assert (smoothed[-20:].diff() > 0).all()
-both = pd.DataFrame({"βΔ": z, "mixture inside the log": mixture, "equation (8)": smoothed}).set_index("βΔ")
-both.loc[[-4, 0, 2, 4, 8]].T.round(3)
 
 # %% [markdown]
 # ## The same loss in sDPO's words
@@ -918,12 +880,25 @@ both.loc[[-4, 0, 2, 4, 8]].T.round(3)
 #
 # The number is the same. The view is not. The whole reference has become *one number per pair*, which can be computed beforehand and stored. It is like the bar in
 # the high jump: whether a pair has been learned is judged by whether $\gamma_\theta$ clears $\gamma_{ref}$, however high or low that lies.
+#
+# The implicit reward (5) as a function, and then both groupings of eight random pairs:
 
 # %%
-chosen, rejected, chosen_ref, rejected_ref = -60 + 20 * torch.randn(4, 8, dtype=torch.float64)
-margin = reward(chosen, chosen_ref, 0.1) - reward(rejected, rejected_ref, 0.1)
+#| export
+def reward(
+    logp: Tensor,      # (n,) log pi_theta(y|x), nats
+    logp_ref: Tensor,  # (n,) log pi_ref(y|x), nats
+    beta: float,       # per nat
+) -> Tensor:           # (n,) implicit reward, up to a constant of the prompt
+    "beta (log pi_theta - log pi_ref)."
+    return beta * (logp - follow(logp_ref, logp))
+
+
+# %%
+won, lost, won_ref, lost_ref = -60 + 20 * torch.randn(4, 8, dtype=torch.float64)
+margin = reward(won, won_ref, 0.1) - reward(lost, lost_ref, 0.1)
 by_response = -F.logsigmoid(margin)
-by_model = dpo_loss(chosen - rejected, chosen_ref - rejected_ref, 0.1)
+by_model = dpo_loss(won - lost, won_ref - lost_ref, 0.1)
 assert_close(by_response, by_model)                            # (6) is (9)
 
 
@@ -1020,20 +995,8 @@ round(bound, 2)
 # %% [markdown]
 # It says less than the truth, as a lower bound should. It even allows a negative mean gain, because the loss is above $\ln 2$.
 #
-# Two details of the code. $\log(e^L - 1)$ is written as $L + \log(1 - e^{-L})$, which survives a large loss. And a loss of exactly zero is always an
-# underflow; it would certify infinity. It is read as the smallest normal fp32 number, which certifies less and stays true.
-
-# %%
-underflow = dpo_loss(torch.tensor([2000.]), torch.tensor([0.]), 0.1).item()
-assert underflow == 0
-assert 0 < certificate(underflow, 0., 0.1) < 2000
-assert certificate(5000., 0., 0.1) == -50_000
-
-some_losses = (underflow, 0.1, math.log(2), 1.5, 5000.)
-certificates = pd.Series({L: certificate(L, 0., 0.1) for L in some_losses})
-certificates.rename_axis("loss L").round(1).to_frame("certified mean gain, nats (beta 0.1)")
-
-# %% [markdown]
+# (A loss of exactly zero is always an underflow, and would certify infinity. The code reads it as the smallest normal fp32 number, which certifies less and stays true.)
+#
 # Does (10) hold? We make 500 random data sets of 64 pairs, with $\beta = 0.1$ and gains of all signs and spreads. The mean $\gamma_{ref}$ is $-38.6$ nats, the
 # number that the sDPO paper reports for its base model.
 
@@ -1157,13 +1120,13 @@ assert wrong > -20 + 1
 # ($\propto$ means "equal up to the factor $1/Z$".) That is *one* stage at $\beta/T$. Nothing is gained by moving the reference that a smaller $\beta$ would not give.
 
 # %%
-def train_stages(model, size, chunks, beta, minimise=lowest):
+def train_stages(model, size, chunks, beta):
     "Each stage to its optimum, from the last model and against it; `model(theta)` are log-probabilities."
     theta = torch.zeros(size, dtype=torch.float64)
     for wins in chunks:
         log_ref = model(theta)
         def loss(t): return population_loss(model(t), log_ref, wins, beta)
-        theta = minimise(loss, theta)
+        theta = lowest(loss, theta)
     return model(theta)
 
 def table_model(theta): return (log_S + theta.view(2, 14)).log_softmax(-1)
@@ -1237,14 +1200,14 @@ round(worth(twice, best), 6)
 
 
 # %%
-def two_prompts(other, share, minimise=lowest):
+def two_prompts(other, share):
     "Stages worth of two stages, one on `other` and one on 'sort ba', and what reversing them changes."
     prompts = (other, "sort ba")
     r = torch.tensor([[true_reward(p, y) for y in small.responses] for p in prompts], dtype=torch.float64)
     wins = bradley_terry(r, K)
     first, second = only(wins, 0), only(wins, 1)
 
-    def train(*chunks): return train_stages(sharing_model(share), 32, chunks, beta, minimise)
+    def train(*chunks): return train_stages(sharing_model(share), 32, chunks, beta)
     one, two, back = train(wins), train(first, second), train(second, first)
     return dict(
         other=other,
@@ -1297,53 +1260,10 @@ assert (opposed < 1).all()
 assert shared["reversing"].max() < 1e-5
 {"largest change if the stages are reversed, nats": f"{shared['reversing'].max():.0e}"}
 
+
 # %% [markdown]
 # So if real runs show an effect of order, it comes from what this section leaves out: networks in which parameters do not simply add up, and stages that stop early. And these are
-# optima under noisy labels. What real runs do is a question for experiments.
-#
-# ### It depends on the optimiser, too (you may skip this)
-#
-# A table *and* features are more parameters than a stage on one prompt can pin down. Many settings fit that prompt equally well, and they differ on the other prompt. Which of
-# them you get is up to the optimiser. L-BFGS adds up gradients and nothing else, so it never moves in a direction that the stage cannot see, and ends at the
-# setting nearest to the start.
-#
-# To check it we ask which directions the stage sees. The Jacobian holds the derivative of every output in every parameter. Multiplying it by its pseudo-inverse gives the
-# projection on the visible directions. The move must be its own projection.
-
-# %%
-model, start = sharing_model(0.25), torch.zeros(32, dtype=torch.float64)
-def first_stage(theta): return population_loss(model(theta), log_S, only(P, 0), beta)
-
-move = lowest(first_stage, start)
-jacobian = torch.autograd.functional.jacobian(model, start)[0]   # (14, 32) outputs of prompt 0, by parameter
-visible = torch.linalg.pinv(jacobian) @ jacobian
-assert_close(visible @ move, move)
-
-
-# %% [markdown]
-# Adam, which rescales each parameter by itself, does leave the visible directions. Its numbers are others:
-
-# %%
-def with_adam(f, start):
-    "Three hundred steps of Adam."
-    x = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([x], lr=0.03)
-    for _ in range(300):
-        optimizer.zero_grad()
-        f(x).backward()
-        optimizer.step()
-    return x.detach()
-
-optimisers = {}
-for other in ("copy ab", "reverse ab"):
-    optimisers[other] = {
-        "L-BFGS": two_prompts(other, 0.25, lowest)["worth"],
-        "Adam": two_prompts(other, 0.25, with_adam)["worth"],
-    }
-optimisers = pd.DataFrame(optimisers)
-assert (optimisers.loc["Adam"] - optimisers.loc["L-BFGS"]).abs().min() > 0.05
-optimisers.rename_axis(columns="first prompt, share 0.25").round(2)
-
+# optima under noisy labels, found by L-BFGS from a start at zero: many settings of table and features fit one prompt equally well, and another optimiser may end at another one. What real runs do is a question for experiments.
 
 # %% [markdown]
 # ## Five ways to get it wrong

@@ -1085,21 +1085,10 @@ vocabulary.round().astype(int).rename_axis("memory added (MiB)")
 # %% [markdown]
 # With a vocabulary five times as large, scoring takes no more memory packed, and five times as much padded.
 #
-# Nor should memory grow with the number of pairs. Tokenised pairs lie in a file that is mapped, not read. Here a thousand and a million were tokenised and a part of them scored.
-
-# %%
-many = pd.Series(bench["pairs_gib"]).rename(lambda n: f"{int(n):,} pairs")
-assert many.iloc[1] < 1.3 * many.iloc[0]
-many.round(2).to_frame("peak memory (GiB)")
-
-# %% [markdown]
-# A million pairs take a tenth more memory than a thousand.
-#
 # ### A whole run
 #
-# And what is left of it in a whole run, in which more is done than training? Two stages of stepwise DPO, 32 pairs of HH-RLHF and 32 of UltraFeedback, from loading S to the last file: by `sdpo` ([chapter 14](14_stepwise.ipynb)) packed and padded, and by hand with one TRL trainer per stage. What `sdpo` spends on ordering the sources, on the models between the stages and on the report is in its time. (TRL draws its
-# batches in another order and starts its warm-up at 0, so its losses are others.) Minutes and memory are those of passes of 4,096
-# tokens; the last row is another pair of runs, on another machine, with the default of 1,536 tokens against TRL's one pair.
+# And what is left of it in a whole run, in which more is done than training? Two stages of stepwise DPO, 32 pairs of HH-RLHF and 32 of UltraFeedback, from loading S to the last file: by `sdpo` ([chapter 14](14_stepwise.ipynb)) packed and padded, and by hand with one TRL trainer per stage.
+# Minutes and memory are those of passes of 4,096 tokens; the last row is another pair of runs, on another machine, with the default of 1,536 tokens against TRL's one pair.
 
 # %%
 runs = {called(name.removeprefix("whole ")): run for name, run in bench.items() if name.startswith("whole")}
@@ -1115,16 +1104,14 @@ assert 1.2 < times < 1.35
 later = {called(side): f"{gib:.1f}" for side, gib in today.items()}
 columns = {}
 for side, run in runs.items():
-    losses = [f"{loss:.4f}" for loss in run["losses"]]
     minutes = run["seconds"] / 60
-    columns[side] = [f"{minutes:.1f}", f"{run['gib']:.1f}", *losses, later.get(side, "")]
-steps = [f"loss of step {t}" for t in range(1, 9)]
-names = ["minutes", "peak memory (GiB)", *steps, "peak memory, 1,536 tokens (GiB)"]
+    columns[side] = [f"{minutes:.1f}", f"{run['gib']:.1f}", later.get(side, "")]
+names = ["minutes", "peak memory (GiB)", "peak memory, 1,536 tokens (GiB)"]
 pd.DataFrame(columns, index=names)
 
 
 # %% [markdown]
-# Packed and padded are the same run, loss by loss, and packing saves two of five and a half minutes. Against TRL it is 1.3 times as fast, less than a single step promised: half of the pairs are of UltraFeedback, and the time of `sdpo` holds what it does besides training. With 4,096 tokens it takes more memory than TRL, with the default it takes less.
+# Packed and padded are the same run, loss by loss (the cell compares them), and packing saves two of five and a half minutes. Against TRL it is 1.3 times as fast, less than a single step promised: half of the pairs are of UltraFeedback, and the time of `sdpo` holds the order of the sources, the models between the stages and the report. With 4,096 tokens it takes more memory than TRL, with the default it takes less.
 
 # %% [markdown]
 # ## A graphics card wants few, large calls (you may skip this)

@@ -82,7 +82,7 @@ from transformers import LlamaConfig
 from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.world import complaint, load_world, skipped_without
+from sdpo_nb.world import complaint, load_world
 torch.set_num_threads(1);
 
 # %% [markdown]
@@ -240,25 +240,20 @@ def pair_losses(
 
 
 # %% [markdown]
-# Two invented pairs. In the first the policy likes the chosen response more than the reference does. In the second both responses became *less* likely, the rejected one even more so. What does DPO say of them, and what a loss that only wants likely chosen responses?
+# Two invented pairs. In the first the policy likes the chosen response more than the reference does. In the second both responses became *less* likely, the rejected one even more so. What does the loss say of them?
 
 # %%
 settings = SimpleNamespace(beta=0.5, label_smoothing=0.0, loss=None)
 ref = torch.tensor([-8.0, -8.0])
 two_pairs = torch.tensor([-5.0, -10.0]), torch.tensor([-9.0, -12.0]), ref, ref
 
-def likely(chosen, rejected, ref_chosen, ref_rejected, beta, pairs): return -chosen
-def one_number(chosen, rejected, *others): return (rejected - chosen).mean()
-
-other = SimpleNamespace(beta=0.5, loss=likely)
 by_dpo = pair_losses(*two_pairs, settings)
 assert by_dpo.allclose(dpo_loss(torch.tensor([4.0, 2.0]), torch.zeros(2), 0.5))
-print(complaint(pair_losses, *two_pairs, SimpleNamespace(beta=0.5, loss=one_number)))
-dict(dpo=by_dpo.tolist(), likely=pair_losses(*two_pairs, other).tolist())
+by_dpo.tolist()
 
 
 # %% [markdown]
-# Now all that is measured.
+# Both losses are below $\ln 2$. That the second chosen response became less likely, they do not say. So here is all that is measured:
 
 # %%
 #| export
@@ -707,6 +702,8 @@ assert weights_hash(learner) == before
 # %% [markdown]
 # ## Settings
 #
+# *You may skip the code that checks settings, and go on at "Which settings does a stage have?"; of `TrainConfig` itself the names and the defaults are enough.*
+#
 # What if a setting is wrong? So far `settings` was a bag of names, and a bag takes anything: `beta=0`, `lr="fast"`, `precision="half"`. The mistake shows up later, somewhere else. So each setting gets a default, a
 # help text and a range, all in one place. The error messages, the table of defaults and the command line are made from it.
 
@@ -772,7 +769,7 @@ assert type(two.size) is int
 [complaint(check_settings, config=Two(size=0)), complaint(check_settings, config=Two(kind="other"))]
 
 # %% [markdown]
-# Which settings does a stage have? They are of three kinds:
+# **Which settings does a stage have?** They are of three kinds:
 #
 # - *What is learned*: `beta`, `lr`, `batch_size`, `epochs`, `warmup`, `schedule`, `clip`, `label_smoothing`, `loss`, `shuffle`, `seed`. Change one, and you get another model.
 # - *How it is computed*: `token_budget`, `packing`, `precision`, `gradient_checkpointing`, `compile`, `deterministic`. They trade memory against time. The gradient stays the same up to rounding.
@@ -934,15 +931,6 @@ def _shape(schedule, warm, total):
     return get_scheduler(schedule, nothing, warm, total).lr_lambdas[0]
 
 
-# %%
-rates = [learning_rate(step, 40, TrainConfig(lr=1e-5)) for step in range(40)]
-assert max(rates) == 1e-5
-assert rates.index(max(rates)) == 3
-assert 0 < rates[-1] < 1e-6
-some = pd.Series({step: rates[step] for step in (0, 1, 2, 3, 4, 20, 39)}, name="learning rate")
-some.rename_axis("step").map("{:.1e}".format)
-
-
 # %% [markdown]
 # All three, each over a stage of 40 steps. After the warm-up our straight line is that of transformers:
 
@@ -954,6 +942,7 @@ theirs = [_shape("linear", 4, 40)(step) for step in range(4, 40)]
 torch.testing.assert_close(rates["linear"][4:].tolist(), theirs)
 assert (rates[:4].nunique(axis=1) == 1).all()          # one warm-up for all
 assert rates["constant"][4:].eq(1).all()
+assert rates["linear"].idxmax() == 3
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 2.4))
@@ -1317,7 +1306,7 @@ def _slope(said, table, batch, config):
 
 
 # %% [markdown]
-# At the start of a stage whose reference is the model itself, it must say $\ln 2$:
+# At the start of a stage whose reference is the model itself, it must say $\ln 2$. (With a loss of your own it is another number, and the tables know that one, too: see [other losses](other_losses.ipynb).)
 
 # %%
 starter = trainable(start_model())
@@ -1326,22 +1315,6 @@ metrics = trainer.gradients(first)
 must_be = _first_look(trainer, metrics["loss"], first, pairs, start=None)
 assert abs(must_be - math.log(2)) < 1e-6
 dict(loss=round(metrics["loss"], 6), must_be=round(must_be, 6))
-
-
-# %% [markdown]
-# With a loss of your own it is another number, and the tables know that one, too. For $(\Delta - \frac1{2\beta})^2$, the loss of IPO, it is $1/4\beta^2$ where $\Delta = 0$; with $\beta = 0.5$ that is 1. ([Other losses](other_losses.ipynb) trains with it.)
-
-# %%
-def ipo(chosen, rejected, ref_chosen, ref_rejected, beta, pairs):
-    gain = (chosen - rejected) - (ref_chosen - ref_rejected)
-    return (gain - 1 / (2 * beta)) ** 2
-
-other_trainer = replace(trainer, config=replace(config, loss=ipo))
-starter.zero_grad()
-metrics = other_trainer.gradients(first)
-must_be = _first_look(other_trainer, metrics["loss"], first, pairs, start=None)
-assert abs(must_be - 1) < 1e-4
-dict(loss=round(metrics["loss"], 4), must_be=round(must_be, 4))
 
 
 # %% [markdown]
@@ -1400,44 +1373,6 @@ activation_checkpointing(policy, False)
 assert difference(less_gradient, kept_gradient) < 1e-5
 assert less < 0.7 * kept
 pd.Series({"MB kept": kept, "MB kept with checkpointing": less}).round(1)
-
-# %% [markdown]
-# In a real process: the peak memory of one batch of four real pairs, at most 384 tokens each, with SmolLM2-135M in fp32. Each number is from a process of its own. (The cell
-# is skipped in tests; its output is kept.)
-
-# %%
-#| slow
-with skipped_without(
-    "SmolLM2-135M-Instruct, pairs of UltraFeedback, and 8 GiB",
-    "7.1 GiB without checkpointing, 3.1 GiB with it",
-):
-    import os, subprocess, sys
-    program = """
-import os, resource, sys, torch
-from pathlib import Path
-from sdpo_nb.trainer import *
-from sdpo_nb.logprobs import load_model, load_tokenizer, score_pairs
-from sdpo_nb.preferences import load_pairs, tokenize_pairs
-folder = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser()
-folder = str(folder) if folder.exists() else "HuggingFaceTB/SmolLM2-135M-Instruct"
-data = Path(os.environ.get("SDPO_DATA", "../../shared/data")) / "preferences/ultrafeedback_binarized.jsonl.gz"
-data = data if data.exists() else "trl-lib/ultrafeedback_binarized"
-model, tok = load_model(folder, "cpu"), load_tokenizer(folder)
-batch = list(tokenize_pairs(load_pairs(data), tok, "uf", 384, 256, chat=True).pairs.select(range(4)))
-table = score_pairs(model, batch, token_budget=1024)
-activation_checkpointing(trainable(model), sys.argv[1] == "on")
-return_large_blocks()
-batch_gradients(model, batch, table, TrainConfig(token_budget=4096), make_accelerator(), "fp32")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
-    def peak_of(switch):
-        done = subprocess.run([sys.executable, "-c", program, switch], capture_output=True, text=True)
-        if done.returncode: raise OSError(done.stderr.strip().splitlines()[-1])
-        return float(done.stdout)
-
-    peak = {switch: peak_of(switch) for switch in ("off", "on")}
-    assert peak["on"] < peak["off"]
-    display(pd.Series(peak, name="peak memory, GiB").rename_axis("checkpointing").round(1))
 
 # %% [markdown]
 # ## What fits into memory? (you may skip this)
@@ -1852,11 +1787,7 @@ def compile_for(
 
 
 # %%
-choices = "auto", "on", "off"
-
-def compiled_on(device): return [wants_compiling(TrainConfig(compile=choice), device) for choice in choices]
-
-pd.DataFrame({"cpu": compiled_on("cpu"), "cuda": compiled_on("cuda")}, choices).rename_axis("compile")
+assert [wants_compiling(config, device) for device in ("cpu", "cuda")] == [False, True]     # of `auto`
 
 
 # %% [markdown]
@@ -2370,17 +2301,10 @@ first_losses = {name: round(passed[name], 5) for name in ("first_loss", "implied
 print(textwrap.fill(message, 100))
 first_losses     # where the table says that it is another model's
 
-# %% [markdown]
-# One table looks like another model's and is not: it was scored while this model's weights were in half precision. transformers 5 leaves them so if you call `from_pretrained` yourself. A stage makes the weights fp32, which changes their hash, and nothing would be compared. So a stage asks for this first.
-
-# %%
-in_half = start_model().bfloat16()
-message = complaint(run, model=in_half, table=score_pairs(in_half, pairs, precision="bf16"))
-assert {p.dtype for p in in_half.parameters()} == {torch.bfloat16}  # it is refused before it is changed
-message
-
 
 # %% [markdown]
+# (One table looks like another model's and is not: it was scored while this model's weights were in half precision. A stage would make them fp32, which changes their hash, and nothing would be compared. So a stage asks for this first, and refuses.)
+#
 # **An interruption.** Interrupted and continued, the stage must end in the same bits. We raise an exception in the middle of the eighth of eight steps. The last checkpoint is of
 # the sixth, so one finished step is lost and made again, and its line must not appear twice. Asked to go on with another learning rate, the folder refuses.
 

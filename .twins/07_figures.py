@@ -6,7 +6,7 @@
 #
 # **You should know** what [gamma](02_logprobs.ipynb) is, what a [partition](05_partition.ipynb) does, and how a [stage](06_trainer.ipynb) is trained.
 #
-# **Time** 45 minutes to read, under a minute to run on two CPU cores.
+# **Time** 40 minutes to read, under a minute to run on two CPU cores.
 #
 # A run of stepwise DPO leaves numbers. Four questions are asked of them every time:
 #
@@ -211,15 +211,14 @@ def _label_lines(ax, heights, names, colors):
 
 
 # %% [markdown]
-# Where stage 2 begins, and the windows here; and labels that would lie on each other are moved apart.
+# Where stage 2 begins; and labels that would lie on each other are moved apart.
 
 # %%
 run_steps = _whole_run(metrics)
-windows = [_window(rows) for _, rows in run_steps.groupby("stage")]
 first_of_2 = run_steps.index[run_steps["stage"] == 2][0]
 assert first_of_2 == len(steps[0]) + 1
 assert _apart([1.0, 3.0, 1.1], gap=0.5).tolist() == [1.0, 3.0, 1.5]
-{"steps": len(run_steps), "first step of stage 2": int(first_of_2), "windows": windows}
+{"steps": len(run_steps), "first step of stage 2": int(first_of_2)}
 
 
 # %%
@@ -309,7 +308,7 @@ def plot_gamma(
 
 
 # %% [markdown]
-# First the means. Each model has read all pairs of both chunks; which numbers will grow from one model to the next?
+# Each model has read all pairs of both chunks. Before you look: $M_1$ was trained on the first chunk only. What will its box do on the second?
 
 # %%
 parts = []
@@ -318,12 +317,6 @@ for t, name in enumerate(plan.names):
         values = table.gamma(plan.chunk(t)).numpy()
         parts.append(pd.DataFrame(dict(model=model, chunk=f"chunk {t+1}: {name}", gamma=values)))
 gammas = pd.concat(parts)
-means = gammas.groupby(["model", "chunk"])["gamma"].mean().unstack()
-assert means.apply(lambda column: column.is_monotonic_increasing).all()
-means.round(2)
-
-# %% [markdown]
-# All of them, also those of a chunk that a stage was not trained on. Now the whole distributions.
 
 # %%
 assert _as_formula("M_12") == "$M_{12}$"

@@ -6,10 +6,10 @@
 __all__ = ['WIDE_ON_CUDA', 'MERGE', 'OF_TOKENIZER', 'SMALL', 'NO_NUMBER', 'FULL', 'EVERY', 'check_prompts', 'collate',
            'token_logprobs', 'gamma', 'autocast', 'is_plain', 'half_weight', 'fp32_logits', 'must_read_alone',
            'response_logprobs', 'dropouts', 'freeze_dropout', 'own_config', 'memory_ended', 'load_config',
-           'load_tokenizer', 'stored_dtype', 'best_device', 'has_adapter', 'load_model', 'weights_hash', 'check_model',
-           'check_rows', 'pick_precision', 'keys_of', 'pairs_hash', 'LogprobTable', 'table_kind', 'replacing',
-           'write_json', 'write_lines', 'lines_of', 'read_table', 'padded_tokens', 'micro_batches', 'ahead', 'prepared',
-           'same_bits', 'pair_tokens', 'Clock', 'progress', 'score_pairs']
+           'load_tokenizer', 'stored_dtype', 'best_device', 'pick_precision', 'has_adapter', 'load_model',
+           'weights_hash', 'check_model', 'check_rows', 'keys_of', 'pairs_hash', 'LogprobTable', 'table_kind',
+           'replacing', 'write_json', 'write_lines', 'lines_of', 'read_table', 'padded_tokens', 'micro_batches',
+           'ahead', 'prepared', 'same_bits', 'pair_tokens', 'Clock', 'progress', 'score_pairs']
 
 # %% ../nbs/02_logprobs.ipynb #b095fbfd
 import contextlib, errno, hashlib, json, logging, os, re, shutil, sys, time
@@ -460,6 +460,21 @@ def best_device(
     tiny = sum(p.numel() for p in model.parameters()) < SMALL
     return "cuda" if torch.cuda.is_available() and not tiny else "cpu"
 
+# %% ../nbs/02_logprobs.ipynb #6f285e8a
+def pick_precision(
+    precision: str="auto",  # auto, bf16, fp16 or fp32
+    device: str="cpu",      # where the pass runs
+) -> str:                   # bf16, fp16 or fp32
+    """bf16 where the hardware really has it, else fp16 on CUDA, else fp32.
+    Raises ValueError for an unknown name."""
+    if precision not in ("auto", "bf16", "fp16", "fp32"):
+        raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
+    if precision != "auto": return precision
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "fp32"
+
 # %% ../nbs/02_logprobs.ipynb #5d91d409
 def has_adapter(
     model,  # any model
@@ -588,21 +603,6 @@ def check_rows(
                          f"set max_length={limit}")
     print(f"model: rows of up to {longest} tokens go beyond the {limit} that it was made for; "
           f"max_length={limit} keeps within")
-
-# %% ../nbs/02_logprobs.ipynb #6f285e8a
-def pick_precision(
-    precision: str="auto",  # auto, bf16, fp16 or fp32
-    device: str="cpu",      # where the pass runs
-) -> str:                   # bf16, fp16 or fp32
-    """bf16 where the hardware really has it, else fp16 on CUDA, else fp32.
-    Raises ValueError for an unknown name."""
-    if precision not in ("auto", "bf16", "fp16", "fp32"):
-        raise ValueError(f"precision: {precision!r} is none of auto, bf16, fp16, fp32")
-    if precision != "auto": return precision
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 else "fp32"
 
 # %% ../nbs/02_logprobs.ipynb #e196ce20
 def keys_of(

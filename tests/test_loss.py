@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sdpo_nb.loss import dpo_loss, reward_accuracy
+from sdpo_nb.loss import certificate, dpo_loss, reward_accuracy
 
 
 @pytest.mark.parametrize("f", [lambda g, ref: dpo_loss(g, ref, 0.1), reward_accuracy])
@@ -20,3 +20,11 @@ def test_accuracy_is_fp32_whatever_the_gammas_and_keeps_nan():
         assert_close(reward_accuracy(g), torch.tensor([math.nan, 1, 0, 0.5, 1, 0, 0.5]), equal_nan=True)
     assert reward_accuracy(torch.zeros(2), torch.tensor([math.nan, -1.])).isnan().tolist() == [True, False]
     assert reward_accuracy(torch.zeros(3, 3), torch.ones(3, 3)).shape == (3, 3)
+
+
+def test_the_certificate_survives_losses_of_any_size():
+    underflow = dpo_loss(torch.tensor([2000.]), torch.tensor([0.]), 0.1).item()
+    assert underflow == 0
+    assert 0 < certificate(underflow, 0., 0.1) < 2000           # the loss of a zero would certify infinity
+    assert certificate(5000., 0., 0.1) == -50_000
+    with pytest.raises(ValueError, match="negative"): certificate(-0.1, 0., 0.1)
