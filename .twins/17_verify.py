@@ -53,8 +53,8 @@ from sdpo_nb.folder import (
     versions
 )
 from sdpo_nb.logprobs import (
-    LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing, response_logprobs,
-    score_pairs, table_kind, weights_hash
+    LogprobTable, keys_of, load_model, pairs_hash, read_table, replacing, response_logprobs, score_pairs,
+    table_kind, weights_hash
 )
 from sdpo_nb.lora import is_adapter
 from sdpo_nb.loss import dpo_loss
@@ -69,7 +69,7 @@ from sdpo_nb.trainer import all_batches, learning_rate
 # %%
 import shutil
 
-from sdpo_nb.logprobs import write_json
+from sdpo_nb.logprobs import load_tokenizer, write_json
 from sdpo_nb.loss import reward_accuracy
 from sdpo_nb.stepwise import sdpo
 from sdpo_nb.world import complaint, load_world

@@ -9,13 +9,12 @@ __all__ = ['TRAINING_DATA', 'COMMON_SETTINGS', 'all_pairs', 'true_gap', 'pair_me
 import copy, json, random, tempfile
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from .logprobs import score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, sdpo
-from .world import ALPHABET, SKILLS, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
+from .world import SKILLS, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
 
 # %% ../nbs/experiments/training_data.ipynb #e3ea3425
 def _prompt(row): return row["prompt"][-1]["content"]

@@ -23,8 +23,8 @@ from sdpo_nb.folder import (
     versions
 )
 from sdpo_nb.logprobs import (
-    LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing, response_logprobs,
-    score_pairs, table_kind, weights_hash
+    LogprobTable, keys_of, load_model, pairs_hash, read_table, replacing, response_logprobs, score_pairs,
+    table_kind, weights_hash
 )
 from .lora import is_adapter
 from .loss import dpo_loss
