@@ -205,7 +205,10 @@ def openai_judge(
     api_key: str=None,   # none: OPENAI_API_KEY; a local endpoint may want no key
     pause: float=2.,     # seconds before a second try; doubled each time
 ):                       # a judge: messages -> text
-    "A judge behind an endpoint with OpenAI's protocol: temperature 0, at most 2048 tokens, as in FastChat."
+    """A judge behind an endpoint with OpenAI's protocol: temperature 0, at most 2048 tokens, as in FastChat.
+
+    Raises ValueError for what is no address or no key. The judge raises OSError where the endpoint gives no
+    answer, after five tries where it is only busy; ValueError for one without a text where it belongs."""
     base = (base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
     key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
     if not re.fullmatch(r"https?://\S+", base):
@@ -260,7 +263,9 @@ def write_judgments(
     path,            # of the judgments: model_judgment/JUDGE_single.jsonl
     prompts: dict,   # name -> a line of the file of judge prompts
 ) -> list[dict]:     # the lines for these answers, in FastChat's format
-    "Judge what is not judged yet; the file is whole after every answer. A refused one has -1, and no line in it."
+    """Judge what is not judged yet; the file is whole after every answer. A refused one has -1, and no line in it.
+
+    Raises OSError where every answer is refused or the judge does not answer, ValueError where it returns no text."""
     path, wanted = Path(path), {}
     for turn in (1, 2):
         for q, a in zip(questions, answers):
