@@ -57,6 +57,19 @@ def test_what_is_imported_is_used():
     assert not unused
 
 
+def test_what_is_imported_is_required():
+    "At the top of a module: what another requirement happens to bring along may be gone with its next version."
+    needed = {r.split(">")[0] for r in settings()["requirements"].split()} | {"sdpo_nb", *sys.stdlib_module_names}
+    names = dict(yaml="pyyaml")
+    absent = {}
+    for name, tree in modules().items():
+        named = [a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names]
+        named += [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level]
+        tops = {top for top in (m.split(".")[0] for m in named) if names.get(top, top) not in needed}
+        if tops: absent[name] = sorted(tops)
+    assert not absent
+
+
 def test_version():
     import sdpo_nb
     assert sdpo_nb.__version__ == settings()["version"] == version("sdpo_nb")
