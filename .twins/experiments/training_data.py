@@ -577,6 +577,7 @@ def _written_on_the_way(
     _check_word("writer", writer, ("S", "policy", "S, as many"))
     _check_word("label", label, ("true", "judge", "implicit"))
     _check_share("error", error)
+    if error and label != "judge": raise ValueError(f"error: only a judge makes one, and the label is {label!r}")
     prompts = [_prompt(row) for row in all_pairs(world)]
 
     def write(t, model):
