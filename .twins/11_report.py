@@ -41,7 +41,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from sdpo_nb.evaluate import FALSE_ALARMS, as_text, failure_signs, held_out
 from sdpo_nb.figures import plot_change, plot_drift, plot_loss, plot_partition
 from sdpo_nb.folder import (
-    cure_of, finished_stages, load_saved_tokenizer, load_stage, naming, read_part, stage_folders, write_model
+    cure_of, finished_stages, folder_of, load_saved_tokenizer, load_stage, naming, read_part, stage_folders, write_model
 )
 from sdpo_nb.logprobs import read_table, replacing, stored_dtype
 from sdpo_nb.lora import is_adapter
@@ -142,7 +142,7 @@ class Run:
         if t is None and not finished:
             raise ValueError(f"{self.folder}: no stage is finished, so there is no model yet")
         if t and t not in finished: raise ValueError(f"{self.folder}: stage {t} is not finished")
-        return self.folder / f"stage-{t or finished[-1]}" / "model"
+        return folder_of(self.folder, t or finished[-1]) / "model"
 
     def partition(self) -> pd.DataFrame:
         "What was measured of each source under S, in the order of training."

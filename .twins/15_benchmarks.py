@@ -1378,7 +1378,7 @@ def _evaluate(models, folder, tasks, limit, data):
     "models: name -> (load, tokenizer, weights)."
     benchmarks = find_benchmarks(tasks)
     if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
-    folder = Path(folder)
+    folder, data = Path(folder).expanduser(), data and Path(data).expanduser()
     with alone_in(folder):
         asked = dict(benchmarks=benchmarks, limit=limit, data=data)
         scores = {name: score_model(*model, folder / name, desc=name, **asked)
