@@ -41,7 +41,7 @@ test-colab: .venv-colab/.dev ## every notebook alone in an empty folder, the pac
 
 .venv-oldest/.dev: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv --clear .venv-oldest
-	sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | sed 's/>=/==/' > .venv-oldest/bounds.txt
+	sed -nE 's/^(peft_|eval_)?requirements = //p' settings.ini | tr ' ' '\n' | sed 's/>=/==/' > .venv-oldest/bounds.txt
 	sed -n 's/^dev_requirements = //p' settings.ini | tr ' ' '\n' | grep -v '^trl' > .venv-oldest/tools.txt
 	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/bounds.txt -r .venv-oldest/tools.txt -e .
 	touch $@

@@ -85,7 +85,7 @@ def watched():
 
 
 def check():
-    import configparser, tomllib
+    import configparser
     before = watched()
     try:
         sync()
@@ -103,9 +103,6 @@ def check():
     extra = [str(p) for p in Path("sdpo_nb").glob("*.py") if p.stem not in modules | {"__init__", "_modidx"}]
     extra += [str(p) for p in TWINS.rglob("*.py") if p not in twins]
     ini = configparser.ConfigParser(delimiters=["="]); ini.read("settings.ini"); ini = ini["DEFAULT"]
-    toml = tomllib.loads(Path("pyproject.toml").read_text())
-    same = [(toml["project"]["name"], ini["lib_name"]), (toml["project"]["requires-python"], f">={ini['min_python']}"),
-            *((toml["tool"]["nbdev"][k], ini[k]) for k in ("lib_path", "nbs_path", "tst_flags"))]
     for nb in notebooks():
         want = COLAB.format(user=ini["user"], repo=ini["repo"], branch=ini["branch"], path=nb)
         found = re.findall(r"https://colab\.research\.google\.com/github/[^\s)\\\"]+", nb.read_text())
@@ -113,7 +110,6 @@ def check():
             extra.append(f"{nb}: its Colab badge should open {want}")
     errors = [f"{p}: would change (make sync)" for p in wrong] + [f"{p}: belongs to no notebook" if p.endswith(".py") else p for p in extra]
     errors += [error for nb in notebooks() for error in [*wrong_pins(nb, ini["version"]), *lost_words(nb)]]
-    errors += [f"pyproject.toml says {a!r}, settings.ini {b!r}" for a, b in same if a != b]
     print("\n".join(errors) if errors else f"check: {len(before)} files in step")
     sys.exit(bool(errors))
 

@@ -1254,7 +1254,17 @@ class FlashPlan:
     most_queries: int     # of a sequence, rounded up
     most_keys: int
 
-    def attend(self, q, k, v, row, scaling, window, softcap):
+    def attend(
+        self,
+        q: Tensor,      # (heads, N, d)
+        k: Tensor,      # (key heads, N, d)
+        v: Tensor,      # (key heads, N, d)
+        row: Row,       # not used
+        scaling: float, # what scores are multiplied by
+        window: int,    # of this layer, or None
+        softcap: float, # refused
+    ) -> Tensor:        # (N, heads, d)
+        "One call of the kernel. Raises NotImplementedError for a soft-cap."
         if softcap: raise NotImplementedError("the flash kernel has no soft-cap")
         half = torch.get_autocast_dtype(q.device.type)   # rotary embeddings leave q and k in fp32
         q, k, v = (x.transpose(0, 1).to(half) for x in (q, k, v))
@@ -1467,7 +1477,17 @@ class PaddedPlan:
     rejected: Padded
     back: Copies
 
-    def attend(self, q, k, v, row, scaling, window, softcap):
+    def attend(
+        self,
+        q: Tensor,      # (heads, N, d)
+        k: Tensor,      # (key heads, N, d)
+        v: Tensor,      # (key heads, N, d)
+        row: Row,       # not used
+        scaling: float, # what scores are multiplied by
+        window: int,    # of this layer, or None
+        softcap: float, # or None
+    ) -> Tensor:        # (N, heads, d)
+        "Two calls, one for each batch."
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         share = q.shape[1] // k.shape[1]                    # so many query heads share a key head
         k, v = (x.repeat_interleave(share, 1) for x in (k, v))
@@ -2044,7 +2064,9 @@ def choose_logprobs(
     packing="auto",    # auto or off
     precision="fp32",  # of the forward passes: fp32, bf16 or fp16
 ):                     # `flash_logprobs`, `packed_logprobs` or `response_logprobs`
-    "Packing where it gives the model's own numbers, by the flash kernel where there is one; else padding."
+    """Packing where it gives the model's own numbers, by the flash kernel where there is one; else padding.
+
+    Says why, where it is not the fastest. Raises ValueError for another `packing` than auto and off."""
     if packing not in ("auto", "off"): raise ValueError(f"packing: {packing!r} is neither auto nor off")
     if packing == "off": return response_logprobs
     if why := why_not_packed(model, pairs):

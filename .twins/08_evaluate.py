@@ -110,6 +110,15 @@ def generating(
         model.train(was_training)
         model.generation_config = own
 
+def end_tokens(
+    model,     # a causal language model
+    tokenizer, # its tokenizer
+) -> list:     # of token ids, sorted
+    "Where an answer ends: the tokenizer's end token, and those of the model's own settings."
+    also = model.generation_config.eos_token_id             # none, one or several
+    also = also if isinstance(also, list) else [also]
+    return sorted({tokenizer.eos_token_id, *also} - {None})
+
 def greedy_answers(
     model,                 # a causal language model
     tokenizer,             # its tokenizer
@@ -118,13 +127,10 @@ def greedy_answers(
     precision: str="fp32", # fp32, bf16 or fp16, as in chapter 02
 ) -> list[str]:            # one answer per prompt, without special tokens
     "The greedy answer to each prompt."
-    also = model.generation_config.eos_token_id             # none, one or several
-    also = also if isinstance(also, list) else [also]
-    ends = {tokenizer.eos_token_id, *also} - {None}
     how = dict(
         do_sample=False,
         max_new_tokens=max_new,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.eos_token_id,
     )
     answers = []

@@ -41,7 +41,6 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_nb.packing import uncompile
-from sdpo_nb.trainer import trained_weights
 
 # %%
 import shutil, tempfile
@@ -57,7 +56,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sdpo_nb.logprobs import gamma, load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import choose_logprobs, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
-from sdpo_nb.trainer import TrainConfig, train_stage
+from sdpo_nb.trainer import TrainConfig, train_stage, trained_weights
 from sdpo_nb.world import complaint, load_world
 
 torch.set_num_threads(1)

@@ -425,10 +425,10 @@ make_config(dict(lr="1e-5")).lr
 
 # %%
 #| export
-_SPEC = {"source", "split", "revision", "columns", "chat", "max_pairs", "eval_share"}
+OF_A_SOURCE = {"split", "revision", "columns", "chat", "max_pairs", "eval_share"} # beside where it lies
 
 def load_sources(
-    sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or a dict with 'source' and more of _SPEC
+    sources: dict, # name -> path, hub id, rows, Dataset, `Source`, or a dict with 'source' and more of OF_A_SOURCE
     tokenizer,     # of the model that will read them
     config: StepwiseConfig, # its lengths and eval_share count
     called: str="sources",  # in messages
@@ -465,8 +465,8 @@ def read_rows(
 
 def _check_spec(name, spec):
     "Raise ValueError for a dict that `load_pairs` would not understand."
-    if not {"source"} <= set(spec) <= _SPEC:
-        may, got = ", ".join(sorted(_SPEC - {"source"})), ", ".join(map(str, spec))
+    if not {"source"} <= set(spec) <= OF_A_SOURCE | {"source"}:
+        may, got = ", ".join(sorted(OF_A_SOURCE)), ", ".join(map(str, spec))
         raise ValueError(f"source '{name}': a dict needs 'source' and may have {may}; got {got}")
     columns = spec.get("columns") or {}
     if not isinstance(columns, dict):

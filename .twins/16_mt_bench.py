@@ -43,6 +43,7 @@ import torch
 from datasets import load_dataset
 from transformers import GenerationConfig
 
+from sdpo_nb.evaluate import end_tokens
 from sdpo_nb.folder import alone_in, load_any, load_saved_tokenizer
 from sdpo_nb.logprobs import autocast, lines_of, pick_precision, progress, weights_hash, write_lines
 from sdpo_nb.partition import mean_interval
@@ -97,7 +98,8 @@ def load_lines(
 ) -> list[dict]: # without the fields that a line does not have
     "The lines of a file. Raises ValueError in one line for what cannot be read."
     if isinstance(place, list): return place
-    if not str(place).startswith("http") and not Path(place).is_file():
+    if not str(place).startswith("http"): place = Path(place).expanduser()
+    if isinstance(place, Path) and not place.is_file():
         raise ValueError(f"{place}: no such file")
     try:
         lines = load_dataset("text", data_files=str(place), split="train")["text"] # "json" would make dates of texts
@@ -136,12 +138,10 @@ TEMPERATURE = dict( # by category; 0: the likeliest token each time
 
 def _generation(model, tokenizer, temperature, max_new):
     "How tokens are drawn, and where an answer ends."
-    also = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])} - {None}
     drawn = dict(do_sample=True, temperature=temperature)
     return GenerationConfig( # what is not said here is the model's own, as with FastChat
         max_new_tokens=max_new,
-        eos_token_id=sorted(ends),
+        eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.eos_token_id,
         **(drawn if temperature > 0 else dict(do_sample=False)),
     )
@@ -385,7 +385,10 @@ def openai_judge(
     api_key: str=None,   # none: OPENAI_API_KEY; a local endpoint may want no key
     pause: float=2.,     # seconds before a second try; doubled each time
 ):                       # a judge: messages -> text
-    "A judge behind an endpoint with OpenAI's protocol: temperature 0, at most 2048 tokens, as in FastChat."
+    """A judge behind an endpoint with OpenAI's protocol: temperature 0, at most 2048 tokens, as in FastChat.
+
+    Raises ValueError for what is no address or no key. The judge raises OSError where the endpoint gives no
+    answer, after five tries where it is only busy; ValueError for one without a text where it belongs."""
     base = (base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
     key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
     if not re.fullmatch(r"https?://\S+", base):
@@ -498,7 +501,9 @@ def write_judgments(
     path,            # of the judgments: model_judgment/JUDGE_single.jsonl
     prompts: dict,   # name -> a line of the file of judge prompts
 ) -> list[dict]:     # the lines for these answers, in FastChat's format
-    "Judge what is not judged yet; the file is whole after every answer. A refused one has -1, and no line in it."
+    """Judge what is not judged yet; the file is whole after every answer. A refused one has -1, and no line in it.
+
+    Raises OSError where every answer is refused or the judge does not answer, ValueError where it returns no text."""
     path, wanted = Path(path), {}
     for turn in (1, 2):
         for q, a in zip(questions, answers):
@@ -629,7 +634,7 @@ def mt_bench(
 
     Raises ValueError for files that cannot be read, OSError for a judge that does not answer.
     """
-    out, name = Path(out), _file_name(name or _name_of(model))
+    out, name = Path(out).expanduser(), _file_name(name or _name_of(model))
     if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
     if references is None and questions == QUESTIONS and judge: references = REFERENCES
     asked = _some(_with_references(_questions(questions), references), limit)
@@ -650,7 +655,7 @@ def mt_bench(
 
 def _name_of(model):
     "The last part of a path that says something: runs/first/stage-2/model is first-stage-2."
-    path = Path(str(model))
+    path = Path(str(model)).expanduser()
     if path.name in ("", ".."): path = path.resolve() # of . and .. the folder's own name
     if path.name != "model": return path.name
     return "-".join(path.parts[-3:-1]) or "model"

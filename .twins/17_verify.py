@@ -53,8 +53,8 @@ from sdpo_nb.folder import (
     versions
 )
 from sdpo_nb.logprobs import (
-    LogprobTable, keys_of, load_model, load_tokenizer, pairs_hash, read_table, replacing, response_logprobs,
-    score_pairs, table_kind, weights_hash
+    LogprobTable, keys_of, load_model, pairs_hash, read_table, replacing, response_logprobs, score_pairs,
+    table_kind, weights_hash
 )
 from sdpo_nb.lora import is_adapter
 from sdpo_nb.loss import dpo_loss
@@ -69,7 +69,7 @@ from sdpo_nb.trainer import all_batches, learning_rate
 # %%
 import shutil
 
-from sdpo_nb.logprobs import write_json
+from sdpo_nb.logprobs import load_tokenizer, write_json
 from sdpo_nb.loss import reward_accuracy
 from sdpo_nb.stepwise import sdpo
 from sdpo_nb.world import complaint, load_world
@@ -165,7 +165,7 @@ def read_evidence(
     folder, # of a run
 ) -> Evidence:
     "A run folder. Raises ValueError for one that is no run, or has no finished stage."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder}: no config.yaml here, so it is not a run")
     run = Run(folder)
@@ -846,7 +846,7 @@ def _saved(t, ev):
 def _path_of(t, ev):
     "Where M_t lies, or None. S may lie outside of the folder; a hub id is not followed."
     if (ev.at(t) / "model").exists(): return str(ev.at(t) / "model")
-    elsewhere = Path(ev.config["model"])
+    elsewhere = Path(ev.config["model"]).expanduser()
     if t == 0 and (elsewhere / "config.json").exists(): return str(elsewhere)
     return None
 
@@ -1108,9 +1108,9 @@ def pack_run(
 
     Raises ValueError where no stage is finished, or where a run is going on.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     read_evidence(folder)
-    out = Path(out) if out else folder.with_name(f"{folder.name}.zip")
+    out = Path(out).expanduser() if out else folder.with_name(f"{folder.name}.zip")
     if out.suffix != ".zip" or out.is_dir():
         raise ValueError(f"{out}: must be the name of a file that ends in .zip")
     with alone_in(folder), replacing(out) as tmp:
@@ -1151,7 +1151,7 @@ MOST_BYTES = 8 << 30 # of a zip, unpacked
 @contextmanager
 def _opened(where):
     "The run folder of a folder or a zip. Raises ValueError for what is neither."
-    where = Path(where)
+    where = Path(where).expanduser()
     if where.is_dir():
         yield where
         return

@@ -585,7 +585,9 @@ class Evaluation:
         against: str, # another one
         name: str,    # title of a benchmark, or H4
     ) -> tuple[float, float, float]: # mean, low, high
-        "Paired difference in points, with its 95 % interval."
+        """Paired difference in points, with its 95 % interval.
+
+        Raises ValueError where the questions were not the same, and for a score that is not a number."""
         ours, theirs = self.scores[model], self.scores[against]
         parts = self._by_name()[name]
         for who in (model, against):
@@ -615,7 +617,9 @@ class Evaluation:
 def plot_benchmarks(
     found: Evaluation, # of two models or more
 ) -> plt.Figure:
-    "Paired differences from the first model, with 95 % intervals, benchmark by benchmark."
+    """Paired differences from the first model, with 95 % intervals, benchmark by benchmark.
+
+    Raises ValueError for a single model, and as `difference` does."""
     first, *others = found.scores
     if not others: raise ValueError("plot_benchmarks: one model has nothing to be compared with")
     names = list(found._by_name())
@@ -641,7 +645,7 @@ def _evaluate(models, folder, tasks, limit, data):
     "models: name -> (load, tokenizer, weights)."
     benchmarks = find_benchmarks(tasks)
     if limit is not None and limit < 1: raise ValueError(f"limit: must be at least 1, got {limit}")
-    folder = Path(folder)
+    folder, data = Path(folder).expanduser(), data and Path(data).expanduser()
     with alone_in(folder):
         asked = dict(benchmarks=benchmarks, limit=limit, data=data)
         scores = {name: score_model(*model, folder / name, desc=name, **asked)

@@ -37,10 +37,10 @@ def _check_line(name, path):
     "Raise ValueError for a line that is no setting: the file, and what was probably meant."
     from dataclasses import fields
     from difflib import get_close_matches
-    from sdpo_nb.plan import _SPEC, StepwiseConfig, no_such_setting
+    from sdpo_nb.plan import OF_A_SOURCE, StepwiseConfig, no_such_setting
     known = [f.name for f in fields(StepwiseConfig)]
     if name in known: return
-    if name in _SPEC - {"source"}:
+    if name in OF_A_SOURCE:
         raise ValueError(f"{path}: {name}: belongs to one source; "
                          f"write NAME: {{source: DATA, {name}: ...}} under sources")
     near = get_close_matches(str(name), [*known, *PLACES], 1)
@@ -62,7 +62,7 @@ def _run_file(path) -> dict:
     "model, revision, sources, held_out, folder and settings from a YAML file, as far as they are there."
     from sdpo_nb.folder import RECORDED, read_yaml
     if path is None: return dict(settings={})
-    try: given = read_yaml(path) or {}
+    try: given = read_yaml(Path(path).expanduser()) or {}
     except OSError as e:
         raise ValueError(f"--config: {path}: cannot be read ({e.strerror}); "
                          "give a YAML file, as the config.yaml of a run is one") from e
@@ -287,7 +287,7 @@ def _measure(args):
     from sdpo_nb.report import as_markdown
     from sdpo_nb.stepwise import changes_of, measure_models
     models = _places(args.models, "--models", called=str)
-    sources, folder = _sources(args, args.sources, "--sources"), Path(args.folder)
+    sources, folder = _sources(args, args.sources, "--sources"), Path(args.folder).expanduser()
     measured = measure_models(models, sources, _config(args, {}), folder)
     changes = changes_of(measured)
     measured.index = [f"{source}, {model}" for source, model in measured.index]

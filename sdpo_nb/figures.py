@@ -155,7 +155,8 @@ def plot_change(
     gammas: pd.DataFrame, # model, chunk, gamma: one row per pair; chunks in the order of training
 ) -> plt.Figure:
     """Mean change of gamma since M_0 on every chunk, with 95 % intervals; hollow where the model was not yet
-    trained on it. For every model (from M_0 on) the same pairs in the same order. Six chunks or more: a panel for each."""
+    trained on it. For every model (from M_0 on) the same pairs in the same order. Six chunks or more: a panel for each.
+    Raises ValueError for a chunk that two models were asked about with another number of pairs."""
     models, chunks = _in_order(gammas, "model"), _in_order(gammas, "chunk")
     gamma_of = {}
     for key, rows in gammas.groupby(["model", "chunk"], sort=False):

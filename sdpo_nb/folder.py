@@ -31,7 +31,7 @@ from sdpo_nb.logprobs import (
     best_device, check_model, load_model, load_tokenizer, memory_ended, own_config, replacing, weights_hash,
     write_json,
 )
-from .lora import Adapter, is_adapter, merge_adapter, read_adapter, write_adapter
+from .lora import CONFIG_FILE, Adapter, is_adapter, merge_adapter, read_adapter, write_adapter
 from .trainer import COMPUTED_ALIKE, check_one_process, read_checkpoint
 
 # %% ../nbs/10_folder.ipynb #353aefb3
@@ -280,12 +280,13 @@ def save_adapter(
     revision: str=None, # of a hub id
 ):
     "An adapter as PEFT reads it, under a temporary name, then renamed."
-    there = str(Path(base).resolve()) if Path(base).is_dir() else base
+    local = Path(base).expanduser()
+    there = str(local.resolve()) if local.is_dir() else base
     with replacing(path) as tmp:
         tmp.mkdir()
         write_adapter(adapter, tmp, there, revision)
         tokenizer.save_pretrained(tmp)
-        _readable(tmp, "adapter_config.json")
+        _readable(tmp, CONFIG_FILE)
 
 # %% ../nbs/10_folder.ipynb #236f6369
 def load_base(
@@ -320,19 +321,23 @@ def load_any(
     device: str=None, # as for `load_model`
 ):                    # a plain model, in fp32 where it is merged
     "The model that lies there; an adapter is merged into the base that it names, whose weights are taken as they are."
+    place = os.path.expanduser(place) # a hub id stays as it is
     if not is_adapter(place): return load_model(str(place), device)
     named, revision = _base_of(place)
     return _merged(load_model(named, "cpu", revision), Path(place), device)
 
 def _base_of(folder): # the model that an adapter names, and its revision or None
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    if named := config.get("base_model_name_or_path"): return named, config.get("revision")
-    raise ValueError(f"{folder}: the adapter does not name its base; write it into adapter_config.json")
+    path = Path(folder) / CONFIG_FILE
+    with naming(path): config = dict(json.loads(path.read_text(encoding="utf-8")))
+    named = config.get("base_model_name_or_path")
+    if named and isinstance(named, str): return named, config.get("revision")
+    raise ValueError(f"{folder}: the adapter does not name its base; write it into {CONFIG_FILE}")
 
 def load_saved_tokenizer(
     folder, # in which a stage, or PEFT, saved a model or an adapter; or a hub id
 ):
     "The tokenizer that lies there; beside an adapter without one, that of its base."
+    folder = os.path.expanduser(folder)
     if not is_adapter(folder): return load_tokenizer(str(folder))
     if not (Path(folder) / "tokenizer_config.json").exists(): return load_tokenizer(*_base_of(folder))
     with naming(Path(folder)): return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -497,7 +502,7 @@ def _other_code(old, new):
 def _has_trained(folder):
     "Whether an update of any stage has been saved."
     marks = ("checkpoint/state.pt", "stage.json")
-    return any((folder / f"stage-{t}" / mark).exists() for t in stage_numbers(folder) for mark in marks)
+    return any((folder_of(folder, t) / mark).exists() for t in stage_numbers(folder) for mark in marks)
 
 SAID = { # names shown in messages
     "base": "a config of S with the hash",
@@ -539,13 +544,20 @@ def open_folder(
     if path.exists():
         there = read_part(path)
         differs = _differences(there, new)
-        if not differs: return "; ".join(filter(None, [what_differs(there, new), _other_code(there, new)]))
+        if not differs:
+            if _other_code(there, new) and not _has_trained(folder): # nothing is here that the old loss has made
+                there["loss_code"] = new["loss_code"]
+                _write_config(path, there)
+            return "; ".join(filter(None, [what_differs(there, new), _other_code(there, new)]))
         _check_may_differ(folder, differs)
         said = ", ".join(f"{name} = {now}" for name, (_, now) in differs.items())
         print(f"{folder}: nothing was trained here yet; goes on with {said}")
         (folder / "partition.json").unlink(missing_ok=True) # it is measured anew
-    with replacing(path) as tmp: tmp.write_text(yaml.safe_dump(new, sort_keys=False))
+    _write_config(path, new)
     return ""
+
+def _write_config(path, config):
+    with replacing(path) as tmp: tmp.write_text(yaml.safe_dump(config, sort_keys=False))
 
 # %% ../nbs/10_folder.ipynb #7d9d9cc9
 _WRITTEN = "partition.json", "held_out.json", "report.md", "figures" # by a run, beside base and its stages
@@ -559,7 +571,7 @@ def check_fresh(
     anew.
     """
     if (folder / "config.yaml").exists(): return
-    parts = [folder / f"stage-{t}" for t in stage_numbers(folder)]
+    parts = [folder_of(folder, t) for t in stage_numbers(folder)]
     parts += [folder / name for name in _WRITTEN if (folder / name).exists()]
     parts += [p for p in (folder / "base").glob("*") if p.name != "model" and p.suffix != ".tmp"]
     if not parts: return

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCES', 'TARGETS', 'PROMPTS', 'TEST', 'VALIDATION', 'DRAWS', 'SEARCH_DRAW', 'ARMS', 'LADDER', 'BORROWED', 'BETAS',
            'LEARNING_RATES', 'COMMON', 'LONGEST_PAIR', 'QUESTIONS', 'MARGIN', 'CPU_ARMS', 'CPU_BORROWED',
-           'CPU_QUESTIONS', 'CPU_DRAWS', 'CPU_SAMPLES', 'choose_sizes', 'levels_from', 'stored_levels', 'grid_of',
+           'CPU_QUESTIONS', 'CPU_DRAWS', 'CPU_SAMPLES', 'choose_sizes', 'levels_from', 'stored_levels', 'graded_grid',
            'draw_contrasts']
 
 # %% ../nbs/experiments/known_truth.ipynb #0ceb7248
@@ -88,7 +88,7 @@ LEARNING_RATES = (3e-6, 1e-5, 3e-5)
 COMMON = dict(epochs=3, batch_size=32)   # of every run
 LONGEST_PAIR = 384                       # tokens of a prompt with its response
 
-def grid_of(
+def graded_grid(
     arm: str,     # of ARMS
 ) -> list[dict]:  # settings, in the order of the search; none for S
     "The settings that are tried for an arm."

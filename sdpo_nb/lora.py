@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from .packing import uncompile
-from .trainer import trained_weights
 
 # %% ../nbs/09_lora.ipynb #3b552288
 def target_layers(

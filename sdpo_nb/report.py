@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from .evaluate import FALSE_ALARMS, as_text, failure_signs, held_out
 from .figures import plot_change, plot_drift, plot_loss, plot_partition
 from sdpo_nb.folder import (
-    cure_of, finished_stages, load_saved_tokenizer, load_stage, naming, read_part, stage_folders, write_model
+    cure_of, finished_stages, folder_of, load_saved_tokenizer, load_stage, naming, read_part, stage_folders, write_model
 )
 from .logprobs import read_table, replacing, stored_dtype
 from .lora import is_adapter
@@ -36,25 +36,30 @@ class Run:
         self.folder = Path(self.folder).expanduser()
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict: # config.yaml: model, weights, sources, settings, versions, ...
+        "What the run is made of. Raises ValueError where this is missing or damaged, as all of these do."
         return read_part(self.folder / "config.yaml")
 
     @property
     def stages(self) -> list[dict]: # stage.json of each finished stage
+        "What is written down about each stage. Raises ValueError for a gap between them."
         return [read_part(folder / "stage.json") for folder in stage_folders(self.folder)]
 
     @property
     def metrics(self) -> pd.DataFrame: # one row per optimizer step of a finished stage, taken or skipped
+        "The logs of all stages. Raises ValueError where no stage is finished, or a log lacks steps."
         self.model_folder() # there must be one
         steps = [_steps(folder).assign(stage=t) for t, folder in enumerate(stage_folders(self.folder), 1)]
         return pd.concat(steps, ignore_index=True)
 
     @property
     def model(self): # of the last finished stage, as transformers loads it
+        "Loaded anew each time. Raises ValueError where another model lies in its place."
         return load_stage(self.model_folder().parent)
 
     @property
-    def tokenizer(self):
+    def tokenizer(self): # of transformers
+        "That which was saved with the model of the last finished stage."
         return load_saved_tokenizer(self.model_folder())
 
     def model_folder(
@@ -70,7 +75,7 @@ class Run:
         if t is None and not finished:
             raise ValueError(f"{self.folder}: no stage is finished, so there is no model yet")
         if t and t not in finished: raise ValueError(f"{self.folder}: stage {t} is not finished")
-        return self.folder / f"stage-{t or finished[-1]}" / "model"
+        return folder_of(self.folder, t or finished[-1]) / "model"
 
     def partition(self) -> pd.DataFrame:
         "What was measured of each source under S, in the order of training."

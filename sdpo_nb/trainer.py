@@ -194,18 +194,29 @@ class Trainer:
     precision: str = "fp32"              # of the forward pass: fp32, bf16 or fp16
     logprobs: object = response_logprobs # (model, pairs) -> (chosen, rejected)
 
-    def prepare(self, batch: list) -> list:
+    def prepare(
+        self,
+        batch: list, # tokenised pairs of one optimizer batch
+    ) -> list:       # (pairs, what `logprobs` takes for them) of each micro-batch
         "The micro-batches of a batch, made ready for the forward pass: `parts` of `gradients`."
         parts = cut(batch, self.config, self.logprobs)
         return list(prepared(self.model, parts, self.logprobs))
 
-    def gradients(self, batch: list, parts: list=None) -> dict:
-        "Add the gradient of the batch's mean loss to the parameters; returns the metrics of the batch."
+    def gradients(
+        self,
+        batch: list,      # tokenised pairs of one optimizer batch
+        parts: list=None, # of `prepare`, if they are made already
+    ) -> dict:            # metrics of the batch, as `batch_gradients` returns them
+        "Add the gradient of the batch's mean loss to the parameters."
         return batch_gradients(self.model, batch, self.table, self.config, self.accelerator,
                                self.precision, self.logprobs, parts)
 
-    def update(self, metrics: dict, lr: float) -> dict:
-        """Clip and step; returns the metrics with grad_norm, lr and skipped.
+    def update(
+        self,
+        metrics: dict, # of `gradients`
+        lr: float,     # learning rate of this step
+    ) -> dict:         # the same with grad_norm (before clipping; None where it is not finite), lr, skipped
+        """Clip and step.
 
         Raises ValueError for a gradient that is not finite, if no scaler skips the step."""
         for group in self.optimizer.param_groups:

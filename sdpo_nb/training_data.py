@@ -9,13 +9,12 @@ __all__ = ['TRAINING_DATA', 'COMMON_SETTINGS', 'all_pairs', 'true_gap', 'pair_me
 import copy, json, random, tempfile
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from .logprobs import score_pairs
 from .preferences import load_pairs, tokenize_pairs
 from .stepwise import StepwiseConfig, sdpo
-from .world import ALPHABET, SKILLS, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
+from .world import SKILLS, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
 
 # %% ../nbs/experiments/training_data.ipynb #e3ea3425
 def _prompt(row): return row["prompt"][-1]["content"]
@@ -226,6 +225,7 @@ def _written_on_the_way(
     _check_word("writer", writer, ("S", "policy", "S, as many"))
     _check_word("label", label, ("true", "judge", "implicit"))
     _check_share("error", error)
+    if error and label != "judge": raise ValueError(f"error: only a judge makes one, and the label is {label!r}")
     prompts = [_prompt(row) for row in all_pairs(world)]
 
     def write(t, model):

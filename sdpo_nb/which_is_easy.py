@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .partition import wilson
-from .smollm2 import ARMS, DRAWS, MARGINS, grid_of
+from .smollm2 import ARMS
 
 # %% ../nbs/experiments/which_is_easy.ipynb #872f375e
 def with_gaps(

@@ -1,5 +1,5 @@
 "Benchmarks: the numbers of the harness's own class to rounding, nothing asked twice, errors that name file and field."
-import gc, gzip, inspect, json, math, os, weakref
+import gc, gzip, inspect, json, math, os, shutil, weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -372,6 +372,15 @@ def test_an_adapter_has_the_scores_of_its_merged_model(strings, tmp_path):
     found = B.evaluate_folders({"S": BASE, "adapter": tmp_path / "adapter", "merged": tmp_path / "merged"}, tmp_path / "o", [strings]).scores
     of = {name: scores["strings"].scores.tolist() for name, scores in found.items()}
     assert of["adapter"] == of["merged"] != of["S"]
+
+
+def test_paths_may_begin_with_a_tilde(strings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(BASE, tmp_path / "model")
+    B.evaluate_folders({"S": "~/model"}, "~/o", [strings], limit=1)
+    assert (tmp_path / "o/S/strings.json").exists() and not (tmp_path / "~").exists()
+    with pytest.raises(ValueError, match=f"{tmp_path}/data/mmlu_test.jsonl.gz: is missing"): B.evaluate_folders({"S": BASE}, "~/o", ["mmlu"], data="~/data")
 
 
 def test_places_are_looked_at_before_anything_is_loaded(strings, tmp_path, monkeypatch):

@@ -253,7 +253,7 @@ NOT_WALKED = {
         world_texts content_hash complaint skipped_without World load_world load_base EnumerableWorld enumerable_world""",
     "asks the harness, or reads what it said": """harness quiet ask_harness plain_lm sharing_lm by_prompt shared_tokens option_mask Benchmark local_dataset write_tasks Score read_score score_model
         find_benchmarks question_differences Evaluation plot_benchmarks evaluate_run evaluate_folders""",
-    "sets or reads attributes, computes nothing": "has_adapter trained_weights is_plain must_read_alone check_rows dropouts freeze_dropout best_device same_bits attention recompute_alike uncompile activation_checkpointing generating",
+    "sets or reads attributes, computes nothing": "has_adapter trained_weights is_plain must_read_alone check_rows dropouts freeze_dropout best_device same_bits attention recompute_alike uncompile activation_checkpointing generating own_config end_tokens",
     "the compiler wants a CUDA build": "compile_layers compile_for",
     "files hold real numbers": "replacing save_checkpoint read_checkpoint load_checkpoint",
     "trains until real numbers are good enough": "train_base freeze_world check_world"}

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from sdpo_nb import bodies, cells, compare, experiments, questions, training_data
 from sdpo_nb.world import SKILLS, load_base, make_tokenizer
@@ -167,6 +168,21 @@ def test_what_was_chosen_becomes_the_grid(monkeypatch, tmp_path):
     for arm, condition in grid.items():
         assert condition.settings["lr"] == (1e-4 if "smaller" in arm else 3e-4) and condition.settings["beta"] == pytest.approx(best[arm][1], rel=2e-3)
         assert condition.method == questions.elsewhere_ladders()[arm].method and condition.settings.get("epochs", 3) == (6 if "six" in arm else 3)
+
+
+def test_one_choice_at_a_time_is_written(monkeypatch, tmp_path):
+    "Two processes would each read what was chosen, add their own, and write over that of the other."
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    read = []
+    def chosen(grid):
+        with pytest.raises(Timeout): FileLock(tmp_path / ".tuned.json.lock", timeout=0).acquire()
+        read.append(grid)
+        return {}
+    monkeypatch.setattr(experiments, "chosen_on_ladders", chosen)
+    monkeypatch.setattr(experiments, "choose_on_ladders", lambda grid, rows: dict(DPO=dict(beta=1.)))
+    monkeypatch.setattr(experiments, "run_grid", lambda cells, desc: pd.DataFrame(dict(seconds=[1.])))
+    experiments.run_experiment("choose_tuned_elsewhere")
+    assert "tuned_elsewhere" in read and json.loads((tmp_path / "tuned.json").read_text())["tuned_elsewhere"] == dict(DPO=dict(beta=1))
 
 
 def test_questions_of_the_ladders_are_differences_of_arms():
@@ -333,6 +349,7 @@ def test_sorted_both_ways(world):
     (("new", "polcy", "true"), "writer: 'polcy' is none of 'S', 'policy', 'S, as many'"),
     (("new", "S", "ture"), "label: 'ture' is none of 'true', 'judge', 'implicit'"),
     (("new", "S", "judge", 5.), "error: 5 is not between 0 and 1"),
+    (("new", "S", "implicit", 0.2), "error: only a judge makes one, and the label is 'implicit'"),
     (("graded noise", 0., 2., 0.1), "share of digest: 2 is not between 0 and 1"),
 ], ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "")
 def test_a_misspelt_word_is_refused_and_gives_no_other_data(world, data, says):
@@ -419,9 +436,13 @@ def test_a_key_that_is_there_keeps_its_row(tmp_path):
 
 def test_an_unknown_method_is_refused_before_anything_is_made():
     with pytest.raises(ValueError, match="method: 'sDPO, hard firts' is none of DPO, .*S, best temperature"): cells.Cell(0, 0, "sDPO, hard firts")
+    with pytest.raises(ValueError, match="data: 'sklls' is none of sources, one source, skills"): cells.Cell(0, 0, "sDPO", data=("sklls",))
     later = cells.Cell(0, 0, "DPO", split="validation")
     object.__setattr__(later, "method", "smooth")                  # as in a fresh process, which does not know what a notebook added
     with pytest.raises(ValueError, match="'smooth' is none of"): cells.run_cell(later)
+    later = cells.Cell(0, 0, "DPO", split="validation")
+    object.__setattr__(later, "data", ("sklls",))
+    with pytest.raises(ValueError, match="data: 'sklls' is none of"): cells.run_cell(later)
 
 
 def test_an_unknown_split_is_refused(world):

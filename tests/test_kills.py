@@ -266,4 +266,8 @@ def test_killed(begun, seed, run, how):
     assert story(folder) == story(whole)
 
 
-def test_forty(): assert len(KILLS) == len(set(enumerate(KILLS))) == 40 and {how for _, how in KILLS} == set(HOW) and {run for run, _ in KILLS} == set(RUNS)
+def test_every_kind_of_file_is_cut_in_a_write(begun):
+    "There are as many kills in a write as there are runs, which must be enough for all kinds."
+    events = begun[0]("defaults").result()[1]
+    cut = {draw(how, events, seed)[0]["at"] for seed, (_, how) in enumerate(KILLS) if how == "write"}
+    for same in writes(events): assert cut & {at for at, _, _ in same}, f"no kill comes in the middle of {same[0][1]}"

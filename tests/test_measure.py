@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sdpo_nb import cli, stepwise
+from sdpo_nb.folder import load_any, load_saved_tokenizer
 from sdpo_nb.logprobs import load_model, load_tokenizer, response_logprobs
 from sdpo_nb.partition import mean_interval
 from sdpo_nb.plan import StepwiseConfig
@@ -110,7 +111,7 @@ def test_the_command(tmp_path, other, monkeypatch, capsys):
     assert status == 2 and "nowhere" in err and err.count("\n") == 1
 
 
-def test_an_adapter_is_its_merged_model(tmp_path):
+def test_an_adapter_is_its_merged_model(tmp_path, monkeypatch):
     "As PEFT saves it: a folder with an adapter, no tokenizer, and the name of its base."
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -119,7 +120,8 @@ def test_an_adapter_is_its_merged_model(tmp_path):
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     load_tokenizer(BASE).save_pretrained(tmp_path / "merged")
-    models = dict(S=BASE, adapter=tmp_path / "adapter", merged=tmp_path / "merged")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models = dict(S=BASE, adapter="~/adapter", merged="~/merged")
     got = measure_models(models, dict(a=rows("primer", 12)), FP32, tmp_path / "tables")
     assert got.loc[("a", "adapter"), "gamma"] == pytest.approx(got.loc[("a", "merged"), "gamma"], abs=1e-4)
     assert abs(got.loc[("a", "adapter"), "change of gamma"][0]) > 0.01, "the adapter changed nothing"
@@ -127,3 +129,7 @@ def test_an_adapter_is_its_merged_model(tmp_path):
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace(f'"base_model_name_or_path": "{BASE}"', '"base_model_name_or_path": null'))
     with pytest.raises(ValueError, match="does not name its base"): measure_models(models, dict(a=rows("primer", 12)), FP32, tmp_path / "tables")
+    for damaged in ("{", "[1]"):
+        config.write_text(damaged)
+        for load in (load_any, load_saved_tokenizer):
+            with pytest.raises(ValueError, match=r"adapter_config.json: cannot be used \(.+\); put it back, or make it again"): load("~/adapter")

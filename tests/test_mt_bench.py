@@ -56,6 +56,15 @@ def endpoint():
     server.shutdown()
 
 
+def test_paths_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "q.jsonl", ASKED[:2])
+    write_jsonl(tmp_path / "p.jsonl", TOLD)
+    table = mt_bench(BASE, "~/out", judge=seven, **HOW | dict(questions="~/q.jsonl", judge_prompts="~/p.jsonl"))
+    assert table.loc["all", "both"][0] == 7 and (tmp_path / "out/model_answer/tiny.jsonl").exists() and not (tmp_path / "~").exists()
+
+
 def test_fastchats_formats(tmp_path, endpoint):
     "The fields that FastChat's own code reads: answers, judgments, names of files and prompts."
     table = mt_bench(BASE, tmp_path, judge=openai_judge("org/judge-1", endpoint.url, "key"), **HOW)

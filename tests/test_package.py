@@ -1,5 +1,5 @@
 "One description of the package, and a wheel that contains what it should and nothing else."
-import configparser, os, shutil, subprocess, sys, tomllib, zipfile
+import ast, configparser, os, shutil, subprocess, sys, tomllib, zipfile
 from email.parser import Parser
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,35 @@ def test_settings_keep_clear_of_what_breaks():
     needed = ini["requirements"].split()
     assert not [r for r in needed if "==" in r or "<" in r or r.startswith("nbdev")], "a run-time requirement with an upper bound changes Colab"
     assert {"torch", "transformers", "datasets", "accelerate"} <= {r.split(">")[0] for r in needed}
+
+
+def modules():
+    "module -> its syntax tree"
+    return {p.stem: ast.parse(p.read_text()) for p in sorted((ROOT / "sdpo_nb").glob("*.py")) if p.stem not in ("__init__", "_modidx")}
+
+
+def test_what_is_imported_is_used():
+    "An import that only a cell of the notebook needs belongs to the imports of the notebook."
+    unused = {}
+    for name, tree in modules().items():
+        if name == "checks": continue                                   # assignments and graders look there for what `mistakes` has
+        nodes = list(ast.walk(tree))
+        imported = {(a.asname or a.name).split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        if idle := sorted(imported - {n.id for n in nodes if isinstance(n, ast.Name)}): unused[name] = idle
+    assert not unused
+
+
+def test_what_is_imported_is_required():
+    "At the top of a module: what another requirement happens to bring along may be gone with its next version."
+    needed = {r.split(">")[0] for r in settings()["requirements"].split()} | {"sdpo_nb", *sys.stdlib_module_names}
+    names = dict(yaml="pyyaml")
+    absent = {}
+    for name, tree in modules().items():
+        named = [a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names]
+        named += [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level]
+        tops = {top for top in (m.split(".")[0] for m in named) if names.get(top, top) not in needed}
+        if tops: absent[name] = sorted(tops)
+    assert not absent
 
 
 def test_version():

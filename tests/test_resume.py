@@ -448,6 +448,9 @@ def test_another_body_of_a_loss_is_told(tmp_path, capsys):
         try: sdpo(load_world().base, SOURCES, config, tmp_path / "run", on_step=stop)
         except KeyboardInterrupt: pass
         return capsys.readouterr().out
+    call(compiled(first.replace("abs", "exp")), 1)                       # no update is saved yet
+    for _ in range(2): assert "code of loss" not in call(compiled(first), 1)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["loss_code"] == code_hash(compiled(first))
     call(compiled(first), 2)
     assert "code of loss" not in call(compiled("# moved\n\n" + first), 2)
     assert "the code of loss mine is not that which it was started with" in call(compiled(first.replace("abs", "exp")), 0)

@@ -262,6 +262,18 @@ def test_any_model_of_the_run_may_come_beside_it(runs, tmp_path):
 
 # ---- zip and command line
 
+def test_paths_may_begin_with_a_tilde(good, say, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert pack_run("~/good", "~/a.zip") == tmp_path / "a.zip" and not (tmp_path / "~").exists()
+    shutil.copytree(BASE, tmp_path / "S")
+    config = yaml.safe_load((good / "config.yaml").read_text())
+    (good / "config.yaml").write_text(yaml.safe_dump(config | dict(model="~/S")))
+    found = verify("~/good", model="~/S")
+    assert found.loc["S: weights", "result"] == OK and found.loc["the model given", "note"] == "it is M_0"
+    assert say("verify", "~/a.zip")[0] == 0
+
+
 @pytest.fixture
 def say(monkeypatch, capsys):
     "Run `sdpo ...` in this process: (exit status, stdout, stderr)."

@@ -111,7 +111,7 @@ class Cell:
     data: tuple = ("sources",)                   # a name in TRAINING_DATA, and what that function asks for
     body: str = "llama"                          # or a name in BODIES
 
-    def __post_init__(self): self.config         # a method that is not there is told at once
+    def __post_init__(self): self.config, self.maker # a method or data that are not there are told at once
 
     @property
     def config(self) -> dict:
@@ -120,6 +120,13 @@ class Cell:
         known = METHODS | RELATIVES | {name: {} for name in BASELINES}
         if self.method not in known: raise ValueError(f"method: {self.method!r} is none of {', '.join(known)}")
         return COMMON_SETTINGS | known[self.method] | self.settings
+
+    @property
+    def maker(self):
+        "The function of TRAINING_DATA that makes its data. Raises ValueError for data that are not there."
+        kind = self.data[0]
+        if kind not in TRAINING_DATA: raise ValueError(f"data: {kind!r} is none of {', '.join(TRAINING_DATA)}")
+        return TRAINING_DATA[kind]
 
     @property
     def key(self) -> str:
@@ -588,10 +595,10 @@ def run_cell(
     world = build_world(cell.world, worlds, cell.body)
     base, tokenizer = load_base(world)
 
-    name, *asked = cell.data
-    sources = TRAINING_DATA[name](world, base, tokenizer, *asked)
+    kind, *asked = cell.data
+    sources = cell.maker(world, base, tokenizer, *asked)
     if cell.pairs:
-        if callable(sources): raise ValueError(f"pairs: {cell.pairs}, but {name!r} makes its own chunks; None is right")
+        if callable(sources): raise ValueError(f"pairs: {cell.pairs}, but {kind!r} makes its own chunks; None is right")
         sources = {source: rows[:cell.pairs] for source, rows in sources.items()}
 
     exam = Exam(base, tokenizer, prompts_of_split(cell.world, cell.split), luck=1 + cell.world)
@@ -634,6 +641,12 @@ def read_rows(
     if path.exists(): return pd.read_parquet(path)
     return pd.DataFrame({key: []})
 
+def lock_of(
+    path: Path,  # of a file that several processes change
+) -> FileLock:   # a context
+    "Only one process at a time reads the file, changes it and writes it."
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
 def add_rows(
     path: Path,   # parquet file
     key: str,     # a column that it has
@@ -641,7 +654,7 @@ def add_rows(
 ) -> pd.DataFrame:
     "The table as it is now, with the rows whose key it does not have yet; one process at a time."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with lock_of(path):
         rows = read_rows(path, key)
         missing = [table[~table[key].isin(rows[key])] for table in new]
         rows = pd.concat([rows, *missing], ignore_index=True)

@@ -45,7 +45,7 @@ from sdpo_nb.graded import messages_of, sampled_ids, teacher_pairs
 from sdpo_nb.in_memory import load_S, train_stages
 from sdpo_nb.known_truth import ARMS, BORROWED, COMMON, DRAWS, PROMPTS, QUESTIONS, SEARCH_DRAW, SOURCES
 from sdpo_nb.known_truth import CPU_ARMS, CPU_BORROWED, CPU_DRAWS, CPU_SAMPLES, TEST, VALIDATION
-from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, grid_of, stored_levels
+from sdpo_nb.known_truth import LONGEST_PAIR, MARGIN, draw_contrasts, graded_grid, stored_levels
 from sdpo_nb.logprobs import load_model, load_tokenizer, pairs_hash
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.real import chunk_of
@@ -453,7 +453,7 @@ def search_cells(
     written = WritingCell(SEARCH_DRAW, graded.n, graded.about)
     cells = []
     for arm in arms:
-        for settings in grid_of(arm):
+        for settings in graded_grid(arm):
             cells.append(_cell(arm, ARMS[arm], settings, "validation", graded.validation, teacher, written))
     return cells
 
@@ -498,7 +498,7 @@ def graded_plan(
     return plan
 
 def _same_for_all(arms, settings): # a rehearsal has no search
-    grids = {arm: grid_of(arm) for arm in arms}
+    grids = {arm: graded_grid(arm) for arm in arms}
     return {arm: {name: settings[name] for name in grid[0]} if grid else {} for arm, grid in grids.items()}
 
 

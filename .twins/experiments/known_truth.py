@@ -235,7 +235,7 @@ LEARNING_RATES = (3e-6, 1e-5, 3e-5)
 COMMON = dict(epochs=3, batch_size=32)   # of every run
 LONGEST_PAIR = 384                       # tokens of a prompt with its response
 
-def grid_of(
+def graded_grid(
     arm: str,     # of ARMS
 ) -> list[dict]:  # settings, in the order of the search; none for S
     "The settings that are tried for an arm."
@@ -245,7 +245,7 @@ def grid_of(
 
 
 # %%
-searched = sum(len(grid_of(arm)) for arm in ARMS)
+searched = sum(len(graded_grid(arm)) for arm in ARMS)
 main = (len(ARMS) + len(BORROWED)) * len(DRAWS)
 print(f"{searched} runs of the search; then {len(ARMS) + len(BORROWED)} rows in {len(DRAWS)} draws: {main}")
 
@@ -405,7 +405,7 @@ for name, questions, draws in (("known_truth_cpu", CPU_QUESTIONS, CPU_DRAWS), ("
     print(f"{name}: {len(complete)} of {len(draws)} draws are there")
     for draw, mix in found.left_out.items(): print(f"draw {draw} is left out; {mix}")
     if found.chosen and name == "known_truth":
-        edges = {arm: on_the_edge(settings, grid_of(arm)) for arm, settings in found.chosen.items() if arm in ARMS}
+        edges = {arm: on_the_edge(settings, graded_grid(arm)) for arm, settings in found.chosen.items() if arm in ARMS}
         display(pd.DataFrame(found.chosen).T.assign(edge=pd.Series(edges)))
     if len(complete) > 1:
         display(without_words_before_the_end(graded_answers(found, questions), found.missing).round(3))

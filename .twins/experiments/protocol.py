@@ -48,7 +48,7 @@ import torch
 
 from sdpo_nb.bodies import BODIES, build_world
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
-from sdpo_nb.cells import add_rows, read_rows, run_grid, stored_rows, worker_pool
+from sdpo_nb.cells import add_rows, lock_of, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, loss_roughness, paired_difference
 from sdpo_nb.evaluate import as_text, frontier, interval
 from sdpo_nb.logprobs import write_json
@@ -727,8 +727,10 @@ def _run_and_store(what):
     print(f"{what}: {len(rows)} cells in the table, {hours:.1f} core hours", flush=True)
     if what.startswith("choose_"):
         grid = what.removeprefix("choose_")
-        tuned = {name: chosen_on_ladders(name) for name in LADDERS} | {grid: choose_on_ladders(grid, rows)}
-        write_json(RESULTS / "tuned.json", tuned)
+        chosen, path = choose_on_ladders(grid, rows), RESULTS / "tuned.json"
+        with lock_of(path): # another grid may be chosen at the same time
+            tuned = {name: chosen_on_ladders(name) for name in LADDERS}
+            write_json(path, tuned | {grid: chosen})
     if what == "search": write_json(RESULTS / "choices.json", choose_settings(rows))
 
 def run_experiment(

@@ -32,18 +32,18 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 import copy, json, random, tempfile
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from sdpo_nb.logprobs import score_pairs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
-from sdpo_nb.world import ALPHABET, SKILLS, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
+from sdpo_nb.world import SKILLS, World, answer, edit_distance, make_pairs, make_prompts, respond, true_reward
 
 # %%
+import numpy as np
 import pandas as pd
 from sdpo_nb.bodies import build_world
-from sdpo_nb.world import complaint, load_base, sft
+from sdpo_nb.world import ALPHABET, complaint, load_base, sft
 
 
 # %% [markdown]
@@ -577,6 +577,7 @@ def _written_on_the_way(
     _check_word("writer", writer, ("S", "policy", "S, as many"))
     _check_word("label", label, ("true", "judge", "implicit"))
     _check_share("error", error)
+    if error and label != "judge": raise ValueError(f"error: only a judge makes one, and the label is {label!r}")
     prompts = [_prompt(row) for row in all_pairs(world)]
 
     def write(t, model):

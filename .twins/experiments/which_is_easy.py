@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 
 from sdpo_nb.partition import wilson
-from sdpo_nb.smollm2 import ARMS, DRAWS, MARGINS, grid_of
+from sdpo_nb.smollm2 import ARMS
 
 # %%
 import matplotlib.pyplot as plt
@@ -39,6 +39,7 @@ import seaborn as sns
 from scipy.stats import spearmanr
 from sdpo_nb.cells import RESULTS
 from sdpo_nb.evaluate import as_text
+from sdpo_nb.smollm2 import DRAWS, MARGINS, grid_of
 
 
 # %% [markdown]
