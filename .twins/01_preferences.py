@@ -683,7 +683,8 @@ def _check(row, where, chat=False):
 
 
 # %% [markdown]
-# Eight wrong rows, and what is said about them. Note the second one: a number is not turned into its digits. A file
+# Eight wrong rows, and what is said about them: three by the first check, one by the check of the prompt, two by the check of what
+# would be lost, two by that of broken text. Note the second one: a number is not turned into its digits. A file
 # that has `4` in one row and `"4"` in another may have meant a score.
 
 # %%
@@ -1078,6 +1079,8 @@ endings
 
 
 # %% [markdown]
+# #### What a template leaves out
+#
 # A template may also drop a part of what it is given, and say nothing. Some keep only what stands after `</think>`:
 # they are made for earlier turns, whose thoughts a model is not shown again. In a pair the thought is a part of the
 # answer that was judged. Others write the system message only where a question comes last, and so not above an answer.
@@ -1283,7 +1286,7 @@ for text in ('\n{"prompt": "copy ab", "chosen": "ab"', '{"prompt": "copy ab", "p
 
 
 # %% [markdown]
-# #### CSV
+# #### CSV, Parquet and Arrow
 #
 # A CSV file does not say what its cells are, and readers guess. `007` becomes 7, `NA` becomes nothing, and where a row
 # has a cell more than the first line has names, every cell moves under the name to its left: the chosen response is

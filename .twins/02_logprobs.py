@@ -1163,7 +1163,8 @@ reference.head(3).round(3)
 #
 # What is missing? A table of numbers is only as good as what is known about it. Which model was it, and was it whole? How were the
 # numbers computed? What is left of the table when the computer is switched off in the middle? The rest of this part answers such
-# questions, one a section: first about the model, then about the table, then about the pass that fills it. It is engineering: you need it to trust a run with a model of your own, not to understand DPO.
+# questions, one a section: first about the model, then about the table, then about the pass that fills it. It is engineering: you
+# need it to trust a run with a model of your own, not to understand DPO.
 #
 # ### Is this a model at all?
 #
@@ -1245,7 +1246,8 @@ def _broken_file(folder, kind):
 
 
 # %% [markdown]
-# Two folders that are no model. Each is a copy of S with one file changed. In the first a file is to blame; the second is for later.
+# Two folders that are no model. Each is a copy of S with one file changed. In the first a file is to blame; in the second,
+# two files do not belong together, and `load_model` will see that, below.
 
 # %%
 def spoil(name, file, content=None, **settings):  # other text, or other settings
@@ -1265,7 +1267,7 @@ _broken_file(home / "not-fetched", AutoModelForCausalLM)
 
 # %% [markdown]
 # For everything else the libraries have exceptions of their own, seldom with the name of a file in them. Here all become one line that begins
-# with the folder. Where a model wants to bring Python code of its own, the library tells you how to run the code of a stranger; we tell you that it was not run.
+# with the folder. A model that wants to bring Python code of its own is refused: that code is never run here.
 
 # %%
 #| export
@@ -1389,7 +1391,7 @@ def stored_dtype(
 
 
 # %% [markdown]
-# S is stored in fp32. We save a copy of it in bf16, for a trial below:
+# S is stored in fp32. We save a copy of it in bf16, which is used twice below:
 
 # %%
 half_S = transformers.AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.bfloat16)
@@ -1402,7 +1404,7 @@ half_S.save_pretrained(home / "half")
 }
 
 # %% [markdown]
-# ### Where does it run, and in which precision?
+# ### Where does a pass run, and how exactly does it compute?
 #
 # On the graphics card, if there is one. But a model as tiny as ours stays on the CPU: on a card, starting a computation
 # takes longer than the arithmetic in it.
@@ -1421,8 +1423,8 @@ def best_device(
 
 
 # %% [markdown]
-# And in which precision should a pass compute? bf16 saves time and memory only where the hardware has it. Emulated, it is slower than fp32 and no more exact. So we ask the
-# hardware and not the library: on some graphics cards "supported" includes emulation. If you name a precision, you get it.
+# And in which precision should it compute? bf16 saves time and memory only where the hardware has it. Emulated, it is slower than
+# fp32 and no more exact. So we ask the hardware and not the library: on some graphics cards "supported" includes emulation. If you name a precision, you get it.
 
 # %%
 #| export
@@ -1449,7 +1451,7 @@ complaint(pick_precision, "float8")
 
 
 # %% [markdown]
-# All of this together loads a model:
+# Now a model can be loaded. Its weights are fp32; in which precision a pass computes, each pass is told when it begins.
 
 # %%
 #| export
@@ -1531,7 +1533,8 @@ pd.Series(hashes, name="weights_hash").to_frame()
 #
 # A folder is not the only way in. A run also takes a model that lies in memory; it saves it, and loads it again before the first stage.
 # Whatever the folder cannot hold would be lost on the way: an adapter, a class of your own, the choice of weights that are
-# frozen. So we look beforehand at what would be lost:
+# frozen. So we look beforehand at what would be lost. (On the device "meta" a model has shapes and no numbers. That is enough to
+# ask which of its weights want a gradient.)
 
 # %%
 #| export
@@ -1592,7 +1595,7 @@ def _looks_ahead(model, prefix=4, rest=8):
 
 
 # %% [markdown]
-# The three questions in one:
+# Would it lose an adapter, would it come back as it is, is it causal? The three questions in one:
 
 # %%
 #| export
@@ -1611,7 +1614,8 @@ def check_model(
 
 
 # %% [markdown]
-# A sound model passes in silence. Three do not: one with a frozen embedding, one of a class of your own (it would come back as a plain Llama, without whatever the class adds), and a small random BERT.
+# A sound model passes in silence. Three do not: one with a frozen embedding, one of a class of your own (it would come back as a
+# plain Llama, without whatever the class adds), and a small random BERT.
 
 # %%
 class Mine(transformers.LlamaForCausalLM): pass          # a class of your own
@@ -2189,6 +2193,7 @@ def same_bits(
 
 # %%
 with same_bits("cuda"): assert torch.are_deterministic_algorithms_enabled()
+with same_bits("cpu"): assert not torch.are_deterministic_algorithms_enabled()
 assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -2214,7 +2219,8 @@ def pair_tokens(
 
 
 # %% [markdown]
-# (The prompt counts once, though a padded batch holds it twice; all pairs are counted in the same way.) Then the time. A clock knows what is left, and learns its speed from what is done:
+# The prompt counts once, though a padded batch holds it twice; for telling the time this is as good. Now the time. A clock knows
+# what is left, and learns its speed from what is done:
 
 # %%
 #| export

@@ -502,7 +502,7 @@ pd.DataFrame({
 #
 # ### In code
 #
-# Two numbers per pair are enough, so two numbers are what our functions take. Both must be in one place before one is subtracted from the other. The reference comes from a table on the CPU (chapter 02), and
+# Two numbers per pair are enough, so two numbers are what our functions take. Both must be on one device before one is subtracted from the other. The reference comes from a table on the CPU (chapter 02), and
 # the policy may be on a graphics card. One rule for the whole book: *the reference follows the policy*. And there must be as many of the one as of the other.
 
 # %%
@@ -526,8 +526,8 @@ def _gain(gamma_theta, gamma_ref):
 
 
 # %% [markdown]
-# Why so strict? A stray axis is easily made, and PyTorch would not complain: it would subtract every reference from every policy, and the mean of these nine losses looks
-# like a loss. (PyTorch's `meta` device stands in for a graphics card here.)
+# Why so strict? A stray axis is easily made, and PyTorch would not complain: it would subtract every reference from every policy, and the mean of the nine losses of three pairs looks
+# like a loss. (The first assert is about `follow`: PyTorch's device `meta` stands in for a graphics card.)
 
 # %%
 gammas, column = torch.tensor([1., 2., 3.]), torch.zeros(3, 1)
@@ -535,6 +535,9 @@ assert follow(column, gammas.to("meta")).device.type == "meta"
 print("plain subtraction has shape", tuple((gammas - column).shape))
 print(complaint(_gain, gammas, column))
 
+
+# %% [markdown]
+# Now the loss of each pair. With `label_smoothing` at 0 it is the line of the beginning; the setting has a section of its own below.
 
 # %%
 #| export
@@ -552,7 +555,7 @@ def dpo_loss(
 
 
 # %% [markdown]
-# (`label_smoothing` has a section of its own below.) Does it say what we computed by hand?
+# Does it say what we computed by hand?
 
 # %%
 by_function = dpo_loss(torch.tensor([gamma_policy]), torch.tensor([gamma_ref]), 0.1)
@@ -995,7 +998,8 @@ round(bound, 2)
 # %% [markdown]
 # It says less than the truth, as a lower bound should. It even allows a negative mean gain, because the loss is above $\ln 2$.
 #
-# (A loss of exactly zero is always an underflow, and would certify infinity. The code reads it as the smallest normal fp32 number, which certifies less and stays true.)
+# (The code writes $\log(e^L - 1)$ as $L + \log(1 - e^{-L})$: the same number, and $e^L$ of a large loss does not overflow. A loss of exactly zero is always an underflow, and would certify
+# infinity. It is read as the smallest normal fp32 number, which certifies less and stays true.)
 #
 # Does (10) hold? We make 500 random data sets of 64 pairs, with $\beta = 0.1$ and gains of all signs and spreads. The mean $\gamma_{ref}$ is $-38.6$ nats, the
 # number that the sDPO paper reports for its base model.
@@ -1165,7 +1169,7 @@ pd.Series(off_by, name="largest difference to one stage, nats").to_frame()
 # A language model shares *something* between prompts. So the *optimum* should lie between "one stage at $\beta$" and "one stage at $\beta/T$" (short runs that reach no optimum need not, as the [demo](demo.ipynb) shows). In the tiny case below it
 # does, as long as the prompts agree about what is good. Where they want opposite things, each stage undoes part of the other.
 #
-# So compare sDPO with DPO at $\beta/T$, and not only with DPO at $\beta$. The two parts below, for a second reading, show where the "in between" comes from.
+# So compare sDPO with DPO at $\beta/T$, and not only with DPO at $\beta$. The part below, for a second reading, shows where the "in between" comes from.
 #
 # ### How much do stages on different prompts add? (you may skip this)
 #
@@ -1263,7 +1267,8 @@ assert shared["reversing"].max() < 1e-5
 
 # %% [markdown]
 # So if real runs show an effect of order, it comes from what this section leaves out: networks in which parameters do not simply add up, and stages that stop early. And these are
-# optima under noisy labels, found by L-BFGS from a start at zero: many settings of table and features fit one prompt equally well, and another optimiser may end at another one. What real runs do is a question for experiments.
+# optima under noisy labels, and those of one optimiser: many settings of table and features fit one prompt equally well and differ on the other. L-BFGS ends at one of them, another optimiser may
+# end elsewhere. What real runs do is a question for experiments.
 
 # %% [markdown]
 # ## Five ways to get it wrong

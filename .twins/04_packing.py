@@ -1080,15 +1080,17 @@ assert much["packed, score"] < 1.2 * little["packed, score"]
 assert much["padded, score"] > 4 * little["padded, score"]
 beyond = vocabulary.loc["packed, step"] - 3 * vocabulary.loc["the output matrix itself"]
 assert abs(beyond.iloc[1] - beyond.iloc[0]) < 64      # one piece of logits
+thousand, million = bench["pairs_gib"].values()
+assert million < 1.15 * thousand
 vocabulary.round().astype(int).rename_axis("memory added (MiB)")
 
 # %% [markdown]
-# With a vocabulary five times as large, scoring takes no more memory packed, and five times as much padded.
+# With a vocabulary five times as large, scoring takes no more memory packed, and five times as much padded. Nor does memory grow with the number of pairs, as tokenised pairs lie in a file that is mapped, not read: a million take a tenth more than a thousand.
 #
 # ### A whole run
 #
 # And what is left of it in a whole run, in which more is done than training? Two stages of stepwise DPO, 32 pairs of HH-RLHF and 32 of UltraFeedback, from loading S to the last file: by `sdpo` ([chapter 14](14_stepwise.ipynb)) packed and padded, and by hand with one TRL trainer per stage.
-# Minutes and memory are those of passes of 4,096 tokens; the last row is another pair of runs, on another machine, with the default of 1,536 tokens against TRL's one pair.
+# The first two rows are of passes of 4,096 tokens by `sdpo`, and of one pair at a time by TRL; the last row is another pair of runs, on another machine, with the default of 1,536 tokens.
 
 # %%
 runs = {called(name.removeprefix("whole ")): run for name, run in bench.items() if name.startswith("whole")}
@@ -1111,14 +1113,14 @@ pd.DataFrame(columns, index=names)
 
 
 # %% [markdown]
-# Packed and padded are the same run, loss by loss (the cell compares them), and packing saves two of five and a half minutes. Against TRL it is 1.3 times as fast, less than a single step promised: half of the pairs are of UltraFeedback, and the time of `sdpo` holds the order of the sources, the models between the stages and the report. With 4,096 tokens it takes more memory than TRL, with the default it takes less.
+# Packed and padded are the same run, loss by loss (the cell compares them; TRL draws its batches in another order). Packing saves two of five and a half minutes. Against TRL it is 1.3 times as fast, less than a single step promised: half of the pairs are of UltraFeedback, and `sdpo` also orders the sources, saves the models between the stages and writes the report. With 4,096 tokens it takes more memory than TRL, with the default it takes less.
 
 # %% [markdown]
 # ## A graphics card wants few, large calls (you may skip this)
 #
 # *You have the idea now, complete and measured. What follows is for those who use it. This section changes how fast a card computes the numbers, not the numbers. The next two keep packing away from models that it does not fit. `choose_logprobs` at their end is what the trainer asks first; you may go on at "What you now have".*
 #
-# Why is the loop over blocks not good enough for a card? The loop over blocks is easy to read, and on a CPU it costs little. On a graphics card it is the slowest way there is. Each small call has to be started, in every layer, and the card has finished it before the next one
+# Why is the loop over blocks not good enough for a card? It is easy to read, and on a CPU it costs little. On a graphics card it is the slowest way there is. Each small call has to be started, in every layer, and the card has finished it before the next one
 # arrives. Arithmetic is free there, starts are not. So how can we attend to all pairs *at once*, whatever their lengths?
 #
 # Look at the triangle with the notch again, and cut it below the chosen response.
@@ -2066,7 +2068,8 @@ def choose_logprobs(
 ):                     # `flash_logprobs`, `packed_logprobs` or `response_logprobs`
     """Packing where it gives the model's own numbers, by the flash kernel where there is one; else padding.
 
-    Says why, where it is not the fastest. Raises ValueError for another `packing` than auto and off."""
+    Prints why, where a model cannot be packed, or where half precision on a card must do without the flash kernel.
+    Raises ValueError for another `packing` than auto and off."""
     if packing not in ("auto", "off"): raise ValueError(f"packing: {packing!r} is neither auto nor off")
     if packing == "off": return response_logprobs
     if why := why_not_packed(model, pairs):

@@ -91,8 +91,8 @@ pd.set_option("display.width", 180, "display.max_columns", 20);
 # choice (`reference=`, below).
 #
 # The tiny world has three sources. Here they are in no particular order, and S has said once how likely it finds each
-# response. The result is a table: one row per pair, two log-probabilities. This is the expensive part, and a run pays for it once: the reference of
-# stage 1 is $M_0$ too, so its table has these very numbers ([chapter 02](02_logprobs.ipynb) says when a kept table is taken).
+# response. The result is a table: one row per pair, two log-probabilities. Asking the model is the expensive part, and a run pays for it once: the reference of
+# stage 1 is $M_0$, too, so this table is also the reference table of stage 1 ([chapter 02](02_logprobs.ipynb) says when a kept table is taken).
 
 # %%
 world = load_world()
@@ -899,7 +899,7 @@ two_measures.round(2).T.assign(easiest=list(easiest.values()))
 # - `wilson` and `mean_interval`: how sure a share is, and how sure a mean is.
 # - `measure_source`: reward accuracy of a source with its interval, and the columns that say when length decided it.
 # - `partition`: chunks in four orders, by sums or by means over tokens, for any number of stages, of several sources or of one; every pair once.
-# - Stage 1's reference table, at no extra cost: it is the table that was measured here.
+# - Stage 1's reference table, at no extra cost: it is the table from which the sources were ordered.
 #
 # ## Questions to test yourself
 #

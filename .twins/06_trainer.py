@@ -6,7 +6,7 @@
 #
 # **You should know** the [loss](03_loss.ipynb), the [log-probability table](02_logprobs.ipynb), and what AdamW and mixed precision are, in a sentence each: AdamW divides each gradient by its usual size before it steps; mixed precision computes products in 16 bits and keeps the weights in 32.
 #
-# **Time**: about two hours to read, and an hour and a half more for the six sections that say you may skip them. The code runs in about a minute on two CPU cores.
+# **Time**: about two hours to read, and an hour and a half more for the six sections that say you may skip them (and a part of "Settings"). The code runs in about a minute on two CPU cores.
 #
 # Six lines train a model with DPO. A real trainer has several hundred. The rest is there so that the same thing happens with less memory, in half the
 # precision, and across an interruption. Each of these additions is a chance to change the gradient without an error. So we start with the six lines,
@@ -253,7 +253,7 @@ by_dpo.tolist()
 
 
 # %% [markdown]
-# Both losses are below $\ln 2$. That the second chosen response became less likely, they do not say. So here is all that is measured:
+# Both losses are below $\ln 2$. What became of each single response, a loss does not say. So here is what is measured beside it:
 
 # %%
 #| export
@@ -304,7 +304,7 @@ assert sums["logratio_chosen"] == 3 - 2
 
 
 # %% [markdown]
-# Both pairs are right, and both move the loss down. Only `reward_chosen` and `logratio_chosen`, looked at pair by pair, would tell that the second chosen response became less likely. The last entry is a histogram: the weights $\lambda$ of the two
+# Both pairs are right. That the second chosen response became less likely is hidden in the sums, too: `logratio_chosen` is 1, which is 3 and -2. Only pair by pair would it show. The last entry is a histogram: the weights $\lambda$ of the two
 # pairs are 0.12 and 0.27, so one is in the second tenth and one in the third.
 
 # %% [markdown]

@@ -6,7 +6,7 @@
 #
 # **You should know** what [gamma](02_logprobs.ipynb) is, what a [partition](05_partition.ipynb) does, and how a [stage](06_trainer.ipynb) is trained.
 #
-# **Time** 40 minutes to read, under a minute to run on two CPU cores.
+# **Time** 45 minutes to read, under a minute to run on two CPU cores.
 #
 # A run of stepwise DPO leaves numbers. Four questions are asked of them every time:
 #
@@ -15,7 +15,7 @@
 # 3. Did the model come to prefer the chosen responses?
 # 4. How did it get there?
 #
-# Each question has a figure; the third has two. The figures stand before the stepwise chapter because its report draws them, and in this book a module
+# Each question has a figure; the third has two, and one more for models that are no stages. The figures stand before the stepwise chapter because its report draws them, and in this book a module
 # imports only from lower numbers.
 
 # %%
@@ -211,7 +211,7 @@ def _label_lines(ax, heights, names, colors):
 
 
 # %% [markdown]
-# Where stage 2 begins; and labels that would lie on each other are moved apart.
+# At which step does stage 2 begin? (And labels that would lie on each other are moved apart.)
 
 # %%
 run_steps = _whole_run(metrics)
@@ -569,7 +569,7 @@ changed.round(2)
 #
 # <details><summary>What you should see</summary>
 #
-# Both means are 0.2 lower than in this chapter: 4.4 on `primer`, 3.4 on `digest`. In so small a run that is no verdict on the order; chapter [how to partition](experiments/how_to_partition.ipynb) asks properly.
+# Both means (the dots) are a little lower than in this chapter: 4.4 on `primer`, 3.4 on `digest`. In so small a run that is no verdict on the order; chapter [how to partition](experiments/how_to_partition.ipynb) asks properly.
 #
 # </details>
 #

@@ -722,7 +722,8 @@ def choose_logprobs(
 ):                     # `flash_logprobs`, `packed_logprobs` or `response_logprobs`
     """Packing where it gives the model's own numbers, by the flash kernel where there is one; else padding.
 
-    Says why, where it is not the fastest. Raises ValueError for another `packing` than auto and off."""
+    Prints why, where a model cannot be packed, or where half precision on a card must do without the flash kernel.
+    Raises ValueError for another `packing` than auto and off."""
     if packing not in ("auto", "off"): raise ValueError(f"packing: {packing!r} is neither auto nor off")
     if packing == "off": return response_logprobs
     if why := why_not_packed(model, pairs):
