@@ -49,13 +49,13 @@ import torch
 from sdpo_nb.bodies import BODIES, build_world
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
 from sdpo_nb.cells import add_rows, lock_of, read_rows, run_grid, stored_rows, worker_pool
-from sdpo_nb.compare import SAME, loss_roughness, paired_difference
+from sdpo_nb.compare import SAME, loss_roughness, paired_difference, verdict
 from sdpo_nb.evaluate import as_text, frontier, interval
 from sdpo_nb.logprobs import write_json
 from sdpo_nb.questions import BUILDS_ON_QUESTIONS, ELSEWHERE_QUESTIONS, ORDER_QUESTIONS, SIZE_QUESTIONS
-from sdpo_nb.questions import GRIDS, LADDERS, SEARCHES, WORLDS, answer_together
-from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, load_grid
-from sdpo_nb.questions import primary_contrasts
+from sdpo_nb.questions import GRIDS, LADDERS, MODEL_SIZES, SEARCHES, WORLDS, answer_together
+from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, lead_by_size
+from sdpo_nb.questions import llama_of_size, load_grid, primary_contrasts, trend_of_sizes
 from sdpo_nb.graded_cells import PLANS, run_known_truth
 from sdpo_nb.real import ON_CPU, SMOLLM2, arrange, design_of, run_real
 from sdpo_nb.smollm2 import CPU_PRIMARY, LONGEST, PRIMARY, answer_questions, assay
@@ -552,6 +552,22 @@ def real_claims() -> list[dict]: # claim, model, what we found, how sure, where
     answers = [answer for name in DESIGNS for answer in _answers_of(name)]
     return [*answers, *map(_easier_by, MEASURES)]
 
+def _size_claim():
+    "Does sDPO gain more over DPO, the larger the model? A line of the table of claims."
+    leads = lead_by_size(load_grid("model_size"))
+    trend = trend_of_sizes(leads)
+    word = verdict(trend | dict(holm=trend["p"], holm_equal=trend["p_equal"]))     # one question: nothing to correct
+    word = word.replace("better", "more").replace("worse", "less")
+    least, most = (llama_of_size(body).num_parameters() for body in (MODEL_SIZES[0], MODEL_SIZES[-1]))
+    found = as_text((trend["mean"], trend["low"], trend["high"]), "+.3f")
+    return {
+        "claim": "sDPO gains more over DPO, the larger the model",
+        "model": f"{least / 1e3:.0f}K to {most / 1e6:.1f}M, {len(leads['llama'])} worlds",
+        "what we found": f"{found} for ten times as many parameters",
+        "how sure": f"{word}, p = {trend['p']:.2f} and {trend['p_equal']:.3f} (different, equal; Student's law)",
+        "where": "model_size",
+    }
+
 def claims_table() -> pd.DataFrame: # claim, model, what we found, how sure, where
     "Every claim with its model, difference, interval and verdict, from the stored results; real models first."
     rows = real_claims()
@@ -571,6 +587,7 @@ def claims_table() -> pd.DataFrame: # claim, model, what we found, how sure, whe
         for _, answer in answer_together(questions, load_grid(grid)).iterrows():
             found = as_text(answer[["mean", "low", "high"]], "+.3f")
             add(claims[answer["question"]], grid, answer["worlds"], found, _how_sure(answer, answer["verdict"]))
+    rows.append(_size_claim())
     for claim, (page, grid, a, b, *what) in EXPLORATORY_CLAIMS.items():
         difference = _mean_difference(grids[grid], a, b, *what)
         mean, low, high = interval(difference)
