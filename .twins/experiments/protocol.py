@@ -605,7 +605,7 @@ with pd.option_context("display.max_colwidth", None): display(claims_table().set
 # %% [markdown]
 # ## What it cost
 #
-# Core hours, as they passed on two busy cores. A cell that two grids need is counted in the first. Pages that choose on ladders may still be running; what of them is stored is counted. Before the cells come the worlds, two to ten core minutes each (with the largest model a quarter of an hour), and the beginnings of the other bodies, one to sixteen.
+# Core hours, as they passed on two busy cores. A cell that two grids need is counted in the first. Before the cells come the worlds, two to ten core minutes each (with the largest model a quarter of an hour), and the beginnings of the other bodies, one to sixteen.
 
 # %%
 known, cost, total = set(), {}, 0
