@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .bodies import BODIES, build_world
+from .bodies import BODIES, build_world, untrained
 from .cells import BASELINES, METHODS, RESULTS, Cell
 from .cells import add_rows, lock_of, read_rows, run_grid, stored_rows, worker_pool
 from .compare import SAME, loss_roughness, paired_difference, verdict
@@ -24,13 +24,13 @@ from .logprobs import write_json
 from .questions import BUILDS_ON_QUESTIONS, ELSEWHERE_QUESTIONS, ORDER_QUESTIONS, SIZE_QUESTIONS
 from .questions import GRIDS, LADDERS, MODEL_SIZES, SEARCHES, WORLDS, answer_together
 from .questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, lead_by_size
-from .questions import llama_of_size, load_grid, primary_contrasts, trend_of_sizes
+from .questions import load_grid, primary_contrasts, trend_of_sizes
 from .graded_cells import PLANS, run_known_truth
 from .real import ON_CPU, SMOLLM2, arrange, design_of, run_real
 from .smollm2 import CPU_PRIMARY, LONGEST, PRIMARY, answer_questions, assay
 from .timed import read_results
 from .which_is_easy import EASY_PRIMARY, MEASURES, easy_table, with_gaps
-from .world import load_base
+from .world import load_base, make_tokenizer
 
 # %% ../nbs/experiments/protocol.ipynb #31193c9d
 FRONTIER_BETAS = (1e9, 100, 60, 40, 25, 15, 10, 8, 6, 5, 4, 3, 2, 1.5, 1, 0.7, 0.5, 0.3, 0.1)
@@ -257,7 +257,8 @@ def _size_claim():
     trend = trend_of_sizes(leads)
     word = verdict(trend | dict(holm=trend["p"], holm_equal=trend["p_equal"]))     # one question: nothing to correct
     word = word.replace("better", "more").replace("worse", "less")
-    least, most = (llama_of_size(body).num_parameters() for body in (MODEL_SIZES[0], MODEL_SIZES[-1]))
+    tokenizer = make_tokenizer()
+    least, most = (untrained(body, tokenizer).num_parameters() for body in (MODEL_SIZES[0], MODEL_SIZES[-1]))
     found = as_text((trend["mean"], trend["low"], trend["high"]), "+.3f")
     return {
         "claim": "sDPO gains more over DPO, the larger the model",

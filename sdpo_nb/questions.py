@@ -15,7 +15,7 @@ __all__ = ['PILOT_WORLDS', 'WORLDS', 'SEEDS', 'BETAS', 'LEARNING_RATES', 'PRIMAR
            'builds_on_ladders', 'size_ladders', 'elsewhere_ladders', 'model_size_ladders', 'choice_cells',
            'ladder_cells', 'choose_on_ladders', 'chosen_on_ladders', 'tuned_grid', 'answer_together', 'answers_table',
            'by_outcome', 'untested_differences', 'as_formulas', 'grid_cells', 'all_cells_of', 'load_grid',
-           'measured_on_ladders', 'llama_of_size', 'lead_by_size', 'trend_of_sizes']
+           'measured_on_ladders', 'lead_by_size', 'trend_of_sizes']
 
 # %% ../nbs/experiments/questions.ipynb #e079da18
 import itertools, json
@@ -25,13 +25,13 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from .bodies import BODIES, SEARCH_WORLDS, SIZES, make_body
+from .bodies import BODIES, SEARCH_WORLDS, SIZES, untrained
 from .cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
 from .compare import SAME, check_same_draws, outcome_values, paired_difference
 from .compare import reward_at_kl, slope_test, tested_differences, verdict, weighted_sum
 from .evaluate import as_text, interval
 from .training_data import COMMON_SETTINGS
-from .world import SKILLS, make_model, make_tokenizer
+from .world import SKILLS, make_tokenizer
 
 # %% ../nbs/experiments/questions.ipynb #48a5ea4c
 PILOT_WORLDS = range(201, 206)
@@ -707,13 +707,6 @@ def measured_on_ladders(
     return load_grid(grid) if done == wanted > 0 else {}
 
 # %% ../nbs/experiments/questions.ipynb #eec557aa
-def llama_of_size(
-    body: str, # of MODEL_SIZES
-): # -> model with random weights
-    "A Llama of one of the sizes."
-    tokenizer = make_tokenizer()
-    return make_body(body, tokenizer) if body in SIZES else make_model(tokenizer)
-
 def lead_by_size(
     found: dict, # of `load_grid`: arm -> rows of the table of runs
 ) -> dict:       # body -> (worlds,)
@@ -725,6 +718,7 @@ def trend_of_sizes(
     leads: dict, # body -> (worlds,)
 ) -> dict:       # of `slope_test`
     "What ten times as many parameters add to the lead of sDPO: a straight line through all worlds of all sizes."
-    exponents = [np.log10(llama_of_size(body).num_parameters()) for body in leads]
+    tokenizer = make_tokenizer()
+    exponents = [np.log10(untrained(body, tokenizer).num_parameters()) for body in leads]
     x = np.repeat(exponents, [len(of_worlds) for of_worlds in leads.values()])
     return slope_test(x, np.concatenate(list(leads.values())), SAME)

@@ -9,6 +9,7 @@ row; sides swapped; pairs cut at three quarters. The model and the data are look
 """
 import copy, json, os, random, sys, tempfile
 from collections import Counter
+from functools import cache
 os.environ.setdefault("OMP_WAIT_POLICY", "passive"); os.environ.setdefault("HF_HUB_OFFLINE", "1"); os.environ.setdefault("TQDM_DISABLE", "1")
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sdpo_nb.logprobs import LogprobTable, autocast, load_model, load_tokenizer, micro_batches, response_logprobs, score_pairs
+from sdpo_nb.logprobs import LogprobTable, autocast, load_model, load_tokenizer, micro_batches, replacing, response_logprobs, score_pairs
 from sdpo_nb.packing import choose_logprobs, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.trainer import TrainConfig, batch_gradients, batch_logprobs, make_accelerator, per_root_token, rounding_limit, train_stage
@@ -100,12 +101,18 @@ def tables(S, source, length, precision, made):
     return pairs, logprobs
 
 
+@cache
+def numbers_of(name):
+    "Of every pair: lengths, log-probabilities in fp32, and those of every table; read once for all looks."
+    def read(n): return torch.tensor(json.loads((RAW / f"{n}.json").read_text()))
+    right = read(name)
+    others = {k: read(f"{k}-{name}") for k in ("padded", "short", "step", "M1") if (RAW / f"{k}-{name}.json").exists()}
+    return read(f"len-{name}"), read(f"fp32-{name}"), dict(healthy=right, swapped=right.flip(1), others=right.roll(-1, 0)) | others
+
+
 def how_far(name, rows, said):
     "How far each table is off in one look, in units of the limit: a look stops the run above 1."
-    def read(n): return torch.tensor(json.loads((RAW / f"{n}.json").read_text()))
-    lengths, exact, right = read(f"len-{name}"), read(f"fp32-{name}"), read(name)
-    others = {k: read(f"{k}-{name}") for k in ("padded", "short", "step", "M1") if (RAW / f"{k}-{name}.json").exists()}
-    compared = dict(healthy=right, swapped=right.flip(1), others=right.roll(-1, 0)) | others
+    lengths, exact, compared = numbers_of(name)
     batch = [dict(chosen_ids=range(c), rejected_ids=range(r)) for c, r in lengths[rows].tolist()]
     limit = rounding_limit(said, exact[rows], batch)
     return dict(sigma=round(per_root_token(said - exact[rows], batch), 5)) | {k: round(per_root_token(said - t[rows], batch) / limit, 4) for k, t in compared.items()}
@@ -129,11 +136,9 @@ def run():
         write(looks, S.device.type)
 
 
-def write(looks, device="cpu"):
+def write(looks, device):
     made = dict(command="make bench-first-look", device=device, model=Path(MODEL).name, versions={p: version(p) for p in ("torch", "transformers")})
-    half = RESULTS.with_suffix(".tmp")
-    half.write_text(json.dumps(dict(made=made, looks=looks), indent=None, separators=(",", ":")).replace('},{"prec', '},\n{"prec') + "\n")
-    os.replace(half, RESULTS) # a run that is killed while it writes loses nothing
+    with replacing(RESULTS) as half: half.write_text(json.dumps(dict(made=made, looks=looks), indent=None, separators=(",", ":")).replace('},{"prec', '},\n{"prec') + "\n")
 
 
 def show():

@@ -168,15 +168,20 @@ def make_body(
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config)
 
+def untrained(
+    body: str, # llama, or a name in BODIES or SIZES
+    tokenizer, # of the world
+) -> AutoModelForCausalLM:
+    "Random weights, as S of any body begins; the Llama of the worlds, too. Raises ValueError as `make_body` does."
+    return make_model(tokenizer) if body == "llama" else make_body(body, tokenizer)
+
 
 # %% [markdown]
 # Are the four of one size, and how large are the three? The number of parameters of each, beside the Llama:
 
 # %%
 tokenizer = make_tokenizer()
-small = {"llama": make_model(tokenizer)}
-for kind in (*BODIES, *SIZES): small[kind] = make_body(kind, tokenizer)
-
+small = {kind: untrained(kind, tokenizer) for kind in ("llama", *BODIES, *SIZES)}
 parameters = {kind: model.num_parameters() for kind, model in small.items()}
 for kind in BODIES: assert abs(parameters[kind] / parameters["llama"] - 1) < 0.05, kind
 for kind, width in SIZES.items(): assert abs(np.log2(parameters[kind] / parameters["llama"]) / 2 - np.log2(width / 96)) < 0.02

@@ -34,11 +34,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from sdpo_nb.bodies import untrained
 from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import SAME, equality_test, outcome_values, slope_test
 from sdpo_nb.evaluate import as_text
-from sdpo_nb.questions import MODEL_SIZES, OTHER_DRAWS, choice_cells, chosen_on_ladders, lead_by_size, llama_of_size
-from sdpo_nb.questions import load_grid, model_size_ladders, trend_of_sizes
+from sdpo_nb.questions import MODEL_SIZES, OTHER_DRAWS, choice_cells, chosen_on_ladders, lead_by_size, load_grid
+from sdpo_nb.questions import model_size_ladders, trend_of_sizes
+from sdpo_nb.world import make_tokenizer
 
 # %% [markdown]
 # ## Four sizes that start equally well
@@ -46,7 +48,8 @@ from sdpo_nb.questions import load_grid, model_size_ladders, trend_of_sizes
 # All are Llamas of three layers, and only the width differs. A better S leaves less to be gained. So in each world a Llama of another width is fine-tuned until its reward on validation prompts is that of the Llama we know, within 0.01 ([bodies](bodies.ipynb)). Then it writes its own pairs, and its sources are ordered by its own reward accuracy.
 
 # %%
-models = {body: llama_of_size(body) for body in MODEL_SIZES}
+tokenizer = make_tokenizer()
+models = {body: untrained(body, tokenizer) for body in MODEL_SIZES}
 parameters = {body: model.num_parameters() for body, model in models.items()}
 widths = {body: model.config.hidden_size for body, model in models.items()}
 pd.DataFrame({"width": widths, "parameters": parameters}).map("{:,}".format)

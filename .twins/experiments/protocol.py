@@ -46,7 +46,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sdpo_nb.bodies import BODIES, build_world
+from sdpo_nb.bodies import BODIES, build_world, untrained
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell
 from sdpo_nb.cells import add_rows, lock_of, read_rows, run_grid, stored_rows, worker_pool
 from sdpo_nb.compare import SAME, loss_roughness, paired_difference, verdict
@@ -55,13 +55,13 @@ from sdpo_nb.logprobs import write_json
 from sdpo_nb.questions import BUILDS_ON_QUESTIONS, ELSEWHERE_QUESTIONS, ORDER_QUESTIONS, SIZE_QUESTIONS
 from sdpo_nb.questions import GRIDS, LADDERS, MODEL_SIZES, SEARCHES, WORLDS, answer_together
 from sdpo_nb.questions import all_cells_of, choose_on_ladders, choose_settings, chosen_on_ladders, lead_by_size
-from sdpo_nb.questions import llama_of_size, load_grid, primary_contrasts, trend_of_sizes
+from sdpo_nb.questions import load_grid, primary_contrasts, trend_of_sizes
 from sdpo_nb.graded_cells import PLANS, run_known_truth
 from sdpo_nb.real import ON_CPU, SMOLLM2, arrange, design_of, run_real
 from sdpo_nb.smollm2 import CPU_PRIMARY, LONGEST, PRIMARY, answer_questions, assay
 from sdpo_nb.timed import read_results
 from sdpo_nb.which_is_easy import EASY_PRIMARY, MEASURES, easy_table, with_gaps
-from sdpo_nb.world import load_base
+from sdpo_nb.world import load_base, make_tokenizer
 
 # %%
 import matplotlib.pyplot as plt
@@ -558,7 +558,8 @@ def _size_claim():
     trend = trend_of_sizes(leads)
     word = verdict(trend | dict(holm=trend["p"], holm_equal=trend["p_equal"]))     # one question: nothing to correct
     word = word.replace("better", "more").replace("worse", "less")
-    least, most = (llama_of_size(body).num_parameters() for body in (MODEL_SIZES[0], MODEL_SIZES[-1]))
+    tokenizer = make_tokenizer()
+    least, most = (untrained(body, tokenizer).num_parameters() for body in (MODEL_SIZES[0], MODEL_SIZES[-1]))
     found = as_text((trend["mean"], trend["low"], trend["high"]), "+.3f")
     return {
         "claim": "sDPO gains more over DPO, the larger the model",

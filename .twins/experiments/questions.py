@@ -36,13 +36,13 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from sdpo_nb.bodies import BODIES, SEARCH_WORLDS, SIZES, make_body
+from sdpo_nb.bodies import BODIES, SEARCH_WORLDS, SIZES, untrained
 from sdpo_nb.cells import BASELINES, METHODS, RESULTS, Cell, read_runs, rows_of_cells, stored_rows
 from sdpo_nb.compare import SAME, check_same_draws, outcome_values, paired_difference
 from sdpo_nb.compare import reward_at_kl, slope_test, tested_differences, verdict, weighted_sum
 from sdpo_nb.evaluate import as_text, interval
 from sdpo_nb.training_data import COMMON_SETTINGS
-from sdpo_nb.world import SKILLS, make_model, make_tokenizer
+from sdpo_nb.world import SKILLS, make_tokenizer
 
 # %%
 import matplotlib.pyplot as plt
@@ -1174,13 +1174,6 @@ for grid in LADDERS: print(f"{len(measured_on_ladders(grid))} arms to compare", 
 
 # %%
 #| export
-def llama_of_size(
-    body: str, # of MODEL_SIZES
-): # -> model with random weights
-    "A Llama of one of the sizes."
-    tokenizer = make_tokenizer()
-    return make_body(body, tokenizer) if body in SIZES else make_model(tokenizer)
-
 def lead_by_size(
     found: dict, # of `load_grid`: arm -> rows of the table of runs
 ) -> dict:       # body -> (worlds,)
@@ -1192,7 +1185,8 @@ def trend_of_sizes(
     leads: dict, # body -> (worlds,)
 ) -> dict:       # of `slope_test`
     "What ten times as many parameters add to the lead of sDPO: a straight line through all worlds of all sizes."
-    exponents = [np.log10(llama_of_size(body).num_parameters()) for body in leads]
+    tokenizer = make_tokenizer()
+    exponents = [np.log10(untrained(body, tokenizer).num_parameters()) for body in leads]
     x = np.repeat(exponents, [len(of_worlds) for of_worlds in leads.values()])
     return slope_test(x, np.concatenate(list(leads.values())), SAME)
 

@@ -38,12 +38,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from sdpo_nb.bodies import BODIES, make_body
+from sdpo_nb.bodies import BODIES, untrained
 from sdpo_nb.cells import stored_rows
 from sdpo_nb.compare import OUTCOMES, difference_intervals, outcome_values, paired_difference, plot_outcomes
 from sdpo_nb.evaluate import as_text, interval
 from sdpo_nb.questions import body_search_cells, chosen_for_body, load_grid, search_table, start_cells
-from sdpo_nb.world import make_model, make_tokenizer
+from sdpo_nb.world import make_tokenizer
 
 # %% [markdown]
 # ## Five bodies
@@ -57,10 +57,6 @@ found = load_grid("which_architecture")
 tokenizer = make_tokenizer()
 KINDS = ("llama", *BODIES)
 NAMES = dict(llama="Llama", gpt2="GPT-2", opt="OPT", bloom="BLOOM", qwen3="Qwen3") # in the figures
-
-def model_of(body):
-    if body == "llama": return make_model(tokenizer)
-    return make_body(body, tokenizer)
 
 def start_of(body):
     "Validation reward of S, by world."
@@ -77,7 +73,7 @@ table = {}
 for body in KINDS:
     pairs = [sum(chunks) for chunks in found[f"{body}, sDPO"]["chunk_pairs"]]
     table[body] = {
-        "parameters": model_of(body).num_parameters(),
+        "parameters": untrained(body, tokenizer).num_parameters(),
         "pairs": np.mean(pairs),
         "validation reward of S": start[body].mean(),
         "test reward of S": outcome_values(found[f"{body}, S"], "sampled").mean(),
