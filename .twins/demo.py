@@ -134,7 +134,7 @@ answers_beside(base, found.run.model, tokenizer, load_world().test)
 # %% [markdown]
 # ## What this does not show
 #
-# This is one world and one seed. The [experiments](experiments/protocol.ipynb) ask again in ten worlds with two seeds each, every method at its own best $\beta$ and learning rate; there the two methods are equal. And a tiny world says nothing certain of large models.
+# This is one world and one seed. The [experiments](experiments/protocol.ipynb) ask again in ten worlds with two seeds each, every method at its own best $\beta$ and learning rate; there the two methods are equal. And a tiny world says nothing certain of large models; its sources share all skills, so there is no curriculum to find.
 
 # %% [markdown]
 # ## How the demo is made
