@@ -2,9 +2,9 @@
 
 A first look compares a table with what the model says about 32 pairs (8 in a chunk that has no more), in the micro-batches of training. Here many are made from real pairs; the tables come from the pass that `sdpo` makes, in rows of another shape. Healthy: the table of the
 model, by the same function and (far stricter than anything that happens in a run) by the padded one. Wrong: weights after one AdamW step of 1e-4 on HH; M_1 after an epoch on 96 Orca pairs at 5e-6 (a reference of another stage); the next pair's
-row; sides swapped; pairs cut at three quarters. The model and the data are looked for in SDPO_MODEL and SDPO_DATA. Works on a CPU and on a graphics card. fp16 has few looks: a CPU has no hardware for it and takes fifteen times as long.
+row; sides swapped; pairs cut at three quarters. The model and the data are looked for in SDPO_MODEL and SDPO_DATA. Works on a CPU and on a graphics card. A CPU that has no hardware for fp16 (AVX512_FP16) takes fifteen times as long over those looks.
 
-    python tests/bench_first_look.py run    the 1,005 looks of PLAN; goes on after those in the results file (the tables are kept in runs/first_look)
+    python tests/bench_first_look.py run    the 1,128 looks of PLAN; goes on after those in the results file (the tables are kept in runs/first_look)
     python tests/bench_first_look.py show   the results, as a table
 """
 import copy, json, os, random, sys, tempfile
@@ -29,8 +29,8 @@ SOURCES = "hh_harmless", "ultrafeedback_binarized", "orca_dpo_pairs"
 PLAN = { # (tokens, precision) -> pairs to draw from, and the looks for each source: pairs in a look -> looks
     (256, "bf16"): (96, {8: 240, 32: 70}),
     (1024, "bf16"): (40, {8: 14, 32: 6}),
-    (256, "fp16"): (24, {8: 4}),
-    (1024, "fp16"): (8, {8: 1}),
+    (256, "fp16"): (48, {8: 30, 32: 10}),
+    (1024, "fp16"): (36, {8: 4, 32: 2}),
 }
 
 
@@ -91,7 +91,7 @@ def tables(S, source, length, precision, made):
     kept(f"len-{name}", lambda: [[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in pairs])
     kept(f"fp32-{name}", lambda: table(S, pairs, "fp32", getattr(logprobs, "exact", logprobs), 4096))
     kept(name, lambda: table(S, pairs, precision, logprobs))
-    if (length, precision) != (256, "bf16"): return pairs, logprobs
+    if length != 256: return pairs, logprobs
     def other(wrong):
         if wrong not in made: made[wrong] = WRONG_WEIGHTS[wrong](S, logprobs)
         return made[wrong]
@@ -132,13 +132,20 @@ def run():
         name = f"{precision}-{source}-{length}"
         rows = random.Random(f"looks-{name}-{size}.jsonl{i}").sample(range(len(pairs)), size)
         said = batch_logprobs(S, [pairs[r] for r in rows], TrainConfig(), precision, logprobs)
-        looks.append(dict(precision=precision, source=source, length=length, pairs=size) | how_far(name, rows, said.cpu()))
+        looks.append(dict(processor=processor(S.device), precision=precision, source=source, length=length, pairs=size) | how_far(name, rows, said.cpu()))
         write(looks, S.device.type)
+
+
+def processor(device):
+    "What computes: a card by its name, a CPU by what it has for half precision."
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    has = dict(AMX=torch.cpu._is_amx_tile_supported(), AVX512_BF16=torch.cpu._is_avx512_bf16_supported(), AVX512_FP16=torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return "CPU" + "".join(f", {k}" for k, v in has.items() if v)
 
 
 def write(looks, device):
     made = dict(command="make bench-first-look", device=device, model=Path(MODEL).name, versions={p: version(p) for p in ("torch", "transformers")})
-    with replacing(RESULTS) as half: half.write_text(json.dumps(dict(made=made, looks=looks), indent=None, separators=(",", ":")).replace('},{"prec', '},\n{"prec') + "\n")
+    with replacing(RESULTS) as half: half.write_text(json.dumps(dict(made=made, looks=looks), indent=None, separators=(",", ":")).replace('},{"proc', '},\n{"proc') + "\n")
 
 
 def show():
