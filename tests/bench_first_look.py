@@ -91,7 +91,6 @@ def tables(S, source, length, precision, made):
     kept(f"len-{name}", lambda: [[len(p["chosen_ids"]), len(p["rejected_ids"])] for p in pairs])
     kept(f"fp32-{name}", lambda: table(S, pairs, "fp32", getattr(logprobs, "exact", logprobs), 4096))
     kept(name, lambda: table(S, pairs, precision, logprobs))
-    if length != 256: return pairs, logprobs
     def other(wrong):
         if wrong not in made: made[wrong] = WRONG_WEIGHTS[wrong](S, logprobs)
         return made[wrong]
