@@ -2207,9 +2207,10 @@ assert not torch.are_deterministic_algorithms_enabled()
 #| export
 def pair_tokens(
     pairs,         # a list or a Dataset of n pairs
+    responses=False, # count the chosen and the rejected response only
 ) -> np.ndarray:   # (n,)
     "Tokens of each pair: prompt, chosen and rejected response."
-    names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    names = ["chosen_ids", "rejected_ids"] + ["prompt_ids"] * (not responses)
     if not hasattr(pairs, "column_names"):
         return np.array([sum(len(p[name]) for name in names) for p in pairs], int)
     counts = []

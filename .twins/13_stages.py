@@ -73,7 +73,7 @@ from sdpo_nb.plan import (
 from sdpo_nb.report import Run
 from sdpo_nb.trainer import (
     GIB, MOST, TRAINING, as_line, check_memory, compile_for, free_memory, peak_memory, plan_for,
-    train_stage, wants_compiling, why_not_same_bits
+    share_of_responses, train_stage, wants_compiling, why_not_same_bits
 )
 
 # %%
@@ -436,9 +436,10 @@ print(complaint(made_chunk, 2, load_model(w.base), ctx))
 
 # %%
 #| export
-def _say_memory(model_config, config, precision, device):
+def _say_memory(model_config, config, precision, device, sources):
     "One line on what training will need; an error, if that is not there."
-    try: plan = plan_for(model_config, config, precision, device, lora_config(config))
+    share = max((share_of_responses(s.pairs) for s in sources), default=0.5)
+    try: plan = plan_for(model_config, config, precision, device, lora_config(config), share)
     except Exception as e: # a plan is made from the config alone, which not every model allows
         print(f"memory: cannot be planned for this model ({type(e).__name__})")
         return
@@ -713,7 +714,7 @@ def prepare_run(
         clock=Clock(0),
         talks=policy.num_parameters() >= SMALL,
     )
-    if ctx.talks: _say_memory(policy.config, config, precision, policy.device)
+    if ctx.talks: _say_memory(policy.config, config, precision, policy.device, loaded)
 
     written = {s.name: _written(what) for s, what in zip(read, (sources or {}).values())}
     apart = {name: _written(what) for name, what in (held_out or {}).items()}

@@ -71,7 +71,7 @@ Markdown(as_markdown(answers_beside(S, run.model, tokenizer, world.test)))
 #          --sources orca=Intel/orca_dpo_pairs uf=argilla/ultrafeedback-binarized-preferences-cleaned
 # ```
 #
-# Files, folders or hub ids, each with a `max_pairs` of its own where you want one; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: on the same kind of CPU, with the same versions, the result is the same, bit for bit; on a graphics card the run says where it is not. How, with which settings, and what fits on which card:
+# Files, folders or hub ids, each with a `max_pairs` of its own where you want one; one bar per pass and the time left for the run; a report that begins with held-out pairs. After a kill, run the same command to continue: on the same kind of CPU, with the same versions, the result is the same, bit for bit; on a graphics card the run says where it is not. How, and with which settings:
 # [your model, your pairs](your_model.ipynb). Another loss than that of DPO is a function of a few lines: [other losses](other_losses.ipynb). `--lora-r 16` trains [adapters](09_lora.ipynb) in place of all weights, and `sdpo eval runs/first --tasks h4` asks [public benchmarks](15_benchmarks.ipynb) of S and of every stage. If you train with TRL and want to stay there: [the same loop with TRL](with_trl.ipynb), from the chunks to the gamma table.
 #
 # ## Does it help?
@@ -178,6 +178,61 @@ for name, setting in gpu["settings"].items():
         "TRL's memory": f"{theirs['peak_gib']:.0f} GiB",
     }
 Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("per step")))
+
+# %% [markdown]
+# ## What fits
+#
+# Full fine-tuning keeps weights, gradients and two moments of AdamW in fp32: 16 bytes per parameter, before a token is read. What is left of a card's memory decides how many tokens a forward pass may have; more of them are faster, and the gradient is the same. If the longest pair does not fit, activations are *recomputed*: less is kept, more is computed. This is planned on models that are
+# not loaded ([06](06_trainer.ipynb); within 15 % of six peaks on a CPU and of six on an H200), for pairs half of whose tokens are responses. A run prints its own plan, chooses the budget by it, and stops at once where it cannot fit.
+
+# %%
+#| hide
+from transformers import LlamaConfig
+
+from sdpo_nb.lora import lora_config
+from sdpo_nb.trainer import TrainConfig, memory_plan, tokens_that_fit
+
+def shape(hidden, inner, layers, heads, key_heads, vocabulary):
+    "A model that is only described."
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+
+models = {
+    "135M": shape(576, 1536, 30, 9, 3, 49152),
+    "360M": shape(960, 2560, 32, 15, 5, 49152),
+    "1.2B": shape(2048, 8192, 16, 32, 8, 128256),
+}
+cards = { # GB, precision, kernel of attention
+    "T4, 15 GB": (15, "fp16", "padded"), # too old for flash attention
+    "L4, 24 GB": (24, "bf16", "flash"),
+    "A100 or H100, 80 GB": (80, "bf16", "flash"),
+}
+
+def fitting(model, gib, *how):
+    "Tokens of a forward pass, in words."
+    kept, recomputed = (tokens_that_fit(model, gib * 2**30, *how, recompute) for recompute in (False, True))
+    if kept: return f"{kept:,} tokens ({recomputed:,} recomputed)"
+    if recomputed: return f"{recomputed:,} recomputed"
+    adapters = lora_config(StepwiseConfig(lora_r=16)) # needs PEFT
+    return f"with adapters: {tokens_that_fit(model, gib * 2**30, *how, lora=adapters):,} tokens"
+
+
+# %%
+#| slow
+#| echo: false
+rows = {}
+for name, model in models.items():
+    plan = memory_plan(model, TrainConfig(), "bf16")
+    always = sum(plan[part] for part in ("weights", "gradients", "moments"))
+    rows[name] = {"before a token": f"{always:.1f} GiB"} | {card: fitting(model, *how) for card, how in cards.items()}
+Markdown(as_markdown(pd.DataFrame(rows).T.rename_axis("parameters")))
 
 # %% [markdown]
 # ## The chapters

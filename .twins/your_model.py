@@ -82,8 +82,6 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 import pandas as pd
 
 from sdpo_nb.plan import defaults_table
-from sdpo_nb.trainer import tokens_that_fit
-from transformers import LlamaConfig
 
 # %% [markdown]
 # ## All settings
@@ -92,49 +90,10 @@ from transformers import LlamaConfig
 pd.set_option("display.max_colwidth", None)
 defaults_table()
 
-
 # %% [markdown]
 # ## What fits?
 #
-# Full fine-tuning keeps weights, gradients and two moments of AdamW in fp32: 16 bytes per parameter, before a single token is read. What is left of the memory decides how many tokens a forward pass may have. [Chapter 06](06_trainer.ipynb) counts them, on models that are not loaded. "Recomputed" is
-# `gradient_checkpointing`, which keeps less and computes more. A T4 is too old for the fast kernel of attention (`flash`), so it is planned with the slower one (`padded`). These numbers are planned, not yet measured on these cards; the cell below takes two minutes. `sdpo run` prints its own plan, and stops at once where it cannot fit.
-
-# %%
-def shape(hidden, inner, layers, heads, key_heads, vocabulary):
-    "A model that is only described."
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=vocabulary,
-        tie_word_embeddings=True,
-    )
-
-models = {
-    "135M": shape(576, 1536, 30, 9, 3, 49152),
-    "360M": shape(960, 2560, 32, 15, 5, 49152),
-    "1.2B": shape(2048, 8192, 16, 32, 8, 128256),
-}
-cards = { # GB, precision, kernel
-    "T4, 15 GB, fp16": (15, "fp16", "padded"),
-    "L4, 24 GB, bf16": (24, "bf16", "flash"),
-    "A100 or H100, 80 GB, bf16": (80, "bf16", "flash"),
-}
-
-def fitting(model, gib, precision, kernel):
-    "Tokens of a forward pass, in words."
-    kept = tokens_that_fit(model, gib * 2**30, precision, kernel, False)
-    recomputed = tokens_that_fit(model, gib * 2**30, precision, kernel, True)
-    if not recomputed: return "does not fit"
-    return f"{kept:,} ({recomputed:,} recomputed)" if kept else f"only recomputed: {recomputed:,}"
-
-
-# %%
-#| slow
-rows = {card: {name: fitting(model, *how) for name, model in models.items()} for card, how in cards.items()}
-pd.DataFrame(rows).rename_axis("tokens in a forward pass")
+# Full fine-tuning keeps 16 bytes per parameter, before a single token is read, and what is left of the memory decides how many tokens a forward pass may have: the [first page](index.ipynb) has a table of models and cards. A card chooses this budget itself. `sdpo run` prints its plan, and stops at once where it cannot fit.
 
 # %% [markdown]
 # ## What to look at afterwards

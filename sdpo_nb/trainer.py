@@ -8,9 +8,9 @@ __all__ = ['USUAL_BUDGET', 'SCHEDULES', 'SLACK', 'LOOK_AT', 'GIB', 'KERNELS', 'M
            'trained_weights', 'make_optimizer', 'Trainer', 'setting', 'check_settings', 'TrainConfig', 'epoch_order',
            'all_batches', 'learning_rate', 'batch_logprobs', 'check_same_twice', 'per_root_token', 'rounding_limit',
            'check_table', 'activation_checkpointing', 'return_large_blocks', 'kept_bytes', 'trained_numbers',
-           'memory_plan', 'tokens_that_fit', 'fit', 'free_memory', 'peak_memory', 'plan_for', 'as_line', 'check_memory',
-           'wants_compiling', 'compile_for', 'why_not_same_bits', 'save_checkpoint', 'read_checkpoint',
-           'load_checkpoint', 'MetricsLog', 'train_stage']
+           'memory_plan', 'share_of_responses', 'tokens_that_fit', 'fit', 'free_memory', 'peak_memory', 'plan_for',
+           'as_line', 'check_memory', 'wants_compiling', 'compile_for', 'why_not_same_bits', 'save_checkpoint',
+           'read_checkpoint', 'load_checkpoint', 'MetricsLog', 'train_stage']
 
 # %% ../nbs/06_trainer.ipynb #ac302dad
 import copy, ctypes, functools, hashlib, inspect, json, math, numbers, os, sys, time, warnings, zipfile
@@ -604,14 +604,14 @@ def memory_plan(
     kernel: str="cpu",     # how it attends: cpu, padded or flash
     piece: int=None,       # bytes of one piece of logits; default: a CPU's
     lora=None,             # the LoraConfig of adapters, if these are trained (chapter 09)
+    responses: float=0.5,  # share of the tokens that are responses; `share_of_responses` of pairs
 ) -> dict:                 # name -> GiB
-    """Memory of a training step, beyond the process itself. Takes half of the tokens to be responses,
-    and layers to be as they are, not compiled."""
+    "Memory of a training step, beyond the process itself. Takes layers to be as they are, not compiled."
     tokens = train.token_budget or USUAL_BUDGET
     n, kept = kept_bytes(config, tokens, precision, kernel, train.gradient_checkpointing, lora)
     trained = trained_numbers(config, lora) if lora else n
     text = config.get_text_config()
-    all_logits = 4 * text.vocab_size * tokens // 2          # half of the tokens are responses
+    all_logits = int(4 * text.vocab_size * tokens * responses)
     logits = 3 * min(all_logits, piece or piece_bytes("cpu"))
     output_gradient = 0 if lora else 4 * text.vocab_size * text.hidden_size
     layer = 0            # what a recomputed layer keeps while its turn lasts; the logits are gone by then
@@ -629,6 +629,12 @@ def memory_plan(
     )
     return {name: size / GIB for name, size in found.items()}
 
+def share_of_responses(
+    pairs,    # tokenised pairs
+) -> float:   # in 0..1
+    "How many of the tokens of a packed row are responses. These have logits."
+    return float(pair_tokens(pairs, responses=True).sum() / pair_tokens(pairs).sum())
+
 # %% ../nbs/06_trainer.ipynb #f50cf914
 MOST = 65_536   # tokens in a forward pass; more are not faster
 _PLANNED = 0.85 # the share of a card's memory that a plan may fill
@@ -640,11 +646,12 @@ def tokens_that_fit(
     kernel: str,           # how it attends: padded or flash
     recompute: bool=False, # gradient checkpointing
     lora=None,             # the LoraConfig of adapters, if these are trained
+    responses: float=0.5,  # share of the tokens that are responses
 ) -> int:
     "Tokens of a forward pass with gradients that go into this many bytes; in thousands, at most `MOST`."
     def need(tokens):
         train = TrainConfig(token_budget=tokens, gradient_checkpointing=recompute)
-        return GIB * sum(memory_plan(config, train, precision, kernel, memory // 16, lora).values())
+        return GIB * sum(memory_plan(config, train, precision, kernel, memory // 16, lora, responses).values())
     few, many = need(2048), need(4096)
     each = (many - few) / 2048
     room = _PLANNED * memory - few
@@ -671,7 +678,7 @@ def fit(
     lora = getattr(model, "peft_config", {}).get("default")
     ways = [True] if config.gradient_checkpointing else [False, True]
     for recompute in ways:
-        budget = tokens_that_fit(model.config, memory, precision, kernel, recompute, lora)
+        budget = tokens_that_fit(model.config, memory, precision, kernel, recompute, lora, share_of_responses(pairs))
         if budget >= longest: break
     if recompute and not config.gradient_checkpointing:
         print(f"activations are recomputed: without that, {memory / GIB:.0f} GiB do not hold "
@@ -714,13 +721,14 @@ def plan_for(
     precision: str,     # of the forward pass: fp32, bf16 or fp16
     device,             # of the model
     lora=None,          # the LoraConfig of adapters, if these are trained
+    responses: float=0.5, # share of the tokens that are responses
 ) -> dict:              # name -> GiB
     """The memory plan on this device. On a card that chooses its token budget itself, that of the usual one,
     with activations recomputed where `fit` would recompute them."""
-    if torch.device(device).type != "cuda": return memory_plan(config, train, precision, lora=lora)
+    if torch.device(device).type != "cuda": return memory_plan(config, train, precision, lora=lora, responses=responses)
     new_card = torch.cuda.get_device_capability(device) >= (8, 0)
     kernel = "flash" if precision != "fp32" and new_card else "padded"
-    def plan(train): return memory_plan(config, train, precision, kernel, piece_bytes(device), lora)
+    def plan(train): return memory_plan(config, train, precision, kernel, piece_bytes(device), lora, responses)
     kept = plan(train)
     room = _PLANNED * torch.cuda.get_device_properties(device).total_memory / GIB
     if train.token_budget or sum(kept.values()) <= room: return kept

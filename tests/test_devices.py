@@ -247,7 +247,7 @@ FAULTS = {} # found by the walk and still there: name -> what mixes
 
 NOT_WALKED = {
     "no model and no tensor of a policy": """check_prompts padded_tokens autocast load_model load_config stored_dtype load_tokenizer pick_precision memory_ended keys_of pair_tokens Clock progress pairs_hash write_json write_lines lines_of read_table
-        micro_batches ahead certificate Row packed_tokens piece_bytes setting TrainConfig check_settings check_one_process make_accelerator cut kept_bytes trained_numbers memory_plan tokens_that_fit return_large_blocks free_memory peak_memory
+        micro_batches ahead certificate Row packed_tokens piece_bytes setting TrainConfig check_settings check_one_process make_accelerator cut kept_bytes trained_numbers memory_plan share_of_responses tokens_that_fit return_large_blocks free_memory peak_memory
         plan_for as_line check_memory wants_compiling epoch_order all_batches learning_rate check_same_twice MetricsLog bootstrap interval as_text excess plot_frontier win_rate
         forgetting stability failure_signs ends_above answer edit_distance true_reward split_of make_prompts misled demonstration make_tokenizer make_model prompt_ids text_of source_prompts
         world_texts content_hash complaint skipped_without World load_world load_base EnumerableWorld enumerable_world""",

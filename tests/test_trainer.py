@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import Dataset
 from transformers import AutoConfig
 
 from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb import trainer
-from sdpo_nb.trainer import MOST, TrainConfig, all_batches, check_memory, check_same_twice, fit, free_memory, learning_rate, memory_plan, per_root_token, plan_for, rounding_limit, tokens_that_fit, train_stage, trainable
+from sdpo_nb.trainer import MOST, TrainConfig, all_batches, check_memory, check_same_twice, fit, free_memory, learning_rate, memory_plan, per_root_token, plan_for, rounding_limit, share_of_responses, tokens_that_fit, train_stage, trainable
 from sdpo_nb.world import load_world
 from tiny import perturbed
 
@@ -303,6 +304,19 @@ def test_the_longest_pair_decides_wherever_it_stands(card, capsys, logprobs):
     assert asked(of_length(kept, 100, 100))[:2] == (most, True)
     _, recomputed, (first, second) = asked(of_length(most, 100, 100))
     assert recomputed and first.startswith("activations are recomputed") and second.startswith("memory may not be enough") and str(most) in second
+
+
+def test_a_plan_knows_how_many_tokens_are_responses(card):
+    mostly_prompts, mostly_responses = [of_length(18, 1, 1)] * 9, [of_length(2, 8, 10), of_length(4, 7, 9)]
+    assert share_of_responses(mostly_prompts) == 0.1 and share_of_responses(mostly_responses) == 34 / 40
+    assert share_of_responses(Dataset.from_list(mostly_responses)) == 34 / 40
+    config = AutoConfig.for_model("llama", vocab_size=50_000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    few, many = (memory_plan(config, TrainConfig(token_budget=1024), piece=2**40, responses=share) for share in (0.1, 0.85))
+    assert many["logits"] == pytest.approx(8.5 * few["logits"], rel=1e-3) and {k: v for k, v in few.items() if k != "logits"} == {k: v for k, v in many.items() if k != "logits"}
+    assert plan_for(config, TrainConfig(), "fp32", "cuda", responses=0.85)["logits"] > plan_for(config, TrainConfig(), "fp32", "cuda", responses=0.1)["logits"]
+    card.memory = 12 * 2**30
+    small, large = (fit(SimpleNamespace(device=torch.device("cuda"), config=config), pairs, TrainConfig(), "fp32", packed_logprobs).token_budget for pairs in (mostly_responses, mostly_prompts))
+    assert small == tokens_that_fit(config, card.memory, "fp32", "padded", responses=0.85) < large == tokens_that_fit(config, card.memory, "fp32", "padded", responses=0.1)
 
 
 def test_a_plan_recomputes_where_the_card_would(card):
