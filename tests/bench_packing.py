@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench_first_look import processor
 from sdpo_nb.logprobs import autocast, load_model, load_tokenizer, micro_batches, pick_precision, response_logprobs, score_pairs
 from sdpo_nb.packing import choose_logprobs, compile_layers, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
@@ -113,8 +114,13 @@ def flops(f, *args):
     return counter.get_total_flops() / BATCH
 
 
-def matmul_peak(): # FLOP/s of the best of a few square products
-    a, b = torch.randn(2, 2048, 2048)
+def made(): # on what, when, from which code
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    return dict(processor=processor(torch.device("cpu")), cores=os.cpu_count(), date=time.strftime("%Y-%m-%d"), commit=commit, versions={p: version(p) for p in ("torch", "transformers", "trl", "accelerate")})
+
+
+def matmul_peak(precision): # FLOP/s of the best of a few square products
+    a, b = torch.randn(2, 2048, 2048, dtype=getattr(torch, dict(fp32="float32", bf16="bfloat16")[precision]))
     return max(2 * 2048**3 / timed(torch.mm, a, b) for _ in range(8))
 
 
@@ -149,7 +155,7 @@ def measure(source, precision):
     chosen = list(dict.fromkeys([*to_the_end, "padded, 8", "TRL, 8, checkpointing"]))
     seconds, reference, peak = {n: [] for n in chosen}, {n: [] for n in chosen}, []
     for i, batch in enumerate(batches):
-        peak.append(matmul_peak())
+        peak.append(matmul_peak(precision))
         now = [n for n in chosen if i < 2 or n in to_the_end]
         for name in now: seconds[name].append(run(name, batch))
         for name in now if i < 4 else []: reference[name].append(timed(sides[name].reference, batch))
@@ -160,8 +166,7 @@ def measure(source, precision):
     rows = {n: dict(steps=len(seconds[n]), step=float(np.median(seconds[n])), reference=float(np.median(reference[n])), gflop_per_pair=work[n] / 1e9,
                     slower=interval(over(seconds, n)), slower_than_compiled=interval(over(seconds, n, "packed, compiled")), reference_slower=interval(over(reference, n)),
                     of_peak=work[n] * BATCH / seconds[n][0] / peak[0]) for n in chosen}
-    made = dict(cpu=platform.processor() or platform.machine(), avx512_bf16=torch.cpu._is_avx512_bf16_supported(), torch=version("torch"), trl=version("trl"))
-    return dict(made=made, screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), best_compiled_trl=best("compiled TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
+    return dict(made=made(), screen=screen, rows=rows, best_padded=best("padded"), best_trl=best("TRL"), best_compiled_trl=best("compiled TRL"), matmul_gflops=float(np.median(peak)) / 1e9,
                 pairs=len(pairs), tokens_per_pair=float(np.mean([packed_logprobs.tokens([p]) for p in pairs])))
 
 
@@ -267,7 +272,7 @@ def whole(side):
         losses = run.metrics["loss"].tolist()
     else: losses = by_hand(raw, folder, int(side.split(", ")[1]), "checkpointing" in side)
     shutil.rmtree(folder)
-    return dict(seconds=time.perf_counter() - start, gib=peak_resident(), losses=losses)
+    return dict(made=made(), seconds=time.perf_counter() - start, gib=peak_resident(), losses=losses)
 
 
 def by_hand(raw, folder, size, checkpointing):
