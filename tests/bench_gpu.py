@@ -25,7 +25,7 @@ sizes are other shapes: no plan of cuDNN is inherited.
 GiB is the peak of a step, weights included.
 CUBLAS_WORKSPACE_CONFIG is set throughout: on an H100 it is what PyTorch takes anyway.
 """
-import contextlib, gc, json, logging, math, os, signal, subprocess, sys, tempfile, time, traceback, warnings
+import contextlib, gc, json, logging, math, os, re, signal, subprocess, sys, tempfile, time, traceback, warnings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ |= dict(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
@@ -115,9 +115,10 @@ class Compiler(logging.Handler):
         if graphs or inductor: self.phases[self.phase] = dict(graphs=graphs, seconds=seconds, inductor=inductor)
         self.phase, self.since = phase, now
     def emit(self, record):
-        first, *rest = [line.strip(" -") for line in record.getMessage().splitlines()]
-        reasons = [line for line in rest if not line.startswith("triggered by")]
-        self.again.append(f"{self.phase}: {first.removeprefix('Recompiling function ').split(' in ')[0]}: {'; '.join(reason[:300] for reason in reasons)}")
+        first, *rest = [" ".join(line.strip(" -").split()) for line in record.getMessage().splitlines()]
+        failed = [line.partition("#") for line in rest if re.match(r"\d+/\d+: ", line)] # the graphs there were, and the guard of each that failed
+        reasons = [guard.strip()[:160] + f" #{where[-90:]}" * bool(where) for guard, _, where in failed] or rest
+        self.again.append(f"{self.phase}: {first.removeprefix('Recompiling function ').split(' in ')[0]}: {'; '.join(reasons)}")
     def about(self):
         self.at(None)
         return dict(recompilations=len(self.again), recompiled=self.again, compiler=self.phases)
