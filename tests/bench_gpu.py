@@ -8,13 +8,13 @@ Needed: the package, TRL, one card and a small file of token ids. No model, no t
     python tests/bench_gpu.py show [RESULTS]   the results, as tables
 
 On an H200 it took 249 s of 465: HH on 135M 88 s, UltraFeedback on 135M 59 s, on 1.2B 82 s. Since then a row of TRL with compiled layers has come, and the strict form of the same bits is compiled
-for itself: some 20 s more in each. Rows are printed and stored as they come. What does not fit is stored as "skipped: time": optional rows (TRL compiled, checkpointing,
+for itself: some 20 s more in each are expected, not measured yet. Rows are printed and stored as they come. What does not fit is stored as "skipped: time": optional rows (TRL compiled, checkpointing,
 and the same bits without compiling) past their setting's share, and any row that would leave later settings less than 70 % of theirs. A row that gets slow times fewer steps.
 
 What is compared. A step is plan or collator, copies to the card, forward, backward, clipping and fused AdamW on 32 pairs, from lists of ids; fp32 weights, bf16 autocast.
 The reference is precomputed on both sides: uniform over the vocabulary, -n ln V, so that no pair is scored before its turn. TRL runs as its `train` runs it: the model is prepared by
 its Accelerator (without that there is no autocast), its own collator and training step; its metrics are part of it. Our token budget is the one that a run would choose from the card's memory
-("budget"; a budget set by hand is not measured). "TRL, 32, compiled" has layers compiled as ours are; "x TRL" goes by the best of TRL's other rows, which is what its users have.
+("budget"; one set by hand is not measured). "TRL, 32, compiled" has layers compiled as ours are; "x TRL" goes by the best of TRL's other rows, which is what its users have.
 Batches: pairs are sorted by length, and every batch gets one of each stratum. So all batches have nearly the same tokens, but other lengths: each timed step's batch is new to its side.
 Sides take disjoint batches until all pairs are used; then pairs are dealt anew into other batches (`dealt` counts that; optional rows come last). Shared by all sides are the weights, which every
 row has anew, and the warm-up batch, whose loss before any step ("loss") shows that all sides compute the same; and two batches of the reference pass, the first untimed. Micro-batches of other
@@ -305,7 +305,8 @@ def measure_steps(row, compiler, side, warm, batches, steps, references):
     compiler.at("first step")
     first, loss = timed(step, side.ready(warm))
     compiler.at("steps")
-    row.update(first=first, loss=float(loss))
+    row.update(first=first)
+    row.setdefault("loss", float(loss))                  # of the untouched weights, also where memory ended later and all begins again
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     while len(seconds) < steps and not (seconds and time.perf_counter() - began > ROW_SECONDS / 2):
         batch = batches()
