@@ -53,7 +53,7 @@ def test_a_dry_run_stores_what_the_book_reads(tmp_path):
     assert "grad_mode" in theirs["recompiled"][0] and theirs["compiler"]["compile"]["graphs"] > 1
     assert ours["best_trl"] in ("TRL, 4", "TRL, 2") and rows[ours["best_trl"]]["times_trl"] == 1
     losses = [row["loss"] for row in rows.values()]
-    assert max(losses) - min(losses) < 2e-3              # one batch, the same weights, before any step
+    assert max(losses) - min(losses) < 5e-4              # one batch, the same weights, before any step: three steps change it by 2e-3
     assert ours["budget"] == rows["ours"]["budget"] == USUAL_BUDGET # a CPU does not choose; `fit` does it by a card's memory
     assert [name for name, row in rows.items() if row.get("strict")] == ["ours, compiled, same bits", "ours, same bits"]
     assert all(row["same_bits_again"] for name, row in rows.items() if name.startswith("ours"))
