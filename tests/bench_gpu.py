@@ -4,40 +4,46 @@ Needed: the package, TRL, one card and a small file of token ids. No model, no t
 
     python tests/bench_gpu.py prepare [FILE]   where tokenizer and data are (SDPO_MODEL, SDPO_DATA): writes runs/gpu_ids.parquet, 1.3 MiB, in ten seconds; needs no card
     python tests/bench_gpu.py all [FILE]       on the card; SDPO_RESULTS names another file for the results, SDPO_COMMIT the commit where there is no git
-    python tests/bench_gpu.py dry [FILE]       the same path on a CPU, in under a minute: a tiny model, few pairs, random ids where FILE is missing; results in a temporary file
+    python tests/bench_gpu.py dry [FILE [N]]   the same path on a CPU, in two or three minutes: a tiny model, few pairs, random ids where FILE is missing; the first N settings, if not both; results in a temporary file or SDPO_RESULTS
     python tests/bench_gpu.py show [RESULTS]   the results, as tables
 
-On an H100, by what was measured before: imports, matmul and equality half a minute; HH on 135M one minute and a half (a step takes 0.1 to 0.2 s here, 0.8 to 1 s in TRL; three sides are compiled,
-10 to 15 s each); UltraFeedback on 135M two minutes; on 1.2B two and a half. Rows are printed and stored as they come. What does not fit is stored as "skipped: time": optional rows (checkpointing,
+On an H200 it took 249 s of 465: HH on 135M 88 s, UltraFeedback on 135M 59 s, on 1.2B 82 s. Since then a row of TRL with compiled layers has come, and the strict form of the same bits is compiled
+for itself: some 20 s more in each are expected, not measured yet. Rows are printed and stored as they come. What does not fit is stored as "skipped: time": optional rows (TRL compiled, checkpointing,
 and the same bits without compiling) past their setting's share, and any row that would leave later settings less than 70 % of theirs. A row that gets slow times fewer steps.
 
 What is compared. A step is plan or collator, copies to the card, forward, backward, clipping and fused AdamW on 32 pairs, from lists of ids; fp32 weights, bf16 autocast.
 The reference is precomputed on both sides: uniform over the vocabulary, -n ln V, so that no pair is scored before its turn. TRL runs as its `train` runs it: the model is prepared by
-its Accelerator (without that there is no autocast), its own collator and training step; its metrics are part of it.
+its Accelerator (without that there is no autocast), its own collator and training step; its metrics are part of it. Our token budget is the one that a run would choose from the card's memory
+("budget"; one set by hand is not measured). "TRL, 32, compiled" has layers compiled as ours are; "x TRL" goes by the best of TRL's other rows, which is what its users have.
 Batches: pairs are sorted by length, and every batch gets one of each stratum. So all batches have nearly the same tokens, but other lengths: each timed step's batch is new to its side.
-Sides take disjoint batches until all pairs are used; then pairs are dealt anew into other batches (`dealt` counts that; optional rows come last). Shared by all sides are the warm-up batch,
-whose loss ("loss") shows that all sides compute the same, and two batches of the reference pass, the first untimed. Micro-batches of other sizes are other shapes: no plan of cuDNN is inherited.
+Sides take disjoint batches until all pairs are used; then pairs are dealt anew into other batches (`dealt` counts that; optional rows come last). Shared by all sides are the weights, which every
+row has anew, and the warm-up batch, whose loss before any step ("loss") shows that all sides compute the same; and two batches of the reference pass, the first untimed. Micro-batches of other
+sizes are other shapes: no plan of cuDNN is inherited.
 "Useful" work is 6 x parameters x packed tokens, for TRL too; rows are compared by tokens a second. "first" is the warm-up step, "new" the first timed one, "plan" what is made on the host;
-"compile" is cold in the first row of a new machine, later rows find the compiler's files; "same bits" asks whether a gradient comes out alike twice. GiB is the peak of a step, weights included.
+"compile" is cold in the first row of a new machine, later rows find the compiler's files; "again" counts recompilations, whose phases and reasons are stored ("compiler", "recompiled"), and said below a row.
+One is known: where tokens x hidden size pass 5 x 2^20, Inductor wants other kernels (mix-order reductions; 9,103 tokens of 135M, 2,560 of 1.2B), and `compile_layers` tries a row of 151.
+"Same bits" asks whether a gradient comes out alike twice. Rows named so run in the strict form where the model can bear it, as a stage does; else "why_not_strict" says which operation has none.
+GiB is the peak of a step, weights included.
 CUBLAS_WORKSPACE_CONFIG is set throughout: on an H100 it is what PyTorch takes anyway.
 """
-import contextlib, gc, json, math, os, signal, subprocess, sys, tempfile, time, traceback, warnings
+import contextlib, gc, json, logging, math, os, re, signal, subprocess, sys, tempfile, time, traceback, warnings
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ |= dict(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 BEGAN = time.perf_counter()
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from torch._dynamo.utils import compile_times, counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sdpo_nb.logprobs import LogprobTable, autocast, pick_precision, prepared, response_logprobs, same_bits, write_json
 from sdpo_nb.packing import choose_logprobs, compile_layers, packed_logprobs, packed_tokens
-from sdpo_nb.trainer import TrainConfig, activation_checkpointing, batch_gradients, cut, make_accelerator, trainable
+from sdpo_nb.trainer import USUAL_BUDGET, TrainConfig, activation_checkpointing, batch_gradients, cut, fit, make_accelerator, trainable, why_not_same_bits
 
 SECONDS = 465                                            # for everything, so that eight minutes hold the start of Python, too
 ROW_SECONDS = 60                                         # for one row: after half of them no further step is timed, after all of them it is given up
@@ -61,14 +67,13 @@ SHAPES = {
 class Setting:
     source: str
     shape: str
-    budget: int             # tokens of a forward pass here; halved where memory ends
     steps: int              # timed
     share: int              # seconds; past them optional rows are skipped, and rows that would take most of a later setting's
     batch: int = 32         # pairs of an optimizer step
     sizes: tuple = (16, 8, 32, 4) # micro-batches of TRL
 
-ON_CARD = [Setting("hh_harmless", "135M", 65536, 4, 120), Setting("ultrafeedback_binarized", "135M", 65536, 4, 150), Setting("ultrafeedback_binarized", "1.2B", 16384, 3, 160)]
-DRY = [Setting("hh_harmless", "tiny", 1024, 2, 60, 4, (4, 2)), Setting("ultrafeedback_binarized", "tiny", 1024, 1, 0, 4, (4, 2))] # no time for the second one's optional rows
+ON_CARD = [Setting("hh_harmless", "135M", 4, 120), Setting("ultrafeedback_binarized", "135M", 4, 150), Setting("ultrafeedback_binarized", "1.2B", 3, 160)]
+DRY = [Setting("hh_harmless", "tiny", 2, 300, 4, (4, 2)), Setting("ultrafeedback_binarized", "tiny", 1, 0, 4, (4, 2))] # no time for the second one's optional rows
 
 class TimeUp(BaseException): "No Exception: the package would take it for a compiler's."
 
@@ -90,6 +95,34 @@ def timed(f, *args):
     out = f(*args)
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter() - start, out
+
+class Compiler(logging.Handler):
+    "What torch.compile does while a row is measured: graphs and seconds of each phase, and why something was compiled again."
+    def __init__(self):
+        super().__init__()
+        torch._logging.set_logs(recompiles=True)         # what TORCH_LOGS=recompiles prints comes here instead
+        log = logging.getLogger("torch._dynamo.guards.__recompiles")
+        log.handlers, log.propagate = [self], False
+        self.begin()
+    def begin(self): self.phases, self.again, self.phase, self.since = {}, [], "compile", self.now()
+    def now(self):
+        "Graphs, seconds with and without Dynamo; some versions count anew after a reset."
+        seconds = dict(zip(*compile_times(repr="csv", aggregate=True)))
+        return counters["stats"]["unique_graphs"], *(float(seconds.get(name) or 0) for name in ("_compile.compile_inner", "compile_fx_inner"))
+    def at(self, phase):
+        "This phase begins, and the one before has ended."
+        now = self.now()
+        graphs, seconds, inductor = (b - a if b >= a else b for a, b in zip(self.since, now))
+        if graphs or inductor: self.phases[self.phase] = dict(graphs=graphs, seconds=seconds, inductor=inductor)
+        self.phase, self.since = phase, now
+    def emit(self, record):
+        first, *rest = [" ".join(line.strip(" -").split()) for line in record.getMessage().splitlines()]
+        failed = [line.partition("#") for line in rest if re.match(r"\d+/\d+: ", line)] # the graphs there were, and the guard of each that failed
+        reasons = [guard.strip()[:160] + f" #{where[-90:]}" * bool(where) for guard, _, where in failed] or rest
+        self.again.append(f"{self.phase}: {first.removeprefix('Recompiling function ').split(' in ')[0]}: {'; '.join(reasons)}")
+    def about(self):
+        self.at(None)
+        return dict(recompilations=len(self.again), recompiled=self.again, compiler=self.phases)
 
 def free():
     gc.collect()
@@ -157,39 +190,47 @@ def uniform_table(pairs, vocabulary):
     numbers = {side: [-len(p[f"{side}_ids"]) * math.log(vocabulary) for p in pairs] for side in ("chosen", "rejected")}
     return LogprobTable({}, pd.DataFrame(numbers, index=[p["key"] for p in pairs], dtype="float32"))
 
+def compiling(model, logprobs, precision, checkpointing=False):
+    "Compile the layers; seconds. Nothing of the side before helps, but for the compiler's files."
+    torch.compiler.reset()
+    seconds, why = timed(compile_layers, model, logprobs, precision, checkpointing)
+    if why: raise RuntimeError(f"not compiled: {why}")
+    return seconds
+
 class Ours:
-    "The package's way through a step. Its API, but for the choice of `logprobs`, is used here only."
-    def __init__(self, model, table, precision, logprobs, budget, compiled=False, deterministic=False, checkpointing=False):
+    "The package's way through a step, in the order of `train_stage`. Its API, but for the choice of `logprobs` and of the budget, is used here only."
+    def __init__(self, model, table, precision, logprobs, config, compiled=False, deterministic=False):
         self.model, self.table, self.precision, self.logprobs, self.deterministic = trainable(model), table, precision, logprobs, deterministic
-        self.config = TrainConfig(beta=BETA, token_budget=budget, gradient_checkpointing=checkpointing)
+        self.config = replace(config)                    # a copy: `smaller` changes it
         self.accelerator = make_accelerator(precision, model.device)
-        activation_checkpointing(model, checkpointing)
-        self.about = dict(logprobs=logprobs.__name__)
-        if not compiled: return
-        torch.compiler.reset()                           # nothing of the side before helps, but for the compiler's files
-        with same_bits(model.device, deterministic): seconds, why = timed(compile_layers, model, logprobs, precision, checkpointing)
-        if why: raise RuntimeError(f"not compiled: {why}")
-        self.about["compile"] = seconds
+        activation_checkpointing(model, config.gradient_checkpointing)
+        self.about = dict(logprobs=logprobs.__name__, budget=config.token_budget or USUAL_BUDGET, checkpointing=config.gradient_checkpointing)
+        seconds = compiling(model, logprobs, precision, config.gradient_checkpointing) if compiled else 0
+        strict, why = timed(why_not_same_bits, model.train(), logprobs, precision) if deterministic else (0, None) # of compiled layers: the switch has them compiled again
+        self.strict = deterministic and why is None      # the flash kernel computes the same bits in the strict form only
+        if compiled: self.about["compile"] = seconds + strict
+        if deterministic: self.about |= dict(strict=self.strict, why_not_strict=why)
     def ready(self, batch): return batch
     def parts(self, batch): return prepared(self.model, cut(batch, self.config, self.logprobs), self.logprobs)
     def plan(self, batch): return list(self.parts(batch))
     def gradients(self, batch):
         self.model.train()
-        with same_bits(self.model.device, self.deterministic):
+        with same_bits(self.model.device, self.deterministic, self.strict):
             return batch_gradients(self.model, batch, self.table, self.config, self.accelerator, self.precision, self.logprobs)["loss"]
     def reference(self, batch):
         self.model.eval()
-        with torch.no_grad(), same_bits(self.model.device, self.deterministic), autocast(self.model.device, self.precision):
+        with torch.no_grad(), same_bits(self.model.device, self.deterministic, self.strict), autocast(self.model.device, self.precision):
             for _, inputs in self.parts(batch): self.logprobs(self.model, inputs)
     def smaller(self):
         "After memory has ended: half the budget, if that can help."
-        self.config.token_budget //= 2
-        self.about["budget"] = self.config.token_budget
-        return self.config.token_budget >= 1024
+        self.config.token_budget = self.about["budget"] = self.about["budget"] // 2
+        return self.about["budget"] >= 1024
 
 class TRL:
     "DPOTrainer, with a precomputed reference. `ready` is what its dataset holds, and is not timed."
-    def __init__(self, trainer, table, size): self.trainer, self.model, self.table, self.size, self.about = trainer, trainer.model, table, size, {}
+    def __init__(self, trainer, table, size, compiled=None): # compiled: the precision for which its layers are
+        self.trainer, self.model, self.table, self.size, self.about = trainer, trainer.model, table, size, {}
+        if compiled: self.about["compile"] = compiling(self.model, response_logprobs, compiled)
     def ready(self, batch):
         references = zip(*(x.tolist() for x in self.table.lookup(batch)))
         return [p | dict(ref_chosen_logps=c, ref_rejected_logps=r) for p, (c, r) in zip(batch, references)]
@@ -253,7 +294,7 @@ def same_twice(side, batch):
     first, second = gradient(), gradient()
     return all(torch.equal(a, b) for a, b in zip(first, second))
 
-def measure_steps(row, side, warm, batches, steps, references):
+def measure_steps(row, compiler, side, warm, batches, steps, references):
     "Put the numbers of a side into its row, as they come."
     began, seconds, tokens = time.perf_counter(), [], []
     optimizer = torch.optim.AdamW(side.model.parameters(), lr=LR, weight_decay=0.0, fused=True)
@@ -262,8 +303,11 @@ def measure_steps(row, side, warm, batches, steps, references):
         torch.nn.utils.clip_grad_norm_(side.model.parameters(), CLIP)
         optimizer.step(); optimizer.zero_grad()
         return loss
+    compiler.at("first step")
     first, loss = timed(step, side.ready(warm))
-    row.update(first=first, loss=float(loss))
+    compiler.at("steps")
+    row.update(first=first)
+    row.setdefault("loss", float(loss))                  # of the untouched weights, also where memory ended later and all begins again
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     while len(seconds) < steps and not (seconds and time.perf_counter() - began > ROW_SECONDS / 2):
         batch = batches()
@@ -272,17 +316,20 @@ def measure_steps(row, side, warm, batches, steps, references):
     median, rate = float(np.median(seconds)), float(np.median(np.divide(tokens, seconds)))
     row.update(step=median, steps=seconds, tokens=tokens, first_new=seconds[0], pairs_per_second=len(warm) / median, tokens_per_second=rate, peak_gib=allocated(peak=True))
     row.update(plan=timed(side.plan, side.ready(batch))[0])
+    compiler.at("reference")
     for batch in references: row.update(reference=timed(side.reference, side.ready(batch))[0]) # the last one stays
+    compiler.at("same bits")
     if isinstance(side, Ours): row.update(same_bits_again=same_twice(side, side.ready(warm)))
 
-def make_row(seconds, make, *args):
+def make_row(seconds, compiler, make, *args):
     "One row, whatever happens: memory that ends, an error, time that is up. `make` builds the side; what was measured before the end stays."
     side, row, began = None, dict(step=None), time.perf_counter()
+    compiler.begin()
     try:
         with limit(seconds):
             side = make()
             while True:
-                try: measure_steps(row, side, *args); break
+                try: measure_steps(row, compiler, side, *args); break
                 except torch.OutOfMemoryError:
                     if row["step"] or not side.smaller(): raise
                 side.model.zero_grad(); free()
@@ -294,13 +341,13 @@ def make_row(seconds, make, *args):
     if side:
         side.model.zero_grad()
         row.update(side.about)
-    return row | dict(all_seconds=time.perf_counter() - began)
+    return row | compiler.about() | dict(all_seconds=time.perf_counter() - began)
 
 
 # The table
 
 COLUMNS = {"s/step": ("step", "{:.3f}"), "pairs/s": ("pairs_per_second", "{:.1f}"), "TFLOP/s": ("useful_tflops", "{:.2f}"), "of peak": ("of_peak", "{:.1%}"), "GiB": ("peak_gib", "{:.1f}"), "first": ("first", "{:.2f}"),
-           "compile": ("compile", "{:.1f}"), "new": ("first_new", "{:.3f}"), "reference": ("reference", "{:.3f}"), "plan": ("plan", "{:.4f}"), "same bits": ("same_bits_again", "{}"), "loss": ("loss", "{:.4f}"), "x TRL": ("times_trl", "{:.2f}")}
+           "compile": ("compile", "{:.1f}"), "again": ("recompilations", "{}"), "new": ("first_new", "{:.3f}"), "reference": ("reference", "{:.3f}"), "plan": ("plan", "{:.4f}"), "same bits": ("same_bits_again", "{}"), "loss": ("loss", "{:.4f}"), "x TRL": ("times_trl", "{:.2f}")}
 
 def say(*words): print(*words, flush=True)
 def head(name): say(f"\n{name}\n{'':32}" + "".join(f"{c:>10}" for c in COLUMNS))
@@ -311,9 +358,9 @@ def line(name, row):
     return f"{name:32}" + "".join(f"{c:>10}" for c in cells) + (f"  {row['why']}" if row.get("why") else "")
 
 def compare(found):
-    "TRL's best row, and how many times its tokens a second every row makes."
+    "TRL's best row as TRL comes, not compiled, and how many times its tokens a second every row makes."
     rates = {name: r["tokens_per_second"] for name, r in found["rows"].items() if r["step"]}
-    theirs = {name: rate for name, rate in rates.items() if name.startswith("TRL")}
+    theirs = {name: rate for name, rate in rates.items() if name.startswith("TRL") and not name.endswith("compiled")}
     if not theirs: return
     found["best_trl"] = max(theirs, key=theirs.get)
     for name, rate in rates.items(): found["rows"][name]["times_trl"] = rate / theirs[found["best_trl"]]
@@ -365,7 +412,7 @@ def survive(found, keep, seconds, f, *args):
 
 def run(settings, path, results, device):
     torch.manual_seed(SEED)
-    precision = pick_precision("auto", device)
+    compiler, precision = Compiler(), pick_precision("auto", device)
     found = made(device, precision) | dict(matmul_tflops=matmul_peak(device), equality={}, settings={})
     def keep(): found["seconds"] = time.perf_counter() - BEGAN; write_json(results, found)
     keep()
@@ -377,10 +424,10 @@ def run(settings, path, results, device):
     for s in settings[:2]: survive(found, keep, 30, compare_ways, s)
     for i, s in enumerate(settings):
         later = 0.7 * sum(t.share for t in settings[i+1:])
-        survive(found, keep, None, measure, s, path, found, keep, device, precision, later)
+        survive(found, keep, None, measure, s, path, found, keep, device, precision, later, compiler)
     say(f"\n{results}: {time.perf_counter() - BEGAN:.0f} s in all")
 
-def measure(s, path, found, keep, device, precision, later):
+def measure(s, path, found, keep, device, precision, later, compiler):
     "All rows of a setting: what matters first, then what is optional. So many seconds are left to later settings."
     began = time.perf_counter()
     vocabulary = SHAPES[s.shape]["vocab_size"]
@@ -389,16 +436,18 @@ def measure(s, path, found, keep, device, precision, later):
     warm, *references = [batches() for _ in range(3)]
     model = random_model(s.shape, device)
     n = sum(p.numel() for p in model.parameters())
-    with limit(ROW_SECONDS): guard, logprobs = timed(choose_logprobs, model, warm, "auto", precision)
+    with limit(ROW_SECONDS):
+        guard, logprobs = timed(choose_logprobs, model, warm, "auto", precision)
+        configs = [fit(model, pairs, TrainConfig(beta=BETA, gradient_checkpointing=c), precision, logprobs) for c in (False, True)] # as a run lets the card choose
     del model; free()
-    here = dict(parameters=n, pairs=len(pairs), batch=s.batch, budget=s.budget, guard=guard, tokens_per_batch=float(np.mean([packed_tokens([p]) for p in pairs]) * s.batch), rows={})
+    here = dict(parameters=n, pairs=len(pairs), batch=s.batch, budget=configs[0].token_budget or USUAL_BUDGET, guard=guard, tokens_per_batch=float(np.mean([packed_tokens([p]) for p in pairs]) * s.batch), rows={})
     found["settings"][f"{s.source}, {s.shape}"] = here
-    head(f"{s.source}, {s.shape}: {n / 1e6:.0f}M parameters, {s.batch} pairs of {here['tokens_per_batch']:.0f} tokens a step, {logprobs.__name__}, guard {guard:.1f} s")
+    head(f"{s.source}, {s.shape}: {n / 1e6:.0f}M parameters, {s.batch} pairs of {here['tokens_per_batch']:.0f} tokens a step, {logprobs.__name__} by {here['budget']} tokens, guard {guard:.1f} s")
 
     def keep_row(name, make, references=(), optional=False):
         seconds = min(ROW_SECONDS, time_left() - later)
         late = seconds < 10 or optional and time.perf_counter() - began > s.share
-        row = dict(step=None, why="skipped: time") if late else make_row(seconds, make, warm, batches, s.steps, references)
+        row = dict(step=None, why="skipped: time") if late else make_row(seconds, compiler, make, warm, batches, s.steps, references)
         if row["step"]:
             useful = 6 * n * row["tokens_per_second"] / 1e12
             row |= dict(useful_tflops=useful, of_peak=useful / found["matmul_tflops"])
@@ -408,16 +457,21 @@ def measure(s, path, found, keep, device, precision, later):
         compare(here)
         here.update(dealt=batches.dealt, seconds=time.perf_counter() - began)
         keep(); say(line(name, row))
+        for why in row.get("recompiled", []):
+            if not why.startswith("compile: "): say(f"    compiled again in {why[:250]}") # in "compile", once for eval and once for train mode
 
-    def ours(**kind): return lambda: Ours(random_model(s.shape, device), table, precision, logprobs, s.budget, **kind)
+    def ours(checkpointing=False, **kind): return lambda: Ours(random_model(s.shape, device), table, precision, logprobs, configs[checkpointing], **kind)
     keep_row("ours, compiled", ours(compiled=True), references)
     keep_row("ours, compiled, same bits", ours(compiled=True, deterministic=True), references)
     keep_row("ours", ours(), references)
     theirs = []                                          # one trainer for all sizes of micro-batch
-    def trl(size):
+    def trl(size, compiled=None):
         if not theirs: theirs.append(trl_trainer(random_model(s.shape, device), precision))
-        return TRL(theirs[0], table, size)
+        theirs[0].model.load_state_dict(random_model(s.shape, device).state_dict()) # every row begins with the same weights
+        free()
+        return TRL(theirs[0], table, size, compiled)
     for size in s.sizes: keep_row(f"TRL, {size}", lambda: trl(size), references)
+    keep_row(f"TRL, {s.batch}, compiled", lambda: trl(s.batch, precision), references, optional=True)
     theirs.clear(); free()
     keep_row("ours, same bits", ours(deterministic=True), optional=True)
     keep_row("ours, compiled, checkpointing", ours(compiled=True, checkpointing=True), optional=True)
@@ -435,6 +489,7 @@ if __name__ == "__main__":
         run(ON_CARD, file, RESULTS, "cuda")
     elif verb == "dry":
         torch.set_num_threads(1)
-        run(DRY, file, Path(tempfile.mkdtemp()) / "gpu.json", "cpu")
+        ROW_SECONDS, SECONDS = 300, 900                  # a busy machine may be slow; nobody pays for it
+        run(DRY[:int(rest[1])] if rest[1:] else DRY, file, Path(os.environ.get("SDPO_RESULTS") or Path(tempfile.mkdtemp()) / "gpu.json"), "cpu")
     elif verb == "show": show(*rest)
     else: sys.exit(__doc__)
