@@ -1181,12 +1181,13 @@ def check_table(
     if apart <= limit: return apart
     nats = off.square().mean().sqrt().item()
     times = apart / limit
+    otherwise = ". Or, if you trust it, go on with precision = fp32: a run may, until its first update"
     raise ValueError(f"the table of reference log-probabilities is {nats:.2g} nats a response "
                      f"from what this model says in {precision}, "
                      f"{times:.0f} times as far as rounding allows: "
                      "it is of other weights, of other pairs, or was changed. "
                      "Remove it (in a run, the folder logprobs or reference that holds it) and start again: "
-                     "it is computed anew")
+                     f"it is computed anew{'' if precision == 'fp32' else otherwise}")
 
 
 # %% [markdown]

@@ -21,7 +21,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdpo_nb import benchmarks, evaluate, logprobs, loss, packing, trainer, world
+from sdpo_nb import benchmarks, evaluate, graded, in_memory, logprobs, lora, loss, mt_bench, packing, trainer, verify, world
 
 torch.set_num_threads(1)
 CARD, MIXED, REAL = "cuda:0", "same device|two (different )?devices", torch.zeros(2)
@@ -63,13 +63,20 @@ def real(array):
 
 def arange(*args, **kw): return torch.arange(*(number(a) if isinstance(a, Tensor) else a for a in args), **kw)
 def no_backward(loss, *args, **kw): pass
+def copied(x, numbers, *args):
+    "x.copy_(numbers), which may come from another device."
+    assert torch.broadcast_shapes(x.shape, numbers.shape) == x.shape
+    return x
+def moves(weight, cast):
+    "`model.float()` and `layer.to(device)`: a fake weight moves, and otherwise stays as it is."
+    weight.fake_device = cast.fake_device
 
 def check(f, *given):
     "What a custom operation (varlen_attn) asks of its tensors; fake ones do not ask it there."
     if len(devices := {str(x.device) for x in tree_leaves(given) if isinstance(x, Tensor)}) > 1: raise RuntimeError(f"two devices: {f} is given {devices}")
 
 ANSWERS = {Tensor.item: number, Tensor.__int__: number, Tensor.__bool__: number, Tensor.numpy: array, Tensor.__array__: array, Tensor.__getitem__: at,
-           Tensor.__invert__: torch.bitwise_not, Tensor.contiguous: torch.clone, Tensor.backward: no_backward, torch.arange: arange}
+           Tensor.__invert__: torch.bitwise_not, Tensor.contiguous: torch.clone, Tensor.backward: no_backward, Tensor.copy_: copied, torch.arange: arange}
 
 class Answering(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None):
@@ -86,7 +93,7 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, ask, lambda *args, answer=answer, **kw: answer)
     monkeypatch.setattr(torch, "from_numpy", real)
     monkeypatch.setattr(trainer, "trained_weights", lambda model: list(model.parameters()))   # fake weights want no gradient
-    monkeypatch.setattr(torch.utils, "swap_tensors", lambda weight, cast: None)   # `model.float()`: fake weights stay as they are
+    monkeypatch.setattr(torch.utils, "swap_tensors", moves)
     for module in (logprobs, packing):           # a fake weight is a FakeTensor, not a Parameter
         monkeypatch.setattr(module, "is_plain", lambda head: type(head) is torch.nn.Linear, raising=False)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Answering(): yield
@@ -148,6 +155,43 @@ def stage():
 def halves():
     m = model()
     with logprobs.autocast(m.device, "bf16"): return logprobs.half_weight(m)
+
+
+# Adapters, cells in memory, and answers.
+
+THIN = SimpleNamespace(lora_r=2, lora_alpha=4, lora_targets="q_proj,up_proj", seed=0)
+def adapted(): return lora.add_adapter(model(), THIN)
+def on_disk(folder):
+    "An adapter of the model, with real numbers, in the two files of PEFT."
+    with unset_fake_temporarily():
+        sizes = {"self_attn.q_proj": (32, 32), "mlp.up_proj": (32, 64)}
+        state = {f"model.layers.0.{name}.lora_{side}.weight": torch.ones(shape) for name, (i, o) in sizes.items() for side, shape in dict(A=(2, i), B=(o, 2)).items()}
+        lora.write_adapter(lora.Adapter(2, 4, ["q_proj", "up_proj"], state), folder)
+    return folder
+def real_file(path, load=lora.load_file):
+    with unset_fake_temporarily(): return load(path)
+def read():
+    with TemporaryDirectory() as folder, patch.object(lora, "load_file", real_file): return lora.read_adapter(on_disk(folder))
+def written():
+    "The adapter of a model on the card lies on the CPU, where its file is made."
+    with TemporaryDirectory() as folder, patch.object(lora, "save_file", lambda state, *args, **kw: [array(x) for x in state.values()]): lora.write_adapter(lora.adapter_of(adapted()), folder)
+def answers(m): return packing.packed_logprobs(m, PAIRS)
+
+def base():
+    "The trial for the same bits asks for gradients; it is walked on its own."
+    with patch.object(in_memory, "load_model", lambda *args: model()), patch.object(in_memory, "why_not_same_bits", lambda *args: None):
+        return in_memory.load_S("S", PAIRS, "bf16", "off")
+def in_place(table, **kw):
+    shared, config = base(), replace(CONFIG, batch_size=1, deterministic=False)
+    for p in shared.model.parameters(): p.grad = torch.zeros_like(p)
+    return in_memory.train_in_memory(shared, PAIRS, table, config, **kw)
+def cells():
+    shared, config = base(), replace(CONFIG, deterministic=False)
+    for p in shared.model.parameters(): p.grad = torch.zeros_like(p)
+    with patch.object(torch.optim.AdamW, "zero_grad", lambda optimizer: None):       # or the second stage would find no gradient
+        return [number for number, *_ in in_memory.train_stages(shared, [("a", "S", "S"), ("a", "before", "before")], lambda name: PAIRS, TABLE, config)]
+
+QUESTION = dict(category="writing", turns=["sort ba", "copy ab"])  # of a temperature above 0
 
 
 # The walk. A name is that of a public function; what follows a comma tells cases of one function apart.
@@ -233,6 +277,24 @@ CASES = {
     "benchmarks.Reader": lambda: read_options(benchmarks.Reader(model())),
     "benchmarks.score_options": lambda: [bool(answer) for answer in benchmarks.score_options(model(), OPTIONS, 64)],
     "benchmarks.why_not_shared": lambda: benchmarks.why_not_shared(model(), OPTIONS, 64),
+    "lora.add_adapter": lambda: answers(adapted()),
+    "lora.adapter_of": lambda: answers(lora.merge_adapter(model(), lora.adapter_of(adapted()))),
+    "lora.write_adapter": written,
+    "lora.read_adapter": lambda: bool(read().state),
+    "lora.merge_adapter": lambda: answers(lora.merge_adapter(model(), read())),
+    "lora.join_adapters": lambda: answers(lora.merge_adapter(model(), lora.join_adapters(read(), lora.adapter_of(adapted())))),
+    "lora.put_back": lambda: answers(lora.put_back(model(), read(), THIN)),
+    "in_memory.load_S": lambda: answers(base().reset()),
+    "in_memory.Base": lambda: base().score(PAIRS).gamma(PAIRS).numpy(),
+    "in_memory.train_in_memory": lambda: in_place(TABLE),
+    "in_memory.train_in_memory, fine-tuning": lambda: in_place(None),
+    "in_memory.train_in_memory, the reference becomes the model": lambda: in_place(TABLE, every=1),
+    "in_memory.train_in_memory, the reference moves": lambda: in_place(TABLE, every=1, share=0.5),
+    "in_memory.train_stages": cells,
+    "graded.sampled_ids": lambda: bool(graded.sampled_ids(model(), TOK, [[5, 6, 7], [5]], max_new=3)),
+    "graded.sampled_ids, greedy": lambda: bool(graded.sampled_ids(model(), TOK, [[5, 6, 7]], 0., max_new=3)),
+    "graded.answers_to": lambda: bool(graded.answers_to(model(), TOK, graded.example_problems("add", 4)[:2], max_new=2)),
+    "mt_bench.answer_turns": lambda: bool(mt_bench.answer_turns(model(), TOK, QUESTION, 2, "bf16")),
     "world.sft": lambda: world.sft(model(), TOK, [(p, "ab") for p in PROMPTS], 1, 2),
     "world.respond_ids": lambda: world.respond_ids(model(), TOK, PROMPTS),
     "world.respond_ids, greedy": lambda: world.respond_ids(model(), TOK, PROMPTS, 0.),
@@ -256,7 +318,12 @@ NOT_WALKED = {
     "sets or reads attributes, computes nothing": "has_adapter trained_weights is_plain must_read_alone check_rows dropouts freeze_dropout best_device same_bits attention recompute_alike uncompile activation_checkpointing generating own_config end_tokens",
     "the compiler wants a CUDA build": "compile_layers compile_for",
     "files hold real numbers": "replacing save_checkpoint read_checkpoint load_checkpoint",
-    "trains until real numbers are good enough": "train_base freeze_world check_world"}
+    "trains until real numbers are good enough": "train_base freeze_world check_world",
+    "loads models, and loads them to the CPU": "verify recomputed read_evidence Evidence pack_run",
+    "asks whether the numbers of an adapter are zero": "unwrapped",
+    "reads layers, settings, texts or numbers": """target_layers adapter_size lora_config Adapter is_adapter is_wrapped Problem split_of_content grade example_problems messages_of make_problems ids_of answer_text label_pairs
+        teacher_pairs Calibration load_lines judge_messages rating_of openai_judge write_judgments mt_bench_table""",
+    "answers by sampled_ids or answer_turns, and grades or keeps the texts": "calibrate run_calibration calibration store_calibration write_answers mt_bench"}
 
 
 FLASH = {"scale", "window_size"} <= set(getattr(packing, "KNOWN", ()))
@@ -270,7 +337,7 @@ def test_devices_are_not_mixed(card, name):
     for x in tree_leaves(result): assert not isinstance(x, Tensor) or x.is_cuda
 
 def test_every_public_function_is_walked_or_says_why_not():
-    public = [name for module in (logprobs, loss, packing, trainer, evaluate, benchmarks, world) for name in module.__all__ if callable(getattr(module, name))]
+    public = [name for module in (logprobs, loss, packing, trainer, evaluate, benchmarks, world, lora, in_memory, graded, mt_bench, verify) for name in module.__all__ if callable(getattr(module, name))]
     walked, listed = {name.split(",")[0].split(".")[1] for name in CASES}, " ".join(NOT_WALKED.values()).split()
     assert sorted(public) == sorted([*walked, *listed])
 

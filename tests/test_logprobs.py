@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from sdpo_nb import logprobs
 from sdpo_nb.benchmarks import quiet
-from sdpo_nb.logprobs import (LogprobTable, autocast, check_model, check_rows, collate, dropouts, freeze_dropout, gamma, load_config, load_model, load_tokenizer,
+from sdpo_nb.logprobs import (LogprobTable, autocast, best_device, check_model, check_rows, collate, dropouts, freeze_dropout, gamma, load_config, load_model, load_tokenizer,
                               must_read_alone, pick_precision, read_table, replacing, response_logprobs, score_pairs, stored_dtype, table_kind, token_logprobs, weights_hash, write_json)
 from sdpo_nb.packing import choose_logprobs, packed_logprobs
 from sdpo_nb.world import load_world
@@ -455,6 +455,25 @@ def test_weights_hash(tied, tmp_path):
 def test_weights_hash_of_a_scalar_parameter():
     m = torch.nn.Module(); m.s = torch.nn.Parameter(torch.tensor(1.0))
     assert len(weights_hash(m)) == 16
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_tiny_model_stays_on_the_cpu_beside_a_card(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    def of_size(n):
+        with torch.device("meta"): return torch.nn.Linear(n, 1, bias=False)
+    assert best_device(load_model(load_world().base, "cpu")) == best_device(of_size(logprobs.SMALL - 1)) == "cpu"
+    assert best_device(of_size(logprobs.SMALL)) == ("cuda" if there else "cpu")
+
+
+def test_a_model_is_loaded_to_the_best_device_unless_one_is_named(monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, device: moved.append(device) or model)
+    load_model(load_world().base)
+    monkeypatch.setattr(logprobs, "SMALL", 1)        # now the tiny world is a large one
+    for device in (None, "cpu"): load_model(load_world().base, device)
+    assert moved == ["cpu", "cuda", "cpu"]
 
 
 def test_pick_precision(monkeypatch):

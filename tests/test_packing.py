@@ -253,21 +253,34 @@ def test_gradient_checkpointing():
     assert_same(model)
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_half_precision(precision):
-    model = model_of("llama")
-    with torch.no_grad():
-        exact = torch.cat(response_logprobs(model, PAIRS))
-        with torch.autocast("cpu", precision): padded, packed = (torch.cat(f(model, PAIRS)) for f in (response_logprobs, packed_logprobs))
-    assert packed.dtype == torch.float32 and (packed - exact).abs().mean() < 2 * (padded - exact).abs().mean() + 1e-3
-
-
 def by_plan(make): # what a graphics card does, anywhere
     def logprobs(model, pairs):
         row = pack(pairs)
         row.plan = make(row)
         return packing.of_row(model, row)
     return logprobs
+
+
+@pytest.fixture(scope="module")
+def in_fp32():
+    "S, 64 pairs of two sources each, in batches, and what S says about them."
+    S, tok = load_base(load_world())
+    pairs = [p for name in ("primer", "digest") for p in list(tokenize_pairs(load_pairs(load_world().sources[name]), tok, name).pairs)[:64]]
+    return S, pairs, numbers(S, pairs, response_logprobs)
+
+
+def numbers(model, pairs, logprobs):
+    with torch.no_grad(): return torch.cat([torch.cat(logprobs(model, pairs[i:i+32])) for i in range(0, len(pairs), 32)])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("way", [packed_logprobs, by_plan(packing.padded_plan)], ids=["blocks", "padded inside attention"])
+def test_half_precision_is_as_near_to_fp32_as_padding_is(in_fp32, precision, way):
+    "Blocks are what a CPU attends in; the other way is that of a card without a flash kernel, such as a T4. Measured on 64 to 256 pairs of each source: 0.98 to 1.03 times the error of padding."
+    model, pairs, exact = in_fp32
+    with autocast("cpu", precision): padded, packed = (numbers(model, pairs, f) for f in (response_logprobs, way))
+    error, allowed = ((x - exact).square().mean().sqrt().item() for x in (packed, padded))
+    assert packed.dtype == torch.float32 and 0 < error <= 1.2 * allowed, (error, allowed)
 
 
 @pytest.mark.parametrize("kind, more", [("llama", {}), ("mistral", dict(sliding_window=4)), ("gemma2", dict(head_dim=8, sliding_window=4, attn_logit_softcapping=0.05)), ("gpt2", {})])

@@ -8,13 +8,13 @@ import pytest
 import torch, yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import sdpo_nb.report as report, sdpo_nb.plan as plan, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise
+import sdpo_nb.report as report, sdpo_nb.plan as plan, sdpo_nb.stages as stages, sdpo_nb.stepwise as stepwise, sdpo_nb.trainer as trainer
 from sdpo_nb import cli
 from sdpo_nb.logprobs import load_model, load_tokenizer, read_table, response_logprobs, score_pairs, weights_hash
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import Source, load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo_partition, sdpo
-from sdpo_nb.trainer import train_stage
+from sdpo_nb.trainer import GIB, as_line, plan_for, train_stage
 from sdpo_nb.world import load_base, load_world
 from tiny import SETTINGS, gammas, metrics, perturbed, rows, write_jsonl
 
@@ -345,10 +345,36 @@ def test_before_the_first_update_a_run_may_be_computed_otherwise(tmp_path, capsy
 
 def test_a_run_that_was_stopped_by_the_first_look_goes_on_in_another_precision(tmp_path, monkeypatch):
     "As it happens to somebody whose model does something in half precision that nobody foresaw."
-    import sdpo_nb.trainer as trainer
     monkeypatch.setattr(trainer, "rounding_limit", lambda said, exact, batch: -1.0 if said is not exact else 1.0)
-    with pytest.raises(ValueError, match="table of reference log-probabilities"): sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="bf16")), tmp_path / "run")
+    with pytest.raises(ValueError, match="table of reference log-probabilities.* if you trust it, go on with precision = fp32"): sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="bf16")), tmp_path / "run")
     assert len(sdpo(BASE, TWO, StepwiseConfig(**SETTINGS | dict(precision="fp32")), tmp_path / "run").stages) == 2
+
+
+BUDGET = 65536 # tokens in a forward pass, so that the plan of a tiny model is no row of zeros
+def wide_plan(): return plan_for(load_model(BASE, "cpu").config, StepwiseConfig(**SETTINGS, token_budget=BUDGET), "fp32", "cpu")
+
+
+def test_a_large_model_s_run_says_what_memory_it_needs(tmp_path, monkeypatch, capsys):
+    run(tmp_path / "tiny")
+    assert "memory on" not in capsys.readouterr().out
+    monkeypatch.setattr(stages, "SMALL", 0)
+    run(tmp_path / "large", token_budget=BUDGET)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    assert len(said) == 1 and said[0].startswith(f"memory on cpu: {as_line(wide_plan())}; ") and said[0].endswith(" GiB are free")
+
+
+@pytest.mark.parametrize("spare, fits", [(-1e-6, False), (1e-6, True)])
+def test_what_cannot_fit_is_refused_before_a_file_is_written(tmp_path, monkeypatch, trained, spare, fits):
+    "With the number. The weights are there already; the rest must find room."
+    monkeypatch.setattr(stages, "SMALL", 0)
+    plan, wide = wide_plan(), dict(token_budget=BUDGET)
+    needed = sum(plan.values()) - plan["weights"]
+    assert needed > 1
+    for module in (stages, trainer): monkeypatch.setattr(module, "free_memory", lambda device: (needed + spare) * GIB)
+    if fits: return run(tmp_path / "run", **wide) and None
+    with pytest.raises(ValueError) as e: run(tmp_path / "run", **wide)
+    assert str(e.value).startswith(f"memory: training needs {as_line(plan)}; {needed:.1f} GiB are free on cpu. ")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"] and not trained
 
 
 class Maker:

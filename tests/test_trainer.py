@@ -1,5 +1,5 @@
 """One stage: every precision, from every kind of folder, interrupted anywhere."""
-import math, resource, shutil, time
+import json, math, resource, shutil, time
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -16,8 +16,9 @@ from sdpo_nb.logprobs import LogprobTable, load_model, load_tokenizer, response_
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb import trainer
-from sdpo_nb.trainer import MOST, TrainConfig, all_batches, check_memory, check_same_twice, fit, free_memory, learning_rate, memory_plan, per_root_token, plan_for, rounding_limit, share_of_responses, tokens_that_fit, train_stage, trainable
+from sdpo_nb.trainer import MOST, TrainConfig, all_batches, check_memory, check_same_twice, check_table, fit, free_memory, learning_rate, memory_plan, per_root_token, plan_for, rounding_limit, share_of_responses, tokens_that_fit, train_stage, trainable
 from sdpo_nb.world import load_world
+from bench_packing import PLANS, RESULTS, shape
 from tiny import perturbed
 
 
@@ -226,6 +227,14 @@ def test_the_first_look_is_no_training_time(pairs, tmp_path, monkeypatch):
     assert row["tokens"] / row["tokens_per_second"] < 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_table_that_is_trusted_may_be_compared_in_fp32(precision):
+    "Where rounding may have raised the alarm. In fp32 there is no other way than a right table."
+    batch, table = [dict(of_length(1, 4, 9), key="a")], LogprobTable({}, pd.DataFrame(dict(chosen=-1., rejected=-2.), index=["a"]))
+    with pytest.raises(ValueError, match=f"in {precision}.*start again: it is computed anew") as e: check_table(table, batch, torch.zeros(1, 2), 0.1, precision)
+    assert ("go on with precision = fp32" in str(e.value)) == (precision != "fp32")
+
+
 def test_the_limit_by_hand():
     batch = [dict(chosen_ids=[1] * 4, rejected_ids=[1] * 16), dict(chosen_ids=[1] * 9, rejected_ids=[1] * 25)]
     off = torch.tensor([[2.0, -4.0], [3.0, 5.0]])            # one nat per root of a token, everywhere
@@ -251,6 +260,14 @@ def test_models_that_cannot_be_packed_have_a_plan_too(kind):
     sizes = dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4) if kind == "gptj" else dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     plan = memory_plan(AutoConfig.for_model(kind, vocab_size=96, **sizes), TrainConfig(token_budget=1024))
     assert 0 < plan["activations"] < 1 and plan["weights"] < 0.01
+
+
+@pytest.mark.parametrize("name, tokens, precision, recomputed", PLANS)
+def test_today_s_plan_is_near_the_peaks_that_were_measured(name, tokens, precision, recomputed):
+    "`make bench` stored them. The plan of that day is stored, too, and says nothing about today's."
+    measured = json.loads(RESULTS.read_text())["plan_gib"][f"{name} {tokens} {precision} {recomputed}"]["measured"]
+    plan = memory_plan(shape(name), TrainConfig(token_budget=tokens, gradient_checkpointing=bool(recomputed)), precision)
+    assert sum(plan.values()) == pytest.approx(measured, rel=0.15), plan
 
 
 def test_what_cannot_fit_is_refused_with_the_number(monkeypatch):
