@@ -276,11 +276,11 @@ def numbers(model, pairs, logprobs):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("way", [packed_logprobs, by_plan(packing.padded_plan)], ids=["blocks", "padded inside attention"])
 def test_half_precision_is_as_near_to_fp32_as_padding_is(in_fp32, precision, way):
-    "Blocks are what a CPU attends in; the other way is that of a card without a flash kernel, such as a T4. Measured on 64 to 256 pairs of each source: 0.98 to 1.03 times the error of padding."
+    "Blocks are what a CPU attends in; the other way is that of a card without a flash kernel, such as a T4. Measured on 64 to 256 pairs of each source: 0.98 to 1.03 times the error of padding; logits rounded to half precision make it 1.12."
     model, pairs, exact = in_fp32
     with autocast("cpu", precision): padded, packed = (numbers(model, pairs, f) for f in (response_logprobs, way))
     error, allowed = ((x - exact).square().mean().sqrt().item() for x in (packed, padded))
-    assert packed.dtype == torch.float32 and 0 < error <= 1.2 * allowed, (error, allowed)
+    assert packed.dtype == torch.float32 and 0 < error <= 1.1 * allowed, (error, allowed)
 
 
 @pytest.mark.parametrize("kind, more", [("llama", {}), ("mistral", dict(sliding_window=4)), ("gemma2", dict(head_dim=8, sliding_window=4, attn_logit_softcapping=0.05)), ("gpt2", {})])
