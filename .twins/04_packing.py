@@ -48,7 +48,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from sdpo_nb.logprobs import autocast, check_prompts, fp32_logits, half_weight, is_plain, memory_ended
-from sdpo_nb.logprobs import must_read_alone, padded_tokens, response_logprobs, token_logprobs
+from sdpo_nb.logprobs import must_read_alone, padded_tokens, response_logprobs, same_bits, token_logprobs
 
 # %%
 import json, math, os, textwrap
@@ -1577,7 +1577,7 @@ pd.DataFrame(cuts).T
 # Where does the card still wait? What is left between the large products (norms, rotations, activations, changes of precision) is a dozen small calls for each layer. `torch.compile` turns them into a few. Layers are compiled one by one. They are all alike, so one compilation serves all. The
 # number of tokens is declared to be variable. If layers are recomputed in the backward pass, their parts are compiled, and the recomputation stays outside.
 #
-# The first call in each mode is the one that compiles, for some seconds. We make it on two pairs of fixed lengths, not on data: a run that was killed and goes on must end with the same kernels, whichever batch it meets first.
+# The first call in each mode is the one that compiles, for some seconds. We make it on two pairs of fixed lengths, not on data: a run that was killed and goes on must end with the same kernels, whichever batch it meets first. And under the same switches as later, for deterministic kernels (`same_bits` of [chapter 02](02_logprobs.ipynb)): with another switch PyTorch compiles anew.
 
 # %%
 #| export
@@ -1633,16 +1633,19 @@ def compile_layers(
     logprobs,               # the function it is compiled for
     precision: str="fp32",  # fp32, bf16 or fp16
     recompute: bool=False,  # whether layers are recomputed in the backward pass (gradient checkpointing)
+    deterministic: bool=False, # whether training will ask for the same bits every time
+    strict: bool=False,     # in the strict form
 ) -> str|None:              # why not, or None
-    "Compile the layers of a model for this function, once, and try them in eval and in train mode."
-    wanted = logprobs, precision, recompute
+    "Compile the layers of a model for this function, once, and try them as they will score and train."
+    wanted = logprobs, precision, recompute, deterministic, strict
     if getattr(model, "_compiled_for", None) == wanted: return None
     uncompile(model)
     for layer in _layers(model):
         for module in (layer.children() if recompute else [layer]): module.compile(dynamic=True)
     was_training = model.training
     try:
-        for training in (False, True): try_out(model.train(training), logprobs, precision)
+        with same_bits(model.device): try_out(model.eval(), logprobs, precision)  # as scoring does, always
+        with same_bits(model.device, deterministic, strict): try_out(model.train(), logprobs, precision)
     except Exception as e:                               # whatever a compiler may raise
         uncompile(model)
         return _as_reason(e)
@@ -1749,7 +1752,7 @@ pd.DataFrame(against).T
 #
 # **What this does not show.**
 #
-# It is one run on one card, and three or four steps say little about how much a row varies. Each of the two compiled rows of a setting compiles for itself, for 5 to 15 s. In UltraFeedback the first step of "ours, compiled" takes another 6 s. No ratio counts this. A TRL row with small micro-batches
+# It is one run on one card, and three or four steps say little about how much a row varies. Each of the two compiled rows of a setting compiles for itself, for 5 to 15 s. In UltraFeedback the first step of "ours, compiled" takes another 6 s, probably since the compiler wants other kernels where tokens times width pass $5\cdot 2^{20}$, which two short pairs do not show it. No ratio counts this. A TRL row with small micro-batches
 # pays for every new length (its attention is planned anew), and varies most: of HH-RLHF, 16 pairs look faster than 8 by the ratio and hardly by the median, since its four steps take 0.4 to 2.4 s.
 
 # %% [markdown]

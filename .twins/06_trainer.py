@@ -1586,7 +1586,7 @@ whole_card = int(gpu["card"]["memory_gib"] * GIB)
 def beside_the_plan(name, recomputed):
     setting = gpu["settings"][name]
     row = setting["rows"]["ours, compiled, checkpointing" if recomputed else "ours"]
-    tokens = min(setting["budget"], max(row["tokens"]))
+    tokens = min(row.get("budget", setting["budget"]), max(row["tokens"]))
     train = TrainConfig(token_budget=tokens, gradient_checkpointing=recomputed)
     shape = larger_shape if "1.2B" in name else smol_shape
     share = responses_of[name.split(",")[0]]
@@ -1804,10 +1804,11 @@ def compile_for(
     model,               # causal LM
     logprobs,            # the function that will read pairs
     precision: str,      # of the forward pass: fp32, bf16 or fp16
-    config: TrainConfig, # gradient_checkpointing
+    config: TrainConfig, # gradient_checkpointing, deterministic
 ):
-    "Compile the layers of a model once, and say so where it cannot be done."
-    why = compile_layers(model, logprobs, precision, config.gradient_checkpointing)
+    "Compile the layers of a model once, under the switches of training, and say so where it cannot be done."
+    switches = config.deterministic, _strictly(model, logprobs, precision, config)
+    why = compile_layers(model, logprobs, precision, config.gradient_checkpointing, *switches)
     if why: print(f"compile is off: {why}")
 
 
@@ -1839,6 +1840,12 @@ def why_not_same_bits(
     except RuntimeError as e:
         if "deterministic" not in str(e): raise
         return str(e).split(". ")[0]
+
+def _strictly(model, logprobs, precision, config):
+    "Whether training uses the strict switch: where it may, since the flash kernel needs it."
+    was_training = model.training
+    try: return config.deterministic and why_not_same_bits(model.train(), logprobs, precision) is None
+    finally: model.train(was_training)
 
 
 # %%
@@ -2218,8 +2225,7 @@ def train_stage(
     state = load_checkpoint(folder, model, optimizer, scaler, identity) or state
     todo = batches[state["batch"]:]
     clock = _set_clock(clock, pairs, todo, config.epochs)
-    # the flash kernel computes the same bits in the strict form only; so that form, if this model can bear it
-    strict = config.deterministic and why_not_same_bits(model.train(), logprobs, precision) is None
+    strict = _strictly(model.train(), logprobs, precision, config)
     bar = progress(len(batches), f"stage {stage}", "step", state["batch"], leave=True)
 
     def ready(epoch_and_rows):

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .logprobs import autocast, check_prompts, fp32_logits, half_weight, is_plain, memory_ended
-from .logprobs import must_read_alone, padded_tokens, response_logprobs, token_logprobs
+from .logprobs import must_read_alone, padded_tokens, response_logprobs, same_bits, token_logprobs
 
 # %% ../nbs/04_packing.ipynb #92f59c74
 @dataclass
@@ -571,16 +571,19 @@ def compile_layers(
     logprobs,               # the function it is compiled for
     precision: str="fp32",  # fp32, bf16 or fp16
     recompute: bool=False,  # whether layers are recomputed in the backward pass (gradient checkpointing)
+    deterministic: bool=False, # whether training will ask for the same bits every time
+    strict: bool=False,     # in the strict form
 ) -> str|None:              # why not, or None
-    "Compile the layers of a model for this function, once, and try them in eval and in train mode."
-    wanted = logprobs, precision, recompute
+    "Compile the layers of a model for this function, once, and try them as they will score and train."
+    wanted = logprobs, precision, recompute, deterministic, strict
     if getattr(model, "_compiled_for", None) == wanted: return None
     uncompile(model)
     for layer in _layers(model):
         for module in (layer.children() if recompute else [layer]): module.compile(dynamic=True)
     was_training = model.training
     try:
-        for training in (False, True): try_out(model.train(training), logprobs, precision)
+        with same_bits(model.device): try_out(model.eval(), logprobs, precision)  # as scoring does, always
+        with same_bits(model.device, deterministic, strict): try_out(model.train(), logprobs, precision)
     except Exception as e:                               # whatever a compiler may raise
         uncompile(model)
         return _as_reason(e)

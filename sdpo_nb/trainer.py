@@ -768,10 +768,11 @@ def compile_for(
     model,               # causal LM
     logprobs,            # the function that will read pairs
     precision: str,      # of the forward pass: fp32, bf16 or fp16
-    config: TrainConfig, # gradient_checkpointing
+    config: TrainConfig, # gradient_checkpointing, deterministic
 ):
-    "Compile the layers of a model once, and say so where it cannot be done."
-    why = compile_layers(model, logprobs, precision, config.gradient_checkpointing)
+    "Compile the layers of a model once, under the switches of training, and say so where it cannot be done."
+    switches = config.deterministic, _strictly(model, logprobs, precision, config)
+    why = compile_layers(model, logprobs, precision, config.gradient_checkpointing, *switches)
     if why: print(f"compile is off: {why}")
 
 # %% ../nbs/06_trainer.ipynb #46feab27
@@ -788,6 +789,12 @@ def why_not_same_bits(
     except RuntimeError as e:
         if "deterministic" not in str(e): raise
         return str(e).split(". ")[0]
+
+def _strictly(model, logprobs, precision, config):
+    "Whether training uses the strict switch: where it may, since the flash kernel needs it."
+    was_training = model.training
+    try: return config.deterministic and why_not_same_bits(model.train(), logprobs, precision) is None
+    finally: model.train(was_training)
 
 # %% ../nbs/06_trainer.ipynb #d4298a8e
 def save_checkpoint(
@@ -1018,8 +1025,7 @@ def train_stage(
     state = load_checkpoint(folder, model, optimizer, scaler, identity) or state
     todo = batches[state["batch"]:]
     clock = _set_clock(clock, pairs, todo, config.epochs)
-    # the flash kernel computes the same bits in the strict form only; so that form, if this model can bear it
-    strict = config.deterministic and why_not_same_bits(model.train(), logprobs, precision) is None
+    strict = _strictly(model.train(), logprobs, precision, config)
     bar = progress(len(batches), f"stage {stage}", "step", state["batch"], leave=True)
 
     def ready(epoch_and_rows):

@@ -190,10 +190,10 @@ def uniform_table(pairs, vocabulary):
     numbers = {side: [-len(p[f"{side}_ids"]) * math.log(vocabulary) for p in pairs] for side in ("chosen", "rejected")}
     return LogprobTable({}, pd.DataFrame(numbers, index=[p["key"] for p in pairs], dtype="float32"))
 
-def compiling(model, logprobs, precision, checkpointing=False):
+def compiling(model, logprobs, precision, *how):
     "Compile the layers; seconds. Nothing of the side before helps, but for the compiler's files."
     torch.compiler.reset()
-    seconds, why = timed(compile_layers, model, logprobs, precision, checkpointing)
+    seconds, why = timed(compile_layers, model, logprobs, precision, *how)
     if why: raise RuntimeError(f"not compiled: {why}")
     return seconds
 
@@ -205,10 +205,9 @@ class Ours:
         self.accelerator = make_accelerator(precision, model.device)
         activation_checkpointing(model, config.gradient_checkpointing)
         self.about = dict(logprobs=logprobs.__name__, budget=config.token_budget or USUAL_BUDGET, checkpointing=config.gradient_checkpointing)
-        seconds = compiling(model, logprobs, precision, config.gradient_checkpointing) if compiled else 0
-        strict, why = timed(why_not_same_bits, model.train(), logprobs, precision) if deterministic else (0, None) # of compiled layers: the switch has them compiled again
+        why = why_not_same_bits(model.train(), logprobs, precision) if deterministic else None
         self.strict = deterministic and why is None      # the flash kernel computes the same bits in the strict form only
-        if compiled: self.about["compile"] = seconds + strict
+        if compiled: self.about["compile"] = compiling(model, logprobs, precision, config.gradient_checkpointing, deterministic, self.strict)
         if deterministic: self.about |= dict(strict=self.strict, why_not_strict=why)
     def ready(self, batch): return batch
     def parts(self, batch): return prepared(self.model, cut(batch, self.config, self.logprobs), self.logprobs)
@@ -219,7 +218,7 @@ class Ours:
             return batch_gradients(self.model, batch, self.table, self.config, self.accelerator, self.precision, self.logprobs)["loss"]
     def reference(self, batch):
         self.model.eval()
-        with torch.no_grad(), same_bits(self.model.device, self.deterministic, self.strict), autocast(self.model.device, self.precision):
+        with torch.no_grad(), same_bits(self.model.device), autocast(self.model.device, self.precision):
             for _, inputs in self.parts(batch): self.logprobs(self.model, inputs)
     def smaller(self):
         "After memory has ended: half the budget, if that can help."

@@ -35,7 +35,7 @@ def test_a_dry_run_stores_what_the_book_reads(tmp_path):
     out = subprocess.run([sys.executable, "-c", DRY, str(TESTS / "bench_gpu.py"), str(STORED)], capture_output=True, text=True, env=os.environ | dict(SDPO_RESULTS=str(path)))
     assert out.returncode == 0, out.stderr[-3000:]
     assert STORED.read_bytes() == before and "Traceback" not in out.stderr, out.stderr[-3000:]
-    assert json.loads(out.stdout.splitlines()[-1]) == [[False, False], [True, True]] # rows named "same bits" ask for the strict form
+    assert json.loads(out.stdout.splitlines()[-1]) == [[], [False, False], [True, True]] # scoring always warns; rows named "same bits" ask for the strict form
 
     old, new = (json.loads(p.read_text()) for p in (STORED, path))
     assert set(old) <= set(new) and set(old["card"]) - {"cuda"} <= set(new["card"]) and set(old["versions"]) == set(new["versions"])

@@ -1,5 +1,6 @@
 "Packed rows give the numbers of the padded path, or the guard refuses."
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sdpo_nb.packing as packing
-from sdpo_nb import logprobs
-from sdpo_nb.logprobs import autocast, freeze_dropout, micro_batches, response_logprobs, table_kind
+from sdpo_nb import logprobs, trainer
+from sdpo_nb.logprobs import autocast, freeze_dropout, load_model, micro_batches, response_logprobs, table_kind
 from sdpo_nb.packing import choose_logprobs, compile_layers, pack, packed_logprobs, packed_tokens, visible, why_not_packed
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import StepwiseConfig, sdpo
@@ -376,3 +377,29 @@ def test_real_pairs_of_the_world_agree_with_their_tokenizer():
     S, tok = load_base(load_world())
     pairs = list(tokenize_pairs(load_pairs(load_world().sources["primer"]), tok, "primer").pairs)[:40]
     assert_same(S, pairs)
+
+
+def test_layers_are_compiled_under_the_switches_that_they_will_meet(monkeypatch):
+    "Another switch for deterministic kernels has PyTorch compile again, in the first step."
+    said, model = [], load_model(load_world().base, "cpu")
+    def noted(device, *switch):
+        said.append(switch)
+        return nullcontext()
+    monkeypatch.setattr(packing, "same_bits", noted)
+    monkeypatch.setattr(packing, "try_out", lambda model, *_: said.append(model.training))
+    assert compile_layers(model, packed_logprobs, "fp32", False, True, True) is None
+    assert said == [(), False, (True, True), True]       # as `score_pairs` reads, as a stage trains
+    compile_layers(model, packed_logprobs, "fp32", False, True, True)
+    assert len(said) == 4
+    compile_layers(model, packed_logprobs, "fp32", False, False, False)
+    assert said[4:] == [(), False, (False, False), True]
+    packing.uncompile(model)
+
+
+@pytest.mark.parametrize("deterministic,why,switches", [(True, None, (True, True)), (True, "an operation", (True, False)), (False, None, (False, False))])
+def test_a_stage_compiles_with_its_own_switches(monkeypatch, deterministic, why, switches):
+    model, seen = load_model(load_world().base, "cpu").eval(), []
+    monkeypatch.setattr(trainer, "why_not_same_bits", lambda model, *_: why if model.training else pytest.fail("asked in eval mode"))
+    monkeypatch.setattr(trainer, "compile_layers", lambda *how: seen.append(how[3:]))
+    trainer.compile_for(model, packed_logprobs, "bf16", trainer.TrainConfig(deterministic=deterministic))
+    assert seen == [(False, *switches)] and not model.training
