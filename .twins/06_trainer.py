@@ -1109,11 +1109,11 @@ print(textwrap.fill(complaint(check_same_twice, loss=metrics["loss"], again=agai
 # Let $n$ be the number of pairs. The sums go over both responses $y$ of each pair, and $|y|$ is the number of tokens of $y$:
 #
 # $$s^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{half}(y) - \log\pi^{fp32}(y))^2}{|y|}, \qquad
-# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le 1.25\,s\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
+# d^2 = \frac{1}{2n}\sum_{i,\,y} \frac{(\log\pi^{table}(y) - \log\pi^{half}(y))^2}{|y|}, \qquad d \le \sqrt2\,s\,\Big(1 + \frac{6}{2n}\Big) \tag{1}$$
 #
 # - $s$ is the size of the rounding: half precision against fp32.
 # - $d$ is the distance of the table from what the model says.
-# - The table is accepted if $d$ is at most $1.25\,s$. Two healthy passes share the rounded weights, so they are *nearer* to each other than to fp32.
+# - The table is accepted if $d$ is at most $\sqrt2\,s$. That is how far apart two passes are that round independently, each $s$ away from fp32. Healthy ones share the rounded weights, so they are mostly nearer to each other.
 # - A look takes 32 pairs, if there are as many. With fewer, $s$ itself is a guess, and the last factor allows for that.
 
 # %%
@@ -1139,7 +1139,7 @@ assert per_root_token(torch.tensor([[2.0, -4.0]]), [two_responses]) == 1
 
 # %%
 #| export
-SLACK = 1.25 # how many times the measured rounding a healthy table may be off; why so many is measured below
+SLACK = 2 ** 0.5 # times the measured rounding: so far are two passes apart that round independently
 
 def rounding_limit(
     said: Tensor,  # (n, 2) log-probabilities in the precision of training, nats

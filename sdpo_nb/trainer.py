@@ -429,7 +429,7 @@ def per_root_token(
     return (off.square() / tokens.to(off.device)).mean().sqrt().item()
 
 # %% ../nbs/06_trainer.ipynb #f5487aa1
-SLACK = 1.25 # how many times the measured rounding a healthy table may be off; why so many is measured below
+SLACK = 2 ** 0.5 # times the measured rounding: so far are two passes apart that round independently
 
 def rounding_limit(
     said: Tensor,  # (n, 2) log-probabilities in the precision of training, nats

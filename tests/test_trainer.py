@@ -240,7 +240,7 @@ def test_the_limit_by_hand():
     off = torch.tensor([[2.0, -4.0], [3.0, 5.0]])            # one nat per root of a token, everywhere
     assert per_root_token(off, batch) == pytest.approx(1)
     exact = torch.zeros(2, 2)
-    assert rounding_limit(exact + off, exact, batch) == pytest.approx(1.25 * (1 + 6 / 4))
+    assert rounding_limit(exact + off, exact, batch) == pytest.approx(2 ** 0.5 * (1 + 6 / 4))
     assert rounding_limit(exact, exact, batch) == pytest.approx(per_root_token(torch.full((2, 2), 1e-3), batch))
 
 
