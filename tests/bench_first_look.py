@@ -27,9 +27,9 @@ DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data
 RESULTS, RAW = Path(__file__).parents[1] / "data/results/first_look.json", Path("runs/first_look")
 SOURCES = "hh_harmless", "ultrafeedback_binarized", "orca_dpo_pairs"
 PLAN = { # (tokens, precision) -> pairs to draw from, and the looks for each source: pairs in a look -> looks
-    (256, "bf16"): (96, {8: 224, 32: 50}),
-    (1024, "bf16"): (40, {8: 14, 32: 6}),
-    (256, "fp16"): (48, {8: 30, 32: 10}),
+    (256, "bf16"): (96, {8: 245, 32: 40}),
+    (1024, "bf16"): (40, {8: 12, 32: 5}),
+    (256, "fp16"): (48, {8: 24, 32: 8}),
     (1024, "fp16"): (8, {8: 1}),
 }
 
