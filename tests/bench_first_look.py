@@ -114,6 +114,8 @@ def how_far(name, rows, said):
     lengths, exact, compared = numbers_of(name)
     batch = [dict(chosen_ids=range(c), rejected_ids=range(r)) for c, r in lengths[rows].tolist()]
     limit = rounding_limit(said, exact[rows], batch)
+    same = "healthy", "padded"
+    compared = {k: t for k, t in compared.items() if k in same or not torch.equal(t[rows], compared["healthy"][rows])} # where no pair was long enough to be cut, nothing is wrong
     return dict(sigma=round(per_root_token(said - exact[rows], batch), 5)) | {k: round(per_root_token(said - t[rows], batch) / limit, 4) for k, t in compared.items()}
 
 
@@ -151,7 +153,7 @@ def write(looks, device):
 
 def show():
     looks = pd.DataFrame(json.loads(RESULTS.read_text())["looks"])
-    table = looks.melt(["precision", "source", "length", "pairs", "sigma"], var_name="table", value_name="off").dropna()
+    table = looks.melt(["processor", "precision", "source", "length", "pairs", "sigma"], var_name="table", value_name="off").dropna()
     print(table.groupby(["precision", "length", "pairs", "table"])["off"].agg(["count", "min", "median", "max"]).to_string())
     print(f"{len(looks)} looks; healthy tables stopped: {(looks['healthy'] > 1).sum()}")
 
