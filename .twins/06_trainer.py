@@ -1263,7 +1263,7 @@ wide.loc[tables]
 
 # %% [markdown]
 # No healthy table is stopped, in none of 1,005 looks. With 32 pairs every wrong one is. With eight pairs, which is all that a chunk of eight has, one kind of wrong table can pass in bf16: $M_1$ on a source that it was not trained on. One epoch on Orca hardly changed what it says about HH,
-# so this table is wrong by little more than its own rounding. In fp16, which rounds eight times finer, it is stopped, too. (In a run such a table is refused before, by the hash of its weights.) And once a table of pairs that were cut otherwise passed: of its eight pairs, hardly one was long enough to be cut.
+# so this table is wrong by little more than its own rounding. In fp16, which rounds eight times finer, it is stopped, too. (In a run such a table is refused before, by the hash of its weights.) And once a table of pairs that were cut otherwise passed: only the beginnings of prompts were gone, which hardly changed what the model says of the responses.
 #
 # **What this does not show.** The limit was $1.25\,s$ before. 327 looks on a processor without hardware for matrices in bf16 left it room, but on one that has it (AMX) a model's own table came to 0.97 of it, and a padded one was stopped. So it is $\sqrt2\,s$ now, for the reason above; 670 looks were in view then, and 335 are fresh. None of 1,005 means a rate below 0.3 % (at 95 %), not zero, at pairs drawn from the same 96 of each source. In fp16 only three looks have 1,024 tokens. Other models and half precision on a graphics card are not in it.
 #
