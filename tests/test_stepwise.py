@@ -14,7 +14,7 @@ from sdpo_nb.logprobs import load_model, load_tokenizer, read_table, response_lo
 from sdpo_nb.packing import packed_logprobs
 from sdpo_nb.preferences import Source, load_pairs, tokenize_pairs
 from sdpo_nb.stepwise import Run, StepwiseConfig, sdpo_partition, sdpo
-from sdpo_nb.trainer import GIB, as_line, plan_for, train_stage
+from sdpo_nb.trainer import GIB, as_line, plan_for, share_of_responses, train_stage
 from sdpo_nb.world import load_base, load_world
 from tiny import SETTINGS, gammas, metrics, perturbed, rows, write_jsonl
 
@@ -351,7 +351,10 @@ def test_a_run_that_was_stopped_by_the_first_look_goes_on_in_another_precision(t
 
 
 BUDGET = 65536 # tokens in a forward pass, so that the plan of a tiny model is no row of zeros
-def wide_plan(): return plan_for(load_model(BASE, "cpu").config, StepwiseConfig(**SETTINGS, token_budget=BUDGET), "fp32", "cpu")
+def wide_plan():
+    share = max(share_of_responses(tokenised(TWO[name], name)) for name in TWO)
+    assert abs(share - 0.5) > 0.01                       # or the plan would not show that it was asked for
+    return plan_for(load_model(BASE, "cpu").config, StepwiseConfig(**SETTINGS, token_budget=BUDGET), "fp32", "cpu", responses=share)
 
 
 def test_a_large_model_s_run_says_what_memory_it_needs(tmp_path, monkeypatch, capsys):
