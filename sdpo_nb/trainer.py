@@ -677,9 +677,10 @@ def fit(
     longest = max(tokens([pairs[i]]) for i in long)
     kernel = "flash" if getattr(logprobs, "attention", "") == "flash" else "padded"
     lora = getattr(model, "peft_config", {}).get("default")
+    share = share_of_responses(pairs)
     ways = [True] if config.gradient_checkpointing else [False, True]
     for recompute in ways:
-        budget = tokens_that_fit(model.config, memory, precision, kernel, recompute, lora, share_of_responses(pairs))
+        budget = tokens_that_fit(model.config, memory, precision, kernel, recompute, lora, share)
         if budget >= longest: break
     if recompute and not config.gradient_checkpointing:
         print(f"activations are recomputed: without that, {memory / GIB:.0f} GiB do not hold "
@@ -781,14 +782,20 @@ def why_not_same_bits(
     logprobs,       # the function that will read pairs
     precision: str, # of the forward pass: fp32, bf16 or fp16
 ) -> str|None:      # the operation, or None
-    "Which operation of this model has no deterministic form on its device, or None, as on every CPU."
+    "Which operation of this model has no deterministic form on its device, or None, as on every CPU. Tried once."
     if model.device.type != "cuda": return None
+    asked = logprobs, precision, model.training, has_adapter(model)
+    known, why = getattr(model, "_same_bits", (None, None))
+    if known == asked: return why
+    why = None
     try:
         with same_bits(model.device, strict=True):
             try_out(model, logprobs, precision)
     except RuntimeError as e:
         if "deterministic" not in str(e): raise
-        return str(e).split(". ")[0]
+        why = str(e).split(". ")[0]
+    model._same_bits = asked, why
+    return why
 
 def _strictly(model, logprobs, precision, config):
     "Whether training uses the strict switch: where it may, since the flash kernel needs it."

@@ -26,6 +26,7 @@ from bench_first_look import processor
 from sdpo_nb.logprobs import autocast, load_model, load_tokenizer, micro_batches, pick_precision, response_logprobs, score_pairs
 from sdpo_nb.packing import choose_logprobs, compile_layers, packed_logprobs
 from sdpo_nb.preferences import load_pairs, tokenize_pairs
+from sdpo_nb.timed import made_by
 from sdpo_nb.trainer import USUAL_BUDGET, TrainConfig, activation_checkpointing, batch_gradients, make_accelerator, return_large_blocks
 
 MODEL = Path(os.environ.get("SDPO_MODEL", "~/.cache/sdpo_nb/smollm2-135m-instruct")).expanduser()
@@ -115,8 +116,9 @@ def flops(f, *args):
 
 
 def made(): # on what, when, from which code
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
-    return dict(processor=processor(torch.device("cpu")), cores=os.cpu_count(), date=time.strftime("%Y-%m-%d"), commit=commit, versions={p: version(p) for p in ("torch", "transformers", "trl", "accelerate")})
+    by = made_by("cpu")
+    by["versions"] |= {p: version(p) for p in ("trl", "accelerate")}
+    return by | dict(processor=processor(torch.device("cpu")), cores=os.cpu_count(), date=time.strftime("%Y-%m-%d"))
 
 
 def matmul_peak(precision): # FLOP/s of the best of a few square products
@@ -305,8 +307,7 @@ def all_of_it(*sources):
     def keep(name, make, *args): # what is there already is not measured again
         if name in found: return
         found[name] = make(*args); RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    keep("made", lambda: dict(command="make bench", seed=0, cpu=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), model=MODEL.name, python=platform.python_version(),
-                              versions={p: version(p) for p in ("torch", "transformers", "trl", "accelerate")}))
+    keep("made", lambda: dict(command="make bench", seed=0, model=MODEL.name, python=platform.python_version()) | made())
     precisions = dict.fromkeys(["fp32", pick_precision("auto", "cpu")])
     for source in sources or SOURCES:
         for p in precisions: keep(f"{source} {p}", fresh, "time", source, p)

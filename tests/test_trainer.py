@@ -336,6 +336,22 @@ def test_a_plan_knows_how_many_tokens_are_responses(card):
     assert small == tokens_that_fit(config, card.memory, "fp32", "padded", responses=0.85) < large == tokens_that_fit(config, card.memory, "fp32", "padded", responses=0.1)
 
 
+@pytest.mark.parametrize("said", [None, "an operation has no deterministic form"])
+def test_whether_the_bits_are_the_same_is_tried_once(monkeypatch, said):
+    "And again where the answer may be another: of a function, a precision, a mode."
+    tried, model = [], torch.nn.Linear(2, 2)
+    model.device = torch.device("cuda")
+    def try_out(*how):
+        tried.append(how)
+        if said: raise RuntimeError(said + ". You can")
+    monkeypatch.setattr(trainer, "try_out", try_out)
+    def why(*how): return trainer.why_not_same_bits(model, *how)
+    assert why(packed_logprobs, "bf16") == why(packed_logprobs, "bf16") == said and len(tried) == 1
+    assert why(packed_logprobs, "fp16") == why(response_logprobs, "fp16") == said and len(tried) == 3
+    model.eval()
+    assert why(response_logprobs, "fp16") == said and len(tried) == 4
+
+
 def test_a_plan_recomputes_where_the_card_would(card):
     config = load_model(load_world().base, "cpu").config
     def plan(**changes): return plan_for(config, TrainConfig(**changes), "fp32", "cuda")
