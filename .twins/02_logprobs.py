@@ -1690,7 +1690,7 @@ def keys_of(
     pairs,         # a list or a Dataset
 ) -> list[str]:    # one key per pair
     "The keys of pairs, without reading their ids."
-    if hasattr(pairs, "column_names"): return list(pairs["key"])
+    if hasattr(pairs, "column_names"): return pairs["key"][:]
     return [p["key"] for p in pairs]
 
 def pairs_hash(

@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'BASELINES', 'RELATIVES', 'TEMPERATURES', 'RESULTS', 'Cell
            'stored_rows', 'worker_pool', 'run_grid', 'unfold_column']
 
 # %% ../nbs/experiments/cells.ipynb #0c6c74a3
-import copy, io, json, os, random, tempfile, time
+import copy, functools, io, json, os, random, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -93,6 +93,7 @@ def _with_other_letters(prompt: str) -> str:
     skill, string = prompt.split()
     return skill + " " + "".join(chr(ord(c) + len(ALPHABET)) for c in string)
 
+@functools.cache
 def prompts_of_split(
     world: int,     # its seed
     split: str,     # validation, test, seven letters, up to seven letters, other letters

@@ -255,7 +255,7 @@ def packed_tokens(
     pairs: list,  # n pairs with prompt_ids, chosen_ids, rejected_ids
 ) -> int:
     "Tokens of the packed row of these pairs."
-    return sum(len(p[part]) for p in pairs for part in PARTS)
+    return sum(len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
 
 def packed_row(
     model,        # a causal LM

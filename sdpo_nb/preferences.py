@@ -729,6 +729,7 @@ def load_pairs(
     if not isinstance(source, (str, Path)):
         raise ValueError(f"{kind}: expected a file, a folder, a hub id, a list of rows or a Dataset; "
                          "Dataset.from_list(list(...)) makes one of most things")
+    if not str(source).strip(): raise ValueError("'' names no file, folder or hub id")
     path = Path(source).expanduser()
     if path.is_file(): return _read_file(path, columns)
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():

@@ -386,7 +386,7 @@ def places():
     def case(name, make, want, *words): return Case(name, lambda tmp: data(*make(tmp), words=words), want)
     for path in ("nowhere.jsonl", "./nowhere", "/nowhere/a.parquet", "~/nowhere-at-all", "a/b/c", "../nowhere.csv", "nobody/nothing", "nothing", "a b", "", "https://example.org/a.jsonl", "s3://bucket/a.jsonl", "hf://datasets/x"):
         yield case(f"no {path or 'path'}", lambda tmp, path=path: [f"a={path}"], refused(path or "--sources", "a"))
-    for word in ("=x.jsonl", "=", "a=", ""): yield case(f"source {word!r}", lambda tmp, word=word: [word], refused("--sources" if word else ""))
+    for word in ("=x.jsonl", "=", "a=", ""): yield case(f"source {word!r}", lambda tmp, word=word: [word], refused("--sources" if word else "''"))
     yield case("one name twice", lambda tmp: [*lines(tmp, PLAIN), *lines(tmp, PLAIN)], refused("--sources", "'a'"))
     yield case("one stem twice", lambda tmp: [write_jsonl(tmp / "a.jsonl", PLAIN), write_jsonl(tmp / "a.json", PLAIN)], refused("--sources", "'a'"))
     yield case("two names, one file", lambda tmp: [f"a={write_jsonl(tmp / 'a.jsonl', PLAIN)}", f"b={tmp / 'a.jsonl'}"], reads(6, "b: 6 rows read"))
@@ -508,7 +508,7 @@ def run_files():
     for name, sources, want in (("null", "null", "sources"), ("number", "5", "sources"), ("text", "a.jsonl", "sources"), ("list", "[TMP/a.jsonl]", "sources"), ("empty", "{}", "sources"), ("no place", "{a: null}", "'a'"), ("number as place", "{a: 5}", "'a'"),
                                 ("list as place", "{a: [TMP/a.jsonl]}", "'a'"), ("no source", "{a: {split: train}}", "'a'"), ("misspelt", "{a: {source: TMP/a.jsonl, colums: {}}}", "colums"), ("columns as list", "{a: {source: TMP/a.jsonl, columns: [x]}}", "'a'"),
                                 ("columns to a number", "{a: {source: TMP/a.jsonl, columns: {prompt: 5}}}", "'a'"), ("split as number", "{a: {source: TMP, split: 5}}", "'a'"), ("max_pairs as text", "{a: {source: TMP/a.jsonl, max_pairs: x}}", "max_pairs"),
-                                ("max_pairs true", "{a: {source: TMP/a.jsonl, max_pairs: true}}", "max_pairs"), ("source null", "{a: {source: null}}", "'a'"), ("source empty", "{a: {source: ''}}", "'a'"),
+                                ("max_pairs true", "{a: {source: TMP/a.jsonl, max_pairs: true}}", "max_pairs"), ("source null", "{a: {source: null}}", "'a'"), ("source empty", "{a: {source: ''}}", "'a': ''"),
                                 ("chat as text", "{a: {source: TMP/a.jsonl, chat: nonsense}}", "chat"), ("twice", "{a: TMP/a.jsonl, a: TMP/b.jsonl}", "'a'"), ("a number as name", "{1: TMP/nowhere.jsonl}", "'1'")):
         yield case(f"sources {name}", f"model: BASE\nsources: {sources}", refused(want), "--beta", "1")
     if "eval_share" in [f.name for f in fields(StepwiseConfig)]:

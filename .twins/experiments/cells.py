@@ -29,7 +29,7 @@ assert version == "0.1.0", f"This page is made for sdpo_nb 0.1.0, and {version} 
 
 # %%
 #| export
-import copy, io, json, os, random, tempfile, time
+import copy, functools, io, json, os, random, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -177,6 +177,7 @@ def _with_other_letters(prompt: str) -> str:
     skill, string = prompt.split()
     return skill + " " + "".join(chr(ord(c) + len(ALPHABET)) for c in string)
 
+@functools.cache
 def prompts_of_split(
     world: int,     # its seed
     split: str,     # validation, test, seven letters, up to seven letters, other letters
