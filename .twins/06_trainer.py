@@ -1641,17 +1641,15 @@ def kept_or_recomputed(memory, shape, precision, kernel):
         "recomputed": tokens_that_fit(shape, memory, precision, kernel, recompute=True),
     }
 
-fits = pd.DataFrame({
+pd.DataFrame({
     ("T4, 15 GB", "135M"): kept_or_recomputed(15 * GIB, smol_shape, "fp16", "padded"),
     ("T4, 15 GB", "1.2B"): kept_or_recomputed(15 * GIB, larger_shape, "fp16", "padded"),
-    ("H100, 80 GB", "135M"): kept_or_recomputed(80 * GIB, smol_shape, "bf16", "flash"),
     ("H100, 80 GB", "1.2B"): kept_or_recomputed(80 * GIB, larger_shape, "bf16", "flash"),
 }).T
-fits
 
 
 # %% [markdown]
-# Zero says that not even the parameters fit: 1.2 billion of them, trained in full, want 20 GB. The way out is [LoRA](09_lora.ipynb), or a smaller model.
+# (More models and cards stand in the [README](index.ipynb).) Zero says that not even the parameters fit: 1.2 billion of them, trained in full, want 20 GB. The way out is [LoRA](09_lora.ipynb), or a smaller model.
 #
 # `fit` sets the token budget of a stage in this way. If not even the longest pair would fit, activations are recomputed; and if that does not help either, it says so. On a CPU it changes nothing. There, longer passes are no faster: one of 1,536 tokens took 1.01 [0.92, 1.04] times as long for the same pairs as one of 2,048. And with 1,536 a whole run needs less memory than TRL with one pair at a time ([chapter 04](04_packing.ipynb)).
 

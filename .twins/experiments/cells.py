@@ -634,13 +634,17 @@ def short(value): # the first three of a long list, the first letters of a long 
 #| export
 RESULTS = Path(str(files("sdpo_nb.data"))) / "results"
 
+@functools.lru_cache(maxsize=1)
+def _as_written(path, *state): return pd.read_parquet(path)
+
 def read_rows(
     path: Path,  # parquet file
     key: str,    # a column that it has
 ) -> pd.DataFrame:
-    "A table; an empty one with the column `key` where there is no file yet."
-    if path.exists(): return pd.read_parquet(path)
-    return pd.DataFrame({key: []})
+    "A table; an empty one with the column `key` where there is no file yet. One that nobody has changed is read once."
+    if not path.exists(): return pd.DataFrame({key: []})
+    file = path.stat()
+    return _as_written(path, file.st_mtime_ns, file.st_size, file.st_ino).copy(deep=False)
 
 def lock_of(
     path: Path,  # of a file that several processes change
