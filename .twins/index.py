@@ -155,17 +155,18 @@ for key, name in data.items():
         "memory": "",
         "TRL's memory": "",
     }
-half = cpu["hh_harmless bf16"]
-ours = half["rows"]["packed, compiled"]
-for who, best in (("", "best_trl"), (", TRL, too", "best_compiled_trl")):
-    theirs = half["rows"][half[best]]
-    rows[f"CPU in bf16, compiled{who}: HH-RLHF harmless, 135M"] = {
-        "sdpo_nb": f"{ours['step']:.1f} s",
-        "TRL": f"{theirs['step']:.1f} s",
-        "times as fast": as_text(theirs["slower_than_compiled"], ".1f"),
-        "memory": "",
-        "TRL's memory": "",
-    }
+for key, name in data.items():
+    half = cpu[f"{key} bf16"]
+    ours = half["rows"]["packed, compiled"]
+    for who, best in (("", "best_trl"), (", TRL, too", "best_compiled_trl")):
+        theirs = half["rows"][half[best]]
+        rows[f"CPU in bf16, compiled{who}: {name}, 135M"] = {
+            "sdpo_nb": f"{ours['step']:.1f} s",
+            "TRL": f"{theirs['step']:.1f} s",
+            "times as fast": as_text(theirs["slower_than_compiled"], ".1f"),
+            "memory": "",
+            "TRL's memory": "",
+        }
 for name, setting in gpu["settings"].items():
     ours = setting["rows"]["ours, compiled"]
     theirs = setting["rows"][setting["best_trl"]]

@@ -34,6 +34,7 @@ DATA = Path(os.environ.get("SDPO_DATA", Path(__file__).parents[2] / "shared/data
 RESULTS = Path(__file__).parents[1] / "data/results/packing.json"
 SOURCES = {"hh_harmless": 384, "ultrafeedback_binarized": 256} # longest prompt; rows are cut at 512
 BATCH, STEPS, BETA = 8, int(os.environ.get("STEPS", 12)), 0.1
+SIZES = [n for n in (1, 2, 4, 8) if n <= int(os.environ.get("MOST", 8))] # of micro-batches; with MOST=4 a table of times fits into 16 GiB, with 8 it wants 32 for UltraFeedback
 
 
 def load(source, steps=STEPS):
@@ -145,8 +146,8 @@ def measure(source, precision):
     optimizers = {id(m): optimizer_of(m) for m in (model, ours_compiled, theirs.model, theirs_compiled.model)}
     sides = {"packed": Ours(model, table, accelerator, precision, packed_logprobs, USUAL_BUDGET)}
     sides["packed, compiled"] = Ours(ours_compiled, table, accelerator, precision, packed_logprobs, USUAL_BUDGET)
-    sides |= {f"padded, {n}": Ours(model, table, accelerator, precision, by_pairs(response_logprobs), n) for n in (1, 2, 4, 8)}
-    sides |= {f"TRL, {n}{', checkpointing' if c else ''}": TRL(theirs, table, n, c) for c in (False, True) for n in (1, 2, 4, 8)}
+    sides |= {f"padded, {n}": Ours(model, table, accelerator, precision, by_pairs(response_logprobs), n) for n in SIZES}
+    sides |= {f"TRL, {n}{', checkpointing' if c else ''}": TRL(theirs, table, n, c) for c in (False, True) for n in SIZES}
     sides |= {f"compiled TRL, {n}": TRL(theirs_compiled, table, n, False) for n in (1, 2)}
     run = lambda name, batch: timed(step, sides[name], optimizers[id(sides[name].model)], batch)
     for name in ("packed", "packed, compiled", "TRL, 1", "compiled TRL, 1", "compiled TRL, 2"): run(name, batches[0]) # first steps are slow
@@ -154,7 +155,7 @@ def measure(source, precision):
     print(source, precision, {k: round(v, 1) for k, v in screen.items()}, file=sys.stderr, flush=True)
     best = lambda start: min((n for n in sides if n.startswith(start)), key=screen.get)
     to_the_end = ["packed", "packed, compiled", best("padded"), best("TRL"), best("compiled TRL")]
-    chosen = list(dict.fromkeys([*to_the_end, "padded, 8", "TRL, 8, checkpointing"]))
+    chosen = list(dict.fromkeys([*to_the_end, f"padded, {SIZES[-1]}", f"TRL, {SIZES[-1]}, checkpointing"]))
     seconds, reference, peak = {n: [] for n in chosen}, {n: [] for n in chosen}, []
     for i, batch in enumerate(batches):
         peak.append(matmul_peak(precision))
