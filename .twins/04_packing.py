@@ -1053,7 +1053,7 @@ for key, source in sources.items():
             "reference pass, slower": ratio(*numbers["reference_slower"]),
         }
     for side in (half["best_trl"], half["best_compiled_trl"]):
-        assert half["rows"][side]["slower_than_compiled"][1] > 1
+        assert half["rows"][side]["slower_than_compiled"][1] > 1.3
 pd.DataFrame(in_half).T.rename_axis(["bf16", "side"])
 
 # %% [markdown]
